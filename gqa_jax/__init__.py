@@ -1,0 +1,1 @@
+"""Scaling-law studies of grouped-query attention at long context."""

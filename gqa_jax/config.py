@@ -1,0 +1,329 @@
+"""Configuration of one training run: frozen dataclasses, checked where they are made. Imports no jax.
+
+A file of `configs/` makes an `ml_collections.ConfigDict` from `default_config()`; the command line overrides it; then
+`TrainConfig.from_dict` turns it into the dataclass that the rest of the program reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from gqa_jax import shapes
+
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("wsd", "cosine", "constant")
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used. The message names the field, its value, what is allowed and the fix."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of a `gqa_jax.model.Transformer`; names and defaults are the paper's (Section 5.1)."""
+
+    n_layers: int = 4
+    d_model: int = 256
+    n_heads: int = 4  # query heads n_h; n_heads * head_dim need not equal d_model
+    n_kv_heads: int = 4  # key/value heads n_kv; divides n_heads
+    head_dim: int = shapes.HEAD_DIM
+    d_ff: int | None = None  # None: the multiple of 32 closest to 8 d_model / 3
+    vocab_size: int = shapes.VOCAB_SIZE
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    dtype: str = "bfloat16"  # of the computation
+    param_dtype: str = "float32"  # of parameters, gradients and optimizer moments
+    remat: str = "none"  # what the backward pass computes again: REMAT_POLICIES
+    attention: str | None = None  # implementation by name (gqa_jax.attention); None: the best here
+
+    def __post_init__(self):
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, f"model.{name} = {value!r}: must be an integer of at least 1")
+        if self.d_ff is None:
+            object.__setattr__(self, "d_ff", shapes.ffn_width(self.d_model))
+        _require(self.d_ff >= 1, f"model.d_ff = {self.d_ff}: must be at least 1, or None for 8 d_model / 3")
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = {self.n_kv_heads}: every key/value head "
+            f"serves the same number of query heads; use n_kv_heads from {_divisors(self.n_heads)}",
+        )
+        _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even, RoPE rotates pairs")
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT_POLICIES)):
+            _check_choice(f"model.{name}", getattr(self, name), allowed)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens are trained on, and how they are cut."""
+
+    store: str = "sotu-bytes"  # folder made by `python -m gqa_jax.data.prepare`, or a built-in name
+    block_tokens: int = 131_072  # unit of the shuffle; every context length divides it, so all see the same order
+    epochs: int = 1  # how often the store may be read; more tokens than that is an error before training
+
+    def __post_init__(self):
+        _require(self.block_tokens >= 2, f"data.block_tokens = {self.block_tokens}: must be at least 2")
+        _require(self.epochs >= 1, f"data.epochs = {self.epochs}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; defaults are the paper's (Appendix D)."""
+
+    learning_rate: float = 1e-3  # maximum
+    schedule: str = "wsd"  # warm-up, constant, cosine decay over the last part; or "cosine", "constant"
+    warmup_fraction: float = 0.1  # of the steps, linear from 0
+    decay_fraction: float = 0.2  # of the steps, at the end (wsd)
+    final_lr_fraction: float = 0.1  # of learning_rate, reached at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0  # of the global gradient
+
+    def __post_init__(self):
+        _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "clip_norm", "eps"):
+            _require(getattr(self, name) > 0, f"optimizer.{name} = {getattr(self, name)}: must be above 0")
+        for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optimizer.{name} = {value}: must be a fraction, 0 to 1")
+        if self.schedule == "wsd":
+            total = self.warmup_fraction + self.decay_fraction
+            _require(total <= 1, f"optimizer: warmup_fraction + decay_fraction = {total}: must be at most 1")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} = {getattr(self, name)}: must be in [0, 1)")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}: must be at least 0")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss: always after the last step, on the same tokens whatever the context length is."""
+
+    tokens: int = 1_048_576  # targets; the held-out split must have them
+    every_steps: int = 0  # also during training; 0: only at the end
+
+    def __post_init__(self):
+        _require(self.tokens >= 1, f"evaluation.tokens = {self.tokens}: must be at least 1")
+        _require(self.every_steps >= 0, f"evaluation.every_steps = {self.every_steps}: must be at least 0 (0: at the end)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is saved. Changes nothing in the result."""
+
+    every_steps: int = 1000
+    keep: int = 2  # newest checkpoints kept; a damaged newest one needs the one before it
+
+    def __post_init__(self):
+        _require(self.every_steps >= 1, f"checkpoint.every_steps = {self.every_steps}: must be at least 1")
+        _require(self.keep >= 2, f"checkpoint.keep = {self.keep}: must be at least 2, so that a damaged one loses little")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written beside metrics.jsonl. Changes nothing in the result."""
+
+    every_steps: int = 10
+    tensorboard: bool = False
+    wandb_project: str | None = None  # needs `pip install wandb`; an outage never stops a step
+    progress: bool = True  # bar on a terminal
+
+    def __post_init__(self):
+        _require(self.every_steps >= 1, f"logging.every_steps = {self.every_steps}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run: one cell of a grid."""
+
+    context_length: int = 8192  # T, tokens
+    batch_tokens: int = 524_288  # tokens per optimizer step, whatever T is
+    accumulation_steps: int = 1  # micro-batches per step
+    tokens: int | None = None  # training budget: exactly one of tokens, tokens_per_param, steps
+    tokens_per_param: float | None = None  # of parameters without embeddings
+    steps: int | None = None
+    seed: int = 0
+    label: str = ""  # name of the size, for tables
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self):
+        for name in ("context_length", "batch_tokens", "accumulation_steps"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, f"{name} = {value!r}: must be an integer of at least 1")
+        budget = {name: getattr(self, name) for name in ("tokens", "tokens_per_param", "steps")}
+        given = {name: value for name, value in budget.items() if value is not None}
+        _require(len(given) == 1, f"give exactly one of tokens, tokens_per_param and steps; here: {given or 'none of them'}")
+        (name, value), *_ = given.items()
+        _require(value > 0, f"{name} = {value}: must be above 0")
+        _require(self.seed >= 0, f"seed = {self.seed}: must be at least 0")
+        _require(
+            self.batch_tokens % self.context_length == 0,
+            f"batch_tokens = {self.batch_tokens} is not a multiple of context_length = {self.context_length}: "
+            f"use {_nearest_multiple(self.batch_tokens, self.context_length)}",
+        )
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"accumulation_steps = {self.accumulation_steps} does not divide the {self.batch_size} sequences of a batch "
+            f"(batch_tokens / context_length): use one of {_divisors(self.batch_size)}",
+        )
+        _require(
+            self.data.block_tokens % self.context_length == 0,
+            f"context_length = {self.context_length} does not divide data.block_tokens = {self.data.block_tokens}, the unit "
+            f"of the shuffle that every context length is cut from: use a block of "
+            f"{_nearest_multiple(self.data.block_tokens, self.context_length)}, the same in all runs that are compared",
+        )
+        _require(
+            self.evaluation.tokens % self.context_length == 0,
+            f"evaluation.tokens = {self.evaluation.tokens} is not a multiple of context_length = {self.context_length}: "
+            f"use {_nearest_multiple(self.evaluation.tokens, self.context_length)}",
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.batch_tokens // self.context_length
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps: the budget in tokens, rounded up to whole batches."""
+        if self.steps is not None:
+            return self.steps
+        from gqa_jax import costs
+
+        tokens = self.tokens
+        if tokens is None:
+            tokens = self.tokens_per_param * costs.count_params(self.model, convention="exact").non_embedding
+        return max(1, -(-round(tokens) // self.batch_tokens))
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens that the run trains on, D."""
+        return self.n_steps * self.batch_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dict of every field, JSON-serialisable; `from_dict` inverts it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The checked configuration. Raises ConfigError on an unknown key (naming the closest) or a bad value."""
+        return _from_dict(cls, values, "")
+
+    def identity(self, data_fingerprint: str) -> dict[str, Any]:
+        """The fields that change the mathematics of the result, budget resolved: what names a cell and guards a resume.
+
+        Not in it: where tokens lie (their fingerprint is), kernels, rematerialisation, accumulation, logging, checkpoints.
+        """
+        values = self.to_dict()
+        for name in ("checkpoint", "logging", "accumulation_steps", "label", "tokens", "tokens_per_param"):
+            del values[name]
+        values["steps"] = self.n_steps
+        for name in ("remat", "attention"):
+            del values["model"][name]
+        for name in ("store", "epochs"):
+            del values["data"][name]
+        del values["evaluation"]["every_steps"]
+        values["data"]["fingerprint"] = data_fingerprint
+        return values
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field with its default as a locked ConfigDict; fields that may be None are typed placeholders."""
+    return _config_dict_of(TrainConfig)
+
+
+def hash_identity(identity: Mapping[str, Any], length: int = 10) -> str:
+    """First `length` hexadecimal digits of SHA-256 over the identity's canonical JSON."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines `field: ours, theirs` for every leaf in which two nested dicts differ."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differing_fields(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} here, {b!r} there")
+    return lines
+
+
+def closest(name: str, allowed: typing.Iterable[str]) -> str:
+    """' Did you mean X?' for the closest of `allowed`, or their list when none is close."""
+    allowed = list(allowed)
+    match = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(allowed)}"
+
+
+def _config_dict_of(cls: type) -> ml_collections.ConfigDict:
+    hints = typing.get_type_hints(cls)
+    result = ml_collections.ConfigDict()
+    for spec in dataclasses.fields(cls):
+        hint = hints[spec.name]
+        if dataclasses.is_dataclass(hint):
+            result[spec.name] = _config_dict_of(hint)
+        elif isinstance(hint, types.UnionType):  # X | None
+            result[spec.name] = config_dict.placeholder(typing.get_args(hint)[0])
+        else:
+            result[spec.name] = spec.default
+    return result.lock()
+
+
+def _from_dict(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {spec.name for spec in dataclasses.fields(cls)}
+    arguments = {}
+    for name, value in values.items():
+        _require(name in known, f"unknown configuration key {prefix + name!r}: {closest(name, known)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            _require(isinstance(value, Mapping), f"{prefix}{name} = {value!r}: must be a group of fields")
+            value = _from_dict(hint, value, f"{prefix}{name}.")
+        else:
+            allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if float in allowed and type(value) is int:
+                value = float(value)
+            _require(type(value) in allowed, f"{prefix}{name} = {value!r}: must be {' or '.join(_type_name(t) for t in allowed)}")
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def _type_name(hint: type) -> str:
+    return "None" if hint is types.NoneType else hint.__name__
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name} = {value!r}: {closest(str(value), allowed)}")
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(1, round(value / unit)) * unit
