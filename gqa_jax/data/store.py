@@ -1,0 +1,234 @@
+"""The token store: one flat stream of token ids per split in a folder, from which any context length is cut.
+
+    header.json           what is in it; written last, so a folder without it is unfinished
+    train.bin             ids, little-endian uint16 (uint32 above 65,536 entries), every document followed by the EOS id
+    train.docs.npy        int64 (documents, 2): end of each document in tokens (EOS included), bytes of its text
+    validation.bin, validation.docs.npy     the same for the held-out documents
+    tokenizer.json        the tokenizer, unless its name says everything (bytes, gpt2)
+
+`fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer), not of paths, dates or versions: two
+stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gqa_jax.config import closest
+from gqa_jax.data import corpus
+from gqa_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+FORMAT = "gqa_jax token store"
+VERSION = 1
+SPLITS = ("train", "validation")
+HEADER = "header.json"
+TOKENIZER = "tokenizer.json"
+PARTS = "parts"  # folder of an unfinished store
+LOCK = ".lock"
+_CONTENT = ("format", "version", "dtype", "vocab_size", "eos_id", "splits")  # with tokenizer.sha256: the fingerprint
+
+#: Stores that `open_store` makes on first use from the embedded corpus: name -> tokenizer.
+BUILT_IN = {"sotu-bytes": "bytes", "sotu-gpt2": "gpt2"}
+
+
+class StoreError(ValueError):
+    """A folder that isn't a usable token store. The message names the path, the problem and the fix."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """A finished store; made by `TokenStore.open`. Holds no open file: `tokens` maps one."""
+
+    path: Path
+    header: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, verify: bool = False) -> TokenStore:
+        """The store in folder `path`, its header and sizes checked; `verify` also reads every byte (SHA-256).
+
+        Raises StoreError when it is missing, unfinished, of another format, or doesn't match its header.
+        """
+        if "://" in os.fspath(path):
+            raise StoreError(f"token store {path}: is memory-mapped, so must be on a local disk; copy the folder there first")
+        path = Path(path).expanduser()
+        store = cls(path, _read_header(path))
+        for split in SPLITS:
+            store._check_sizes(split)
+        if (found := fingerprint(store.header)) != store.header["fingerprint"]:
+            raise StoreError(
+                f"{path / HEADER} was changed: its content gives fingerprint {found[:12]}; prepare the store again"
+            )
+        if verify:
+            for split in SPLITS:
+                store._check_content(split)
+        return store
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that stand for the content."""
+        return self.header["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
+        return self.header["vocab_size"]
+
+    @property
+    def eos_id(self) -> int:
+        """The id after every document."""
+        return self.header["eos_id"]
+
+    def tokens(self, split: str) -> np.memmap:
+        """Ids of a split, (tokens,) uint16 or uint32, memory-mapped and read-only."""
+        return np.memmap(self._file(split, "bin"), dtype=np.dtype(self.header["dtype"]).newbyteorder("<"), mode="r")
+
+    def documents(self, split: str) -> np.ndarray:
+        """int64 (documents, 2): exclusive end in the split's tokens, EOS included, and bytes of text."""
+        return np.load(self._file(split, "docs.npy"))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids. Raises StoreError when tokenizer.json isn't the one recorded."""
+        name, sha256 = self.header["tokenizer"]["name"], self.header["tokenizer"]["sha256"]
+        file = self.path / TOKENIZER
+        if file.exists():
+            tokenizer = HuggingFaceTokenizer(file.read_bytes(), name, eos=self.eos_id)
+        else:
+            tokenizer = load_tokenizer(name)
+        if tokenizer.sha256 != sha256:
+            raise StoreError(f"{file} isn't the tokenizer of this store (SHA-256 {tokenizer.sha256[:12]}, not {sha256[:12]})")
+        return tokenizer
+
+    def _file(self, split: str, suffix: str) -> Path:
+        if split not in SPLITS:
+            raise StoreError(f"split {split!r}: a store has {' and '.join(SPLITS)}")
+        return self.path / f"{split}.{suffix}"
+
+    def _check_sizes(self, split: str) -> None:
+        facts, file = self.header["splits"][split], self._file(split, "bin")
+        expected = facts["tokens"] * np.dtype(self.header["dtype"]).itemsize
+        found = file.stat().st_size if file.exists() else None
+        if found != expected:
+            size = "is missing" if found is None else f"has {found} bytes"
+            raise StoreError(f"{file} {size}; its header says {expected} bytes: copy the store again, or prepare it again")
+        try:
+            documents = self.documents(split)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{self._file(split, 'docs.npy')}: unreadable ({error}): copy or prepare the store again"
+            ) from error
+        if documents.shape != (facts["documents"], 2) or documents[-1, 0] != facts["tokens"]:
+            raise StoreError(f"{self._file(split, 'docs.npy')} doesn't match the header: copy or prepare the store again")
+
+    def _check_content(self, split: str) -> None:
+        facts, file = self.header["splits"][split], self._file(split, "bin")
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != facts["sha256"]:
+            raise StoreError(f"{file} is damaged (its SHA-256 isn't the header's): copy or prepare the store again")
+        if hashlib.sha256(self.documents(split).tobytes()).hexdigest() != facts["documents_sha256"]:
+            raise StoreError(f"{self._file(split, 'docs.npy')} is damaged: copy or prepare the store again")
+
+
+def open_store(name_or_path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> TokenStore:
+    """The store in a folder, or a built-in one (`BUILT_IN`), made on first use in about a second.
+
+    Built-in stores are kept in `cache_dir`, else $GQA_JAX_CACHE/stores, else ~/.cache/gqa_jax/stores; a process that asks for
+    one while another makes it waits. Raises StoreError for a name that is neither, or a cache that can't be written.
+    """
+    name = os.fspath(name_or_path)
+    if name not in BUILT_IN:
+        if os.sep not in name and not Path(name).exists():
+            raise StoreError(f"token store {name!r}: no such folder, and no built-in name; {closest(name, BUILT_IN)}")
+        return TokenStore.open(name)
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("GQA_JAX_CACHE") or Path.home() / ".cache" / "gqa_jax") / "stores"
+    # Format and text are in the folder's name, so that an upgrade of either makes a new one.
+    folder = Path(cache_dir).expanduser() / f"{name}-{VERSION}-{corpus.SOTU_SHA256[:8]}"
+    if (folder / HEADER).exists():
+        return TokenStore.open(folder)
+    from gqa_jax.data import prepare  # the writer imports this module; only a first use needs it here
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return prepare.prepare(prepare.Recipe(inputs=("sotu",), tokenizer=BUILT_IN[name]), folder, wait=True)
+    except OSError as error:
+        raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the folder of a store for writing; the system lets go when the process ends in any way."""
+    with (path / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{path} is being prepared by another process: wait for it, or choose another --out") from None
+        yield
+
+
+def os_sentence(error: OSError, path: Path) -> str:
+    """What an error of the operating system means for who writes to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left for {error.filename or path}: free some, or choose another disk"
+    return f"{error.filename or path}: {error.strerror or error}"
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Name of the smallest type of the store that holds every id below `vocab_size`."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def fingerprint(header: Mapping[str, Any]) -> str:
+    """SHA-256 over the fields of a header that say what the content is, as canonical JSON."""
+    content = {name: header[name] for name in _CONTENT} | {"tokenizer": header["tokenizer"]["sha256"]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Finish a store: header.json, atomically and after the data has reached the disk. Adds format, version, fingerprint."""
+    header = {"format": FORMAT, "version": VERSION, **header}
+    header["fingerprint"] = fingerprint(header)
+    temporary = path / f".{HEADER}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(header, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path / HEADER)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    file = path / HEADER
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if (path / PARTS).is_dir():
+            raise StoreError(f"token store {path} is unfinished: run the prepare command that began it again") from None
+        state = "this folder has no header.json" if path.is_dir() else "no such folder"
+        raise StoreError(
+            f"token store {path}: {state}; make one with python -m gqa_jax.data.prepare --out {path} ..."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file} can't be read ({error}): copy the store again, or prepare it again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise StoreError(f"{file} is no header of a token store (format {FORMAT!r})")
+    if header.get("version") != VERSION:
+        raise StoreError(f"{file} has format version {header.get('version')}; this program reads {VERSION}: prepare it again")
+    try:
+        for split in SPLITS:
+            _ = [header["splits"][split][key] for key in ("tokens", "documents", "bytes", "sha256", "documents_sha256")]
+        _ = fingerprint(header), header["fingerprint"], header["tokenizer"]["name"], np.dtype(header["dtype"])
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{file} lacks or garbles {error}: prepare the store again") from error
+    return header

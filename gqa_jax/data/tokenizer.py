@@ -1,0 +1,307 @@
+"""Tokenizers: bytes, GPT-2's BPE, Hugging Face files and hub names, and a BPE trained on the spot.
+
+All of them encode text as ordinary text: `<|endoftext|>` written inside a document is characters, never the end of one, and
+nothing is added around a document (the store writes the end-of-document id itself).
+
+GPT-2's merges are embedded (`gpt2_merges.txt.xz`): OpenAI's `vocab.bpe` unchanged, from https://github.com/openai/gpt-2, MIT
+licence, Copyright (c) 2019 OpenAI. Vocabulary ids follow from them: 256 byte symbols in GPT-2's order, then one id a merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from gqa_jax.data.corpus import read_embedded
+
+if TYPE_CHECKING:
+    import tokenizers
+
+GPT2_FILE = "gpt2_merges.txt.xz"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of the merges; the one tiktoken checks
+BYTES_SHA256 = hashlib.sha256(b"gqa_jax bytes: ids 0 to 255 are bytes of UTF-8, 256 ends a document").hexdigest()
+
+END_OF_TEXT = "<|endoftext|>"
+#: Special tokens that end a document in published tokenizers; `--eos` names any other.
+COMMON_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|endofdoc|>")
+
+# GPT-2's pre-tokenizer, `tiktoken_ext.openai_public.r50k_pat_str`.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces of about this size, in several threads
+MAX_WORD_CHARS = 1_000_000  # text without a safe place to cut is cut after this many characters
+TASK_CHARS = 1 << 16  # short documents share a task of a thread
+
+# No match of the pre-tokenizer goes on from a non-space into a space, and none looks back: text cut before white space that
+# follows a non-space has the same ids. (Python's \s includes the regex engine's, so its \S is the stricter one.)
+_SAFE_CUT = re.compile(r"(?<=\S)[ \t\r\n]")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that can't be made. The message says what was asked for and what is possible."""
+
+
+class Tokenizer(Protocol):
+    """What the store needs of a tokenizer."""
+
+    name: str  # as recorded in the store
+    vocab_size: int  # ids are 0 ... vocab_size - 1
+    eos_id: int  # written after every document
+    sha256: str  # two tokenizers with the same digest and eos_id give the same ids
+    json: bytes | None  # content of `tokenizer.json` for the store; None when the name says everything
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, 1-D unsigned integer arrays; several threads where that helps."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids; the end of a document is written as its special token."""
+
+
+class ByteTokenizer:
+    """Bytes of UTF-8 as ids 0 to 255, and 256 for the end of a document."""
+
+    name = "bytes"
+    vocab_size = 257
+    eos_id = 256
+    sha256 = BYTES_SHA256
+    json = None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids)
+        documents = np.split(ids, np.flatnonzero(ids == self.eos_id))
+        texts = [part[part != self.eos_id].astype(np.uint8).tobytes().decode("utf-8", "replace") for part in documents]
+        return END_OF_TEXT.join(texts)
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE by tiktoken, from the embedded merges: 50,257 ids, 50256 ends a document."""
+
+    name = "gpt2"
+    vocab_size = 50_257
+    eos_id = 50_256
+    sha256 = GPT2_SHA256
+    json = None
+
+    def __init__(self, threads: int | None = None):
+        import tiktoken
+
+        self.encoding = tiktoken.Encoding(
+            name="gpt2",
+            pat_str=_GPT2_PATTERN,
+            mergeable_ranks=_gpt2_ranks(),
+            special_tokens={END_OF_TEXT: self.eos_id},
+            explicit_n_vocab=self.vocab_size,
+        )
+        self._threads = threads or available_cpus()
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gpt2")  # tiktoken releases the GIL
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        pieces = [list(_pieces(text)) for text in texts]
+        flat = [piece for document in pieces for piece in document]
+        encoded = [ids for task in self._pool.map(self._encode, _grouped(flat)) for ids in task]
+        if len(flat) == len(texts):
+            return encoded
+        ends = np.cumsum([len(document) for document in pieces])
+        return [np.concatenate(encoded[end - len(document) : end]) for document, end in zip(pieces, ends, strict=True)]
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # Straight from tiktoken's buffer to numpy: no Python list of ids. No special token is disallowed: all are text.
+        return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.encoding.decode(np.asarray(ids).tolist())
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer in the format of Hugging Face `tokenizers` (`tokenizer.json`), with its end-of-document token."""
+
+    def __init__(self, content: bytes, name: str, eos: str | int | None = None):
+        """`eos` is the token's text or id; None takes the only special token that is among `COMMON_EOS`.
+
+        Raises TokenizerError when the content is no tokenizer, or the end of a document can't be told.
+        """
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the binding raises bare Exception and ValueError
+            raise TokenizerError(f"tokenizer {name} is no Hugging Face tokenizer.json ({error})") from error
+        # A file may carry the settings of its last use; padding or a cut at 512 tokens would be silent damage.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # special tokens in a text are characters
+        self.name = name
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
+        self.eos_id = _find_eos(self._tokenizer, name, eos)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.json = content
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # threads in Rust
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+
+def load_tokenizer(spec: str, eos: str | None = None, threads: int | None = None) -> Tokenizer:
+    """The tokenizer that `spec` names.
+
+    Args:
+      spec: `bytes`, `gpt2`, `hub:NAME` or `hub:NAME@REVISION`, or the path of a Hugging Face `tokenizer.json` (or of a folder
+        that holds one). `bpe:N` needs text: see `train_bpe`.
+      eos: end-of-document token of a Hugging Face tokenizer; None finds it.
+      threads: of GPT-2's tokenizer; None: every CPU. (Hugging Face's reads RAYON_NUM_THREADS.)
+    Raises:
+      TokenizerError: unknown name, unreadable file, no connection to the hub, unknown end of document.
+    """
+    if spec in ("bytes", "gpt2"):
+        tokenizer = ByteTokenizer() if spec == "bytes" else GPT2Tokenizer(threads)
+        if eos is not None:
+            raise TokenizerError(f"--eos {eos!r}: tokenizer {spec} ends documents with id {tokenizer.eos_id}; leave --eos out")
+        return tokenizer
+    if spec.startswith("hub:"):
+        return HuggingFaceTokenizer(_download(spec.removeprefix("hub:")), spec, eos)
+    if spec.startswith("bpe:"):
+        raise TokenizerError(f"tokenizer {spec} is trained on the input of gqa_jax.data.prepare; it has no file to load")
+    path = Path(spec).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise TokenizerError(
+            f"tokenizer {spec!r}: no file {path}, and no name of a tokenizer; use bytes, gpt2, bpe:N, hub:NAME "
+            "or the path of a Hugging Face tokenizer.json"
+        ) from None
+    except OSError as error:
+        raise TokenizerError(f"tokenizer {path} can't be read: {error.strerror}") from error
+    return HuggingFaceTokenizer(content, path.name, eos)
+
+
+def bpe_size(spec: str) -> int | None:
+    """N of `bpe:N`; None for another spec. Raises TokenizerError when N is no number above 256."""
+    if not spec.startswith("bpe:"):
+        return None
+    number = spec.removeprefix("bpe:").replace("_", "")
+    if not number.isdecimal() or int(number) < 257:
+        raise TokenizerError(f"tokenizer {spec!r}: N of bpe:N must be at least 257: 256 bytes and the end of a document")
+    return int(number)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """A byte-level BPE of `vocab_size` entries (256 bytes, merges, END_OF_TEXT) with GPT-2's pre-tokenizer.
+
+    Raises TokenizerError when the texts are too few for that many merges.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
+        raise TokenizerError(f"tokenizer bpe:{vocab_size}: the text yields only {size} entries; use bpe:{size}")
+    return HuggingFaceTokenizer(tokenizer.to_str().encode("utf-8"), f"bpe:{vocab_size}", END_OF_TEXT)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's vocabulary without its special token: bytes of each entry -> id, which is also the rank of its merge."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    # The merges are written in characters that can be seen: other bytes stand as the characters from U+0100 on.
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    _version, *merges = read_embedded(GPT2_FILE, GPT2_SHA256).decode("utf-8").splitlines()
+    for merge in merges:
+        ranks[bytes(byte_of[character] for character in merge.replace(" ", ""))] = len(ranks)
+    return ranks
+
+
+def _pieces(text: str, piece: int = PIECE_CHARS, longest: int = MAX_WORD_CHARS) -> Iterator[str]:
+    """`text` in pieces of about `piece` characters that have, joined, the ids of the whole.
+
+    Only a word of more than `longest` characters (nothing to cut at) is cut inside: there tiktoken, like any BPE, takes time
+    and memory that grow faster than the word, and one or two ids at the cut differ.
+    """
+    start = 0
+    while len(text) - start > piece:
+        limit = min(start + longest, len(text))
+        if cut := _SAFE_CUT.search(text, start + piece, limit):
+            end = cut.start()
+        else:
+            earlier = [cut.start() for cut in _SAFE_CUT.finditer(text, start + 1, min(start + piece, limit))]
+            end = earlier[-1] if earlier and limit < len(text) else limit
+        yield text[start:end]
+        start = end
+    if start < len(text) or not text:
+        yield text[start:]
+
+
+def _grouped(texts: Sequence[str], size: int = TASK_CHARS) -> Iterator[Sequence[str]]:
+    """Consecutive slices of `texts` of about `size` characters, or one longer text."""
+    start = total = 0
+    for i, text in enumerate(texts):
+        total += len(text)
+        if total >= size:
+            yield texts[start : i + 1]
+            start, total = i + 1, 0
+    if start < len(texts):
+        yield texts[start:]
+
+
+def _find_eos(tokenizer: tokenizers.Tokenizer, name: str, eos: str | int | None) -> int:
+    if isinstance(eos, int):
+        return eos
+    if eos is not None:
+        if (eos_id := tokenizer.token_to_id(eos)) is None:
+            raise TokenizerError(f"--eos {eos!r} is no entry of tokenizer {name}; its special tokens: {_special(tokenizer)}")
+        return eos_id
+    special = _special(tokenizer)
+    found = [token for token in COMMON_EOS if token in special]
+    if len(found) != 1:
+        problem = f"has several ends of a document, {found}" if found else "has no known end of a document"
+        raise TokenizerError(f"tokenizer {name} {problem}: choose with --eos TOKEN; its special tokens: {special or 'none'}")
+    return tokenizer.token_to_id(found[0])
+
+
+def _special(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+
+
+def _download(name: str) -> bytes:
+    """`tokenizer.json` of a repository of the Hugging Face hub, through its local cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, "tokenizer.json", revision=revision or None)).read_bytes()
+    except errors.LocalEntryNotFoundError as error:
+        reason = "the hub can't be reached and the local cache has no copy: connect, or pass the path of a tokenizer.json"
+        raise TokenizerError(f"tokenizer hub:{name}: {reason} ({error})") from error
+    except errors.EntryNotFoundError as error:
+        raise TokenizerError(f"tokenizer hub:{name}: the repository has no tokenizer.json") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise TokenizerError(f"tokenizer hub:{name}: {str(error).strip()}") from error

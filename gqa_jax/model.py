@@ -1,0 +1,144 @@
+"""Decoder-only Transformer with grouped-query attention, as the paper trains it (arXiv 2503.09579v2, Section 5.1).
+
+Pre-norm blocks, RMSNorm, SwiGLU, RoPE, no biases, tied embeddings, query heads decoupled from the hidden size.
+
+Axes, here and everywhere: B batch, T query position, S key position, D hidden (d), F feed-forward, L layers, V vocabulary,
+N query heads (n_h), K key/value heads (n_kv), G = N / K group, H head size (d_h).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqa_jax import attention
+from gqa_jax.config import ModelConfig
+
+INIT_STD = 0.02  # of every matrix; those that write to the residual stream are divided by sqrt(2 L), as in GPT-2
+
+
+class Block(nnx.Module):
+    """One layer: attention, then feed-forward, each behind an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, f, h = config.d_model, config.d_ff, config.head_dim
+        n, k = config.n_heads, config.n_kv_heads
+        dtype = jnp.dtype(config.param_dtype)
+        inward = nnx.initializers.normal(INIT_STD, dtype)
+        outward = nnx.initializers.normal(INIT_STD / (2 * config.n_layers) ** 0.5, dtype)
+        self.config = config
+        self.attention_norm = nnx.Param(jnp.ones(d, dtype))
+        self.query = nnx.Param(inward(rngs.params(), (d, n, h)))
+        self.key = nnx.Param(inward(rngs.params(), (d, k, h)))
+        self.value = nnx.Param(inward(rngs.params(), (d, k, h)))
+        self.output = nnx.Param(outward(rngs.params(), (n, h, d)))
+        self.ffn_norm = nnx.Param(jnp.ones(d, dtype))
+        self.gate = nnx.Param(inward(rngs.params(), (d, f)))
+        self.up = nnx.Param(inward(rngs.params(), (d, f)))
+        self.down = nnx.Param(outward(rngs.params(), (f, d)))
+
+    def __call__(self, x_BxTxD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BxTxD = x_BxTxD + self._attention(rms_norm(x_BxTxD, self.attention_norm[...], self.config.norm_eps), rotation)
+        return x_BxTxD + self._ffn(rms_norm(x_BxTxD, self.ffn_norm[...], self.config.norm_eps))
+
+    @jax.named_scope("attention")
+    def _attention(self, x_BxTxD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, self.query[...].astype(x_BxTxD.dtype))
+        k_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.key[...].astype(x_BxTxD.dtype))
+        v_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.value[...].astype(x_BxTxD.dtype))
+        out_BxTxNxH = attention.attention(
+            rotate(q_BxTxNxH, *rotation), rotate(k_BxTxKxH, *rotation), v_BxTxKxH, implementation=self.config.attention
+        )
+        return jnp.einsum("btnh,nhd->btd", out_BxTxNxH, self.output[...].astype(x_BxTxD.dtype))
+
+    @jax.named_scope("ffn")
+    def _ffn(self, x_BxTxD: jax.Array) -> jax.Array:
+        gate_BxTxF = x_BxTxD @ self.gate[...].astype(x_BxTxD.dtype)
+        up_BxTxF = x_BxTxD @ self.up[...].astype(x_BxTxD.dtype)
+        return (jax.nn.silu(gate_BxTxF) * up_BxTxF) @ self.down[...].astype(x_BxTxD.dtype)
+
+
+class Transformer(nnx.Module):
+    """Token ids to next-token logits. `layers` is one Block whose parameters carry a leading axis L, run by a scan."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        attention.resolve(config.attention)  # an unknown name fails here, not under a trace
+        self.config = config
+        self.embedding = nnx.Param(
+            nnx.initializers.normal(INIT_STD, jnp.dtype(config.param_dtype))(rngs.params(), (config.vocab_size, config.d_model))
+        )
+        self.layers = _stack(config, jax.random.split(rngs.params(), config.n_layers))
+        self.final_norm = nnx.Param(jnp.ones(config.d_model, jnp.dtype(config.param_dtype)))
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Logits (B, T, V), float32, of the token after each position; tokens are integers below V."""
+        x_BxTxD = self.hidden(tokens_BxT)
+        return jnp.einsum(
+            "btd,vd->btv", x_BxTxD, self.embedding[...].astype(x_BxTxD.dtype), preferred_element_type=jnp.promote_types(x_BxTxD.dtype, jnp.float32)
+        )
+
+    def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Output of the final norm (B, T, D) in the compute dtype: what the tied embedding turns into logits."""
+        config = self.config
+        with jax.named_scope("embedding"):
+            x_BxTxD = self.embedding[...][tokens_BxT].astype(jnp.dtype(config.dtype))
+        rotation = rope_rotation(tokens_BxT.shape[1], config.head_dim, config.rope_theta)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(x_BxTxD, layer):
+            return nnx.merge(graphdef, layer)(x_BxTxD, rotation), None
+
+        x_BxTxD, _ = jax.lax.scan(_remat(body, config.remat), x_BxTxD, stacked)
+        return rms_norm(x_BxTxD, self.final_norm[...], config.norm_eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis; statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normal * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def rope_rotation(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine (1, T, 1, H/2), float32, of position t times theta^(-2i/H) (RoFormer, arXiv 2104.09864, Eq. 15)."""
+    frequency_F = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle_TxF = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequency_F)
+    return jnp.cos(angle_TxF)[None, :, None, :], jnp.sin(angle_TxF)[None, :, None, :]
+
+
+def rotate(x_BxTxNxH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates dims i and i + H/2 of every head (the half-split convention of Llama checkpoints); float32 inside."""
+    first, second = jnp.split(x_BxTxNxH.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxTxNxH.dtype)
+
+
+def _stack(config: ModelConfig, keys: jax.Array) -> Block:
+    """One Block whose every parameter has a leading axis of len(keys), each slice initialised from its own key."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(params=key))))(keys))
+
+
+def _remat(body, policy: str):
+    """`body` with the backward pass computing again what `policy` says (config.REMAT_POLICIES)."""
+    match policy:
+        case "none":
+            return body
+        case "full":
+            return jax.checkpoint(body, prevent_cse=False)
+        case "dots":  # keep the results of weight matmuls, compute attention and elementwise again
+            return jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise ValueError(f"unknown remat policy {policy!r}")
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+    """Fresh parameters as a nested dict of arrays; a pure function of (config, key)."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
+
+
+def with_params(config: ModelConfig, params: dict) -> Transformer:
+    """The model that holds `params`, a nested dict as `init_params` returns; allocates nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)

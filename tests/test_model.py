@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gqa_jax import costs, loss, model, shapes
+from gqa_jax.config import ModelConfig
+
+from tests import llama_numpy
+
+TINY = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": 64, "dtype": "float32"}
+
+
+def tiny(**changes):
+    return ModelConfig(**TINY | changes)
+
+
+def setup(config, batch=2, length=9):
+    params = model.init_params(config, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch, length + 1)).astype(np.int32)
+    return params, tokens[:, :-1], tokens[:, 1:]
+
+
+def mean_loss(config, params, tokens, targets):
+    return loss.mean_loss(model.with_params(config, params).hidden(tokens), params["embedding"], targets)
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 4), (4, 2), (4, 1), (6, 3), (1, 1)])
+def test_equals_independent_float64_implementation(n_heads, n_kv):
+    """Also for n_heads * head_dim != d_model. Scales are perturbed, so that a norm that ignores them is seen."""
+    config = tiny(n_heads=n_heads, n_kv_heads=n_kv)
+    params, tokens, _ = setup(config)
+    params = jax.tree.map(lambda x: x * (1 + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)) * 4, params)
+    expected = llama_numpy.logits(jax.tree.map(lambda x: np.asarray(x, np.float64), params), tokens, config)
+    np.testing.assert_allclose(model.with_params(config, params)(tokens), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_no_gradient_of_the_loss_at_t_to_later_inputs():
+    config = tiny()
+    params, tokens, _ = setup(config)
+    inputs = params["embedding"][tokens]
+
+    def logit_sum_at_4(inputs):
+        # One-hot tokens of a bigger "vocabulary": the embedding rows are the inputs themselves.
+        flat = inputs.reshape(-1, config.d_model)
+        wide = tiny(vocab_size=flat.shape[0])
+        positions = jnp.arange(flat.shape[0]).reshape(tokens.shape)
+        return (model.with_params(wide, params | {"embedding": flat}).hidden(positions)[:, 4] ** 2).sum()
+
+    gradient = np.asarray(jax.grad(logit_sum_at_4)(inputs))
+    assert np.all(gradient[:, 5:] == 0)
+    assert np.all(np.abs(gradient[:, :5]).max(-1) > 0)
+
+
+def test_scan_over_layers_equals_a_loop():
+    config = tiny(n_layers=3)
+    params, tokens, _ = setup(config)
+    transformer = model.with_params(config, params)
+    x = params["embedding"][tokens]
+    rotation = model.rope_rotation(tokens.shape[1], config.head_dim, config.rope_theta)
+    for i in range(config.n_layers):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], params["layers"])
+        block = model.with_params(tiny(n_layers=1), params | {"layers": one}).layers
+        for name in one:
+            getattr(block, name)[...] = one[name][0]
+        x = block(x, rotation)
+    x = model.rms_norm(x, params["final_norm"], config.norm_eps)
+    np.testing.assert_allclose(transformer.hidden(tokens), x, rtol=1e-5, atol=1e-5)
+
+
+def test_remat_changes_the_program_and_not_the_gradient():
+    results, programs = {}, {}
+    for policy in ("none", "full", "dots"):
+        config = tiny(remat=policy, dtype="float32")
+        params, tokens, targets = setup(config, length=16)
+        gradient = jax.jit(jax.grad(lambda p, c=config, x=tokens, y=targets: mean_loss(c, p, x, y)))
+        results[policy] = gradient(params)
+        programs[policy] = str(jax.make_jaxpr(gradient)(params)).count("dot_general")
+    for policy in ("full", "dots"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), results["none"], results[policy])
+    assert programs["none"] < programs["dots"] < programs["full"], f"matmuls in the gradient: {programs}"
+
+
+def test_rope_depends_on_relative_position_only():
+    q, k = (np.random.default_rng(i).normal(size=8).astype(np.float32) for i in range(2))
+    cos, sin = model.rope_rotation(40, 8, 500_000.0)
+
+    def product(i, j):
+        at = lambda x, t: model.rotate(jnp.asarray(x).reshape(1, 1, 1, 8), cos[:, t : t + 1], sin[:, t : t + 1])
+        return float((at(q, i) * at(k, j)).sum())
+
+    assert product(5, 2) == pytest.approx(product(35, 32), rel=1e-4)
+    assert abs(product(5, 2) - product(5, 4)) > 1e-3
+
+
+@pytest.mark.parametrize("name", list(shapes.SIZES))
+def test_parameters_are_what_the_cost_model_counts(name):
+    size = shapes.SIZES[name]
+    for n_heads, n_kv in [(size.d_model // 64, size.d_model // 64), (8, 1)]:
+        config = ModelConfig(n_layers=size.n_layers, d_model=size.d_model, n_heads=n_heads, n_kv_heads=n_kv)
+        params = jax.eval_shape(lambda c=config: model.init_params(c, jax.random.key(0)))
+        count = costs.count_params(config, convention="exact")
+        assert sum(x.size for x in jax.tree.leaves(params)) == count.total
+        assert params["embedding"].size == count.embedding
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+    config = tiny(dtype="bfloat16")
+    params, tokens, targets = setup(config)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert model.with_params(config, params).hidden(tokens).dtype == jnp.bfloat16
+    assert model.with_params(config, params)(tokens).dtype == jnp.float32
+    exact = mean_loss(tiny(), params, tokens, targets)
+    assert float(mean_loss(config, params, tokens, targets)) == pytest.approx(float(exact), rel=1e-2)
+
+
+def test_initialisation_is_a_function_of_the_key_and_layers_differ():
+    one, again, other = (model.init_params(tiny(), jax.random.key(seed)) for seed in (0, 0, 1))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, again))
+    assert not np.array_equal(one["embedding"], other["embedding"])
+    assert not np.array_equal(one["layers"]["query"][0], one["layers"]["query"][1])
+    assert float(one["layers"]["up"].std()) == pytest.approx(model.INIT_STD, rel=0.1)
+    assert float(one["layers"]["down"].std()) == pytest.approx(model.INIT_STD / 2, rel=0.1)  # sqrt(2 L) = 2

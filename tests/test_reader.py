@@ -1,0 +1,201 @@
+"""Batches are a function of (seed, step): the same tokens and targets at every context length and number of hosts."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gqa_jax.data.prepare import Recipe, prepare
+from gqa_jax.data.reader import Batches, EvalBatches, ReaderError, _block_order, read
+
+BLOCK = 64
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Byte store with documents of very different lengths; train 5,000 to 6,000 tokens, validation about 500."""
+    folder = tmp_path_factory.mktemp("store")
+    random = np.random.Generator(np.random.Philox(0))
+    texts = ["".join(map(chr, random.integers(32, 400, size))) for size in random.integers(1, 100, 100)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return prepare(Recipe((str(folder / "a.jsonl"),), tokenizer="bytes", holdout_every=10), folder / "store")
+
+
+def batches(store, context_length=16, batch_tokens=128, **settings):
+    settings = {"block_tokens": BLOCK, "seed": 3, "epochs": 3} | settings
+    return Batches(store, context_length=context_length, batch_size=batch_tokens // context_length, **settings)
+
+
+def stream(reader, steps, name):
+    return np.concatenate([reader(step)[name].ravel() for step in steps])
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 4, 8, 32, 64])
+def test_streams_are_the_same_at_every_context_length(store, context_length):
+    reference, other = batches(store), batches(store, context_length)
+    assert reference.n_steps == other.n_steps > 2 * reference.targets_per_epoch // 128
+    for name in ("tokens", "targets"):
+        steps = range(reference.n_steps)
+        np.testing.assert_array_equal(stream(other, steps, name), stream(reference, steps, name))
+
+
+def test_windows_by_definition(store):
+    """Against the definition, written as loops."""
+    reader, tokens = batches(store, 16), store.tokens("train")
+    expected_tokens, expected_targets = [], []
+    for epoch in range(3):
+        for block in _block_order(reader.n_blocks, 3, epoch):
+            for start in range(block * BLOCK, (block + 1) * BLOCK, 16):
+                expected_tokens.append(tokens[start : start + 16])
+                expected_targets.append(tokens[start + 1 : start + 17])
+    for step in range(reader.n_steps):
+        batch, rows = reader(step), slice(step * 8, step * 8 + 8)
+        np.testing.assert_array_equal(batch["tokens"], expected_tokens[rows])
+        np.testing.assert_array_equal(batch["targets"], expected_targets[rows])
+        assert batch["tokens"].dtype == batch["targets"].dtype == np.int32
+        assert batch["tokens"].shape == (8, 16)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_read_the_rows_of_one_batch(store, hosts):
+    whole = batches(store)
+    parts = [batches(store, host=(i, hosts)) for i in range(hosts)]
+    for step in range(whole.n_steps):
+        for name in ("tokens", "targets"):
+            rows = [part(step)[name] for part in parts]
+            assert {len(row) for row in rows} == {8 // hosts}
+            np.testing.assert_array_equal(np.concatenate(rows), whole(step)[name])
+
+
+def test_every_target_once_an_epoch_and_every_epoch_in_another_order(store):
+    reader = batches(store, 1, batch_tokens=BLOCK)
+    n = reader.n_blocks
+    epochs = [stream(reader, range(epoch * n, (epoch + 1) * n), "targets").reshape(n, BLOCK) for epoch in range(3)]
+    blocks = np.asarray(store.tokens("train")[1 : n * BLOCK + 1]).reshape(n, BLOCK)
+    for targets in epochs:
+        np.testing.assert_array_equal(np.unique(targets, axis=0), np.unique(blocks, axis=0))
+    assert not any((epochs[i] == epochs[j]).all() for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert not (stream(batches(store, seed=4), [0], "tokens") == stream(batches(store), [0], "tokens")).all()
+
+
+def test_order_of_blocks_is_golden():
+    """A change means that everybody's runs read other tokens: a new seed would be needed to tell them apart."""
+    assert _block_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert _block_order(8, 1, 2).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
+    np.testing.assert_array_equal(np.sort(_block_order(1000, 5, 7)), np.arange(1000))
+
+
+@pytest.mark.parametrize("start", [0, 1, 17, 40, 119])
+def test_reading_ahead_and_resuming_at_any_step(store, start):
+    reader = batches(store)
+    found = list(read(reader, start, 120))
+    assert len(found) == 120 - start
+    for step, batch in enumerate(found, start):
+        for name, expected in reader(step).items():
+            np.testing.assert_array_equal(batch[name], expected)
+
+
+def test_a_program_that_stops_reading_early_ends(store):
+    code = (
+        "import sys; from gqa_jax.data import reader, store\n"
+        "b = reader.Batches(store.TokenStore.open(sys.argv[1]), context_length=8, batch_size=4, block_tokens=64, seed=0)\n"
+        "print(next(iter(reader.read(b, 0, b.n_steps)))['tokens'].shape)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, store.path], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "(4, 8)\n"), done.stderr
+
+
+def test_importing_the_reader_imports_no_jax():
+    code = "import sys, gqa_jax.data.reader, gqa_jax.data.prepare; sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_budget(store):
+    reader = batches(store, epochs=1)
+    reader.check_budget(reader.n_steps)
+    assert reader.n_steps == reader.targets_per_epoch // 128
+    available = f"{reader.targets_per_epoch:,}"
+    with pytest.raises(ReaderError, match=rf"need .*; the train split of .* has {available} .* allow data.epochs = 2"):
+        reader.check_budget(reader.n_steps + 1)
+    steps = 5 * reader.n_steps
+    with pytest.raises(ReaderError, match=r"allow data.epochs = 5"):
+        reader.check_budget(steps)
+    batches(store, epochs=5).check_budget(steps)
+    with pytest.raises(ReaderError, match=r"allow data\.epochs"):
+        reader(reader.n_steps)
+    with pytest.raises(ReaderError, match="step -1: must be at least 0"):
+        reader(-1)
+
+
+def test_sizes_that_do_not_fit(store):
+    with pytest.raises(ReaderError, match=r"block_tokens = 64 is not a multiple of context_length = 24: use 72"):
+        batches(store, 24)
+    fitting = (len(store.tokens("train")) - 1) // 16 * 16
+    with pytest.raises(ReaderError, match=rf"less than one block .* use data.block_tokens <= {fitting}$"):
+        batches(store, block_tokens=1 << 20)
+    assert batches(store, block_tokens=fitting).n_blocks == 1
+    n = len(store.tokens("train"))  # a block of them all lacks its last target
+    with pytest.raises(ReaderError, match=rf"use data.block_tokens <= {n - 1}$"):
+        batches(store, 1, block_tokens=n)
+    with pytest.raises(ReaderError, match="use a shorter context_length or prepare more text"):
+        batches(store, 1 << 20, batch_tokens=1 << 20, block_tokens=1 << 20)
+    with pytest.raises(ReaderError, match="8 sequences can't be split over 3 hosts"):
+        batches(store, host=(0, 3))
+    with pytest.raises(ReaderError, match="host 2 of 2: the index must be from 0 to 1"):
+        batches(store, host=(2, 2))
+
+
+@pytest.mark.parametrize("context_length", [1, 4, 32])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_covers_the_same_targets_at_every_context_length(store, context_length, hosts):
+    size = {"tokens": 320, "context_length": context_length, "batch_size": 6}
+    readers = [EvalBatches(store, **size, host=(i, hosts)) for i in range(hosts)]
+    tokens, targets, masks = [], [], []
+    for parts in zip(*readers, strict=True):
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "targets", "mask")}
+        assert all(array.shape == (6, context_length) for array in batch.values())
+        tokens.append(batch["tokens"][batch["mask"]])
+        targets.append(batch["targets"][batch["mask"]])
+        masks.append(batch["mask"])
+    stored = store.tokens("validation")
+    np.testing.assert_array_equal(np.concatenate(tokens), stored[:320])
+    np.testing.assert_array_equal(np.concatenate(targets), stored[1:321])
+    windows = 320 // context_length
+    assert len(readers[0]) == len(masks) == -(-windows // 6)
+    assert (~masks[-1].all(axis=1)).sum() == -windows % 6  # rows that only fill up
+    assert all(mask.all() for mask in masks[:-1])
+
+
+def test_documents_and_bytes_of_evaluation(store):
+    stored, documents = np.asarray(store.tokens("validation")), store.documents("validation")
+    ends = documents[:, 0]
+    for tokens in (1, 100, ends[0] - 1, ends[0], ends[2] - 1, len(stored) - 1):
+        reader = EvalBatches(store, tokens=int(tokens), context_length=1, batch_size=8)
+        is_eos = stored == store.eos_id
+        np.testing.assert_array_equal(reader.document_ids, (np.cumsum(is_eos) - is_eos)[1 : tokens + 1])
+        text = int((~is_eos[1 : tokens + 1]).sum())  # of a byte store: an id is a byte, but for the ends of documents
+        assert abs(reader.bytes_of_text - text) <= 1  # prorating counts a cut document's end with its text
+    whole = EvalBatches(store, tokens=len(stored) - 1, context_length=1, batch_size=8)
+    first = documents[0, 1] / ends[0]  # the very first token is no target
+    assert whole.bytes_of_text == pytest.approx(documents[:, 1].sum() - first)
+
+
+def test_evaluation_that_does_not_fit(store):
+    available = len(store.tokens("validation"))
+    fitting = (available - 1) // 32 * 32
+    EvalBatches(store, tokens=fitting, context_length=32, batch_size=1)
+    with pytest.raises(
+        ReaderError, match=rf"held-out tokens; the validation split .* has {available}: use evaluation.tokens <= {fitting}"
+    ):
+        EvalBatches(store, tokens=1024, context_length=32, batch_size=1)
+    with pytest.raises(ReaderError, match="use a shorter context_length, or prepare the store with a smaller --holdout_every"):
+        EvalBatches(store, tokens=1024, context_length=1024, batch_size=1)
+    with pytest.raises(ReaderError, match=r"evaluation.tokens = 100 is not a multiple of context_length = 32: use 96"):
+        EvalBatches(store, tokens=100, context_length=32, batch_size=1)
+    with pytest.raises(ReaderError, match="3 sequences can't be split over 2 hosts"):
+        EvalBatches(store, tokens=64, context_length=32, batch_size=3, host=(0, 2))
+    reader = EvalBatches(store, tokens=64, context_length=32, batch_size=1)
+    with pytest.raises(IndexError):
+        reader[2]

@@ -1,0 +1,153 @@
+"""The store: what `open` accepts, and a sentence for everything that isn't a store."""
+
+import json
+import multiprocessing
+import shutil
+
+import numpy as np
+import pytest
+
+from gqa_jax.data import store as token_store
+from gqa_jax.data.documents import Format
+from gqa_jax.data.prepare import Recipe, prepare
+from gqa_jax.data.store import StoreError, TokenStore, open_store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i} ü"}) + "\n" for i in range(10)))
+    return prepare(Recipe(inputs=(str(folder / "a.jsonl"),), tokenizer="bytes", holdout_every=5), folder / "store")
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return shutil.copytree(made.path, tmp_path / "store")
+
+
+def test_content(made):
+    train, validation = made.tokens("train"), made.tokens("validation")
+    assert train.dtype == np.dtype("<u2")
+    assert not train.flags.writeable
+    texts = made.tokenizer().decode(train).split("<|endoftext|>")
+    assert texts == [f"document {i} ü" for i in (0, 1, 3, 4, 5, 6, 8, 9)] + [""]
+    assert made.tokenizer().decode(validation) == "document 2 ü<|endoftext|>document 7 ü<|endoftext|>"
+    np.testing.assert_array_equal(made.documents("validation"), [[14, 13], [28, 13]])
+    assert made.header["splits"]["train"]["tokens"] == len(train) == 8 * 14
+    assert (made.vocab_size, made.eos_id) == (257, 256)
+    assert not (made.path / "parts").exists()
+
+
+def test_fingerprint_is_of_the_content(made, tmp_path):
+    """A golden value: a change means that stores, cells' names and documented losses of others no longer match."""
+    assert made.fingerprint == "54c73f88db0a3019a88c1bcaa1015ebe76a30025acde84651ed4d593af8bcb8d"
+    (tmp_path / "b.txt").write_text("|".join(f"document {i} ü" for i in range(10)))
+    recipe = Recipe((str(tmp_path / "b.txt"),), tokenizer="bytes", holdout_every=5, form=Format(separator="|"))
+    other = prepare(recipe, tmp_path / "elsewhere")
+    assert other.fingerprint == made.fingerprint
+
+
+def test_open_checks_and_verifies(copy):
+    assert TokenStore.open(copy, verify=True).fingerprint
+    data = bytearray((copy / "train.bin").read_bytes())
+    data[7] ^= 1
+    (copy / "train.bin").write_bytes(data)
+    TokenStore.open(copy)
+    with pytest.raises(StoreError, match=r"train.bin is damaged \(its SHA-256"):
+        TokenStore.open(copy, verify=True)
+
+
+def test_unusable_folders(copy, tmp_path):
+    with pytest.raises(StoreError, match=r"none: no such folder; make one with python -m gqa_jax.data.prepare --out"):
+        TokenStore.open(tmp_path / "none")
+    with pytest.raises(StoreError, match=r"this folder has no header.json"):
+        TokenStore.open(tmp_path)
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(StoreError, match="is unfinished: run the prepare command that began it again"):
+        TokenStore.open(tmp_path)
+    with pytest.raises(StoreError, match="must be on a local disk"):
+        TokenStore.open("gs://bucket/store")
+    with pytest.raises(StoreError, match="split 'test': a store has train and validation"):
+        TokenStore.open(copy).tokens("test")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: "{", r"header.json can't be read"),
+        (lambda header: "[]", r"is no header of a token store"),
+        (lambda header: json.dumps(header | {"version": 99}), r"format version 99; this program reads 1"),
+        (lambda header: json.dumps(header | {"splits": {}}), r"lacks or garbles 'train'"),
+        (lambda header: json.dumps(header | {"dtype": "uint17"}), r"lacks or garbles"),
+        (lambda header: json.dumps(header | {"eos_id": 3}), r"header.json was changed"),
+    ],
+)
+def test_broken_headers(copy, change, message):
+    header = json.loads((copy / "header.json").read_text())
+    (copy / "header.json").write_text(change(header))
+    with pytest.raises(StoreError, match=message):
+        TokenStore.open(copy)
+
+
+def test_files_that_do_not_match(copy):
+    index = (copy / "train.docs.npy").read_bytes()
+    np.save(copy / "train.docs.npy", np.zeros((8, 2), np.int64))
+    with pytest.raises(StoreError, match=r"train.docs.npy doesn't match the header"):
+        TokenStore.open(copy)
+    (copy / "train.docs.npy").write_bytes(index[:40])
+    with pytest.raises(StoreError, match=r"train.docs.npy: unreadable"):
+        TokenStore.open(copy)
+    (copy / "validation.bin").write_bytes(b"123")
+    (copy / "train.docs.npy").write_bytes(index)
+    with pytest.raises(StoreError, match=r"validation.bin has 3 bytes; its header says 56 bytes"):
+        TokenStore.open(copy)
+    (copy / "train.bin").unlink()
+    with pytest.raises(StoreError, match=r"train.bin is missing"):
+        TokenStore.open(copy)
+
+
+def test_another_tokenizer_file_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three|four five six|seven eight nine|ten")
+    recipe = Recipe((str(tmp_path / "a.txt"),), tokenizer="bpe:260", holdout_every=2, form=Format(separator="|"))
+    made = prepare(recipe, tmp_path / "store")
+    assert made.tokenizer().decode(made.tokens("validation")) == "four five six<|endoftext|>ten<|endoftext|>"
+    (made.path / "tokenizer.json").write_text((made.path / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(StoreError, match=r"tokenizer.json isn't the tokenizer of this store"):
+        made.tokenizer()
+
+
+def test_dtype_boundary():
+    assert token_store.token_dtype(65_536) == "uint16"
+    assert token_store.token_dtype(65_537) == "uint32"
+
+
+def _open_built_in(folder, results):
+    results.put(open_store("sotu-bytes", folder).fingerprint)
+
+
+def test_built_in_stores(tmp_path, monkeypatch):
+    """Two processes at once get one store; the golden fingerprint is that of documented losses."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    cache = tmp_path / "stores"
+    processes = [context.Process(target=_open_built_in, args=(cache, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == ["dad34ccdb04341333c075f22deaa85dab4772e6499cb06b6117942a8900cf1e3"] * 2
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path))
+    assert open_store("sotu-bytes").header["splits"]["validation"]["documents"] == 12
+
+
+def test_unknown_names(tmp_path, made, monkeypatch):
+    with pytest.raises(StoreError, match=r"'sotu-gpt': no such folder, and no built-in name; did you mean 'sotu-gpt2'\?"):
+        open_store("sotu-gpt")
+    with pytest.raises(StoreError, match="no such folder; make one"):
+        open_store(tmp_path / "none")
+    assert open_store(made.path).fingerprint == made.fingerprint
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"Not a directory; GQA_JAX_CACHE=FOLDER chooses another place"):
+        open_store("sotu-bytes", tmp_path / "file")
