@@ -3,7 +3,7 @@
 Tokenizing: GPT-2's BPE over several copies of the embedded corpus, as MB of text per second. Bare tiktoken is measured twice,
 by its own `encode_ordinary_batch` (Python lists) and as a pool of threads around `encode_to_numpy`; then our tokenizer on
 the same texts, and all of `prepare` from a .jsonl file to a finished store. Variants take turns, so that a busy neighbour
-slows all of them; medians, and the ratio to the faster bare one.
+slows all of them; shown are medians of the speed and of each turn's ratio to its faster bare one.
 
 Reading: batches of 524,288 tokens from the GPT-2 store of the corpus, one core, as tokens per second; directly and through
 grain's prefetching.
@@ -65,11 +65,12 @@ def tokenizing(folder: Path, copies: int, threads: int, repeats: int) -> Table:
         "GPT2Tokenizer.encode_batch": lambda: tokenizer.encode_batch(texts),
         "prepare, .jsonl to store": whole,
     }
-    speeds = {name: megabytes / seconds for name, seconds in _interleaved(variants, repeats).items()}
-    fastest = max(list(speeds.values())[:2])
+    seconds = _interleaved(variants, repeats)
+    bare = [min(turn) for turn in zip(*list(seconds.values())[:2], strict=True)]
     table = Table("tokenizing, GPT-2", "MB/s", "of the faster bare one", title=f"{megabytes:.0f} MB of text, {threads} threads")
-    for name, speed in speeds.items():
-        table.add_row(name, f"{speed:.1f}", f"{speed / fastest:.2f}")
+    for name, values in seconds.items():
+        ratio = statistics.median(best / value for best, value in zip(bare, values, strict=True))
+        table.add_row(name, f"{megabytes / statistics.median(values):.1f}", f"{ratio:.2f}")
     return table
 
 
@@ -94,13 +95,13 @@ def reading(folder: Path, repeats: int) -> Table:
     seconds = _interleaved(variants, repeats)
     os.sched_setaffinity(0, cpus)
     table = Table("reading, one core", "million tokens/s", title=f"batches of {BATCH_TOKENS:,} tokens")
-    for name, value in seconds.items():
-        table.add_row(name, f"{steps * BATCH_TOKENS / value / 1e6:.0f}")
+    for name, values in seconds.items():
+        table.add_row(name, f"{steps * BATCH_TOKENS / statistics.median(values) / 1e6:,.0f}")
     return table
 
 
-def _interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant; they take turns, after one round that isn't counted."""
+def _interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each turn, after one turn that isn't counted."""
     seconds = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
@@ -108,7 +109,7 @@ def _interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dic
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def _cpu_model() -> str:

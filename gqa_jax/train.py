@@ -80,7 +80,7 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), {"loss": mean_loss, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), {"loss": mean_loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def token_losses(config: TrainConfig, params: dict, tokens: jax.Array, targets: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBat
     """Fingerprint and batches of the token store. Raises ConfigError when it can't be read or is too small for the run."""
     try:
         tokens = store.open_store(config.data.store)
-        needed = tokens.header.vocab_size
+        needed = tokens.vocab_size
         if needed > config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of the token store "

@@ -13,11 +13,34 @@ def qkv(n_heads, n_kv, *, batch=2, length=7, head_dim=8, seed=0, dtype=np.float3
     return [rng.normal(size=shape).astype(dtype) for shape in shapes]
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(1, 1), (4, 4), (4, 2), (6, 1)])
-def test_equals_independent_float64(n_heads, n_kv):
-    q, k, v = qkv(n_heads, n_kv)
+@pytest.mark.parametrize("length", [1, 7, 70])  # 70: blocks of 32, 32 and 6 queries
+def test_equals_independent_float64(implementation, n_heads, n_kv, length):
+    q, k, v = qkv(n_heads, n_kv, length=length)
     expected = llama_numpy.attention(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))
-    np.testing.assert_allclose(attention.attention(q, k, v), expected, rtol=2e-5, atol=2e-6)
+    out = attention.attention(q, k, v, implementation=implementation)
+    np.testing.assert_allclose(out, expected, rtol=5e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("length", [70, 600])  # 600: eight blocks of 75
+def test_gradients_of_the_implementations_agree(length):
+    q, k, v = qkv(4, 2, length=length)
+    gradients = [
+        jax.grad(lambda *x, name=name: (attention.attention(*x, implementation=name) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+        for name in ("reference", "xla")
+    ]
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_save_matmul_flops():
+    q, k, v = qkv(2, 1, length=512)
+    flops = {
+        name: jax.jit(lambda *x, name=name: attention.attention(*x, implementation=name)).lower(q, k, v).cost_analysis()["flops"]
+        for name in ("reference", "xla")
+    }
+    assert flops["xla"] < 0.65 * flops["reference"]
 
 
 def test_grouped_equals_multi_head_with_repeated_keys():

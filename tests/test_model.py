@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from gqa_jax import costs, loss, model, shapes
 from gqa_jax.config import ModelConfig
 
@@ -55,14 +56,11 @@ def test_scan_over_layers_equals_a_loop():
     config = tiny(n_layers=3)
     params, tokens, _ = setup(config)
     transformer = model.with_params(config, params)
+    graphdef, stacked = nnx.split(transformer.layers)
     x = params["embedding"][tokens]
     rotation = model.rope_rotation(tokens.shape[1], config.head_dim, config.rope_theta)
     for i in range(config.n_layers):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], params["layers"])
-        block = model.with_params(tiny(n_layers=1), params | {"layers": one}).layers
-        for name in one:
-            getattr(block, name)[...] = one[name][0]
-        x = block(x, rotation)
+        x = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))(x, rotation)
     x = model.rms_norm(x, params["final_norm"], config.norm_eps)
     np.testing.assert_allclose(transformer.hidden(tokens), x, rtol=1e-5, atol=1e-5)
 

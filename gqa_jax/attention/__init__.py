@@ -10,8 +10,9 @@ import difflib
 import jax
 
 from gqa_jax.attention.reference import reference
+from gqa_jax.attention.xla import xla
 
-_IMPLEMENTATIONS = {"reference": reference}
+_IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 
 
 def resolve(implementation: str | None) -> str:
@@ -20,7 +21,7 @@ def resolve(implementation: str | None) -> str:
     Raises ValueError on an unknown name. Nothing else is ever run in the place of the one that was asked for.
     """
     if implementation is None:
-        return "reference"
+        return "xla"
     if implementation not in _IMPLEMENTATIONS:
         close = difflib.get_close_matches(implementation, _IMPLEMENTATIONS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"available here: {', '.join(_IMPLEMENTATIONS)}"

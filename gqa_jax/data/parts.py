@@ -78,8 +78,13 @@ def assemble(parts: Sequence[Part], out: Path, tokenizer: Tokenizer, holdout_eve
                 tokens, part_counts, part_bytes = arrays["tokens"], arrays["counts"], arrays["text_bytes"]
             held_out = np.arange(first, first + part.documents) % holdout_every == holdout_every // 2
             first += part.documents
-            for split, chosen in (("train", ~held_out), ("validation", held_out)):
-                data = tokens[np.repeat(chosen, part_counts)].astype(dtype, copy=False).tobytes()
+            # Runs of documents of one split, in turns: few and long copies instead of a mask over tokens.
+            borders = np.flatnonzero(np.diff(held_out)) + 1
+            runs = np.split(tokens, np.cumsum(part_counts)[borders - 1])
+            for held, split in enumerate(SPLITS):
+                chosen = held_out == held
+                own_runs = runs[0::2] if chosen[0] else runs[1::2]
+                data = np.concatenate([tokens[:0], *own_runs]).astype(dtype, copy=False).data
                 files[split].write(data)
                 digests[split].update(data)
                 counts[split].append(part_counts[chosen])

@@ -3,8 +3,8 @@
 All of them encode text as ordinary text: `<|endoftext|>` written inside a document is characters, never the end of one, and
 nothing is added around a document (the store writes the end-of-document id itself).
 
-GPT-2's merges are embedded (`gpt2_merges.txt.xz`): OpenAI's `vocab.bpe` unchanged, from https://github.com/openai/gpt-2, MIT
-licence, Copyright (c) 2019 OpenAI. Vocabulary ids follow from them: 256 byte symbols in GPT-2's order, then one id a merge.
+GPT-2's merges are embedded (`gpt2_merges.txt.xz`): OpenAI's `vocab.bpe` unchanged, from https://github.com/openai/gpt-2,
+Modified MIT License, Copyright (c) 2019 OpenAI. Ids follow from them: 256 byte symbols in GPT-2's order, then one a merge.
 """
 
 from __future__ import annotations
