@@ -1,6 +1,6 @@
 """One cell of a grid, from the config.json of its run folder: how the launcher starts cells, and how to repeat one by hand.
 
-    python -m gqa_jax.train --config=configs/cell.py:runs/quickstart/cells/CELL/config.json --workdir=DIR
+python -m gqa_jax.train --config=configs/cell.py:runs/quickstart/cells/CELL/config.json --workdir=DIR
 """
 
 import json

@@ -1,1 +1,18 @@
-"""Scaling-law studies of grouped-query attention at long context."""
+"""Scaling-law studies of grouped-query attention at long context.
+
+`gqa_jax.load_results(path)` gives a grid's loss table as a pandas DataFrame; everything else is in its module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["load_costs", "load_results"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # pandas is imported when it is asked for
+        from gqa_jax import results
+
+        return getattr(results, name)
+    raise AttributeError(f"module 'gqa_jax' has no attribute {name!r}")

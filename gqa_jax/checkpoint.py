@@ -48,7 +48,9 @@ class Checkpoints:
         An error of the save before it (a full disk, say) is raised here or in `wait`.
         """
         metadata = metadata | {"checksums": {path: int(value) for path, value in jax.device_get(checksums(state)).items()}}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)))
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
+        )
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises what went wrong with it."""
@@ -73,9 +75,7 @@ class Checkpoints:
             try:
                 restored = self._manager.restore(
                     step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state), metadata=ocp.args.JsonRestore()
-                    ),
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), metadata=ocp.args.JsonRestore()),
                 )
                 state, metadata = restored.state, restored.metadata
                 saved = metadata["checksums"]
@@ -110,7 +110,9 @@ def checksums(state: Any) -> dict[str, jax.Array]:
     the same however the array is sharded, and no single changed element goes unseen.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return dict(zip([jax.tree_util.keystr(path) for path, _ in leaves], _leaf_checksums([leaf for _, leaf in leaves]), strict=True))
+    return dict(
+        zip([jax.tree_util.keystr(path) for path, _ in leaves], _leaf_checksums([leaf for _, leaf in leaves]), strict=True)
+    )
 
 
 def _checksum(x: jax.Array) -> jax.Array:

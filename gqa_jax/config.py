@@ -308,7 +308,9 @@ def _from_dict(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             if float in allowed and type(value) is int:
                 value = float(value)
-            _require(type(value) in allowed, f"{prefix}{name} = {value!r}: must be {' or '.join(_type_name(t) for t in allowed)}")
+            _require(
+                type(value) in allowed, f"{prefix}{name} = {value!r}: must be {' or '.join(_type_name(t) for t in allowed)}"
+            )
         arguments[name] = value
     return cls(**arguments)
 

@@ -187,7 +187,12 @@ def train_flops(shape: HasShape, context: Any, tokens: Any, convention: str | Co
 
 
 def train_memory(
-    shape: HasShape, context: Any, convention: str | Convention = "exact", *, dtype: str = "float32", activation_dtype: str = "bfloat16"
+    shape: HasShape,
+    context: Any,
+    convention: str | Convention = "exact",
+    *,
+    dtype: str = "float32",
+    activation_dtype: str = "bfloat16",
 ) -> Any:
     """M_train = 4 N + T d L (Table 8): parameters, gradients, two moments and a residual stream per layer of one sequence.
 
@@ -239,4 +244,3 @@ def dtype_bytes(dtype: str) -> float:
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype!r} is unknown here: use {', '.join(DTYPE_BYTES)}")
     return DTYPE_BYTES[dtype]
-

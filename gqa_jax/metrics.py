@@ -105,11 +105,22 @@ class Metrics:
                 log.warning("%s failed (%s): going on without it", name, error)
                 del self._side_writers[name]
 
-    def heartbeat(self, phase: str, step: int, tokens_per_second: float | None = None, mfu: float | None = None,
-                  eta_seconds: float | None = None, force: bool = False) -> None:
+    def heartbeat(
+        self,
+        phase: str,
+        step: int,
+        tokens_per_second: float | None = None,
+        mfu: float | None = None,
+        eta_seconds: float | None = None,
+        force: bool = False,
+    ) -> None:
         """Replaces heartbeat.json, at most every HEARTBEAT_SECONDS unless forced, and moves the progress bar."""
         if self._progress:
-            rate = "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s" + ("" if mfu is None else f" · MFU {mfu:.0%}")
+            rate = (
+                ""
+                if tokens_per_second is None
+                else f"{tokens_per_second:,.0f} tok/s" + ("" if mfu is None else f" · MFU {mfu:.0%}")
+            )
             self._progress.update(self._task, description=phase, completed=step, rate=rate)
         now = time.time()
         if not force and now - self._heartbeat_time < HEARTBEAT_SECONDS:
@@ -177,7 +188,10 @@ def _progress_bar() -> Progress:
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with NaN and infinities as strings "nan", "inf", "-inf": JSON has no such numbers, and a reader must see them."""
     return {
-        key: _finite(value) if isinstance(value, Mapping)
-        else str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        key: _finite(value)
+        if isinstance(value, Mapping)
+        else str(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
         for key, value in values.items()
     }

@@ -75,7 +75,10 @@ class Transformer(nnx.Module):
         """Logits (B, T, V), float32, of the token after each position; tokens are integers below V."""
         x_BxTxD = self.hidden(tokens_BxT)
         return jnp.einsum(
-            "btd,vd->btv", x_BxTxD, self.embedding[...].astype(x_BxTxD.dtype), preferred_element_type=jnp.promote_types(x_BxTxD.dtype, jnp.float32)
+            "btd,vd->btv",
+            x_BxTxD,
+            self.embedding[...].astype(x_BxTxD.dtype),
+            preferred_element_type=jnp.promote_types(x_BxTxD.dtype, jnp.float32),
         )
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
 """The folder of one run: who may write it, what was recorded of its configuration, environment and end.
 
-    config.json        the resolved configuration, written once
-    environment.json   versions, devices and commit of the newest attempt
-    metrics/           attempt-NNN.jsonl, one per attempt
-    heartbeat.json     replaced every few seconds while the run is alive
-    checkpoints/       see checkpoint.py
-    exit.json          why the newest attempt ended early, if it did
-    result.json        written last: the run is over
+config.json        the resolved configuration, written once
+environment.json   versions, devices and commit of the newest attempt
+metrics/           attempt-NNN.jsonl, one per attempt
+heartbeat.json     replaced every few seconds while the run is alive
+checkpoints/       see checkpoint.py
+exit.json          why the newest attempt ended early, if it did
+result.json        written last: the run is over
 """
 
 from __future__ import annotations
@@ -49,10 +49,16 @@ def claim(workdir: Path) -> Iterator[None]:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{workdir}: another process trains in this folder; wait for it, or use another --workdir") from None
+        for patience in (0.1, 0.2, 0.4, None):  # `status` holds it for a moment when it looks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if patience is None:
+                    raise ConfigError(
+                        f"{workdir}: another process trains in this folder; wait for it, or use another --workdir"
+                    ) from None
+                time.sleep(patience)
         yield
 
 
@@ -76,21 +82,6 @@ def refuse_other_identity(workdir: Path, ours: dict[str, Any], theirs: dict[str,
             f"{workdir} holds a run with another configuration: {'; '.join(lines)}. Resume it with the same fields, "
             "or start this one in another --workdir"
         )
-
-
-def read_result(workdir: Path) -> dict[str, Any] | None:
-    """result.json, None when there is none. Raises ConfigError when it can't be read or lacks what it must have."""
-    path = workdir / "result.json"
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text())
-        missing = [key for key in ("status", "loss", "step", "identity") if key not in result]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} can't be read ({error}): move it away to run this again") from None
-    if missing:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}: move it away to run this again")
-    return result
 
 
 def next_attempt(workdir: Path) -> int:
@@ -127,8 +118,7 @@ def classify(error: BaseException) -> tuple[str, str]:
 def environment(device: str, n_devices: int) -> dict[str, Any]:
     """Versions, devices, host and commit that a run used."""
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "device": device,
         "n_devices": n_devices,
         "host": socket.gethostname(),

@@ -28,7 +28,7 @@ import optax
 from absl import app, flags
 from ml_collections import config_flags
 
-from gqa_jax import attention, costs, devices, evaluation, loss, model, optimizer, run_folder, sharding
+from gqa_jax import attention, costs, devices, evaluation, loss, model, optimizer, results, run_folder, sharding
 from gqa_jax.checkpoint import Checkpoints
 from gqa_jax.config import ConfigError, TrainConfig, hash_identity
 from gqa_jax.data import reader, store
@@ -113,9 +113,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path, *, profile: bool = Fa
             log.info("data: opening %s", config.data.store)
             fingerprint, train_batches, eval_batches = _open_data(config)
             identity = config.identity(fingerprint)
-            if (result := run_folder.read_result(workdir)) is not None:
-                if result["identity"] != hash_identity(identity):
-                    raise ConfigError(f"{workdir}/result.json is of another configuration or other data: use another --workdir")
+            if (result := _finished(workdir, identity)) is not None:
                 log.info("result.json is there: nothing to do")
                 return result
             (workdir / "exit.json").unlink(missing_ok=True)
@@ -135,30 +133,23 @@ def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBat
     """Fingerprint and batches of the token store. Raises ConfigError when it can't be read or is too small for the run."""
     try:
         tokens = store.open_store(config.data.store)
-        needed = tokens.vocab_size
-        if needed > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of the token store "
-                f"{config.data.store} ({needed} entries): use {-(-needed // 64) * 64}"
-            )
-        train_batches = reader.Batches(
-            tokens,
-            context_length=config.context_length,
-            batch_size=config.batch_size,
-            block_tokens=config.data.block_tokens,
-            seed=config.seed,
-            epochs=config.data.epochs,
-        )
-        train_batches.check_budget(config.n_steps)
-        eval_batches = reader.EvalBatches(
-            tokens,
-            tokens=config.evaluation.tokens,
-            context_length=config.context_length,
-            batch_size=config.batch_size // config.accumulation_steps,
-        )
+        return tokens.fingerprint, *reader.check(config, tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return tokens.fingerprint, train_batches, eval_batches
+
+
+def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of this very run when it is over. Raises ConfigError for a broken one, or one of another run."""
+    path = workdir / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result = results.read_result(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if result["identity"] != hash_identity(identity):
+        raise ConfigError(f"{path} is of another configuration or other data: use another --workdir")
+    return result
 
 
 @dataclasses.dataclass
@@ -196,7 +187,9 @@ class _Run:
             run_folder.refuse_other_identity(self.workdir, self.identity, newest["identity"])
         restored = self.checkpoints.restore_newest(abstract)
         if restored is None:
-            state, self.seconds_train = jax.jit(init, out_shardings=everywhere)(key), 0.0
+            # Drawing the weights takes a moment, compiling the draws well took seconds on CPU.
+            options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+            state, self.seconds_train = jax.jit(init, out_shardings=everywhere, compiler_options=options)(key), 0.0
             first_step = 0
         else:
             state, self.seconds_train = restored.state, restored.metadata["seconds_train"]
@@ -391,7 +384,9 @@ def exit_code(error: BaseException) -> int:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; --config.KEY=VALUE overrides one of its fields.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if it isn't there, resumed if it is.")
-_PROFILE = flags.DEFINE_bool("profile", False, f"Trace {PROFILE_STEPS} steps into WORKDIR/profile, for TensorBoard or Perfetto.")
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, f"Trace {PROFILE_STEPS} steps into WORKDIR/profile, for TensorBoard or Perfetto."
+)
 
 
 def main(argv: list[str]) -> int:

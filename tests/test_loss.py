@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from gqa_jax import loss
 
 
@@ -21,9 +22,13 @@ def data(batch=3, length=11, d=8, vocab=50, scale=3.0):
 def test_losses_and_gradients_equal_the_plain_form(monkeypatch, chunk_logits):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
     hidden, embedding, targets = data()
-    np.testing.assert_allclose(loss.token_losses(hidden, embedding, targets), plain(hidden, embedding, targets), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        loss.token_losses(hidden, embedding, targets), plain(hidden, embedding, targets), rtol=1e-5, atol=1e-5
+    )
     ours, ours_gradient = jax.value_and_grad(lambda h, e: 7 * loss.mean_loss(h, e, targets), argnums=(0, 1))(hidden, embedding)
-    theirs, theirs_gradient = jax.value_and_grad(lambda h, e: 7 * plain(h, e, targets).mean(), argnums=(0, 1))(hidden, embedding)
+    theirs, theirs_gradient = jax.value_and_grad(lambda h, e: 7 * plain(h, e, targets).mean(), argnums=(0, 1))(
+        hidden, embedding
+    )
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
     for a, b in zip(ours_gradient, theirs_gradient, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from gqa_jax import model, optimizer
 from gqa_jax.config import ModelConfig, OptimizerConfig
 

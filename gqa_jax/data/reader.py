@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gqa_jax.config import TrainConfig
 from gqa_jax.data.store import TokenStore
 
 
@@ -180,6 +181,34 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[i] for i in range(len(self)))
+
+
+def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]:
+    """Training and held-out batches of a run, after every check that needs no device.
+
+    Raises ReaderError when the vocabulary doesn't fit the model, or the store has too few tokens for the run.
+    """
+    if store.vocab_size > config.model.vocab_size:
+        raise ReaderError(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of the token store "
+            f"{config.data.store} ({store.vocab_size} entries): use {-(-store.vocab_size // 64) * 64}"
+        )
+    train = Batches(
+        store,
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+        block_tokens=config.data.block_tokens,
+        seed=config.seed,
+        epochs=config.data.epochs,
+    )
+    train.check_budget(config.n_steps)
+    held_out = EvalBatches(
+        store,
+        tokens=config.evaluation.tokens,
+        context_length=config.context_length,
+        batch_size=config.batch_size // config.accumulation_steps,
+    )
+    return train, held_out
 
 
 def read(batches: Batches, start_step: int, stop_step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -1,0 +1,44 @@
+"""The whole method in a few minutes on a laptop: 3 sizes x 2 contexts x 3 head configurations on the State of the Union.
+
+Byte-level models of 30K to 0.3M parameters: too small to say anything about large ones, large enough to see every step of
+the search. Two CPU cores, under five minutes, no download.
+
+    python -m launch run configs/grids/quickstart.py
+"""
+
+from gqa_jax.config import default_config
+from launch.grid import Grid, product
+
+SIZES = {  # layers, hidden size, learning rate
+    "30k": (2, 32, 1e-2),
+    "90k": (2, 64, 8e-3),
+    "290k": (3, 96, 6e-3),
+}
+CONTEXTS = [128, 512]
+HEADS = [(4, 4), (4, 1), (1, 1)]
+TOKENS = 250_000
+
+
+def cell(size, context, heads):
+    config = default_config()
+    n_layers, d_model, learning_rate = SIZES[size]
+    config.label = size
+    config.context_length = context
+    config.batch_tokens = 2048
+    config.tokens = TOKENS
+    config.model.update(
+        n_layers=n_layers, d_model=d_model, n_heads=heads[0], n_kv_heads=heads[1], head_dim=16, vocab_size=320, dtype="float32"
+    )
+    config.data.update(store="sotu-bytes", block_tokens=max(CONTEXTS))
+    config.optimizer.learning_rate = learning_rate
+    config.evaluation.tokens = 131_072
+    config.checkpoint.every_steps = 100
+    return config
+
+
+def get_grid():
+    return Grid(
+        name="quickstart",
+        configs=list(product(cell, size=SIZES, context=CONTEXTS, heads=HEADS)),
+        contexts_served=[1024, 8192, 32_768, 131_072],
+    )

@@ -1,0 +1,1 @@
+"""What a person runs: grids of training runs, their state, their tables."""
