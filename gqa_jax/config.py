@@ -48,6 +48,7 @@ class ModelConfig:
     vocab_size: int = shapes.VOCAB_SIZE
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
+    init_std: float = 0.02  # of every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
     dtype: str = "bfloat16"  # of the computation
     param_dtype: str = "float32"  # of parameters, gradients and optimizer moments
     remat: str = "none"  # what the backward pass computes again: REMAT_POLICIES
@@ -66,6 +67,7 @@ class ModelConfig:
             f"serves the same number of query heads; use n_kv_heads from {_divisors(self.n_heads)}",
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even, RoPE rotates pairs")
+        _require(self.init_std > 0, f"model.init_std = {self.init_std}: must be above 0")
         for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT_POLICIES)):
             _check_choice(f"model.{name}", getattr(self, name), allowed)
 

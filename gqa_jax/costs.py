@@ -216,7 +216,7 @@ def hardware_aware_cost(memory: Any, flops: Any, lam: float = 0.9, alpha: float 
 def serving_costs(
     shape: HasShape, context: Any, tokens: float, train_context: float, convention: str | Convention = "exact"
 ) -> dict[str, Any]:
-    """Costs of serving at `context` a model trained on `tokens` tokens at `train_context`: c_infer, m_infer, z, c_train, m_train."""
+    """Costs of serving at `context` and of having trained on `tokens` at `train_context`: the columns of the cost table."""
     flops, memory = infer_flops(shape, context, convention), infer_memory(shape, context, convention)
     return {
         "c_infer": flops,

@@ -35,7 +35,7 @@ def evaluate(
     """
     losses = np.concatenate([np.asarray(token_losses(b["tokens"], b["targets"]), np.float64)[b["mask"]] for b in batches])
     mean, sem, documents = clustered_mean(losses, document_ids)
-    return Evaluation(mean, sem, losses.sum() / math.log(2) / n_bytes, losses.size, documents)
+    return Evaluation(mean, sem, float(losses.sum() / math.log(2) / n_bytes), losses.size, documents)
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None, int]:

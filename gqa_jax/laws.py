@@ -17,7 +17,7 @@ from scipy import optimize
 
 MIN_SIZES = 3
 _GRID_E, _GRID_B = 400, 400  # of the variable projection that finds where to start
-_LARGEST_B = 2.0
+_SMALLEST_B, _LARGEST_B = 0.005, 2.0
 
 
 class Heads(NamedTuple):
@@ -68,12 +68,12 @@ def fit_by_heads(table: pd.DataFrame, shared_entropy: bool = True) -> dict[Heads
     start value (variable projection), and `scipy.optimize.least_squares` finishes in float64.
 
     Raises:
-      ValueError: no finished run, more than one context, or fewer than three sizes for an H.
+      ValueError: no finished run, more than one context, fewer than three sizes for an H, or losses that don't fall with size.
     """
     done = table[(table["status"] == "done") & table["loss"].notna()]
     if done.empty:
         raise ValueError("no finished run to fit: every row is diverged or missing")
-    if done["context"].nunique() > 1:
+    if len(done["context"].unique()) > 1:
         raise ValueError(f"one training context at a time: the table has {sorted(done['context'].unique())}")
     groups = {
         Heads(*map(int, key)): (rows["params_non_embedding"].to_numpy(np.float64), rows["loss"].to_numpy(np.float64))
@@ -115,6 +115,10 @@ def _fit(groups: Mapping[Heads, tuple[np.ndarray, np.ndarray]]) -> dict[Heads, P
     laws = {}
     for i, (heads, (params, loss)) in enumerate(groups.items()):
         log_amplitude, b = best.x[1 + 2 * i : 3 + 2 * i]
+        if b < _SMALLEST_B:
+            raise ValueError(
+                f"heads {heads}: the losses do not fall with size ({', '.join(f'{x:.4f}' for x in loss)}): no power law"
+            )
         law = PowerLaw(float(center * np.exp(log_amplitude / b)), float(b), entropy, np.nan, params, loss, tuple(common))
         rest, spread = np.sum((law.predict(params) - loss) ** 2), np.sum((loss - loss.mean()) ** 2)
         laws[heads] = dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
@@ -124,7 +128,7 @@ def _fit(groups: Mapping[Heads, tuple[np.ndarray, np.ndarray]]) -> dict[Heads, P
 def _project(logs: Sequence[np.ndarray], losses: Sequence[np.ndarray], lowest: float) -> np.ndarray:
     """Start of the polish: for every E of a grid the best b and A of each H, then the E with the least sum of squares."""
     entropies = lowest * (1 - np.geomspace(1e-4, 1.0, _GRID_E))  # from just below the lowest loss down to 0
-    slopes = np.geomspace(0.01, _LARGEST_B, _GRID_B)
+    slopes = np.geomspace(_SMALLEST_B, _LARGEST_B, _GRID_B)
     total = np.zeros(_GRID_E)
     choices = []
     for log, loss in zip(logs, losses, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gqa_jax.config import TrainConfig
+from gqa_jax.config import ConfigError, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,6 @@ class Metrics:
 
     def __init__(self, workdir: Path, attempt: int, config: TrainConfig):
         self._workdir, self._attempt, self._n_steps = workdir, attempt, config.n_steps
-        folder = workdir / "metrics"
-        folder.mkdir(exist_ok=True)
-        self._file = open(folder / f"attempt-{attempt:03d}.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close)
         self._side_writers: dict[str, Any] = {}
         if config.logging.tensorboard:
             from tensorboardX import SummaryWriter
@@ -67,6 +64,9 @@ class Metrics:
             self._side_writers["TensorBoard"] = _TensorBoard(SummaryWriter(str(workdir / "tensorboard")))
         if config.logging.wandb_project:
             self._start_wandb(config)
+        folder = workdir / "metrics"
+        folder.mkdir(exist_ok=True)
+        self._file = open(folder / f"attempt-{attempt:03d}.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close)
         self._heartbeat_time = -math.inf
         self._progress = _progress_bar() if config.logging.progress and sys.stderr.isatty() else None
         if self._progress:
@@ -77,7 +77,7 @@ class Metrics:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"logging.wandb_project = {config.logging.wandb_project!r} needs wandb: pip install wandb, or leave it empty"
             ) from error
         try:
@@ -186,7 +186,7 @@ def _progress_bar() -> Progress:
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with NaN and infinities as strings "nan", "inf", "-inf": JSON has no such numbers, and a reader must see them."""
+    """`values` with NaN and infinities as "nan", "inf", "-inf": JSON has no such numbers, and a reader must see them."""
     return {
         key: _finite(value)
         if isinstance(value, Mapping)

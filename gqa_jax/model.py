@@ -15,8 +15,6 @@ from flax import nnx
 from gqa_jax import attention
 from gqa_jax.config import ModelConfig
 
-INIT_STD = 0.02  # of every matrix; those that write to the residual stream are divided by sqrt(2 L), as in GPT-2
-
 
 class Block(nnx.Module):
     """One layer: attention, then feed-forward, each behind an RMSNorm and added to the residual stream."""
@@ -25,8 +23,8 @@ class Block(nnx.Module):
         d, f, h = config.d_model, config.d_ff, config.head_dim
         n, k = config.n_heads, config.n_kv_heads
         dtype = jnp.dtype(config.param_dtype)
-        inward = nnx.initializers.normal(INIT_STD, dtype)
-        outward = nnx.initializers.normal(INIT_STD / (2 * config.n_layers) ** 0.5, dtype)
+        inward = nnx.initializers.normal(config.init_std, dtype)
+        outward = nnx.initializers.normal(config.init_std / (2 * config.n_layers) ** 0.5, dtype)  # as in GPT-2
         self.config = config
         self.attention_norm = nnx.Param(jnp.ones(d, dtype))
         self.query = nnx.Param(inward(rngs.params(), (d, n, h)))
@@ -66,7 +64,9 @@ class Transformer(nnx.Module):
         attention.resolve(config.attention)  # an unknown name fails here, not under a trace
         self.config = config
         self.embedding = nnx.Param(
-            nnx.initializers.normal(INIT_STD, jnp.dtype(config.param_dtype))(rngs.params(), (config.vocab_size, config.d_model))
+            nnx.initializers.normal(config.init_std, jnp.dtype(config.param_dtype))(
+                rngs.params(), (config.vocab_size, config.d_model)
+            )
         )
         self.layers = _stack(config, jax.random.split(rngs.params(), config.n_layers))
         self.final_norm = nnx.Param(jnp.ones(config.d_model, jnp.dtype(config.param_dtype)))

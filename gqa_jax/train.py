@@ -394,8 +394,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", force=True)
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax and grain speak through it, at length
     try:
-        _parse(argv)
-        config = TrainConfig.from_dict(_CONFIG.value.to_dict())
+        config = _parse(argv)
         compilation_cache()
         result = train_and_evaluate(config, Path(_WORKDIR.value), profile=_PROFILE.value)
     except (ConfigError, Diverged) as error:
@@ -418,21 +417,22 @@ def compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def _parse(argv: list[str]) -> None:
+def _parse(argv: list[str]) -> TrainConfig:
+    """The configuration of the command line. Raises ConfigError with one sentence for whatever is wrong with it."""
     app.define_help_flags()
     try:
         rest = flags.FLAGS(argv)[1:]
-    except flags.Error as error:
-        raise ConfigError(str(error)) from None
-    except FileNotFoundError as error:
-        raise ConfigError(f"a file of --config is not there: {' '.join(str(error).split())}") from None
-    except (AttributeError, KeyError, TypeError, SyntaxError) as error:  # a locked ConfigDict refuses the key or the value
-        raise ConfigError(f"--config: {' '.join(str(error).replace('\\n', ' ').split())}") from None
+        values = None if _CONFIG.value is None else _CONFIG.value.to_dict()
+    except Exception as error:  # of flags, of a locked ConfigDict that refuses a key or a value, of the file itself
+        text = " ".join(str(error).replace("\\n", " ").split())
+        raise ConfigError(f"the command line or the configuration file can't be used: {text}") from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: options start with --")
-    for flag in (_CONFIG, _WORKDIR):
-        if not flag.value:
-            raise ConfigError(f"--{flag.name} is missing; try --config=configs/train/tiny.py --workdir=runs/tiny")
+    if values is None:
+        raise ConfigError("--config is missing; try --config=configs/train/tiny.py --workdir=runs/tiny")
+    if not _WORKDIR.value:
+        raise ConfigError("--workdir is missing: the folder of the run, made if it isn't there")
+    return TrainConfig.from_dict(values)
 
 
 def _summary(result: dict[str, Any], workdir: str) -> str:

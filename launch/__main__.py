@@ -325,7 +325,8 @@ class _Watch:
             done = sum(s.state in state.FINAL for s in states)
             failed = sum(s.state == "failed" for s in states)
             names = ", ".join(cell.name for cell in running)
-            line = f"{plan.duration(now - self._started)}: {done} of {len(states)} done, {failed} failed{self._eta(states)}; {names}"
+            elapsed = plan.duration(now - self._started)
+            line = f"{elapsed}: {done} of {len(states)} done, {failed} failed{self._eta(states)}; {names}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def _eta(self, states: Sequence[state.CellState]) -> str:

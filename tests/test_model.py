@@ -83,7 +83,9 @@ def test_rope_depends_on_relative_position_only():
     cos, sin = model.rope_rotation(40, 8, 500_000.0)
 
     def product(i, j):
-        at = lambda x, t: model.rotate(jnp.asarray(x).reshape(1, 1, 1, 8), cos[:, t : t + 1], sin[:, t : t + 1])
+        def at(x, t):
+            return model.rotate(jnp.asarray(x).reshape(1, 1, 1, 8), cos[:, t : t + 1], sin[:, t : t + 1])
+
         return float((at(q, i) * at(k, j)).sum())
 
     assert product(5, 2) == pytest.approx(product(35, 32), rel=1e-4)
@@ -116,5 +118,5 @@ def test_initialisation_is_a_function_of_the_key_and_layers_differ():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, again))
     assert not np.array_equal(one["embedding"], other["embedding"])
     assert not np.array_equal(one["layers"]["query"][0], one["layers"]["query"][1])
-    assert float(one["layers"]["up"].std()) == pytest.approx(model.INIT_STD, rel=0.1)
-    assert float(one["layers"]["down"].std()) == pytest.approx(model.INIT_STD / 2, rel=0.1)  # sqrt(2 L) = 2
+    assert float(one["layers"]["up"].std()) == pytest.approx(tiny().init_std, rel=0.1)
+    assert float(one["layers"]["down"].std()) == pytest.approx(tiny().init_std / 2, rel=0.1)  # sqrt(2 L) = 2

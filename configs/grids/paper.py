@@ -2,7 +2,8 @@
 
 Beside these 168 cells, the contexts of its figures: 3M to 1.2B are not all trained at every T there. Here, for Figures 3 and
 12 to 14 (loss against n_h at T = 1K, 2K, 8K, 32K and 128K, n_kv = 1) and Figures 5 and 6 (loss against T), the sizes 470M, 680M
-and 1.2B with n_h = 1 ... 32 and n_kv = 1. Tokens are the paper's per size, whatever H and T are. Needs a pod; `plan` needs a laptop.
+and 1.2B with n_h = 1 ... 32 and n_kv = 1. Tokens are the paper's per size, whatever H and T are. Needs a pod;
+`plan` needs a laptop.
 
     python -m gqa_jax.data.prepare --out stores/slimpajama-gpt2 --tokenizer gpt2 --text_key text SlimPajama/*.jsonl.zst
     python -m launch plan configs/grids/paper.py

@@ -12,9 +12,10 @@ def get_config():
     config = default_config()
     config.label = "tiny"
     config.context_length = 256
-    config.batch_tokens = 4096
-    config.steps = 200
+    config.batch_tokens = 2048
+    config.steps = 250
     config.model.update(n_layers=2, d_model=64, n_heads=4, n_kv_heads=1, head_dim=16, vocab_size=320, dtype="float32")
+    config.model.init_std = 0.06
     config.data.update(store="sotu-bytes", block_tokens=1024)
     config.optimizer.learning_rate = 4e-3
     config.evaluation.tokens = 65_536

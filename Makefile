@@ -1,0 +1,47 @@
+# make setup       environment into .venv
+# make quickstart  a size x context x heads grid, its tables, laws and pictures, in runs/quickstart
+# make test        the fast tests; make test-slow the others; make lint the style
+
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: setup quickstart test test-slow lint bench clean
+
+setup: $(STAMP)
+
+# uv finds or brings a Python 3.12; without it, a python3.12 or python3 on the PATH that is new enough.
+$(STAMP): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --seed .venv; \
+	else \
+	  for python in python3.12 python3.13 python3.14 python3 python; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "gqa_jax needs Python 3.12 or newer, and there is none on the PATH: install python3.12, or uv" >&2; exit 1; \
+	  fi; \
+	  echo "using $$("$$found" --version)"; \
+	  "$$found" -m venv .venv || { echo "install the venv module of Python (Debian: python3.12-venv), or uv" >&2; exit 1; }; \
+	fi
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: setup
+	JAX_PLATFORMS=cpu $(PYTHON) -m launch run configs/grids/quickstart.py
+
+test: setup
+	$(PYTHON) -m pytest
+
+test-slow: setup
+	$(PYTHON) -m pytest -m slow
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: setup
+	$(PYTHON) benchmarks/data.py
+	$(PYTHON) benchmarks/train_cpu.py
+
+clean:
+	rm -rf .venv build *.egg-info

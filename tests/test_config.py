@@ -1,0 +1,100 @@
+import json
+
+import pytest
+from gqa_jax.config import ConfigError, TrainConfig, default_config, differing_fields, hash_identity
+
+
+def make(**changes):
+    config = default_config()
+    config.steps = 10
+    config.update(changes)
+    return TrainConfig.from_dict(config.to_dict())
+
+
+def test_dict_round_trip_through_json():
+    config = make(model={"n_heads": 8, "n_kv_heads": 2}, label="x")
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_d_ff_is_the_closest_multiple_of_32():
+    assert [make(model={"d_model": d}).model.d_ff for d in (256, 512, 768, 1024, 1536)] == [672, 1376, 2048, 2720, 4096]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"n_heads": 6, "n_kv_heads": 4}}, r"n_heads = 6 is not a multiple .* use n_kv_heads from \[1, 2, 3, 6\]"),
+        ({"model": {"n_layers": 0}}, "model.n_layers = 0: must be an integer of at least 1"),
+        ({"model": {"head_dim": 7}}, "must be even"),
+        ({"model": {"dtype": "bfloat61"}}, "did you mean 'bfloat16'"),
+        ({"model": {"remat": "ful"}}, "did you mean 'full'"),
+        ({"batch_tokens": 10_000}, "is not a multiple of context_length = 8192: use 8192"),
+        ({"accumulation_steps": 7}, "does not divide the 64 sequences"),
+        ({"data": {"block_tokens": 10_000}}, "does not divide data.block_tokens"),
+        ({"evaluation": {"tokens": 8193}}, "evaluation.tokens = 8193 is not a multiple"),
+        ({"steps": 0}, "steps = 0: must be above 0"),
+        ({"optimizer": {"schedule": "wds"}}, "did you mean 'wsd'"),
+        ({"optimizer": {"warmup_fraction": 0.9}}, "must be at most 1"),
+        ({"optimizer": {"b2": 1.0}}, r"must be in \[0, 1\)"),
+        ({"checkpoint": {"keep": 1}}, "must be at least 2"),
+        ({"tokens": 5}, "exactly one of tokens, tokens_per_param and steps"),
+    ],
+)
+def test_bad_values_name_the_field_the_value_and_the_fix(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**changes)
+
+
+def test_unknown_keys_name_the_closest():
+    values = make().to_dict()
+    values["model"]["n_head"] = 3
+    with pytest.raises(ConfigError, match=r"'model.n_head': did you mean 'n_heads'"):
+        TrainConfig.from_dict(values)
+
+
+def test_wrong_types_are_refused():
+    values = make().to_dict()
+    values["model"]["n_heads"] = 2.0
+    with pytest.raises(ConfigError, match=r"model.n_heads = 2.0: must be int"):
+        TrainConfig.from_dict(values)
+
+
+def test_budget_in_tokens_and_per_parameter():
+    by_tokens = make(steps=None, tokens=1_000_000)
+    assert by_tokens.n_steps == 2
+    assert by_tokens.train_tokens == 1_048_576
+    assert make(steps=None, tokens_per_param=20.0).n_steps == -(-20 * 3_115_264 // 524_288)
+
+
+def test_identity_holds_what_changes_the_result_and_nothing_else():
+    base = hash_identity(make().identity("f"))
+    same = [
+        {"model": {"remat": "full", "attention": "xla"}},
+        {"accumulation_steps": 2},
+        {"checkpoint": {"every_steps": 7}},
+        {"logging": {"tensorboard": True}},
+        {"label": "other"},
+        {"data": {"store": "elsewhere", "epochs": 2}},
+    ]
+    other = [
+        {"seed": 1},
+        {"steps": 11},
+        {"model": {"n_heads": 8}},
+        {"model": {"dtype": "float32"}},
+        {"optimizer": {"learning_rate": 2e-3}},
+        {"data": {"block_tokens": 8192}},
+        {"evaluation": {"tokens": 8192}},
+        {"context_length": 4096},
+    ]
+    assert {hash_identity(make(**change).identity("f")) for change in same} == {base}
+    changed = [hash_identity(make(**change).identity("f")) for change in other] + [hash_identity(make().identity("g"))]
+    assert base not in changed
+    assert len(set(changed)) == len(changed)
+
+
+def test_the_same_budget_said_in_another_way_is_the_same_run():
+    assert make(steps=2).identity("f") == make(steps=None, tokens=1_048_576).identity("f")
+
+
+def test_differing_fields_are_named_by_their_path():
+    assert differing_fields(make().to_dict(), make(model={"n_heads": 8}).to_dict()) == ["model.n_heads: 4 here, 8 there"]

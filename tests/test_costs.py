@@ -1,0 +1,115 @@
+"""The numbers come from the paper's text, tables and figures as decoded for the conventions (arXiv 2503.09579v2)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from gqa_jax import costs, shapes
+from gqa_jax.config import ModelConfig
+
+T = 131_072
+
+
+def mha(n_layers, d_model):
+    return ModelConfig(n_layers=n_layers, d_model=d_model, n_heads=d_model // 64, n_kv_heads=d_model // 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("3M", 3_115_264),
+        ("19M", 18_979_328),
+        ("85M", 84_953_856),
+        ("150M", 150_627_328),
+        ("200M", 200_836_096),
+        ("470M", 472_904_960),
+        ("680M", 679_552_512),
+        ("1.2B", 1_019_328_000),
+    ],
+)
+def test_exact_parameters_of_table_9(name, count):
+    size = shapes.SIZES[name]
+    assert costs.count_params(mha(size.n_layers, size.d_model), "exact").non_embedding == count
+
+
+def test_exact_parameters_of_1_8b():
+    assert costs.count_params(mha(*shapes.LARGE_SHAPES["1.8B"]), "exact").non_embedding == 1_814_448_128
+
+
+@pytest.mark.parametrize(("n_layers", "n_kv", "z"), [(32, 8, 75_568), (12, 8, 42_997), (12, 4, 32_668)])
+def test_z_of_the_markers_of_figure_2(n_layers, n_kv, z):
+    """Sequence FLOPs T/2 x C_infer and values held; per-token FLOPs miss by more than 10%."""
+    shape = costs.Shape(n_layers, 64 * n_layers, 8, n_kv)
+    cost = costs.serving_costs(shape, T, 1, T, "figures")
+    assert cost["z"] == pytest.approx(z, rel=0.0025)
+    per_token = dataclasses.replace(costs.CONVENTIONS["figures"], flops="per_token")
+    assert costs.serving_costs(shape, T, 1, T, per_token)["z"] < 0.95 * z
+
+
+def test_llama_configuration_of_figure_1():
+    shape = costs.Shape(32, 2048, 32, 8)
+    per_token = dataclasses.replace(costs.CONVENTIONS["figures"], flops="per_token")
+    assert costs.count_params(shape, "figures").total == 1_409_286_144
+    assert costs.infer_memory(shape, T, "figures") == 5_704_253_440
+    assert costs.infer_flops(shape, T, per_token) == 37_178_310_656
+
+
+@pytest.mark.parametrize("n_layers", [42.6, 42.75])
+def test_savings_of_figure_1(n_layers):
+    """(8,1) at the same loss: memory -50.8%, FLOPs -57.8%, within 0.3 points; a real-valued shape."""
+    llama, ours = costs.Shape(32, 2048, 32, 8), costs.Shape(n_layers, 56.4 * n_layers, 8, 1)
+    assert costs.infer_memory(ours, T, "figures") / costs.infer_memory(llama, T, "figures") - 1 == pytest.approx(
+        -0.508, abs=0.003
+    )
+    assert costs.infer_flops(ours, T, "figures") / costs.infer_flops(llama, T, "figures") - 1 == pytest.approx(
+        -0.578, abs=0.003
+    )
+
+
+def test_paper_convention_is_its_tables():
+    layers, d, f, n, k, h, v = 24, 1280, 3424, 20, 4, 64, 50_304
+    shape = costs.Shape(layers, d, n, k, d_ff=f)
+    n_params = 2 * layers * d * h * (n + k) + 2 * layers * d * f + d * v
+    assert costs.count_params(shape, "paper").total == n_params
+    assert costs.infer_flops(shape, 8192, "paper") == 2 * n_params + 4 * 8192 * layers * h * n
+    assert costs.infer_memory(shape, 8192, "paper") == n_params + 2 * 8192 * layers * h * k
+    assert costs.train_flops(shape, 8192, 1e9, "paper") == 1e9 * (6 * n_params + 12 * 4096 * layers * h * n)
+    assert costs.train_memory(shape, 8192, "paper") == 4 * n_params + 8192 * d * layers
+
+
+def test_bytes_of_parameter_and_cache_dtypes():
+    shape = ModelConfig(n_layers=2, d_model=64, n_heads=2, n_kv_heads=1)
+    count, cache = costs.count_params(shape).total, 2 * 1024 * 2 * 64
+    assert costs.infer_memory(shape, 1024) == 2 * count + 2 * cache
+    assert costs.infer_memory(shape, 1024, param_dtype="int4", cache_dtype="int8") == 0.5 * count + cache
+    with pytest.raises(ValueError, match=r"dtype 'int3' is unknown here: use float32"):
+        costs.infer_memory(shape, 1024, cache_dtype="int3")
+
+
+def test_costs_are_affine_in_context_so_the_mean_context_is_enough():
+    shape = ModelConfig(n_heads=8, n_kv_heads=2)
+    contexts, weights = np.array([1e3, 8e3, 1e5]), np.array([5.0, 3.0, 2.0])
+    mean = np.average(contexts, weights=weights)
+    for cost in (costs.infer_flops, costs.infer_memory):
+        assert costs.expected(lambda t, c=cost: c(shape, t), contexts, weights) == pytest.approx(cost(shape, mean))
+    whole = costs.expected(lambda t: costs.infer_flops(shape, t, "figures"), contexts, weights)
+    assert whole > 1.1 * costs.infer_flops(shape, mean, "figures")  # a sequence is quadratic in T
+    with pytest.raises(ValueError, match="one weight"):
+        costs.expected(lambda t: t, [1, 2], [1])
+
+
+def test_unknown_conventions_and_weights_are_refused():
+    with pytest.raises(ValueError, match="'figure' is unknown: use paper, figures, exact"):
+        costs.count_params(ModelConfig(), "figure")
+    with pytest.raises(ValueError, match="lam = 2"):
+        costs.hardware_aware_cost(1, 1, lam=2)
+    with pytest.raises(ValueError, match="n_layers = 0"):
+        costs.Shape(0, 64, 1, 1)
+
+
+def test_breakdown_adds_up_and_scales():
+    shape = mha(12, 768)
+    flops = costs.forward_flops(shape, 8192)
+    assert flops.total == flops.projections + flops.attention + flops.ffn + flops.output
+    assert flops.output == 2 * 768 * 50_304
+    assert costs.forward_flops(shape, 2 * 8192).attention == 2 * flops.attention

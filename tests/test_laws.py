@@ -1,0 +1,78 @@
+import numpy as np
+import pandas as pd
+import pytest
+from gqa_jax import laws
+
+
+def table(points, context=8192):
+    rows = [
+        {"n_heads": h[0], "n_kv_heads": h[1], "params_non_embedding": n, "loss": loss, "status": "done", "context": context}
+        for h, values in points.items()
+        for n, loss in values
+    ]
+    return pd.DataFrame(rows)
+
+
+SIZES = np.array([75e6, 168e6, 315e6, 528e6, 822e6, 1.2e9])
+TRUTH = {(8, 8): (2.0e8, 0.19), (8, 1): (2.3e8, 0.17), (1, 1): (4.0e8, 0.16)}
+
+
+def synthetic(noise=0.0, entropy=1.95):
+    rng = np.random.default_rng(0)
+    return {h: [(n, (a / n) ** b + entropy + noise * rng.normal()) for n in SIZES] for h, (a, b) in TRUTH.items()}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_recovers_the_truth_without_a_start_value(shared):
+    fits = laws.fit_by_heads(table(synthetic()), shared_entropy=shared)
+    for heads, (a, b) in TRUTH.items():
+        law = fits[heads]
+        assert law.a == pytest.approx(a, rel=1e-4)
+        assert law.b == pytest.approx(b, rel=1e-4)
+        assert law.entropy == pytest.approx(1.95, rel=1e-4)
+        assert law.r_squared == pytest.approx(1.0, abs=1e-9)
+        assert law.solve(2.615) == pytest.approx(a / (2.615 - 1.95) ** (1 / b), rel=1e-3)
+        assert law.predict(law.solve(2.7)) == pytest.approx(2.7)
+
+
+def test_shared_entropy_is_one_number_and_free_ones_differ_under_noise():
+    points = table(synthetic(noise=0.003))
+    assert len({law.entropy for law in laws.fit_by_heads(points).values()}) == 1
+    assert len({law.entropy for law in laws.fit_by_heads(points, shared_entropy=False).values()}) == 3
+
+
+def test_points_of_the_papers_figure_2():
+    """(8,8), read off arXiv 2503.09579 Figure 2 (error about 0.003): b = 0.228, E = 2.13, R^2 = 0.99985 with its own E."""
+    points = {(8, 8): [(75497472, 3.1188), (167772160, 2.9518), (314572800, 2.8455), (528482304, 2.7604)]}
+    law = laws.fit_by_heads(table(points), shared_entropy=False)[8, 8]
+    assert law.r_squared > 0.999
+    assert 0.1 < law.b < 0.3
+    assert law.predict(314572800) == pytest.approx(2.8455, abs=0.01)
+
+
+def test_no_answer_is_given_where_there_is_none():
+    points = synthetic()
+    with pytest.raises(ValueError, match="one training context at a time"):
+        laws.fit_by_heads(pd.concat([table(points), table(points, context=1024)]))
+    with pytest.raises(ValueError, match=r"heads \(8,8\): 2 sizes have finished, a law needs 3"):
+        laws.fit_by_heads(table({(8, 8): points[8, 8][:2]}))
+    with pytest.raises(ValueError, match="no finished run"):
+        laws.fit_by_heads(table(points).assign(status="diverged"))
+    with pytest.raises(ValueError, match="do not fall with size"):
+        laws.fit_by_heads(table({(8, 8): [(n, 3.0 + 0.01 * i) for i, n in enumerate(SIZES)]}))
+    law = laws.fit_by_heads(table(points))[8, 8]
+    with pytest.raises(ValueError, match=r"a loss of 1.9 can't be reached: the fitted entropy E is 1.95"):
+        law.solve(1.9)
+
+
+def test_diverged_rows_are_left_out():
+    points = table(synthetic())
+    bad = points.iloc[[0]].assign(loss=99.0, status="diverged")
+    assert laws.fit_by_heads(pd.concat([points, bad]))[8, 8].a == pytest.approx(2.0e8, rel=1e-4)
+
+
+def test_warns_of_exact_fits_and_narrow_sizes():
+    points = {(8, 8): synthetic()[8, 8][:3]}
+    text = " ".join(laws.fit_by_heads(table(points))[8, 8].warnings)
+    assert "R^2 = 1 says nothing" in text
+    assert "span a factor of 4.2 only" in text

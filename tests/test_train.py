@@ -1,0 +1,346 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gqa_jax import costs, metrics, model, optimizer, train
+from gqa_jax.config import ConfigError, TrainConfig, default_config
+from gqa_jax.run_folder import Diverged
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def tiny(**changes):
+    """A run of a second: 12 steps of 256 bytes."""
+    config = default_config()
+    config.context_length = 32
+    config.batch_tokens = 256
+    config.steps = 12
+    config.model.update(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, vocab_size=320, dtype="float32")
+    config.data.update(store="sotu-bytes", block_tokens=64)
+    config.evaluation.tokens = 1024
+    config.checkpoint.every_steps = 4
+    config.logging.update(every_steps=2, progress=False)
+    with config.unlocked():
+        config.update(changes)
+    return TrainConfig.from_dict(config.to_dict())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never interrupted, and its result."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, train.train_and_evaluate(tiny(), folder)
+
+
+def losses(folder):
+    return [row["loss"] for row in metrics.read_metrics(folder) if row["kind"] == "train"]
+
+
+def test_a_run_leaves_result_metrics_and_environment(finished):
+    folder, result = finished
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["status"] == "done"
+    assert result["step"] == 12
+    assert result["tokens"] == 12 * 256
+    assert result["attention"] == "xla"
+    assert 4 < result["loss"] < 6  # 320 ids: log 320 = 5.77 before training
+    assert result["loss_sem"] is None  # 1,024 bytes are of one document
+    assert result["mfu"] is None  # no peak is known of a CPU
+    assert [row["step"] for row in metrics.read_metrics(folder) if row["kind"] == "train"] == list(range(1, 13))
+    assert losses(folder)[-1] < losses(folder)[0]
+    assert json.loads((folder / "environment.json").read_text())["versions"]["jax"] == jax.__version__
+
+
+def test_golden_numbers_of_the_first_steps(finished):
+    """A change here means that model, initialisation, data order, loss or optimizer is another: say so in the commit."""
+    folder, _ = finished
+    np.testing.assert_allclose(losses(folder)[:3], GOLDEN_LOSSES, rtol=2e-5)
+
+
+GOLDEN_LOSSES = [5.7551126, 5.7616167, 5.7449160]
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    folder, result = finished
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*.jsonl"))
+    assert train.train_and_evaluate(tiny(), folder) == result
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*.jsonl"))
+
+
+def test_resume_with_another_config_is_refused_with_the_fields(finished):
+    folder, _ = finished
+    other = dataclasses.replace(tiny(), seed=1)
+    with pytest.raises(ConfigError, match="seed: 1 here, 0 there"):
+        train.train_and_evaluate(other, folder)
+
+
+def test_logging_and_checkpoints_are_no_other_config(finished):
+    folder, result = finished
+    other = dataclasses.replace(tiny(), checkpoint=dataclasses.replace(tiny().checkpoint, every_steps=5), accumulation_steps=2)
+    assert train.train_and_evaluate(other, folder) == result
+
+
+def interrupt_after(monkeypatch, step):
+    """Raises at the end of a step, as an exception in a callback would; what was saved before stays."""
+    real = metrics.Metrics.write
+
+    def write(self, kind, at, values):
+        real(self, kind, at, values)
+        if at == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics.Metrics, "write", write)
+
+
+def test_resume_is_exact_and_rows_of_the_later_attempt_count(finished, tmp_path, monkeypatch):
+    whole, result = finished
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(tiny(), tmp_path)
+    resumed = train.train_and_evaluate(tiny(), tmp_path)
+    assert resumed["params_sha256"] == result["params_sha256"]
+    assert resumed["loss"] == result["loss"]
+    assert resumed["attempts"] == 2
+    assert losses(tmp_path) == losses(whole)
+    second = [json.loads(line) for line in (tmp_path / "metrics" / "attempt-001.jsonl").read_text().splitlines()]
+    assert min(row["step"] for row in second) == 5  # the checkpoint of step 4 was used
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(finished, tmp_path, monkeypatch, caplog, damage):
+    _, result = finished
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 11)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(tiny(), tmp_path)
+    assert {"4", "8"} <= {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    largest = max((p for p in (tmp_path / "checkpoints" / "8").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 0xFF
+        largest.write_bytes(content)
+    elif damage == "truncate":
+        largest.write_bytes(content[: len(content) // 2])
+    else:
+        largest.unlink()
+    resumed = train.train_and_evaluate(tiny(), tmp_path)
+    assert "checkpoint of step 8 is damaged" in caplog.text
+    assert len(list((tmp_path / "damaged-checkpoints").iterdir())) == 1  # moved aside, not deleted
+    assert resumed["params_sha256"] == result["params_sha256"]
+
+
+def test_a_non_finite_loss_stops_and_is_a_result(tmp_path):
+    config = tiny(optimizer={"learning_rate": 1e30, "warmup_fraction": 0.0, "clip_norm": 1e30})
+    with pytest.raises(Diverged, match="lower optimizer.learning_rate"):
+        train.train_and_evaluate(config, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "diverged"
+    assert result["loss"] is None
+    assert 1 <= result["step"] < 12
+    assert json.loads((tmp_path / "exit.json").read_text())["class"] == "diverged"
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path):
+    from gqa_jax import run_folder
+
+    with run_folder.claim(tmp_path), pytest.raises(ConfigError, match="another process trains in this folder"):
+        train.train_and_evaluate(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"vocab_size": 64}}, "smaller than the vocabulary"),
+        ({"steps": 10**6}, "allow data.epochs"),
+        ({"evaluation": {"tokens": 2**25}}, "evaluation.tokens"),
+        ({"data": {"store": "sotu-byte"}}, "sotu-bytes"),
+    ],
+)
+def test_bad_data_is_an_error_before_training(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(tiny(**changes), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert json.loads((tmp_path / "exit.json").read_text())["class"] == "config"
+
+
+def test_a_full_disk_is_said_and_nothing_saved_is_lost(finished, tmp_path, monkeypatch):
+    _, result = finished
+    real = train.Checkpoints.save
+
+    def save(self, step, *rest):
+        if step == 8:
+            raise OSError(28, "No space left on device")
+        real(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoints, "save", save)
+        with pytest.raises(OSError, match="No space left"):
+            train.train_and_evaluate(tiny(), tmp_path)
+    end = json.loads((tmp_path / "exit.json").read_text())
+    assert end["class"] == "disk_full"
+    assert "free space" in end["reason"]
+    assert train.train_and_evaluate(tiny(), tmp_path)["params_sha256"] == result["params_sha256"]
+
+
+def step_of(config):
+    tx = optimizer.adamw(config.optimizer, config.n_steps)
+    state = train.init_state(config, tx, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (config.batch_size, config.context_length + 1), 0, 256)
+    shape = (config.accumulation_steps, config.batch_size // config.accumulation_steps, config.context_length)
+    batch = {"tokens": tokens[:, :-1].reshape(shape), "targets": tokens[:, 1:].reshape(shape)}
+    return state, batch, jax.jit(lambda s, b: train.train_step(config, tx, s, b))
+
+
+def test_accumulation_gives_the_same_step():
+    (state, batch, step), (_, parts, step_in_parts) = step_of(tiny()), step_of(tiny(accumulation_steps=4))
+    (whole, whole_metrics), (accumulated, metrics_in_parts) = step(state, batch), step_in_parts(state, parts)
+    assert float(whole_metrics["loss"]) == pytest.approx(float(metrics_in_parts["loss"]), rel=1e-6)
+    assert float(whole_metrics["grad_norm"]) == pytest.approx(float(metrics_in_parts["grad_norm"]), rel=1e-5)
+    mean = lambda s: s.opt_state[1][0].mu  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-8), mean(whole), mean(accumulated))
+
+
+def test_steps_compile_once():
+    state, batch, step = step_of(tiny())
+    state = jax.device_put(state, jax.devices()[0])
+    for _ in range(3):
+        state, _ = step(state, batch)
+    assert step._cache_size() == 1
+
+
+def test_cost_model_counts_the_flops_that_xla_counts():
+    """Of an unrolled forward pass: XLA counts the body of a scan once. Beside matmuls it counts some elementwise work."""
+    config = dataclasses.replace(
+        tiny().model, n_layers=3, d_model=128, d_ff=352, n_heads=4, n_kv_heads=2, head_dim=64, attention="reference"
+    )
+    length, batch = 256, 1
+    params = model.init_params(config, jax.random.key(0))
+    tokens = jnp.zeros((batch, length), jnp.int32)
+
+    def forward(params, tokens):
+        transformer = model.with_params(config, params)
+        graphdef, stacked = nnx.split(transformer.layers)
+        x = params["embedding"][tokens]
+        rotation = model.rope_rotation(length, config.head_dim, config.rope_theta)
+        for i in range(config.n_layers):
+            x = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))(x, rotation)
+        x = model.rms_norm(x, params["final_norm"], config.norm_eps)
+        return x @ params["embedding"].T
+
+    expected = batch * length * costs.forward_flops(config, length, "exact").total
+    assert _matmul_flops(jax.make_jaxpr(forward)(params, tokens).jaxpr) == expected
+    by_xla = jax.jit(forward).lower(params, tokens).compile().cost_analysis()["flops"]
+    assert expected < by_xla < 1.05 * expected
+    scanned = jax.make_jaxpr(lambda p, t: model.with_params(config, p)(t))(params, tokens)
+    assert _matmul_flops(scanned.jaxpr) == expected  # what is trained is the same model
+
+
+def _matmul_flops(jaxpr, times=1):
+    """FLOPs of every dot_general of a jaxpr, the bodies of scans times their length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * times * int(np.prod(equation.outvars[0].aval.shape)) * int(np.prod([left[i] for i in contracted]))
+        inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in equation.params.values():
+            for sub in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(sub, "eqns"):
+                    total += _matmul_flops(sub, inner)
+                elif hasattr(sub, "jaxpr"):
+                    total += _matmul_flops(sub.jaxpr, inner)
+    return total
+
+
+COMMAND = [sys.executable, "-m", "gqa_jax.train", "--config=configs/train/tiny.py"]
+SHORT = [
+    "--config.steps=60",
+    "--config.checkpoint.every_steps=5",
+    "--config.batch_tokens=1024",
+    "--config.evaluation.tokens=8192",
+]
+
+
+def command_line(*arguments, **options):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.n_layer=3"], 'Did you mean "n_layers"'),
+        (["--config.model.n_layers=three"], "n_layers"),
+        (["--config.model.n_kv_heads=3"], "is not a multiple of model.n_kv_heads = 3"),
+        (["--config=configs/train/tinny.py"], "No such file or directory: 'configs/train/tinny.py'"),
+        (["--workdirs=x"], "workdir"),
+        (["--config.steps=5", "--config.tokens=100"], "exactly one of tokens"),
+    ],
+)
+def test_bad_command_lines_are_one_sentence_and_exit_2(tmp_path, arguments, message):
+    done = command_line(f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
+    """SIGKILL at seeded random moments: while it starts, between steps, and during saves (every 5 steps of a few milliseconds)."""
+    undisturbed = command_line(f"--workdir={tmp_path / 'whole'}", *SHORT)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    moments = random.Random(0)
+    kills = during_save = 0
+    folder = tmp_path / "killed"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    for attempt in range(12):
+        process = subprocess.Popen(
+            [*COMMAND, f"--workdir={folder}", *SHORT],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        kind = attempt % 3
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if kind == 0 and (folder / "heartbeat.json").exists():  # any time from the start on
+                time.sleep(moments.uniform(0, 6))
+                break
+            if kind == 1 and any(folder.glob("checkpoints/*.orbax-checkpoint-tmp*")):  # a save is under way
+                during_save += 1
+                break
+            if kind == 2 and any(folder.glob("checkpoints/*/metadata")):  # a save has just ended, steps go on
+                time.sleep(moments.uniform(0, 0.5))
+                break
+            time.sleep(0.0005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if (folder / "result.json").exists():
+            break
+    assert kills >= 3
+    assert during_save >= 1
+    last = command_line(f"--workdir={folder}", *SHORT)
+    assert last.returncode == 0, last.stderr
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    assert results[0]["loss"] == results[1]["loss"]
+    assert losses(tmp_path / "whole") == losses(folder)
