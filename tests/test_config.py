@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from gqa_jax.config import ConfigError, TrainConfig, default_config, differing_fields, hash_identity
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from gqa_jax import evaluation
 
 

@@ -3,6 +3,7 @@ import logging
 import math
 
 import pytest
+
 from gqa_jax import metrics
 from gqa_jax.config import TrainConfig, default_config
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+
 from gqa_jax import costs, optimum
 from gqa_jax.laws import Heads, PowerLaw
 

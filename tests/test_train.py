@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from gqa_jax import costs, metrics, model, optimizer, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
 from gqa_jax.run_folder import Diverged
