@@ -18,7 +18,7 @@ def token_losses(hidden_BxTxD: jax.Array, embedding_VxD: jax.Array, targets_BxT:
     hidden_cxCxD, targets_cxC = _chunks(hidden_BxTxD, targets_BxT, embedding_VxD.shape[0])
 
     def chunk(args):
-        logits_CxV, lse_C = _logits(args[0], embedding_VxD)
+        logits_CxV, _, lse_C = _logits(args[0], embedding_VxD)
         return lse_C - _pick(logits_CxV, args[1])
 
     return jax.lax.map(chunk, (hidden_cxCxD, targets_cxC)).reshape(-1)[: targets_BxT.size].reshape(targets_BxT.shape)
@@ -42,12 +42,12 @@ def _forward(hidden_BxTxD, embedding_VxD, targets_BxT):
     def chunk(carry, args):
         total, d_embedding_VxD = carry
         hidden_CxD, targets_C, first_token = args
-        logits_CxV, lse_C = _logits(hidden_CxD, narrow_VxD)
+        logits_CxV, weights_CxV, lse_C = _logits(hidden_CxD, narrow_VxD)
         real_C = first_token + jnp.arange(chunk_size) < count  # the last chunk may be padded
         total += jnp.sum(jnp.where(real_C, lse_C - _pick(logits_CxV, targets_C), 0))
-        weight_Cx1 = real_C[:, None].astype(accumulate) / count
-        d_logits_CxV = jnp.exp(logits_CxV - lse_C[:, None]) * weight_Cx1
-        d_logits_CxV = d_logits_CxV.at[jnp.arange(chunk_size), targets_C].add(-weight_Cx1[:, 0]).astype(hidden_CxD.dtype)
+        share_C = real_C.astype(accumulate) / count
+        d_logits_CxV = weights_CxV * (share_C / jnp.sum(weights_CxV, axis=-1))[:, None]
+        d_logits_CxV = d_logits_CxV.at[jnp.arange(chunk_size), targets_C].add(-share_C).astype(hidden_CxD.dtype)
         d_hidden_CxD = d_logits_CxV @ narrow_VxD
         d_embedding_VxD += jax.lax.dot_general(
             d_logits_CxV, hidden_CxD, (((0,), (0,)), ((), ())), preferred_element_type=accumulate
@@ -79,10 +79,13 @@ def _chunks(hidden_BxTxD, targets_BxT, vocab_size):
 
 
 def _logits(hidden_CxD, embedding_VxD):
+    """Logits, exp(logits - their maximum) and log-sum-exp: one exponential per logit serves the loss and its gradient."""
     logits_CxV = jax.lax.dot_general(
         hidden_CxD, embedding_VxD, (((1,), (1,)), ((), ())), preferred_element_type=_accumulation_dtype(hidden_CxD)
     )
-    return logits_CxV, jax.nn.logsumexp(logits_CxV, axis=-1)
+    largest_Cx1 = jnp.max(logits_CxV, axis=-1, keepdims=True)
+    weights_CxV = jnp.exp(logits_CxV - largest_Cx1)
+    return logits_CxV, weights_CxV, jnp.log(jnp.sum(weights_CxV, axis=-1)) + largest_Cx1[:, 0]
 
 
 def _pick(logits_CxV, targets_C):

@@ -45,9 +45,8 @@ def answer(layout: Layout, loss: pd.DataFrame, console: Console) -> None:
     facts = results.grid_facts(layout.root)
     fits, optima = [], []
     if len(commits := loss["commit"].dropna().unique()) > 1:
-        console.print(
-            f"[yellow]warning:[/] cells were trained by {len(commits)} commits: {', '.join(c[:12] + '+' * c.endswith('+') for c in commits)}"
-        )
+        names = ", ".join(commit[:12] + "+" * commit.endswith("+") for commit in commits)
+        console.print(f"[yellow]warning:[/] cells were trained by {len(commits)} commits: {names}")
     for context, rows in loss.groupby("context"):
         try:
             by_heads = laws.fit_by_heads(rows)

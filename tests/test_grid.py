@@ -65,9 +65,9 @@ def test_bad_cells_are_found_before_anything_starts():
     def of(**changes):
         return grid.Grid("g", [grid_fakes.config(**changes)], [1024])
 
-    with pytest.raises(ConfigError, match="cell 0 of grid 'g': model.n_heads = 2 is not a multiple"):
+    with pytest.raises(ConfigError, match=r"cell 0 of grid 'g': model.n_heads = 2 is not a multiple"):
         grid.cells(of(model={"n_kv_heads": 4}))
-    with pytest.raises(ConfigError, match="data.epochs"):
+    with pytest.raises(ConfigError, match=r"data\.epochs"):
         grid.cells(of(steps=10**7))
     with pytest.raises(ConfigError, match="less than one block"):
         grid.cells(of(context=2**25, batch_tokens=2**25, data={"block_tokens": 2**25}, evaluation={"tokens": 2**25}))

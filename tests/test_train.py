@@ -144,7 +144,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(fini
 
 def test_a_non_finite_loss_stops_and_is_a_result(tmp_path):
     config = tiny(optimizer={"learning_rate": 1e30, "warmup_fraction": 0.0, "clip_norm": 1e30})
-    with pytest.raises(Diverged, match="lower optimizer.learning_rate"):
+    with pytest.raises(Diverged, match=r"lower optimizer.learning_rate"):
         train.train_and_evaluate(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["status"] == "diverged"
@@ -303,7 +303,7 @@ def test_bad_command_lines_are_one_sentence_and_exit_2(tmp_path, arguments, mess
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
-    """SIGKILL at seeded random moments: while it starts, between steps, and during saves (every 5 steps of a few milliseconds)."""
+    """SIGKILL at seeded random moments: while it starts, between steps, and during saves (every 5 steps)."""
     undisturbed = command_line(f"--workdir={tmp_path / 'whole'}", *SHORT)
     assert undisturbed.returncode == 0, undisturbed.stderr
     moments = random.Random(0)
