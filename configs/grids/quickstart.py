@@ -1,6 +1,6 @@
 """The whole method in a few minutes on a laptop: 3 sizes x 2 contexts x 3 head configurations on the State of the Union.
 
-Byte-level models of 30K to 0.3M parameters: too small to say anything about large ones, large enough to see every step of
+Byte-level models of 30K to 0.2M parameters: too small to say anything about large ones, large enough to see every step of
 the search. Two CPU cores, under five minutes, no download.
 
     python -m launch run configs/grids/quickstart.py
@@ -9,7 +9,7 @@ the search. Two CPU cores, under five minutes, no download.
 from gqa_jax.config import default_config
 from launch.grid import Grid, product
 
-SIZES = {"30k": (2, 32), "90k": (2, 64), "290k": (3, 96)}  # layers, hidden size
+SIZES = {"30k": (2, 32), "90k": (3, 48), "190k": (4, 64)}  # layers, hidden size: one aspect ratio
 CONTEXTS = [128, 512]
 HEADS = [(4, 4), (4, 1), (1, 1)]
 TOKENS = 200_000
