@@ -110,6 +110,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path, *, profile: bool = Fa
         run_folder.record_config(workdir, config)
         attempt = run_folder.next_attempt(workdir)
         try:
+            _check_attention(config)
             log.info("data: opening %s", config.data.store)
             fingerprint, train_batches, eval_batches = _open_data(config)
             identity = config.identity(fingerprint)
@@ -127,6 +128,13 @@ def train_and_evaluate(config: TrainConfig, workdir: Path, *, profile: bool = Fa
             kind, reason = run_folder.classify(error)
             run_folder.record_exit(workdir, exit_code(error), kind, reason, attempt)
             raise
+
+
+def _check_attention(config: TrainConfig) -> None:
+    try:
+        attention.resolve(config.model.attention)
+    except ValueError as error:
+        raise ConfigError(f"model.attention: {error}") from error
 
 
 def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBatches]:
@@ -241,7 +249,7 @@ class _Run:
         config = self.config
         schedule = optimizer.learning_rate(config.optimizer, config.n_steps)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self.train_loss = None
+        self.train_loss = self._rate = None
         profile_at = range(first_step + 2, first_step + 2 + PROFILE_STEPS) if profile else range(0)
         self._clock = time.perf_counter()
 
@@ -252,6 +260,7 @@ class _Run:
             pending.append((step, step_metrics))
             if len(pending) > 1:  # at most one step ahead of the device: errors and the heartbeat stay close to the truth
                 jax.block_until_ready(pending[-2][1])
+                self._beat(step - 1)
             if profile_at and step == min(profile_at.stop - 1, config.n_steps):
                 jax.block_until_ready(step_metrics)
                 jax.profiler.stop_trace()
@@ -299,10 +308,15 @@ class _Run:
                     raise Diverged(step, f"training {name}", float(row[name]))
         pending.clear()
         self.train_loss = float(values[-1]["loss"])
-        self.metrics.heartbeat(
-            "train", last, rate, self._mfu(rate), eta_seconds=(config.n_steps - last) * config.batch_tokens / rate
-        )
+        self._rate = rate
+        self._beat(last)
         self._clock = time.perf_counter()
+
+    def _beat(self, step: int) -> None:
+        """A sign of life with the rate of the last rows: None before the first."""
+        left = (self.config.n_steps - step) * self.config.batch_tokens
+        mfu, eta = (None, None) if self._rate is None else (self._mfu(self._rate), left / self._rate)
+        self.metrics.heartbeat("train", step, self._rate, mfu, eta)
 
     def _evaluate(self, evaluate: Callable, state: TrainState, step: int) -> evaluation.Evaluation:
         result = evaluate(state.params)

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pandas as pd
 import pytest
@@ -81,3 +82,23 @@ def test_broken_results_are_named_with_the_fix(folder):
 def test_a_folder_without_a_grid_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no grid folder"):
         gqa_jax.load_results(tmp_path)
+
+
+def test_a_grid_on_a_bucket_reads_the_same(folder, monkeypatch):
+    """gs:// through fsspec, as with gcsfs; the bucket is fsspec's in-memory file system."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store, pseudo_dirs = {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("gs://"))
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gs", Bucket)
+    for path in folder.rglob("*.json"):
+        fsspec.filesystem("gs").pipe(f"/bucket/grid/{path.relative_to(folder)}", path.read_bytes())
+    pd.testing.assert_frame_equal(gqa_jax.load_results("gs://bucket/grid"), gqa_jax.load_results(folder))
+    pd.testing.assert_frame_equal(results.load_costs("gs://bucket/grid"), results.load_costs(folder))
