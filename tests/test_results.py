@@ -97,7 +97,8 @@ def test_a_grid_on_a_bucket_reads_the_same(folder, monkeypatch):
         def _strip_protocol(cls, path):
             return super()._strip_protocol(path.removeprefix("gs://"))
 
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gs", Bucket)
+    for name in Bucket.protocol:
+        monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, name, Bucket)
     for path in folder.rglob("*.json"):
         fsspec.filesystem("gs").pipe(f"/bucket/grid/{path.relative_to(folder)}", path.read_bytes())
     pd.testing.assert_frame_equal(gqa_jax.load_results("gs://bucket/grid"), gqa_jax.load_results(folder))
