@@ -15,7 +15,7 @@ def qkv(n_heads, n_kv, *, batch=2, length=7, head_dim=8, seed=0, dtype=np.float3
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(1, 1), (4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("length", [1, 7, 70])  # 70: blocks of 64 and 6 queries
+@pytest.mark.parametrize("length", [1, 7, 140])  # 140: blocks of 128 and 12 queries
 def test_equals_independent_float64(implementation, n_heads, n_kv, length):
     q, k, v = qkv(n_heads, n_kv, length=length)
     expected = llama_numpy.attention(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))
@@ -23,7 +23,7 @@ def test_equals_independent_float64(implementation, n_heads, n_kv, length):
     np.testing.assert_allclose(out, expected, rtol=5e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("length", [70, 600])  # 600: eight blocks of 75
+@pytest.mark.parametrize("length", [140, 1100])  # 1100: eight blocks of 138
 def test_gradients_of_the_implementations_agree(length):
     q, k, v = qkv(4, 2, length=length)
     gradients = [

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCKS = 8  # each is unrolled into the program: more would save little work and cost compile time
-SMALLEST_BLOCK = 64
+SMALLEST_BLOCK = 128
 
 
 def xla(q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array) -> jax.Array:
