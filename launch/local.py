@@ -7,7 +7,6 @@ resumed by the same command.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import shutil
@@ -26,8 +25,6 @@ PREEMPTED = 75  # exit code: saved, start me again
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Slot:
@@ -119,29 +116,36 @@ def run(
 
 def _start(argv: list[str], folder: Path, slot: Slot) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
-    parent = os.getpid()
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def child() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # the launcher died before the line above
-                os._exit(1)
-            os.sched_setaffinity(0, slot.cpus)
-
     environment = os.environ | slot.environment | {"PYTHONPATH": _with_repository(os.environ.get("PYTHONPATH"))}
+    if sys.platform == "linux":
+        cpus = ",".join(map(str, sorted(slot.cpus)))
+        start = [sys.executable, "-S", "-E", "-c", _BIND, str(os.getpid()), cpus, *argv]
+    else:
+        start = argv  # no way to be told of the launcher's death: a cell left over ends by itself and is not lost
     with open(folder / "log.txt", "ab") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {slot.name}: {' '.join(argv)}\n".encode())
         log.flush()
         return subprocess.Popen(
-            argv,
+            start,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            preexec_fn=child,
             start_new_session=True,  # Ctrl-C reaches the launcher, which ends its cells
         )
+
+
+# Runs in the new process and becomes the cell: asks the kernel for SIGKILL when the launcher dies (PR_SET_PDEATHSIG = 1, kept
+# across exec), sees whether it died before that, takes the slot's CPUs.
+_BIND = """
+import ctypes, os, signal, sys
+parent, cpus, argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != parent:
+    sys.exit("the launcher is gone")
+os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+os.execv(argv[0], argv)
+"""
 
 
 def _explain(folder: Path, code: int) -> None:

@@ -98,7 +98,7 @@ local.run(cells, layout, local.slots(2), lambda *_: None, test_launch_local.comm
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_cells_end_with_the_launcher(tmp_path, how):
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
