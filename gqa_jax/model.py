@@ -61,7 +61,7 @@ class Transformer(nnx.Module):
     """Token ids to next-token logits. `layers` is one Block whose parameters carry a leading axis L, run by a scan."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        attention.resolve(config.attention)  # an unknown name fails here, not under a trace
+        attention.check_name(config.attention)  # an unknown name fails here, not under a trace
         self.config = config
         self.embedding = nnx.Param(
             nnx.initializers.normal(config.init_std, jnp.dtype(config.param_dtype))(

@@ -110,7 +110,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path, *, profile: bool = Fa
         run_folder.record_config(workdir, config)
         attempt = run_folder.next_attempt(workdir)
         try:
-            _check_attention(config)
+            attention_of(config)  # one that can't run fails here, before anything is opened
             log.info("data: opening %s", config.data.store)
             fingerprint, train_batches, eval_batches = _open_data(config)
             identity = config.identity(fingerprint)
@@ -130,9 +130,19 @@ def train_and_evaluate(config: TrainConfig, workdir: Path, *, profile: bool = Fa
             raise
 
 
-def _check_attention(config: TrainConfig) -> None:
+def attention_of(config: TrainConfig) -> str:
+    """The implementation of attention that this run trains with here. Raises ConfigError when the one asked for can't."""
+    model = config.model
     try:
-        attention.resolve(config.model.attention)
+        case = attention.Case.planned(
+            batch=config.batch_size // config.accumulation_steps,
+            length=config.context_length,
+            n_heads=model.n_heads,
+            n_kv_heads=model.n_kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+        )
+        return attention.resolve(model.attention, case)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
 
@@ -367,7 +377,7 @@ class _Run:
             "seconds_train": self.seconds_train,
             "seconds_total": time.time() - self.started,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "attention": attention.resolve(config.model.attention),
+            "attention": attention_of(config),
             "data_fingerprint": self.data_fingerprint,
             "identity": hash_identity(self.identity),
             "attempts": self.attempt + 1,

@@ -1,20 +1,28 @@
-"""Attention written out: the O(T S) form that every kernel is compared with."""
+"""Attention written out: the O(T S) form, differentiated by JAX, that every kernel is compared with."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
 
-def reference(q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array) -> jax.Array:
-    """See `gqa_jax.attention.attention`. Keys and values are never repeated: queries are viewed as (K, G)."""
-    batch, length, n_heads, head_dim = q_BxTxNxH.shape
-    n_kv = k_BxSxKxH.shape[2]
-    accumulate = jnp.promote_types(q_BxTxNxH.dtype, jnp.float32)
-    q_BxTxKxGxH = q_BxTxNxH.reshape(batch, length, n_kv, n_heads // n_kv, head_dim)
-    logits_BxKxGxTxS = jnp.einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k_BxSxKxH, preferred_element_type=accumulate)
-    causal_TxS = jnp.tril(jnp.ones((length, k_BxSxKxH.shape[1]), dtype=bool))
-    logits_BxKxGxTxS = jnp.where(causal_TxS, logits_BxKxGxTxS * head_dim**-0.5, -jnp.inf)
-    weights_BxKxGxTxS = jax.nn.softmax(logits_BxKxGxTxS, axis=-1).astype(q_BxTxNxH.dtype)
-    out_BxTxKxGxH = jnp.einsum("bkgts,bskh->btkgh", weights_BxKxGxTxS, v_BxSxKxH)
-    return out_BxTxKxGxH.reshape(batch, length, n_heads, head_dim)
+
+def reference(
+    q_BxTxKxGxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, mask: Mask, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Output (B, T, K, G, H) in q's dtype and log-sum-exp (B, K, G, T), float32 or wider; see `gqa_jax.attention.attention`."""
+    accumulate = jnp.promote_types(q_BxTxKxGxH.dtype, jnp.float32)
+    logits_BxKxGxTxS = scale * jnp.einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k_BxSxKxH, preferred_element_type=accumulate)
+    visible_BxTxS = mask.visible_BxTxS(jnp.arange(q_BxTxKxGxH.shape[1]), jnp.arange(k_BxSxKxH.shape[1]))
+    visible_Bx1x1xTxS = visible_BxTxS[:, None, None]
+    logits_BxKxGxTxS = jnp.where(visible_Bx1x1xTxS, logits_BxKxGxTxS, HIDDEN)
+    largest = jax.lax.stop_gradient(jnp.maximum(logits_BxKxGxTxS.max(axis=-1, keepdims=True), UNSEEN))
+    weights_BxKxGxTxS = jnp.exp(logits_BxKxGxTxS - largest)
+    total = weights_BxKxGxTxS.sum(axis=-1, keepdims=True)
+    seen = total > 0
+    safe_total = jnp.where(seen, total, 1)
+    probabilities_BxKxGxTxS = (weights_BxKxGxTxS / safe_total).astype(q_BxTxKxGxH.dtype)
+    out_BxTxKxGxH = jnp.einsum("bkgts,bskh->btkgh", probabilities_BxKxGxTxS, v_BxSxKxH)
+    lse = jnp.where(seen, largest + jnp.log(safe_total), -jnp.inf)
+    return out_BxTxKxGxH, lse[..., 0]

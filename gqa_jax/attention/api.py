@@ -1,0 +1,146 @@
+"""The public functions: shapes checked, an implementation chosen, its result returned in the caller's form."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import difflib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from gqa_jax.attention import implementations
+from gqa_jax.attention.implementations import Case
+from gqa_jax.attention.masks import Mask
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Pallas kernels traced within run in Pallas's interpret mode, on any platform: right, and thousands of times slower."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    implementation: str | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    q_offset: int | jax.Array = 0,
+    kv_offset: int | jax.Array = 0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Causal attention of grouped queries: softmax(scale q k^T) v over the keys that a query sees.
+
+    Query t sees key s when q_offset + t >= kv_offset + s and, with segments, when theirs are equal. Keys and values are never
+    repeated. Differentiable in q, k and v, through the log-sum-exp too.
+
+    Args:
+      q: (B, T, N, H) queries, N a multiple of K; head n reads key/value head n // (N / K). Or (B, T, K, G, H).
+      k: (B, S, K, H) keys. v: (B, S, K, H) values. All of one dtype: bfloat16 or float32 (others: `reference`, `xla`).
+      implementation: a name, or None for the best one for this platform and case (`gqa_jax.attention.implementations`).
+      segment_ids: (B, T) integers, documents of a packed sequence; with S != T or offsets a pair, (B, T) and (B, S).
+      q_offset, kv_offset: positions of the first query and key, Python ints or int32 scalars. S != T needs them.
+      scale: of the logits; None is H ** -0.5.
+      return_lse: also return the log-sum-exp of each query's logits, natural, (B, T, N) (or (B, T, K, G)), float32:
+        parts over disjoint keys merge by it. -inf where a query sees no key; its output is 0.
+
+    Returns:
+      The output in q's shape and dtype, and with return_lse the log-sum-exp. Logits and softmax are float32 (float64 for
+      float64 input).
+
+    Raises:
+      ValueError: shapes, dtypes or offsets that don't fit together, an implementation that is unknown or can't run this
+        case here, before anything is traced.
+    """
+    _check(q, k, v, segment_ids, q_offset, kv_offset, scale)
+    batch, length, *heads, head_dim = q.shape
+    n_kv = k.shape[2]
+    q_BxTxKxGxH = q if q.ndim == 5 else q.reshape(batch, length, n_kv, q.shape[2] // n_kv, head_dim)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    q_segments, kv_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    mask = Mask(q_offset, kv_offset, q_segments, kv_segments)
+    case = Case.of(q_BxTxKxGxH, k, mask, return_lse=return_lse, interpreted=_interpreted.get())
+    run = implementations.get(resolve(implementation, case)).run
+    out_BxTxKxGxH, lse_BxKxGxT = run(q_BxTxKxGxH, k, v, mask, scale, case)
+    out = out_BxTxKxGxH.reshape(q.shape)
+    if not return_lse:
+        return out
+    return out, jnp.transpose(lse_BxKxGxT, (0, 3, 1, 2)).reshape(batch, length, *heads)
+
+
+def check_name(implementation: str | None) -> None:
+    """Raises ValueError on a name that no implementation has. None, which asks for the best one, is fine."""
+    if implementation is None:
+        return
+    names = implementations.names()
+    if implementation not in names:
+        close = difflib.get_close_matches(implementation, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+        raise ValueError(f"attention implementation {implementation!r} is unknown: {hint}")
+
+
+def resolve(implementation: str | None, case: Case) -> str:
+    """The name of the implementation that runs `case` for `implementation`; None asks for the best one.
+
+    Raises ValueError on an unknown name and on one that can't run the case here. Nothing else is ever run in the place of
+    the one that was asked for.
+    """
+    check_name(implementation)
+    if implementation is None:
+        return implementations.best(case)
+    if (obstacle := implementations.get(implementation).obstacle(case)) is not None:
+        able = [name for name in implementations.names() if implementations.get(name).obstacle(case) is None]
+        raise ValueError(
+            f"attention implementation {implementation!r} can't run here: {obstacle}. These can: {', '.join(able)}"
+        )
+    return implementation
+
+
+def _check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
+    shapes = f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}"
+    if q.ndim not in (4, 5) or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"attention takes q (B, T, N, H) or (B, T, K, G, H) and k, v (B, S, K, H); got {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q, k and v must have the same batch and head size; got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"attention needs at least one query, key and head; got {shapes}")
+    if q.ndim == 5 and q.shape[2] != k.shape[2]:
+        raise ValueError(f"q (B, T, K, G, H) and k (B, S, K, H) must have the same K; got {shapes}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key/value heads; got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k and v must have one floating dtype; got {shapes}")
+    offsets_given = any(not isinstance(offset, int) or offset != 0 for offset in (q_offset, kv_offset))
+    if q.shape[1] != k.shape[1] and not offsets_given:
+        raise ValueError(f"causal attention needs as many keys as queries (S = T), or q_offset and kv_offset; got {shapes}")
+    for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
+        if not isinstance(offset, int) and (
+            jnp.shape(offset) != () or not jnp.issubdtype(jnp.result_type(offset), jnp.integer)
+        ):
+            raise ValueError(f"{name} must be an integer scalar; got {jnp.result_type(offset)} {jnp.shape(offset)}")
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
+        raise ValueError(f"scale must be a positive Python number; got {scale!r}")
+    if segment_ids is not None:
+        _check_segments(segment_ids, q, k)
+
+
+def _check_segments(segment_ids, q, k) -> None:
+    expected = (q.shape[:2], k.shape[:2])
+    if not isinstance(segment_ids, tuple) and q.shape[1] != k.shape[1]:
+        raise ValueError(f"segment_ids must be a pair, of shapes {expected[0]} and {expected[1]}, where S != T")
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if len(pair) != 2 or any(ids is None for ids in pair):
+        raise ValueError("segment_ids must be an array (B, T), or a pair of arrays (B, T) and (B, S)")
+    for ids, shape in zip(pair, expected, strict=True):
+        if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"segment_ids must be integers of shape {shape}; got {ids.dtype} {ids.shape}")

@@ -1,0 +1,85 @@
+"""The implementations by name: what each can run, and which is best where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gqa_jax.attention import xla
+from gqa_jax.attention.gradient import Kernel, attend
+from gqa_jax.attention.masks import Mask
+from gqa_jax.attention.reference import reference
+
+
+class Case(NamedTuple):
+    """What decides who can run: the platform, and all of a call's static properties."""
+
+    platform: str  # "cpu", "gpu", "tpu": where the program under trace will run
+    chip: str  # device kind as JAX names it: "TPU v5 lite", "NVIDIA H200", "cpu"
+    batch: int
+    length: int  # T
+    keys: int  # S
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    dtype: Any
+    aligned: bool = True  # equal offsets, known while tracing
+    segments: bool = False
+    return_lse: bool = False
+    interpreted: bool = False  # Pallas kernels run in interpret mode, on any platform
+
+    @classmethod
+    def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask, *, return_lse: bool = False, interpreted: bool = False) -> Case:
+        batch, length, n_kv, group, head_dim = q_BxTxKxGxH.shape
+        return cls(
+            *target(), batch, length, k_BxSxKxH.shape[1], n_kv * group, n_kv, head_dim, jnp.dtype(q_BxTxKxGxH.dtype),
+            aligned=mask.aligned, segments=mask.q_segments_BxT is not None, return_lse=return_lse, interpreted=interpreted,
+        )  # fmt: skip
+
+    @classmethod
+    def planned(cls, *, batch: int, length: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: Any) -> Case:
+        """Causal attention of a sequence with itself, before there is anything to attend to."""
+        return cls(*target(), batch, length, length, n_heads, n_kv_heads, head_dim, jnp.dtype(dtype))
+
+    @property
+    def group(self) -> int:
+        return self.n_heads // self.n_kv_heads
+
+
+def target() -> tuple[str, str]:
+    """Platform and device kind that a trace is for: of the mesh in use (`jax.set_mesh`), else the default device's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform, device.device_kind
+
+
+class Implementation(NamedTuple):
+    """obstacle(case) is None where it can run, else why not; run(q, k, v, mask, scale, case) -> out, lse (or None)."""
+
+    obstacle: Callable[[Case], str | None]
+    run: Callable[..., tuple[jax.Array, jax.Array | None]]
+
+
+def _run_xla(q, k, v, mask, scale, case: Case):
+    options = xla.choose(case.batch, case.length, case.n_heads)
+    return attend(Kernel(xla.forward, xla.backward, scale, options), q, k, v, mask)
+
+
+_ALL: dict[str, Implementation] = {
+    "reference": Implementation(lambda case: None, lambda q, k, v, mask, scale, case: reference(q, k, v, mask, scale)),
+    "xla": Implementation(lambda case: None, _run_xla),
+}
+
+
+def names() -> list[str]:
+    return list(_ALL)
+
+
+def get(name: str) -> Implementation:
+    return _ALL[name]
+
+
+def best(case: Case) -> str:
+    return "xla"

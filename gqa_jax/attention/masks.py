@@ -1,0 +1,36 @@
+"""Which keys a query sees, as the few numbers that every implementation computes it from: no T x S table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+HIDDEN = -1e30  # logit of a key that a query does not see: finite, so that differences of logits are never inf - inf
+UNSEEN = -1e20  # running maximum before the first key: exp(HIDDEN - UNSEEN) is 0, so a row that sees nothing sums to 0
+
+
+class Mask(NamedTuple):
+    """Query t sees key s when q_offset + t >= kv_offset + s and, where there are segments, theirs are equal.
+
+    Offsets are int32 scalars (Python ints, or traced: a shard computes its own). Segments are (B, T) and (B, S) int32.
+    """
+
+    q_offset: jax.Array | int = 0
+    kv_offset: jax.Array | int = 0
+    q_segments_BxT: jax.Array | None = None
+    kv_segments_BxS: jax.Array | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether both offsets are known, while tracing, to be equal: the usual causal mask."""
+        return isinstance(self.q_offset, int) and isinstance(self.kv_offset, int) and self.q_offset == self.kv_offset
+
+    def visible_BxTxS(self, t: jax.Array, s: jax.Array) -> jax.Array:
+        """Booleans for query positions t (T,) and key positions s (S,), counted in these arrays; B is 1 without segments."""
+        seen = ((self.q_offset + t)[:, None] >= (self.kv_offset + s)[None, :])[None]
+        if self.q_segments_BxT is not None:
+            q, kv = jnp.take(self.q_segments_BxT, t, axis=1), jnp.take(self.kv_segments_BxS, s, axis=1)
+            seen = seen & (q[:, :, None] == kv[:, None, :])
+        return seen
