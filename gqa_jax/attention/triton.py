@@ -1,0 +1,371 @@
+"""Attention in Pallas-Triton, for NVIDIA GPUs from Ampere on: FlashAttention-2's two passes with the group packed into rows.
+
+A tile's rows are (token, query of the group) pairs of one key/value head, token major, so that keys and values are read once
+for the whole group and the diagonal crosses few tiles. Each tile loops over the keys that all its tokens see, unmasked, then
+over those that some see. The backward pass is two kernels without atomics, so bit-equal from run to run: one for dq, one in
+which a tile of keys loops over the group's rows and dk, dv are summed over the group in float32.
+
+Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gqa_jax.attention.gradient import UNSEEN_LSE
+from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
+
+LARGEST_HEAD = 256
+LOG2_E = math.log2(math.e)
+
+
+class Tile(NamedTuple):
+    """Rows (query, token pairs) by keys, powers of two of at least 16; warps of a program; stages of the copy pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Options(NamedTuple):
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    interpret: bool = False
+
+
+# By bytes of an element and padded head size. 16-bit tiles fit the 99 KB of shared memory of the smallest GPUs (compute
+# capability 8.9) and compile for them and for Hopper without register spills; those of float32, at most a few.
+_TILES = {
+    (2, 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (2, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 4, 3)),
+    (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (4, 64): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (4, 128): (Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 16, 4, 2)),
+    (4, 256): (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+}
+
+
+def choose(length: int, keys: int, group: int, head_dim: int, dtype: Any, *, interpret: bool = False) -> Options:
+    """The table's tiles, no larger than the problem."""
+    most_rows, most_keys = padded(length * group), padded(keys)
+    tiles = _TILES[jnp.dtype(dtype).itemsize, max(64, padded(head_dim))]
+    tiles = (tile._replace(rows=min(tile.rows, most_rows), keys=min(tile.keys, most_keys)) for tile in tiles)
+    return Options(*tiles, interpret=interpret)
+
+
+def padded(size: int) -> int:
+    """The power of two that Triton holds `size` in, at least 16, the least that a matrix unit takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def compute_capability(chip: str) -> float | None:
+    """Of an NVIDIA GPU by its name as JAX gives it ("NVIDIA H200"); None for what is not one or is not known."""
+    for version in sorted(plgpu.GpuVersion, key=lambda version: -len(version.value)):
+        if version.value in chip:
+            return plgpu.get_gpu_info_from_version(version).compute_capability / 10
+    here = jax.local_devices()[0]  # a model that this JAX has no entry for
+    return float(here.compute_capability) if "NVIDIA" in chip and here.device_kind == chip else None
+
+
+def obstacle(case) -> str | None:
+    """Why these kernels can't run `case` (`gqa_jax.attention.implementations.Case`); None where they can."""
+    if not case.interpreted:
+        if case.platform != "gpu":
+            return f"pallas_triton runs on NVIDIA GPUs, this is {case.platform}"
+        if (compute_capability(case.chip) or 0) < 8:
+            return f"pallas_triton needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later, this is {case.chip}"
+    if case.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"pallas_triton takes bfloat16, float16 and float32, not {case.dtype}"
+    if case.head_dim % 16 or case.head_dim > LARGEST_HEAD:
+        return f"pallas_triton takes head sizes of a multiple of 16 up to {LARGEST_HEAD}, not {case.head_dim}"
+    if max(case.batch, case.n_kv_heads) > 65535:
+        return f"a CUDA grid takes a batch and key/value heads of 65535 at most, not {case.batch} and {case.n_kv_heads}"
+    if max(case.length * case.group, case.keys) >= 2**30:
+        return f"pallas_triton counts rows in 32 bits; {case.length} queries of a group of {case.group} are too many"
+    return None
+
+
+def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
+    """See `gqa_jax.attention.gradient.Kernel`."""
+    problem = _Problem(q_BxTxKxGxH, k_BxSxKxH, mask, scale, options.forward, options.interpret)
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, problem=problem),
+        grid=(problem.row_tiles, problem.n_kv, problem.batch),
+        in_specs=[*problem.mask_specs, problem.query_spec, problem.key_spec, problem.key_spec],
+        out_specs=[problem.query_spec, problem.column_spec],
+        out_shape=[problem.like_q, problem.column],
+        compiler_params=problem.compiler_params,
+        interpret=options.interpret,
+        name="gqa_triton_forward",
+    )(*problem.mask_operands, q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH)
+
+
+def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask, scale, options: Options):
+    """See `gqa_jax.attention.gradient.Kernel`."""
+    operands = (q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH.astype(q_BxTxKxGxH.dtype))
+
+    def call(kernel, name: str, problem: _Problem, tiles: int, out_specs, out_shape):
+        columns = [problem.column_spec, problem.column_spec]
+        return pl.pallas_call(
+            functools.partial(kernel, problem=problem),
+            grid=(tiles, problem.n_kv, problem.batch),
+            in_specs=[
+                *problem.mask_specs, problem.query_spec, problem.key_spec, problem.key_spec, *columns, problem.query_spec
+            ],
+            out_specs=out_specs,
+            out_shape=out_shape,
+            compiler_params=problem.compiler_params,
+            interpret=options.interpret,
+            name=name,
+        )(*problem.mask_operands, *operands)  # fmt: skip
+
+    rows = _Problem(q_BxTxKxGxH, k_BxSxKxH, mask, scale, options.dq, options.interpret)
+    dq = call(_dq_kernel, "gqa_triton_dq", rows, rows.row_tiles, rows.query_spec, rows.like_q)
+    keys = _Problem(q_BxTxKxGxH, k_BxSxKxH, mask, scale, options.dkv, options.interpret)
+    both = [keys.key_spec] * 2, [keys.like_k] * 2
+    dk, dv = call(_dkv_kernel, "gqa_triton_dkv", keys, keys.key_tiles, *both)
+    return dq, dk, dv
+
+
+class _Problem:
+    """Sizes, operands and block specifications of one call, and the loads that its kernels share.
+
+    A program's references are one sequence's, one key/value head's: q (T, G, H), k (S, H), lse (G, T), segments (T,), (S,).
+    Loads outside of an array are masked and give 0, those of log-sum-exps `UNSEEN_LSE`, by which a row adds nothing.
+    """
+
+    def __init__(self, q_BxTxKxGxH, k_BxSxKxH, mask: Mask, scale: float, tile: Tile, interpret: bool):
+        self.batch, self.length, self.n_kv, self.group, self.head_dim = q_BxTxKxGxH.shape
+        self.keys = k_BxSxKxH.shape[1]
+        self.dtype = q_BxTxKxGxH.dtype
+        self.tile, self.interpret = tile, interpret
+        self.width = padded(self.head_dim)
+        self.scale = scale
+        self.shifted = not mask.aligned
+        self.segmented = mask.q_segments_BxT is not None
+        self.rows = self.length * self.group
+        self.row_tiles, self.key_tiles = -(-self.rows // tile.rows), -(-self.keys // tile.keys)
+        self.compiler_params = plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+
+        self.query_spec = pl.BlockSpec((None, self.length, None, self.group, self.head_dim), lambda i, k, b: (b, 0, k, 0, 0))
+        self.key_spec = pl.BlockSpec((None, self.keys, None, self.head_dim), lambda i, k, b: (b, 0, k, 0))
+        self.column_spec = pl.BlockSpec((None, None, self.group, self.length), lambda i, k, b: (b, k, 0, 0))
+        varying = jax.typeof(q_BxTxKxGxH).manual_axis_type  # over the axes of a surrounding shard_map
+        self.like_q = jax.ShapeDtypeStruct(q_BxTxKxGxH.shape, self.dtype, manual_axis_type=varying)
+        self.like_k = jax.ShapeDtypeStruct(k_BxSxKxH.shape, k_BxSxKxH.dtype, manual_axis_type=varying)
+        shape = (self.batch, self.n_kv, self.group, self.length)
+        self.column = jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying)
+
+        self.mask_operands, self.mask_specs = [], []
+        if self.shifted:
+            self.mask_operands.append(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32).reshape(1))
+            self.mask_specs.append(pl.BlockSpec((1,), lambda i, k, b: (0,)))
+        if self.segmented:
+            for ids in (mask.q_segments_BxT, mask.kv_segments_BxS):
+                self.mask_operands.append(ids.astype(jnp.int32))
+                self.mask_specs.append(pl.BlockSpec((None, ids.shape[1]), lambda i, k, b: (b, 0)))
+
+    def dot(self, a, b, *, trans_b: bool = False):
+        # Triton's default for float32 is TF32, 10 bits; three of its products restore float32's. A CPU has no such product.
+        full = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        return plgpu.dot(a, b, trans_b=trans_b, precision=full if a.dtype == jnp.float32 else None)
+
+    def split(self, refs):
+        """(shift, segments of queries, of keys), each as it is present, and the references of the pass itself."""
+        refs = list(refs)
+        shift = refs.pop(0)[0] if self.shifted else 0
+        segments = (refs.pop(0), refs.pop(0)) if self.segmented else (None, None)
+        return shift, *segments, refs
+
+    def rows_at(self, i):
+        return _Rows(i * self.tile.rows + jnp.arange(self.tile.rows, dtype=jnp.int32), self)
+
+    def keys_at(self, j):
+        return _Keys(j * self.tile.keys + jnp.arange(self.tile.keys, dtype=jnp.int32), self)
+
+    def tiles_of_keys(self, i, shift):
+        """The row tile i sees all keys of the tiles before the first number, and none from the second on."""
+        first = lax.div(i * self.tile.rows, jnp.int32(self.group))
+        last = jnp.minimum(lax.div((i + 1) * self.tile.rows - 1, jnp.int32(self.group)), self.length - 1)
+        all_see, some_see = (jnp.minimum(jnp.maximum(t + shift + 1, 0), self.keys) for t in (first, last))
+        size = jnp.int32(self.tile.keys)
+        unmasked = jnp.zeros_like(all_see) if self.segmented else lax.div(all_see, size)
+        return unmasked, lax.div(some_see + (self.tile.keys - 1), size)
+
+    def tiles_of_rows(self, j, shift):
+        """The keys of tile j are seen by no row before the first row tile, and by all from the second on."""
+        first = j * self.tile.keys
+        last = jnp.minimum(first + self.tile.keys, self.keys) - 1
+        some_see, all_see = (jnp.minimum(jnp.maximum(s - shift, 0), self.length) * self.group for s in (first, last))
+        size = jnp.int32(self.tile.rows)
+        unmasked = jnp.full_like(all_see, self.row_tiles) if self.segmented else lax.div(all_see + (self.tile.rows - 1), size)
+        return lax.div(some_see, size), unmasked
+
+    def visible(self, rows: _Rows, keys: _Keys, shift, row_segments, key_segments_ref):
+        """(rows, keys)"""
+        seen = (rows.token[:, None] + shift >= keys.key[None, :]) & keys.inside[None, :]
+        if self.segmented:
+            seen = seen & (row_segments[:, None] == keys.load_segments(key_segments_ref)[None, :])
+        return seen
+
+    def in_head(self, tile_rows: int):
+        """Whether elements of a (tile_rows, width) tile are within the head, and the column of each."""
+        column = jnp.arange(self.width, dtype=jnp.int32)[None, :]
+        return jnp.broadcast_to(column < self.head_dim, (tile_rows, self.width)), column
+
+
+class _Rows:
+    """Packed rows: row r is query r % G of the group at token r // G."""
+
+    def __init__(self, row, problem: _Problem):
+        self.problem = problem
+        self.inside = row < problem.rows
+        self.token = lax.div(row, jnp.full_like(row, problem.group))
+        self.query = row - self.token * problem.group
+
+    def _place(self):
+        in_head, column = self.problem.in_head(self.problem.tile.rows)
+        return (self.token[:, None], self.query[:, None], column), in_head & self.inside[:, None]
+
+    def load(self, ref_TxGxH):
+        index, mask = self._place()
+        return plgpu.load(ref_TxGxH.at[index], mask=mask, other=0.0)
+
+    def store(self, ref_TxGxH, value):
+        index, mask = self._place()
+        plgpu.store(ref_TxGxH.at[index], value.astype(ref_TxGxH.dtype), mask=mask)
+
+    def load_column(self, ref_GxT, outside: float):
+        return plgpu.load(ref_GxT.at[self.query, self.token], mask=self.inside, other=outside)
+
+    def store_column(self, ref_GxT, value):
+        plgpu.store(ref_GxT.at[self.query, self.token], value, mask=self.inside)
+
+    def load_segments(self, ref_T):
+        return plgpu.load(ref_T.at[self.token], mask=self.inside, other=0) if self.problem.segmented else None
+
+
+class _Keys:
+    def __init__(self, key, problem: _Problem):
+        self.problem = problem
+        self.key = key
+        self.inside = key < problem.keys
+
+    def load(self, ref_SxH, *, whole: bool = False):
+        """`whole`: all of these keys exist, so that only the head's padding needs a mask."""
+        in_head, column = self.problem.in_head(self.problem.tile.keys)
+        index = (self.key[:, None], column)
+        if whole and self.problem.width == self.problem.head_dim:
+            return plgpu.load(ref_SxH.at[index])
+        mask = in_head if whole else in_head & self.inside[:, None]
+        return plgpu.load(ref_SxH.at[index], mask=mask, other=0.0)
+
+    def store(self, ref_SxH, value):
+        in_head, column = self.problem.in_head(self.problem.tile.keys)
+        mask = in_head & self.inside[:, None]
+        plgpu.store(ref_SxH.at[self.key[:, None], column], value.astype(ref_SxH.dtype), mask=mask)
+
+    def load_segments(self, ref_S):
+        return plgpu.load(ref_S.at[self.key], mask=self.inside, other=0)
+
+
+def _forward_kernel(*refs, problem: _Problem):
+    shift, q_segments_ref, kv_segments_ref, (q_ref, k_ref, v_ref, out_ref, lse_ref) = problem.split(refs)
+    i = problem.row_tiles - 1 - pl.program_id(0)  # those with most keys first
+    rows = problem.rows_at(i)
+    q = rows.load(q_ref)
+    row_segments = rows.load_segments(q_segments_ref)
+
+    def absorb(j, state, *, masked: bool):
+        largest, total, weighted = state
+        keys = problem.keys_at(j)
+        logits = problem.dot(q, keys.load(k_ref, whole=not masked), trans_b=True) * (problem.scale * LOG2_E)
+        if masked:
+            logits = jnp.where(problem.visible(rows, keys, shift, row_segments, kv_segments_ref), logits, HIDDEN)
+        now = jnp.maximum(largest, logits.max(axis=1))
+        weights = jnp.exp2(logits - now[:, None])
+        fade = jnp.exp2(largest - now)
+        v = keys.load(v_ref, whole=not masked)
+        return now, total * fade + weights.sum(axis=1), weighted * fade[:, None] + problem.dot(weights.astype(v.dtype), v)
+
+    size = problem.tile.rows
+    state = (
+        jnp.full((size,), UNSEEN, jnp.float32),
+        jnp.zeros((size,), jnp.float32),
+        jnp.zeros((size, problem.width), jnp.float32),
+    )
+    unmasked, stop = problem.tiles_of_keys(i, shift)
+    state = lax.fori_loop(0, unmasked, functools.partial(absorb, masked=False), state)
+    largest, total, weighted = lax.fori_loop(unmasked, stop, functools.partial(absorb, masked=True), state)
+    seen = total > 0
+    safe_total = jnp.where(seen, total, 1.0)
+    rows.store(out_ref, weighted / safe_total[:, None])
+    rows.store_column(lse_ref, jnp.where(seen, largest / LOG2_E + jnp.log(safe_total), -jnp.inf))
+
+
+def _dq_kernel(*refs, problem: _Problem):
+    shift, q_segments_ref, kv_segments_ref, passed = problem.split(refs)
+    q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, dq_ref = passed
+    i = problem.row_tiles - 1 - pl.program_id(0)
+    rows = problem.rows_at(i)
+    q, d_out = rows.load(q_ref), rows.load(d_out_ref)
+    lse = rows.load_column(lse_ref, UNSEEN_LSE) * LOG2_E
+    delta = rows.load_column(delta_ref, 0.0)
+    row_segments = rows.load_segments(q_segments_ref)
+
+    def contribute(j, dq, *, masked: bool):
+        keys = problem.keys_at(j)
+        k, v = keys.load(k_ref, whole=not masked), keys.load(v_ref, whole=not masked)
+        logits = problem.dot(q, k, trans_b=True) * (problem.scale * LOG2_E)
+        if masked:
+            logits = jnp.where(problem.visible(rows, keys, shift, row_segments, kv_segments_ref), logits, HIDDEN)
+        p = jnp.exp2(logits - lse[:, None])
+        ds = p * (problem.dot(d_out, v, trans_b=True) - delta[:, None])
+        return dq + problem.dot(ds.astype(k.dtype), k)
+
+    unmasked, stop = problem.tiles_of_keys(i, shift)
+    dq = jnp.zeros((problem.tile.rows, problem.width), jnp.float32)
+    dq = lax.fori_loop(0, unmasked, functools.partial(contribute, masked=False), dq)
+    dq = lax.fori_loop(unmasked, stop, functools.partial(contribute, masked=True), dq)
+    rows.store(dq_ref, dq * problem.scale)
+
+
+def _dkv_kernel(*refs, problem: _Problem):
+    shift, q_segments_ref, kv_segments_ref, passed = problem.split(refs)
+    q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, dk_ref, dv_ref = passed
+    j = pl.program_id(0)  # the first keys are seen by most rows
+    keys = problem.keys_at(j)
+    k, v = keys.load(k_ref), keys.load(v_ref)
+
+    def contribute(i, state, *, masked: bool):
+        dk, dv = state
+        rows = problem.rows_at(i)
+        q, d_out = rows.load(q_ref), rows.load(d_out_ref)
+        lse = rows.load_column(lse_ref, UNSEEN_LSE) * LOG2_E
+        delta = rows.load_column(delta_ref, 0.0)
+        logits = problem.dot(k, q, trans_b=True) * (problem.scale * LOG2_E)  # (keys, rows): no operand of dk, dv is transposed
+        if masked:
+            row_segments = rows.load_segments(q_segments_ref)
+            visible = problem.visible(rows, keys, shift, row_segments, kv_segments_ref)
+            logits = jnp.where(visible.T, logits, HIDDEN)
+        p = jnp.exp2(logits - lse[None, :])
+        dv = dv + problem.dot(p.astype(d_out.dtype), d_out)
+        ds = p * (problem.dot(v, d_out, trans_b=True) - delta[None, :])
+        return dk + problem.dot(ds.astype(q.dtype), q), dv
+
+    start, unmasked = problem.tiles_of_rows(j, shift)
+    zeros = jnp.zeros((problem.tile.keys, problem.width), jnp.float32)
+    state = lax.fori_loop(start, unmasked, functools.partial(contribute, masked=True), (zeros, zeros))
+    dk, dv = lax.fori_loop(unmasked, problem.row_tiles, functools.partial(contribute, masked=False), state)
+    keys.store(dk_ref, dk * problem.scale)
+    keys.store(dv_ref, dv)
