@@ -1,0 +1,180 @@
+"""Rows of attention's benchmark as a CSV file, tables on the screen and a picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gqa_jax import plots
+
+FIELDS = (
+    "date", "device", "versions", "command",
+    "pass", "batch", "length", "n_heads", "n_kv_heads", "head_dim", "dtype", "implementation", "status", "reason",
+    "turns", "iterations", "median_s", "q25_s", "q75_s", "backward_by_difference_s", "baseline", "ratio",
+    "tflops", "matmul_tflops", "gb_s", "copy_gb_s", "percent_of_ceiling", "percent_of_peak", "temp_bytes", "relative_error",
+)  # fmt: skip
+
+# Okabe and Ito's colours; marker and line style differ too, so that ten lines can be told apart without colour.
+_STYLES = [
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", "--"),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "D", ":"),
+    ("#E69F00", "v", (0, (5, 1, 1, 1))),
+    ("#56B4E9", "P", (0, (3, 1))),
+    ("#000000", "X", (0, (1, 1))),
+    ("#0072B2", "<", (0, (8, 2))),
+    ("#D55E00", ">", (0, (1, 3))),
+    ("#009E73", "*", (0, (6, 1, 1, 1, 1, 1))),
+    ("#CC79A7", "h", "-"),
+    ("#E69F00", "d", "--"),
+]
+
+
+def write_csv(rows: Sequence[Mapping], constant: Mapping[str, str], path: Path) -> None:
+    """`constant` holds the columns that are the same in every row. What was not measured is an empty cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**constant, **row} for row in rows)
+
+
+def print_tables(rows: Sequence[Mapping], baseline: str, console: Console) -> None:
+    """A table for each pass, heads and head size; below it, why some have no figures."""
+    for (direction, *_), group in groupby(rows, lambda row: (row["pass"], row["n_heads"], row["n_kv_heads"], row["head_dim"])):
+        group = [row for row in group if row["status"] != "refused"]
+        if not group:
+            continue
+        console.print(_table(direction, group, baseline))
+        for row in group:
+            if row["reason"]:
+                console.print(Text(f"  T = {_length(row)} {row['implementation']}: {row['reason']}", style="dim"))
+        console.print()
+
+
+def print_refused(rows: Sequence[Mapping], console: Console) -> None:
+    """What could not run and why, each once."""
+    refused: dict[tuple[str, str], list[Mapping]] = {}
+    for row in rows:
+        if row["status"] == "refused":
+            refused.setdefault((row["implementation"], row["reason"]), []).append(row)
+    for (name, reason), cases in refused.items():
+        everywhere = len(cases) == sum(row["implementation"] == name for row in rows)
+        where = "" if everywhere else f" ({len(cases)} of {sum(row['implementation'] == name for row in rows)} cases)"
+        console.print(Text(f"not run: {name}{where}: {reason}"))
+
+
+def _table(direction: str, rows: Sequence[Mapping], baseline: str) -> Table:
+    decode, first = direction == "decode", rows[0]
+    title = f"{direction}, {first['n_heads']}/{first['n_kv_heads']} heads of {first['head_dim']}, {first['dtype']}"
+    rates = [row["tflops"] for row in rows if row["status"] == "ok" and not decode]
+    unit, scale = ("GB/s", 1) if decode else ("GFLOP/s", 1e3) if rates and max(rates) < 1 else ("TFLOP/s", 1)
+    table = Table(
+        title=title,
+        caption=f"ratio: times as fast as {baseline}; IQR: range of the middle half of the turns, of the median",
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("S x batch" if decode else "T x batch", justify="right", no_wrap=True)
+    table.add_column("implementation", no_wrap=True)
+    for heading in ("ms", "IQR %", "ratio", unit, "% of copy" if decode else "% of matmul", "temp MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for _, group in groupby(rows, lambda row: row["length"]):
+        for i, row in enumerate(group):
+            label = "" if i else f"{plots.context_label(row['length'])} x {row['batch']}"
+            table.add_row(label, row["implementation"], *_cells(row, scale))
+        table.add_section()
+    return table
+
+
+def _cells(row: Mapping, scale: float) -> list[str]:
+    if row["status"] != "ok":
+        return [row["status"], *[""] * 5]
+    rate = row["gb_s"] if row["tflops"] is None else row["tflops"]
+    return [
+        _figure(1e3 * row["median_s"]),
+        f"{100 * (row['q75_s'] - row['q25_s']) / row['median_s']:.0f}",
+        "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        _figure(scale * rate),
+        f"{row['percent_of_ceiling']:.1f}",
+        "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 2**20:,.1f}",
+    ]
+
+
+def _figure(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _length(row: Mapping) -> str:
+    return plots.context_label(row["length"])
+
+
+def picture(rows: Sequence[Mapping], title: str) -> Figure | None:
+    """Rate against length: a row of panels for each pass, a column for heads and head size, a line for each implementation."""
+    rows = [row for row in rows if row["status"] == "ok"]
+    if not rows:
+        return None
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    heads = sorted({(row["n_heads"], row["n_kv_heads"], row["head_dim"]) for row in rows}, key=lambda x: (x[2], x[0], x[1]))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    styles = {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(names)}
+    size = (max(6.4, 3.1 * len(heads) + 0.6), 2.7 * len(passes) + 0.5 + 0.22 * -(-(len(names) + 1) // 5))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(passes), len(heads), squeeze=False, sharex=True, sharey="row")
+    for panel_row, direction in zip(panels, passes, strict=True):
+        for ax, shape in zip(panel_row, heads, strict=True):
+            here = [
+                row
+                for row in rows
+                if row["pass"] == direction and (row["n_heads"], row["n_kv_heads"], row["head_dim"]) == shape
+            ]
+            _panel(ax, here, styles, direction)
+            ax.set_title(f"{shape[0]}/{shape[1]} heads of {shape[2]}, {direction}", fontsize="small", loc="left")
+        panel_row[0].set_ylabel("GB/s" if direction == "decode" else "TFLOP/s")
+    for ax in panels[-1]:
+        ax.set_xlabel("context, tokens")
+    handles = {}
+    for ax in panels.flat:
+        handles |= {line.get_label(): line for line in ax.lines}
+    order = [label for label in (*names, "matmul", "copy") if label in handles]
+    figure.legend(
+        [handles[label] for label in order], order,
+        loc="outside lower center", ncols=min(5, len(order)), frameon=False, fontsize="small", handlelength=3.5,
+    )  # fmt: skip
+    figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
+    return figure
+
+
+def _panel(ax, rows: Sequence[Mapping], styles: Mapping[str, tuple], direction: str) -> None:
+    rate, ceiling = ("gb_s", "copy_gb_s") if direction == "decode" else ("tflops", "matmul_tflops")
+    for name, (color, marker, line) in styles.items():
+        points = sorted((row["length"], row[rate]) for row in rows if row["implementation"] == name)
+        if points:
+            ax.plot(
+                *zip(*points, strict=True), color=color, marker=marker, linestyle=line, linewidth=1.3, markersize=5, label=name
+            )
+    lengths = sorted({row["length"] for row in rows})
+    tops = [next(row[ceiling] for row in rows if row["length"] == length) for length in lengths]
+    if lengths:
+        ax.plot(lengths, tops, color="0.45", linewidth=2.2, marker="_", label="copy" if direction == "decode" else "matmul")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(lengths, [plots.context_label(length) for length in lengths])
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.grid(True, which="major", linewidth=0.4, color="0.85")
+    ax.spines[["top", "right"]].set_visible(False)
