@@ -156,6 +156,8 @@ def _read_cases(parser, options, directions) -> list[tuple[str, Case]]:
         one = Case.planned(
             batch=1, length=length, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, dtype=options.dtype
         )
+        if direction == "decode":
+            one = one._replace(length=1, aligned=False)
         if options.batch is not None:
             batch = options.batch
         elif direction == "decode":
@@ -236,19 +238,23 @@ def _run(parser, options, arguments, chip: str, torch, console: Console) -> None
     _check_names(parser, "only", only or (), known)
     _check_names(parser, "baseline", () if options.baseline == DEFAULTS[platform].baseline else (options.baseline,), known)
     chosen = {direction: [c for c in each if only is None or c.name in only] for direction, each in contenders.items()}
+    # jax.nn's is the one that can decode everywhere
+    decoding = options.baseline if options.baseline in [c.name for c in contenders["decode"]] else "jax_nn_xla"
+    baselines = {"forward": options.baseline, "backward": options.baseline, "decode": decoding}
     constant = _constant(arguments, platform, chip, torch)
     console.print(Text(f"{constant['device']}; {constant['versions']}; {constant['date']}"))
+    console.print(Text(f"ratio: times as fast as {options.baseline} (decode: {decoding}), the median within turns"))
+    console.print("IQR %: the middle half of the turns, of their median; temp: memory of one pass but inputs and results\n")
     limits = _limits(options)
-    rows = run(
-        cases, chosen, Ceilings.of(platform, cases[0][1].dtype), limits, options.baseline, constant, options.out, console
-    )
+    ceilings = Ceilings.of(platform, cases[0][1].dtype)
+    rows = run(cases, chosen, ceilings, limits, baselines, constant, options.out, console)
     attention_report.print_refused(rows, console)
     title = f"causal attention, {cases[0][1].dtype}: {constant['device']}"
     missing = sum(row["status"] == "left out" for row in rows)
     if missing:
-        console.print(
-            f"[bold]left out[/] for want of time: {missing} of {len(rows)} rows, see attention.csv; --budget_s gives more"
-        )
+        console.print(f"left out for want of time: {missing} of {len(rows)} rows, see attention.csv; --budget_s gives more")
+    if not any(row.get("ratio") for row in rows):
+        console.print(f"no ratios: the baseline {options.baseline} was not measured")
     written = [options.out / "attention.csv"]
     figure = attention_report.picture(rows, title)
     if figure is not None:
@@ -256,32 +262,29 @@ def _run(parser, options, arguments, chip: str, torch, console: Console) -> None
     console.print(Text(f"wrote {', '.join(map(str, written))}"))
 
 
-def run(
-    cases, contenders, ceilings: Ceilings, limits: Limits, baseline: str, constant, out: Path, console: Console
-) -> list[dict]:
+def run(cases, contenders, ceilings: Ceilings, limits: Limits, baselines, constant, out: Path, console: Console) -> list[dict]:
     """Measures `contenders[direction]` on each (direction, case); writes the CSV after each, prints tables as they are done."""
-    rows, printed = [], 0
-    status = Console(stderr=True).status("")
-    with status:
-        for i, (direction, case) in enumerate(cases):
-            shape = f"{case.n_heads}/{case.n_kv_heads} heads of {case.head_dim}, {case.keys:,} tokens"
-            status.update(f"{i + 1} of {len(cases)}: {direction}, {shape}")
-            if time.perf_counter() > limits.deadline:
-                names = [c.name for c in contenders[direction] if c.obstacle(case) is None]
-                rows += attention_measure.left_out(names, case, direction, "no time left")
-            elif contenders[direction]:
-                work = attention_measure.make_work(case, direction, ceilings, limits)
-                rows += attention_measure.measure(contenders[direction], work, ceilings, limits, baseline)
-                del work  # its arrays, before the next ones are made
-            attention_measure.add_backward_by_difference(rows)
-            attention_report.write_csv(rows, constant, out / "attention.csv")
-            following = cases[i + 1] if i + 1 < len(cases) else None
-            if following is None or (following[0], following[1]._replace(length=0, keys=0, batch=0)) != (
-                direction, case._replace(length=0, keys=0, batch=0)
-            ):  # fmt: skip
-                attention_report.print_tables(rows[printed:], baseline, console)
-                printed = len(rows)
+    rows = []
+    with console.status("") as status:
+        for _, group in itertools.groupby(cases, lambda x: (x[0], x[1].n_heads, x[1].n_kv_heads, x[1].head_dim)):
+            first = len(rows)
+            for direction, case in group:
+                status.update(f"{direction}, {case.n_heads}/{case.n_kv_heads} heads of {case.head_dim}, {case.keys:,} tokens")
+                rows += _measure(contenders[direction], direction, case, ceilings, limits, baselines[direction])
+                attention_measure.add_backward_by_difference(rows)
+                attention_report.write_csv(rows, constant, out / "attention.csv")
+            attention_report.print_tables(rows[first:], console)
     return rows
+
+
+def _measure(contenders, direction: str, case: Case, ceilings: Ceilings, limits: Limits, baseline: str) -> list[dict]:
+    if time.perf_counter() > limits.deadline:
+        names = [contender.name for contender in contenders if contender.obstacle(case) is None]
+        return attention_measure.left_out(names, case, direction, "no time left")
+    if not contenders:
+        return []
+    work = attention_measure.make_work(case, direction, ceilings, limits)
+    return attention_measure.measure(contenders, work, ceilings, limits, baseline)
 
 
 def _tune(parser, options, arguments, platform: str, chip: str, console: Console) -> None:

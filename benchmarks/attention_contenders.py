@@ -1,6 +1,6 @@
 """Who is measured: the implementations of `gqa_jax.attention`, the kernels that jax brings, and PyTorch in its own process.
 
-All are called from (B, T, N, H) arrays, as the model has them: one that wants another layout pays for getting it.
+All are called with (B, T, N, H) arrays, as the model has them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Contender(NamedTuple):
             out, pull = jax.vjp(attend, q, k, v)
             return out, *pull(d_out[0])
 
-        return tuple(jax.jit(f).lower(*work.arrays) for f in (step, timing.repeated(step, work.iterations)))
+        stored = [x.format.layout for x in work.arrays[1:]] if work.direction == "decode" else None
+        loop = timing.repeated(step, work.iterations, stored=stored)
+        return tuple(jax.jit(f).lower(*work.arrays) for f in (step, loop))
 
     def compile(self, lowered: tuple) -> tuple:
         return tuple(x.compile() for x in lowered)
@@ -121,8 +123,8 @@ def _needs(platform: str, multiple: int, *, grouped: bool = True) -> Callable[[C
     def obstacle(case: Case) -> str | None:
         if case.platform != platform:
             return f"runs on {platform.upper()}s only"
-        if case.length % multiple:
-            return f"T must be a multiple of {multiple}"
+        if case.keys % multiple:
+            return f"takes multiples of {multiple} tokens"
         if not grouped and case.n_heads != case.n_kv_heads:
             return "takes as many key/value heads as query heads"
         return None
@@ -178,12 +180,16 @@ class Torch:
 
     def __init__(self, python: str, platform: str):
         """Raises RuntimeError, with what the process said, where it can't start."""
-        self._folder = tempfile.TemporaryDirectory(prefix="attention-torch-")
+        script = Path(__file__).with_name("attention_torch.py")
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("attention_torch.py")), platform],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        hello = self._read()
+            [python, str(script), platform], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            hello = self._read()
+        except RuntimeError:
+            self._end()
+            raise
+        self._folder = tempfile.TemporaryDirectory(prefix="attention-torch-")
         self.version: str = hello["version"]
         self.backends: list[str] = hello["backends"]
         self._loaded: tuple | None = None
@@ -208,10 +214,13 @@ class Torch:
         return self._read()
 
     def close(self) -> None:
+        self._end()
+        self._folder.cleanup()
+
+    def _end(self) -> None:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
-        self._folder.cleanup()
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()

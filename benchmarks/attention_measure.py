@@ -19,7 +19,7 @@ from gqa_jax import devices
 from gqa_jax.attention import Case, attention
 
 #: Of a block of 128 positions: |got - wanted| / |wanted|. Right kernels stay under a third of it (rounding of what they
-#: multiply: float32 too is rounded to TF32 or bfloat16 by default on accelerators), one wrong row in 128 exceeds it.
+#: multiply: float32 too is rounded to TF32 or bfloat16 by default on accelerators); a tile of 16 left out exceeds it.
 TOLERANCE = {"bfloat16": 0.03, "float16": 0.01, "float32": 0.01}
 BLOCK = 128
 #: Forward and backward over forward: 2 and 5 products of T x T x H, as everybody counts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,8 @@ FIELDS = (
     "turns", "iterations", "median_s", "q25_s", "q75_s", "backward_by_difference_s", "baseline", "ratio",
     "tflops", "matmul_tflops", "gb_s", "copy_gb_s", "percent_of_ceiling", "percent_of_peak", "temp_bytes", "relative_error",
 )  # fmt: skip
+
+CEILING = "ceiling: matmul, or copy"
 
 # Okabe and Ito's colours; marker and line style differ too, so that ten lines can be told apart without colour.
 _STYLES = [
@@ -49,44 +52,36 @@ def write_csv(rows: Sequence[Mapping], constant: Mapping[str, str], path: Path) 
         writer.writerows({**constant, **row} for row in rows)
 
 
-def print_tables(rows: Sequence[Mapping], baseline: str, console: Console) -> None:
+def print_tables(rows: Sequence[Mapping], console: Console) -> None:
     """A table for each pass, heads and head size; below it, why some have no figures."""
-    for (direction, *_), group in groupby(rows, lambda row: (row["pass"], row["n_heads"], row["n_kv_heads"], row["head_dim"])):
+    for _, group in groupby(rows, lambda row: (row["pass"], row["n_heads"], row["n_kv_heads"], row["head_dim"])):
         group = [row for row in group if row["status"] != "refused"]
         if not group:
             continue
-        console.print(_table(direction, group, baseline))
+        console.print(_table(group))
         for row in group:
             if row["reason"]:
-                console.print(Text(f"  T = {_length(row)} {row['implementation']}: {row['reason']}", style="dim"))
+                console.print(Text(f"{_length(row)} {row['implementation']}: {row['reason']}", style="dim"))
         console.print()
 
 
 def print_refused(rows: Sequence[Mapping], console: Console) -> None:
-    """What could not run and why, each once."""
-    refused: dict[tuple[str, str], list[Mapping]] = {}
-    for row in rows:
-        if row["status"] == "refused":
-            refused.setdefault((row["implementation"], row["reason"]), []).append(row)
-    for (name, reason), cases in refused.items():
-        everywhere = len(cases) == sum(row["implementation"] == name for row in rows)
-        where = "" if everywhere else f" ({len(cases)} of {sum(row['implementation'] == name for row in rows)} cases)"
-        console.print(Text(f"not run: {name}{where}: {reason}"))
+    """What could not run and why, a line for each reason."""
+    counts = Counter((row["reason"], row["implementation"]) for row in rows if row["status"] == "refused")
+    of = Counter(row["implementation"] for row in rows)
+    for reason, group in groupby(sorted(counts), lambda pair: pair[0]):
+        names = [name if counts[reason, name] == of[name] else f"{name} ({counts[reason, name]} of {of[name]} cases)"
+                 for _, name in group]  # fmt: skip
+        console.print(Text(f"not run: {', '.join(names)}: {reason}"))
 
 
-def _table(direction: str, rows: Sequence[Mapping], baseline: str) -> Table:
-    decode, first = direction == "decode", rows[0]
-    title = f"{direction}, {first['n_heads']}/{first['n_kv_heads']} heads of {first['head_dim']}, {first['dtype']}"
-    rates = [row["tflops"] for row in rows if row["status"] == "ok" and not decode]
-    unit, scale = ("GB/s", 1) if decode else ("GFLOP/s", 1e3) if rates and max(rates) < 1 else ("TFLOP/s", 1)
+def _table(rows: Sequence[Mapping]) -> Table:
+    first = rows[0]
+    decode = first["pass"] == "decode"
+    title = f"{first['pass']}, {first['n_heads']}/{first['n_kv_heads']} heads of {first['head_dim']}, {first['dtype']}"
+    unit, scale = _unit(rows)
     table = Table(
-        title=title,
-        caption=f"ratio: times as fast as {baseline}; IQR: range of the middle half of the turns, of the median",
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column("S x batch" if decode else "T x batch", justify="right", no_wrap=True)
     table.add_column("implementation", no_wrap=True)
@@ -114,6 +109,14 @@ def _cells(row: Mapping, scale: float) -> list[str]:
     ]
 
 
+def _unit(rows: Sequence[Mapping]) -> tuple[str, float]:
+    """GB/s of decoding; TFLOP/s, or GFLOP/s where nobody reaches one of those; and what to multiply a row's rate by."""
+    if rows[0]["pass"] == "decode":
+        return "GB/s", 1
+    rates = [row["tflops"] for row in rows if row["status"] == "ok"]
+    return ("GFLOP/s", 1e3) if rates and max(rates) < 1 else ("TFLOP/s", 1)
+
+
 def _figure(value: float) -> str:
     """Three digits, or all of a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -136,21 +139,22 @@ def picture(rows: Sequence[Mapping], title: str) -> Figure | None:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(passes), len(heads), squeeze=False, sharex=True, sharey="row")
     for panel_row, direction in zip(panels, passes, strict=True):
+        unit, scale = _unit([row for row in rows if row["pass"] == direction])
         for ax, shape in zip(panel_row, heads, strict=True):
             here = [
                 row
                 for row in rows
                 if row["pass"] == direction and (row["n_heads"], row["n_kv_heads"], row["head_dim"]) == shape
             ]
-            _panel(ax, here, styles, direction)
+            _panel(ax, here, styles, scale)
             ax.set_title(f"{shape[0]}/{shape[1]} heads of {shape[2]}, {direction}", fontsize="small", loc="left")
-        panel_row[0].set_ylabel("GB/s" if direction == "decode" else "TFLOP/s")
+        panel_row[0].set_ylabel(unit)
     for ax in panels[-1]:
         ax.set_xlabel("context, tokens")
     handles = {}
     for ax in panels.flat:
         handles |= {line.get_label(): line for line in ax.lines}
-    order = [label for label in (*names, "matmul", "copy") if label in handles]
+    order = [label for label in (*names, CEILING) if label in handles]
     figure.legend(
         [handles[label] for label in order], order,
         loc="outside lower center", ncols=min(5, len(order)), frameon=False, fontsize="small", handlelength=3.5,
@@ -159,18 +163,18 @@ def picture(rows: Sequence[Mapping], title: str) -> Figure | None:
     return figure
 
 
-def _panel(ax, rows: Sequence[Mapping], styles: Mapping[str, tuple], direction: str) -> None:
-    rate, ceiling = ("gb_s", "copy_gb_s") if direction == "decode" else ("tflops", "matmul_tflops")
+def _panel(ax, rows: Sequence[Mapping], styles: Mapping[str, tuple], scale: float) -> None:
+    rate, ceiling = ("gb_s", "copy_gb_s") if rows and rows[0]["pass"] == "decode" else ("tflops", "matmul_tflops")
     for name, (color, marker, line) in styles.items():
-        points = sorted((row["length"], row[rate]) for row in rows if row["implementation"] == name)
+        points = sorted((row["length"], scale * row[rate]) for row in rows if row["implementation"] == name)
         if points:
             ax.plot(
                 *zip(*points, strict=True), color=color, marker=marker, linestyle=line, linewidth=1.3, markersize=5, label=name
             )
     lengths = sorted({row["length"] for row in rows})
-    tops = [next(row[ceiling] for row in rows if row["length"] == length) for length in lengths]
+    tops = [scale * next(row[ceiling] for row in rows if row["length"] == length) for length in lengths]
     if lengths:
-        ax.plot(lengths, tops, color="0.45", linewidth=2.2, marker="_", label="copy" if direction == "decode" else "matmul")
+        ax.plot(lengths, tops, color="0.45", linewidth=2.2, marker="_", label=CEILING)
         ax.set_xscale("log", base=2)
         ax.set_xticks(lengths, [plots.context_label(length) for length in lengths])
         ax.xaxis.set_minor_locator(NullLocator())

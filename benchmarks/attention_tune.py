@@ -69,11 +69,11 @@ class Tuned(NamedTuple):
     def line(self) -> str:
         """A line of the table of tiles: (implementation, chip, head size, group, length): options."""
         case = self.case
-        key = (self.implementation, case.chip, case.head_dim, case.group, case.length)
+        key = f'("{self.implementation}", "{case.chip}", {case.head_dim}, {case.group}, {case.length})'
         gains = ", ".join(
             f"{gain.what} {1e3 * gain.seconds:.3g} ms, {gain.ratio:.2f}x, best of {gain.tried}" for gain in self.gains
         )
-        return f"    {key!r}: {self.options!r},  # {gains}"
+        return f"    {key}: {self.options!r},  # {gains}"
 
 
 def tune(name: str, tunable: Tunable, case: Case, directions: Sequence[str], ceilings: Ceilings, limits: Limits) -> Tuned | str:
@@ -88,6 +88,7 @@ def tune(name: str, tunable: Tunable, case: Case, directions: Sequence[str], cei
         contenders = [_contender(label, tunable, each) for label, each in options.items()]
         entries = measuring.prepare(contenders, work, limits)
         problems += [f"{entry.name}: {entry.status}: {entry.reason}" for entry in entries if entry.status != "ok"]
+        tried = sum(entry.status == "ok" for entry in entries)
         medians, ratios = _contest(entries, repr(best), work, ceilings, limits)
         if not medians:
             return f"none of {len(options)} candidates ran: {'; '.join(problems)}"
@@ -96,7 +97,7 @@ def tune(name: str, tunable: Tunable, case: Case, directions: Sequence[str], cei
             winner = repr(best)
         best = options[winner]
         # present options that don't run have no ratio: nothing to be faster than
-        gains.append(Gain(what, medians[winner], ratios.get(winner) or float("nan"), len(medians)))
+        gains.append(Gain(what, medians[winner], ratios.get(winner) or float("nan"), tried))
     return Tuned(name, case, best, tuple(gains), tuple(problems))
 
 
