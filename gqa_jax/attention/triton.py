@@ -47,7 +47,7 @@ class Options(NamedTuple):
 # capability 8.9) and compile for them and for Hopper without register spills; those of float32, at most a few.
 _TILES = {
     (2, 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 4, 3)),
+    (2, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
     (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (4, 64): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (4, 128): (Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 16, 4, 2)),
@@ -286,15 +286,17 @@ def _forward_kernel(*refs, problem: _Problem):
     q = rows.load(q_ref)
     row_segments = rows.load_segments(q_segments_ref)
 
+    to_base_2 = problem.scale * LOG2_E  # in one multiply-add with the subtraction of the maximum
+
     def absorb(j, state, *, masked: bool):
         largest, total, weighted = state
         keys = problem.keys_at(j)
-        logits = problem.dot(q, keys.load(k_ref, whole=not masked), trans_b=True) * (problem.scale * LOG2_E)
+        products = problem.dot(q, keys.load(k_ref, whole=not masked), trans_b=True)
         if masked:
-            logits = jnp.where(problem.visible(rows, keys, shift, row_segments, kv_segments_ref), logits, HIDDEN)
-        now = jnp.maximum(largest, logits.max(axis=1))
-        weights = jnp.exp2(logits - now[:, None])
-        fade = jnp.exp2(largest - now)
+            products = jnp.where(problem.visible(rows, keys, shift, row_segments, kv_segments_ref), products, HIDDEN)
+        now = jnp.maximum(largest, products.max(axis=1))
+        weights = jnp.exp2(products * to_base_2 - (now * to_base_2)[:, None])
+        fade = jnp.exp2((largest - now) * to_base_2)
         v = keys.load(v_ref, whole=not masked)
         return now, total * fade + weights.sum(axis=1), weighted * fade[:, None] + problem.dot(weights.astype(v.dtype), v)
 
@@ -310,7 +312,7 @@ def _forward_kernel(*refs, problem: _Problem):
     seen = total > 0
     safe_total = jnp.where(seen, total, 1.0)
     rows.store(out_ref, weighted / safe_total[:, None])
-    rows.store_column(lse_ref, jnp.where(seen, largest / LOG2_E + jnp.log(safe_total), -jnp.inf))
+    rows.store_column(lse_ref, jnp.where(seen, largest * problem.scale + jnp.log(safe_total), -jnp.inf))
 
 
 def _dq_kernel(*refs, problem: _Problem):

@@ -1,0 +1,178 @@
+"""One query per sequence against a cache, in Pallas for TPUs: the pipeline streams blocks of keys and values past the queries.
+
+XLA lays a (B, S, K, H) cache out without padding, and a kernel that asks for another layout pays with a copy of the cache. Up
+to heads of 128 lanes there are two such layouts (seen in compiled programs for v5e, v5p and v6e):
+  H < 128: positions are the lanes, (B, K, H, S). A grid step takes one key/value head and a block of positions.
+  H = 128: the head is the lanes, (B, S, K, H), the same bytes as (B, S K, H). A step takes a block of these rows, all heads at
+    once; a query's logits with the rows of other heads are masked. The matrix unit would have to take the rows in anyway.
+    Where S K is no multiple of 8 the bytes differ, and the kernel flattens each block itself: for K = 2 this takes longer than
+    to read it.
+Lengths are prefetched scalars: blocks beyond a sequence's end are not fetched, and the grid ends with the longest sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from gqa_jax.attention.masks import HIDDEN, UNSEEN
+
+LANES = 128
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # one device is two cores that share its memory
+
+
+class Options(NamedTuple):
+    """Parts of each sequence; positions (H < 128) or rows of position and head (H = 128) of a block."""
+
+    parts: int
+    block: int
+    interpret: bool = False
+
+
+def choose(case) -> Options:
+    """Blocks of 1 MB of keys, microseconds of memory time, and of 1 MB of logits at most."""
+    most = 2**20 // (case.head_dim * jnp.dtype(case.dtype).itemsize)
+    if case.head_dim == LANES:
+        most = min(most, 2**18 // case.n_heads)
+        block, entries = max(8, most // case.n_kv_heads // 8 * 8) * case.n_kv_heads, case.keys * case.n_kv_heads
+    else:
+        block, entries = max(1, min(most, 2**18 // case.group) // LANES) * LANES, case.keys
+    return Options(2 if case.chip in TWO_CORES else 1, min(block, -(-entries // LANES) * LANES), case.interpreted)
+
+
+def obstacle(case) -> str | None:
+    if case.platform != "tpu" and not case.interpreted:
+        return f"pallas_tpu runs on TPUs, this is {case.platform}"
+    if case.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"pallas_tpu takes bfloat16 and float32, not {case.dtype}"
+    if case.head_dim % 16 or case.head_dim > LANES:
+        return f"pallas_tpu decodes heads of a multiple of 16 up to {LANES}, not {case.head_dim}"
+    if case.head_dim == LANES and case.n_kv_heads % 8 and case.n_kv_heads not in (1, 2, 4):
+        return (
+            f"pallas_tpu with heads of {LANES} takes 1, 2, 4 or a multiple of 8 key/value heads, not {case.n_kv_heads}: "
+            "XLA pads other caches, and the kernel would need a copy"
+        )
+    return None
+
+
+def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Options):
+    """Outputs (P, B, K, G, H) and log-sum-exps (P, B, K, G), float32, of the parts of each sequence."""
+    batch, n_kv, group, head_dim = q_BxKxGxH.shape
+    if head_dim == LANES:
+        heads_per_row, q_BxIxRxH = n_kv, q_BxKxGxH.reshape(batch, 1, n_kv * group, head_dim)
+        k, v, cache_block = k_BxSxKxH, v_BxSxKxH, (None, options.block // n_kv, n_kv, head_dim)
+        if n_kv == 1 or k.shape[1] * n_kv % 8 == 0:
+            k, v = (x.reshape(batch, -1, head_dim) for x in (k, v))
+            cache_block = (None, options.block, head_dim)
+    else:
+        heads_per_row, q_BxIxRxH = 1, q_BxKxGxH
+        k, v = (jnp.transpose(x, (0, 2, 3, 1)) for x in (k_BxSxKxH, v_BxSxKxH))
+        cache_block = (None, None, head_dim, options.block)
+    n_rows = q_BxIxRxH.shape[2]
+    padded_rows = -(-n_rows // 8) * 8
+    q_BxIxRxH = jnp.pad(q_BxIxRxH, ((0, 0), (0, 0), (0, padded_rows - n_rows), (0, 0)))
+    instances = q_BxIxRxH.shape[1]  # K, or 1 with all heads in a row block
+
+    def cache_index(p, b, i, j, entries_ref):
+        first, stop = _span(p, entries_ref[b], options)
+        block = jnp.maximum(
+            jnp.minimum(first + j, stop - 1), 0
+        )  # past the part's end the same block, which is not fetched again
+        return (b, i, 0, block) if head_dim < LANES else (b, block, 0, 0)[: k.ndim]
+
+    entries_B = length_B * heads_per_row
+    first_B, stop_B = _span(0, entries_B, options)
+    steps = jnp.maximum((stop_B - first_B).max(), 1)  # of the longest sequence's first part, the largest
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, scale=scale, group=group, heads_per_row=heads_per_row, options=options),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(options.parts, batch, instances, steps),
+            in_specs=[
+                pl.BlockSpec((None, None, padded_rows, head_dim), lambda p, b, i, j, entries_ref: (b, i, 0, 0)),
+                pl.BlockSpec(cache_block, cache_index),
+                pl.BlockSpec(cache_block, cache_index),
+            ],
+            out_specs=[
+                pl.BlockSpec((None, None, None, padded_rows, width), lambda p, b, i, j, entries_ref: (p, b, i, 0, 0))
+                for width in (head_dim, 1)
+            ],
+            scratch_shapes=[pltpu.VMEM((padded_rows, width), jnp.float32) for width in (1, 1, head_dim)],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((options.parts, batch, instances, padded_rows, width), jnp.float32) for width in (head_dim, 1)
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        interpret=options.interpret,
+        name="gqa_tpu_decode",
+    )(entries_B, q_BxIxRxH, k, v)
+    shape = options.parts, batch, n_kv, group
+    return out[:, :, :, :n_rows].reshape(*shape, head_dim), lse[:, :, :, :n_rows, 0].reshape(shape)
+
+
+def _span(p, entries, options: Options):
+    """First block of part p, and the one after its last; entries are those of the sequence, positions or rows."""
+    # lax.div, not //: the sign correction of // asks the host, which may not be a TPU, for its TPU's kind
+    blocks = lax.div(entries + (options.block - 1), jnp.full_like(entries, options.block))
+    share = lax.div(blocks + (options.parts - 1), jnp.full_like(blocks, options.parts))
+    first = jnp.minimum(p * share, blocks)
+    return first, jnp.minimum(first + share, blocks)
+
+
+def _kernel(entries_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, largest_ref, total_ref, weighted_ref, *, scale, group,
+            heads_per_row: int, options: Options):  # fmt: skip
+    p, b, j = pl.program_id(0), pl.program_id(1), pl.program_id(3)
+    entries = entries_ref[b]
+    first, stop = _span(p, entries, options)
+    here = (first + j) * options.block  # first entry of the block
+    lanes_are_keys = q_ref.shape[1] != LANES
+    precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None  # the default is one bfloat16 product
+
+    @pl.when(j == 0)
+    def _():
+        largest_ref[...] = jnp.full_like(largest_ref, UNSEEN)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        weighted_ref[...] = jnp.zeros_like(weighted_ref)
+
+    def dot(a, b, contract):
+        return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+    def absorb(*, ends: bool):
+        k, v = (ref[...] if lanes_are_keys else ref[...].reshape(-1, LANES) for ref in (k_ref, v_ref))
+        logits = dot(q_ref[...], k, ((1,), (0,)) if lanes_are_keys else ((1,), (1,))) * scale
+        entry = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        if heads_per_row > 1:
+            head = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+            same = lax.rem(entry, jnp.full_like(entry, heads_per_row)) == lax.div(head, jnp.full_like(head, group))
+            logits = jnp.where(same, logits, HIDDEN)
+        if ends:
+            logits = jnp.where(entry < entries - here, logits, HIDDEN)
+            place = lax.broadcasted_iota(jnp.int32, v.shape, 1 if lanes_are_keys else 0)
+            # beyond the end anything may lie, and a weight of 0 does not remove a NaN; v5e has no 16-bit select
+            v = jnp.where(place < entries - here, v.astype(jnp.float32), 0.0).astype(v.dtype)
+        largest = largest_ref[...]
+        now = jnp.maximum(largest, logits.max(axis=1, keepdims=True))
+        weights, fade = jnp.exp(logits - now), jnp.exp(largest - now)
+        largest_ref[...] = now
+        total_ref[...] = total_ref[...] * fade + weights.sum(axis=1, keepdims=True)
+        product = dot(weights.astype(v.dtype), v, ((1,), (1,)) if lanes_are_keys else ((1,), (0,)))
+        weighted_ref[...] = weighted_ref[...] * fade + product
+
+    inside = first + j < stop
+    whole = here + options.block <= entries
+    pl.when(inside & whole)(functools.partial(absorb, ends=False))
+    pl.when(inside & jnp.logical_not(whole))(functools.partial(absorb, ends=True))
+
+    @pl.when(j == pl.num_programs(3) - 1)
+    def _():
+        total = total_ref[...]
+        seen = total > 0
+        safe_total = jnp.where(seen, total, 1.0)
+        out_ref[...] = weighted_ref[...] / safe_total
+        lse_ref[...] = jnp.where(seen, largest_ref[...] + jnp.log(safe_total), -jnp.inf)

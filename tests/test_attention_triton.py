@@ -1,0 +1,223 @@
+"""The Pallas-Triton kernels: numerics in interpret mode against float64, and compiled for GPUs that need not be there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gqa_jax.attention import oracle, triton, xla
+from gqa_jax.attention.gradient import Kernel, attend
+from gqa_jax.attention.implementations import Case
+from gqa_jax.attention.masks import Mask
+
+SMALL = triton.Options(*(triton.Tile(rows, keys, 4, 2) for rows, keys in ((64, 32), (32, 16), (32, 64))), interpret=True)
+GPUS = {  # name: compute capability, cores, bytes of shared memory of a core and of a program
+    "NVIDIA H200": ((9, 0), 132, 233472, 232448),
+    "NVIDIA A100-SXM4-80GB": ((8, 0), 108, 167936, 166912),
+    "NVIDIA L4": ((8, 9), 58, 102400, 101376),
+    "NVIDIA B200": ((10, 0), 148, 233472, 232448),
+}
+
+
+def described(name):
+    """A mesh of one GPU that need not be there: programs compile for it and don't run."""
+    pytest.importorskip("jax_cuda13_plugin")
+    (major, minor), cores, core_memory, program_memory = GPUS[name]
+    target = f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
+      shared_memory_per_block: 49152 shared_memory_per_core: {core_memory} shared_memory_per_block_optin: {program_memory}
+      core_count: {cores} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+      cuda_compute_capability {{ major: {major} minor: {minor} }}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
+    device_description_str: "{name}"
+    """
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    return topologies.make_mesh(topology, (1,), ("d",))
+
+
+def problem(n_heads, n_kv, head_dim, length, *, keys=None, batch=1, segments=False, size=1.0, dtype=jnp.bfloat16, **offsets):
+    """Arrays, cotangents, mask, and the oracle's arguments for the mask."""
+    rng = np.random.default_rng(0)
+    keys, group = keys or length, n_heads // n_kv
+    shapes = (batch, length, n_kv, group, head_dim), (batch, keys, n_kv, head_dim)
+    q, k, v, d_out = (
+        jnp.asarray(s * rng.normal(size=shape), dtype)
+        for s, shape in ((size, shapes[0]), (size, shapes[1]), (1, shapes[1]), (1, shapes[0]))
+    )
+    d_lse = rng.normal(size=(batch, n_kv, group, length)).astype(np.float32)
+    ids = [np.sort(rng.integers(0, 4, size=(batch, n)), axis=1).astype(np.int32) if segments else None for n in (length, keys)]
+    mask = Mask(**{name: jnp.int32(value) for name, value in offsets.items()}, q_segments_BxT=ids[0], kv_segments_BxS=ids[1])
+    return (q, k, v), (d_out, d_lse), mask, dict(q_segments=ids[0], kv_segments=ids[1], **offsets)
+
+
+def results(kernel, arrays, cotangents, mask):
+    @jax.jit
+    def run(*arrays):
+        outputs, pull = jax.vjp(lambda *x: attend(kernel, *x, mask), *arrays)
+        return *outputs, *pull(cotangents)
+
+    return run.lower(*arrays).compile({"xla_backend_optimization_level": 0})(*arrays)  # compiling is what takes time here
+
+
+def errors(found, expected):
+    """Largest absolute error of each array; infinite ones (log-sum-exps of rows that see nothing) must be the same."""
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.isfinite(np.asarray(f, np.float64)), np.isfinite(e))
+    return [
+        np.abs(np.where(np.isfinite(e), np.asarray(f, np.float64) - np.where(np.isfinite(e), e, 0), 0)).max()
+        for f, e in zip(found, expected, strict=True)
+    ]
+
+
+def check(case, options):
+    arrays, cotangents, mask, arguments = case
+    group, head_dim = arrays[0].shape[3:]
+    scale = head_dim**-0.5
+    out, lse = oracle.forward(*arrays, **arguments)
+    cotangents = cotangents[0], jnp.where(np.isfinite(lse), cotangents[1], 0)
+    expected = out, lse, *oracle.gradients(*arrays, *cotangents, **arguments)
+    found = results(Kernel(triton.forward, triton.backward, scale, options), arrays, cotangents, mask)
+    n_heads = arrays[0].shape[2] * group
+    plain = Kernel(xla.forward, xla.backward, scale, xla.choose(arrays[0].shape[0], arrays[0].shape[1], n_heads))
+    allowed = errors(results(plain, arrays, cotangents, mask), expected)
+    for name, error, limit in zip(("out", "lse", "dq", "dk", "dv"), errors(found, expected), allowed, strict=True):
+        # float32's own, where products are summed in another order
+        rounding = 2 * np.spacing(np.float32(abs(lse[np.isfinite(lse)]).max(initial=20)))
+        assert error <= max(1.5 * limit, rounding), f"{name}: {error:.1e} where xla has {limit:.1e}"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv", "head_dim", "length"),
+    [
+        (1, 1, 64, 64), (1, 1, 128, 150), (8, 1, 64, 200), (8, 1, 128, 31), (8, 2, 64, 1), (8, 2, 128, 77),
+        (32, 8, 64, 40), (32, 8, 128, 33), (32, 32, 64, 65),
+    ],
+)  # fmt: skip
+def test_as_close_to_float64_as_xla(n_heads, n_kv, head_dim, length):
+    check(problem(n_heads, n_kv, head_dim, length), SMALL)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"n_heads": 8, "n_kv": 1, "length": 300},
+        {"n_heads": 32, "n_kv": 32, "head_dim": 128, "length": 130},
+        {"n_heads": 4, "n_kv": 2, "length": 90, "dtype": jnp.float32},
+    ],
+)
+def test_tiles_of_the_table(case):
+    case = problem(**{"head_dim": 64, **case})
+    _, length, _, group, head_dim = case[0][0].shape
+    check(case, triton.choose(length, length, group, head_dim, case[0][0].dtype, interpret=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"length": 70, "keys": 130, "q_offset": 60},
+        {"length": 100, "keys": 70, "q_offset": 13, "kv_offset": 40},  # the first 27 queries see no key
+        {"length": 20, "keys": 40, "kv_offset": 1000},  # no query does
+        {"length": 90, "segments": True, "batch": 2},
+        {"length": 50, "keys": 80, "segments": True, "q_offset": 30},
+        {"length": 70, "size": 30.0},  # logits of thousands
+        {"length": 70, "dtype": jnp.float32},
+        {"length": 70, "dtype": jnp.float16},
+        {"length": 60, "head_dim": 80, "n_heads": 6, "n_kv": 2},  # a head and a group that are no powers of two
+    ],
+)
+def test_masks_and_dtypes(case):
+    check(problem(**{"n_heads": 8, "n_kv": 2, "head_dim": 64, **case}), SMALL)
+
+
+def test_two_runs_are_bit_equal():
+    arrays, cotangents, mask, _ = problem(8, 1, 64, 150)
+    kernel = Kernel(triton.forward, triton.backward, 0.125, SMALL)
+    for a, b in zip(*(results(kernel, arrays, cotangents, mask) for _ in range(2)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"platform": "tpu"}, "runs on NVIDIA GPUs"),
+        ({"chip": "Tesla T4"}, "compute capability 8.0"),
+        ({"chip": "gfx942"}, "compute capability 8.0"),
+        ({"dtype": jnp.dtype("float64")}, "not float64"),
+        ({"head_dim": 72}, "multiple of 16"),
+        ({"head_dim": 512}, "multiple of 16 up to 256"),
+        ({"batch": 70000}, "grid"),
+    ],
+)
+def test_obstacles(change, reason):
+    case = Case("gpu", "NVIDIA A100-SXM4-80GB", 1, 128, 128, 8, 1, 64, jnp.dtype("bfloat16"))
+    assert triton.obstacle(case) is None
+    assert reason in triton.obstacle(case._replace(**change))
+
+
+def test_capability_is_of_the_longest_name():
+    assert triton.compute_capability("NVIDIA A100-SXM4-80GB") == 8.0  # not an A10, 8.6
+    assert triton.compute_capability("NVIDIA GH200 480GB") == 9.0
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("gpu", "n_heads", "n_kv", "head_dim", "segments"),
+    [
+        ("NVIDIA H200", 8, 1, 64, False),
+        ("NVIDIA H200", 32, 8, 128, True),
+        ("NVIDIA L4", 8, 1, 64, True),
+        ("NVIDIA L4", 8, 2, 128, False),
+        ("NVIDIA L4", 4, 2, 256, False),
+        ("NVIDIA A100-SXM4-80GB", 6, 2, 80, False),
+        ("NVIDIA B200", 8, 1, 128, False),
+    ],
+)
+def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments):
+    mesh = described(gpu)
+    length, group = 8192, n_heads // n_kv
+    options = triton.choose(length, length, group, head_dim, jnp.bfloat16)
+
+    def shape(*dims, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    q, k, column = shape(1, length, n_kv, group, head_dim), shape(1, length, n_kv, head_dim), (1, n_kv, group, length)
+    ids = shape(1, length, dtype=jnp.int32)
+    columns = [shape(*column, dtype=jnp.float32)] * 2
+
+    def mask(ids):
+        return Mask(q_segments_BxT=ids, kv_segments_BxS=ids) if segments else Mask()
+
+    programs = {
+        "forward": (lambda ids, q, k, v: triton.forward(q, k, v, mask(ids), 0.1, options), (q, k, k)),
+        "backward": (lambda ids, *x: triton.backward(*x, mask(ids), 0.1, options), (q, k, k, *columns, q)),
+    }
+    for name, (program, arguments) in programs.items():
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(program).lower(ids, *arguments)
+            compiled = lowered.compile({"xla_gpu_fail_ptx_compilation_on_register_spilling": True})
+        assert f"gqa_triton_{'forward' if name == 'forward' else 'dq'}" in compiled.as_text()
+        assert compiled.memory_analysis().temp_size_in_bytes <= 2**14, name  # no copy of anything
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)])
+def test_float32_fits_the_smallest_gpus(head_dim):
+    mesh = described("NVIDIA L4")
+    options = triton.choose(1000, 1000, 2, head_dim, jnp.float32)
+    kernel = Kernel(triton.forward, triton.backward, 0.1, options)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    q, k = (
+        jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in ((1, 1000, 2, 2, head_dim), (1, 1000, 2, head_dim))
+    )
+    with jax.set_mesh(mesh):
+        loss = functools.partial(lambda *x: attend(kernel, *x, Mask())[0].sum())
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile()
