@@ -1,0 +1,68 @@
+"""Causal grouped-query attention for NVIDIA Hopper (H100, H200, GH200) in bfloat16: when it can run, and with which tiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+
+from gqa_jax.attention.hopper_backward import backward
+from gqa_jax.attention.hopper_forward import forward
+from gqa_jax.attention.hopper_tiles import ROWS
+
+if TYPE_CHECKING:
+    from gqa_jax.attention.implementations import Case
+
+__all__ = ["Options", "Tile", "backward", "choose", "forward", "obstacle"]
+
+CHIPS = ("H100", "H200", "H800", "H20", "GH200")
+HEAD_DIMS = (64, 128)
+MULTIPROCESSORS = 132  # of an H100 SXM and an H200
+
+
+class Tile(NamedTuple):
+    """Shape of one kernel's CTA: consumer warpgroups of 64 rows each, and one that loads. One CTA fills a multiprocessor."""
+
+    consumers: int
+    block: int  # keys that the consumers walk over in a step; queries in the dk/dv kernel
+    stages: int  # blocks in shared memory, at least 2
+    consumer_registers: int  # per thread; threads of one warpgroup of each kind have 512 in all
+    loader_registers: int
+    splits: int = 1  # dk/dv kernel: CTAs that share a group's query heads, and whose partial sums are added in order
+
+
+class Options(NamedTuple):
+    """Tiles of the three kernels, and whether Pallas interprets them (on any platform, thousands of times slower)."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    interpret: bool = False
+
+
+def choose(head_dim: int, length: int, group: int, kv_heads: int = 1) -> Options:
+    """Tiles with which no kernel spills registers; kv_heads counts those of the whole batch.
+
+    Forward: FlashAttention-3's tiles for causal attention, 192 x 128 and 128 x 128. The group is split in the dk/dv kernel
+    where there are too few blocks of keys to fill the chip nearly twice (its CTAs are of unequal length).
+    """
+    if head_dim == 64:
+        options = Options(Tile(3, 128, 4, 160, 32), Tile(2, 128, 4, 240, 24), Tile(2, 64, 4, 240, 24))
+    else:
+        options = Options(Tile(2, 128, 2, 240, 24), Tile(2, 64, 3, 240, 24), Tile(2, 64, 2, 240, 24))
+    unsplit = -(-length // (options.dkv.consumers * ROWS)) * kv_heads
+    enough = [n for n in range(1, group + 1) if group % n == 0 and (n * unsplit >= 1.8 * MULTIPROCESSORS or n == group)]
+    return options._replace(dkv=options.dkv._replace(splits=enough[0]))
+
+
+def obstacle(case: Case) -> str | None:
+    """Why these kernels can't run a case, or None."""
+    if not case.interpreted and not (case.platform == "gpu" and any(chip in case.chip for chip in CHIPS)):
+        return f"it is written for NVIDIA Hopper GPUs (H100, H200, GH200) and this program is for {case.chip!r}"
+    if jnp.dtype(case.dtype) != jnp.bfloat16:
+        return f"it computes in bfloat16, not {jnp.dtype(case.dtype).name} ('reference' and 'xla' take any floating type)"
+    if case.head_dim not in HEAD_DIMS:
+        return f"its head sizes are {HEAD_DIMS[0]} and {HEAD_DIMS[1]}, not {case.head_dim}"
+    if case.segments:
+        return "it does not know segments ('reference' and 'xla' do)"
+    return None

@@ -1,0 +1,191 @@
+"""What the Hopper kernels share: who computes what, which keys a tile sees, and their few register operations.
+
+The work of one key/value head is cut into units of `ROWS` consecutive queries of one query head: the rows of one `wgmma` by
+one warpgroup. Units are numbered token block first, query head of the group second, so that the warpgroups of a thread
+block (a CTA), which take consecutive units, are different query heads of the same tokens wherever the group is large
+enough: they walk over the same keys, load each once for all, and q, k, v and the output are read and written as they lie.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from gqa_jax.attention.masks import HIDDEN, Mask
+
+ROWS = 64  # M of wgmma: queries of a unit, and keys of a unit where keys are the rows
+LOG2E = math.log2(math.e)
+
+
+class Span(NamedTuple):
+    """Blocks of a loop: `first` to `stop`, of which those before `masked` or those from `masked` on need the mask."""
+
+    first: jax.Array | int
+    masked: jax.Array | int
+    stop: jax.Array | int
+
+
+class Problem(NamedTuple):
+    """Sizes while tracing: T queries and S keys before padding, and what pads them."""
+
+    batch: int
+    length: int
+    keys: int
+    n_kv: int
+    group: int
+    head_dim: int
+    shift: int | None  # q_offset - kv_offset; None: it is an input of the kernel
+
+    @classmethod
+    def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask) -> Problem:
+        batch, length, n_kv, group, head_dim = q_BxTxKxGxH.shape
+        return cls(batch, length, k_BxSxKxH.shape[1], n_kv, group, head_dim, 0 if mask.aligned else None)
+
+    @property
+    def token_blocks(self) -> int:
+        return -(-self.length // ROWS)
+
+    @property
+    def units(self) -> int:
+        return self.token_blocks * self.group
+
+    def place(self, program):
+        """Of a CTA's number: its place along the sequence, which changes slowest, batch and key/value head."""
+        of_head = lax.rem(program, self.batch * self.n_kv)
+        return lax.div(program, self.batch * self.n_kv), lax.div(of_head, self.n_kv), lax.rem(of_head, self.n_kv)
+
+    def unit(self, number):
+        """First token and query head of a unit, and whether it exists: the last CTA's surplus repeats the last one."""
+        last = self.units - 1
+        u = jnp.minimum(number, last)
+        return lax.div(u, self.group) * ROWS, lax.rem(u, self.group), number <= last
+
+    def last_key(self, token, shift):
+        """The last key that query `token` sees; it sees none where this is negative."""
+        return jnp.minimum(token + shift, self.keys - 1)
+
+    def key_blocks(self, first_token, last_token, shift, block: int) -> Span:
+        """Blocks of keys that any of these tokens sees; from `masked` on, not all of them see all keys of the block."""
+        stop = lax.div(jnp.maximum(self.last_key(last_token, shift) + block, 0), block)
+        masked = lax.div(jnp.maximum(self.last_key(first_token, shift) + 1, 0), block)
+        return Span(0, jnp.minimum(masked, stop), stop)
+
+    def query_blocks(self, first_key, last_key, shift, block: int, padded_length: int) -> Span:
+        """Blocks of queries that see any of these keys; before `masked`, not all queries of the block see all of them.
+
+        Keys past the end count as seen by those that see the last one: what becomes of them is cut off afterwards.
+        """
+        n = padded_length // block
+        first = jnp.minimum(lax.div(jnp.maximum(first_key - shift, 0), block), n)
+        masked = jnp.minimum(lax.div(jnp.maximum(last_key - shift + block - 1, 0), block), n)
+        return Span(first, jnp.maximum(masked, first), n)
+
+
+def pad(x: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
+    short = -x.shape[axis] % multiple
+    if not short:
+        return x
+    return jnp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)], constant_values=value)
+
+
+def shift_operand(mask: Mask) -> list[jax.Array]:
+    """The offsets as the kernels take them: nothing where they are equal while tracing, else their difference."""
+    return [] if mask.aligned else [jnp.reshape(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32), (1,))]
+
+
+def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+    """Shared memory in the layout that both the TMA and wgmma take: 8 x 128-byte tiles, swizzled over 128 bytes."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+
+
+def rows(x_R: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One number per row, for all columns."""
+    return lax.broadcast_in_dim(x_R, shape, [0])
+
+
+def columns(x_C: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One number per column, for all rows."""
+    return lax.broadcast_in_dim(x_C, shape, [1])
+
+
+def numbered(shape: tuple[int, int], axis: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def numbered_rows(n: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def zeros_R(value: float = 0.0) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def hide(logits_RxC, last_seen_R, first_key):
+    """Logits with HIDDEN for the keys after each query's last."""
+    key = numbered(logits_RxC.shape, 1) + first_key
+    return jnp.where(key <= rows(last_seen_R, logits_RxC.shape), logits_RxC, HIDDEN)
+
+
+def hide_transposed(logits_RxC, first_seen_by_R, first_query):
+    """Logits of keys (rows) and queries, with HIDDEN for the queries before the first that sees a key."""
+    query = numbered(logits_RxC.shape, 1) + first_query
+    return jnp.where(query >= rows(first_seen_by_R, logits_RxC.shape), logits_RxC, HIDDEN)
+
+
+def softmax_step(logits_RxC, largest_R, total_R, scale2: float):
+    """One step of the online softmax in base 2: weights, running maximum and sum, and the factor for older sums.
+
+    largest_R is of scale2 * logits, scale2 = scale * log2(e): the scale is applied in float32, within one FMA per weight.
+    """
+    now_R = jnp.maximum(largest_R, logits_RxC.max(axis=1) * scale2)
+    fade_R = jnp.exp2(largest_R - now_R)
+    weights_RxC = jnp.exp2(logits_RxC * scale2 - rows(now_R, logits_RxC.shape))
+    return weights_RxC, now_R, total_R * fade_R + weights_RxC.sum(axis=1), fade_R
+
+
+def multiply(accumulator, a, b, interpret: bool) -> None:
+    """accumulator += a @ b, issued and not awaited; b in shared memory, a there or in registers.
+
+    The interpreter multiplies only what lies in memory, and checks what it reads for races only when it is loaded.
+    """
+    if not interpret:
+        plgpu.wgmma(accumulator, a, b)
+        return
+    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+    plgpu.commit_smem()  # wgmma reads as the TMA writes, without need of a fence in between
+    put(accumulator, plgpu.wgmma_accumulator_load(accumulator) + jnp.dot(a, b, preferred_element_type=jnp.float32), interpret)
+
+
+def pinned(x: jax.Array) -> jax.Array:
+    """x, computed by here: the compiler would convert weights to bfloat16 only where they are multiplied, which keeps twice the
+    registers alive and, between two products in flight, makes ptxas run them one after the other."""
+    return lax.optimization_barrier(x)
+
+
+def put(accumulator, value, interpret: bool) -> None:
+    """accumulator = value; nothing may be in flight to it."""
+    if interpret:
+        jax.ref.set(accumulator, ..., value)
+    else:
+        accumulator[...] = value
+
+
+def launch(kernel, *, programs: int, warpgroups: int, out_type, scratch: dict, name: str, interpret: bool):
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
