@@ -82,7 +82,7 @@ def test_no_gradient_to_the_future():
         (lambda q, k, v: (q, k[:, :5], v[:, :5]), "as many keys as queries"),
         (lambda q, k, v: (q, k[..., :4], v[..., :4]), "same batch and head size"),
         (lambda q, k, v: (q[0], k, v), r"takes q \(B, T, N, H\)"),
-        (lambda q, k, v: (q.astype(np.float16), k, v), "one dtype"),
+        (lambda q, k, v: (q.astype(np.float16), k, v), "one floating dtype"),
     ],
 )
 def test_bad_shapes_are_refused(change, message):

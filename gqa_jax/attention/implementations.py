@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention import xla
+from gqa_jax.attention import pallas_tpu, xla
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.masks import Mask
 from gqa_jax.attention.reference import reference
@@ -29,30 +29,35 @@ class Case(NamedTuple):
     aligned: bool = True  # equal offsets, known while tracing
     segments: bool = False
     return_lse: bool = False
+    cores: int = 1  # of the chip: the two of a v4 or v5p are one device
     interpreted: bool = False  # Pallas kernels run in interpret mode, on any platform
 
     @classmethod
     def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask, *, return_lse: bool = False, interpreted: bool = False) -> Case:
         batch, length, n_kv, group, head_dim = q_BxTxKxGxH.shape
+        platform, chip, cores = target()
         return cls(
-            *target(), batch, length, k_BxSxKxH.shape[1], n_kv * group, n_kv, head_dim, jnp.dtype(q_BxTxKxGxH.dtype),
-            aligned=mask.aligned, segments=mask.q_segments_BxT is not None, return_lse=return_lse, interpreted=interpreted,
+            platform, chip, batch, length, k_BxSxKxH.shape[1], n_kv * group, n_kv, head_dim, jnp.dtype(q_BxTxKxGxH.dtype),
+            aligned=mask.aligned, segments=mask.q_segments_BxT is not None, return_lse=return_lse, cores=cores,
+            interpreted=interpreted,
         )  # fmt: skip
 
     @classmethod
     def planned(cls, *, batch: int, length: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: Any) -> Case:
         """Causal attention of a sequence with itself, before there is anything to attend to."""
-        return cls(*target(), batch, length, length, n_heads, n_kv_heads, head_dim, jnp.dtype(dtype))
+        platform, chip, cores = target()
+        return cls(platform, chip, batch, length, length, n_heads, n_kv_heads, head_dim, jnp.dtype(dtype), cores=cores)
 
     @property
     def group(self) -> int:
         return self.n_heads // self.n_kv_heads
 
 
-def target() -> tuple[str, str]:
-    """Platform and device kind that a trace is for: of the mesh in use (`jax.set_mesh`), else the default device's."""
+def target() -> tuple[str, str, int]:
+    """Platform, kind and cores of a device that a trace is for: of the mesh in use (`jax.set_mesh`), else the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
-    return "gpu" if device.platform in ("cuda", "rocm") else device.platform, device.device_kind
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return platform, device.device_kind, (getattr(device, "num_cores", None) or 1) if platform == "tpu" else 1
 
 
 class Implementation(NamedTuple):
@@ -70,6 +75,7 @@ def _run_xla(q, k, v, mask, scale, case: Case):
 _ALL: dict[str, Implementation] = {
     "reference": Implementation(lambda case: None, lambda q, k, v, mask, scale, case: reference(q, k, v, mask, scale)),
     "xla": Implementation(lambda case: None, _run_xla),
+    "pallas_tpu": Implementation(pallas_tpu.obstacle, pallas_tpu.run),
 }
 
 

@@ -14,9 +14,8 @@ padding to 128 lanes.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -48,8 +47,7 @@ class Options(NamedTuple):
     forward: Tiles
     backward: Tiles
     cores: int = 1
-    vmem_bytes: int = 64 * 2**20
-    interpret: object = False
+    interpret: Any = False
 
 
 class Cut(NamedTuple):
@@ -94,7 +92,7 @@ def share(n_rows: int, group: int, cores: int) -> Share:
     return Share(heads=cores) if group % cores == 0 else Share(keys=cores)
 
 
-def cut(q_BxTxKxGxH, k_BxSxKxH, tiles: Tiles, share: Share = Share()) -> Cut:
+def cut(q_BxTxKxGxH, k_BxSxKxH, tiles: Tiles, share: Share) -> Cut:
     """Shapes for these operands; heads of a group and key blocks come in multiples that can be shared."""
     batch, length, n_kv, group, head_dim = q_BxTxKxGxH.shape
     keys = k_BxSxKxH.shape[1]
@@ -279,41 +277,42 @@ def dot(a, b, contract_a: int, contract_b: int):
 
 
 class Visibility:
-    """Masks of (chunk, strip) pieces of tile i against block j: one comparison with a pattern that is the same everywhere."""
+    """Masks of (chunk, strip) pieces, for tile i and the keys of block j from `first_key` on.
 
-    def __init__(self, cut: Cut, i, j, shift, q_segments_ref=None, kv_segments_ref=None):
-        tiles = cut.tiles
-        shape = (tiles.chunk, tiles.strip)
-        self.cut = cut
+    Causality is one comparison of a pattern, the same for all pieces, with a scalar that places the piece.
+    """
+
+    def __init__(self, cut: Cut, i, j, shift, first_key, q_segments_ref=None, kv_segments_ref=None):
+        shape = (cut.tiles.chunk, cut.tiles.strip)
+        self.cut, self.first_key = cut, first_key
         self.key = lax.broadcasted_iota(jnp.int32, shape, 0)
-        token = lax.broadcasted_iota(jnp.int32, shape, 1)
-        self.distance = self.key - (token & (min(tiles.strip, cut.tokens) - 1))
-        self.diagonal = i * cut.tokens + shift - j * tiles.keys
-        self.keys_left = cut.keys - j * tiles.keys
+        token = lax.broadcasted_iota(jnp.int32, shape, 1) & (min(cut.tiles.strip, cut.tokens) - 1)
+        self.distance = self.key - token
+        self.diagonal = i * cut.tokens + shift - j * cut.tiles.keys - first_key
+        self.keys_left = cut.keys - j * cut.tiles.keys - first_key
         self.q_segments_ref, self.kv_segments_ref = q_segments_ref, kv_segments_ref
+        self.columns = {}
 
-    def hide(self, scores, s: int, first_key):
-        """Scores (chunk, strip) of strip s and the chunk that starts at `first_key` of the block, hidden ones replaced."""
-        tiles = self.cut.tiles
-        seen = self.distance <= self.diagonal + (s * tiles.strip) % self.cut.tokens - first_key
+    def hide(self, scores, s: int, key: int):
+        """Scores (chunk, strip) of strip s and the chunk `key` keys after the first, hidden ones replaced."""
+        start = (s * self.cut.tiles.strip) % self.cut.tokens
+        seen = self.distance <= self.diagonal + start - key
         if self.cut.keys != self.cut.padded_keys:
-            seen &= self.key < self.keys_left - first_key
+            seen &= self.key < self.keys_left - key
         if self.q_segments_ref is not None:
-            q = self.q_segments_ref[...]
-            start = (s * tiles.strip) % self.cut.tokens
-            if tiles.strip <= self.cut.tokens:
-                q = q[:, start : start + tiles.strip]
-            else:
-                q = jnp.concatenate([q] * (tiles.strip // self.cut.tokens), axis=1)
-            seen &= self._column(first_key) == q
+            if key not in self.columns:
+                self.columns[key] = self._column(key)
+            width = min(self.cut.tiles.strip, self.cut.tokens)
+            row = self.q_segments_ref[:, start : start + width]
+            seen &= self.columns[key] == jnp.concatenate([row] * (self.cut.tiles.strip // width), axis=1)
         return jnp.where(seen, scores, HIDDEN)
 
-    def _column(self, first_key):
-        """Segment ids of a chunk's keys as a column (chunk, 1): they lie in lanes."""
-        ids = self.kv_segments_ref[:, pl.ds(first_key, self.cut.tiles.chunk)]
-        squares = [
-            jnp.broadcast_to(ids[:, n : n + LANES], (LANES, LANES)).T for n in range(0, self.cut.tiles.chunk, LANES)
-        ]
+    def _column(self, key: int):
+        """Segment ids of a chunk's keys, which lie in lanes, as a column (chunk, 1)."""
+        squares = []
+        for start in range(key, key + self.cut.tiles.chunk, LANES):
+            ids = self.kv_segments_ref[:, pl.ds(self.first_key + start, LANES)]
+            squares.append(jnp.broadcast_to(ids, (LANES, LANES)).T)
         return jnp.concatenate(squares, axis=0)[:, :1]
 
 

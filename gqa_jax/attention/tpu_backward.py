@@ -28,7 +28,9 @@ SLOT, PREVIOUS, UNWRITTEN, WORDS = 0, 1, 2, 4  # scalars kept between steps; UNW
 PART = 512  # keys of a part of a masked block: parts that no query sees are left out
 
 
-def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask: Mask, scale, options: Options):
+def backward(
+    q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask: Mask, scale, options: Options
+):
     """See `gqa_jax.attention.gradient.Kernel`."""
     batch_size, _, n_kv, group, _ = q_BxTxKxGxH.shape
     share = tpu.share(batch_size * n_kv, group, options.cores)
@@ -125,9 +127,7 @@ def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_ou
             jax.ShapeDtypeStruct(sums_shape, sums_dtype),
         ],
         input_output_aliases={len(problem.scalars) + len(operands) - 1: 0},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=options.vmem_bytes
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         cost_estimate=tpu.cost(problem, q_BxTxKxGxH.dtype, products=5),
         interpret=options.interpret,
         name="gqa_backward",
@@ -177,7 +177,10 @@ def _kernel(*refs, problem: Problem, at, batch, scale: float):
     def contribute(first_key, n_keys: int, visibility: Visibility | None):
         """Adds to dk_sum and dv_sum, and to dq_sum, which the first group of chunks overwrites where all is visible."""
         n_strips = tiles.rows // tiles.strip
-        groups = [range(n, min(n + tiles.together * tiles.chunk, n_keys), tiles.chunk) for n in range(0, n_keys, tiles.together * tiles.chunk)]
+        groups = [
+            range(n, min(n + tiles.together * tiles.chunk, n_keys), tiles.chunk)
+            for n in range(0, n_keys, tiles.together * tiles.chunk)
+        ]
         pieces = [(group, strip, key) for group in groups for strip in range(n_strips) for key in group]
         products, dk, dv, dq = {}, {}, {}, None
         for n in range(len(pieces) + tiles.ahead):
@@ -195,7 +198,7 @@ def _kernel(*refs, problem: Problem, at, batch, scale: float):
             scores, dp = products.pop(n - tiles.ahead)
             logits = (scale * LOG2_E) * scores
             if visibility is not None:
-                logits = visibility.hide(logits, strip, first_key + key)
+                logits = visibility.hide(logits, strip, key)
             p = jnp.exp2(logits - strip_of(lse_ref, strip, cut))
             ds = (p * (dp - strip_of(delta_ref, strip, cut))).astype(k_ref.dtype)
             dq_part = dot(k_lanes_ref[:, keys], ds, 1, 0)
@@ -236,8 +239,12 @@ def _kernel(*refs, problem: Problem, at, batch, scale: float):
             reach = (i + 1) * cut.tokens + bounds.shift - j * tiles.keys  # keys of the block that the last query sees
             parts = jnp.clip(lax.div(reach + part - 1, part), 1, tiles.keys // part)
             dq_sum[...] = jnp.zeros_like(dq_sum)
-            visibility = Visibility(cut, i, j, bounds.shift, *segment_refs)
-            lax.fori_loop(0, parts, lambda n, _: contribute(pl.multiple_of(n * part, part), part, visibility), None)
+
+            def one_part(n, _):
+                first_key = pl.multiple_of(n * part, part)
+                contribute(first_key, part, Visibility(cut, i, j, bounds.shift, first_key, *segment_refs))
+
+            lax.fori_loop(0, parts, one_part, None)
 
         read.wait()
         for head in range(cut.heads):

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gqa_jax.attention import tpu
 from gqa_jax.attention.masks import UNSEEN, Mask
-from gqa_jax.attention.tpu import LOG2_E, Options, Problem, Steps, Visibility, dot, strip_of
+from gqa_jax.attention.tpu import LOG2_E, Options, Problem, Share, Steps, Visibility, dot, strip_of
 
 SUBLANES = 8
 PART = 512  # keys of a part of a masked block: parts that no query sees are left out
@@ -21,7 +21,7 @@ PART = 512  # keys of a part of a masked block: parts that no query sees are lef
 
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
     """See `gqa_jax.attention.gradient.Kernel`."""
-    cut = tpu.cut(q_BxTxKxGxH, k_BxSxKxH, options.forward)
+    cut = tpu.cut(q_BxTxKxGxH, k_BxSxKxH, options.forward, Share())
     problem = Problem(cut, mask)
     steps = Steps(
         cut.query_tiles, problem.bounds(()).key_blocks_seen if problem.folded else None,
@@ -74,9 +74,7 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
             jax.ShapeDtypeStruct((x_tiles, cut.heads, cut.head_dim, cut.padded_length), q_BxTxKxGxH.dtype),
             jax.ShapeDtypeStruct((x_tiles, cut.heads, cut.padded_length), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=options.vmem_bytes
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=tpu.cost(problem, q_BxTxKxGxH.dtype, products=2),
         interpret=options.interpret,
         name="gqa_forward",
@@ -120,7 +118,7 @@ def _kernel(*refs, problem: Problem, steps: Steps, factor: float):
             lanes = slice(s * tiles.strip, (s + 1) * tiles.strip)
             logits = factor * scores.pop(n - tiles.ahead)
             if visibility is not None:
-                logits = visibility.hide(logits, s, first_key + key)
+                logits = visibility.hide(logits, s, key)
             if s not in state:
                 state[s] = largest_ref[:, lanes], total_ref[:, lanes], weighted_ref[:, lanes]
             largest, total, weighted = state[s]
@@ -143,8 +141,12 @@ def _kernel(*refs, problem: Problem, steps: Steps, factor: float):
     def _():
         part = math.gcd(PART, tiles.keys)
         parts = jnp.clip(lax.div((i + 1) * cut.tokens + bounds.shift - j * tiles.keys + part - 1, part), 1, tiles.keys // part)
-        visibility = Visibility(cut, i, j, bounds.shift, *segment_refs)
-        lax.fori_loop(0, parts, lambda n, _: absorb(pl.multiple_of(n * part, part), part, visibility), None)
+
+        def one_part(n, _):
+            first_key = pl.multiple_of(n * part, part)
+            absorb(first_key, part, Visibility(cut, i, j, bounds.shift, first_key, *segment_refs))
+
+        lax.fori_loop(0, parts, one_part, None)
 
     @pl.when(last)
     def _():

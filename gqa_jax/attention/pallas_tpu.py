@@ -1,0 +1,57 @@
+"""The implementation `pallas_tpu`: what it can run, with which tiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from gqa_jax.attention import blocks
+from gqa_jax.attention.gradient import Kernel, attend
+from gqa_jax.attention.tpu import Options, Tiles
+from gqa_jax.attention.tpu_backward import backward
+from gqa_jax.attention.tpu_forward import forward
+
+if TYPE_CHECKING:
+    from gqa_jax.attention.implementations import Case
+
+HEAD_DIMS = range(16, 129, 16)  # whole bfloat16 registers of sublanes
+INTERPRETED_AS = "TPU v5 lite"
+
+
+def obstacle(case: Case) -> str | None:
+    """Why this case can't run here, or None."""
+    if case.platform != "tpu" and not case.interpreted:
+        return f"it is written for TPUs, and this is {case.chip} ({case.platform})"
+    if case.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 and float32, and this is {jnp.dtype(case.dtype).name}"
+    if case.head_dim not in HEAD_DIMS:
+        return f"it takes head sizes {', '.join(map(str, HEAD_DIMS))}, and this is {case.head_dim}"
+    if case.platform == "tpu" and blocks.tpu(case.chip, case.head_dim, "forward") is None:
+        return f"gqa_jax.attention.blocks has no tiles for {case.chip}"
+    return None
+
+
+def choose(case: Case) -> Options:
+    """The tuned tiles of this chip; where Pallas interprets on another platform, those of a v5e."""
+    chip = case.chip if case.platform == "tpu" else INTERPRETED_AS
+    tiles = {which: blocks.tpu(chip, case.head_dim, which) for which in ("forward", "backward")}
+    return Options(**tiles, cores=case.cores, interpret=case.interpreted)
+
+
+def candidates(case: Case, which: str) -> list[Tiles]:
+    """Tiles worth measuring for a pass ("forward" or "backward"): neighbours of those whose schedules are shortest."""
+    keys = (1024, 2048, 4096) if which == "forward" else (512, 1024, 2048)
+    pieces = [(256, 128, 2), (256, 256, 2), (256, 256, 4), (128, 128, 4)]
+    depths = (4, 5, 6, 8) if which == "forward" else (2, 3, 4)
+    return [
+        Tiles(rows=rows, keys=n, strip=strip, chunk=chunk, ahead=ahead, together=together)
+        for rows in (512, 1024, 2048)
+        for n in keys
+        for strip, chunk, together in pieces
+        for ahead in depths
+    ]
+
+
+def run(q, k, v, mask, scale, case: Case):
+    return attend(Kernel(forward, backward, scale, choose(case)), q, k, v, mask)
