@@ -1,0 +1,238 @@
+"""The Hopper kernels: numerics and races in Pallas's interpreter, and compiled for an H200 that need not be there."""
+
+import functools
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gqa_jax.attention import hopper, hopper_tiles, oracle
+from gqa_jax.attention.gradient import Kernel, attend
+from gqa_jax.attention.implementations import Case
+from gqa_jax.attention.masks import Mask
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 150000000000 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """Races that the interpreter finds in shared and global memory; what it takes for the memory of registers has none."""
+    from jax._src.pallas.mosaic_gpu.interpret import race_detection_state, shared_memory
+
+    found, registers = [], shared_memory.get_memory_space_idx(plgpu.REGS)
+    for name in ("check_read", "check_write"):
+        original = getattr(race_detection_state.GPURaceDetectionState, name)
+
+        def check(self, thread, clock, key, *args, original=original, **kwargs):
+            if key.memory_space_id != registers:
+                original(self, thread, clock, key, *args, **kwargs)
+                found.extend([key] if self.races_found else [])
+
+        monkeypatch.setattr(race_detection_state.GPURaceDetectionState, name, check)
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", functools.partial(plgpu.InterpretGPUParams, detect_races=True))
+    return found
+
+
+def problem(n_heads, n_kv, head_dim, length, *, keys=None, batch=1, size=1.0):
+    rng = np.random.default_rng(0)
+    group = n_heads // n_kv
+    q_shape, k_shape = (batch, length, n_kv, group, head_dim), (batch, keys or length, n_kv, head_dim)
+    q, k, v, d_out = (
+        jnp.asarray(s * rng.normal(size=shape), jnp.bfloat16)
+        for s, shape in ((size, q_shape), (size, k_shape), (1, k_shape), (1, q_shape))
+    )
+    return (q, k, v), (d_out, rng.normal(size=(batch, n_kv, group, length)).astype(np.float32))
+
+
+def check(arrays, cotangents, mask=Mask(), *, options=None, tolerance=1e-2, **offsets):  # noqa: B008
+    """Output, log-sum-exp and gradients against float64, relative to the largest of each."""
+    q, (d_out, d_lse) = arrays[0], cotangents
+    if options is None:
+        options = hopper.choose(q.shape[-1], q.shape[1], q.shape[3], q.shape[0] * q.shape[2])
+    kernel = Kernel(hopper.forward, hopper.backward, q.shape[-1] ** -0.5, options._replace(interpret=True))
+    (out, lse), pull = jax.vjp(lambda *x: attend(kernel, *x, mask), *arrays)
+    expected_out, expected_lse = oracle.forward(*arrays, **offsets)
+    seen = np.isfinite(expected_lse)
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    np.testing.assert_allclose(np.where(seen, lse, 0), np.where(seen, expected_lse, 0), atol=2e-5, rtol=1e-6)
+    assert not np.asarray(out)[~seen.transpose(0, 3, 1, 2)].any()
+    expected = oracle.gradients(*arrays, d_out, np.where(seen, d_lse, 0), **offsets)
+    for found, right in zip((out, *pull((d_out, jnp.asarray(d_lse)))), (expected_out, *expected), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance * np.abs(right).max())
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv", "head_dim", "length"),
+    [
+        (1, 1, 64, 64),
+        (1, 1, 128, 200),
+        (8, 1, 64, 100),
+        (4, 2, 128, 128),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            (1, 1, 64, 900), (1, 1, 128, 700), (8, 1, 64, 320), (8, 1, 128, 200), (8, 2, 64, 200), (8, 2, 128, 128),
+            (32, 8, 64, 64), (32, 8, 128, 100),
+        )),
+    ],
+)  # fmt: skip
+def test_agrees_with_the_oracle_and_has_no_races(races, n_heads, n_kv, head_dim, length):
+    check(*problem(n_heads, n_kv, head_dim, length))
+    assert not races
+
+
+def test_rings_of_two_blocks_are_reused_without_races(races):
+    """Many blocks through few slots: what is loaded ahead must not overwrite what is still read."""
+    tile = hopper.Tile(consumers=2, block=64, stages=2, consumer_registers=240, loader_registers=24)
+    check(*problem(2, 1, 64, 448), options=hopper.Options(tile, tile, tile))
+    assert not races
+
+
+def test_group_split_over_ctas_sums_to_the_same(races):
+    tile = hopper.Tile(consumers=2, block=64, stages=2, consumer_registers=240, loader_registers=24)
+    check(*problem(4, 1, 64, 130), options=hopper.Options(tile, tile, tile._replace(splits=2)))
+    assert not races
+
+
+@pytest.mark.parametrize(("q_offset", "kv_offset"), [(150, 0), pytest.param(7, 60, marks=pytest.mark.slow)])
+def test_offsets_of_a_shard(q_offset, kv_offset):
+    """Keys before the queries; and, with kv_offset 60, queries that see no key: output 0, log-sum-exp -inf, no gradient."""
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    check(*problem(2, 1, 64, 80, keys=200), Mask(*map(jnp.int32, offsets.values())), **offsets)
+
+
+@pytest.mark.slow
+def test_large_logits():
+    check(*problem(2, 1, 64, 192, size=6.0), tolerance=3e-2)
+
+
+@pytest.mark.parametrize("shift", [-200, -64, -1, 0, 1, 63, 64, 500])
+@pytest.mark.parametrize(("length", "keys"), [(64, 64), (200, 200), (100, 300), (300, 100)])
+@pytest.mark.parametrize("block", [64, 128])
+def test_loops_visit_what_is_visible_and_mask_what_is_partly_so(length, keys, shift, block):
+    """The spans of the loops against the table that the kernels never make."""
+    case = hopper_tiles.Problem(1, length, keys, 1, 1, 64, shift)
+    padded_length, padded_keys = -(-length // 64) * 64, -(-keys // 128) * 128
+    t, s = np.arange(padded_length)[:, None], np.arange(padded_keys)[None]
+    visible = (t + shift >= s) & (s < keys)
+    for token in range(0, padded_length, 64):
+        span = case.key_blocks(token, token + 63, shift, block)
+        for j in range(padded_keys // block):
+            tile = visible[token : token + 64, j * block : (j + 1) * block]
+            assert (j < span.stop) or not tile.any()
+            assert (j >= span.masked) or tile.all()
+    causal = t + shift >= s
+    for key in range(0, padded_keys, 64):
+        span = case.query_blocks(key, key + 63, shift, 64, padded_length)
+        for i in range(padded_length // 64):
+            tile = causal[i * 64 : (i + 1) * 64, key : key + 64]
+            assert (span.first <= i) or not tile.any()
+            assert (i < span.masked) or tile.all()
+
+
+def described_mesh():
+    pytest.importorskip("jax_cuda13_plugin", reason="compiling for a GPU that isn't there takes jax-cuda13-plugin")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    return topologies.make_mesh(topology, (1,), ("d",))
+
+
+def compiled_for_h200(n_heads, n_kv, head_dim, length, *, traced_offsets=False):
+    """Forward and backward pass of one sequence, compiled."""
+    mesh = described_mesh()
+    group, replicated = n_heads // n_kv, NamedSharding(mesh, PartitionSpec())
+    kernel = Kernel(hopper.forward, hopper.backward, head_dim**-0.5, hopper.choose(head_dim, length, group, n_kv))
+
+    def both(q, k, v, d_out, offset):
+        mask = Mask(offset, 0) if traced_offsets else Mask()
+        (_, lse), pull = jax.vjp(lambda *x: attend(kernel, *x, mask), q, k, v)
+        return pull((d_out, jnp.zeros_like(lse)))
+
+    q, k = (1, length, n_kv, group, head_dim), (1, length, n_kv, head_dim)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated) for shape in (q, k, k, q)]
+    arguments.append(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated))
+    with jax.set_mesh(mesh):
+        return jax.jit(both).lower(*arguments).compile()
+
+
+SHAPES = [
+    (8, 1, 64, 2**13), (8, 1, 128, 2**13), (32, 8, 64, 2**17), (32, 8, 128, 2**17),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (32, 8, 64, 2**13), (32, 8, 128, 2**13), (8, 1, 64, 2**17), (8, 1, 128, 2**17), (8, 1, 64, 2**19), (12, 4, 128, 1000),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv", "head_dim", "length"), SHAPES)
+def test_compiles_for_h200_into_what_it_is_written_as(monkeypatch, tmp_path, n_heads, n_kv, head_dim, length):
+    """Tensor cores fed by the TMA, registers moved between warpgroups, none spilled, products in flight; O(T) memory."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    program = compiled_for_h200(n_heads, n_kv, head_dim, length)
+    programs = {re.sub(r"_\d+$", "", path.stem): path for path in tmp_path.glob("*.ptx")}
+    assert sorted(programs) == ["gqa_backward_dkv", "gqa_backward_dq", "gqa_forward"]
+    for path in programs.values():
+        ptx = path.read_text()
+        for instruction in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg.inc", "setmaxnreg.dec"):
+            assert instruction in ptx, (path.name, instruction)
+        if ptxas := shutil.which("ptxas"):
+            said = subprocess.run(
+                [ptxas, "-v", "-arch=sm_90a", str(path), "-o", "/dev/null"], capture_output=True, text=True, check=True
+            ).stderr
+            assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+            assert "serialized" not in said, said  # products awaited one by one
+            assert "setmaxnreg ignored" not in said, said
+
+    heads_bytes, row_bytes = n_heads * length * head_dim * 2, n_heads * length * 4
+    splits = hopper.choose(head_dim, length, n_heads // n_kv, n_kv).dkv.splits
+    partial_sums = 2 * splits * n_kv * length * head_dim * 4 if splits > 1 else 0
+    padding = 6 * 2**20
+    # output, and three numbers per row: log-sum-exp in two bases, delta
+    assert program.memory_analysis().temp_size_in_bytes <= 2 * heads_bytes + 4 * row_bytes + partial_sums + padding
+
+
+def test_traced_offsets_compile_for_h200():
+    compiled_for_h200(6, 2, 64, 1000, traced_offsets=True)
+
+
+def test_splits_fill_the_chip_and_divide_the_group():
+    assert hopper.choose(64, 2**13, 8, kv_heads=1).dkv.splits == 4
+    assert hopper.choose(64, 2**17, 8, kv_heads=1).dkv.splits == 1
+    assert hopper.choose(128, 1024, 6, kv_heads=2).dkv.splits == 6
+    assert hopper.choose(128, 1024, 1, kv_heads=2).dkv.splits == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"chip": "NVIDIA H100 80GB HBM3"}, None),
+        ({"chip": "NVIDIA GH200 480GB"}, None),
+        ({"chip": "NVIDIA A100-SXM4-80GB"}, "Hopper"),
+        ({"chip": "NVIDIA B200"}, "Hopper"),
+        ({"platform": "cpu", "chip": "cpu"}, "'cpu'"),
+        ({"platform": "cpu", "chip": "cpu", "interpreted": True}, None),
+        ({"dtype": jnp.dtype(jnp.float32)}, "'reference' and 'xla'"),
+        ({"head_dim": 80}, "64 and 128, not 80"),
+        ({"segments": True}, "segments"),
+    ],
+)
+def test_obstacles(change, said):
+    case = Case("gpu", "NVIDIA H200", 1, 8192, 8192, 8, 1, 64, jnp.dtype(jnp.bfloat16))
+    obstacle = hopper.obstacle(case._replace(**change))
+    assert obstacle is None if said is None else said in obstacle
