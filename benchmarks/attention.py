@@ -30,7 +30,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import attention_contenders, attention_measure, attention_report
+from benchmarks import attention_contenders, attention_measure, attention_report, attention_tune
 from benchmarks.attention_measure import Ceilings, Limits
 from gqa_jax.attention import Case, implementations
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     # the two frameworks share a GPU's memory: neither may take most of it at the start
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    platform, chip = implementations.target()
+    platform, chip = implementations.target()[:2]
     if platform not in DEFAULTS:
         parser.error(f"no defaults for platform {platform!r}: there are {', '.join(DEFAULTS)}")
     for field, value in DEFAULTS[platform]._asdict().items():
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             setattr(options, field, value)
     console = Console()
     if options.tune:
-        _tune(parser, options, arguments, platform, chip, console)
+        _tune(parser, options, arguments, platform, chip)
         return
     torch = _start_torch(parser, options, platform)
     try:
@@ -243,16 +243,15 @@ def _run(parser, options, arguments, chip: str, torch, console: Console) -> None
     baselines = {"forward": options.baseline, "backward": options.baseline, "decode": decoding}
     constant = _constant(arguments, platform, chip, torch)
     console.print(Text(f"{constant['device']}; {constant['versions']}; {constant['date']}"))
-    console.print(Text(f"ratio: times as fast as {options.baseline} (decode: {decoding}), the median within turns"))
+    also = "" if decoding == options.baseline else f" (decode: {decoding})"
+    console.print(Text(f"ratio: times as fast as {options.baseline}{also}, the median within turns"))
     console.print("IQR %: the middle half of the turns, of their median; temp: memory of one pass but inputs and results\n")
     limits = _limits(options)
     ceilings = Ceilings.of(platform, cases[0][1].dtype)
     rows = run(cases, chosen, ceilings, limits, baselines, constant, options.out, console)
     attention_report.print_refused(rows, console)
     title = f"causal attention, {cases[0][1].dtype}: {constant['device']}"
-    missing = sum(row["status"] == "left out" for row in rows)
-    if missing:
-        console.print(f"left out for want of time: {missing} of {len(rows)} rows, see attention.csv; --budget_s gives more")
+    attention_report.print_left_out(rows, console)
     if not any(row.get("ratio") for row in rows):
         console.print(f"no ratios: the baseline {options.baseline} was not measured")
     written = [options.out / "attention.csv"]
@@ -287,36 +286,37 @@ def _measure(contenders, direction: str, case: Case, ceilings: Ceilings, limits:
     return attention_measure.measure(contenders, work, ceilings, limits, baseline)
 
 
-def _tune(parser, options, arguments, platform: str, chip: str, console: Console) -> None:
-    from benchmarks import attention_tune
-
+def _tune(parser, options, arguments, platform: str, chip: str) -> None:
     directions = [name for name in _read_directions(parser, options) if name != "decode"]
     if not directions:
         parser.error("--tune: --passes must have forward or backward")
-    names = list(attention_tune.TUNABLES)
-    if options.only is not None:
-        only = _read_list(parser, "only", options.only, str)
-        _check_names(parser, "only", only, names)
-        names = only
+    tunables = attention_tune.tunables()
+    only = list(tunables) if options.only is None else _read_list(parser, "only", options.only, str)
+    _check_names(parser, "only", only, list(tunables))
+    # forward and backward have the same cases
     cases = list(dict.fromkeys(case for _, case in _read_cases(parser, options, directions)))
     constant = _constant(arguments, platform, chip, None)
     limits = _limits(options)
     ceilings = Ceilings.of(platform, cases[0].dtype)
     print(f"# {constant['device']}; {constant['versions']}; {constant['date'][:10]}\n# {constant['command']}")
-    print("# (implementation, chip, head size, group, length): options")
-    for name, case in itertools.product(names, cases):
-        if time.perf_counter() > limits.deadline:
-            found = "no time left"
-        else:
-            found = attention_tune.tune(name, attention_tune.TUNABLES[name], case, directions, ceilings, limits)
-        if isinstance(found, str):
-            print(
-                f"    # {name}, {case.n_heads}/{case.n_kv_heads} heads of {case.head_dim}, {case.length}: {found}", flush=True
-            )
-            continue
-        print(found.line(), flush=True)
-        for problem in found.problems:
-            print(f"    # {problem}", flush=True)
+    for name in only:
+        print(f"# {name}", flush=True)
+        shapes = itertools.groupby(cases, lambda case: case.head_dim)
+        for found in (
+            row for _, group in shapes for row in _tune_one(name, tunables[name], list(group), directions, ceilings, limits)
+        ):
+            if isinstance(found, str):
+                print(f"    # {found}", flush=True)
+                continue
+            print(found.line(), flush=True)
+            for problem in found.problems:
+                print(f"    # {problem}", flush=True)
+
+
+def _tune_one(name: str, tunable, cases: list[Case], directions, ceilings: Ceilings, limits: Limits) -> list:
+    if time.perf_counter() > limits.deadline:
+        return [f"heads of {cases[0].head_dim}: no time left; --budget_s gives more"]
+    return attention_tune.tune(name, tunable, cases, directions, ceilings, limits)
 
 
 if __name__ == "__main__":

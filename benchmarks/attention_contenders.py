@@ -21,6 +21,8 @@ import numpy as np
 
 from benchmarks import timing
 from gqa_jax.attention import Case, attention, implementations
+from gqa_jax.attention.decode import _ALL as DECODERS
+from gqa_jax.attention.decode import decode
 
 
 class Work(NamedTuple):
@@ -268,10 +270,18 @@ class TorchContender(NamedTuple):
 def decoders(torch: Torch | None) -> list[Contender | TorchContender]:
     """Who answers one query from a full cache."""
     return [
+        *(_registered_decoder(name, implementation) for name, implementation in DECODERS.items()),
         Contender("jax_nn_xla", lambda case: None, _jax_nn_xla_decode),
         Contender("triton_gqa", _needs("gpu", 16 * 128), _triton_gqa),
         *([] if torch is None else torch.contenders()),
     ]
+
+
+def _registered_decoder(name: str, implementation) -> Contender:
+    def attending(case: Case):
+        return lambda q, k, v: decode(q, k, v, case.keys, implementation=name)
+
+    return Contender(name, implementation.obstacle, attending)
 
 
 def _jax_nn_xla_decode(case: Case):

@@ -55,7 +55,7 @@ def write_csv(rows: Sequence[Mapping], constant: Mapping[str, str], path: Path) 
 def print_tables(rows: Sequence[Mapping], console: Console) -> None:
     """A table for each pass, heads and head size; below it, why some have no figures."""
     for _, group in groupby(rows, lambda row: (row["pass"], row["n_heads"], row["n_kv_heads"], row["head_dim"])):
-        group = [row for row in group if row["status"] != "refused"]
+        group = [row for row in group if row["status"] not in ("refused", "left out")]
         if not group:
             continue
         console.print(_table(group))
@@ -73,6 +73,17 @@ def print_refused(rows: Sequence[Mapping], console: Console) -> None:
         names = [name if counts[reason, name] == of[name] else f"{name} ({counts[reason, name]} of {of[name]} cases)"
                  for _, name in group]  # fmt: skip
         console.print(Text(f"not run: {', '.join(names)}: {reason}"))
+
+
+def print_left_out(rows: Sequence[Mapping], console: Console) -> None:
+    """What there was no time for, a line for each pass, heads and head size."""
+    rows = [row for row in rows if row["status"] == "left out"]
+    for (direction, n, k, h), group in groupby(rows, lambda x: (x["pass"], x["n_heads"], x["n_kv_heads"], x["head_dim"])):
+        lengths: dict[str, list[str]] = {}
+        for row in group:
+            lengths.setdefault(_length(row), []).append(row["implementation"])
+        what = "; ".join(f"{length} ({', '.join(names)})" for length, names in lengths.items())
+        console.print(Text(f"left out for want of time: {direction}, {n}/{k} heads of {h}: {what}"))
 
 
 def _table(rows: Sequence[Mapping]) -> Table:

@@ -2,126 +2,220 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import attention_measure as measuring
-from benchmarks.attention_contenders import Contender
-from benchmarks.attention_measure import Ceilings, Limits
+from benchmarks.attention_contenders import Contender, Work
+from benchmarks.attention_measure import Ceilings, Entry, Limits
 from gqa_jax.attention import Case, implementations, xla
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.masks import Mask
 
 FINALISTS = 4
 WORTHWHILE = 1.02  # less is noise, and a table that changes with every run
+PRESENT = "present"
+WHOLE = "options"  # the part that stands for all of them, where options have no parts
 
 
 class Tunable(NamedTuple):
-    """What a kernel offers to be tuned; options are a NamedTuple.
+    """What a kernel offers to be tuned: the interface between kernels and this benchmark.
 
-    candidates(case): options worth trying. choose(case): the present ones. forward, backward: as in `gradient.Kernel`.
-    Where options are a tuple of tiles, NamedTuples themselves, tiles are tuned one after the other: that called `forward` by
-    the forward pass, the others by forward and backward. Candidates then need not hold all combinations.
+    Options are a NamedTuple. Those of its fields that are NamedTuples themselves are tiles, tuned one after the other: that
+    called `forward` by the time of the forward pass, the others by that of forward and backward. Options without such fields
+    are tuned as a whole, as a part called "options".
     """
 
-    candidates: Callable[[Case], Sequence[Any]]
-    choose: Callable[[Case], Any]
-    forward: Callable
+    choose: Callable[[Case], Any]  # the present options
+    candidates: Callable[[Case, str], Sequence[Any]]  # (case, part): values of that part worth trying
+    forward: Callable  # both passes as in `gradient.Kernel`
     backward: Callable
-
-    @classmethod
-    def of(cls, module) -> Tunable:
-        """Of a module that has the four under these names."""
-        return cls(*(getattr(module, field) for field in cls._fields))
+    key: Callable[[Case, str], tuple] = lambda case, part: (case.chip, case.head_dim, part)  # of a row; its cases decide it
 
 
-def _xla_candidates(case: Case) -> list[xla.Options]:
-    """Unrolled blocks while there are few of them; loops over chunks."""
-    blocks = [block for block in (64, 128, 256, 512, 1024) if block <= case.length]
-    unrolled = [xla.Options(block, None) for block in blocks if case.length // block <= 16]
-    return unrolled + [xla.Options(block, chunk) for block in blocks for chunk in (128, 256, 512, 1024) if chunk <= case.keys]
+def tunables() -> dict[str, Tunable]:
+    """By name of the implementation, of those that are registered: the one place to enter a kernel."""
+    makers = {"xla": _xla, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu, "pallas_triton": _pallas_triton}
+    return {name: make() for name, make in makers.items() if name in implementations.names()}
 
 
-#: By name of the implementation: the one place to enter a kernel.
-TUNABLES: dict[str, Tunable] = {
-    "xla": Tunable(_xla_candidates, lambda case: xla.choose(case.batch, case.length, case.n_heads), xla.forward, xla.backward),
-}
+def _xla() -> Tunable:
+    def candidates(case: Case, part: str) -> list[xla.Options]:
+        """Unrolled blocks while there are few of them; loops over chunks."""
+        blocks = [block for block in (64, 128, 256, 512, 1024) if block <= case.length]
+        chunks = [chunk for chunk in (128, 256, 512, 1024) if chunk <= case.keys]
+        unrolled = [xla.Options(block, None) for block in blocks if case.length // block <= 16]
+        return unrolled + [xla.Options(block, chunk) for block in blocks for chunk in chunks]
+
+    return Tunable(
+        lambda case: xla.choose(case.batch, case.length, case.n_heads),
+        candidates,
+        xla.forward,
+        xla.backward,
+        lambda case, part: (case.chip, case.head_dim, case.group, case.length),
+    )
 
 
-class Gain(NamedTuple):
-    """What one contest brought: seconds of the pass with the best options, and how many times as fast as the ones before."""
+def _pallas_tpu() -> Tunable:
+    from gqa_jax.attention import pallas_tpu
 
-    what: str
-    seconds: float
-    ratio: float
+    return Tunable(pallas_tpu.choose, pallas_tpu.candidates, pallas_tpu.forward, pallas_tpu.backward)
+
+
+def _pallas_gpu() -> Tunable:
+    from gqa_jax.attention import hopper
+
+    registers = {2: (240, 24), 3: (160, 32)}  # of a consumer's thread and of the loader's
+
+    def choose(case: Case) -> hopper.Options:
+        return hopper.choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads)
+
+    def candidates(case: Case, part: str) -> list[hopper.Tile]:
+        splits = {1, getattr(choose(case), part).splits} if part == "dkv" else {1}
+        sizes = itertools.product(registers, (64, 96, 128, 160), (2, 3, 4), sorted(splits))
+        return [hopper.Tile(n, block, stages, *registers[n], split) for n, block, stages, split in sizes]
+
+    return Tunable(choose, candidates, hopper.forward, hopper.backward)
+
+
+def _pallas_triton() -> Tunable:
+    from gqa_jax.attention import triton
+
+    def candidates(case: Case, part: str) -> list[triton.Tile]:
+        sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+        return [triton.Tile(*size) for size in sizes]
+
+    return Tunable(
+        lambda case: triton.choose(case.length, case.keys, case.group, case.head_dim, case.dtype),
+        candidates,
+        triton.forward,
+        triton.backward,
+    )
+
+
+class Row(NamedTuple):
+    """A line of a table of tiles: the best value of a part, and for each case that decided it what it brought."""
+
+    key: tuple
+    value: Any
+    direction: str
+    gains: tuple[tuple[Case, float, float], ...]  # case, median seconds, times as fast as the present options
     tried: int
-
-
-class Tuned(NamedTuple):
-    """The best options for a case, how they came about, and the candidates that were wrong or failed."""
-
-    implementation: str
-    case: Case
-    options: Any
-    gains: tuple[Gain, ...]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # what failed or was wrong
 
     def line(self) -> str:
-        """A line of the table of tiles: (implementation, chip, head size, group, length): options."""
-        case = self.case
-        key = f'("{self.implementation}", "{case.chip}", {case.head_dim}, {case.group}, {case.length})'
-        gains = ", ".join(
-            f"{gain.what} {1e3 * gain.seconds:.3g} ms, {gain.ratio:.2f}x, best of {gain.tried}" for gain in self.gains
+        gains = "; ".join(
+            f"{case.n_heads}/{case.n_kv_heads} T={case.length}: {1e3 * seconds:.3g} ms, {ratio:.2f}x"
+            for case, seconds, ratio in self.gains
         )
-        return f"    {key}: {self.options!r},  # {gains}"
+        key = ", ".join(map(json.dumps, self.key))
+        what = "forward+backward" if self.direction == "backward" else self.direction
+        return f"    ({key}): {self.value!r},  # best of {self.tried}, {what}: {gains}"
 
 
-def tune(name: str, tunable: Tunable, case: Case, directions: Sequence[str], ceilings: Ceilings, limits: Limits) -> Tuned | str:
-    """The fastest right options, the present ones unless beaten by 2%; or why nothing could be tried."""
-    if (obstacle := implementations.get(name).obstacle(case)) is not None:
-        return obstacle
-    best = tunable.choose(case)
-    gains, problems = [], []
-    for what, direction, trials in _contests(tunable.candidates(case), best, directions):
-        work = measuring.make_work(case, direction, ceilings, limits)
-        options = {repr(each): each for each in (best, *(trial(best) for trial in trials))}
-        contenders = [_contender(label, tunable, each) for label, each in options.items()]
-        entries = measuring.prepare(contenders, work, limits)
-        problems += [f"{entry.name}: {entry.status}: {entry.reason}" for entry in entries if entry.status != "ok"]
-        tried = sum(entry.status == "ok" for entry in entries)
-        medians, ratios = _contest(entries, repr(best), work, ceilings, limits)
-        if not medians:
-            return f"none of {len(options)} candidates ran: {'; '.join(problems)}"
-        winner = min(medians, key=medians.get)
-        if repr(best) in medians and ratios[winner] < WORTHWHILE:
-            winner = repr(best)
-        best = options[winner]
-        # present options that don't run have no ratio: nothing to be faster than
-        gains.append(Gain(what, medians[winner], ratios.get(winner) or float("nan"), tried))
-    return Tuned(name, case, best, tuple(gains), tuple(problems))
+class Trial(NamedTuple):
+    """A case with all that is tried on it, compiled and checked."""
+
+    work: Work
+    options: dict[str, Any]
+    entries: list[Entry]
 
 
-def _contests(candidates: Sequence[Any], present: Any, directions: Sequence[str]) -> Iterator[tuple[str, str, list[Callable]]]:
-    """What is decided together: its name, the pass that decides, and functions from the best options so far to those to try."""
-    last = "backward" if "backward" in directions else "forward"
-    tiles = [field for field in present._fields if hasattr(getattr(present, field), "_fields")]
-    if not tiles:
-        yield ("forward+backward" if last == "backward" else last), last, [lambda best, each=each: each for each in candidates]
-    for field in tiles:
-        direction = "forward" if field == "forward" else "backward"
-        if direction in directions:
-            values = dict.fromkeys(getattr(each, field) for each in candidates)
-            yield field, direction, [lambda best, value=value, field=field: best._replace(**{field: value}) for value in values]
+def tune(
+    name: str, tunable: Tunable, cases: Sequence[Case], directions: Sequence[str], ceilings: Ceilings, limits: Limits
+) -> list[Row | str]:
+    """Rows of the fastest right tiles, the present ones unless beaten by 2% over a row's cases; or why there are none."""
+    found: list[Row | str] = []
+    able = []
+    for case in cases:
+        obstacle = implementations.get(name).obstacle(case)
+        if obstacle is None:
+            able.append(case)
+        else:
+            found.append(f"{case.n_heads}/{case.n_kv_heads} heads of {case.head_dim}, T={case.length}: {obstacle}")
+    best = {case: tunable.choose(case) for case in able}
+    parts = _parts(next(iter(best.values()))) if best else []
+    for part in parts:
+        direction = "forward" if part == "forward" or "backward" not in directions else "backward"
+        if direction not in directions or (part not in ("forward", WHOLE) and direction == "forward"):
+            continue
+        for key in dict.fromkeys(tunable.key(case, part) for case in able):
+            deciding = [case for case in able if tunable.key(case, part) == key]
+            found.append(_decide(key, tunable, part, direction, deciding, best, ceilings, limits))
+    return found
 
 
-def _contest(entries, present: str, work, ceilings: Ceilings, limits: Limits) -> tuple[dict, dict]:
-    """Medians and ratios to the present options by label. A few turns of all, then the rest of the best."""
-    rows = measuring.time_entries(entries, work, ceilings, limits._replace(turns=min(3, limits.turns)), present)
-    first = {row["implementation"]: row["median_s"] for row in rows if row["status"] == "ok"}
-    finalists = {*sorted(first, key=first.get)[:FINALISTS], present}
-    rows = measuring.time_entries([e for e in entries if e.name in finalists], work, ceilings, limits, present)
-    rows = [row for row in rows if row["status"] == "ok"]
-    return ({row["implementation"]: row[key] for row in rows} for key in ("median_s", "ratio"))
+def _parts(options: Any) -> list[str]:
+    return [field for field in options._fields if hasattr(getattr(options, field), "_fields")] or [WHOLE]
+
+
+def _decide(key, tunable: Tunable, part: str, direction: str, cases, best: dict, ceilings, limits) -> Row | str:
+    """The row for a key; enters what it decides into `best`, for the parts that follow."""
+    trials = [_prepare(tunable, part, direction, case, best[case], ceilings, limits) for case in cases]
+    problems = [
+        f"T={trial.work.case.length}: {entry.name}: {entry.status}: {entry.reason}"
+        for trial in trials
+        for entry in trial.entries
+        if entry.status != "ok"
+    ]
+    # a few turns of all, then all turns of the best: the slower of a hundred candidates are not worth twenty
+    _, ratios = _time(trials, None, ceilings, limits._replace(turns=min(3, limits.turns)))
+    if not ratios:
+        return f"{key}: none of {len(trials[0].options)} ran in all cases: {'; '.join(problems)}"
+    finalists = {*sorted(ratios, key=lambda label: -_mean(ratios[label]))[:FINALISTS], PRESENT}
+    seconds, ratios_now = _time(trials, finalists, ceilings, limits)
+    winner = max(ratios_now, key=lambda label: _mean(ratios_now[label]))
+    if PRESENT in ratios_now and _mean(ratios_now[winner]) < WORTHWHILE:
+        winner = PRESENT
+    best |= {trial.work.case: trial.options[winner] for trial in trials}
+    value = _get(trials[0].options[winner], part)
+    gains = tuple(zip(cases, seconds[winner], ratios_now[winner], strict=True))
+    return Row(key, value, direction, gains, len(ratios), tuple(problems))
+
+
+def _prepare(tunable, part: str, direction: str, case: Case, present: Any, ceilings, limits) -> Trial:
+    values = dict.fromkeys(tunable.candidates(case, part))
+    options = {PRESENT: present}
+    for value in values:
+        options[repr(value)] = value if part == WHOLE else present._replace(**{part: value})
+    work = measuring.make_work(case, direction, ceilings, limits)
+    contenders = [_contender(label, tunable, each) for label, each in options.items()]
+    return Trial(work, options, measuring.prepare(contenders, work, limits))
+
+
+def _time(trials: Sequence[Trial], labels, ceilings, limits) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Median seconds, and times as fast as the present options, in each trial, of what ran in all of them.
+
+    Where the present options don't run, what ratios are to is the slowest that does.
+    """
+    results = []
+    for trial in trials:
+        entries = [entry for entry in trial.entries if labels is None or entry.name in labels]
+        rows = measuring.time_entries(entries, trial.work, ceilings, limits, PRESENT)
+        results.append({row["implementation"]: row for row in rows if row["status"] == "ok"})
+    everywhere = [label for label in trials[0].options if all(label in result for result in results)]
+    seconds = {label: [result[label]["median_s"] for result in results] for label in everywhere}
+    ratios = {}
+    for label in everywhere:
+        ratios[label] = []
+        for result in results:
+            ratio = result[label]["ratio"]
+            if ratio is None:
+                ratio = max(row["median_s"] for row in result.values()) / result[label]["median_s"]
+            ratios[label].append(ratio)
+    return seconds, ratios
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def _get(options: Any, part: str) -> Any:
+    return options if part == WHOLE else getattr(options, part)
 
 
 def _contender(label: str, tunable: Tunable, options: Any) -> Contender:

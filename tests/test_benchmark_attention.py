@@ -1,6 +1,5 @@
 import ast
 import csv
-import math
 import time
 from typing import NamedTuple
 
@@ -227,7 +226,8 @@ def test_a_budget_that_is_spent_leaves_rows_that_say_so(ceilings, limits, tmp_pa
         ("left out", "no time left", 128),
         ("left out", "no time left", 256),
     ]
-    assert "left out" in console.export_text()
+    attention_report.print_left_out(rows, console)
+    assert "left out for want of time: forward, 4/2 heads of 16: 128 (a); 256 (a)" in console.export_text()
     assert attention_report.picture(rows, "nothing") is None
 
 
@@ -241,17 +241,29 @@ def test_a_picture_tells_lines_apart_without_colour():
 
 
 def test_tuning_prints_lines_of_python(capsys, monkeypatch):
-    few = attention_tune.TUNABLES["xla"]._replace(candidates=lambda case: [xla.Options(64, None)])
-    monkeypatch.setitem(attention_tune.TUNABLES, "xla", few)
+    few = attention_tune.tunables()["xla"]._replace(candidates=lambda case, part: [xla.Options(64, None)])
+    monkeypatch.setattr(attention_tune, "tunables", lambda: {"xla": few})
     arguments = "--tune --lengths 128 --heads 4/2 --head_dims 16 --repeats 2 --passes forward"
     benchmark.main(arguments.split())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("# ")
     table = ast.parse("{\n" + "\n".join(lines) + "\n}", mode="eval").body
-    assert [ast.literal_eval(key) for key in table.keys] == [("xla", "cpu", 16, 2, 128)]
+    assert [ast.literal_eval(key) for key in table.keys] == [("cpu", 16, 2, 128)]
     (call,) = table.values
     assert call.func.id == "Options"
     assert [keyword.arg for keyword in call.keywords] == ["block", "chunk"]
+    assert "4/2 T=128: " in lines[-1]
+
+
+def test_every_tunable_chooses_and_proposes():
+    for name, tunable in attention_tune.tunables().items():
+        chip = {"pallas_tpu": ("tpu", "TPU v6 lite"), "pallas_gpu": ("gpu", "NVIDIA H200")}.get(name, ("gpu", "NVIDIA A100"))
+        shape = case(length=2048, head_dim=64, dtype=jnp.bfloat16)._replace(platform=chip[0], chip=chip[1])
+        present = tunable.choose(shape)
+        for part in attention_tune._parts(present):
+            values = tunable.candidates(shape, part)
+            assert len(set(values)) == len(values) > 4
+            assert {type(value) for value in values} == {type(attention_tune._get(present, part))}
 
 
 class Tile(NamedTuple):
@@ -277,29 +289,51 @@ def test_tuning_goes_tile_by_tile_and_drops_what_is_wrong(ceilings, limits):
     def backward(*arguments):
         return xla.backward(*arguments[:-1], xla.Options(128, None))
 
-    def choose(case):
-        return Options(Tile(1), Tile(1))
+    def candidates(case, part):
+        return [Tile(n) for n in ((2, 3, 5) if part == "forward" else (7,))]
 
-    def candidates(case):
-        return [Options(Tile(n), Tile(1)) for n in (1, 2, 3, 5)] + [Options(Tile(1), Tile(n)) for n in (1, 7)]
-
-    tunable = attention_tune.Tunable(candidates, choose, forward, backward)
-    tuned = attention_tune.tune("xla", tunable, case(), ("forward", "backward"), ceilings, limits)
-    assert [(gain.what, gain.tried) for gain in tuned.gains] == [("forward", 2), ("dq", 2)]
-    assert tuned.options.forward.rows in (1, 2)
-    assert {options.dq.rows for options in tried if options.forward == tuned.options.forward} == {1, 7}
-    wrong, failed = tuned.problems
+    tunable = attention_tune.Tunable(lambda case: Options(Tile(1), Tile(1)), candidates, forward, backward)
+    first, second = attention_tune.tune("xla", tunable, [case()], ("forward", "backward"), ceilings, limits)
+    assert (first.key, first.direction, first.tried) == (("cpu", 16, "forward"), "forward", 2)
+    assert (second.key, second.direction, second.tried) == (("cpu", 16, "dq"), "backward", 2)
+    assert first.value in (Tile(1), Tile(2))
+    assert {options.forward for options in tried if options.dq == Tile(7)} == {first.value}  # the best so far
+    wrong, failed = first.problems
     assert "Tile(rows=3)" in wrong
     assert ": wrong: " in wrong
     assert failed.endswith(": failed: ValueError: tiles of 5 rows")
-    assert not math.isnan(tuned.gains[0].ratio)
+    assert all(ratio > 0 for row in (first, second) for _, _, ratio in row.gains)
+
+
+def test_cases_of_one_row_decide_it_together():
+    def trial(**seconds):
+        work = attention_measure.Work(case(), "forward", (), 1)
+        prepared = {name: attention_measure.Prepared(lambda s=s: s, (), 0) for name, s in seconds.items()}
+        entries = [attention_measure.Entry(name, "ok", "", p) for name, p in prepared.items()]
+        return attention_tune.Trial(work, dict.fromkeys(seconds), entries)
+
+    class Ceiling:
+        def seconds(self):
+            return 1.0
+
+        def rate(self, seconds):
+            return 1.0
+
+    ceilings = attention_measure.Ceilings(Ceiling(), Ceiling())
+    limits = attention_measure.Limits(2, 1.0, 10.0, time.perf_counter() + 60)
+    trials = [trial(present=4.0, a=1.0, b=2.0), trial(present=4.0, a=16.0, b=2.0)]
+    seconds, ratios = attention_tune._time(trials, None, ceilings, limits)
+    assert seconds["a"] == [1.0, 16.0]
+    assert {name: attention_tune._mean(values) for name, values in ratios.items()} == pytest.approx(
+        {"present": 1.0, "a": 1.0, "b": 2.0}
+    )
 
 
 def test_tuning_says_why_nothing_could_be_tried(ceilings, limits):
     def never(*_):
         raise ValueError("no such tile")
 
-    tunable = attention_tune.Tunable(lambda case: [], lambda case: Options(Tile(1), Tile(1)), never, never)
-    found = attention_tune.tune("xla", tunable, case(), ("forward",), ceilings, limits)
-    assert "none of 1 candidates ran" in found
+    tunable = attention_tune.Tunable(lambda case: Options(Tile(1), Tile(1)), lambda case, part: [], never, never)
+    (found,) = attention_tune.tune("xla", tunable, [case()], ("forward",), ceilings, limits)
+    assert "none of 1 ran in all cases" in found
     assert "no such tile" in found
