@@ -24,11 +24,10 @@ from jax.experimental.pallas import tpu as pltpu
 from gqa_jax.attention.masks import HIDDEN, UNSEEN
 
 LANES = 128
-TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # one device is two cores that share its memory
 
 
 class Options(NamedTuple):
-    """Parts of each sequence; positions (H < 128) or rows of position and head (H = 128) of a block."""
+    """Parts of each sequence, one for each core of the device; positions (H < 128) or rows (H = 128) of a block."""
 
     parts: int
     block: int
@@ -43,7 +42,7 @@ def choose(case) -> Options:
         block, entries = max(8, most // case.n_kv_heads // 8 * 8) * case.n_kv_heads, case.keys * case.n_kv_heads
     else:
         block, entries = max(1, min(most, 2**18 // case.group) // LANES) * LANES, case.keys
-    return Options(2 if case.chip in TWO_CORES else 1, min(block, -(-entries // LANES) * LANES), case.interpreted)
+    return Options(case.cores, min(block, -(-entries // LANES) * LANES), case.interpreted)
 
 
 def obstacle(case) -> str | None:
