@@ -52,7 +52,7 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = {
-    "cpu": Defaults("512,1K,2K", "8/1,8/8", "64", "float32", 1, 2**26, 9, 240, "jax_nn_xla", 0.03, 3.0),
+    "cpu": Defaults("512,2K", "8/1,8/8", "64", "float32", 1, 2**26, 9, 240, "jax_nn_xla", 0.03, 3.0),
     "gpu": Defaults("4K,16K", "8/1,32/8,32/32", "64,128", "bfloat16", 2**14, 2**30, 20, 450, "cudnn", 0.01, 2.0),
     "tpu": Defaults("4K,16K", "8/1,32/8,32/32", "64,128", "bfloat16", 2**14, 2**30, 20, 450, "splash", 0.01, 2.0),
 }

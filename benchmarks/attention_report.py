@@ -76,14 +76,17 @@ def print_refused(rows: Sequence[Mapping], console: Console) -> None:
 
 
 def print_left_out(rows: Sequence[Mapping], console: Console) -> None:
-    """What there was no time for, a line for each pass, heads and head size."""
-    rows = [row for row in rows if row["status"] == "left out"]
+    """What there was no time for, a line for each pass, heads and head size; names where others of the case were measured."""
+    rows = [row for row in rows if row["status"] != "refused"]
     for (direction, n, k, h), group in groupby(rows, lambda x: (x["pass"], x["n_heads"], x["n_kv_heads"], x["head_dim"])):
-        lengths: dict[str, list[str]] = {}
-        for row in group:
-            lengths.setdefault(_length(row), []).append(row["implementation"])
-        what = "; ".join(f"{length} ({', '.join(names)})" for length, names in lengths.items())
-        console.print(Text(f"left out for want of time: {direction}, {n}/{k} heads of {h}: {what}"))
+        missing = []
+        for length, case in groupby(group, _length):
+            case = list(case)
+            names = [row["implementation"] for row in case if row["status"] == "left out"]
+            if names:
+                missing.append(length if len(names) == len(case) else f"{length} ({', '.join(names)})")
+        if missing:
+            console.print(Text(f"left out for want of time: {direction}, {n}/{k} heads of {h}: {', '.join(missing)}"))
 
 
 def _table(rows: Sequence[Mapping]) -> Table:

@@ -227,7 +227,7 @@ def test_a_budget_that_is_spent_leaves_rows_that_say_so(ceilings, limits, tmp_pa
         ("left out", "no time left", 256),
     ]
     attention_report.print_left_out(rows, console)
-    assert "left out for want of time: forward, 4/2 heads of 16: 128 (a); 256 (a)" in console.export_text()
+    assert "left out for want of time: forward, 4/2 heads of 16: 128, 256" in console.export_text()
     assert attention_report.picture(rows, "nothing") is None
 
 
