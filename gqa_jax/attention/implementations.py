@@ -87,5 +87,17 @@ def get(name: str) -> Implementation:
     return _ALL[name]
 
 
+# The first row that names the platform and covers the case, and in it the first implementation that can run it.
+# TPU: by cycles of the compiler's schedule (benchmarks/tpu_cycles.py).
+_BEST = (
+    ("tpu", ("pallas_tpu", "xla")),
+    ("cpu", ("xla",)),
+)
+
+
 def best(case: Case) -> str:
+    """The fastest implementation for this platform that can run the case."""
+    for platform, preferred in _BEST:
+        if platform == case.platform:
+            return next(name for name in preferred if _ALL[name].obstacle(case) is None)
     return "xla"

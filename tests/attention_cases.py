@@ -1,0 +1,66 @@
+"""Inputs for attention, and the error of an implementation against the float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gqa_jax.attention import oracle, xla
+from gqa_jax.attention.gradient import Kernel, attend
+from gqa_jax.attention.masks import Mask
+
+
+def inputs(n_heads, n_kv, head_dim, length, *, keys=None, batch=1, dtype=jnp.bfloat16, kind="normal", seed=0):
+    """q (B, T, K, G, H), k, v (B, S, K, H) and the cotangent of the output; `kind` is normal, large or equal."""
+    rng = np.random.default_rng(seed)
+    keys = length if keys is None else keys
+    shapes = [(batch, length, n_kv, n_heads // n_kv, head_dim), *[(batch, keys, n_kv, head_dim)] * 2]
+    q, k, v = (rng.normal(size=shape) for shape in shapes)
+    if kind == "large":
+        q, k = 6 * q, 6 * k
+    if kind == "equal":
+        q, k = np.broadcast_to(q[:, :1], q.shape), np.broadcast_to(k[:, :1], k.shape)
+    return [jnp.asarray(x, dtype) for x in (q, k, v, rng.normal(size=shapes[0]))]
+
+
+def segments(length, *, batch=1, seed=0):
+    """Document ids of packed sequences: sorted, several a sequence."""
+    return jnp.asarray(np.sort(np.random.default_rng(seed).integers(0, 5, size=(batch, length))), jnp.int32)
+
+
+def run(forward, backward, options, arrays, mask=None, scale=None):
+    """Output, log-sum-exp and the three gradients, jitted. Offsets of `mask` that are Python ints stay static."""
+    q, k, v, d_out = arrays
+    mask = mask or Mask()
+    kernel = Kernel(forward, backward, q.shape[-1] ** -0.5 if scale is None else scale, options)
+
+    def all_of(q, k, v, d_out, traced):
+        full = mask._replace(**traced)
+        (out, lse), pull = jax.vjp(lambda q, k, v: attend(kernel, q, k, v, full), q, k, v)
+        return out, lse, *pull((d_out, jnp.zeros_like(lse)))
+
+    traced = {name: value for name, value in mask._asdict().items() if value is not None and not isinstance(value, int)}
+    return [np.asarray(x) for x in jax.jit(all_of)(q, k, v, d_out, traced)]
+
+
+def exact(arrays, mask=None, scale=None):
+    """What `run` would give without rounding."""
+    q, k, v, d_out = arrays
+    mask = mask or Mask()
+    known = {
+        "q_offset": int(mask.q_offset), "kv_offset": int(mask.kv_offset), "scale": scale,
+        "q_segments": mask.q_segments_BxT, "kv_segments": mask.kv_segments_BxS,
+    }  # fmt: skip
+    return *oracle.forward(q, k, v, **known), *oracle.gradients(q, k, v, d_out, **known)
+
+
+def assert_as_good_as_xla(forward, backward, options, arrays, mask=None, scale=None, factor=1.5):
+    """Root-mean-square error of output, log-sum-exp and gradients at most `factor` times that of `xla` in the same dtype."""
+    expected = exact(arrays, mask, scale)
+    got = run(forward, backward, options, arrays, mask, scale)
+    yardstick = run(xla.forward, xla.backward, xla.Options(block=128, chunk=256), arrays, mask, scale)
+    for name, mine, theirs, truth in zip(("out", "lse", "dq", "dk", "dv"), got, yardstick, expected, strict=True):
+        seen = np.isfinite(truth)
+        assert np.array_equal(np.isfinite(mine), seen), f"{name}: rows that see no key differ"
+        errors = [np.sqrt(np.mean((np.asarray(x, np.float64)[seen] - truth[seen]) ** 2)) for x in (mine, theirs)]
+        floor = 4 * np.finfo(np.float32).eps * max(1.0, np.abs(truth[seen]).max())
+        assert errors[0] <= factor * errors[1] + floor, f"{name}: rms error {errors[0]:.3g}, xla's {errors[1]:.3g}"

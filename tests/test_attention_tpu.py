@@ -1,0 +1,199 @@
+"""The TPU kernels: numerics interpreted on CPU, then compiled ahead of time for real chips (package libtpu)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gqa_jax import attention
+from gqa_jax.attention import blocks, pallas_tpu
+from gqa_jax.attention.masks import Mask
+from gqa_jax.attention.tpu import Options, Tiles
+from tests import attention_cases as cases
+
+SMALL = Tiles(rows=256, keys=128, strip=128, chunk=128, ahead=1, together=1)  # many blocks in little time
+PACKED = Tiles(rows=512, keys=256, strip=256, chunk=128, ahead=3, together=2)
+
+
+def check(arrays, tiles=PACKED, mask=None, cores=1, **how):
+    options = Options(tiles, tiles, cores=cores, interpret=True)
+    cases.assert_as_good_as_xla(pallas_tpu.forward, pallas_tpu.backward, options, arrays, mask, **how)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "length"),
+    [
+        ((1, 1), 64, 128), ((1, 1), 128, 1000), ((8, 1), 64, 256), ((8, 1), 128, 640), ((8, 2), 64, 700), ((8, 2), 128, 300),
+        ((32, 8), 64, 384), ((32, 8), 128, 130), ((32, 32), 64, 129), ((32, 32), 128, 256), ((6, 2), 64, 520), ((1, 1), 16, 77),
+    ],
+)  # fmt: skip
+def test_error_is_that_of_the_best_in_bfloat16(heads, head_dim, length):
+    check(cases.inputs(*heads, head_dim, length), scale=0.2 if heads == (8, 2) else None)
+
+
+@pytest.mark.parametrize("kind", ["large", "equal"])
+def test_adversarial_logits(kind):
+    check(cases.inputs(8, 1, 64, 400, kind=kind))
+
+
+def test_float32_is_exact_to_float32():
+    check(cases.inputs(4, 2, 64, 300, dtype=jnp.float32, batch=2))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("offset", [(0, 200), (300, 0)])
+def test_traced_offsets_and_rows_that_see_nothing(offset, cores):
+    mask = Mask(jnp.int32(offset[0]), jnp.int32(offset[1]))
+    check(cases.inputs(2, 1, 64, 300, keys=450), mask=mask, cores=cores)
+
+
+@pytest.mark.parametrize("tiles", [SMALL, PACKED])
+def test_documents(tiles):
+    ids = cases.segments(600, batch=2)
+    check(cases.inputs(4, 2, 64, 600, batch=2), tiles, Mask(0, 0, ids, ids))
+
+
+def test_documents_equal_separate_documents():
+    arrays = cases.inputs(4, 1, 64, 384)
+    ids = jnp.asarray(np.repeat([3, 7, 8], 128)[None], jnp.int32)
+    options = Options(PACKED, PACKED, interpret=True)
+    whole = cases.run(pallas_tpu.forward, pallas_tpu.backward, options, arrays, Mask(0, 0, ids, ids))
+    for n in range(3):
+        part = [x[:, 128 * n : 128 * (n + 1)] for x in arrays]
+        alone = cases.run(pallas_tpu.forward, pallas_tpu.backward, options, part)
+        for a, b, axis in zip(whole, alone, (1, 3, 1, 1, 1), strict=True):
+            there = np.take(a, range(128 * n, 128 * (n + 1)), axis=axis)
+            np.testing.assert_allclose(np.float32(there), np.float32(b), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (4, 2)])  # key blocks, heads, key blocks, nothing is shared
+def test_two_cores_give_what_one_gives(heads):
+    arrays = cases.inputs(*heads, 64, 700)
+    one, two = (
+        cases.run(pallas_tpu.forward, pallas_tpu.backward, Options(SMALL, SMALL, cores=n, interpret=True), arrays)
+        for n in (1, 2)
+    )
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
+def test_no_races_under_tpu_semantics(heads):
+    """DMAs that land when they are waited for, two cores, uninitialised memory that is NaN, races detected."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    arrays = cases.inputs(*heads, 64, 384)
+    options = Options(SMALL, SMALL, cores=2, interpret=interpret)
+    cases.assert_as_good_as_xla(pallas_tpu.forward, pallas_tpu.backward, options, arrays)
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_bit_equal_from_run_to_run():
+    arrays = cases.inputs(8, 2, 64, 500)
+    options = Options(PACKED, PACKED, interpret=True)
+    first, second = (cases.run(pallas_tpu.forward, pallas_tpu.backward, options, arrays) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_it_refuses():
+    q, k, v, _ = cases.inputs(2, 1, 64, 128)
+    with pytest.raises(ValueError, match=r"written for TPUs, and this is cpu .*These can: reference, xla"):
+        attention.attention(q, k, v, implementation="pallas_tpu")
+    with attention.interpreted():
+        with pytest.raises(ValueError, match="bfloat16 and float32, and this is float16"):
+            attention.attention(*(x.astype(jnp.float16) for x in (q, k, v)), implementation="pallas_tpu")
+        with pytest.raises(ValueError, match=r"head sizes 16, 32, .* and this is 40"):
+            attention.attention(*(x[..., :40] for x in (q, k, v)), implementation="pallas_tpu")
+    case = attention.Case("tpu", "TPU v99", 1, 128, 128, 2, 1, 64, jnp.bfloat16)
+    assert "no tiles for TPU v99" in pallas_tpu.obstacle(case)
+
+
+# Compiled for chips that are not there.
+
+TOPOLOGIES = {"TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1", "TPU v6 lite": "v6e:2x2"}
+
+
+def compiled(chip, n_heads, n_kv, head_dim, length, **how):
+    """attention(...) and its gradients, compiled for `chip`, and the operands' (n_heads, T, H) bytes in float32."""
+    pytest.importorskip("libtpu", reason="pip install 'gqa-jax[aot]' compiles for TPUs ahead of time")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
+    here = NamedSharding(mesh, PartitionSpec())
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=here)
+    q = shape((1, length, n_heads, head_dim), jnp.bfloat16)
+    k = shape((1, length, n_kv, head_dim), jnp.bfloat16)
+    ids = shape((1, length), jnp.int32)
+
+    def step(q, k, v, d_out, ids):
+        segment_ids = ids if how.get("segments") else None
+        out, pull = jax.vjp(lambda q, k, v: attention.attention(q, k, v, segment_ids=segment_ids), q, k, v)
+        return out, pull(d_out)
+
+    with jax.set_mesh(mesh):
+        assert attention.resolve(None, attention.Case.planned(
+            batch=1, length=length, n_heads=n_heads, n_kv_heads=n_kv, head_dim=head_dim, dtype=jnp.bfloat16
+        )) == "pallas_tpu"  # fmt: skip
+        return jax.jit(step).lower(q, k, k, q, ids).compile(), n_heads * length * head_dim * 4
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_memory_is_linear_at_512k(chip):
+    program, unit = compiled(chip, 8, 1, 64, 512 * 1024)
+    assert program.memory_analysis().temp_size_in_bytes <= 3 * unit
+
+
+def test_many_heads_at_128k_fit_a_v5e():
+    program, unit = compiled("TPU v5 lite", 32, 32, 64, 128 * 1024)
+    memory = program.memory_analysis()
+    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes <= 4 * unit  # keys and values with 64 of 128 lanes are padded
+    assert used < 15.75 * 2**30
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_documents_and_odd_lengths_compile(chip):
+    compiled(chip, 6, 2, 128, 5000, segments=True)
+
+
+def test_every_row_of_the_table_compiles_for_its_chip():
+    assert {chip for chip, _, _ in blocks.TPU} == set(TOPOLOGIES)
+
+
+# (chip, head size, pass) -> most cycles for 1024 x 1024 scores of unmasked blocks, of masked ones. jax's splash attention,
+# counted the same way: v5e 5379 forward, 14746 backward; v6e 3508 and 8340, at both head sizes.
+CYCLES = {
+    ("v5e", 64, "forward"): (3300, 3700), ("v5e", 64, "backward"): (7400, 7600),
+    ("v5e", 128, "forward"): (4300, 4600), ("v5e", 128, "backward"): (10418, 10650),
+    ("v6e", 64, "forward"): (2200, 3350), ("v6e", 64, "backward"): (4150, 4650),
+    ("v6e", 128, "forward"): (2500, 3650), ("v6e", 128, "backward"): (4550, 4950),
+    ("v5p", 64, "forward"): (3300, 3750), ("v5p", 64, "backward"): (7400, 7600),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "head_dim"), [("v5p", 64), ("v5e", 128), ("v6e", 128)])
+def test_cycles_of_the_other_chips(chip, head_dim):
+    check_cycles(chip, head_dim)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_cycles(chip):
+    check_cycles(chip, 64)
+
+
+def check_cycles(chip, head_dim):
+    pytest.importorskip("libtpu", reason="pip install 'gqa-jax[aot]' compiles for TPUs ahead of time")
+    from benchmarks import tpu_cycles
+
+    counts = tpu_cycles.measure(chip, head_dim)
+    assert len(counts) == 4
+    for count in counts:
+        most = CYCLES[chip, head_dim, count.direction][count.branch == "masked"]
+        assert count.cycles <= most, f"{count}: at most {most}"
