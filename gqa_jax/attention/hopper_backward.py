@@ -28,6 +28,7 @@ from gqa_jax.attention.hopper_tiles import (
     numbered_rows,
     pad,
     pinned,
+    put,
     rows,
     shift_operand,
     tiled,
@@ -40,15 +41,15 @@ def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_ou
     problem = Problem.of(q_BxTxKxGxH, k_BxSxKxH, mask)
     q, d_out = (pad(x, 1, ROWS) for x in (q_BxTxKxGxH, d_out_BxTxKxGxH))
     # rows past the end are rows that see no key: their weights are 0
-    lse2, delta = pad(lse_BxKxGxT, 3, ROWS, UNSEEN_LSE) * LOG2E, pad(delta_BxKxGxT, 3, ROWS)
-    operands = (*shift_operand(mask), q, k_BxSxKxH, v_BxSxKxH, d_out, lse2, delta)
+    lse2, minus_delta = pad(lse_BxKxGxT, 3, ROWS, UNSEEN_LSE) * LOG2E, pad(-delta_BxKxGxT, 3, ROWS)
+    operands = (*shift_operand(mask), q, k_BxSxKxH, v_BxSxKxH, d_out, lse2, minus_delta)
     dq = _dq(operands, problem, scale, options.dq, options.interpret)
     dk, dv = _dkv(operands, problem, scale, options.dkv, options.interpret)
     return dq[:, : problem.length], dk[:, : problem.keys], dv[:, : problem.keys]
 
 
 def _dq(operands, problem: Problem, scale, tile, interpret):
-    *shift, q, k, v, d_out, lse2, delta = operands
+    *shift, q, k, v, d_out, lse2, minus_delta = operands
     unit = tiled((tile.consumers, ROWS, problem.head_dim), q.dtype)
     ring = tiled((tile.stages, tile.block, problem.head_dim), q.dtype)
     return launch(
@@ -69,12 +70,12 @@ def _dq(operands, problem: Problem, scale, tile, interpret):
         },
         name="gqa_backward_dq",
         interpret=interpret,
-    )(*shift, q, *(pad(x, 1, tile.block) for x in (k, v)), d_out, lse2, delta)
+    )(*shift, q, *(pad(x, 1, tile.block) for x in (k, v)), d_out, lse2, minus_delta)
 
 
 def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_smem, k_smem, v_smem, unit_loaded, k_loaded,
                v_loaded, k_free, v_free):  # fmt: skip
-    *shift_ref, q_ref, k_ref, v_ref, d_out_ref, lse2_ref, delta_ref, dq_ref = refs
+    *shift_ref, q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dq_ref = refs
     shift = shift_ref[0][0] if shift_ref else problem.shift
     warpgroup = lax.axis_index("warpgroup")
     late, batch, head = problem.place(lax.axis_index("program"))
@@ -105,9 +106,9 @@ def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_sm
         unit = pl.ds(token, ROWS)
         for source, smem in ((q_ref, q_smem), (d_out_ref, d_out_smem)):
             plgpu.copy_gmem_to_smem(source.at[batch, unit, head, member], smem.at[warpgroup], unit_loaded.at[warpgroup])
-        lse2_R, delta_R = (
+        lse2_R, minus_delta_R = (
             plgpu.load(x.at[batch, head, member, unit], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            for x in (lse2_ref, delta_ref)
+            for x in (lse2_ref, minus_delta_ref)
         )
         masked_from = problem.key_blocks(token, last_token, shift, tile.block).masked
         plgpu.barrier_wait(unit_loaded.at[warpgroup])
@@ -121,6 +122,7 @@ def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_sm
 
                 def products(logits_acc, d_weights_acc):
                     multiply(logits_acc, q_smem.at[warpgroup], k_smem.at[slot].T, interpret)
+                    put(d_weights_acc, rows(minus_delta_R, (ROWS, tile.block)), interpret)
                     plgpu.barrier_wait(v_loaded.at[slot])
                     multiply(d_weights_acc, d_out_smem.at[warpgroup], v_smem.at[slot].T, interpret)
                     # all but the last product are done: the logits, and what the step before added to dq
@@ -133,7 +135,7 @@ def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_sm
                     await_keys(i + 1)
                     d_weights = plgpu.wgmma_accumulator_load(d_weights_acc)
                     plgpu.barrier_arrive(v_free.at[slot])
-                    return weights * (d_weights - rows(delta_R, logits.shape))
+                    return weights * d_weights
 
                 accumulator = plgpu.ACC((ROWS, tile.block), jnp.float32)
                 d_logits = pl.run_scoped(products, accumulator, accumulator)
@@ -159,7 +161,7 @@ def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_sm
 
 
 def _dkv(operands, problem: Problem, scale, tile, interpret):
-    *shift, q, k, v, d_out, lse2, delta = operands
+    *shift, q, k, v, d_out, lse2, minus_delta = operands
     k, v = (pad(x, 1, tile.consumers * ROWS) for x in (k, v))
     dtype = q.dtype if tile.splits == 1 else jnp.float32
     unit = tiled((tile.consumers, ROWS, problem.head_dim), q.dtype)
@@ -178,7 +180,7 @@ def _dkv(operands, problem: Problem, scale, tile, interpret):
             "q_smem": ring,
             "d_out_smem": ring,
             "lse2_smem": rows_ring,
-            "delta_smem": rows_ring,
+            "minus_delta_smem": rows_ring,
             "unit_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tile.consumers),
             "q_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
             "d_out_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
@@ -186,14 +188,14 @@ def _dkv(operands, problem: Problem, scale, tile, interpret):
         },
         name="gqa_backward_dkv",
         interpret=interpret,
-    )(*shift, q, k, v, d_out, lse2, delta)
+    )(*shift, q, k, v, d_out, lse2, minus_delta)
     # in the order of the splits, so that the sum is the same each time
     return tuple(functools.reduce(jnp.add, list(x)).astype(q.dtype) for x in (dk, dv))
 
 
 def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem, out_smem, q_smem, d_out_smem, lse2_smem,
-                delta_smem, unit_loaded, q_loaded, d_out_loaded, free):  # fmt: skip
-    *shift_ref, q_ref, k_ref, v_ref, d_out_ref, lse2_ref, delta_ref, dk_ref, dv_ref = refs
+                minus_delta_smem, unit_loaded, q_loaded, d_out_loaded, free):  # fmt: skip
+    *shift_ref, q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dk_ref, dv_ref = refs
     shift = shift_ref[0][0] if shift_ref else problem.shift
     warpgroup = lax.axis_index("warpgroup")
     # early keys are seen by the most queries: they are first as they lie
@@ -217,7 +219,7 @@ def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem,
             pl.when(i >= tile.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             for source, smem, number, number_smem, loaded in (
                 (q_ref, q_smem, lse2_ref, lse2_smem, q_loaded),
-                (d_out_ref, d_out_smem, delta_ref, delta_smem, d_out_loaded),
+                (d_out_ref, d_out_smem, minus_delta_ref, minus_delta_smem, d_out_loaded),
             ):
                 plgpu.copy_gmem_to_smem(source.at[batch, block, head, member], smem.at[slot], loaded.at[slot])
                 plgpu.copy_gmem_to_smem(number.at[batch, head, member, block], number_smem.at[slot], loaded.at[slot])
@@ -249,6 +251,8 @@ def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem,
 
                 def d_logits_of(accumulator):
                     plgpu.barrier_wait(d_out_loaded.at[slot])
+                    minus_delta_T = plgpu.load(minus_delta_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                    put(accumulator, columns(minus_delta_T, logits.shape), interpret)
                     multiply(accumulator, v_smem.at[warpgroup], d_out_smem.at[slot].T, interpret)
                     hidden = logits
                     if masked:
@@ -258,14 +262,13 @@ def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem,
                     weights = pinned(jnp.exp2(hidden * (scale * LOG2E) - columns(lse2_T, logits.shape)))
                     # waiting here also keeps ptxas from awaiting the product before the exponentials
                     await_queries(i + 1)
-                    delta_T = plgpu.load(delta_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
                     d_weights = plgpu.wgmma_accumulator_load(accumulator)
-                    return weights, weights * (d_weights - columns(delta_T, logits.shape))
+                    return weights, weights * d_weights
 
                 accumulator = plgpu.ACC((ROWS, tile.block), jnp.float32)
                 logits = pl.run_scoped(logits_of, accumulator)
                 weights, d_logits = (pinned(x.astype(q_ref.dtype)) for x in pl.run_scoped(d_logits_of, accumulator))
-                plgpu.commit_smem()  # lse2 and delta are read: the TMA may overwrite them once the slot is free
+                plgpu.commit_smem()  # lse2 and -delta are read: the TMA may overwrite them once the slot is free
                 multiply(dv_acc, weights, d_out_smem.at[slot], interpret)
                 multiply(dk_acc, d_logits, q_smem.at[slot], interpret)
                 return i + 1
