@@ -162,6 +162,7 @@ def picture(rows: Sequence[Mapping], title: str) -> Figure | None:
             ]
             _panel(ax, here, styles, scale)
             ax.set_title(f"{shape[0]}/{shape[1]} heads of {shape[2]}, {direction}", fontsize="small", loc="left")
+        panel_row[0].set_ylim(bottom=0)  # of the row, and after all of it: a limit that is set no longer follows the data
         panel_row[0].set_ylabel(unit)
     for ax in panels[-1]:
         ax.set_xlabel("context, tokens")
@@ -192,7 +193,6 @@ def _panel(ax, rows: Sequence[Mapping], styles: Mapping[str, tuple], scale: floa
         ax.set_xscale("log", base=2)
         ax.set_xticks(lengths, [plots.context_label(length) for length in lengths])
         ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     ax.grid(True, which="major", linewidth=0.4, color="0.85")
     ax.spines[["top", "right"]].set_visible(False)

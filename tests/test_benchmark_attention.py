@@ -255,6 +255,15 @@ def test_tuning_prints_lines_of_python(capsys, monkeypatch):
     assert "4/2 T=128: " in lines[-1]
 
 
+def test_panels_of_a_row_share_a_scale_that_holds_all_lines():
+    row = {"status": "ok", "pass": "forward", "head_dim": 64, "implementation": "a", "matmul_tflops": 5.0}
+    rows = [row | {"n_heads": n, "n_kv_heads": 1, "length": t, "tflops": float(n)} for n in (2, 8) for t in (1024, 4096)]
+    for ax in attention_report.picture(rows, "title").axes:
+        low, high = ax.get_ylim()
+        assert low == 0
+        assert high > 8
+
+
 def test_every_tunable_chooses_and_proposes():
     for name, tunable in attention_tune.tunables().items():
         chip = {"pallas_tpu": ("tpu", "TPU v6 lite"), "pallas_gpu": ("gpu", "NVIDIA H200")}.get(name, ("gpu", "NVIDIA A100"))
