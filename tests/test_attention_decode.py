@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gqa_jax.attention import attention, decode_tpu, decode_triton, interpreted, oracle
-from gqa_jax.attention import decode as decode_module
 from gqa_jax.attention.decode import decode, merge
 from gqa_jax.attention.implementations import Case
 from tests.test_attention_triton import described
 
+decode_module = sys.modules[decode.__module__]  # the package has a function of its name
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_triton"]
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 

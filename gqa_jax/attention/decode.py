@@ -37,7 +37,8 @@ def decode(
 
     Args:
       q: (B, N, H) queries, N a multiple of K; head n reads key/value head n // (N / K). Or (B, K, G, H).
-      k_cache, v_cache: (B, S, K, H), of q's dtype. Entries from `length` on may hold anything, NaN too.
+      k_cache, v_cache: (B, S, K, H), of q's dtype. Entries from `length` on may hold anything, NaN too. On TPUs make S a
+        multiple of 8: where H is 128 and K less than 8, other caches cost time, and with K = 1 and B > 1 a copy.
       length: valid entries, an integer or int (B,), possibly traced; a traced one is taken to be within 0 and S.
       implementation: a name, or None for the best one for this platform: "reference", "xla", "pallas_tpu", "pallas_triton".
       scale: of the logits; None is H ** -0.5.

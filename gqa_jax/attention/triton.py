@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gqa_jax.attention.gradient import UNSEEN_LSE
+from gqa_jax.attention.gradient import UNSEEN_LSE, Kernel, attend
 from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
 
 LARGEST_HEAD = 256
@@ -95,6 +95,12 @@ def obstacle(case) -> str | None:
     return None
 
 
+def run(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, case):
+    """See `gqa_jax.attention.implementations.Implementation`."""
+    options = choose(case.length, case.keys, case.group, case.head_dim, case.dtype, interpret=case.interpreted)
+    return attend(Kernel(forward, backward, scale, options), q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask)
+
+
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
     """See `gqa_jax.attention.gradient.Kernel`."""
     problem = _Problem(q_BxTxKxGxH, k_BxSxKxH, mask, scale, options.forward, options.interpret)
@@ -160,11 +166,9 @@ class _Problem:
         self.query_spec = pl.BlockSpec((None, self.length, None, self.group, self.head_dim), lambda i, k, b: (b, 0, k, 0, 0))
         self.key_spec = pl.BlockSpec((None, self.keys, None, self.head_dim), lambda i, k, b: (b, 0, k, 0))
         self.column_spec = pl.BlockSpec((None, None, self.group, self.length), lambda i, k, b: (b, k, 0, 0))
-        varying = jax.typeof(q_BxTxKxGxH).manual_axis_type  # over the axes of a surrounding shard_map
-        self.like_q = jax.ShapeDtypeStruct(q_BxTxKxGxH.shape, self.dtype, manual_axis_type=varying)
-        self.like_k = jax.ShapeDtypeStruct(k_BxSxKxH.shape, k_BxSxKxH.dtype, manual_axis_type=varying)
-        shape = (self.batch, self.n_kv, self.group, self.length)
-        self.column = jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying)
+        self.like_q = jax.ShapeDtypeStruct(q_BxTxKxGxH.shape, self.dtype)
+        self.like_k = jax.ShapeDtypeStruct(k_BxSxKxH.shape, k_BxSxKxH.dtype)
+        self.column = jax.ShapeDtypeStruct((self.batch, self.n_kv, self.group, self.length), jnp.float32)
 
         self.mask_operands, self.mask_specs = [], []
         if self.shifted:
