@@ -19,9 +19,11 @@ from gqa_jax.attention.gradient import UNSEEN_LSE
 from gqa_jax.attention.hopper_tiles import (
     LOG2E,
     ROWS,
+    Masking,
     Problem,
     columns,
     hide,
+    hide_others,
     hide_transposed,
     launch,
     multiply,
@@ -30,7 +32,8 @@ from gqa_jax.attention.hopper_tiles import (
     pinned,
     put,
     rows,
-    shift_operand,
+    segment_columns,
+    segment_rows,
     tiled,
 )
 from gqa_jax.attention.masks import Mask
@@ -42,14 +45,14 @@ def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_ou
     q, d_out = (pad(x, 1, ROWS) for x in (q_BxTxKxGxH, d_out_BxTxKxGxH))
     # rows past the end are rows that see no key: their weights are 0
     lse2, minus_delta = pad(lse_BxKxGxT, 3, ROWS, UNSEEN_LSE) * LOG2E, pad(-delta_BxKxGxT, 3, ROWS)
-    operands = (*shift_operand(mask), q, k_BxSxKxH, v_BxSxKxH, d_out, lse2, minus_delta)
+    operands = (mask, q, k_BxSxKxH, v_BxSxKxH, d_out, lse2, minus_delta)
     dq = _dq(operands, problem, scale, options.dq, options.interpret)
     dk, dv = _dkv(operands, problem, scale, options.dkv, options.interpret)
     return dq[:, : problem.length], dk[:, : problem.keys], dv[:, : problem.keys]
 
 
 def _dq(operands, problem: Problem, scale, tile, interpret):
-    *shift, q, k, v, d_out, lse2, minus_delta = operands
+    mask, q, k, v, d_out, lse2, minus_delta = operands
     unit = tiled((tile.consumers, ROWS, problem.head_dim), q.dtype)
     ring = tiled((tile.stages, tile.block, problem.head_dim), q.dtype)
     return launch(
@@ -70,13 +73,13 @@ def _dq(operands, problem: Problem, scale, tile, interpret):
         },
         name="gqa_backward_dq",
         interpret=interpret,
-    )(*shift, q, *(pad(x, 1, tile.block) for x in (k, v)), d_out, lse2, minus_delta)
+    )(Masking.of(mask, tile.block), q, *(pad(x, 1, tile.block) for x in (k, v)), d_out, lse2, minus_delta)
 
 
-def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_smem, k_smem, v_smem, unit_loaded, k_loaded,
+def _dq_kernel(masking, *refs, problem: Problem, scale, tile, interpret, q_smem, d_out_smem, k_smem, v_smem, unit_loaded, k_loaded,
                v_loaded, k_free, v_free):  # fmt: skip
-    *shift_ref, q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dq_ref = refs
-    shift = shift_ref[0][0] if shift_ref else problem.shift
+    q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dq_ref = refs
+    shift = problem.shift if masking.shift is None else masking.shift[0]
     warpgroup = lax.axis_index("warpgroup")
     late, batch, head = problem.place(lax.axis_index("program"))
     first_unit = (-(-problem.units // tile.consumers) - 1 - late) * tile.consumers  # the longest walks first
@@ -110,7 +113,8 @@ def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_sm
             plgpu.load(x.at[batch, head, member, unit], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
             for x in (lse2_ref, minus_delta_ref)
         )
-        masked_from = problem.key_blocks(token, last_token, shift, tile.block).masked
+        segments_R = segment_rows(masking.q_segments_BxT, batch, token, ROWS)
+        masked_from = 0 if problem.segments else problem.key_blocks(token, last_token, shift, tile.block).masked
         plgpu.barrier_wait(unit_loaded.at[warpgroup])
 
         def await_keys(i):
@@ -129,6 +133,8 @@ def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_sm
                     logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
                     pl.when(i > 0)(lambda: plgpu.barrier_arrive(k_free.at[lax.rem(i + tile.stages - 1, tile.stages)]))
                     if masked:
+                        segments_C = segment_columns(masking.kv_segments_BxS, batch, i * tile.block, tile.block)
+                        logits = hide_others(logits, segments_R, segments_C)
                         logits = hide(logits, problem.last_key(token + numbered_rows(ROWS), shift), i * tile.block)
                     weights = pinned(jnp.exp2(logits * (scale * LOG2E) - rows(lse2_R, logits.shape)))
                     # waiting here also keeps ptxas from awaiting the product before the exponentials
@@ -161,7 +167,7 @@ def _dq_kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, d_out_sm
 
 
 def _dkv(operands, problem: Problem, scale, tile, interpret):
-    *shift, q, k, v, d_out, lse2, minus_delta = operands
+    mask, q, k, v, d_out, lse2, minus_delta = operands
     k, v = (pad(x, 1, tile.consumers * ROWS) for x in (k, v))
     dtype = q.dtype if tile.splits == 1 else jnp.float32
     unit = tiled((tile.consumers, ROWS, problem.head_dim), q.dtype)
@@ -188,15 +194,15 @@ def _dkv(operands, problem: Problem, scale, tile, interpret):
         },
         name="gqa_backward_dkv",
         interpret=interpret,
-    )(*shift, q, k, v, d_out, lse2, minus_delta)
+    )(Masking.of(mask, tile.consumers * ROWS), q, k, v, d_out, lse2, minus_delta)
     # in the order of the splits, so that the sum is the same each time
     return tuple(functools.reduce(jnp.add, list(x)).astype(q.dtype) for x in (dk, dv))
 
 
-def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem, out_smem, q_smem, d_out_smem, lse2_smem,
+def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem, v_smem, out_smem, q_smem, d_out_smem, lse2_smem,
                 minus_delta_smem, unit_loaded, q_loaded, d_out_loaded, free):  # fmt: skip
-    *shift_ref, q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dk_ref, dv_ref = refs
-    shift = shift_ref[0][0] if shift_ref else problem.shift
+    q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dk_ref, dv_ref = refs
+    shift = problem.shift if masking.shift is None else masking.shift[0]
     warpgroup = lax.axis_index("warpgroup")
     # early keys are seen by the most queries: they are first as they lie
     place, batch, head = problem.place(lax.axis_index("program"))
@@ -233,6 +239,8 @@ def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem,
         unit = pl.ds(first_key, ROWS)
         for source, smem in ((k_ref, k_smem), (v_ref, v_smem)):
             plgpu.copy_gmem_to_smem(source.at[batch, unit, head], smem.at[warpgroup], unit_loaded.at[warpgroup])
+        segments_R = segment_rows(masking.kv_segments_BxS, batch, first_key, ROWS)
+        unmasked_from = span.stop if problem.segments else span.masked
         plgpu.barrier_wait(unit_loaded.at[warpgroup])
 
         def await_queries(i):
@@ -258,6 +266,8 @@ def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem,
                     if masked:
                         first_seen_by_R = first_key + numbered_rows(ROWS) - shift  # keys past the end are cut off later
                         hidden = hide_transposed(logits, first_seen_by_R, block * tile.block)
+                        segments_T = segment_columns(masking.q_segments_BxT, batch, block * tile.block, tile.block)
+                        hidden = hide_others(hidden, segments_R, segments_T)
                     lse2_T = plgpu.load(lse2_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
                     weights = pinned(jnp.exp2(hidden * (scale * LOG2E) - columns(lse2_T, logits.shape)))
                     # waiting here also keeps ptxas from awaiting the product before the exponentials
@@ -274,8 +284,8 @@ def _dkv_kernel(*refs, problem: Problem, scale, tile, interpret, k_smem, v_smem,
                 return i + 1
 
             def of_member(_, i):
-                i = lax.fori_loop(span.first, span.masked, functools.partial(step, masked=True), i)
-                return lax.fori_loop(span.masked, span.stop, functools.partial(step, masked=False), i)
+                i = lax.fori_loop(span.first, unmasked_from, functools.partial(step, masked=True), i)
+                return lax.fori_loop(unmasked_from, span.stop, functools.partial(step, masked=False), i)
 
             await_queries(0)
             lax.fori_loop(0, members, of_member, 0)

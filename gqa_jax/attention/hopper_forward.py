@@ -19,8 +19,10 @@ from jax import lax
 from gqa_jax.attention.hopper_tiles import (
     LOG2E,
     ROWS,
+    Masking,
     Problem,
     hide,
+    hide_others,
     launch,
     multiply,
     numbered_rows,
@@ -28,7 +30,8 @@ from gqa_jax.attention.hopper_tiles import (
     pinned,
     put,
     rows,
-    shift_operand,
+    segment_columns,
+    segment_rows,
     softmax_step,
     tiled,
     zeros_R,
@@ -64,14 +67,13 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
         },
         name="gqa_forward",
         interpret=options.interpret,
-    )(*shift_operand(mask), q, k, v)
+    )(Masking.of(mask, tile.block), q, k, v)
     return out[:, : problem.length], lse[..., : problem.length]
 
 
-def _kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, k_smem, v_smem, lse_smem, q_loaded, k_loaded, v_loaded,
+def _kernel(masking, q_ref, k_ref, v_ref, out_ref, lse_ref, *, problem: Problem, scale, tile, interpret, q_smem, k_smem, v_smem, lse_smem, q_loaded, k_loaded, v_loaded,
             k_free, v_free, turn):  # fmt: skip
-    *shift_ref, q_ref, k_ref, v_ref, out_ref, lse_ref = refs
-    shift = shift_ref[0][0] if shift_ref else problem.shift
+    shift = problem.shift if masking.shift is None else masking.shift[0]
     warpgroup = lax.axis_index("warpgroup")
     late, batch, head = problem.place(lax.axis_index("program"))
     # late tokens see the most keys: they start first, for all heads, and the short ones fill up the end
@@ -102,7 +104,8 @@ def _kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, k_smem, v_s
         token, member, exists = problem.unit(first_unit + warpgroup)
         unit = pl.ds(token, ROWS)
         plgpu.copy_gmem_to_smem(q_ref.at[batch, unit, head, member], q_smem.at[warpgroup], q_loaded.at[warpgroup])
-        masked_from = problem.key_blocks(token, last_token, shift, tile.block).masked
+        segments_R = segment_rows(masking.q_segments_BxT, batch, token, ROWS)
+        masked_from = 0 if problem.segments else problem.key_blocks(token, last_token, shift, tile.block).masked
 
         def await_turn():
             if tile.consumers > 1:
@@ -118,6 +121,8 @@ def _kernel(*refs, problem: Problem, scale, tile, interpret, q_smem, k_smem, v_s
             if not masked:
                 return logits
             first_key = (n_blocks - 1 - i) * tile.block
+            segments_C = segment_columns(masking.kv_segments_BxS, batch, first_key, tile.block)
+            logits = hide_others(logits, segments_R, segments_C)
             return hide(logits, problem.last_key(token + numbered_rows(ROWS), shift), first_key)
 
         def absorb(out_acc):

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -40,11 +41,13 @@ class Problem(NamedTuple):
     group: int
     head_dim: int
     shift: int | None  # q_offset - kv_offset; None: it is an input of the kernel
+    segments: bool  # they are inputs too
 
     @classmethod
     def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask) -> Problem:
         batch, length, n_kv, group, head_dim = q_BxTxKxGxH.shape
-        return cls(batch, length, k_BxSxKxH.shape[1], n_kv, group, head_dim, 0 if mask.aligned else None)
+        return cls(batch, length, k_BxSxKxH.shape[1], n_kv, group, head_dim, 0 if mask.aligned else None,
+                   mask.q_segments_BxT is not None)  # fmt: skip
 
     @property
     def token_blocks(self) -> int:
@@ -93,9 +96,43 @@ def pad(x: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
     return jnp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)], constant_values=value)
 
 
-def shift_operand(mask: Mask) -> list[jax.Array]:
-    """The offsets as the kernels take them: nothing where they are equal while tracing, else their difference."""
-    return [] if mask.aligned else [jnp.reshape(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32), (1,))]
+class Masking(NamedTuple):
+    """What the kernels take of a mask, as arrays or as references to them; what is not needed is None."""
+
+    shift: jax.Array | None  # (1,) q_offset - kv_offset, where it isn't known to be 0 while tracing
+    q_segments_BxT: jax.Array | None
+    kv_segments_BxS: jax.Array | None
+
+    @classmethod
+    def of(cls, mask: Mask, key_multiple: int) -> Masking:
+        shift = None if mask.aligned else jnp.reshape(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32), (1,))
+        if mask.q_segments_BxT is None:
+            return cls(shift, None, None)
+        q, kv = (jnp.asarray(x, jnp.int32) for x in (mask.q_segments_BxT, mask.kv_segments_BxS))
+        return cls(shift, pad(q, 1, ROWS), pad(kv, 1, key_multiple))
+
+
+def segment_rows(segments_ref, batch, start, size: int) -> jax.Array | None:
+    """Segments of the rows of a tile of logits, None without segments."""
+    return _segments(segments_ref, batch, start, size, plgpu.Layout.WGMMA.reduce(1))
+
+
+def segment_columns(segments_ref, batch, start, size: int) -> jax.Array | None:
+    return _segments(segments_ref, batch, start, size, plgpu.Layout.WGMMA.reduce(0))
+
+
+def _segments(segments_ref, batch, start, size, layout):
+    return (
+        None if segments_ref is None else plgpu.load(segments_ref.at[batch, pl.ds(start, size)], layout=layout, optimized=False)
+    )
+
+
+def hide_others(logits, rows_segments, columns_segments):
+    """Logits with HIDDEN where query and key are of different segments; unchanged without segments."""
+    if rows_segments is None:
+        return logits
+    same = rows(rows_segments, logits.shape) == columns(columns_segments, logits.shape)
+    return jnp.where(same, logits, HIDDEN)
 
 
 def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:

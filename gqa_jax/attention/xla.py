@@ -45,7 +45,7 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
             largest, total, weighted = state
             logits = scale * jnp.einsum("bkrh,bkch->bkrc", q_BxKxRxH, k_BxKxCxH, preferred_element_type=accumulate)
             logits = jnp.where(visible, logits, HIDDEN)
-            now = jnp.maximum(largest, logits.max(axis=-1, keepdims=True))
+            now = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(axis=-1, keepdims=True)))
             weights = jnp.exp(logits - now)
             fade = jnp.exp(largest - now)
             total = total * fade + weights.sum(axis=-1, keepdims=True)
