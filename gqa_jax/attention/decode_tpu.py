@@ -80,9 +80,7 @@ def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Opti
 
     def cache_index(p, b, i, j, entries_ref):
         first, stop = _span(p, entries_ref[b], options)
-        block = jnp.maximum(
-            jnp.minimum(first + j, stop - 1), 0
-        )  # past the part's end the same block, which is not fetched again
+        block = jnp.maximum(jnp.minimum(first + j, stop - 1), 0)  # past the end the last one again, which is not fetched twice
         return (b, i, 0, block) if head_dim < LANES else (b, block, 0, 0)[: k.ndim]
 
     entries_B = length_B * heads_per_row
@@ -153,7 +151,7 @@ def _kernel(entries_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, largest_ref, tot
         if ends:
             logits = jnp.where(entry < entries - here, logits, HIDDEN)
             place = lax.broadcasted_iota(jnp.int32, v.shape, 1 if lanes_are_keys else 0)
-            # beyond the end anything may lie, and a weight of 0 does not remove a NaN; v5e has no 16-bit select
+            # beyond the end anything may lie, and a weight of 0 does not remove a NaN; every TPU can select in 32 bits
             v = jnp.where(place < entries - here, v.astype(jnp.float32), 0.0).astype(v.dtype)
         largest = largest_ref[...]
         now = jnp.maximum(largest, logits.max(axis=1, keepdims=True))
