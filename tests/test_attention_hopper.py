@@ -65,7 +65,8 @@ def check(arrays, cotangents, mask=Mask(), *, options=None, tolerance=1e-2, **of
     """Output, log-sum-exp and gradients against float64, relative to the largest of each."""
     q, (d_out, d_lse) = arrays[0], cotangents
     if options is None:
-        options = hopper.choose(q.shape[-1], q.shape[1], q.shape[3], q.shape[0] * q.shape[2])
+        segments = mask.q_segments_BxT is not None
+        options = hopper.choose(q.shape[-1], q.shape[1], q.shape[3], q.shape[0] * q.shape[2], segments)
     kernel = Kernel(hopper.forward, hopper.backward, q.shape[-1] ** -0.5, options._replace(interpret=True))
     (out, lse), pull = jax.vjp(lambda *x: attend(kernel, *x, mask), *arrays)
     expected_out, expected_lse = oracle.forward(*arrays, **offsets)
@@ -84,8 +85,7 @@ def check(arrays, cotangents, mask=Mask(), *, options=None, tolerance=1e-2, **of
     [
         (1, 1, 64, 64),
         (1, 1, 128, 200),
-        (8, 1, 64, 100),
-        (4, 2, 128, 128),
+        (8, 2, 64, 64),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (
             (1, 1, 64, 900), (1, 1, 128, 700), (8, 1, 64, 320), (8, 1, 128, 200), (8, 2, 64, 200), (8, 2, 128, 128),
             (32, 8, 64, 64), (32, 8, 128, 100),
@@ -117,6 +117,14 @@ def test_offsets_of_a_shard(q_offset, kv_offset):
     check(*problem(2, 1, 64, 80, keys=200), Mask(*map(jnp.int32, offsets.values())), **offsets)
 
 
+@pytest.mark.parametrize("length", [90, pytest.param(300, marks=pytest.mark.slow)])
+def test_segments_of_packed_sequences(races, length):
+    ids = np.sort(np.random.default_rng(1).integers(0, 4, size=(2, length)), axis=1)
+    mask = Mask(q_segments_BxT=jnp.asarray(ids), kv_segments_BxS=jnp.asarray(ids))
+    check(*problem(2, 1, 64, length, batch=2), mask, q_segments=ids, kv_segments=ids)
+    assert not races
+
+
 @pytest.mark.slow
 def test_large_logits():
     check(*problem(2, 1, 64, 192, size=6.0), tolerance=3e-2)
@@ -127,7 +135,7 @@ def test_large_logits():
 @pytest.mark.parametrize("block", [64, 128])
 def test_loops_visit_what_is_visible_and_mask_what_is_partly_so(length, keys, shift, block):
     """The spans of the loops against the table that the kernels never make."""
-    case = hopper_tiles.Problem(1, length, keys, 1, 1, 64, shift)
+    case = hopper_tiles.Problem(1, length, keys, 1, 1, 64, shift, segments=False)
     padded_length, padded_keys = -(-length // 64) * 64, -(-keys // 128) * 128
     t, s = np.arange(padded_length)[:, None], np.arange(padded_keys)[None]
     visible = (t + shift >= s) & (s < keys)
@@ -152,39 +160,30 @@ def described_mesh():
     return topologies.make_mesh(topology, (1,), ("d",))
 
 
-def compiled_for_h200(n_heads, n_kv, head_dim, length, *, traced_offsets=False):
-    """Forward and backward pass of one sequence, compiled."""
+def compiled_for_h200(n_heads, n_kv, head_dim, length, *, batch=1, offsets=False, segments=False):
+    """Forward and backward pass, compiled; `offsets`: traced ones."""
     mesh = described_mesh()
     group, replicated = n_heads // n_kv, NamedSharding(mesh, PartitionSpec())
-    kernel = Kernel(hopper.forward, hopper.backward, head_dim**-0.5, hopper.choose(head_dim, length, group, n_kv))
+    options = hopper.choose(head_dim, length, group, batch * n_kv, segments)
+    kernel = Kernel(hopper.forward, hopper.backward, head_dim**-0.5, options)
 
-    def both(q, k, v, d_out, offset):
-        mask = Mask(offset, 0) if traced_offsets else Mask()
+    def both(q, k, v, d_out, offset, ids):
+        mask = Mask(offset if offsets else 0, 0, *((ids, ids) if segments else ()))
         (_, lse), pull = jax.vjp(lambda *x: attend(kernel, *x, mask), q, k, v)
         return pull((d_out, jnp.zeros_like(lse)))
 
-    q, k = (1, length, n_kv, group, head_dim), (1, length, n_kv, head_dim)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated) for shape in (q, k, k, q)]
-    arguments.append(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated))
+    q, k = (batch, length, n_kv, group, head_dim), (batch, length, n_kv, head_dim)
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+        for shape, dtype in (*((x, jnp.bfloat16) for x in (q, k, k, q)), ((), jnp.int32), ((batch, length), jnp.int32))
+    ]
     with jax.set_mesh(mesh):
         return jax.jit(both).lower(*arguments).compile()
 
 
-SHAPES = [
-    (8, 1, 64, 2**13), (8, 1, 128, 2**13), (32, 8, 64, 2**17), (32, 8, 128, 2**17),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (32, 8, 64, 2**13), (32, 8, 128, 2**13), (8, 1, 64, 2**17), (8, 1, 128, 2**17), (8, 1, 64, 2**19), (12, 4, 128, 1000),
-    )),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("n_heads", "n_kv", "head_dim", "length"), SHAPES)
-def test_compiles_for_h200_into_what_it_is_written_as(monkeypatch, tmp_path, n_heads, n_kv, head_dim, length):
-    """Tensor cores fed by the TMA, registers moved between warpgroups, none spilled, products in flight; O(T) memory."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    program = compiled_for_h200(n_heads, n_kv, head_dim, length)
-    programs = {re.sub(r"_\d+$", "", path.stem): path for path in tmp_path.glob("*.ptx")}
+def check_machine_code(folder):
+    """Tensor cores fed by the TMA, registers moved between warpgroups and none spilled, products in flight."""
+    programs = {re.sub(r"_\d+$", "", path.stem): path for path in folder.glob("*.ptx")}
     assert sorted(programs) == ["gqa_backward_dkv", "gqa_backward_dq", "gqa_forward"]
     for path in programs.values():
         ptx = path.read_text()
@@ -198,6 +197,28 @@ def test_compiles_for_h200_into_what_it_is_written_as(monkeypatch, tmp_path, n_h
             assert "serialized" not in said, said  # products awaited one by one
             assert "setmaxnreg ignored" not in said, said
 
+
+SHAPES = [
+    (8, 1, 64, 2**13), (32, 8, 128, 2**17),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (8, 1, 128, 2**13), (32, 8, 64, 2**17),
+        (32, 8, 64, 2**13), (32, 8, 128, 2**13), (8, 1, 64, 2**17), (8, 1, 128, 2**17), (8, 1, 64, 2**19), (12, 4, 128, 1000),
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture
+def dumped(monkeypatch, tmp_path):
+    """Where Mosaic writes the PTX of what is compiled."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv", "head_dim", "length"), SHAPES)
+def test_compiles_for_h200_into_what_it_is_written_as(dumped, n_heads, n_kv, head_dim, length):
+    program = compiled_for_h200(n_heads, n_kv, head_dim, length)
+    check_machine_code(dumped)
     heads_bytes, row_bytes = n_heads * length * head_dim * 2, n_heads * length * 4
     splits = hopper.choose(head_dim, length, n_heads // n_kv, n_kv).dkv.splits
     partial_sums = 2 * splits * n_kv * length * head_dim * 4 if splits > 1 else 0
@@ -206,8 +227,19 @@ def test_compiles_for_h200_into_what_it_is_written_as(monkeypatch, tmp_path, n_h
     assert program.memory_analysis().temp_size_in_bytes <= 2 * heads_bytes + 4 * row_bytes + partial_sums + padding
 
 
-def test_traced_offsets_compile_for_h200():
-    compiled_for_h200(6, 2, 64, 1000, traced_offsets=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((6, 2, 64, 1000), {"offsets": True, "segments": True, "batch": 2}),
+        pytest.param(((32, 8, 128, 1024), {"batch": 2}), marks=pytest.mark.slow),
+        pytest.param(((12, 4, 128, 1000), {"offsets": True, "batch": 3}), marks=pytest.mark.slow),
+        pytest.param(((8, 1, 128, 8192), {"segments": True}), marks=pytest.mark.slow),
+    ],
+)
+def test_batches_offsets_and_segments_compile_for_h200(dumped, case):
+    shape, more = case
+    compiled_for_h200(*shape, **more)
+    check_machine_code(dumped)
 
 
 def test_splits_fill_the_chip_and_divide_the_group():
@@ -229,7 +261,7 @@ def test_splits_fill_the_chip_and_divide_the_group():
         ({"platform": "cpu", "chip": "cpu", "interpreted": True}, None),
         ({"dtype": jnp.dtype(jnp.float32)}, "'reference' and 'xla'"),
         ({"head_dim": 80}, "64 and 128, not 80"),
-        ({"segments": True}, "segments"),
+        ({"segments": True, "aligned": False, "return_lse": True}, None),
     ],
 )
 def test_obstacles(change, said):

@@ -76,8 +76,8 @@ def _dq(operands, problem: Problem, scale, tile, interpret):
     )(Masking.of(mask, tile.block), q, *(pad(x, 1, tile.block) for x in (k, v)), d_out, lse2, minus_delta)
 
 
-def _dq_kernel(masking, *refs, problem: Problem, scale, tile, interpret, q_smem, d_out_smem, k_smem, v_smem, unit_loaded, k_loaded,
-               v_loaded, k_free, v_free):  # fmt: skip
+def _dq_kernel(masking, *refs, problem: Problem, scale, tile, interpret, q_smem, d_out_smem, k_smem, v_smem, unit_loaded,
+               k_loaded, v_loaded, k_free, v_free):  # fmt: skip
     q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dq_ref = refs
     shift = problem.shift if masking.shift is None else masking.shift[0]
     warpgroup = lax.axis_index("warpgroup")
@@ -199,8 +199,8 @@ def _dkv(operands, problem: Problem, scale, tile, interpret):
     return tuple(functools.reduce(jnp.add, list(x)).astype(q.dtype) for x in (dk, dv))
 
 
-def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem, v_smem, out_smem, q_smem, d_out_smem, lse2_smem,
-                minus_delta_smem, unit_loaded, q_loaded, d_out_loaded, free):  # fmt: skip
+def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem, v_smem, out_smem, q_smem, d_out_smem,
+                lse2_smem, minus_delta_smem, unit_loaded, q_loaded, d_out_loaded, free):  # fmt: skip
     q_ref, k_ref, v_ref, d_out_ref, lse2_ref, minus_delta_ref, dk_ref, dv_ref = refs
     shift = problem.shift if masking.shift is None else masking.shift[0]
     warpgroup = lax.axis_index("warpgroup")

@@ -71,8 +71,8 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
     return out[:, : problem.length], lse[..., : problem.length]
 
 
-def _kernel(masking, q_ref, k_ref, v_ref, out_ref, lse_ref, *, problem: Problem, scale, tile, interpret, q_smem, k_smem, v_smem, lse_smem, q_loaded, k_loaded, v_loaded,
-            k_free, v_free, turn):  # fmt: skip
+def _kernel(masking, q_ref, k_ref, v_ref, out_ref, lse_ref, *, problem: Problem, scale, tile, interpret, q_smem, k_smem,
+            v_smem, lse_smem, q_loaded, k_loaded, v_loaded, k_free, v_free, turn):  # fmt: skip
     shift = problem.shift if masking.shift is None else masking.shift[0]
     warpgroup = lax.axis_index("warpgroup")
     late, batch, head = problem.place(lax.axis_index("program"))
