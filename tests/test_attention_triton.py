@@ -190,9 +190,9 @@ def test_capability_is_of_the_longest_name():
         ("NVIDIA H200", 32, 8, 128, True),
         ("NVIDIA L4", 8, 1, 64, True),
         ("NVIDIA L4", 8, 2, 128, False),
-        ("NVIDIA L4", 4, 2, 256, False),
-        ("NVIDIA A100-SXM4-80GB", 6, 2, 80, False),
-        ("NVIDIA B200", 8, 1, 128, False),
+        pytest.param("NVIDIA L4", 4, 2, 256, False, marks=pytest.mark.slow),
+        pytest.param("NVIDIA A100-SXM4-80GB", 6, 2, 80, False, marks=pytest.mark.slow),
+        pytest.param("NVIDIA B200", 8, 1, 128, False, marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments):
