@@ -295,11 +295,15 @@ def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem
 
         accumulator = plgpu.ACC((ROWS, problem.head_dim), jnp.float32)
         dk, dv = pl.run_scoped(walk, accumulator, accumulator)
+        # once more from the CTA's number, as keeping them all along takes registers from the products
+        place_out, batch_out, head_out = problem.place(pinned(lax.axis_index("program")))
+        tile_out, split_out = lax.div(place_out, tile.splits), lax.rem(place_out, tile.splits)
+        unit_out = pl.ds((tile_out * tile.consumers + warpgroup) * ROWS, ROWS)
         for value, smem, out_ref in ((dk, k_smem, dk_ref), (dv, v_smem, dv_ref)):
             staged = (smem if out_smem is None else out_smem).at[warpgroup]
             staged[...] = value.astype(out_ref.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staged, out_ref.at[split, batch, unit, head])
+            plgpu.copy_smem_to_gmem(staged, out_ref.at[split_out, batch_out, unit_out, head_out])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     lax.cond(warpgroup < tile.consumers, gather, load)
