@@ -4,6 +4,7 @@ Axes: B batch, T query position, S key position, N query heads, K key/value head
 """
 
 from gqa_jax.attention.api import attention, check_name, interpreted, resolve
+from gqa_jax.attention.decode import decode, merge
 from gqa_jax.attention.implementations import Case
 
-__all__ = ["Case", "attention", "check_name", "interpreted", "resolve"]
+__all__ = ["Case", "attention", "check_name", "decode", "interpreted", "merge", "resolve"]

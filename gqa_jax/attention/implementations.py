@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention import pallas_tpu, xla
+from gqa_jax.attention import hopper, pallas_tpu, peers, triton, xla
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.masks import Mask
 from gqa_jax.attention.reference import reference
@@ -74,10 +74,20 @@ def _run_xla(q, k, v, mask, scale, case: Case):
     return attend(Kernel(xla.forward, xla.backward, scale, options), q, k, v, mask)
 
 
+def _run_hopper(q, k, v, mask, scale, case: Case):
+    options = hopper.choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads)
+    kernel = Kernel(hopper.forward, hopper.backward, scale, options._replace(interpret=case.interpreted))
+    return attend(kernel, q, k, v, mask)
+
+
 _ALL: dict[str, Implementation] = {
     "reference": Implementation(lambda case: None, lambda q, k, v, mask, scale, case: reference(q, k, v, mask, scale)),
     "xla": Implementation(lambda case: None, _run_xla),
     "pallas_tpu": Implementation(pallas_tpu.obstacle, pallas_tpu.run),
+    "pallas_gpu": Implementation(hopper.obstacle, _run_hopper),
+    "pallas_triton": Implementation(triton.obstacle, triton.run),
+    "cudnn": Implementation(peers.cudnn_obstacle, peers.cudnn),
+    "tokamax": Implementation(peers.tokamax_obstacle, peers.tokamax),
 }
 
 
@@ -89,17 +99,35 @@ def get(name: str) -> Implementation:
     return _ALL[name]
 
 
-# The first row that names the platform and covers the case, and in it the first implementation that can run it.
-# TPU: by cycles of the compiler's schedule (benchmarks/tpu_cycles.py).
-_BEST = (
-    ("tpu", ("pallas_tpu", "xla")),
-    ("cpu", ("xla",)),
+class Row(NamedTuple):
+    """A row of the table of defaults: in which cases, and the implementations, best first."""
+
+    platform: str
+    preferred: tuple[str, ...]
+    head_dims: range = range(1, 1 << 30)
+    lengths: range = range(1, 1 << 30)
+    groups: range = range(1, 1 << 30)
+
+    def covers(self, case: Case) -> bool:
+        return (
+            case.platform == self.platform
+            and case.head_dim in self.head_dims
+            and case.length in self.lengths
+            and case.group in self.groups
+        )
+
+
+# The first row that covers a case decides, by the first of its implementations that can run it. TPU: by cycles of compiled
+# schedules (benchmarks/tpu_cycles.py). GPU: cuDNN until benchmarks/attention.py has shown ours faster on one; it has neither
+# segments nor offsets nor a log-sum-exp. CPU: by benchmarks/attention.py.
+BEST = (
+    Row("tpu", ("pallas_tpu", "xla")),
+    Row("gpu", ("cudnn", "pallas_gpu", "pallas_triton", "xla")),
+    Row("cpu", ("xla",)),
 )
 
 
 def best(case: Case) -> str:
-    """The fastest implementation for this platform that can run the case."""
-    for platform, preferred in _BEST:
-        if platform == case.platform:
-            return next(name for name in preferred if _ALL[name].obstacle(case) is None)
-    return "xla"
+    """The best implementation for the case on its platform; `xla` runs everywhere."""
+    row = next((row for row in BEST if row.covers(case)), Row(case.platform, ("xla",)))
+    return next(name for name in row.preferred if _ALL[name].obstacle(case) is None)

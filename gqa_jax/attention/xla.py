@@ -29,7 +29,8 @@ class Options(NamedTuple):
 def choose(batch: int, length: int, n_heads: int) -> Options:
     """Tiles of logits of 4 MB at most, which stay in a CPU's cache: the fastest of 1 to 16 MB at T = 1K and 8K."""
     if length <= LONGEST_UNROLLED:
-        return Options(block=min(length, max(SMALLEST_UNROLLED_BLOCK, -(-length // 8))), chunk=None)
+        blocks = min(8, -(-length // SMALLEST_UNROLLED_BLOCK))
+        return Options(block=-(-length // blocks), chunk=None)
     chunk = 256
     fits = 2**20 // (chunk * batch * n_heads)
     return Options(block=min(256, max(64, 1 << max(fits, 1).bit_length() - 1)), chunk=chunk)
