@@ -181,11 +181,13 @@ def compiled_for_h200(n_heads, n_kv, head_dim, length, *, batch=1, offsets=False
         return jax.jit(both).lower(*arguments).compile()
 
 
-def check_machine_code(folder, spilled_bytes=0):
+def check_machine_code(folder, head_dim):
     """Tensor cores fed by the TMA, registers moved between warpgroups, hardly any spilled, products in flight."""
+    # dk/dv at head size 128 may spill a scalar: stored before its loops, loaded after them
+    allowed = {"gqa_backward_dkv": 8 if head_dim == 128 else 0}
     programs = {re.sub(r"_\d+$", "", path.stem): path for path in folder.glob("*.ptx")}
     assert sorted(programs) == ["gqa_backward_dkv", "gqa_backward_dq", "gqa_forward"]
-    for path in programs.values():
+    for name, path in programs.items():
         ptx = path.read_text()
         for instruction in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg.inc", "setmaxnreg.dec"):
             assert instruction in ptx, (path.name, instruction)
@@ -193,7 +195,7 @@ def check_machine_code(folder, spilled_bytes=0):
             said = subprocess.run(
                 [ptxas, "-v", "-arch=sm_90a", str(path), "-o", "/dev/null"], capture_output=True, text=True, check=True
             ).stderr
-            assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= spilled_bytes, said
+            assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= allowed.get(name, 0), said
             assert "serialized" not in said, said  # products awaited one by one
             assert "setmaxnreg ignored" not in said, said
 
@@ -218,7 +220,7 @@ def dumped(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("n_heads", "n_kv", "head_dim", "length"), SHAPES)
 def test_compiles_for_h200_into_what_it_is_written_as(dumped, n_heads, n_kv, head_dim, length):
     program = compiled_for_h200(n_heads, n_kv, head_dim, length)
-    check_machine_code(dumped)
+    check_machine_code(dumped, head_dim)
     heads_bytes, row_bytes = n_heads * length * head_dim * 2, n_heads * length * 4
     splits = hopper.choose(head_dim, length, n_heads // n_kv, n_kv).dkv.splits
     partial_sums = 2 * splits * n_kv * length * head_dim * 4 if splits > 1 else 0
@@ -239,7 +241,7 @@ def test_compiles_for_h200_into_what_it_is_written_as(dumped, n_heads, n_kv, hea
 def test_batches_offsets_and_segments_compile_for_h200(dumped, case):
     shape, more = case
     compiled_for_h200(*shape, **more)
-    check_machine_code(dumped, spilled_bytes=8)  # a scalar or two, used outside of the loops over blocks
+    check_machine_code(dumped, head_dim=shape[2])
 
 
 def test_splits_fill_the_chip_and_divide_the_group():

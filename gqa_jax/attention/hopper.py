@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
 
 def choose(head_dim: int, length: int, group: int, kv_heads: int = 1, segments: bool = False) -> Options:
-    """Tiles with which no kernel spills registers; kv_heads counts those of the whole batch.
+    """Tiles with which no loop spills registers; kv_heads counts those of the whole batch.
 
     Forward: FlashAttention-3's tiles for causal attention, 192 x 128 and 128 x 128, but where segments take registers. The
     group is split in the dk/dv kernel where there are too few blocks of keys to fill the chip nearly twice (its CTAs are of
