@@ -1,11 +1,12 @@
 # make setup       environment into .venv
 # make quickstart  a size x context x heads grid, its tables, laws and pictures, in runs/quickstart
 # make test        the fast tests; make test-slow the others; make lint the style
+# make aot         compilers for TPUs and GPUs that are not there, which some tests need
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup quickstart test test-slow lint bench clean
+.PHONY: setup aot quickstart test test-slow lint bench clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+aot: setup
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev,aot]'
+
 quickstart: setup
 	JAX_PLATFORMS=cpu $(PYTHON) -m launch run configs/grids/quickstart.py
 
@@ -42,6 +46,7 @@ lint: setup
 bench: setup
 	$(PYTHON) benchmarks/data.py
 	$(PYTHON) benchmarks/train_cpu.py
+	$(PYTHON) -m benchmarks.attention
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqa_jax import costs, metrics, model, optimizer, train
+from gqa_jax import attention, costs, metrics, model, optimizer, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
 from gqa_jax.run_folder import Diverged
 
@@ -70,6 +70,26 @@ def test_golden_numbers_of_the_first_steps(finished):
 
 
 GOLDEN_LOSSES = [5.7551126, 5.7616167, 5.7449160]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "pallas_tpu", "pallas_triton"])
+def test_losses_agree_between_implementations_of_attention(implementation, tmp_path):
+    model_changes = {"head_dim": 16}
+    plain = train.train_and_evaluate(tiny(model=model_changes, steps=4), tmp_path / "xla")
+    with attention.interpreted():
+        other = train.train_and_evaluate(
+            tiny(model=model_changes | {"attention": implementation}, steps=4), tmp_path / implementation
+        )
+    assert (plain["attention"], other["attention"]) == ("xla", implementation)
+    np.testing.assert_allclose(losses(tmp_path / implementation), losses(tmp_path / "xla"), rtol=1e-5)
+    np.testing.assert_allclose(other["loss"], plain["loss"], rtol=1e-5)
+    assert other["params_sha256"] != plain["params_sha256"]  # another order of sums: it did run
+
+
+def test_attention_that_cannot_run_here_is_refused_before_data_is_opened(tmp_path):
+    config = tiny(model={"attention": "pallas_gpu", "head_dim": 64}, data={"store": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match=r"model\.attention: .*'pallas_gpu' can't run here: .* These can: reference, xla"):
+        train.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_a_finished_run_is_not_trained_again(finished):

@@ -3,8 +3,8 @@
 Axes: B batch, T query position, S key position, N query heads, K key/value heads, G = N / K queries per group, H head size.
 """
 
-from gqa_jax.attention.api import attention, check_name, interpreted, resolve
+from gqa_jax.attention.api import attention, check_name, resolve
 from gqa_jax.attention.decode import decode, merge
-from gqa_jax.attention.implementations import Case
+from gqa_jax.attention.implementations import Case, interpreted
 
 __all__ = ["Case", "attention", "check_name", "decode", "interpreted", "merge", "resolve"]

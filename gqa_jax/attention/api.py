@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import difflib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +10,6 @@ import jax.numpy as jnp
 from gqa_jax.attention import implementations
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
-
-_interpreted = contextvars.ContextVar("interpreted", default=False)
-
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Pallas kernels traced within run in Pallas's interpret mode, on any platform: right, and thousands of times slower."""
-    token = _interpreted.set(True)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
 
 
 def attention(
@@ -69,7 +54,7 @@ def attention(
     scale = head_dim**-0.5 if scale is None else float(scale)
     q_segments, kv_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     mask = Mask(q_offset, kv_offset, q_segments, kv_segments)
-    case = Case.of(q_BxTxKxGxH, k, mask, return_lse=return_lse, interpreted=_interpreted.get())
+    case = Case.of(q_BxTxKxGxH, k, mask, return_lse=return_lse)
     run = implementations.get(resolve(implementation, case)).run
     out_BxTxKxGxH, lse_BxKxGxT = run(q_BxTxKxGxH, k, v, mask, scale, case)
     out = out_BxTxKxGxH.reshape(q.shape)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention import api, decode_tpu, decode_triton
+from gqa_jax.attention import decode_tpu, decode_triton
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import HIDDEN, UNSEEN
 
@@ -54,7 +54,7 @@ def decode(
     scale = head_dim**-0.5 if scale is None else float(scale)
     sizes = {"n_heads": n_kv * q_BxKxGxH.shape[2], "n_kv_heads": n_kv, "head_dim": head_dim}
     case = Case.planned(batch=batch, length=1, **sizes, dtype=q.dtype)
-    case = case._replace(keys=keys, aligned=False, return_lse=return_lse, interpreted=api._interpreted.get())
+    case = case._replace(keys=keys, aligned=False, return_lse=return_lse)
     length_B = jnp.broadcast_to(jnp.clip(jnp.asarray(length, jnp.int32), 0, keys), (batch,))
     out_BxKxGxH, lse_BxKxG = _ALL[resolve(implementation, case)].run(q_BxKxGxH, k_cache, v_cache, length_B, scale, case)
     out = out_BxKxGxH.astype(q.dtype).reshape(q.shape)

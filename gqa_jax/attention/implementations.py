@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,18 @@ from gqa_jax.attention import hopper, pallas_tpu, peers, triton, xla
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.masks import Mask
 from gqa_jax.attention.reference import reference
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Pallas kernels traced within run in Pallas's interpret mode, on any platform: right, and thousands of times slower."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
 
 
 class Case(NamedTuple):
@@ -33,20 +47,21 @@ class Case(NamedTuple):
     interpreted: bool = False  # Pallas kernels run in interpret mode, on any platform
 
     @classmethod
-    def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask, *, return_lse: bool = False, interpreted: bool = False) -> Case:
+    def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask, *, return_lse: bool = False) -> Case:
         batch, length, n_kv, group, head_dim = q_BxTxKxGxH.shape
         platform, chip, cores = target()
         return cls(
             platform, chip, batch, length, k_BxSxKxH.shape[1], n_kv * group, n_kv, head_dim, jnp.dtype(q_BxTxKxGxH.dtype),
             aligned=mask.aligned, segments=mask.q_segments_BxT is not None, return_lse=return_lse, cores=cores,
-            interpreted=interpreted,
+            interpreted=_interpreted.get(),
         )  # fmt: skip
 
     @classmethod
     def planned(cls, *, batch: int, length: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: Any) -> Case:
         """Causal attention of a sequence with itself, before there is anything to attend to."""
         platform, chip, cores = target()
-        return cls(platform, chip, batch, length, length, n_heads, n_kv_heads, head_dim, jnp.dtype(dtype), cores=cores)
+        sizes = batch, length, length, n_heads, n_kv_heads, head_dim, jnp.dtype(dtype)
+        return cls(platform, chip, *sizes, cores=cores, interpreted=_interpreted.get())
 
     @property
     def group(self) -> int:
@@ -75,7 +90,7 @@ def _run_xla(q, k, v, mask, scale, case: Case):
 
 
 def _run_hopper(q, k, v, mask, scale, case: Case):
-    options = hopper.choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads)
+    options = hopper.choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads, case.segments)
     kernel = Kernel(hopper.forward, hopper.backward, scale, options._replace(interpret=case.interpreted))
     return attend(kernel, q, k, v, mask)
 
