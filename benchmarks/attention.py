@@ -8,7 +8,7 @@ turns. Shown are medians, quartiles, the median within turns of how many times a
 causal attention: 4 B N H (T T / 2) forward, 3.5 times that forward and backward (of the gradients of sum(out * g) to q, k, v),
 beside matrix products in the same turns; for decoding GB/s beside copies. Temporary memory is the compiler's figure for one
 pass, without inputs and results. Arrays are (B, T, N, H), of random normal data. What could not run is a row with its reason.
-Written to --out: attention.csv, attention.png and attention.svg; a later run of the same --out replaces them.
+Written to --out: attention.csv, attention.png and attention.svg; a folder that has results is refused.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = make_parser()
     options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = Path("runs", "benchmarks", f"attention-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (options.out / "attention.csv").exists() and not options.tune:
+        parser.error(f"--out: {options.out} has results of an earlier run: give another folder")
     # the two frameworks share a GPU's memory: neither may take most of it at the start
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     platform, chip = implementations.target()[:2]
@@ -107,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", help="the contender that others are compared with")
     parser.add_argument("--torch_python", help="a Python that has torch; default: this one, if it has")
     parser.add_argument("--budget_s", type=_positive, help="stop after about so many seconds, and say what is missing")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/attention"), help="folder; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder; default: runs/benchmarks/attention-TIME")
     parser.add_argument("--tune", action="store_true", help="try tiles of the kernels here and print the best as Python lines")
     return parser
 

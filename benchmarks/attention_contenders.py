@@ -21,8 +21,7 @@ import numpy as np
 
 from benchmarks import timing
 from gqa_jax.attention import Case, attention, implementations
-from gqa_jax.attention.decode import _ALL as DECODERS
-from gqa_jax.attention.decode import decode
+from gqa_jax.attention.decode import DECODERS, decode
 
 
 class Work(NamedTuple):

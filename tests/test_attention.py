@@ -269,7 +269,7 @@ def test_none_takes_what_the_platform_does_best():
     assert attention.resolve(None, case._replace(platform="tpu", chip="TPU v5 lite")) == "pallas_tpu"
     assert attention.resolve(None, case._replace(platform="tpu", chip="TPU v5 lite", head_dim=40)) == "xla"
     assert attention.resolve(None, case._replace(platform="gpu", chip="NVIDIA H200")) == "cudnn"
-    assert attention.resolve(None, case._replace(platform="gpu", chip="NVIDIA H200", return_lse=True)) == "pallas_gpu"
+    assert attention.resolve(None, case._replace(platform="gpu", chip="NVIDIA H200", return_lse=True)) == "pallas_triton"
     assert attention.resolve(None, case._replace(platform="gpu", chip="NVIDIA A100", segments=True)) == "pallas_triton"
 
 

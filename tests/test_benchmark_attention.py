@@ -68,6 +68,8 @@ def test_a_run_writes_its_rows_and_a_picture(tmp_path, capsys):
             assert row[empty] == ""
         if row["implementation"] == "splash":
             assert (row["status"], row["reason"], row["median_s"]) == ("refused", "runs on TPUs only", "")
+    with pytest.raises(SystemExit, match="2"):  # results are not replaced
+        benchmark.main([*command.split(), "--out", str(tmp_path)])
     assert float(found["decode", "jax_nn_xla"]["copy_gb_s"]) > 0
     assert float(found["forward+backward", "xla"]["ratio"]) == 1
     out = capsys.readouterr().out

@@ -56,7 +56,7 @@ def decode(
     case = Case.planned(batch=batch, length=1, **sizes, dtype=q.dtype)
     case = case._replace(keys=keys, aligned=False, return_lse=return_lse)
     length_B = jnp.broadcast_to(jnp.clip(jnp.asarray(length, jnp.int32), 0, keys), (batch,))
-    out_BxKxGxH, lse_BxKxG = _ALL[resolve(implementation, case)].run(q_BxKxGxH, k_cache, v_cache, length_B, scale, case)
+    out_BxKxGxH, lse_BxKxG = DECODERS[resolve(implementation, case)].run(q_BxKxGxH, k_cache, v_cache, length_B, scale, case)
     out = out_BxKxGxH.astype(q.dtype).reshape(q.shape)
     return (out, lse_BxKxG.reshape(q.shape[:-1])) if return_lse else out
 
@@ -71,16 +71,16 @@ class Implementation(NamedTuple):
 
 def resolve(implementation: str | None, case: Case) -> str:
     """The name of the implementation that runs `case`; ValueError on one that is unknown or can't run it here."""
-    able = [name for name, candidate in _ALL.items() if candidate.obstacle(case) is None]
+    able = [name for name, candidate in DECODERS.items() if candidate.obstacle(case) is None]
     if implementation is None:
         preferred = {"tpu": "pallas_tpu", "gpu": "pallas_triton"}.get(case.platform)
         return preferred if preferred in able else "xla"
-    if implementation not in _ALL:
-        close = difflib.get_close_matches(implementation, _ALL, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(_ALL)}"
+    if implementation not in DECODERS:
+        close = difflib.get_close_matches(implementation, DECODERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(DECODERS)}"
         raise ValueError(f"decode implementation {implementation!r} is unknown: {hint}")
     if implementation not in able:
-        obstacle = _ALL[implementation].obstacle(case)
+        obstacle = DECODERS[implementation].obstacle(case)
         raise ValueError(f"decode implementation {implementation!r} can't run here: {obstacle}. These can: {', '.join(able)}")
     return implementation
 
@@ -152,7 +152,7 @@ def _pallas_triton(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, case
     return merge(*decode_triton.parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale, options))
 
 
-_ALL: dict[str, Implementation] = {
+DECODERS: dict[str, Implementation] = {
     "reference": Implementation(lambda case: None, _reference),
     "xla": Implementation(lambda case: None, _xla),
     "pallas_tpu": Implementation(decode_tpu.obstacle, _pallas_tpu),

@@ -134,10 +134,11 @@ class Row(NamedTuple):
 
 # The first row that covers a case decides, by the first of its implementations that can run it. TPU: by cycles of compiled
 # schedules (benchmarks/tpu_cycles.py). GPU: cuDNN until benchmarks/attention.py has shown ours faster on one; it has neither
-# segments nor offsets nor a log-sum-exp. CPU: by benchmarks/attention.py.
+# segments nor offsets nor a log-sum-exp. `pallas_gpu` runs by name alone until it has run on a GPU. CPU: by
+# benchmarks/attention.py.
 BEST = (
     Row("tpu", ("pallas_tpu", "xla")),
-    Row("gpu", ("cudnn", "pallas_gpu", "pallas_triton", "xla")),
+    Row("gpu", ("cudnn", "pallas_triton", "xla")),
     Row("cpu", ("xla",)),
 )
 
