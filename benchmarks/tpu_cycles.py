@@ -19,7 +19,7 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CHIPS = ("v5e", "v5p", "v6e")
 AREA = 1024 * 1024
 
 
@@ -58,8 +58,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     chips = args.chips.split(",")
-    if unknown := set(chips) - set(TOPOLOGIES):
-        parser.error(f"--chips: {', '.join(sorted(unknown))} unknown; there are {', '.join(TOPOLOGIES)}")
+    if unknown := set(chips) - set(CHIPS):
+        parser.error(f"--chips: {', '.join(sorted(unknown))} unknown; there are {', '.join(CHIPS)}")
     if not args.json:
         print(f"{'chip':5s} {'d_h':>4s} {'pass':9s} {'kernel':7s} {'branch':12s} {'cycles':>7s} {'MXU':>5s} {'spills':>7s}")
     for chip in chips:
@@ -86,9 +86,6 @@ def measure(chip: str, head_dim: int, *, kernel: str = "ours", length: int = 819
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false",
             "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
         program = f"from benchmarks import tpu_cycles; tpu_cycles.compile_{kernel}({chip!r}, {head_dim}, {length}, {heads!r})"
         done = subprocess.run(
@@ -159,12 +156,12 @@ def compile_splash(chip: str, head_dim: int, length: int, heads: str) -> None:
 def _operands(chip: str, head_dim: int, length: int, heads: str):
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from gqa_jax import topologies
+
     n_heads, n_kv = map(int, heads.split("/"))
-    topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
+    mesh = topologies.mesh(chip)
     here = NamedSharding(mesh, PartitionSpec())
     q = jax.ShapeDtypeStruct((1, length, n_kv, n_heads // n_kv, head_dim), jnp.bfloat16, sharding=here)
     k = jax.ShapeDtypeStruct((1, length, n_kv, head_dim), jnp.bfloat16, sharding=here)

@@ -241,7 +241,7 @@ ids = np.zeros((2, 7), np.int32)
         (lambda q, k, v: (q, k[:, :5], v[:, :5]), {}, r"as many keys as queries \(S = T\), or q_offset and kv_offset"),
         (lambda q, k, v: (q, k[..., :4], v[..., :4]), {}, "same batch and head size"),
         (lambda q, k, v: (q[0], k, v), {}, r"takes q \(B, T, N, H\)"),
-        (lambda q, k, v: (q[:, :, :, None], k, v), {}, "same K"),
+        (lambda q, k, v: (q[:, :, :, None], k, v), {}, "must have the K of the keys"),
         (lambda q, k, v: (q[:, :0], k, v), {}, "at least one query"),
         (lambda q, k, v: (q.astype(np.float16), k, v), {}, "one floating dtype"),
         (lambda q, k, v: (q.astype(int), k.astype(int), v.astype(int)), {}, "one floating dtype"),

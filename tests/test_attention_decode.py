@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax.attention import attention, decode_tpu, decode_triton, interpreted, oracle
 from gqa_jax.attention.decode import decode, merge
 from gqa_jax.attention.implementations import Case
-from tests.test_attention_triton import described
+from tests import machines
 
 decode_module = sys.modules[decode.__module__]  # the package has a function of its name
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_triton"]
-TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TPUS = ("v5e", "v5p", "v6e")
 
 
 @pytest.fixture
@@ -174,7 +173,7 @@ def test_xla_reads_no_chunk_beyond_the_longest_sequence(monkeypatch):
         (lambda q, k, v, n: (q[:, :3], k, v, n), "multiple of key/value heads"),
         (lambda q, k, v, n: (q, k[..., :8], v[..., :8], n), "same batch and head size"),
         (lambda q, k, v, n: (q.astype(jnp.bfloat16), k, v, n), "one floating dtype"),
-        (lambda q, k, v, n: (q.reshape(2, 1, 4, 16), k, v, n), "same K"),
+        (lambda q, k, v, n: (q.reshape(2, 1, 4, 16), k, v, n), "must have the K of the keys"),
         (lambda q, k, v, n: (q, k[:, :0], v[:, :0], n), "at least one"),
         (lambda q, k, v, n: (q, k, v, 11), "within the cache, 0 to 10"),
         (lambda q, k, v, n: (q, k, v, jnp.ones(3, jnp.int32)), r"integers \(2,\)"),
@@ -220,10 +219,7 @@ def compiled_decode(mesh, n_heads, n_kv, head_dim, keys, batch=1):
     ],
 )
 def test_compiles_for_tpus_without_a_copy_of_the_cache(chip, n_heads, n_kv, head_dim, keys):
-    pytest.importorskip("libtpu")
-    devices = topologies.get_topology_desc(topology_name=TPUS[chip], platform="tpu").devices
-    mesh = Mesh(np.array(devices[:1]), ("d",), axis_types=(AxisType.Auto,))
-    compiled = compiled_decode(mesh, n_heads, n_kv, head_dim, keys)
+    compiled = compiled_decode(machines.mesh(chip), n_heads, n_kv, head_dim, keys)
     assert "gqa_tpu_decode" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**19
 
@@ -232,14 +228,14 @@ def test_compiles_for_tpus_without_a_copy_of_the_cache(chip, n_heads, n_kv, head
 @pytest.mark.parametrize(
     ("gpu", "n_heads", "n_kv", "head_dim", "keys"),
     [
-        ("NVIDIA H200", 8, 1, 64, 512 * 1024),
-        ("NVIDIA H200", 32, 8, 128, 100_001),
-        ("NVIDIA L4", 8, 2, 128, 128 * 1024),
-        ("NVIDIA A100-SXM4-80GB", 32, 32, 64, 5000),
+        ("h200", 8, 1, 64, 512 * 1024),
+        ("h200", 32, 8, 128, 100_001),
+        ("l4", 8, 2, 128, 128 * 1024),
+        ("a100", 32, 32, 64, 5000),
     ],
 )
 def test_compiles_for_gpus(gpu, n_heads, n_kv, head_dim, keys):
-    compiled = compiled_decode(described(gpu), n_heads, n_kv, head_dim, keys)
+    compiled = compiled_decode(machines.mesh(gpu), n_heads, n_kv, head_dim, keys)
     assert "gqa_triton_decode" in compiled.as_text()
     # the parts' outputs and log-sum-exps, once more for the weighted ones
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * (decode_triton.PROGRAMS + n_kv) * n_heads // n_kv * head_dim * 4

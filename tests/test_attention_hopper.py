@@ -10,25 +10,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax.attention import hopper, hopper_tiles, oracle
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
-
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
+from tests import machines
 
 
 @pytest.fixture
@@ -154,15 +142,9 @@ def test_loops_visit_what_is_visible_and_mask_what_is_partly_so(length, keys, sh
             assert (i < span.masked) or tile.all()
 
 
-def described_mesh():
-    pytest.importorskip("jax_cuda13_plugin", reason="compiling for a GPU that isn't there takes jax-cuda13-plugin")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    return topologies.make_mesh(topology, (1,), ("d",))
-
-
 def compiled_for_h200(n_heads, n_kv, head_dim, length, *, batch=1, offsets=False, segments=False):
     """Forward and backward pass, compiled; `offsets`: traced ones."""
-    mesh = described_mesh()
+    mesh = machines.mesh("h200")
     group, replicated = n_heads // n_kv, NamedSharding(mesh, PartitionSpec())
     options = hopper.choose(head_dim, length, group, batch * n_kv, segments)
     kernel = Kernel(hopper.forward, hopper.backward, head_dim**-0.5, options)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax.attention import oracle, peers
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
+from tests import machines
 
 H200 = Case("gpu", "NVIDIA H200", 1, 256, 256, 8, 2, 128, jnp.dtype("bfloat16"))
 V5E = H200._replace(platform="tpu", chip="TPU v5 lite")
@@ -116,9 +116,7 @@ def test_tokamax_is_given_our_heads_and_scale(monkeypatch):
 
 def test_tokamax_compiles_for_a_tpu_without_gigabytes():
     tokamax = pytest.importorskip("tokamax")
-    pytest.importorskip("libtpu")
-    devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
-    mesh = Mesh(np.array(devices[:1]), ("d",), axis_types=(AxisType.Auto,))
+    mesh = machines.mesh("v5e")
     q, k = (
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
         for shape in ((1, 8192, 1, 8, 64), (1, 8192, 1, 64))

@@ -9,11 +9,13 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax import attention
+from benchmarks import tpu_cycles
+from gqa_jax import attention, topologies
 from gqa_jax.attention import blocks, pallas_tpu
 from gqa_jax.attention.masks import Mask
 from gqa_jax.attention.tpu import Options, Tiles
 from tests import attention_cases as cases
+from tests import machines
 
 SMALL = Tiles(rows=256, keys=128, strip=128, chunk=128, ahead=1, together=1)  # many blocks in little time
 PACKED = Tiles(rows=512, keys=256, strip=256, chunk=128, ahead=3, together=2)
@@ -115,16 +117,12 @@ def test_what_it_refuses():
 
 # Compiled for chips that are not there.
 
-TOPOLOGIES = {"TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1", "TPU v6 lite": "v6e:2x2"}
+CHIPS = ("v5e", "v5p", "v6e")
 
 
 def compiled(chip, n_heads, n_kv, head_dim, length, **how):
     """attention(...) and its gradients, compiled for `chip`, and the operands' (n_heads, T, H) bytes in float32."""
-    pytest.importorskip("libtpu", reason="pip install 'gqa-jax[aot]' compiles for TPUs ahead of time")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
+    mesh = machines.mesh(chip)
     here = NamedSharding(mesh, PartitionSpec())
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=here)
     q = shape((1, length, n_heads, head_dim), jnp.bfloat16)
@@ -143,27 +141,27 @@ def compiled(chip, n_heads, n_kv, head_dim, length, **how):
         return jax.jit(step).lower(q, k, k, q, ids).compile(), n_heads * length * head_dim * 4
 
 
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", CHIPS)
 def test_memory_is_linear_at_512k(chip):
     program, unit = compiled(chip, 8, 1, 64, 512 * 1024)
     assert program.memory_analysis().temp_size_in_bytes <= 3 * unit
 
 
 def test_many_heads_at_128k_fit_a_v5e():
-    program, unit = compiled("TPU v5 lite", 32, 32, 64, 128 * 1024)
+    program, unit = compiled("v5e", 32, 32, 64, 128 * 1024)
     memory = program.memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     assert memory.temp_size_in_bytes <= 4 * unit  # keys and values with 64 of 128 lanes are padded
     assert used < 15.75 * 2**30
 
 
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", CHIPS)
 def test_documents_and_odd_lengths_compile(chip):
     compiled(chip, 6, 2, 128, 5000, segments=True)
 
 
 def test_every_row_of_the_table_compiles_for_its_chip():
-    assert {chip for chip, _, _ in blocks.TPU} == set(TOPOLOGIES)
+    assert {chip for chip, _, _ in blocks.TPU} == {topologies.TPUS[chip] for chip in CHIPS}
 
 
 # (chip, head size, pass) -> most cycles for 1024 x 1024 scores of unmasked blocks, of masked ones. jax's splash attention,
@@ -189,9 +187,7 @@ def test_cycles(chip):
 
 
 def check_cycles(chip, head_dim):
-    pytest.importorskip("libtpu", reason="pip install 'gqa-jax[aot]' compiles for TPUs ahead of time")
-    from benchmarks import tpu_cycles
-
+    machines.mesh(chip)
     counts = tpu_cycles.measure(chip, head_dim)
     assert len(counts) == 4
     for count in counts:

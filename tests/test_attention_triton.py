@@ -6,41 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax.attention import oracle, triton, xla
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
+from tests import machines
 
 SMALL = triton.Options(*(triton.Tile(rows, keys, 4, 2) for rows, keys in ((64, 32), (32, 16), (32, 64))), interpret=True)
-GPUS = {  # name: compute capability, cores, bytes of shared memory of a core and of a program
-    "NVIDIA H200": ((9, 0), 132, 233472, 232448),
-    "NVIDIA A100-SXM4-80GB": ((8, 0), 108, 167936, 166912),
-    "NVIDIA L4": ((8, 9), 58, 102400, 101376),
-    "NVIDIA B200": ((10, 0), 148, 233472, 232448),
-}
-
-
-def described(name):
-    """A mesh of one GPU that need not be there: programs compile for it and don't run."""
-    pytest.importorskip("jax_cuda13_plugin")
-    (major, minor), cores, core_memory, program_memory = GPUS[name]
-    target = f"""
-    gpu_device_info {{
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
-      shared_memory_per_block: 49152 shared_memory_per_core: {core_memory} shared_memory_per_block_optin: {program_memory}
-      core_count: {cores} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
-      cuda_compute_capability {{ major: {major} minor: {minor} }}
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536
-    }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
-    device_description_str: "{name}"
-    """
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-    return topologies.make_mesh(topology, (1,), ("d",))
 
 
 def problem(n_heads, n_kv, head_dim, length, *, keys=None, batch=1, segments=False, size=1.0, dtype=jnp.bfloat16, **offsets):
@@ -186,17 +160,17 @@ def test_capability_is_of_the_longest_name():
 @pytest.mark.parametrize(
     ("gpu", "n_heads", "n_kv", "head_dim", "segments"),
     [
-        ("NVIDIA H200", 8, 1, 64, False),
-        ("NVIDIA H200", 32, 8, 128, True),
-        ("NVIDIA L4", 8, 1, 64, True),
-        ("NVIDIA L4", 8, 2, 128, False),
-        pytest.param("NVIDIA L4", 4, 2, 256, False, marks=pytest.mark.slow),
-        pytest.param("NVIDIA A100-SXM4-80GB", 6, 2, 80, False, marks=pytest.mark.slow),
-        pytest.param("NVIDIA B200", 8, 1, 128, False, marks=pytest.mark.slow),
+        ("h200", 8, 1, 64, False),
+        ("h200", 32, 8, 128, True),
+        ("l4", 8, 1, 64, True),
+        ("l4", 8, 2, 128, False),
+        pytest.param("l4", 4, 2, 256, False, marks=pytest.mark.slow),
+        pytest.param("a100", 6, 2, 80, False, marks=pytest.mark.slow),
+        pytest.param("b200", 8, 1, 128, False, marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments):
-    mesh = described(gpu)
+    mesh = machines.mesh(gpu)
     length, group = 8192, n_heads // n_kv
     options = triton.choose(length, length, group, head_dim, jnp.bfloat16)
 
@@ -225,7 +199,7 @@ def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)])
 def test_float32_fits_the_smallest_gpus(head_dim):
-    mesh = described("NVIDIA L4")
+    mesh = machines.mesh("l4")
     options = triton.choose(1000, 1000, 2, head_dim, jnp.float32)
     kernel = Kernel(triton.forward, triton.backward, 0.1, options)
     sharding = NamedSharding(mesh, PartitionSpec())

@@ -95,16 +95,7 @@ def _check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
     shapes = f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}"
     if q.ndim not in (4, 5) or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"attention takes q (B, T, N, H) or (B, T, K, G, H) and k, v (B, S, K, H); got {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k and v must have the same batch and head size; got {shapes}")
-    if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"attention needs at least one query, key and head; got {shapes}")
-    if q.ndim == 5 and q.shape[2] != k.shape[2]:
-        raise ValueError(f"q (B, T, K, G, H) and k (B, S, K, H) must have the same K; got {shapes}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of key/value heads; got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q, k and v must have one floating dtype; got {shapes}")
+    check_heads(q, k, v, heads_axis=2, grouped=q.ndim == 5, shapes=shapes)
     offsets_given = any(not isinstance(offset, int) or offset != 0 for offset in (q_offset, kv_offset))
     if q.shape[1] != k.shape[1] and not offsets_given:
         raise ValueError(f"causal attention needs as many keys as queries (S = T), or q_offset and kv_offset; got {shapes}")
@@ -117,6 +108,20 @@ def _check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
         raise ValueError(f"scale must be a positive Python number; got {scale!r}")
     if segment_ids is not None:
         _check_segments(segment_ids, q, k)
+
+
+def check_heads(q, k, v, *, heads_axis: int, grouped: bool, shapes: str) -> None:
+    """Raises ValueError, with `shapes`, where batch, heads or dtypes of q and of k, v (B, S, K, H) don't fit together."""
+    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"queries and keys must have the same batch and head size; got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"there must be at least one query, key and head; got {shapes}")
+    if grouped and q.shape[heads_axis] != k.shape[2]:
+        raise ValueError(f"q (..., K, G, H) must have the K of the keys (B, S, K, H); got {shapes}")
+    if q.shape[heads_axis] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key/value heads; got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"queries, keys and values must have one floating dtype; got {shapes}")
 
 
 def _check_segments(segment_ids, q, k) -> None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gqa_jax.attention import decode_tpu, decode_triton
+from gqa_jax.attention.api import check_heads
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import HIDDEN, UNSEEN
 
@@ -164,16 +165,7 @@ def _check(q, k_cache, v_cache, length, scale) -> None:
     shapes = f"q {q.shape} {q.dtype}, k_cache {k_cache.shape} {k_cache.dtype}, v_cache {v_cache.shape} {v_cache.dtype}"
     if q.ndim not in (3, 4) or k_cache.ndim != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(f"decode takes q (B, N, H) or (B, K, G, H) and k_cache, v_cache (B, S, K, H); got {shapes}")
-    if q.shape[0] != k_cache.shape[0] or q.shape[-1] != k_cache.shape[-1]:
-        raise ValueError(f"q and the cache must have the same batch and head size; got {shapes}")
-    if 0 in q.shape or 0 in k_cache.shape:
-        raise ValueError(f"decode needs at least one query, cache entry and head; got {shapes}")
-    if q.ndim == 4 and q.shape[1] != k_cache.shape[2]:
-        raise ValueError(f"q (B, K, G, H) and the cache (B, S, K, H) must have the same K; got {shapes}")
-    if q.shape[1] % k_cache.shape[2]:
-        raise ValueError(f"query heads must be a multiple of key/value heads; got {shapes}")
-    if not q.dtype == k_cache.dtype == v_cache.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q, k_cache and v_cache must have one floating dtype; got {shapes}")
+    check_heads(q, k_cache, v_cache, heads_axis=1, grouped=q.ndim == 4, shapes=shapes)
     if isinstance(length, int):
         if not 0 <= length <= k_cache.shape[1]:
             raise ValueError(f"length must be within the cache, 0 to {k_cache.shape[1]}; got {length}")

@@ -1,0 +1,12 @@
+"""Meshes of devices that need not be there; tests that compile for them are skipped where the compiler is not installed."""
+
+import pytest
+
+from gqa_jax import topologies
+
+
+def mesh(name):
+    """`gqa_jax.topologies.mesh`, or a skip that says what to install."""
+    module = "jax_cuda13_plugin" if name in topologies.GPUS else "libtpu"
+    pytest.importorskip(module, reason=f"compiling for {name} ahead of time: pip install 'gqa-jax[aot]'")
+    return topologies.mesh(name)
