@@ -20,10 +20,12 @@ import ml_collections
 from ml_collections import config_dict
 
 from gqa_jax import shapes
+from gqa_jax.mesh import MeshShape
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("wsd", "cosine", "constant")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "attention_only", "dots", "offload")
+CONTEXT_ATTENTION = ("gather", "ring")
 
 
 class ConfigError(ValueError):
@@ -51,7 +53,7 @@ class ModelConfig:
     init_std: float = 0.02  # of every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
     dtype: str = "bfloat16"  # of the computation
     param_dtype: str = "float32"  # of parameters, gradients and optimizer moments
-    remat: str = "none"  # what the backward pass computes again: REMAT_POLICIES
+    remat: str | None = None  # what the backward pass computes again: REMAT_POLICIES; None: the fastest that fits
     attention: str | None = None  # implementation by name (gqa_jax.attention); None: the best here
 
     def __post_init__(self):
@@ -68,7 +70,7 @@ class ModelConfig:
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even, RoPE rotates pairs")
         _require(self.init_std > 0, f"model.init_std = {self.init_std}: must be above 0")
-        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT_POLICIES)):
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", (*REMAT_POLICIES, None))):
             _check_choice(f"model.{name}", getattr(self, name), allowed)
 
 
@@ -79,8 +81,11 @@ class DataConfig:
     store: str = "sotu-bytes"  # folder made by `python -m gqa_jax.data.prepare`, or a built-in name
     block_tokens: int = 131_072  # unit of the shuffle; every context length divides it, so all see the same order
     epochs: int = 1  # how often the store may be read; more tokens than that is an error before training
+    skip_tokens: int = 0  # of the shuffled order, passed over: what a phase before this one has read
+    document_mask: bool = False  # attention within documents only; the paper has none
 
     def __post_init__(self):
+        _require(self.skip_tokens >= 0, f"data.skip_tokens = {self.skip_tokens}: must be at least 0")
         _require(self.block_tokens >= 2, f"data.block_tokens = {self.block_tokens}: must be at least 2")
         _require(self.epochs >= 1, f"data.epochs = {self.epochs}: must be at least 1")
 
@@ -158,11 +163,14 @@ class TrainConfig:
 
     context_length: int = 8192  # T, tokens
     batch_tokens: int = 524_288  # tokens per optimizer step, whatever T is
-    accumulation_steps: int = 1  # micro-batches per step
+    accumulation_steps: int | None = None  # micro-batches per step; None: as few as fit
+    mesh: str | None = None  # devices and what they share, like "fsdp=4,context=2"; None: chosen for the devices there
+    context_attention: str | None = None  # over a context axis: CONTEXT_ATTENTION; None: the one that moves less
     tokens: int | None = None  # training budget: exactly one of tokens, tokens_per_param, steps
     tokens_per_param: float | None = None  # of parameters without embeddings
     steps: int | None = None
     seed: int = 0
+    continue_from: str | None = None  # run folder whose last parameters this one starts from, with fresh moments
     label: str = ""  # name of the size, for tables
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -174,6 +182,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("context_length", "batch_tokens", "accumulation_steps"):
             value = getattr(self, name)
+            if name == "accumulation_steps" and value is None:
+                continue
             _require(isinstance(value, int) and value >= 1, f"{name} = {value!r}: must be an integer of at least 1")
         budget = {name: getattr(self, name) for name in ("tokens", "tokens_per_param", "steps")}
         given = {name: value for name, value in budget.items() if value is not None}
@@ -187,7 +197,7 @@ class TrainConfig:
             f"use {_nearest_multiple(self.batch_tokens, self.context_length)}",
         )
         _require(
-            self.batch_size % self.accumulation_steps == 0,
+            self.batch_size % (self.accumulation_steps or 1) == 0,
             f"accumulation_steps = {self.accumulation_steps} does not divide the {self.batch_size} sequences of a batch "
             f"(batch_tokens / context_length): use one of {_divisors(self.batch_size)}",
         )
@@ -202,6 +212,28 @@ class TrainConfig:
             f"evaluation.tokens = {self.evaluation.tokens} is not a multiple of context_length = {self.context_length}: "
             f"use {_nearest_multiple(self.evaluation.tokens, self.context_length)}",
         )
+        _require(
+            self.data.skip_tokens % self.context_length == 0,
+            f"data.skip_tokens = {self.data.skip_tokens} is not a multiple of context_length = {self.context_length}: "
+            f"use {_nearest_multiple(self.data.skip_tokens, self.context_length)}",
+        )
+        _check_choice("context_attention", self.context_attention, (*CONTEXT_ATTENTION, None))
+        if self.mesh is not None:
+            try:
+                obstacle = self.mesh_shape.obstacle(self.model, self.context_length, self.micro_batch)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            _require(obstacle is None, f"mesh {self.mesh!r}: {obstacle}")
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """The mesh as numbers; it must have been given or chosen (`gqa_jax.planner.resolve`)."""
+        return MeshShape.parse(self.mesh)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a micro-batch, over all devices; of the whole batch while accumulation is not chosen."""
+        return self.batch_size // (self.accumulation_steps or 1)
 
     @property
     def batch_size(self) -> int:
@@ -237,16 +269,22 @@ class TrainConfig:
     def identity(self, data_fingerprint: str) -> dict[str, Any]:
         """The fields that change the mathematics of the result, budget resolved: what names a cell and guards a resume.
 
-        Not in it: where tokens lie (their fingerprint is), kernels, rematerialisation, accumulation, logging, checkpoints.
+        Not in it: where tokens lie (their fingerprint is), devices and how they share, kernels, rematerialisation,
+        accumulation, logging, checkpoints. What was added to the configuration since the first version is in it only where it
+        is used, so that results keep their names.
         """
         values = self.to_dict()
-        for name in ("checkpoint", "logging", "accumulation_steps", "label", "tokens", "tokens_per_param"):
+        execution = ("accumulation_steps", "mesh", "context_attention")
+        for name in ("checkpoint", "logging", "label", "tokens", "tokens_per_param", *execution):
             del values[name]
         values["steps"] = self.n_steps
         for name in ("remat", "attention"):
             del values["model"][name]
         for name in ("store", "epochs"):
             del values["data"][name]
+        for name in ("skip_tokens", "document_mask"):
+            if not values["data"][name]:
+                del values["data"][name]
         del values["evaluation"]["every_steps"]
         values["data"]["fingerprint"] = data_fingerprint
         return values
@@ -321,8 +359,8 @@ def _type_name(hint: type) -> str:
     return "None" if hint is types.NoneType else hint.__name__
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{name} = {value!r}: {closest(str(value), allowed)}")
+def _check_choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    _require(value in allowed, f"{name} = {value!r}: {closest(str(value), map(str, allowed))}")
 
 
 def _divisors(n: int) -> list[int]:

@@ -24,7 +24,7 @@ def table(cells: Sequence[Cell], states: Sequence[state.CellState], flops_per_se
         row: dict[str, Any] = cell.describe()
         row["train_bytes"] = costs.train_memory(
             cell.config.model,
-            cell.config.batch_tokens // cell.config.accumulation_steps,
+            cell.config.micro_batch * cell.config.context_length,
             "exact",
             dtype=cell.config.model.param_dtype,
             activation_dtype=cell.config.model.dtype,

@@ -206,7 +206,7 @@ def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]
         store,
         tokens=config.evaluation.tokens,
         context_length=config.context_length,
-        batch_size=config.batch_size // config.accumulation_steps,
+        batch_size=config.micro_batch,
     )
     return train, held_out
 
