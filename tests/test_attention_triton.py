@@ -120,7 +120,7 @@ def test_runs_a_case():
     (q, k, v), _, mask, arguments = problem(8, 2, 64, 50)
     case = Case("cpu", "cpu", 1, 50, 50, 8, 2, 64, q.dtype, interpreted=True)
     assert triton.obstacle(case) is None
-    out, lse = triton.run(q, k, v, mask, 0.125, case)
+    out, lse = attend(triton.kernel(case, 0.125), q, k, v, mask)
     exact_out, exact_lse = oracle.forward(q, k, v, **arguments)
     np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, atol=2e-2)
     np.testing.assert_allclose(lse, exact_lse, atol=2e-6)

@@ -47,7 +47,7 @@ def attention(
       ValueError: shapes, dtypes or offsets that don't fit together, an implementation that is unknown or can't run this
         case here, before anything is traced.
     """
-    _check(q, k, v, segment_ids, q_offset, kv_offset, scale)
+    check(q, k, v, segment_ids, q_offset, kv_offset, scale)
     batch, length, *heads, head_dim = q.shape
     n_kv = k.shape[2]
     q_BxTxKxGxH = q if q.ndim == 5 else q.reshape(batch, length, n_kv, q.shape[2] // n_kv, head_dim)
@@ -91,7 +91,8 @@ def resolve(implementation: str | None, case: Case) -> str:
     return implementation
 
 
-def _check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
+def check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
+    """Raises ValueError where arguments of `attention` don't fit together."""
     shapes = f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}"
     if q.ndim not in (4, 5) or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"attention takes q (B, T, N, H) or (B, T, K, G, H) and k, v (B, S, K, H); got {shapes}")

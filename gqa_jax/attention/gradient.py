@@ -39,20 +39,30 @@ def attend(
     return kernel.forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask, kernel.scale, kernel.options)
 
 
+def named(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Under names by which a rematerialisation policy keeps them: with both, no backward pass runs the kernel again."""
+    return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+
+
+def rows_of(out_BxTxKxGxH: jax.Array, lse_BxKxGxT: jax.Array, d_out_BxTxKxGxH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The log-sum-exp and delta that a backward pass is given, (B, K, G, T) float32."""
+    accumulate = jnp.promote_types(out_BxTxKxGxH.dtype, jnp.float32)
+    # sum over H of out * d_out is the row sum of P * dP
+    delta_BxKxGxT = jnp.einsum("btkgh,btkgh->bkgt", out_BxTxKxGxH, d_out_BxTxKxGxH, preferred_element_type=accumulate)
+    return jnp.where(lse_BxKxGxT == -jnp.inf, UNSEEN_LSE, lse_BxKxGxT), delta_BxKxGxT
+
+
 def _forward(kernel, q, k, v, mask):
-    out, lse = kernel.forward(q, k, v, mask, kernel.scale, kernel.options)
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    out, lse = named(*kernel.forward(q, k, v, mask, kernel.scale, kernel.options))
     return (out, lse), (q, k, v, mask, out, lse)
 
 
 def _backward(kernel, kept, cotangents):
     q, k, v, mask, out, lse = kept
     d_out, d_lse = cotangents
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    # sum over H of out * d_out is the row sum of P * dP; the log-sum-exp's own cotangent enters dS the same way
-    delta = jnp.einsum("btkgh,btkgh->bkgt", out, d_out, preferred_element_type=accumulate) - d_lse
-    finite_lse = jnp.where(lse == -jnp.inf, UNSEEN_LSE, lse)
-    return (*kernel.backward(q, k, v, finite_lse, delta, d_out, mask, kernel.scale, kernel.options), None)
+    finite_lse, delta = rows_of(out, lse, d_out)
+    # the log-sum-exp's own cotangent enters dS as delta does
+    return (*kernel.backward(q, k, v, finite_lse, delta - d_lse, d_out, mask, kernel.scale, kernel.options), None)
 
 
 attend.defvjp(_forward, _backward)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
+from gqa_jax.attention.gradient import Kernel
 from gqa_jax.attention.hopper_backward import backward
 from gqa_jax.attention.hopper_forward import forward
 from gqa_jax.attention.hopper_tiles import ROWS
@@ -13,7 +14,7 @@ from gqa_jax.attention.hopper_tiles import ROWS
 if TYPE_CHECKING:
     from gqa_jax.attention.implementations import Case
 
-__all__ = ["Options", "Tile", "backward", "choose", "forward", "obstacle"]
+__all__ = ["Options", "Tile", "backward", "choose", "forward", "kernel", "obstacle"]
 
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")
 HEAD_DIMS = (64, 128)
@@ -55,6 +56,12 @@ def choose(head_dim: int, length: int, group: int, kv_heads: int = 1, segments: 
     unsplit = -(-length // (options.dkv.consumers * ROWS)) * kv_heads
     enough = [n for n in range(1, group + 1) if group % n == 0 and (n * unsplit >= 1.8 * MULTIPROCESSORS or n == group)]
     return options._replace(dkv=options.dkv._replace(splits=enough[0]))
+
+
+def kernel(case: Case, scale: float) -> Kernel:
+    """Both passes, with the tiles for `case`."""
+    options = choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads, case.segments)
+    return Kernel(forward, backward, scale, options._replace(interpret=case.interpreted))
 
 
 def obstacle(case: Case) -> str | None:

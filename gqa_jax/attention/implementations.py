@@ -43,6 +43,7 @@ class Case(NamedTuple):
     aligned: bool = True  # equal offsets, known while tracing
     segments: bool = False
     return_lse: bool = False
+    by_pass: bool = False  # forward and backward pass are called by themselves, as ring attention does
     cores: int = 1  # of the chip: the two of a v4 or v5p are one device
     interpreted: bool = False  # Pallas kernels run in interpret mode, on any platform
 
@@ -57,11 +58,16 @@ class Case(NamedTuple):
         )  # fmt: skip
 
     @classmethod
-    def planned(cls, *, batch: int, length: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: Any) -> Case:
-        """Causal attention of a sequence with itself, before there is anything to attend to."""
+    def planned(
+        cls, *, batch: int, length: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: Any,
+        keys: int | None = None, aligned: bool = True, segments: bool = False,
+    ) -> Case:  # fmt: skip
+        """The case of a call, before there is anything to attend to; `keys` None is causal attention of T with itself."""
         platform, chip, cores = target()
-        sizes = batch, length, length, n_heads, n_kv_heads, head_dim, jnp.dtype(dtype)
-        return cls(platform, chip, *sizes, cores=cores, interpreted=_interpreted.get())
+        return cls(
+            platform, chip, batch, length, length if keys is None else keys, n_heads, n_kv_heads, head_dim, jnp.dtype(dtype),
+            aligned=aligned, segments=segments, cores=cores, interpreted=_interpreted.get(),
+        )  # fmt: skip
 
     @property
     def group(self) -> int:
@@ -76,31 +82,38 @@ def target() -> tuple[str, str, int]:
 
 
 class Implementation(NamedTuple):
-    """obstacle(case) is None where it can run, else why not; run(q, k, v, mask, scale, case) -> out, lse (or None)."""
+    """How a name is run. limits(case) is None where it can run, else why not; run(q, k, v, mask, scale, case) -> out, lse (or
+    None); kernel(case, scale) is the pair of passes that `run` is made of, None where they are not to be had."""
 
-    obstacle: Callable[[Case], str | None]
+    limits: Callable[[Case], str | None]
     run: Callable[..., tuple[jax.Array, jax.Array | None]]
+    kernel: Callable[[Case, float], Kernel] | None = None
+
+    @classmethod
+    def of(cls, limits: Callable[[Case], str | None], kernel: Callable[[Case, float], Kernel]) -> Implementation:
+        """Run by its kernel, whatever the case."""
+        return cls(limits, lambda q, k, v, mask, scale, case: attend(kernel(case, scale), q, k, v, mask), kernel)
+
+    def obstacle(self, case: Case) -> str | None:
+        """Why this case can't run here, or None."""
+        if case.by_pass and self.kernel is None:
+            return "ring attention calls a kernel's passes one by one, and here there are none to call"
+        return self.limits(case)
 
 
 def _run_xla(q, k, v, mask, scale, case: Case):
-    options = xla.choose(case.batch, case.length, case.n_heads)
-    if options.chunk is None and mask.aligned:  # short: JAX's own gradient keeps the probabilities, which is faster
-        return xla.forward(q, k, v, mask, scale, options)
-    return attend(Kernel(xla.forward, xla.backward, scale, options), q, k, v, mask)
-
-
-def _run_hopper(q, k, v, mask, scale, case: Case):
-    options = hopper.choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads, case.segments)
-    kernel = Kernel(hopper.forward, hopper.backward, scale, options._replace(interpret=case.interpreted))
+    kernel = xla.kernel(case, scale)
+    if kernel.options.chunk is None and mask.aligned:  # short: JAX's own gradient keeps the probabilities, which is faster
+        return xla.forward(q, k, v, mask, scale, kernel.options)
     return attend(kernel, q, k, v, mask)
 
 
 _ALL: dict[str, Implementation] = {
     "reference": Implementation(lambda case: None, lambda q, k, v, mask, scale, case: reference(q, k, v, mask, scale)),
-    "xla": Implementation(lambda case: None, _run_xla),
-    "pallas_tpu": Implementation(pallas_tpu.obstacle, pallas_tpu.run),
-    "pallas_gpu": Implementation(hopper.obstacle, _run_hopper),
-    "pallas_triton": Implementation(triton.obstacle, triton.run),
+    "xla": Implementation(lambda case: None, _run_xla, xla.kernel),
+    "pallas_tpu": Implementation.of(pallas_tpu.obstacle, pallas_tpu.kernel),
+    "pallas_gpu": Implementation.of(hopper.obstacle, hopper.kernel),
+    "pallas_triton": Implementation.of(triton.obstacle, triton.kernel),
     "cudnn": Implementation(peers.cudnn_obstacle, peers.cudnn),
     "tokamax": Implementation(peers.tokamax_obstacle, peers.tokamax),
 }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from gqa_jax.attention import blocks
-from gqa_jax.attention.gradient import Kernel, attend
+from gqa_jax.attention.gradient import Kernel
 from gqa_jax.attention.tpu import Options, Tiles
 from gqa_jax.attention.tpu_backward import backward
 from gqa_jax.attention.tpu_forward import forward
@@ -53,5 +53,5 @@ def candidates(case: Case, which: str) -> list[Tiles]:
     ]
 
 
-def run(q, k, v, mask, scale, case: Case):
-    return attend(Kernel(forward, backward, scale, choose(case)), q, k, v, mask)
+def kernel(case: Case, scale: float) -> Kernel:
+    return Kernel(forward, backward, scale, choose(case))

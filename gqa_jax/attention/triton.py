@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gqa_jax.attention.gradient import UNSEEN_LSE, Kernel, attend
+from gqa_jax.attention.gradient import UNSEEN_LSE, Kernel
 from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
 
 LARGEST_HEAD = 256
@@ -95,10 +95,10 @@ def obstacle(case) -> str | None:
     return None
 
 
-def run(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, case):
-    """See `gqa_jax.attention.implementations.Implementation`."""
+def kernel(case, scale: float) -> Kernel:
+    """Both passes, with the tiles for `case`."""
     options = choose(case.length, case.keys, case.group, case.head_dim, case.dtype, interpret=case.interpreted)
-    return attend(Kernel(forward, backward, scale, options), q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask)
+    return Kernel(forward, backward, scale, options)
 
 
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):

@@ -8,12 +8,16 @@ this, more than the skipped keys, is what makes it fast.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gqa_jax.attention.gradient import Kernel
 from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
+
+if TYPE_CHECKING:
+    from gqa_jax.attention.implementations import Case
 
 LONGEST_UNROLLED = 1024
 SMALLEST_UNROLLED_BLOCK = 128  # smaller ones would save little work and cost compile time
@@ -34,6 +38,10 @@ def choose(batch: int, length: int, n_heads: int) -> Options:
     chunk = 256
     fits = 2**20 // (chunk * batch * n_heads)
     return Options(block=min(256, max(64, 1 << max(fits, 1).bit_length() - 1)), chunk=chunk)
+
+
+def kernel(case: Case, scale: float) -> Kernel:
+    return Kernel(forward, backward, scale, choose(case.batch, case.length, case.n_heads))
 
 
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
