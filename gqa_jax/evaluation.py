@@ -20,12 +20,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    token_losses: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    token_losses: Callable[[dict[str, np.ndarray]], np.ndarray],
     batches: Iterable[dict[str, np.ndarray]],
     document_ids: np.ndarray,
     n_bytes: float,
 ) -> Evaluation:
-    """Averages `token_losses(tokens, targets)` -> (B, T) nats over `batches`.
+    """Averages `token_losses(batch)` -> (B, T) nats over `batches`.
 
     Args:
       token_losses: the model, with its parameters.
@@ -33,7 +33,7 @@ def evaluate(
       document_ids: document of each counted target, in the same order.
       n_bytes: bytes of text that the counted targets stand for.
     """
-    losses = np.concatenate([np.asarray(token_losses(b["tokens"], b["targets"]), np.float64)[b["mask"]] for b in batches])
+    losses = np.concatenate([np.asarray(token_losses(b), np.float64)[b["mask"]] for b in batches])
     mean, sem, documents = clustered_mean(losses, document_ids)
     return Evaluation(mean, sem, float(losses.sum() / math.log(2) / n_bytes), losses.size, documents)
 

@@ -11,9 +11,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from gqa_jax import attention
-from gqa_jax.config import ModelConfig
+from gqa_jax import attention, parallel
+from gqa_jax.config import REMAT_POLICIES, ModelConfig
+from gqa_jax.parallel import ALONE, Part
+
+RESIDUAL = "residual"  # names of what rematerialisation policies may keep
+ATTENTION_RESULTS = ("attention_out", "attention_lse")  # given by gqa_jax.attention
 
 
 class Block(nnx.Module):
@@ -36,17 +41,26 @@ class Block(nnx.Module):
         self.up = nnx.Param(inward(rngs.params(), (d, f)))
         self.down = nnx.Param(outward(rngs.params(), (f, d)))
 
-    def __call__(self, x_BxTxD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_BxTxD = x_BxTxD + self._attention(rms_norm(x_BxTxD, self.attention_norm[...], self.config.norm_eps), rotation)
-        return x_BxTxD + self._ffn(rms_norm(x_BxTxD, self.ffn_norm[...], self.config.norm_eps))
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        segments_BxT: jax.Array | None = None,
+        part: Part = ALONE,
+    ) -> jax.Array:
+        eps = self.config.norm_eps
+        normal_BxTxD = part.enter(rms_norm(x_BxTxD, self.attention_norm[...], eps))
+        x_BxTxD = x_BxTxD + part.leave(self._attention(normal_BxTxD, rotation, segments_BxT, part))
+        normal_BxTxD = part.enter(rms_norm(x_BxTxD, self.ffn_norm[...], eps))
+        return x_BxTxD + part.leave(self._ffn(normal_BxTxD))
 
     @jax.named_scope("attention")
-    def _attention(self, x_BxTxD: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def _attention(self, x_BxTxD: jax.Array, rotation, segments_BxT: jax.Array | None, part: Part) -> jax.Array:
         q_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, self.query[...].astype(x_BxTxD.dtype))
         k_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.key[...].astype(x_BxTxD.dtype))
         v_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.value[...].astype(x_BxTxD.dtype))
-        out_BxTxNxH = attention.attention(
-            rotate(q_BxTxNxH, *rotation), rotate(k_BxTxKxH, *rotation), v_BxTxKxH, implementation=self.config.attention
+        out_BxTxNxH = part.attend(
+            rotate(q_BxTxNxH, *rotation), rotate(k_BxTxKxH, *rotation), v_BxTxKxH, segments_BxT, self.config.attention
         )
         return jnp.einsum("btnh,nhd->btd", out_BxTxNxH, self.output[...].astype(x_BxTxD.dtype))
 
@@ -81,18 +95,35 @@ class Transformer(nnx.Module):
             preferred_element_type=jnp.promote_types(x_BxTxD.dtype, jnp.float32),
         )
 
-    def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Output of the final norm (B, T, D) in the compute dtype: what the tied embedding turns into logits."""
+    def hidden(
+        self,
+        tokens_BxT: jax.Array,
+        segments_BxT: jax.Array | None = None,
+        part: Part = ALONE,
+        whole_embedding_VxD: jax.Array | None = None,
+    ) -> jax.Array:
+        """Output of the final norm (B, T, D) in the compute dtype: what the tied embedding turns into logits.
+
+        Args:
+          segments_BxT: document of each token, integers; attention stays within documents. None: there are none.
+          part: of a mesh, when this is one device's program and parameters, tokens and result are its shards.
+          whole_embedding_VxD: `part.whole_embedding`, where it is at hand.
+        """
         config = self.config
+        dtype = jnp.dtype(config.dtype)
         with jax.named_scope("embedding"):
-            x_BxTxD = self.embedding[...][tokens_BxT].astype(jnp.dtype(config.dtype))
-        rotation = rope_rotation(tokens_BxT.shape[1], config.head_dim, config.rope_theta)
+            if whole_embedding_VxD is None:
+                whole_embedding_VxD = part.whole_embedding(self.embedding[...], dtype)
+            x_BxTxD = part.embed(self.embedding[...], whole_embedding_VxD, tokens_BxT, dtype)
+        rotation = rope_rotation(part.positions(tokens_BxT.shape[1]), config.head_dim, config.rope_theta)
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x_BxTxD, layer):
-            return nnx.merge(graphdef, layer)(x_BxTxD, rotation), None
+            x_BxTxD = checkpoint_name(x_BxTxD, RESIDUAL)
+            nnx.replace_by_pure_dict(layer, part.weights(nnx.to_pure_dict(layer), dtype))
+            return nnx.merge(graphdef, layer)(x_BxTxD, rotation, segments_BxT, part), None
 
-        x_BxTxD, _ = jax.lax.scan(_remat(body, config.remat), x_BxTxD, stacked)
+        x_BxTxD, _ = jax.lax.scan(_remat(body, config.remat or "none", part), x_BxTxD, stacked)
         return rms_norm(x_BxTxD, self.final_norm[...], config.norm_eps)
 
 
@@ -103,10 +134,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (normal * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
-def rope_rotation(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_rotation(positions_T: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine (1, T, 1, H/2), float32, of position t times theta^(-2i/H) (RoFormer, arXiv 2104.09864, Eq. 15)."""
     frequency_F = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_TxF = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequency_F)
+    angle_TxF = jnp.outer(positions_T.astype(jnp.float32), frequency_F)
     return jnp.cos(angle_TxF)[None, :, None, :], jnp.sin(angle_TxF)[None, :, None, :]
 
 
@@ -123,16 +154,35 @@ def _stack(config: ModelConfig, keys: jax.Array) -> Block:
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(params=key))))(keys))
 
 
-def _remat(body, policy: str):
-    """`body` with the backward pass computing again what `policy` says (config.REMAT_POLICIES)."""
+def _remat(body, policy: str, part: Part):
+    """`body` with the backward pass computing again what `policy` says (config.REMAT_POLICIES), and gathering weights again."""
+    policies = jax.checkpoint_policies
     match policy:
         case "none":
-            return body
-        case "full":
-            return jax.checkpoint(body, prevent_cse=False)
+            if part == ALONE or part.mesh.parameters == 1:
+                return body
+            keep = _all_but_weights
+        case "full":  # keep the residual stream between layers
+            keep = policies.nothing_saveable
+        case "attention_only":  # and the results of attention, the dearest to compute again at long contexts
+            keep = policies.save_only_these_names(*ATTENTION_RESULTS)
         case "dots":  # keep the results of weight matmuls, compute attention and elementwise again
-            return jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    raise ValueError(f"unknown remat policy {policy!r}")
+            keep = policies.dots_with_no_batch_dims_saveable
+        case "offload":  # as attention_only, with the residual stream in the host's memory
+            keep = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=list(ATTENTION_RESULTS),
+                names_which_can_be_offloaded=[RESIDUAL],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case _:
+            raise ValueError(f"unknown remat policy {policy!r}: use {', '.join(REMAT_POLICIES)}")
+    return jax.checkpoint(body, prevent_cse=False, policy=keep)
+
+
+def _all_but_weights(primitive, *_, **params) -> bool:
+    """A rematerialisation policy: keep everything but what was gathered, which would be the whole model on every device."""
+    return primitive.name != "all_gather" and params.get("name") != parallel.WEIGHTS
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:

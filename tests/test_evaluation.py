@@ -36,9 +36,8 @@ def test_uniform_model_gives_log2_v_bits_per_byte_for_bytes_and_masked_rows_do_n
         for last in (True, False)
     ]
 
-    def losses(tokens, targets):
-        out = np.full(tokens.shape, np.log(256.0))
-        return out
+    def losses(batch):
+        return np.full(batch["tokens"].shape, np.log(256.0))
 
     result = evaluation.evaluate(losses, batches, np.array([0] * 5 + [1] * 7), n_bytes=12)
     assert result.tokens == 12

@@ -58,7 +58,7 @@ def test_scan_over_layers_equals_a_loop():
     transformer = model.with_params(config, params)
     graphdef, stacked = nnx.split(transformer.layers)
     x = params["embedding"][tokens]
-    rotation = model.rope_rotation(tokens.shape[1], config.head_dim, config.rope_theta)
+    rotation = model.rope_rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
     for i in range(config.n_layers):
         x = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))(x, rotation)
     x = model.rms_norm(x, params["final_norm"], config.norm_eps)
@@ -67,20 +67,20 @@ def test_scan_over_layers_equals_a_loop():
 
 def test_remat_changes_the_program_and_not_the_gradient():
     results, programs = {}, {}
-    for policy in ("none", "full", "dots"):
+    for policy in ("none", "full", "attention_only", "dots"):
         config = tiny(remat=policy, dtype="float32")
         params, tokens, targets = setup(config, length=16)
         gradient = jax.jit(jax.grad(lambda p, c=config, x=tokens, y=targets: mean_loss(c, p, x, y)))
         results[policy] = gradient(params)
         programs[policy] = str(jax.make_jaxpr(gradient)(params)).count("dot_general")
-    for policy in ("full", "dots"):
+    for policy in ("full", "attention_only", "dots"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), results["none"], results[policy])
     assert programs["none"] < programs["dots"] < programs["full"], f"matmuls in the gradient: {programs}"
 
 
 def test_rope_depends_on_relative_position_only():
     q, k = (np.random.default_rng(i).normal(size=8).astype(np.float32) for i in range(2))
-    cos, sin = model.rope_rotation(40, 8, 500_000.0)
+    cos, sin = model.rope_rotation(jnp.arange(40), 8, 500_000.0)
 
     def product(i, j):
         def at(x, t):

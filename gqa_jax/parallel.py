@@ -1,0 +1,232 @@
+"""What a device of a mesh does beside its own arithmetic: gathers weights, sums, looks at keys of others.
+
+The training step is one program that every device runs on its part (`jax.shard_map`); the model calls these where parts
+meet. Alone, each of them returns what it is given. All collectives of the step are here and in `attention.context`:
+
+    weights, forward and again backward     all-gather over fsdp and context, in the compute dtype; gradients reduce-scattered
+                                            in float32, per layer and micro-batch; summed over data once a step
+    embedding                               all-gather once a micro-batch; two float32 reduce-scatters (lookup, loss)
+    tensor                                  a sum per attention and per feed-forward network each way (arXiv 1909.08053)
+    context                                 keys and values of a layer (`attention.context_attention`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from gqa_jax import attention, loss, sharding
+from gqa_jax.collectives import reduce_scatter
+from gqa_jax.config import TrainConfig
+from gqa_jax.mesh import AXES, MeshShape
+
+WEIGHTS = "weights"  # name of gathered weights for rematerialisation policies: never worth keeping
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A device's part in a mesh, within `jax.shard_map` over all its axes; the default is a device alone, anywhere."""
+
+    mesh: MeshShape = MeshShape()
+    n_kv_heads: int = 1
+    context_attention: str = "gather"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Part:
+        """The part of a run whose mesh is given or chosen."""
+        return cls(config.mesh_shape, config.model.n_kv_heads, config.context_attention or "gather")
+
+    def weights(self, layer: Any, dtype: Any) -> Any:
+        """The parameters of one layer whole, but for what `tensor` cuts, in `dtype`; as they are where nothing is cut."""
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._weight(sharding.name_of(path), leaf, dtype), layer)
+
+    def _weight(self, name: str, leaf: jax.Array, dtype: Any) -> jax.Array:
+        for dimension, axes in enumerate(sharding.cuts(name, self.mesh, self.n_kv_heads)):
+            gathered = tuple(axis for axis in axes if axis != "tensor")
+            if gathered:
+                leaf = checkpoint_name(_gather(leaf, gathered, dimension, jnp.dtype(dtype).name), WEIGHTS)
+        if name in ("key", "value") and self.n_kv_heads % self.mesh.tensor:
+            # Every device has all key/value heads and needs the one that its queries read.
+            head = jax.lax.axis_index("tensor") * self.n_kv_heads // self.mesh.tensor
+            leaf = jax.lax.dynamic_slice_in_dim(self.enter(leaf), head, 1, axis=1)
+        return leaf
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """x, the same on all devices of `tensor`, into work that they share: gradients of the parts are summed."""
+        return _enter(x) if self.mesh.tensor > 1 else x
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """The sum over `tensor` of what its devices made; its gradient goes to each as it is."""
+        return _leave(x) if self.mesh.tensor > 1 else x
+
+    def positions(self, length: int) -> jax.Array:
+        """Positions in their sequence of the `length` tokens that this device has, int32 (T,)."""
+        return attention.positions(length, "context", self.mesh.context)
+
+    def attend(
+        self, q_BxTxNxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, segments_BxT: jax.Array | None, name: str | None
+    ) -> jax.Array:
+        """Attention of this device's queries to all keys that they see, by the implementation `name`."""
+        return attention.context_attention(
+            q_BxTxNxH,
+            k_BxTxKxH,
+            v_BxTxKxH,
+            axis="context",
+            size=self.mesh.context,
+            method=self.context_attention,
+            implementation=name,
+            segment_ids=segments_BxT,
+        )
+
+    def whole_embedding(self, shard_VxD: jax.Array, dtype: Any) -> jax.Array:
+        """The embedding (V, D) in `dtype`, without a gradient: `embed` and `mean_loss` take the shard for that."""
+        shard_VxD = jax.lax.stop_gradient(shard_VxD)
+        axes = self._embedding_axes
+        return jax.lax.all_gather(shard_VxD.astype(dtype), axes, axis=1, tiled=True) if axes else shard_VxD
+
+    def embed(self, shard_VxD: jax.Array, whole_VxD: jax.Array, tokens_BxT: jax.Array, dtype: Any) -> jax.Array:
+        """Rows of the embedding for tokens, (B, T, D) in `dtype`; gradients of equal tokens are summed in float32."""
+        own = self._own(tokens_BxT)
+        x_CxD = _embed(shard_VxD, whole_VxD, own, self._embedding_axes).astype(dtype)
+        return self._all(x_CxD).reshape(*tokens_BxT.shape, -1)
+
+    def mean_loss(self, shard_VxD: jax.Array, whole_VxD: jax.Array, hidden_BxTxD: jax.Array, targets_BxT: jax.Array):
+        """This device's share of the mean cross-entropy over the tokens of all devices: shares add up to it. float32."""
+        hidden_CxD = self._own_features(hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1]))
+        mean = _mean_loss(shard_VxD, whole_VxD, hidden_CxD[None], self._own(targets_BxT)[None], self._embedding_axes)
+        return mean / self.mesh.n_devices
+
+    def token_losses(self, whole_VxD: jax.Array, hidden_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+        """-log p of each target that this device has, (B, T) float32."""
+        hidden_CxD = self._own_features(hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1]))
+        losses_C = loss.token_losses(hidden_CxD[None], whole_VxD, self._own(targets_BxT)[None])[0]
+        return self._all(losses_C).reshape(targets_BxT.shape)
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum of x over all devices."""
+        axes = tuple(axis for axis in AXES if self.mesh.sizes[axis] > 1)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def sum_gradients(self, grads: Any) -> Any:
+        """Gradients of this device's shards, summed over the devices that hold the same shard and saw other tokens."""
+
+        def summed(path, grad):
+            cut = {axis for axes in sharding.cuts(sharding.name_of(path), self.mesh, self.n_kv_heads) for axis in axes}
+            axes = tuple(a for a in ("data", "fsdp", "context") if self.mesh.sizes[a] > 1 and a not in cut)
+            return jax.lax.psum(grad, axes) if axes else grad
+
+        return jax.tree_util.tree_map_with_path(summed, grads)
+
+    @property
+    def _embedding_axes(self) -> tuple[str, ...]:
+        return sharding.cuts("embedding", self.mesh, self.n_kv_heads)[1]
+
+    # Devices of `tensor` hold the same tokens; embedding and loss are computed by each for its own share of them.
+
+    def _own(self, x_BxT: jax.Array) -> jax.Array:
+        flat = x_BxT.reshape(-1)
+        if self.mesh.tensor == 1:
+            return flat
+        share = flat.shape[0] // self.mesh.tensor
+        return jax.lax.dynamic_slice_in_dim(flat, jax.lax.axis_index("tensor") * share, share)
+
+    def _own_features(self, x_CxD: jax.Array) -> jax.Array:
+        return _scatter_tokens(x_CxD) if self.mesh.tensor > 1 else x_CxD
+
+    def _all(self, x_C: jax.Array) -> jax.Array:
+        return _gather_tokens(x_C) if self.mesh.tensor > 1 else x_C
+
+
+ALONE = Part()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(shard: jax.Array, axes: tuple[str, ...], dimension: int, dtype: str) -> jax.Array:
+    return jax.lax.all_gather(shard.astype(dtype), axes, axis=dimension, tiled=True)
+
+
+def _gather_forward(shard, axes, dimension, dtype):
+    return _gather(shard, axes, dimension, dtype), jnp.zeros((), shard.dtype)
+
+
+def _gather_backward(axes, dimension, dtype, like, cotangent):
+    return (reduce_scatter(cotangent, axes, dimension).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _embed(shard_VxD, whole_VxD, tokens_C, axes):
+    return whole_VxD[tokens_C]
+
+
+def _embed_forward(shard_VxD, whole_VxD, tokens_C, axes):
+    return whole_VxD[tokens_C], (tokens_C, jnp.zeros((whole_VxD.shape[0], 0), shard_VxD.dtype))
+
+
+def _embed_backward(axes, kept, d_x_CxD):
+    tokens_C, like_Vx0 = kept
+    d_x_CxD = d_x_CxD.astype(jnp.promote_types(d_x_CxD.dtype, jnp.float32))
+    d_whole_VxD = jnp.zeros((like_Vx0.shape[0], d_x_CxD.shape[1]), d_x_CxD.dtype).at[tokens_C].add(d_x_CxD)
+    return reduce_scatter(d_whole_VxD, axes, 1).astype(like_Vx0.dtype), None, None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _mean_loss(shard_VxD, whole_VxD, hidden_BxTxD, targets_BxT, axes):
+    return jnp.mean(loss.token_losses(hidden_BxTxD, whole_VxD, targets_BxT))
+
+
+def _mean_loss_forward(shard_VxD, whole_VxD, hidden_BxTxD, targets_BxT, axes):
+    mean, d_hidden_BxTxD, d_whole_VxD = loss.loss_and_gradients(hidden_BxTxD, whole_VxD, targets_BxT)
+    return mean, (d_hidden_BxTxD, reduce_scatter(d_whole_VxD, axes, 1).astype(shard_VxD.dtype))
+
+
+def _mean_loss_backward(axes, kept, cotangent):
+    d_hidden_BxTxD, d_shard_VxD = kept
+    d_shard_VxD, d_hidden_BxTxD = ((cotangent * x).astype(x.dtype) for x in (d_shard_VxD, d_hidden_BxTxD))
+    return d_shard_VxD, None, d_hidden_BxTxD, None
+
+
+_mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
+
+
+@jax.custom_vjp
+def _enter(x):
+    return x
+
+
+_enter.defvjp(lambda x: (x, None), lambda _, cotangent: (jax.lax.psum(cotangent, "tensor"),))
+
+
+@jax.custom_vjp
+def _leave(x):
+    return jax.lax.psum(x, "tensor")
+
+
+_leave.defvjp(lambda x: (_leave(x), None), lambda _, cotangent: (cotangent,))
+
+
+@jax.custom_vjp
+def _scatter_tokens(x_CxD):
+    share = x_CxD.shape[0] // jax.lax.axis_size("tensor")
+    return jax.lax.dynamic_slice_in_dim(x_CxD, jax.lax.axis_index("tensor") * share, share)
+
+
+_scatter_tokens.defvjp(lambda x: (_scatter_tokens(x), None), lambda _, cotangent: (_gather_tokens(cotangent),))
+
+
+@jax.custom_vjp
+def _gather_tokens(x_C):
+    return jax.lax.all_gather(x_C, "tensor", tiled=True)
+
+
+_gather_tokens.defvjp(lambda x: (_gather_tokens(x), None), lambda _, cotangent: (_scatter_tokens(cotangent),))
