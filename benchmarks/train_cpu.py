@@ -19,20 +19,20 @@ import sys
 from pathlib import Path
 
 OURS = """
-import functools, json, sys, time
-import jax, jax.numpy as jnp, numpy as np
-from gqa_jax import optimizer, train
+import json, sys, time
+import jax, numpy as np
+from gqa_jax import planner, program, sharding
 from gqa_jax.config import TrainConfig, default_config
 config = default_config()
 config.context_length, config.batch_tokens, config.steps = 1024, 2048, 1000
 config.model.update(n_layers=4, d_model=256, n_heads=4, n_kv_heads=4, head_dim=64, vocab_size=50304, dtype="float32")
 config.evaluation.tokens = 1024
-config = TrainConfig.from_dict(config.to_dict())
-tx = optimizer.adamw(config.optimizer, config.n_steps)
-state = jax.jit(functools.partial(train.init_state, config, tx))(jax.random.key(0))
-step = jax.jit(functools.partial(train.train_step, config, tx), donate_argnums=0)
+config = planner.resolve(TrainConfig.from_dict(config.to_dict()), "cpu", 1)
+mesh = sharding.make_mesh(config.mesh_shape)
+state, step = program.fresh_state(config, mesh), program.compile_step(config, mesh)
+rows = program.local_rows(config, mesh, 1)
 def batch(x):
-    return {"tokens": jnp.asarray(x[None, :, :-1], jnp.int32), "targets": jnp.asarray(x[None, :, 1:], jnp.int32)}
+    return program.place(config, mesh, {"tokens": x[:, :-1].astype(np.int32), "targets": x[:, 1:].astype(np.int32)}, rows, 1)
 rng = np.random.default_rng(0)
 def run():
     global state

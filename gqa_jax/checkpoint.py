@@ -1,22 +1,35 @@
 """Checkpoints of a run: state, step, clock and configuration in one, written in the background, whole or not at all.
 
 Orbax writes each checkpoint into a temporary folder and renames it when it is complete, so a kill during a save leaves the
-one before it. Against damage after that, every checkpoint carries a checksum of each array, computed on the device; a
+one before it. Against damage after that, every checkpoint carries a checksum of each array, computed on the devices; a
 checkpoint that can't be read or doesn't match is reported, moved to `damaged-checkpoints/`, and the one before it is used.
+
+Every process writes the shards that it holds into the one folder, which all share, and reads those that it needs, so another
+number of processes and another mesh can go on. Except for `Checkpoints.wait` all functions are for all processes together.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gqa_jax import distributed, run_folder
+from gqa_jax.config import ConfigError
 
 log = logging.getLogger(__name__)
+
+HASHED_BYTES = 1 << 28  # of a leaf that are on every device at once for `params_sha256`
 
 
 class Restored(NamedTuple):
@@ -39,15 +52,17 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # To close is to wait for the other processes, who don't come when only this one failed.
+        if kind is None or issubclass(kind, run_folder.ALIKE) or jax.process_count() == 1:
+            self._manager.close()
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Starts saving the state after `step` optimizer steps with JSON-serialisable metadata; returns before it is written.
 
-        An error of the save before it (a full disk, say) is raised here or in `wait`.
+        Nothing is done when this step is saved. An error of the save before it (a full disk, say) is raised here or in `wait`.
         """
-        metadata = metadata | {"checksums": {path: int(value) for path, value in jax.device_get(checksums(state)).items()}}
+        metadata = metadata | {"checksums": _fetch(checksums(state))}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         )
@@ -59,9 +74,12 @@ class Checkpoints:
 
     def newest_metadata(self) -> dict[str, Any] | None:
         """Metadata of the newest checkpoint whose metadata can be read, None when there is no checkpoint."""
+        return distributed.from_primary("metadata of checkpoints", self._newest_metadata)
+
+    def _newest_metadata(self) -> dict[str, Any] | None:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+                return _read_metadata(self._folder / str(step))
             except Exception as error:  # orbax has no single class for unreadable files
                 log.warning("checkpoint %s: metadata can't be read (%s)", self._folder / str(step), _first_line(error))
         return None
@@ -71,54 +89,162 @@ class Checkpoints:
 
         None when there is none. Damaged ones are logged and moved aside, never deleted.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), metadata=ocp.args.JsonRestore()),
-                )
-                state, metadata = restored.state, restored.metadata
-                saved = metadata["checksums"]
-                found = {path: int(value) for path, value in jax.device_get(checksums(state)).items()}
-                wrong = [path for path in found if saved.get(path) != found[path]]
-                if not wrong:
-                    return Restored(step, state, metadata)
-                reason = f"checksum of {wrong[0]} differs"
-            except Exception as error:  # orbax has no single class for unreadable files
-                reason = _first_line(error)
-            self._set_aside(step, reason)
+        for step in distributed.from_primary("checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True)):
+            folder = self._folder / str(step)
+            state, metadata, damage = _read(
+                folder,
+                lambda folder=folder: ocp.StandardCheckpointHandler().restore(
+                    folder / "state", args=ocp.args.StandardRestore(abstract_state)
+                ),
+            )
+            if damage is None:
+                return Restored(step, state, metadata)
+            self._set_aside(step, damage)
         return None
 
     def _set_aside(self, step: int, reason: str) -> None:
-        folder = self._folder / str(step)
         aside = self._folder.parent / "damaged-checkpoints" / f"{step}-{time.time_ns()}"
-        aside.parent.mkdir(exist_ok=True)
-        folder.rename(aside)
+
+        def move() -> None:
+            aside.parent.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(aside)
+            log.warning("checkpoint of step %d is damaged (%s): moved to %s, using the one before it", step, reason, aside)
+
+        distributed.from_primary(f"moving the damaged checkpoint of step {step} away", move)
         self._manager.reload()
-        log.warning("checkpoint of step %d is damaged (%s): moved to %s, using the one before it", step, reason, aside)
 
 
-@jax.jit
-def _leaf_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_checksum(leaf) for leaf in leaves]
+def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
+    """The newest undamaged checkpoint of another run, which is left as it is; of its state only the parameters.
+
+    Arrays are placed as the ShapeDtypeStructs of `abstract_params`. Raises ConfigError when no checkpoint can be used, or its
+    parameters have other shapes.
+    """
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    wanted = {"params": abstract_params}
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    restore = ocp.PyTreeCheckpointHandler().restore
+    shapes = _shapes(abstract_params)
+    steps = distributed.from_primary("checkpoints of continue_from", lambda: _finished_steps(folder))
+    problems = []
+    for step in sorted(steps, reverse=True):
+        at = folder / str(step)
+        there, damage = distributed.from_primary(f"shapes in {at}", functools.partial(_saved_shapes, at))
+        if damage is None and there != shapes:
+            path = next(path for path in [*shapes, *there] if shapes.get(path) != there.get(path))
+            raise ConfigError(
+                f"continue_from: {at} is of another model: {path} is {there.get(path, 'not there')}, here "
+                f"{shapes.get(path, 'not there')}: give the `model` fields of that run"
+            )
+        if damage is None:
+            params, metadata, damage = _read(at, lambda at=at: restore(at / "state", args=arguments)["params"], ".params")
+            if damage is None:
+                return Restored(step, params, metadata)
+        problems.append(f"that of step {step} is damaged ({damage})")
+        log.warning("continue_from: %s is damaged (%s)", at, damage)
+    raise ConfigError(f"continue_from: {folder} has no checkpoint to start from: {'; '.join(problems) or 'there is none'}")
+
+
+def _finished_steps(folder: epath.Path) -> list[int]:
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
+def _saved_shapes(folder: epath.Path) -> tuple[dict[str, str] | None, str | None]:
+    """`_shapes` of the parameters of a checkpoint; or what is wrong with it."""
+    try:
+        return _shapes(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree["params"]), None
+    except Exception as error:  # orbax has no single class for unreadable files
+        return None, _first_line(error)
+
+
+def _shapes(params: Any) -> dict[str, str]:
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _by_path(params).items()}
+
+
+def _read(folder: epath.Path, restore: Callable[[], Any], prefix: str = "") -> tuple[Any, dict[str, Any] | None, str | None]:
+    """State and metadata of a checkpoint, and on all processes alike what is wrong with it (None: nothing).
+
+    `restore` reads the state, or the part of it that lies below the path `prefix`.
+    """
+    state = metadata = damage = None
+    try:  # not by the manager, which makes processes that could read wait for those that couldn't
+        metadata = _read_metadata(folder)
+        saved = metadata["checksums"]
+        state = restore()
+    except jax.errors.JaxRuntimeError:  # of the devices, not of the files
+        raise
+    except Exception as error:  # orbax has no single class for unreadable files
+        damage = _first_line(error)
+    if damages := distributed.gather(f"reading {folder.name}", damage):
+        return None, None, next(iter(damages.values()))
+    found = _fetch(checksums(state))
+    wrong = [path for path in found if saved.get(prefix + path) != found[path]]
+    return state, metadata, f"checksum of {wrong[0]} differs" if wrong else None
+
+
+def _read_metadata(folder: epath.Path) -> dict[str, Any]:
+    return ocp.JsonCheckpointHandler().restore(folder / "metadata")
 
 
 def checksums(state: Any) -> dict[str, jax.Array]:
-    """A uint32 for every array of `state`, by its path.
+    """A uint32 for every array of `state`, by its path, whole on every device.
 
     Sum of each element's bits times an odd number that depends on its position, modulo 2^32: integer arithmetic, so
     the same however the array is sharded, and no single changed element goes unseen.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return dict(
-        zip([jax.tree_util.keystr(path) for path, _ in leaves], _leaf_checksums([leaf for _, leaf in leaves]), strict=True)
-    )
+    leaves = _by_path(state)
+    return dict(zip(leaves, _sums(_replicated(list(leaves.values())))(list(leaves.values())), strict=True))
+
+
+def params_sha256(params: dict) -> str:
+    """SHA-256 over every parameter's path, dtype, shape and bytes, in the order of the paths; on any mesh the same."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(_by_path(params).items()):
+        digest.update(f"{path}|{leaf.dtype}|{leaf.shape}|".encode())
+        for part in _parts(leaf):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+def _parts(leaf: jax.Array) -> Iterator[np.ndarray]:
+    """The array in pieces along its first axis, on this host; never more than one piece on any device."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        yield np.asarray(leaf)
+        return
+    take = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=_replicated([leaf]))
+    rows = max(1, HASHED_BYTES * leaf.shape[0] // leaf.nbytes)
+    for start in range(0, leaf.shape[0], rows):
+        yield np.asarray(take(leaf, start, min(rows, leaf.shape[0] - start)))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _replicated(leaves: list[jax.Array]) -> NamedSharding | None:
+    """Whole on every device that the leaves are on; None leaves it to jax, for arrays outside of a mesh."""
+    sharding = leaves[0].sharding
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+
+
+@functools.lru_cache(maxsize=4)
+def _sums(sharding: NamedSharding | None) -> Any:
+    return jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves], out_shardings=sharding)
 
 
 def _checksum(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    position = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+    # Of the whole array, by axis: an iota over all elements at once, reshaped, would not be cut as x is.
+    strides = [int(np.prod(x.shape[axis + 1 :])) for axis in range(x.ndim)]
+    axes = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(strides[axis] % 2**32) for axis in range(x.ndim)]
+    position = functools.reduce(jnp.add, axes, jnp.zeros(x.shape, jnp.uint32))
     return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _fetch(values: dict[str, jax.Array]) -> dict[str, int]:
+    return {path: int(value) for path, value in jax.device_get(values).items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -74,6 +74,12 @@ class ModelConfig:
             _check_choice(f"model.{name}", getattr(self, name), allowed)
 
 
+# What the arrays of a model depend on. Not here: rope_theta, which a phase at a longer context may raise.
+_PARAMETER_FIELDS = (
+    "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "param_dtype",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which tokens are trained on, and how they are cut."""
@@ -170,7 +176,7 @@ class TrainConfig:
     tokens_per_param: float | None = None  # of parameters without embeddings
     steps: int | None = None
     seed: int = 0
-    continue_from: str | None = None  # run folder whose last parameters this one starts from, with fresh moments
+    continue_from: str | None = None  # run folder whose last parameters this starts from; relative to this run's own: "../NAME"
     label: str = ""  # name of the size, for tables
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -191,6 +197,7 @@ class TrainConfig:
         (name, value), *_ = given.items()
         _require(value > 0, f"{name} = {value}: must be above 0")
         _require(self.seed >= 0, f"seed = {self.seed}: must be at least 0")
+        _require(self.continue_from != "", "continue_from = '': must be a run folder, or None to start from scratch")
         _require(
             self.batch_tokens % self.context_length == 0,
             f"batch_tokens = {self.batch_tokens} is not a multiple of context_length = {self.context_length}: "
@@ -266,14 +273,33 @@ class TrainConfig:
         """The checked configuration. Raises ConfigError on an unknown key (naming the closest) or a bad value."""
         return _from_dict(cls, values, "")
 
-    def identity(self, data_fingerprint: str) -> dict[str, Any]:
+    def check_source(self, source: TrainConfig) -> None:
+        """Raises ConfigError unless this run can start from the parameters of `source`, naming the fields that differ."""
+        ours, theirs = ({name: getattr(c.model, name) for name in _PARAMETER_FIELDS} for c in (self, source))
+        lines = differing_fields(ours, theirs, "model.")
+        _require(
+            not lines, f"continue_from = {self.continue_from!r} has other parameters: {'; '.join(lines)}. Use the same model"
+        )
+
+    def identity(self, data_fingerprint: str, continues: str | None = None) -> dict[str, Any]:
         """The fields that change the mathematics of the result, budget resolved: what names a cell and guards a resume.
 
         Not in it: where tokens lie (their fingerprint is), devices and how they share, kernels, rematerialisation,
         accumulation, logging, checkpoints. What was added to the configuration since the first version is in it only where it
         is used, so that results keep their names.
+
+        Args:
+          continues: `hash_identity` of the identity of the run that this one continues, which stands in it for the path.
+        Raises:
+          ConfigError: this run continues another, and `continues` is not given, or the other way round.
         """
         values = self.to_dict()
+        if self.continue_from is None:
+            _require(continues is None, f"this run starts from scratch, not from {continues}: set continue_from to its folder")
+            del values["continue_from"]
+        else:
+            _require(continues is not None, f"continue_from = {self.continue_from!r}: the identity of that run is not known")
+            values["continue_from"] = continues
         execution = ("accumulation_steps", "mesh", "context_attention")
         for name in ("checkpoint", "logging", "label", "tokens", "tokens_per_param", *execution):
             del values[name]

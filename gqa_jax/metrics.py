@@ -151,6 +151,22 @@ class Metrics:
                 log.warning("closing a metrics writer failed: %s", error)
 
 
+class NoMetrics(Metrics):
+    """Of the processes beside the primary, which write nothing."""
+
+    def __init__(self):
+        pass
+
+    def write(self, *_: object, **__: object) -> None:
+        pass
+
+    def heartbeat(self, *_: object, **__: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _TensorBoard:
     def __init__(self, writer):
         self._writer = writer

@@ -32,7 +32,7 @@ WEIGHTS = "weights"  # name of gathered weights for rematerialisation policies: 
 class Part:
     """A device's part in a mesh, within `jax.shard_map` over all its axes; the default is a device alone, anywhere."""
 
-    mesh: MeshShape = MeshShape()
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     n_kv_heads: int = 1
     context_attention: str = "gather"
 

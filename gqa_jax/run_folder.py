@@ -29,6 +29,7 @@ from gqa_jax.config import ConfigError, TrainConfig, differing_fields
 from gqa_jax.metrics import write_json
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED = 0, 1, 2, 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved; start me again
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gqa-jax")
 
@@ -39,6 +40,22 @@ class Diverged(Exception):
     def __init__(self, step: int, what: str, value: float):
         super().__init__(f"{what} is {value} at step {step}: try a lower optimizer.learning_rate or a longer warm-up")
         self.step = step
+
+
+class Preempted(Exception):
+    """The run was asked to end, and did so after saving."""
+
+    def __init__(self, step: int):
+        super().__init__(f"asked to end (SIGTERM): saved after step {step}; the same command goes on from there")
+        self.step = step
+
+
+class ProcessFailed(Exception):
+    """Another process of the run failed; the message says which and why (gqa_jax.distributed)."""
+
+
+#: Ends that all processes of a run come to at the same place, so that none waits for another.
+ALIKE = (ConfigError, Diverged, Preempted, ProcessFailed)
 
 
 @contextlib.contextmanager
@@ -72,7 +89,7 @@ def record_config(workdir: Path, config: TrainConfig) -> None:
         theirs = TrainConfig.from_dict(json.loads(path.read_text()))
     except ValueError as error:
         raise ConfigError(f"{path} can't be read ({error}): move it away, or use another --workdir") from None
-    refuse_other_identity(workdir, config.identity(""), theirs.identity(""))
+    refuse_other_identity(workdir, *(c.identity("", c.continue_from) for c in (config, theirs)))
 
 
 def refuse_other_identity(workdir: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -90,14 +107,14 @@ def next_attempt(workdir: Path) -> int:
 
 
 def record_exit(workdir: Path, code: int, kind: str, reason: str, attempt: int | None) -> None:
-    """Writes exit.json: exit code, class (config, diverged, out_of_memory, disk_full, error) and one sentence."""
+    """Writes exit.json: exit code, class (as `classify`) and one sentence."""
     values = {"code": code, "class": kind, "reason": reason, "attempt": attempt, "time": time.time()}
     with contextlib.suppress(OSError):  # on a full disk the exit code and the log have to do
         write_json(workdir / "exit.json", values)
 
 
 def classify(error: BaseException) -> tuple[str, str]:
-    """Class (config, out_of_memory, disk_full, diverged, error) and one sentence for an error that ended a run."""
+    """Class (config, out_of_memory, disk_full, diverged, preempted, error) and one sentence for an error that ended a run."""
     text = str(error).strip() or type(error).__name__
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -112,6 +129,10 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "config", text
     if isinstance(error, Diverged):
         return "diverged", text
+    if isinstance(error, Preempted):
+        return "preempted", text
+    if isinstance(error, ProcessFailed):
+        return "error", text
     return "error", f"{type(error).__name__}: {text.splitlines()[0]}"
 
 

@@ -44,8 +44,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
         devices = jax.devices()
         if shape.n_devices > len(devices) or (shape.n_devices < len(devices) and jax.process_count() > 1):
             raise ConfigError(
-                f"mesh {str(shape)!r} takes {shape.n_devices} devices, and there are {len(devices)} ({devices[0].device_kind}): "
-                f"use axes whose product is {len(devices)}"
+                f"mesh {str(shape)!r} takes {shape.n_devices} devices, and there are {len(devices)} "
+                f"({devices[0].device_kind}): use axes whose product is {len(devices)}"
             )
         devices = devices[: shape.n_devices]
     sizes = tuple(shape.sizes.values())

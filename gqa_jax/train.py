@@ -1,146 +1,130 @@
 """Trains one model: `python -m gqa_jax.train --config=configs/train/tiny.py --workdir=DIR [--config.KEY=VALUE ...]`.
 
-The same command resumes a run that was interrupted, bit for bit: batches are a function of (seed, step), and everything
-else that a step needs is in the checkpoint. Exit codes: 0 done, 2 bad configuration or input, 3 diverged, 1 anything else.
+The same command resumes a run that was interrupted, bit for bit on the same mesh: batches are a function of (seed, step), and
+everything else that a step needs is in the checkpoint. Exit codes: 0 done, 2 bad configuration or input, 3 diverged, 75 saved
+and asked to end (SIGTERM), 1 anything else.
+
+On several hosts it is the same command on each, with one folder that all of them see. Slurm and Cloud TPU are found; elsewhere
+each process gets --coordinator=HOST:PORT --processes=N --process=I (gqa_jax/distributed.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import json
 import logging
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
 from ml_collections import config_flags
 
-from gqa_jax import attention, costs, devices, evaluation, loss, model, optimizer, results, run_folder, sharding
-from gqa_jax.checkpoint import Checkpoints
+from gqa_jax import (
+    attention,
+    costs,
+    devices,
+    distributed,
+    evaluation,
+    optimizer,
+    planner,
+    program,
+    results,
+    run_folder,
+    sharding,
+)
+from gqa_jax.checkpoint import Checkpoints, params_sha256, restore_params
 from gqa_jax.config import ConfigError, TrainConfig, hash_identity
 from gqa_jax.data import reader, store
-from gqa_jax.metrics import Metrics, write_json
-from gqa_jax.run_folder import Diverged
+from gqa_jax.metrics import Metrics, NoMetrics, write_json
+from gqa_jax.program import TrainState
+from gqa_jax.run_folder import Diverged, Preempted
 
 log = logging.getLogger("gqa_jax.train")
 
 PROFILE_STEPS = 5
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes."""
-
-    step: jax.Array  # int32 scalar: optimizer steps done
-    params: dict[str, Any]  # as model.init_params
-    opt_state: optax.OptState
-
-
-def init_state(config: TrainConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """State before the first step; a pure function of the configuration and the key."""
-    params = model.init_params(config.model, key)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
-
-
-def train_step(
-    config: TrainConfig, tx: optax.GradientTransformation, state: TrainState, batch: dict[str, jax.Array]
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on `tokens` and `targets` (A, B, T): the mean gradient over A micro-batches of B sequences.
-
-    Returns the new state and the float32 scalars `loss` (nats per token, before the update) and `grad_norm` (before clipping).
-    """
-
-    def micro_loss(params, micro):
-        transformer = model.with_params(config.model, params)
-        return loss.mean_loss(transformer.hidden(micro["tokens"]), params["embedding"], micro["targets"])
-
-    def accumulate(carry, micro):
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(micro_loss)(state.params, micro)), None
-
-    if config.accumulation_steps == 1:
-        mean_loss, grads = jax.value_and_grad(micro_loss)(state.params, jax.tree.map(lambda x: x[0], batch))
-    else:
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-        total, _ = jax.lax.scan(accumulate, zero, batch)
-        mean_loss, grads = jax.tree.map(lambda x: x / config.accumulation_steps, total)
-    with jax.named_scope("optimizer"):
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), {"loss": mean_loss, "grad_norm": optax.tree.norm(grads)}
-
-
-def token_losses(config: TrainConfig, params: dict, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p of every target, (B, T) float32 nats."""
-    return loss.token_losses(model.with_params(config.model, params).hidden(tokens), params["embedding"], targets)
-
-
-def params_sha256(params: dict) -> str:
-    """SHA-256 over every parameter's path, dtype, shape and bytes, in the order of the paths."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)):
-        array = np.asarray(leaf)
-        digest.update(f"{path}|{array.dtype}|{array.shape}|".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def train_and_evaluate(config: TrainConfig, workdir: Path, *, profile: bool = False) -> dict[str, Any]:
-    """Runs (or resumes) a training run in `workdir` and returns what result.json holds.
+def train_and_evaluate(
+    config: TrainConfig, workdir: Path, *, profile: bool = False, heartbeat_seconds: int = distributed.HEARTBEAT_SECONDS
+) -> dict[str, Any]:
+    """Runs (or resumes) a training run in `workdir` and returns what result.json holds. To be called by all processes.
 
     Raises:
-      ConfigError: a configuration or token store that can't be used, before anything is trained.
+      ConfigError: a configuration, token store or device that can't be used, before anything is trained.
       Diverged: after result.json was written with status "diverged".
+      Preempted: asked to end by SIGTERM, after saving.
     """
     started = time.time()
-    with run_folder.claim(workdir):
-        run_folder.record_config(workdir, config)
-        attempt = run_folder.next_attempt(workdir)
+    attempt = None
+
+    def record(kind: str, reason: str, code: int = run_folder.EXIT_FAILED) -> None:
+        if distributed.is_primary():
+            run_folder.record_exit(workdir, code, kind, reason, attempt)
+
+    with distributed.ends_together(record, heartbeat_seconds), _claimed(workdir):
+        distributed.shared_folder(workdir)
+        distributed.from_primary("config.json", lambda: run_folder.record_config(workdir, config))
+        attempt = distributed.from_primary("attempt", lambda: run_folder.next_attempt(workdir))
         try:
+            config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()))
+            mesh = sharding.make_mesh(config.mesh_shape)
             attention_of(config)  # one that can't run fails here, before anything is opened
             log.info("data: opening %s", config.data.store)
             fingerprint, train_batches, eval_batches = _open_data(config)
-            identity = config.identity(fingerprint)
-            if (result := _finished(workdir, identity)) is not None:
+            source = _source(config, workdir, fingerprint)
+            identity = config.identity(fingerprint, source and source["identity"])
+            if (result := distributed.from_primary("result.json", lambda: _finished(workdir, identity))) is not None:
                 log.info("result.json is there: nothing to do")
                 return result
-            (workdir / "exit.json").unlink(missing_ok=True)
             with (
-                contextlib.closing(Metrics(workdir, attempt, config)) as metrics,
+                contextlib.closing(Metrics(workdir, attempt, config) if distributed.is_primary() else NoMetrics()) as metrics,
                 Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+                distributed.Preemption() as preemption,
             ):
-                run = _Run(config, workdir, identity, fingerprint, attempt, metrics, checkpoints, started)
+                run = _Run(
+                    config, mesh, workdir, identity, fingerprint, source, attempt, metrics, checkpoints, preemption, started
+                )
                 return run(train_batches, eval_batches, profile)
         except Exception as error:
-            kind, reason = run_folder.classify(error)
-            run_folder.record_exit(workdir, exit_code(error), kind, reason, attempt)
+            record(*run_folder.classify(error), exit_code(error))
             raise
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Path) -> Iterator[None]:
+    """Holds the folder, made by the primary, for the run."""
+    with contextlib.ExitStack() as stack:
+        with distributed.agree("--workdir"):
+            if distributed.is_primary():
+                stack.enter_context(run_folder.claim(workdir))
+        yield
 
 
 def attention_of(config: TrainConfig) -> str:
     """The implementation of attention that this run trains with here. Raises ConfigError when the one asked for can't."""
-    model = config.model
+    model, mesh = config.model, config.mesh_shape
     try:
-        case = attention.Case.planned(
-            batch=config.batch_size // config.accumulation_steps,
-            length=config.context_length,
-            n_heads=model.n_heads,
-            n_kv_heads=model.n_kv_heads,
+        case = attention.planned_case(
+            batch=config.micro_batch // mesh.sequences,
+            length=config.context_length // mesh.context,
+            n_heads=model.n_heads // mesh.tensor,
+            n_kv_heads=max(1, model.n_kv_heads // mesh.tensor),
             head_dim=model.head_dim,
             dtype=model.dtype,
+            size=mesh.context,
+            method=config.context_attention,
+            segments=config.data.document_mask,
         )
         return attention.resolve(model.attention, case)
     except ValueError as error:
@@ -149,17 +133,60 @@ def attention_of(config: TrainConfig) -> str:
 
 def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBatches]:
     """Fingerprint and batches of the token store. Raises ConfigError when it can't be read or is too small for the run."""
-    try:
-        tokens = store.open_store(config.data.store)
-        return tokens.fingerprint, *reader.check(config, tokens)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    with distributed.agree("data"):
+        try:
+            tokens = store.open_store(config.data.store)
+            opened = tokens.fingerprint, *reader.check(config, tokens)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    expected = distributed.from_primary("fingerprint of the data", lambda: tokens.fingerprint)
+    with distributed.agree("data"):
+        if tokens.fingerprint != expected:
+            raise ConfigError(
+                f"the token store {tokens.path} has the fingerprint {tokens.fingerprint[:12]} and that of process 0 "
+                f"{expected[:12]}: copy that one here"
+            )
+    return opened
+
+
+def _source(config: TrainConfig, workdir: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The result of the run that this one continues, None when it continues none.
+
+    Raises ConfigError unless that run is done, of the same parameters and data.
+    """
+    if config.continue_from is None:
+        return None
+    folder, name = workdir / config.continue_from, f"continue_from = {config.continue_from!r}"
+
+    def read() -> dict[str, Any]:
+        if not (folder / "result.json").exists():
+            raise ConfigError(f"{name}: {folder} has no result.json: let that run end first, or name another")
+        try:
+            result = results.read_result(folder / "result.json")
+            source = TrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{name}: {error}") from error
+        if result["status"] != "done":
+            raise ConfigError(f"{name}: that run {result['status']} at step {result['step']}")
+        config.check_source(source)
+        if result["data_fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"{name} was trained on other data: data.fingerprint: {fingerprint[:12]} here, "
+                f"{result['data_fingerprint'][:12]} there. Use the same token store"
+            )
+        return result
+
+    return distributed.from_primary("continue_from", read)
 
 
 def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of this very run when it is over. Raises ConfigError for a broken one, or one of another run."""
+    """The result of this very run when it is over, else None, and no exit record of an attempt before.
+
+    Raises ConfigError for a broken result, or one of another run.
+    """
     path = workdir / "result.json"
     if not path.exists():
+        (workdir / "exit.json").unlink(missing_ok=True)
         return None
     try:
         result = results.read_result(path)
@@ -174,68 +201,66 @@ def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 class _Run:
     """One attempt, from compilation to result.json."""
 
-    config: TrainConfig
+    config: TrainConfig  # resolved
+    mesh: jax.sharding.Mesh
     workdir: Path
     identity: dict[str, Any]
     data_fingerprint: str
+    source: dict[str, Any] | None  # result of the run that this one continues
     attempt: int
     metrics: Metrics
     checkpoints: Checkpoints
+    preemption: distributed.Preemption
     started: float
 
     def __call__(self, train_batches: reader.Batches, eval_batches: reader.EvalBatches, profile: bool) -> dict[str, Any]:
         config = self.config
         self._announce("devices", 0)
-        mesh = sharding.make_mesh()
+        mesh = self.mesh
         self.device = mesh.devices.flat[0].device_kind
-        self.environment = run_folder.environment(self.device, mesh.size)
-        write_json(self.workdir / "environment.json", self.environment)
-        if len(jax.devices()) > mesh.size:
-            log.info("%d of %d devices are used", mesh.size, len(jax.devices()))
+        self.environment = run_folder.environment(self.device, mesh.size) | {
+            "n_processes": jax.process_count(),
+            "mesh": config.mesh,
+            "remat": config.model.remat,
+            "accumulation_steps": config.accumulation_steps,
+            "context_attention": config.context_attention if config.mesh_shape.context > 1 else None,
+        }
+        if distributed.is_primary():
+            write_json(self.workdir / "environment.json", self.environment)
+        log.info("mesh %s of %d %s devices (%d there)", config.mesh, mesh.size, self.device, len(jax.devices()))
 
         self._announce("restore", 0)
-        tx = optimizer.adamw(config.optimizer, config.n_steps)
-        init = partial(init_state, config, tx)
-        key = jax.random.key(config.seed)
-        everywhere = sharding.replicated(mesh)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init, key)
-        )
+        abstract = program.abstract_state(config, mesh)
         if (newest := self.checkpoints.newest_metadata()) is not None:
             run_folder.refuse_other_identity(self.workdir, self.identity, newest["identity"])
         restored = self.checkpoints.restore_newest(abstract)
         if restored is None:
-            # Drawing the weights takes a moment, compiling the draws well took seconds on CPU.
-            options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-            state, self.seconds_train = jax.jit(init, out_shardings=everywhere, compiler_options=options)(key), 0.0
-            first_step = 0
+            state, self.seconds_train, first_step = self._first_state(abstract), 0.0, 0
         else:
             state, self.seconds_train = restored.state, restored.metadata["seconds_train"]
             first_step = restored.step
             log.info("resuming after step %d of %d", first_step, config.n_steps)
 
         self._announce("compile", first_step)
-        per_batch = sharding.by_sequence(mesh)
-        shape = (config.accumulation_steps, config.batch_size // config.accumulation_steps, config.context_length)
-        abstract_batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=per_batch) for name in ("tokens", "targets")}
-        step_fn = (
-            jax.jit(partial(train_step, config, tx), donate_argnums=0, out_shardings=(everywhere, everywhere))
-            .lower(abstract, abstract_batch)
-            .compile()
-        )
-        losses_fn = jax.jit(partial(token_losses, config))
-
-        def evaluate(params: dict) -> evaluation.Evaluation:
-            return evaluation.evaluate(
-                partial(losses_fn, params), eval_batches, eval_batches.document_ids, eval_batches.bytes_of_text
-            )
+        step_fn = program.compile_step(config, mesh)
+        _check_memory(config, mesh, step_fn)
+        losses_fn = program.evaluation_losses(config, mesh)
+        rows = program.local_rows(config, mesh, config.accumulation_steps)
+        every_row, in_order = np.arange(config.micro_batch), np.argsort(program.order(config))
 
         def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-            return {name: jax.device_put(x.reshape(shape), per_batch) for name, x in batch.items()}
+            return program.place(config, mesh, batch, rows, config.accumulation_steps)
+
+        def evaluate(params: dict) -> evaluation.Evaluation:
+            def token_losses(batch: dict[str, np.ndarray]) -> np.ndarray:
+                inputs = {name: batch[name] for name in program.abstract_batch(config, mesh)}
+                return np.asarray(losses_fn(params, program.place(config, mesh, inputs, every_row, 1)))[:, in_order]
+
+            return evaluation.evaluate(token_losses, eval_batches, eval_batches.document_ids, eval_batches.bytes_of_text)
 
         self._announce("train", first_step)
         try:
-            state = self._loop(step_fn, state, first_step, train_batches, place, evaluate, profile)
+            state = self._loop(step_fn, state, first_step, train_batches.for_rows(rows), place, evaluate, profile)
             self._announce("checkpoint", config.n_steps)
             self.checkpoints.wait()
             self._announce("evaluate", config.n_steps)
@@ -245,6 +270,22 @@ class _Run:
             self._write_result("diverged", error.step, None, None, None)
             raise
         return self._write_result("done", config.n_steps, final, self.train_loss, params_sha256(state.params))
+
+    def _first_state(self, abstract: TrainState) -> TrainState:
+        """The state before step 1: drawn, or with the last parameters of the run that this one continues."""
+        config = self.config
+        state = program.fresh_state(config, self.mesh)
+        if self.source is None:
+            return state
+        folder = self.workdir / config.continue_from
+        restored = restore_params(folder, abstract.params)
+        if (restored.step, hash_identity(restored.metadata["identity"])) != (self.source["step"], self.source["identity"]):
+            raise ConfigError(
+                f"continue_from = {config.continue_from!r}: the newest checkpoint that can be used there is of step "
+                f"{restored.step}, not the last ({self.source['step']}): run that one again in a new folder"
+            )
+        log.info("starting from the parameters of %s", folder)
+        return dataclasses.replace(state, params=restored.state)
 
     def _loop(
         self,
@@ -276,7 +317,8 @@ class _Run:
                 jax.profiler.stop_trace()
                 log.info("profile of steps %d to %d: %s", profile_at.start, step, self.workdir / "profile")
 
-            saves = step % config.checkpoint.every_steps == 0 or step == config.n_steps
+            preempted = self.preemption.reached(step) and step < config.n_steps
+            saves = step % config.checkpoint.every_steps == 0 or step == config.n_steps or preempted
             evaluates = config.evaluation.every_steps and step % config.evaluation.every_steps == 0 and step < config.n_steps
             if step % config.logging.every_steps == 0 or saves or evaluates:
                 self._flush(pending, schedule)
@@ -289,6 +331,10 @@ class _Run:
                     state,
                     {"identity": self.identity, "config": config.to_dict(), "seconds_train": self.seconds_train},
                 )
+            if preempted:
+                self._announce("checkpoint", step)
+                self.checkpoints.wait()
+                raise Preempted(step)
         return state
 
     def _flush(self, pending: list[tuple[int, dict[str, jax.Array]]], schedule: optax.Schedule) -> None:
@@ -382,18 +428,46 @@ class _Run:
             "identity": hash_identity(self.identity),
             "attempts": self.attempt + 1,
         } | self.environment
-        write_json(self.workdir / "result.json", result)
+        if distributed.is_primary():
+            write_json(self.workdir / "result.json", result)
         self.metrics.heartbeat(status, step, force=True)
         return result
 
 
-def _check_store(config: TrainConfig, tokens: store.TokenStore) -> None:
-    needed = tokens.header["vocab_size"]
-    if needed > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of the token store "
-            f"{config.data.store} ({needed}, tokenizer {tokens.header['tokenizer']['name']}): use {-(-needed // 64) * 64}"
+def _check_memory(config: TrainConfig, mesh: jax.sharding.Mesh, step_fn: jax.stages.Compiled) -> None:
+    """Raises ConfigError, on all processes, when a step needs more memory than the devices give, saying what would fit."""
+    with distributed.agree("memory"):
+        device = mesh.local_devices[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        memory = step_fn.memory_analysis()
+        if limit is None or memory is None:
+            return
+        used = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         )
+        if used <= limit:
+            return
+        raise ConfigError(
+            f"a step needs {used / 2**30:.2f} GiB of each {device.device_kind}, which gives {limit / 2**30:.2f}: "
+            + _what_fits(config, device.device_kind, mesh.size)
+        )
+
+
+def _what_fits(config: TrainConfig, device_kind: str, n_devices: int) -> str:
+    """How the run would be carried out in less memory, by the planner's estimate."""
+    chip = devices.chip_of(device_kind)
+    if chip is None:
+        return "raise accumulation_steps, set model.remat to full, or use a mesh of more devices"
+    model = dataclasses.replace(config.model, remat=None)
+    anyhow = dataclasses.replace(config, mesh=None, accumulation_steps=None, context_attention=None, model=model)
+    tried = planner.Execution.of(config)
+    for estimate in planner.choose(anyhow, chip, n_devices):
+        if estimate.fits and (other := estimate.execution) != tried:
+            return (
+                f"mesh={other.mesh}, model.remat={other.remat}, accumulation_steps={other.accumulation_steps}, "
+                f"context_attention={other.context_attention} should fit"
+            )
+    return f"nothing else fits on {n_devices} of them: use more"
 
 
 def exit_code(error: BaseException) -> int:
@@ -401,6 +475,8 @@ def exit_code(error: BaseException) -> int:
     match error:
         case Diverged():
             return run_folder.EXIT_DIVERGED
+        case Preempted():
+            return run_folder.EXIT_PREEMPTED
         case ConfigError():
             return run_folder.EXIT_BAD_INPUT
     return run_folder.EXIT_FAILED
@@ -411,6 +487,19 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if it i
 _PROFILE = flags.DEFINE_bool(
     "profile", False, f"Trace {PROFILE_STEPS} steps into WORKDIR/profile, for TensorBoard or Perfetto."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    distributed.MODES,
+    "Whether this is one of several processes: auto looks for Slurm and Cloud TPU in the environment, on asks JAX.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster says it.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this one, from 0, with --coordinator.")
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+    "heartbeat_seconds", distributed.HEARTBEAT_SECONDS, "Without a sign of life of a process for so long, the others end."
+)
+_START_SECONDS = flags.DEFINE_integer("start_seconds", distributed.START_SECONDS, "Time for all processes to come.")
 
 
 def main(argv: list[str]) -> int:
@@ -420,8 +509,19 @@ def main(argv: list[str]) -> int:
     try:
         config = _parse(argv)
         compilation_cache()
-        result = train_and_evaluate(config, Path(_WORKDIR.value), profile=_PROFILE.value)
-    except (ConfigError, Diverged) as error:
+        distributed.initialize(
+            _DISTRIBUTED.value,
+            coordinator=_COORDINATOR.value,
+            processes=_PROCESSES.value,
+            process=_PROCESS.value,
+            heartbeat_seconds=_HEARTBEAT_SECONDS.value,
+            start_seconds=_START_SECONDS.value,
+        )
+        distributed.same_config(config, workdir=_WORKDIR.value)
+        result = train_and_evaluate(
+            config, Path(_WORKDIR.value), profile=_PROFILE.value, heartbeat_seconds=_HEARTBEAT_SECONDS.value
+        )
+    except run_folder.ALIKE as error:
         print(f"gqa_jax.train: {error}", file=sys.stderr)
         return exit_code(error)
     except Exception as error:
@@ -430,7 +530,8 @@ def main(argv: list[str]) -> int:
             log.exception("the run failed")
         print(f"gqa_jax.train: {reason}", file=sys.stderr)
         return exit_code(error)
-    print(_summary(result, _WORKDIR.value))
+    if distributed.is_primary():
+        print(_summary(result, _WORKDIR.value))
     return run_folder.EXIT_DONE if result["status"] == "done" else run_folder.EXIT_DIVERGED
 
 

@@ -5,8 +5,8 @@ import pytest
 from gqa_jax import topologies
 
 
-def mesh(name):
+def mesh(name, shape=None):
     """`gqa_jax.topologies.mesh`, or a skip that says what to install."""
-    module = "jax_cuda13_plugin" if name in topologies.GPUS else "libtpu"
+    module = "jax_cuda13_plugin" if name.partition(":")[0] in topologies.GPUS else "libtpu"
     pytest.importorskip(module, reason=f"compiling for {name} ahead of time: pip install 'gqa-jax[aot]'")
-    return topologies.mesh(name)
+    return topologies.mesh(name, shape)

@@ -99,3 +99,39 @@ def test_the_same_budget_said_in_another_way_is_the_same_run():
 
 def test_differing_fields_are_named_by_their_path():
     assert differing_fields(make().to_dict(), make(model={"n_heads": 8}).to_dict()) == ["model.n_heads: 4 here, 8 there"]
+
+
+def test_identities_and_so_names_stay_what_they_were():
+    """Computed before meshes and phases came: a change here trains every finished cell again."""
+    assert hash_identity(make().identity("f"), 64) == "587066fcbbac91c793904f3ce804c51d8dce51131d8d9e84779f2c0680ccb260"
+    other = make(
+        model={"n_heads": 8, "n_kv_heads": 1, "remat": "full"},
+        steps=None,
+        tokens_per_param=20.0,
+        optimizer={"schedule": "cosine"},
+    )
+    assert hash_identity(other.identity("f")) == "f00f7c58d9"
+    new = {"mesh": "fsdp=2", "accumulation_steps": 2, "context_attention": "ring", "model": {"remat": "offload"}}
+    assert make(**new).identity("f") == make().identity("f")
+    for used in ({"data": {"skip_tokens": 8192}}, {"data": {"document_mask": True}}):
+        assert make(**used).identity("f") != make().identity("f")
+
+
+def test_a_run_that_continues_is_named_by_the_other_run_and_not_by_its_path():
+    here, there = make(continue_from="../a"), make(continue_from="/elsewhere/b")
+    assert here.identity("f", "abc") == there.identity("f", "abc")
+    assert here.identity("f", "abc") != here.identity("f", "def")
+    assert here.identity("f", "abc") == make().identity("f") | {"continue_from": "abc"}
+    with pytest.raises(ConfigError, match=r"continue_from = '../a': the identity of that run is not known"):
+        here.identity("f")
+    with pytest.raises(ConfigError, match="starts from scratch"):
+        make().identity("f", "abc")
+    with pytest.raises(ConfigError, match="must be a run folder, or None"):
+        make(continue_from="")
+
+
+def test_a_run_continues_another_with_the_same_parameters():
+    run = make(continue_from="../a", context_length=4096, model={"rope_theta": 1e7, "dtype": "float32", "remat": "full"})
+    run.check_source(make())
+    with pytest.raises(ConfigError, match=r"'../a' has other parameters: model.n_heads: 4 here, 8 there\. Use the same model"):
+        run.check_source(make(model={"n_heads": 8}))

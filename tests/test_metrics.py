@@ -84,3 +84,12 @@ def test_heartbeat_is_replaced_and_throttled(tmp_path):
     writer.heartbeat("evaluate", 10, force=True)
     assert json.loads((tmp_path / "heartbeat.json").read_text())["phase"] == "evaluate"
     writer.close()
+
+
+def test_processes_beside_the_primary_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = metrics.NoMetrics()
+    writer.write("train", 1, {"loss": 1.0})
+    writer.heartbeat("train", 1, force=True)
+    writer.close()
+    assert not list(tmp_path.iterdir())

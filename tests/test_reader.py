@@ -58,15 +58,43 @@ def test_windows_by_definition(store):
         assert batch["tokens"].shape == (8, 16)
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_read_the_rows_of_one_batch(store, hosts):
-    whole = batches(store)
-    parts = [batches(store, host=(i, hosts)) for i in range(hosts)]
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5, 6, 7], [6, 1, 1], [3], []])
+def test_a_process_reads_its_rows_of_a_batch(store, rows):
+    whole = batches(store, document_mask=True)
+    part = whole.for_rows(rows)
     for step in range(whole.n_steps):
+        batch = whole(step)
+        assert batch.keys() == {"tokens", "targets", "segments"}
+        for name, found in part(step).items():
+            np.testing.assert_array_equal(found, batch[name][rows])
+    assert len(whole(0)["tokens"]) == 8  # `for_rows` left it as it was
+
+
+@pytest.mark.parametrize("context_length", [4, 16, 64])
+def test_skipped_tokens_are_those_that_the_steps_before_would_read(store, context_length):
+    whole = batches(store)
+    for steps in (3, whole.n_steps - 2):  # the second is in the last epoch
+        reader = batches(store, context_length, skip_tokens=128 * steps)
+        assert reader.n_steps == whole.n_steps - steps
         for name in ("tokens", "targets"):
-            rows = [part(step)[name] for part in parts]
-            assert {len(row) for row in rows} == {8 // hosts}
-            np.testing.assert_array_equal(np.concatenate(rows), whole(step)[name])
+            expected = stream(whole, range(steps, whole.n_steps), name)
+            np.testing.assert_array_equal(stream(reader, range(reader.n_steps), name), expected)
+
+
+def test_segments_count_the_ends_of_documents_before_a_position(store):
+    reader = batches(store, 64, document_mask=True)
+    held_out = EvalBatches(store, tokens=320, context_length=64, batch_size=2, document_mask=True)
+    most = 0
+    for batch in (reader(0), reader(reader.n_steps - 1), *held_out):
+        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
+            expected = [sum(t == store.eos_id for t in tokens[:i]) for i in range(64)]
+            np.testing.assert_array_equal(segments, expected)
+            most = max(most, *expected)
+        assert batch["segments"].dtype == np.int32
+        assert batch["segments"].flags["C_CONTIGUOUS"]
+    assert most > 1
+    assert "segments" not in batches(store)(0)
+    assert "segments" not in EvalBatches(store, tokens=320, context_length=64, batch_size=2)[0]
 
 
 def test_every_target_once_an_epoch_and_every_epoch_in_another_order(store):
@@ -123,6 +151,9 @@ def test_budget(store):
     with pytest.raises(ReaderError, match=r"allow data.epochs = 5"):
         reader.check_budget(steps)
     batches(store, epochs=5).check_budget(steps)
+    with pytest.raises(ReaderError, match=r"need 128 after data\.skip_tokens = .* allow data.epochs = 2"):
+        batches(store, epochs=1, skip_tokens=128 * reader.n_steps).check_budget(1)
+    assert batches(store, epochs=1, skip_tokens=128 * 10**6).n_steps == 0
     with pytest.raises(ReaderError, match=r"allow data\.epochs"):
         reader(reader.n_steps)
     with pytest.raises(ReaderError, match="step -1: must be at least 0"):
@@ -141,20 +172,17 @@ def test_sizes_that_do_not_fit(store):
         batches(store, 1, block_tokens=n)
     with pytest.raises(ReaderError, match="use a shorter context_length or prepare more text"):
         batches(store, 1 << 20, batch_tokens=1 << 20, block_tokens=1 << 20)
-    with pytest.raises(ReaderError, match="8 sequences can't be split over 3 hosts"):
-        batches(store, host=(0, 3))
-    with pytest.raises(ReaderError, match="host 2 of 2: the index must be from 0 to 1"):
-        batches(store, host=(2, 2))
+    with pytest.raises(ReaderError, match="rows 2 to 8: a batch has rows 0 to 7"):
+        batches(store).for_rows([2, 8])
+    with pytest.raises(ReaderError, match=r"data\.skip_tokens = 24 is not a multiple of context_length = 16: use 32"):
+        batches(store, skip_tokens=24)
 
 
 @pytest.mark.parametrize("context_length", [1, 4, 32])
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_evaluation_covers_the_same_targets_at_every_context_length(store, context_length, hosts):
-    size = {"tokens": 320, "context_length": context_length, "batch_size": 6}
-    readers = [EvalBatches(store, **size, host=(i, hosts)) for i in range(hosts)]
+def test_evaluation_covers_the_same_targets_at_every_context_length(store, context_length):
+    reader = EvalBatches(store, tokens=320, context_length=context_length, batch_size=6)
     tokens, targets, masks = [], [], []
-    for parts in zip(*readers, strict=True):
-        batch = {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "targets", "mask")}
+    for batch in reader:
         assert all(array.shape == (6, context_length) for array in batch.values())
         tokens.append(batch["tokens"][batch["mask"]])
         targets.append(batch["targets"][batch["mask"]])
@@ -163,7 +191,7 @@ def test_evaluation_covers_the_same_targets_at_every_context_length(store, conte
     np.testing.assert_array_equal(np.concatenate(tokens), stored[:320])
     np.testing.assert_array_equal(np.concatenate(targets), stored[1:321])
     windows = 320 // context_length
-    assert len(readers[0]) == len(masks) == -(-windows // 6)
+    assert len(reader) == len(masks) == -(-windows // 6)
     assert (~masks[-1].all(axis=1)).sum() == -windows % 6  # rows that only fill up
     assert all(mask.all() for mask in masks[:-1])
 
@@ -194,8 +222,6 @@ def test_evaluation_that_does_not_fit(store):
         EvalBatches(store, tokens=1024, context_length=1024, batch_size=1)
     with pytest.raises(ReaderError, match=r"evaluation.tokens = 100 is not a multiple of context_length = 32: use 96"):
         EvalBatches(store, tokens=100, context_length=32, batch_size=1)
-    with pytest.raises(ReaderError, match="3 sequences can't be split over 2 hosts"):
-        EvalBatches(store, tokens=64, context_length=32, batch_size=3, host=(0, 2))
     reader = EvalBatches(store, tokens=64, context_length=32, batch_size=1)
     with pytest.raises(IndexError):
         reader[2]

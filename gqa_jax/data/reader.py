@@ -2,16 +2,17 @@
 
 Each epoch shuffles blocks of `block_tokens` targets by (seed, epoch) and cuts every block into windows of T inputs with
 stride T, window i giving inputs x[iT : iT + T] and targets x[iT + 1 : iT + T + 1]. Every token of a block is a target exactly
-once, and tokens and targets come in the same order at every T that divides block_tokens, for any number of hosts and any
-accumulation. The paper instead drops a remainder per 1,000 documents, so that its token set changes with T.
+exactly once, and tokens and targets come in the same order at every T that divides block_tokens, for any mesh, number of
+processes and accumulation. The paper instead drops a remainder per 1,000 documents, so that its token set changes with T.
 
-Legend: B sequences of the whole batch, R = B / hosts sequences of this host, T context length in tokens.
+Legend: B sequences of the whole batch, R sequences of it that this process reads, T context length in tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class ReaderError(ValueError):
 
 
 class Batches:
-    """Training batches: `batches(step)` is a dict of `tokens` and `targets`, int32 (R, T), host-local rows."""
+    """Training batches: `batches(step)` is a dict of `tokens` and `targets`, int32 (R, T), and `segments` with a mask."""
 
     def __init__(
         self,
@@ -36,28 +37,30 @@ class Batches:
         block_tokens: int,
         seed: int,
         epochs: int = 1,
-        host: tuple[int, int] = (0, 1),
+        skip_tokens: int = 0,
+        document_mask: bool = False,
     ):
         """Checks the reading before any of it.
 
         Args:
           context_length: T.
-          batch_size: B, over all hosts.
+          batch_size: B, over all processes.
           block_tokens: unit of the shuffle, a multiple of T; the same in all runs that are compared.
           epochs: how often the split may be read; each has its own order.
-          host: (index, count): this host reads rows index * R ... (index + 1) * R - 1 of each batch.
+          skip_tokens: of the shuffled order, passed over before step 0; a multiple of T.
+          document_mask: whether batches have `segments`, int32 (R, T): the number of the document within the row.
         Raises:
           ReaderError: sizes that don't divide, a split shorter than a block.
         """
-        index, count = host
-        if not 0 <= index < count:
-            raise ReaderError(f"host {index} of {count}: the index must be from 0 to {count - 1}")
-        if batch_size < 1 or batch_size % count:
-            raise ReaderError(f"a batch of {batch_size} sequences can't be split over {count} hosts: use a multiple of {count}")
         if context_length < 1 or block_tokens % context_length:
             raise ReaderError(
                 f"data.block_tokens = {block_tokens} is not a multiple of context_length = {context_length}: "
                 f"use {max(1, round(block_tokens / context_length)) * context_length}"
+            )
+        if skip_tokens % context_length:
+            raise ReaderError(
+                f"data.skip_tokens = {skip_tokens} is not a multiple of context_length = {context_length}: "
+                f"use {round(skip_tokens / context_length) * context_length}"
             )
         tokens = store.tokens(split)
         self.n_blocks = (len(tokens) - 1) // block_tokens  # the last target needs the token after its block
@@ -73,12 +76,25 @@ class Batches:
         self.block_tokens = block_tokens
         self.seed = seed
         self.epochs = epochs
+        self.skip_tokens = skip_tokens
         self._source = f"{split} split of {store.path}"
         self._windows_per_epoch = self.n_blocks * (block_tokens // context_length)
-        rows = batch_size // count
-        self._rows = np.arange(index * rows, (index + 1) * rows)
+        self._eos = store.eos_id if document_mask else None
+        self._rows = np.arange(batch_size)
         # Row s is tokens s ... s + T: indexing it with starts copies whole windows, without an index for every token.
         self._windows = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
+
+    def for_rows(self, rows: Sequence[int]) -> Batches:
+        """The same batches with rows `rows` only, in that order: those of a process, which may share some with another.
+
+        Raises ReaderError for rows that a batch doesn't have.
+        """
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.batch_size:
+            raise ReaderError(f"rows {rows.min()} to {rows.max()}: a batch has rows 0 to {self.batch_size - 1}")
+        part = copy.copy(self)
+        part._rows = rows
+        return part
 
     @property
     def targets_per_epoch(self) -> int:
@@ -87,40 +103,42 @@ class Batches:
 
     @property
     def n_steps(self) -> int:
-        """Whole batches in all epochs."""
-        return self._windows_per_epoch * self.epochs // self.batch_size
+        """Whole batches in all epochs, after what is skipped."""
+        return max(0, self._windows_per_epoch * self.epochs - self.skip_tokens // self.context_length) // self.batch_size
 
     def check_budget(self, steps: int) -> None:
         """Raises ReaderError, with the fix, when `steps` batches need more tokens than the epochs have."""
         if steps <= self.n_steps:
             return
         per_step = self.batch_size * self.context_length
-        epochs = -(-steps * per_step // self.targets_per_epoch)
+        epochs = -(-(self.skip_tokens + steps * per_step) // self.targets_per_epoch)
+        skipped = f" after data.skip_tokens = {self.skip_tokens:,}" if self.skip_tokens else ""
         raise ReaderError(
-            f"{steps:,} steps of {per_step:,} tokens need {steps * per_step:,}; the {self._source} has "
+            f"{steps:,} steps of {per_step:,} tokens need {steps * per_step:,}{skipped}; the {self._source} has "
             f"{self.targets_per_epoch:,} ({self.n_blocks:,} blocks of {self.block_tokens:,}) and data.epochs = {self.epochs}: "
             f"allow data.epochs = {epochs}, train on fewer tokens, or prepare more text"
         )
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """`tokens` and `targets` of a step, int32 (R, T). Raises ReaderError beyond the last epoch."""
+        """`tokens`, `targets` (and `segments`) of a step, int32 (R, T). Raises ReaderError beyond the last epoch."""
         if not 0 <= step < self.n_steps:
             self.check_budget(step + 1)
             raise ReaderError(f"step {step}: must be at least 0")
-        windows = step * self.batch_size + self._rows  # numbers of the windows over all epochs
+        skipped = self.skip_tokens // self.context_length
+        windows = skipped + step * self.batch_size + self._rows  # numbers of the windows over all epochs
         epochs, windows = np.divmod(windows, self._windows_per_epoch)
         blocks, within = np.divmod(windows, self.block_tokens // self.context_length)
-        for epoch in range(epochs[0], epochs[-1] + 1):  # more than one only in a batch across the border
+        for epoch in np.unique(epochs).tolist():  # more than one only in a batch across the border
             here = epochs == epoch
             blocks[here] = _block_order(self.n_blocks, self.seed, epoch)[blocks[here]]
-        return _inputs_and_targets(self._windows[blocks * self.block_tokens + within * self.context_length])
+        return _batch(self._windows[blocks * self.block_tokens + within * self.context_length], self._eos)
 
 
 class EvalBatches:
     """Held-out batches: the first `tokens` targets of a split in order, stride T, the same targets at every T.
 
-    A sequence of dicts of `tokens` and `targets`, int32 (R, T), and `mask`, bool (R, T): False in rows that only fill up the
-    last batch.
+    A sequence of dicts of `tokens`, `targets` (and, with a document mask, `segments`), int32 (B, T), and `mask`, bool (B, T):
+    False in rows that only fill up the last batch. Every process reads them whole: there are few.
     """
 
     def __init__(
@@ -131,17 +149,14 @@ class EvalBatches:
         context_length: int,
         batch_size: int,
         split: str = "validation",
-        host: tuple[int, int] = (0, 1),
+        document_mask: bool = False,
     ):
-        """`tokens` is a multiple of T; `batch_size` counts the sequences of all hosts. Raises ReaderError."""
-        index, count = host
+        """`tokens` is a multiple of T; the rest as in `Batches`. Raises ReaderError."""
         if tokens < 1 or tokens % context_length:
             raise ReaderError(
                 f"evaluation.tokens = {tokens} is not a multiple of context_length = {context_length}: "
                 f"use {max(1, round(tokens / context_length)) * context_length}"
             )
-        if not 0 <= index < count or batch_size < 1 or batch_size % count:
-            raise ReaderError(f"a batch of {batch_size} sequences can't be split over {count} hosts: use a multiple of {count}")
         stored = store.tokens(split)
         if len(stored) <= tokens:
             fitting = (len(stored) - 1) // context_length * context_length
@@ -153,7 +168,7 @@ class EvalBatches:
         self.tokens = tokens
         self.context_length = context_length
         self.batch_size = batch_size
-        self._rows = index * (batch_size // count) + np.arange(batch_size // count)
+        self._eos = store.eos_id if document_mask else None
         self._windows = np.lib.stride_tricks.sliding_window_view(stored, context_length + 1)
         documents = store.documents(split)
         ends, text_bytes = documents[:, 0], documents[:, 1]
@@ -174,9 +189,9 @@ class EvalBatches:
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         if not 0 <= i < len(self):
             raise IndexError(f"evaluation batch {i} of {len(self)}")
-        windows = i * self.batch_size + self._rows
+        windows = i * self.batch_size + np.arange(self.batch_size)
         mask = windows < self.tokens // self.context_length
-        batch = _inputs_and_targets(self._windows[np.where(mask, windows, 0) * self.context_length])
+        batch = _batch(self._windows[np.where(mask, windows, 0) * self.context_length], self._eos)
         return batch | {"mask": np.repeat(mask[:, None], self.context_length, axis=1)}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -184,7 +199,7 @@ class EvalBatches:
 
 
 def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]:
-    """Training and held-out batches of a run, after every check that needs no device.
+    """Training and held-out batches of a run, all rows of them, after every check that needs no device.
 
     Raises ReaderError when the vocabulary doesn't fit the model, or the store has too few tokens for the run.
     """
@@ -200,6 +215,8 @@ def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]
         block_tokens=config.data.block_tokens,
         seed=config.seed,
         epochs=config.data.epochs,
+        skip_tokens=config.data.skip_tokens,
+        document_mask=config.data.document_mask,
     )
     train.check_budget(config.n_steps)
     held_out = EvalBatches(
@@ -207,6 +224,7 @@ def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]
         tokens=config.evaluation.tokens,
         context_length=config.context_length,
         batch_size=config.micro_batch,
+        document_mask=config.data.document_mask,
     )
     return train, held_out
 
@@ -230,6 +248,13 @@ def _block_order(n_blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n_blocks), kind="stable")
 
 
-def _inputs_and_targets(windows: np.ndarray) -> dict[str, np.ndarray]:
-    """(R, T + 1) of the store's type to int32 inputs and targets (R, T)."""
-    return {"tokens": windows[:, :-1].astype(np.int32), "targets": windows[:, 1:].astype(np.int32)}
+def _batch(windows: np.ndarray, eos: int | None) -> dict[str, np.ndarray]:
+    """(R, T + 1) of the store's type to int32 inputs and targets (R, T), and document numbers unless `eos` is None.
+
+    The EOS belongs to the document that it ends, the token after it begins the next.
+    """
+    batch = {"tokens": windows[:, :-1].astype(np.int32), "targets": windows[:, 1:].astype(np.int32)}
+    if eos is not None:
+        ends = batch["tokens"] == eos
+        batch["segments"] = np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    return batch

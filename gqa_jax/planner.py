@@ -1,0 +1,379 @@
+"""Which mesh, rematerialisation and accumulation a run gets on the devices there are, what it needs and how long it takes.
+
+Arithmetic on shapes, a fraction of a millisecond a case; imports no jax. Memory is calibrated against programs compiled ahead
+of time (`gqa_jax.proof`). Time is a lower bound: in each phase of a step the slowest of compute, memory and network, all
+the others hidden behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+from gqa_jax import costs, devices
+from gqa_jax.config import CONTEXT_ATTENTION, ConfigError, TrainConfig
+from gqa_jax.devices import Chip
+from gqa_jax.mesh import PARAMETERS, MeshShape
+
+CHUNK_LOGITS = 2**24  # gqa_jax.loss.CHUNK_LOGITS
+TILED = ("v4", "v5e", "v5p", "v6e")  # chips that hold arrays in tiles
+HOST_BANDWIDTH = 16e9  # bytes/s between a device and its host's memory (TPU hosts: jax-ml.github.io/scaling-book/tpus)
+ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
+SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a run is carried out: what a configuration may leave open."""
+
+    mesh: MeshShape
+    remat: str
+    accumulation_steps: int
+    context_attention: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Execution:
+        """The execution that a resolved configuration names."""
+        return cls(config.mesh_shape, config.model.remat, config.accumulation_steps, config.context_attention)
+
+    def resolved(self, config: TrainConfig) -> TrainConfig:
+        """`config`, carried out this way."""
+        return dataclasses.replace(
+            config,
+            mesh=str(self.mesh),
+            accumulation_steps=self.accumulation_steps,
+            context_attention=self.context_attention,
+            model=dataclasses.replace(config.model, remat=self.remat),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What an execution needs of every device, and its time. Bytes are of one device, FLOPs of all."""
+
+    execution: Execution
+    bytes_arguments: float  # parameters, moments and the batch
+    bytes_temporary: float  # gradients, activations, what is gathered
+    bytes_limit: float  # that a program may use
+    fits: bool  # with a margin for the error of the estimate: never where the compiler says no
+    flops: float  # of a step: forward and twice that, causal attention
+    flops_again: float  # of a step: what rematerialisation computes a second time
+    collective_bytes: dict[str, float]  # received per device and step, by mesh axes
+    seconds: dict[str, float]  # of a step, by what limits it: compute, attention, memory, network
+    seconds_hidden: float  # of a step: network behind compute
+    collectives: int  # of a step, at least
+
+    @property
+    def seconds_step(self) -> float:
+        """The least that a step takes."""
+        return sum(self.seconds.values())
+
+    @property
+    def limited_by(self) -> str:
+        """What limits most of a step."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+
+def resolve(config: TrainConfig, device_kind: str, n_devices: int) -> TrainConfig:
+    """`config` with mesh, model.remat, accumulation_steps and context_attention filled in; what was given is kept.
+
+    `device_kind` is JAX's name. On a CPU, or on a device that no table knows: one device unless a mesh is given, nothing
+    computed again, no accumulation. Elsewhere the best of `choose`. Raises ConfigError for a mesh that is not of
+    `n_devices`, and where none suits.
+    """
+    chip = devices.chip_of(device_kind)
+    if chip is not None:
+        return choose(config, chip, n_devices)[0].execution.resolved(config)
+    if config.mesh is not None and config.mesh_shape.n_devices not in (1, n_devices):
+        raise ConfigError(_mesh_of_another_size(config, n_devices))
+    execution = Execution(
+        mesh=MeshShape() if config.mesh is None else config.mesh_shape,
+        remat=config.model.remat or "none",
+        accumulation_steps=config.accumulation_steps or 1,
+        context_attention=config.context_attention or CONTEXT_ATTENTION[0],
+    )
+    return execution.resolved(config)
+
+
+def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
+    """Estimates of what is open, best first: by time, half of the hidden network included; of those alike, fewest collectives.
+
+    Of each mesh, policy and way of attention, only the fewest micro-batches that fit. Where nothing fits the list has what
+    needs the least memory first. Raises ConfigError when no mesh of `n_devices` suits the run.
+    """
+    best: dict[tuple, Estimate] = {}
+    for execution in candidates(config, chip, n_devices):
+        group = execution.mesh, execution.remat, execution.context_attention
+        if group not in best or not best[group].fits:
+            best[group] = estimate(config, execution, chip)
+    if not best:
+        raise ConfigError(_no_mesh(config, n_devices))
+    fitting = [e for e in best.values() if e.fits]
+    if not fitting:
+        return sorted(best.values(), key=lambda e: e.bytes_arguments + e.bytes_temporary)
+    cost = {id(e): e.seconds_step + e.seconds_hidden / 2 for e in fitting}
+    alike = (1 + ALIKE) * min(cost.values())
+    return sorted(fitting, key=lambda e: (cost[id(e)] > alike, e.collectives if cost[id(e)] <= alike else 0, cost[id(e)]))
+
+
+def candidates(config: TrainConfig, chip: Chip, n_devices: int) -> Iterator[Execution]:
+    """Every execution on `n_devices` that the configuration leaves open and the mesh allows; fewest micro-batches first."""
+    policies = (config.model.remat,) if config.model.remat else SEARCHED_REMAT
+    if config.model.remat is None and chip.host_memory_bytes is None:
+        policies = tuple(policy for policy in policies if policy != "offload")
+    accumulations = [config.accumulation_steps] if config.accumulation_steps else _divisors(config.batch_size)
+    for shape in meshes(config, n_devices):
+        methods = (
+            (config.context_attention,) if config.context_attention else CONTEXT_ATTENTION[: 2 if shape.context > 1 else 1]
+        )
+        for steps in accumulations:
+            if shape.obstacle(config.model, config.context_length, config.batch_size // steps) is None:
+                for remat, method in itertools.product(policies, methods):
+                    yield Execution(shape, remat, steps, method)
+
+
+def meshes(config: TrainConfig, n_devices: int) -> Iterator[MeshShape]:
+    """The meshes of `n_devices` that the whole batch divides into, or the one given. Raises ConfigError for its size."""
+    if config.mesh is not None:
+        if config.mesh_shape.n_devices != n_devices:
+            raise ConfigError(_mesh_of_another_size(config, n_devices))
+        yield config.mesh_shape
+        return
+    for tensor in _divisors(n_devices):
+        for context in _divisors(n_devices // tensor):
+            for data in _divisors(n_devices // tensor // context):
+                shape = MeshShape(data, n_devices // tensor // context // data, tensor, context)
+                if shape.obstacle(config.model, config.context_length, config.micro_batch) is None:
+                    yield shape
+
+
+def _mesh_of_another_size(config: TrainConfig, n_devices: int) -> str:
+    open_config = dataclasses.replace(config, mesh=None)
+    return (
+        f"mesh {config.mesh!r} is of {config.mesh_shape.n_devices} devices and there are {n_devices}: leave it out, or use "
+        + (" or ".join(map(str, itertools.islice(meshes(open_config, n_devices), 4))) or "another number of devices")
+    )
+
+
+def _no_mesh(config: TrainConfig, n_devices: int) -> str:
+    plain = MeshShape(fsdp=n_devices)
+    return (
+        f"no mesh of {n_devices} devices suits batches of {config.batch_size} sequences of {config.context_length} tokens; "
+        f"{str(plain)!r}, for one: {plain.obstacle(config.model, config.context_length, config.micro_batch)}"
+    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """One device's share of a micro-batch and of the model, as `gqa_jax.program` cuts them; lower-case counts are local."""
+
+    config: TrainConfig
+    execution: Execution
+
+    def __post_init__(self):
+        config, mesh, model = self.config, self.execution.mesh, self.config.model
+        micro_batch = config.batch_size // self.execution.accumulation_steps
+        kv_cut = model.n_kv_heads % mesh.tensor == 0
+        values = {
+            "layers": model.n_layers,
+            "d": model.d_model,
+            "h": model.head_dim,
+            "sequences": micro_batch // mesh.sequences,
+            "tokens": micro_batch // mesh.sequences * (config.context_length // mesh.context),
+            "n": model.n_heads // mesh.tensor,  # query heads
+            "k": model.n_kv_heads // mesh.tensor if kv_cut else 1,  # key/value heads that they read
+            "k_held": model.n_kv_heads // mesh.tensor if kv_cut else model.n_kv_heads,  # whose weights are here
+            "f": model.d_ff // mesh.tensor,
+            "activation": costs.dtype_bytes(model.dtype),
+            "parameter": costs.dtype_bytes(model.param_dtype),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def layer_weights(self) -> float:
+        """Matrices of one layer that this device gathers, in values."""
+        return self.d * (2 * self.h * (self.n + self.k_held) + 3 * self.f)
+
+    @property
+    def embedding(self) -> float:
+        return self.config.model.vocab_size * self.d
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the parameters that lie on this device (gqa_jax.sharding.RULES)."""
+        layers, parts, tensor = self.layers, self.execution.mesh.parameters, self.execution.mesh.tensor
+        d, own, n, k, h, f = self.d, self.d // parts, self.n, self.k_held, self.h, self.f
+        norms = (d,), (layers, d), (layers, d)
+        attention = (layers, own, n, h), (layers, own, k, h), (layers, own, k, h), (layers, n, h, own)
+        ffn = (layers, own, f), (layers, own, f), (layers, f, own)
+        return (self.config.model.vocab_size, own // tensor), *norms, *attention, *ffn
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that lie on this device."""
+        return sum(map(math.prod, self.shapes))
+
+
+def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
+    """What `execution` of `config` needs on every chip, and its time."""
+    share = _Share(config, execution)
+    arguments, temporary = _memory(share, chip)
+    flops = costs.train_flops(config.model, config.context_length, config.batch_tokens, "exact")
+    phases, collectives, again = _phases(share, chip)
+    seconds: dict[str, float] = dict.fromkeys(("compute", "attention", "memory", "network"), 0.0)
+    hidden = 0.0
+    for phase in phases:
+        busy = phase["compute"] + phase["attention"]
+        longest = max(busy, phase["memory"], phase["network"])
+        hidden += phase["network"] if longest > phase["network"] else 0.0
+        if longest == busy:
+            seconds["compute"] += phase["compute"]
+            seconds["attention"] += phase["attention"]
+        else:
+            seconds["memory" if longest == phase["memory"] else "network"] += longest
+    return Estimate(
+        execution=execution,
+        bytes_arguments=arguments,
+        bytes_temporary=temporary,
+        bytes_limit=chip.memory_bytes,
+        fits=arguments + temporary <= 0.9 * chip.memory_bytes,
+        flops=float(flops),
+        flops_again=again * execution.mesh.n_devices,
+        collective_bytes=collectives,
+        seconds=seconds,
+        seconds_hidden=hidden,
+        collectives=_count_collectives(share),
+    )
+
+
+def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str, float], float]:
+    """Seconds of each resource in each phase of a step; bytes received by mesh axes; FLOPs done again. Of one device."""
+    s, execution, mesh = share, share.execution, share.execution.mesh
+    steps, parts = execution.accumulation_steps, mesh.parameters
+    forward_share, backward_share = chip.attention_shares(s.h)
+    projections = steps * s.tokens * s.layers * 4 * s.d * s.h * (s.n + s.k)
+    ffn = steps * s.tokens * s.layers * 6 * s.d * s.f
+    scores = steps * s.tokens * s.layers * 4 * (s.config.context_length / 2) * s.n * s.h  # causal
+    logits = steps * s.tokens / mesh.tensor * s.config.model.vocab_size
+
+    # computed again: all but what nothing needs, the FFN's last product; attention too unless its results are kept
+    again_products, again_scores = {
+        "none": (0, 0),
+        "dots": (0, scores),
+        "full": (projections + ffn * 2 / 3, scores),
+    }.get(execution.remat, (projections + ffn * 2 / 3, 0))
+
+    def lacking(parts: int) -> float:  # of what is gathered from `parts` devices, the share that a device has not
+        return (parts - 1) / parts
+
+    collectives: dict[str, float] = defaultdict(float)
+    weights = steps * s.layers * s.layer_weights * lacking(parts)
+    weights_axes, embedding_axes = (
+        ",".join(axis for axis in axes if mesh.sizes[axis] > 1) for axes in (PARAMETERS, (*PARAMETERS, "tensor"))
+    )
+    embedding = steps * s.embedding * lacking(parts * mesh.tensor)
+    stream = steps * s.tokens * s.d * s.activation * 2 * lacking(mesh.tensor)  # one sum over tensor
+    keys = steps * s.layers * s.tokens * mesh.context * 2 * s.k * s.h * lacking(mesh.context)
+    gathers_again = execution.remat != "none"
+    ring = execution.context_attention == "ring"
+
+    network = {  # axes and bytes
+        "forward": [
+            (weights_axes, weights * s.activation),
+            ("tensor", 2 * s.layers * stream),
+            ("context", keys * s.activation),
+        ],
+        "backward": [
+            (weights_axes, weights * (s.activation + 4)),
+            ("tensor", (3 if gathers_again else 2) * s.layers * stream),
+            ("context", keys * ((s.activation if gathers_again or ring else 0) + 4)),
+        ],
+        "loss": [(embedding_axes, embedding * (s.activation + 8)), ("tensor", 2 * stream)],
+        "optimizer": [("data", 2 * s.parameters * s.parameter * lacking(mesh.data))],
+    }
+    for axes, value in itertools.chain.from_iterable(network.values()):
+        if value:
+            collectives[axes] += value
+
+    # operands and results of the products, once each; what is gathered is written and read
+    values = 6 * s.d + 4 * s.n * s.h + 4 * s.k * s.h + 5 * s.f
+    layer_bytes = steps * s.layers * (s.tokens * values + 2 * s.layer_weights) * s.activation
+    offloaded = 2 * steps * s.layers * s.tokens * s.d * s.activation if execution.remat == "offload" else 0
+
+    def phase(name: str, products: float, attention: float, memory: float, host: float = 0) -> dict[str, float]:
+        return {
+            "compute": products / chip.peak_flops,
+            "attention": attention / chip.peak_flops,
+            "memory": memory / chip.memory_bandwidth + host / HOST_BANDWIDTH,
+            "network": sum(value for _, value in network[name]) / chip.interconnect,
+        }
+
+    backward_scores = 2.5 * scores / backward_share + again_scores / forward_share  # five products for the forward pass' two
+    phases = [
+        phase("forward", projections + ffn, scores / forward_share, layer_bytes, offloaded / 2),
+        phase("backward", 2 * (projections + ffn) + again_products, backward_scores, 2 * layer_bytes, offloaded / 2),
+        phase("loss", 6 * s.d * logits, 0, 14 * logits),  # written and read in float32, their gradients in bfloat16
+        phase("optimizer", 0, 0, 8 * s.parameters * s.parameter),  # four read, three written, the gradients' norm
+    ]
+    return phases, dict(collectives), again_products + again_scores
+
+
+def _count_collectives(share: _Share) -> int:
+    """Collectives of a step, those of a layer's weights in one direction counted as one."""
+    mesh, steps = share.execution.mesh, share.execution.accumulation_steps
+    weights = 3 * share.layers + 3 if mesh.parameters > 1 else 0
+    tensor = 5 * share.layers + 3 if mesh.tensor > 1 else 0
+    hops = mesh.context if share.execution.context_attention == "ring" else 1
+    context = 3 * hops * share.layers if mesh.context > 1 else 0
+    return steps * (weights + tensor + context) + (1 if mesh.data > 1 else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parameter_bytes(shapes: tuple[tuple[int, ...], ...], item: float, tiled: bool) -> float:
+    """Bytes of arrays of these shapes. TPUs hold tiles of 8 x 128 over the two axes, of all, that are padded the least."""
+    if not tiled:
+        return sum(map(math.prod, shapes)) * item
+
+    def tiles(shape: tuple[int, ...]) -> int:
+        if len(shape) == 1:
+            return _up(shape[0], min(1024, max(128, 1 << (shape[0] - 1).bit_length())))
+        size = math.prod(shape)
+        return min(
+            size // (a * b) * _up(a, min(8, 1 << (a - 1).bit_length())) * _up(b, 128)
+            for a, b in itertools.permutations(shape, 2)
+        )
+
+    return sum(map(tiles, shapes)) * item
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _memory(share: _Share, chip: Chip) -> tuple[float, float]:
+    """Bytes of arguments and of temporaries of the compiled step on one device."""
+    s, execution = share, share.execution
+    parameters = _parameter_bytes(s.shapes, s.parameter, chip.name in TILED)
+    inputs = 3 if s.config.data.document_mask else 2
+    arguments = 3 * parameters + inputs * 4 * s.tokens * execution.accumulation_steps
+    gradients = parameters * (1 if execution.accumulation_steps == 1 else 2)
+    stream = s.tokens * s.d * s.activation
+    layer = s.tokens * (4 * s.d + 2 * s.n * s.h + 2 * s.k * s.h + 3 * s.f) * s.activation
+    kept = {
+        "none": s.layers * layer,
+        "dots": s.layers * layer,
+        "full": s.layers * stream,
+        "attention_only": s.layers * (stream + s.tokens * s.n * (s.h * s.activation + 4)),
+        "offload": s.layers * s.tokens * s.n * (s.h * s.activation + 4),
+    }[execution.remat]
+    embedding = s.embedding * (s.activation + 4)
+    return arguments, gradients + kept + 2 * layer + embedding + 3 * 4 * CHUNK_LOGITS
