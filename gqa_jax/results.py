@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -44,13 +45,14 @@ LOSS_COLUMNS = (
     Column("d_ff", "Int64", "", "feed-forward width"),
     Column("vocab_size", "Int64", "", "vocabulary V of the model, padding included"),
     Column("context", "Int64", "tokens", "context length T of the training"),
+    Column("continue_from", "string", "", "run whose last parameters it started from; empty: from scratch"),
     Column("seed", "Int64", "", "seed of initialisation and data order"),
     Column("status", "string", "", "done, or diverged: the loss was no longer finite"),
     Column("params_non_embedding", "Int64", "", "parameters without embeddings, as trained (N of the fits)"),
     Column("params_total", "Int64", "", "parameters as trained, tied embedding once"),
     Column("params_paper", "Int64", "", "parameters by the paper's tables: two FFN matrices, embedding once, no norms"),
     Column("params_figures", "Int64", "", "parameters by the paper's figures: three FFN matrices, no embedding, no norms"),
-    Column("tokens", "Int64", "tokens", "tokens trained on, D"),
+    Column("tokens", "Int64", "tokens", "tokens trained on, D; without those of the run it continues"),
     Column("steps", "Int64", "", "optimizer steps done"),
     Column("batch_tokens", "Int64", "tokens", "tokens per step"),
     Column("learning_rate", "Float64", "", "maximum learning rate"),
@@ -165,6 +167,7 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
         | {
             "d_ff": model.d_ff,
             "vocab_size": model.vocab_size,
+            "continue_from": config.continue_from and PurePosixPath(config.continue_from).name,
             "seed": config.seed,
             "params_paper": costs.count_params(model, "paper").total,
             "params_figures": costs.count_params(model, "figures").total,

@@ -1,10 +1,12 @@
 """Grids: which cells there are, what they are called, where they live. Imports no jax.
 
-A grid file defines `get_grid()`, which returns a `Grid`: any list of training configurations, made by `product` or by hand.
+A grid file defines `get_grid()`, which returns a `Grid`: any list of training configurations, made by `product` or by hand. A
+cell may go on from the parameters of another one, its parent (`continued`); it starts when that is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -17,7 +19,7 @@ from typing import Any
 import ml_collections
 
 from gqa_jax import costs
-from gqa_jax.config import ConfigError, TrainConfig, closest, hash_identity
+from gqa_jax.config import ConfigError, TrainConfig, closest, default_config, hash_identity
 from gqa_jax.data import reader, store
 
 
@@ -38,14 +40,20 @@ class Cell:
 
     config: TrainConfig
     data_fingerprint: str | None  # None: the token store is not prepared yet, and the name is provisional
+    parent: str | None = None  # name of the cell whose last parameters this one starts from
+    continues: str | None = None  # hash of the parent's identity
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its training run will call its identity."""
+        return self.config.identity(self.data_fingerprint or "unprepared", self.continues)
 
     @functools.cached_property
     def name(self) -> str:
         """Readable, unique, and valid for every engine: `[a-z][a-z0-9-]{0,48}`; ends in the hash of the cell's identity."""
         config, model = self.config, self.config.model
         label = re.sub(r"[^a-z0-9]+", "p", (config.label or f"{model.n_layers}x{model.d_model}").lower())[:12]
-        digest = hash_identity(config.identity(self.data_fingerprint or "unprepared"), 8)
-        return f"s{label}-t{config.context_length}-h{model.n_heads}-{model.n_kv_heads}-{digest}"
+        return f"s{label}-t{config.context_length}-h{model.n_heads}-{model.n_kv_heads}-{hash_identity(self.identity, 8)}"
 
     def describe(self) -> dict[str, Any]:
         """What `plan` and the tables say of a cell before it has run."""
@@ -62,6 +70,7 @@ class Cell:
             "d_ff": model.d_ff,
             "vocab_size": model.vocab_size,
             "context": config.context_length,
+            "continue_from": self.parent,
             "seed": config.seed,
             "params_non_embedding": count.non_embedding,
             "params_total": count.total,
@@ -103,6 +112,45 @@ def product(
             yield make(**point)
 
 
+def continued(
+    first: ml_collections.ConfigDict | TrainConfig,
+    *,
+    context_length: int,
+    learning_rate: float,
+    tokens: int,
+    schedule: str = "constant",
+    **changes: Any,
+) -> ml_collections.ConfigDict:
+    """The second phase of `first`, a configuration of the same grid: from its last parameters, with a fresh optimizer.
+
+    It has a context length, learning rate, schedule and budget of its own (arXiv 2503.09579v2, Appendix J), and `changes`, of
+    any field. It reads on in the shuffled order where `first` stops, unless the order is another. What suits one context may
+    not suit another, so mesh, accumulation and rematerialisation are open again.
+    """
+    source = first if isinstance(first, TrainConfig) else TrainConfig.from_dict(first.to_dict())
+    config = default_config()
+    config.update(source.to_dict())
+    config.update(
+        context_length=context_length,
+        tokens=tokens,
+        tokens_per_param=None,
+        steps=None,
+        continue_from=_reference(source),
+        mesh=None,
+        accumulation_steps=None,
+        context_attention=None,
+    )
+    config.model.remat = None
+    config.optimizer.update(learning_rate=learning_rate, schedule=schedule)
+    config.data.skip_tokens = 0
+    config.update(changes)
+    same_order = (config.seed, config.data.block_tokens) == (source.seed, source.data.block_tokens)
+    if same_order and not config.data.skip_tokens:
+        read = source.data.skip_tokens + source.train_tokens
+        config.data.skip_tokens = -(-read // config.context_length) * config.context_length
+    return config
+
+
 def load(path: str) -> Grid:
     """The Grid of a grid file. Raises ConfigError when there is none, or it can't be used."""
     file = Path(path)
@@ -129,30 +177,67 @@ def load(path: str) -> Grid:
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """The cells of a grid, checked against their token stores as a training run would.
+    """The cells of a grid, checked against their token stores as a training run would; parents come before their children.
 
-    Raises ConfigError: a configuration that can't be used, two cells that are the same run, a store that is too short.
-    A store that does not exist yet is no error here: its cells have no fingerprint.
+    Raises ConfigError: a configuration that can't be used, two cells that are the same run, a store that is too short, a cell
+    that continues one which is not there. A store that does not exist yet is no error here: its cells have no fingerprint.
     """
     result: dict[str, Cell] = {}
     stores: dict[str, store.TokenStore | None] = {}
+    by_reference: dict[str, Cell] = {}
+    waiting: list[tuple[int, TrainConfig]] = []
     for number, values in enumerate(grid.configs):
-        config = values
-        try:
-            if not isinstance(values, TrainConfig):
-                config = TrainConfig.from_dict(values.to_dict())
-            if config.data.store not in stores:
-                stores[config.data.store] = _open(config.data.store)
-            tokens = stores[config.data.store]
-            if tokens is not None:
-                reader.check(config, tokens)
-        except ValueError as error:
-            raise ConfigError(f"cell {number} of grid {grid.name!r}: {error}") from error
-        cell = Cell(config, tokens.fingerprint if tokens else None)
-        if cell.name in result:
-            raise ConfigError(f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed")
-        result[cell.name] = cell
+        with _blame(grid, number):
+            waiting.append((number, values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict())))
+    while waiting:
+        ready = [item for item in waiting if item[1].continue_from is None or item[1].continue_from in by_reference]
+        if not ready:  # no cycle: a configuration that refers to another holds its hash
+            with _blame(grid, waiting[0][0]):
+                raise ConfigError(
+                    f"continue_from = {waiting[0][1].continue_from!r} is no cell of this grid: put the configuration that "
+                    "launch.grid.continued was given into the grid too, and don't change it after"
+                )
+        waiting = [item for item in waiting if item not in ready]
+        for number, config in ready:
+            with _blame(grid, number):
+                if config.data.store not in stores:
+                    stores[config.data.store] = _open(config.data.store)
+                cell = _cell(config, stores[config.data.store], by_reference.get(config.continue_from))
+            if cell.name in result:
+                raise ConfigError(
+                    f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed"
+                )
+            result[cell.name] = by_reference[_reference(config)] = cell
     return list(result.values())
+
+
+def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | None) -> Cell:
+    if tokens is not None:
+        reader.check(config, tokens)
+    fingerprint = tokens.fingerprint if tokens else None
+    if parent is None:
+        return Cell(config, fingerprint)
+    config = dataclasses.replace(config, continue_from=f"../{parent.name}")  # folders of cells lie side by side
+    config.check_source(parent.config)
+    if fingerprint != parent.data_fingerprint:
+        raise ConfigError(
+            f"data.store = {config.data.store} is not the store of {parent.name}, which it continues "
+            f"({parent.config.data.store}): use that one"
+        )
+    return Cell(config, fingerprint, parent.name, hash_identity(parent.identity))
+
+
+def _reference(config: TrainConfig) -> str:
+    """Stands for a configuration of the same grid in `continue_from`, until `cells` knows what its folder is called."""
+    return f"cell {hash_identity(config.identity(config.data.store, config.continue_from), 16)}"
+
+
+@contextlib.contextmanager
+def _blame(grid: Grid, number: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"cell {number} of grid {grid.name!r}: {error}") from error
 
 
 def select(all_cells: Sequence[Cell], where: str | None) -> list[Cell]:

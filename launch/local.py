@@ -19,6 +19,7 @@ from pathlib import Path
 
 from gqa_jax import run_folder
 from gqa_jax.config import ConfigError
+from launch import state
 from launch.grid import Cell, Layout
 
 PREEMPTED = 75  # exit code: saved, start me again
@@ -76,6 +77,19 @@ def only_launcher(layout: Layout) -> Iterator[None]:
         yield
 
 
+def check_parents(chosen: Sequence[Cell], layout: Layout) -> None:
+    """Raises ConfigError when one of `chosen` would wait for a cell that is neither done nor among them."""
+    names = {cell.name for cell in chosen}
+    for cell in chosen:
+        ends = state.of(layout.cell(cell.name), time.time()).state in state.FINAL
+        if cell.parent is None or cell.parent in names or ends or _is_done(layout.cell(cell.parent)):
+            continue
+        raise ConfigError(
+            f"{cell.name} continues {cell.parent}, which is not done and not chosen: leave --where out (what is done is not "
+            f"trained again), or run that one first: --where cell={cell.parent}"
+        )
+
+
 def run(
     cells: Sequence[Cell],
     layout: Layout,
@@ -85,6 +99,7 @@ def run(
 ) -> dict[str, int]:
     """Runs `cells` to their end, as many at a time as there are slots; a failing one doesn't stop the others.
 
+    A cell starts when its parent is done; when that ended otherwise it is not started, and has no exit code.
     `on_change(running cells, exit codes so far)` is called a few times a second. A cell that exits with 75 is started
     again, three times at most. Returns the exit code of each cell (negative: ended by that signal).
     """
@@ -93,8 +108,8 @@ def run(
     try:
         while waiting or running:
             for slot in places:
-                if slot.name not in running and waiting:
-                    cell = waiting.pop(0)
+                busy = {cell.name for cell, _ in running.values()}
+                if slot.name not in running and (cell := _take(waiting, busy, layout)) is not None:
                     running[slot.name] = cell, _start(make_command(cell, layout), layout.cell(cell.name), slot)
             for name, (cell, process) in list(running.items()):
                 code = process.poll()
@@ -112,6 +127,23 @@ def run(
     finally:
         _stop([process for _, process in running.values()])
     return codes
+
+
+def _take(waiting: list[Cell], busy: set[str], layout: Layout) -> Cell | None:
+    """The first cell that can start, taken from `waiting`, as are those whose parent has ended without being done."""
+    unfinished = busy | {cell.name for cell in waiting}
+    for cell in list(waiting):
+        if cell.parent in unfinished:
+            continue
+        waiting.remove(cell)
+        if cell.parent is None or _is_done(layout.cell(cell.parent)):
+            return cell
+        unfinished.remove(cell.name)
+    return None
+
+
+def _is_done(folder: Path) -> bool:
+    return state.of(folder, time.time()).state == "done"
 
 
 def _start(argv: list[str], folder: Path, slot: Slot) -> subprocess.Popen:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,16 @@ class CellState:
     heartbeat_age: float | None = None  # seconds
     loss: float | None = None
     failure: str | None = None  # class: config, out_of_memory, disk_full, killed, error, broken_result
-    cause: str | None = None  # one sentence
+    cause: str | None = None  # one sentence; of a planned cell: what it waits for
     attempts: int = 0
+    blocked: bool = False  # waits for a cell that `run` won't start again
 
     @property
     def runnable(self) -> bool:
-        """Whether `run` starts it: not finished, not held, and not failed in a way that would repeat."""
-        return self.state in ("planned", "interrupted") or (self.state == "failed" and self.failure in RETRIED_CLASSES)
+        """Whether `run` starts it, now or when its parent is done: not finished, not held, not failed as it would again."""
+        if self.state in ("planned", "interrupted"):
+            return not self.blocked
+        return self.state == "failed" and self.failure in RETRIED_CLASSES
 
 
 def of(folder: Path, now: float) -> CellState:
@@ -62,7 +67,34 @@ def of(folder: Path, now: float) -> CellState:
     end = _json(folder / "exit.json")
     if end:
         return CellState("failed", **known, failure=end.get("class", "error"), cause=end.get("reason"))
-    return CellState("interrupted" if known["attempts"] else "planned", **known)
+    cause, blocked = _obstacle(folder, now)
+    return CellState("interrupted" if known["attempts"] else "planned", **known, cause=cause, blocked=blocked)
+
+
+def parent(folder: Path) -> Path | None:
+    """Folder of the cell that the one in `folder` continues, by its config.json."""
+    source = _json(folder / "config.json").get("continue_from")
+    return None if source is None else Path(os.path.normpath(folder / source))
+
+
+def _obstacle(folder: Path, now: float) -> tuple[str | None, bool]:
+    """What a cell that has not started waits for, and whether in vain."""
+    source = parent(folder)
+    if source is None or (before := of(source, now)).state == "done":
+        return None, False
+    blocked = before.blocked or not (before.runnable or before.state in ("running", "stalled"))
+    what = before.cause if before.blocked else before.state if before.state in ("failed", "diverged") else None
+    return f"waits for {source.name}{f', which {what}' if what else ''}", blocked
+
+
+def waiting(names: Sequence[str], states: Sequence[CellState]) -> list[str]:
+    """A line for each cause that unstarted cells wait for."""
+    causes: dict[str, list[str]] = {}
+    for name, now in zip(names, states, strict=True):
+        if now.state in ("planned", "interrupted") and now.cause is not None:
+            causes.setdefault(now.cause, []).append(name)
+    others = {cause: f" and {len(held) - 1} more" if len(held) > 1 else "" for cause, held in causes.items()}
+    return [f"{held[0]}{others[cause]}: {cause}" for cause, held in causes.items()]
 
 
 def is_held(folder: Path) -> bool:

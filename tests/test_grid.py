@@ -1,11 +1,20 @@
 import dataclasses
+import json
 import re
 
 import pytest
 
-from gqa_jax.config import ConfigError
+from gqa_jax.config import ConfigError, TrainConfig, hash_identity
 from launch import grid
 from tests import grid_fakes
+
+
+def two_phases(**changes):
+    """A run at T = 32, one from it at T = 64, and one from that: 1,024, 512 and 512 tokens; children come first."""
+    first = grid_fakes.config()
+    second = grid.continued(first, context_length=64, learning_rate=1e-5, tokens=500, **changes)
+    third = grid.continued(second, context_length=64, learning_rate=1e-6, tokens=512, schedule="cosine")
+    return grid.Grid("phases", [third, second, first], [1024])
 
 
 def test_names_are_readable_unique_and_valid_for_every_engine():
@@ -88,3 +97,70 @@ def test_where_selects_by_any_field_and_names_the_closest():
 def test_a_store_that_is_not_there_yet_leaves_the_plan_possible():
     (cell,) = grid.cells(grid.Grid("g", [grid_fakes.config(data={"store": "stores/not-yet"})], [1024]))
     assert cell.data_fingerprint is None
+
+
+def test_phases_come_after_what_they_continue_and_are_named_by_it():
+    first, second, third = grid.cells(two_phases())
+    assert [cell.parent for cell in (first, second, third)] == [None, first.name, second.name]
+    assert second.config.continue_from == f"../{first.name}"
+    assert second.describe()["continue_from"] == first.name
+    assert first.describe()["continue_from"] is None
+    stored = json.loads(json.dumps(first.identity))  # as a checkpoint's metadata
+    assert second.identity["continue_from"] == hash_identity(stored)
+    changed = two_phases()
+    changed.configs[2].optimizer.weight_decay = 0.2
+    with pytest.raises(
+        ConfigError, match=r"cell 0 of grid 'phases': continue_from = 'cell [0-9a-f]{16}' is no cell of this grid"
+    ):
+        grid.cells(changed)
+    alone = dataclasses.replace(two_phases(), configs=two_phases().configs[:1])
+    with pytest.raises(ConfigError, match=r"put the configuration that launch\.grid\.continued was given into the grid too"):
+        grid.cells(alone)
+    (plain,) = grid.cells(grid.Grid("g", [grid_fakes.config()], [1024]))
+    assert plain.name == first.name
+
+
+def test_another_first_phase_is_another_second_phase():
+    names = []
+    for seed in (0, 1):
+        first = grid_fakes.config(seed=seed)
+        second = grid.continued(first, context_length=64, learning_rate=1e-5, tokens=512, seed=0)
+        names.append(grid.cells(grid.Grid("g", [first, second], [1024]))[1].name)
+    assert names[0] != names[1]
+
+
+def test_a_second_phase_has_its_own_recipe_and_reads_on():
+    first = grid_fakes.config(accumulation_steps=2, mesh="fsdp=4", model={"remat": "full"})
+    second = TrainConfig.from_dict(grid.continued(first, context_length=64, learning_rate=1e-5, tokens=500).to_dict())
+    source = TrainConfig.from_dict(first.to_dict())
+    assert (second.context_length, second.tokens, second.steps, second.train_tokens) == (64, 500, None, 512)
+    assert (second.mesh, second.accumulation_steps, second.model.remat) == (None, None, None)
+    assert (second.optimizer.learning_rate, second.optimizer.schedule) == (1e-5, "constant")
+    assert dataclasses.replace(second.model, remat="full") == source.model
+    assert second.data.skip_tokens == source.train_tokens == 1024
+    _, second_cell, third_cell = grid.cells(two_phases())
+    assert third_cell.config.data.skip_tokens == 1024 + second_cell.config.train_tokens
+
+    def skipped(**changes):
+        return grid.continued(first, **{"context_length": 64, "learning_rate": 1e-5, "tokens": 512} | changes).data.skip_tokens
+
+    assert skipped(seed=1) == skipped(data={"block_tokens": 128}) == 0  # another order
+    assert skipped(data={"skip_tokens": 64}) == 64
+    assert skipped(context_length=384, batch_tokens=384, data={"block_tokens": 64}) == 1152  # a whole number of sequences
+    assert first.context_length == 32  # untouched
+
+
+def test_a_second_phase_of_other_parameters_or_data_is_refused():
+    with pytest.raises(ConfigError, match=r"has other parameters: model\.n_layers: 3 here, 2 there"):
+        grid.cells(two_phases(model={"n_layers": 3}))
+    with pytest.raises(ConfigError, match=r"data\.store = stores/not-yet is not the store of s16d-t32-"):
+        grid.cells(two_phases(data={"store": "stores/not-yet"}))
+
+
+def test_the_long_context_grid_is_appendix_j():
+    rows = [cell.describe() for cell in grid.cells(grid.load("configs/grids/long_context.py"))]
+    assert [(row["size"], row["n_heads"], row["n_kv_heads"], row["context"]) for row in rows] == [
+        ("1.2B", 32, 8, 4096), ("1.8B", 8, 1, 4096), ("1.2B", 32, 8, 131_072), ("1.8B", 8, 1, 131_072),
+    ]  # fmt: skip
+    assert [row["tokens"] for row in rows] == pytest.approx([20e9, 20e9, 1e9, 1e9], rel=1e-3)
+    assert [row["continue_from"] for row in rows] == [None, None, rows[0]["cell"], rows[1]["cell"]]

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import gqa_jax
 from gqa_jax.config import ConfigError
+from gqa_jax.metrics import write_json
+from launch import __main__ as launch
 from launch import grid, local, state
 from launch.grid import Layout
 from tests import grid_fakes
+from tests.test_grid import two_phases
 
 # A training process in a line or two: claims its folder as the real one does, then does what the argument says.
 FAKE = """
@@ -33,6 +37,10 @@ with run_folder.claim(folder):
     if what == "hang":
         (folder / "pid").write_text(str(os.getpid()))
         time.sleep(60)
+    if what in ("done", "preempt"):
+        source = json.loads((folder / "config.json").read_text())["continue_from"]
+        assert source is None or (folder / source / "result.json").exists(), "too early"
+        (folder / "result.json").write_text(json.dumps({"status": "done", "loss": 1.0, "step": 4, "identity": "x"}))
     (folder / "cpus").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 """
 
@@ -44,8 +52,12 @@ def commands(behaviour):
     return make
 
 
-def setup(tmp_path):
-    return grid.cells(grid_fakes.small_grid()), Layout(tmp_path)
+def setup(tmp_path, the_grid=None):
+    cells, layout = grid.cells(the_grid or grid_fakes.small_grid()), Layout(tmp_path)
+    for cell in cells:
+        layout.cell(cell.name).mkdir(parents=True, exist_ok=True)
+        write_json(layout.cell(cell.name) / "config.json", cell.config.to_dict())
+    return cells, layout
 
 
 def test_a_failing_cell_does_not_stop_the_others_and_leaves_its_cause(tmp_path):
@@ -126,3 +138,62 @@ def test_the_command_of_a_cell_can_be_typed(tmp_path):
     argv = local.command(cells[0], layout)
     assert argv[1:3] == ["-m", "gqa_jax.train"]
     assert argv[3].endswith(f"cell.py:{layout.cell(cells[0].name)}/config.json")
+
+
+def test_a_phase_starts_when_the_one_before_it_is_done(tmp_path):
+    cells, layout = setup(tmp_path, two_phases())
+    names = [cell.name for cell in cells]
+    running = []
+    behaviour = dict.fromkeys(names, "done") | {names[0]: "preempt"}
+    codes = local.run(
+        cells, layout, local.slots(2), lambda now, _: running.append({cell.name for cell in now}), commands(behaviour)
+    )
+    assert codes == dict.fromkeys(names, 0)
+    assert (layout.cell(names[0]) / "starts").read_text() == "xxx"
+    assert max(map(len, running)) == 1
+
+
+@pytest.mark.parametrize("how", ["fail", "config", "die"])
+def test_a_phase_does_not_start_after_one_that_failed(tmp_path, how):
+    other = grid_fakes.config(size=32)
+    the_grid = two_phases()
+    cells, layout = setup(tmp_path, grid.Grid("g", [*the_grid.configs, other], [1024]))
+    (first, second, third), (alone,) = [c for c in cells if "s16d" in c.name], [c for c in cells if "s32d" in c.name]
+    codes = local.run(cells, layout, local.slots(1), lambda *_: None, commands({first.name: how, alone.name: "done"}))
+    assert set(codes) == {first.name, alone.name}
+    assert codes[alone.name] == 0
+    assert state.of(layout.cell(second.name), time.time()).cause == f"waits for {first.name}, which failed"
+    assert not (layout.cell(third.name) / "starts").exists()
+
+
+def test_a_phase_chosen_without_the_one_before_it_is_refused(tmp_path):
+    cells, layout = setup(tmp_path, two_phases())
+    first, second, third = cells
+    local.check_parents(cells, layout)
+    with pytest.raises(
+        ConfigError, match=f"{second.name} continues {first.name}, which is not done and not chosen: leave --where"
+    ):
+        local.check_parents([second, third], layout)
+    grid_fakes.finish(first, layout)
+    local.check_parents([second, third], layout)
+    (layout.cell(first.name) / "result.json").unlink()
+    grid_fakes.finish(second, layout)
+    local.check_parents([second], layout)  # there is nothing to start
+
+
+def test_two_phases_of_real_training_from_the_command_line(tmp_path, capsys):
+    path, layout = tmp_path / "phases.py", Layout(tmp_path / "root")
+    path.write_text(
+        "import dataclasses\nfrom tests.test_grid import two_phases\n"
+        "def get_grid(): return dataclasses.replace(two_phases(), configs=two_phases().configs[1:])\n"
+    )
+    first, second = grid.cells(grid.load(str(path)))
+    assert launch.main(["run", str(path), "--root", str(layout.root), "--where", "context=64"]) == launch.EXIT_BAD_INPUT
+    assert f"--where cell={first.name}" in capsys.readouterr().err
+    assert launch.main(["run", str(path), "--root", str(layout.root)]) == launch.EXIT_DONE
+    table = gqa_jax.load_results(layout.root).set_index("cell")
+    assert table["continue_from"].fillna("").to_dict() == {first.name: "", second.name: first.name}
+    assert table["tokens"].to_dict() == {first.name: 1024, second.name: 512}
+    before, after = table["loss"][first.name], table["loss"][second.name]
+    assert after == pytest.approx(before, rel=0.02)  # it went on: a learning rate of 1e-5 changes little
+    assert after != before

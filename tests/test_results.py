@@ -10,6 +10,7 @@ from gqa_jax.metrics import write_json
 from launch import answer, grid
 from launch.grid import Layout
 from tests import grid_fakes
+from tests.test_grid import two_phases
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def test_loss_table_obeys_its_schema(folder):
     assert list(table.columns) == [c.name for c in results.LOSS_COLUMNS]
     assert {name: str(dtype) for name, dtype in table.dtypes.items()} == {c.name: c.dtype for c in results.LOSS_COLUMNS}
     assert len(table) == 5
+    assert table["continue_from"].isna().all()
     assert all(c.meaning for c in (*results.LOSS_COLUMNS, *results.COST_COLUMNS))
     assert {"cell", "size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "context", "params_non_embedding",
             "params_total", "tokens", "train_flops", "seed", "status", "loss", "loss_sem", "tokens_per_second", "attention",
@@ -103,3 +105,15 @@ def test_a_grid_on_a_bucket_reads_the_same(folder, monkeypatch):
         fsspec.filesystem("gs").pipe(f"/bucket/grid/{path.relative_to(folder)}", path.read_bytes())
     pd.testing.assert_frame_equal(gqa_jax.load_results("gs://bucket/grid"), gqa_jax.load_results(folder))
     pd.testing.assert_frame_equal(results.load_costs("gs://bucket/grid"), results.load_costs(folder))
+
+
+def test_a_run_that_continues_another_names_it(tmp_path):
+    first, second, third = cells = grid.cells(two_phases())
+    for cell in cells:
+        grid_fakes.finish(cell, Layout(tmp_path))
+    write_json(tmp_path / "grid.json", grid.facts(two_phases(), cells))
+    answer.write_tables(Layout(tmp_path))
+    rows = pd.read_csv(tmp_path / "tables" / "loss.csv", dtype=str, keep_default_na=False)
+    assert dict(zip(rows["cell"], rows["continue_from"], strict=True)) == {
+        first.name: "", second.name: first.name, third.name: second.name,
+    }  # fmt: skip

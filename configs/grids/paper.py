@@ -25,7 +25,7 @@ def cell(size, context, heads):
     config.context_length = context
     config.batch_tokens = 524_288
     config.tokens = shape.tokens
-    config.model.update(n_layers=shape.n_layers, d_model=shape.d_model, n_heads=heads[0], n_kv_heads=heads[1], remat="full")
+    config.model.update(n_layers=shape.n_layers, d_model=shape.d_model, n_heads=heads[0], n_kv_heads=heads[1])
     config.data.update(store="stores/slimpajama-gpt2", block_tokens=131_072)
     config.optimizer.learning_rate = shape.learning_rate
     return config
