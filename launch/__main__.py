@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -17,11 +18,14 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
+from gqa_jax import prices, slices
 from gqa_jax.config import ConfigError
 from gqa_jax.metrics import write_json
-from launch import answer, grid, local, plan, state
+from launch import answer, fit, grid, local, plan, state
+from launch.fit import Fit
 from launch.grid import Cell, Grid, Layout
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNFINISHED = 0, 1, 2, 3
@@ -30,6 +34,7 @@ PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 EPILOG = """
 examples:
   python -m launch plan configs/grids/quickstart.py                 what it will cost, before anything starts
+  python -m launch plan configs/grids/paper.py --topology v5e:4x4,h200:8 --estimate      and where it fits, hours, money
   python -m launch run configs/grids/quickstart.py                  train what is missing, then tables and pictures
   python -m launch status configs/grids/quickstart.py               what is done, running, failed and why
   python -m launch logs configs/grids/quickstart.py CELL --follow
@@ -77,8 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     add_where(command)
     command.add_argument("--format", choices=("table", "csv", "json"), default="table")
     command.add_argument("--flops_per_second", type=float, metavar="X", help="rate of the estimate (default: finished cells')")
+    command.add_argument("--topology", metavar="NAME[,NAME...]", help="slices that are not here, as below: fits, hours, money")
+    command.add_argument("--estimate", action="store_true", help="by arithmetic alone; else every step is compiled (kept)")
+    command.add_argument("--prices", metavar="FILE", help='JSON or TOML, US dollars per chip-hour: {"v5e": 1.2}')
+    command.add_argument("--efficiency", type=float, metavar="X", help="share of the roofline that is reached (default: 1)")
+    command.add_argument("--workers", type=int, metavar="N", help="programs compiled at a time (default: one per CPU)")
+    command.add_argument("--out", metavar="FILE", help="the table as .parquet or .csv")
+    names = "; ".join(f"{chip}:{', '.join(shapes)}" for chip, shapes in slices.SHAPES.items())
+    command.epilog = f"topologies: {names}. Hours are a lower bound: the roofline of each phase of a step, over --efficiency."
     command = add("run", _run, "train the cells that are missing on this machine, then export")
     add_where(command)
+    command.add_argument("--topology", metavar="NAME", help="refuse cells whose compiled step does not fit this slice")
     command.add_argument("--slots", type=int, metavar="N", help="cells at a time (default: one per GPU, or per CPU)")
     command = add("status", _status, "state of every cell, and why cells failed")
     add_where(command)
@@ -101,10 +115,18 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
     chosen = grid.select(cells, arguments.where)
     rate = arguments.flops_per_second or plan.measured_rate(cells, layout)
     frame = plan.table(chosen, _states(chosen, layout), rate)
+    fits = _fits(arguments, chosen)
+    if fits is not None:
+        frame = plan.on_slices(frame, fits, prices.load(arguments.prices), arguments.efficiency or 1.0)
+    if arguments.out:
+        plan.write(frame, arguments.out)
     if arguments.format == "csv":
         print(frame.to_csv(index=False), end="")
     elif arguments.format == "json":
         print(frame.to_json(orient="records", indent=1))
+    elif fits is not None:
+        console.print(*plan.slices_screen(frame, f"{the_grid.name}: {len(chosen)} cells"))
+        console.print(f"hours: at least, every phase at its roofline; --efficiency {arguments.efficiency or 1:g}")
     else:
         console.print(plan.screen(frame, f"{the_grid.name}: {len(chosen)} cells in {layout.root}"))
         source = "given" if arguments.flops_per_second else "reached by the finished cells"
@@ -117,6 +139,65 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
     return EXIT_DONE
 
 
+def _fits(arguments, chosen: list[Cell]) -> list[Fit] | None:
+    """Every cell on every slice asked for, compiled unless an estimate is asked for; None when none is."""
+    if arguments.topology is None:
+        for name in ("estimate", "prices", "efficiency", "workers"):
+            if getattr(arguments, name):
+                raise ConfigError(f"--{name} needs --topology NAME: `python -m launch plan --help` lists them")
+        return None
+    if arguments.efficiency is not None and not 0 < arguments.efficiency <= 1:
+        raise ConfigError(f"--efficiency {arguments.efficiency}: must be above 0 and at most 1")
+    where = [slices.find(name) for name in dict.fromkeys(arguments.topology.split(","))]
+    fits = [fit.estimate(cell, one) for cell in chosen for one in where]
+    if not arguments.estimate:
+        _prove(fits, arguments.workers)
+    return fits
+
+
+def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
+    """Compiles what was chosen, and shows how far it is on stderr."""
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: must be at least 1")
+    count = workers or len(os.sched_getaffinity(0))
+    console = Console(stderr=True)
+    started = spoken = time.monotonic()
+
+    def changed(one: Fit, done: int, everything: int) -> None:
+        nonlocal spoken
+        now = time.monotonic()
+        left = plan.duration((now - started) / done * (everything - done))
+        verdict = "fits" if one.fits else "does not fit"
+        line = f"{done} of {everything}, {left} left: {one.cell.name} {verdict} {one.slice.name}"
+        bar.update(task, completed=done, description=line)
+        if not console.is_terminal and (now - spoken > PLAIN_SECONDS or done == everything):
+            spoken = now
+            console.print(line, highlight=False, soft_wrap=True)
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"compiling, {count} at a time", total=len(fits))
+        fit.prove(fits, count, changed, exact)
+
+
+def _require_fit(arguments, todo: list[Cell], places: Sequence[local.Slot], console: Console) -> None:
+    """Raises ConfigError when a cell does not fit where it would run, before anything is started."""
+    gpus = [place for place in places if "CUDA_VISIBLE_DEVICES" in place.environment]
+    where = slices.find(arguments.topology) if arguments.topology else fit.here(len(gpus))
+    if where is None:
+        fit.require_memory(todo, len(places))
+        return
+    fits = [fit.estimate(cell, where) for cell in todo]
+    try:
+        where.require_compiler()
+    except ValueError as error:
+        if arguments.topology:
+            raise
+        console.print(f"whether cells fit {where.name} is estimated: {error}", highlight=False)
+    else:
+        _prove(fits, None, exact=True)
+    fit.require(fits)
+
+
 def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
     places = local.slots(arguments.slots)
     chosen = grid.select(cells, arguments.where)
@@ -126,6 +207,7 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
                 f"token store {cell.config.data.store} is not there: make it with `python -m gqa_jax.data.prepare --out "
                 f"{cell.config.data.store} ...`"
             )
+    local.check_parents(chosen, layout)
     with local.only_launcher(layout):
         _write_plan(the_grid, cells, layout)
         before = dict(zip((cell.name for cell in chosen), _states(chosen, layout), strict=True))
@@ -135,6 +217,7 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
             highlight=False,
         )
         if todo:
+            _require_fit(arguments, todo, places, console)
             with _Watch(console, chosen, layout) as watch:
                 local.run(todo, layout, places, watch.update)
         states = _states(chosen, layout)
@@ -294,6 +377,8 @@ def _print_failures(cells: Sequence[Cell], states: Sequence[state.CellState], la
         console.print(f"  read    {folder / 'log.txt'}", highlight=False, soft_wrap=True)
         console.print(f"  repeat  {shlex.join(local.command(failed[0], layout))}", highlight=False, soft_wrap=True)
         console.print("  again   python -m launch retry GRID, then run", highlight=False)
+    for line in state.waiting([cell.name for cell in cells], states):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 class _Watch:

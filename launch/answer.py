@@ -48,6 +48,10 @@ def answer(layout: Layout, loss: pd.DataFrame, console: Console) -> None:
         names = ", ".join(commit[:12] + "+" * commit.endswith("+") for commit in commits)
         console.print(f"[yellow]warning:[/] cells were trained by {len(commits)} commits: {names}")
     for context, rows in loss.groupby("context"):
+        continued = rows["continue_from"].notna()
+        if continued.any() and not continued.all():  # other runs altogether: one law can't hold for both
+            console.print(f"context {context}: {continued.sum()} cells that continue others are left out of the fit")
+            rows = rows[~continued]
         try:
             by_heads = laws.fit_by_heads(rows)
         except ValueError as error:

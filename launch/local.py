@@ -24,7 +24,7 @@ from launch.grid import Cell, Layout
 
 PREEMPTED = 75  # exit code: saved, start me again
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 20.0  # for a cell to save: it is told by SIGTERM
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -1,8 +1,12 @@
-"""What a grid will cost before it is started: parameters, tokens, FLOPs, memory and time of every cell. Imports no jax."""
+"""What a grid will cost before it is started: parameters, tokens, FLOPs, memory and time of every cell. Imports no jax.
+
+On slices that are not here too: which mesh each cell gets there, whether it fits, hours and money.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,7 +14,9 @@ from rich import box
 from rich.table import Table
 
 from gqa_jax import costs
-from launch import state
+from gqa_jax.config import ConfigError
+from launch import fit, state
+from launch.fit import Fit
 from launch.grid import Cell, Layout
 
 
@@ -73,6 +79,141 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
             row.state,
         )
     return view
+
+
+def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, float], efficiency: float) -> pd.DataFrame:
+    """One row per cell and slice: the columns of `table`, and
+
+    topology; fits; mesh, remat, accumulation_steps, context_attention: the execution chosen, or what comes closest;
+    batch_per_device: sequences of a micro-batch; bytes_arguments, bytes_temporary: of a device, of bytes_limit that a program
+    may use; flops: of a step, all devices; collective_bytes: received per device and step; hours: of the run, at least, over
+    `efficiency`; limited_by; chip_hours; price_usd; proof: compiled or estimate; choice: cheapest, fastest among the slices
+    given; would_fit: where it does not. Empty: not known, or it does not fit.
+    """
+    about = frame.set_index("cell")
+    rows = []
+    for one in fits:
+        config, chosen = one.cell.config, one.chosen
+        row: dict[str, Any] = {"cell": one.cell.name, "topology": one.slice.name, "fits": one.fits}
+        if chosen is not None:
+            execution = chosen.execution
+            row |= {
+                "mesh": str(execution.mesh),
+                "remat": execution.remat,
+                "accumulation_steps": execution.accumulation_steps,
+                "context_attention": execution.context_attention if execution.mesh.context > 1 else None,
+                "batch_per_device": config.batch_size // execution.accumulation_steps // execution.mesh.sequences,
+                "bytes_arguments": chosen.bytes_arguments,
+                "bytes_temporary": chosen.bytes_temporary,
+                "flops": chosen.flops,
+                "collective_bytes": sum(chosen.collective_bytes.values()),
+                "proof": "estimate",
+            }
+        row["bytes_limit"] = one.slice.chip.memory_bytes
+        if one.proof is not None:
+            row |= {
+                "bytes_arguments": one.proof.bytes_arguments,
+                "bytes_temporary": one.proof.bytes_temporary,
+                "proof": "compiled",
+            }
+        if one.fits:
+            hours = config.n_steps * chosen.seconds_step / efficiency / 3600
+            price = prices.get(one.slice.chip.name)
+            row |= {
+                "hours": hours,
+                "limited_by": chosen.limited_by,
+                "chip_hours": hours * one.slice.n_chips,
+                "price_usd": None if price is None else hours * one.slice.n_chips * price,
+            }
+        else:
+            row["would_fit"] = fit.advice(one)
+        rows.append(row)
+    found = pd.DataFrame(rows).reindex(columns=["cell", *COLUMNS]).astype(COLUMNS)
+    found["choice"] = _choices(found)
+    return about.reset_index().merge(found, on="cell", validate="one_to_many")
+
+
+COLUMNS = {
+    "topology": "str", "fits": "boolean", "mesh": "str", "remat": "str", "accumulation_steps": "Int64",
+    "context_attention": "str", "batch_per_device": "Int64", "bytes_arguments": "Float64", "bytes_temporary": "Float64",
+    "bytes_limit": "Float64", "flops": "Float64", "collective_bytes": "Float64", "hours": "Float64", "limited_by": "str",
+    "chip_hours": "Float64", "price_usd": "Float64", "proof": "str", "choice": "str", "would_fit": "str",
+}  # fmt: skip
+
+
+def _choices(found: pd.DataFrame) -> pd.Series:
+    """ "cheapest", "fastest", both or nothing, for each row."""
+    choice = pd.Series("", index=found.index)
+    for name, column in (("cheapest", "price_usd"), ("fastest", "hours")):
+        best = found[found[column].notna()].groupby("cell")[column].idxmin()
+        choice[best] = (choice[best] + " " + name).str.strip()
+    return choice.replace("", None)
+
+
+def totals(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sums by slice and by choice: cells that fit, hours one after another, chip-hours, US dollars; empty where a part is."""
+    groups = [(name, frame[frame["topology"] == name]) for name in frame["topology"].unique()]
+    if len(groups) > 1:
+        groups += [(name, frame[frame["choice"].str.contains(name, na=False)]) for name in ("cheapest", "fastest")]
+    return pd.DataFrame(
+        {
+            "where": name,
+            "cells": int(rows["fits"].sum()),
+            **{column: rows.loc[rows["fits"], column].sum(skipna=False) for column in ("hours", "chip_hours", "price_usd")},
+        }
+        for name, rows in groups
+    )
+
+
+def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
+    """For a terminal: the best row of each cell, and the totals."""
+    several = len(frame) > len(frame.drop_duplicates("cell"))
+    best = frame[frame["choice"].notna()].drop_duplicates("cell") if several else frame
+    best = pd.concat([best, frame[~frame["cell"].isin(best["cell"])].drop_duplicates("cell")]).sort_index()
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    columns = ("cell", "topology", "mesh", "remat", "batch", "memory", "of", "hours", "limited by", "USD", "proof")
+    for name in columns:
+        view.add_column(name, justify="right" if name in ("batch", "memory", "of", "hours", "USD") else "left", no_wrap=True)
+    for row in best.itertuples():
+        batch = "" if pd.isna(row.batch_per_device) else f"{row.accumulation_steps} x {row.batch_per_device}"
+        memory = row.bytes_arguments + row.bytes_temporary
+        last = [_number(row.hours), _text(row.limited_by), _number(row.price_usd), _text(row.proof)]
+        if not row.fits:
+            last = ["[red]does not fit[/]", "", "", f"fits: {row.would_fit}"]
+        cells = [row.cell, row.topology, _text(row.mesh), _text(row.remat), batch, _gib(memory), _gib(row.bytes_limit), *last]
+        view.add_row(*cells)
+    sums = Table(title="the whole grid, one cell after another", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("where", "cells that fit", "hours", "chip-hours", "USD"):
+        sums.add_column(name, justify="left" if name == "where" else "right", no_wrap=True)
+    cells = frame["cell"].nunique()
+    for row in totals(frame).itertuples():
+        sums.add_row(row.where, f"{row.cells} of {cells}", _number(row.hours), _number(row.chip_hours), _number(row.price_usd))
+    return [view, sums]
+
+
+def write(frame: pd.DataFrame, path: str) -> None:
+    """The table as .parquet or .csv."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if path.endswith(".parquet"):
+        frame.to_parquet(path, index=False)
+    elif path.endswith(".csv"):
+        frame.to_csv(path, index=False)
+    else:
+        raise ConfigError(f"--out {path}: must end in .parquet or .csv")
+
+
+def _text(value: str | None) -> str:
+    return "" if pd.isna(value) else value
+
+
+def _number(value: float | None) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _gib(value: float | None) -> str:
+    return "" if pd.isna(value) else f"{value / 2**30:.2f} GiB"
 
 
 def short(value: float) -> str:

@@ -1,0 +1,398 @@
+"""What the compiler says that a training step needs, on devices that are not here: `python -m gqa_jax.proof`.
+
+A job is a resolved configuration and the name of a slice (`gqa_jax.slices`). `Provers` compiles jobs in processes of their own,
+so that importing this module imports no jax, and a compiler that dies takes nothing along. Answers are kept by content under
+$GQA_JAX_CACHE/plans: the same program is compiled once, whatever the cell is called.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from gqa_jax import slices
+from gqa_jax.config import TrainConfig
+
+#: Files of the package that the compiled step is made from; the rest changes no program.
+SOURCES = (
+    "attention/*.py", "collectives.py", "config.py", "loss.py", "mesh.py", "model.py", "optimizer.py", "parallel.py",
+    "program.py", "proof.py", "sharding.py", "topologies.py",
+)  # fmt: skip
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
+#: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
+BESIDE = (
+    "checkpoint",
+    "continue_from",
+    "evaluation",
+    "label",
+    "logging",
+    "optimizer",
+    "seed",
+    "steps",
+    "tokens",
+    "tokens_per_param",
+)
+
+QUICK_MARGIN = 1.04  # on the temporaries of a program compiled at O1
+DOUBT = 0.1  # of the memory: nearer than that to the limit, the program that runs is compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """The compiler's answer for one device of a slice. Bytes are None where it gave up before it knew."""
+
+    topology: str
+    fits: bool
+    bytes_limit: float
+    bytes_arguments: int | None = None
+    bytes_output: int | None = None
+    bytes_alias: int | None = None  # of the output, in the place of arguments
+    bytes_temporary: int | None = None
+    bytes_host: int | None = None  # offloaded
+    bytes_needed: float | None = None  # in all, of a program that is too large, as the compiler says it
+    seconds_compile: float | None = None
+    attention: str | None = None  # the implementation that was compiled
+    optimization: str | None = None  # level of the compiler: O2 makes the program that runs
+    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # kind -> count and bytes of a step
+    error: str | None = None
+
+    @property
+    def bytes_used(self) -> int | None:
+        """Arguments, temporaries and what of the output has a place of its own; None where the compiler gave up."""
+        if self.bytes_arguments is None:
+            return None
+        return self.bytes_arguments + self.bytes_output - self.bytes_alias + self.bytes_temporary
+
+    @property
+    def is_final(self) -> bool:
+        """Whether compiling again would say the same: too large is final, a compiler that died is not."""
+        return self.error is None or self.bytes_needed is not None
+
+
+def key(config: TrainConfig, topology: str, exact: bool) -> str:
+    """Hash of everything that the answer depends on."""
+    values = config.to_dict()
+    for name in BESIDE:
+        del values[name]
+    values["data"] = {"document_mask": config.data.document_mask}
+    content = {"config": values, "topology": topology, "exact": exact, "versions": _versions(), "sources": _sources()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached(config: TrainConfig, topology: str, exact: bool = False) -> Proof | None:
+    """The answer from an earlier compilation of the same program, if there is one; an exact one serves for both."""
+    for kept in (True,) if exact else (True, False):
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            return Proof(**json.loads(_path(config, topology, kept).read_text()))
+    return None
+
+
+class Provers:
+    """Processes that compile, at most `workers` at a time; each is started when it is first needed."""
+
+    def __init__(self, workers: int):
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers)
+        self._own = threading.local()
+        self._processes: list[subprocess.Popen] = []
+        self._stopped = False
+
+    def __enter__(self) -> Provers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Ends the processes, also in the middle of a compilation; what was compiled is kept."""
+        self._stopped = True
+        for process in self._processes:
+            process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, config: TrainConfig, topology: str, exact: bool = False) -> concurrent.futures.Future[Proof]:
+        """Compiles the step of `config`, resolved, for `topology`, unless it is known (`compile_proof`).
+
+        Raises ValueError without a compiler.
+        """
+        slices.find(topology).require_compiler()
+        return self._pool.submit(self._prove, config, topology, exact)
+
+    def _prove(self, config: TrainConfig, topology: str, exact: bool) -> Proof:
+        if (known := cached(config, topology, exact)) is not None:
+            return known
+        process = self._process()
+        reply = ""
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps({"config": config.to_dict(), "topology": topology, "exact": exact}) + "\n")
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        if reply:
+            return Proof(**json.loads(reply))
+        code = process.wait()
+        self._own.process = None
+        error = "stopped" if self._stopped else f"the compiler ended with exit code {code}"
+        return Proof(topology, False, slices.find(topology).chip.memory_bytes, error=error)
+
+    def _process(self) -> subprocess.Popen:
+        process = getattr(self._own, "process", None)
+        if process is None:
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+            environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")])
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gqa_jax.proof"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the launcher, which ends its provers
+            )
+            self._own.process = process
+            self._processes.append(process)
+        return process
+
+
+def _path(config: TrainConfig, topology: str, exact: bool) -> Path:
+    folder = Path(os.environ.get("GQA_JAX_CACHE", Path.home() / ".cache" / "gqa_jax")) / "plans"
+    return folder / f"{key(config, topology, exact)}.json"
+
+
+def _versions() -> dict[str, str | None]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _sources() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in here.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# From here on in a process of its own, where jax is loaded.
+
+
+def main() -> None:
+    """Reads jobs, one JSON object a line, {"config": ..., "topology": ..., "exact": ...}, and writes a Proof for each."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # compilers print what they like
+    for line in sys.stdin:
+        job = json.loads(line)
+        config, topology, exact = TrainConfig.from_dict(job["config"]), job["topology"], job["exact"]
+        answer = cached(config, topology, exact)
+        if answer is None:
+            answer = compile_proof(config, topology, exact)
+            if answer.is_final:
+                _keep(answer, _path(config, topology, exact))
+        output.write(json.dumps(dataclasses.asdict(answer)) + "\n")
+        output.flush()
+
+
+def _keep(answer: Proof, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(answer), indent=1))
+    temporary.replace(path)
+
+
+def compile_proof(config: TrainConfig, topology: str, exact: bool = False) -> Proof:
+    """Compiles the training step of `config`, resolved, in this process.
+
+    For TPUs at O1, in a third of the time; its temporaries, with QUICK_MARGIN, are those of the program that runs within a few
+    percent. That program itself (O2) is compiled where `exact` asks for it, and where the answer would be in doubt.
+    """
+    import jax
+
+    where = slices.find(topology)
+    if exact or not where.is_tpu:
+        return _compiled(config, topology, "O2")
+    with _level(jax, "O1"):
+        quick = _compiled(config, topology, "O1")
+    if quick.bytes_used is not None:
+        more = round(QUICK_MARGIN * quick.bytes_temporary)
+        quick = dataclasses.replace(quick, bytes_temporary=more)
+        quick = dataclasses.replace(quick, fits=quick.bytes_used <= quick.bytes_limit)
+    used = quick.bytes_needed if quick.bytes_used is None else quick.bytes_used
+    clear = used and abs(used - quick.bytes_limit) > DOUBT * quick.bytes_limit
+    return quick if clear else _compiled(config, topology, "O2")
+
+
+@contextlib.contextmanager
+def _level(jax, level: str):
+    """Compiles at `level` within."""
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", level)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
+
+
+def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
+    """What the compiler says at its present level.
+
+    Where cuDNN is not installed its attention can't be compiled for GPUs that are not here; `pallas_triton` stands in for it,
+    and `attention` says so: what both need is linear in the length.
+    """
+    import jax
+
+    from gqa_jax import program, topologies
+
+    limit = slices.find(topology).chip.memory_bytes
+    started = time.monotonic()
+    try:
+        mesh = topologies.mesh(topology, config.mesh_shape)
+        with jax.set_mesh(mesh):
+            attention = _attention_of(config)
+        try:
+            compiled = program.compile_step(config, mesh)
+        except Exception as error:
+            if attention != "cudnn" or "cudnn" not in str(error).lower():
+                raise
+            attention = "pallas_triton for cudnn"
+            model = dataclasses.replace(config.model, attention="pallas_triton")
+            compiled = program.compile_step(dataclasses.replace(config, model=model), mesh)
+    except Exception as error:
+        return Proof(
+            topology,
+            fits=False,
+            bytes_limit=limit,
+            bytes_needed=bytes_needed(str(error)),
+            seconds_compile=round(time.monotonic() - started, 1),
+            optimization=optimization,
+            error=f"{type(error).__name__}: {error}"[:2000],
+        )
+    memory = compiled.memory_analysis()
+    answer = Proof(
+        topology,
+        fits=False,
+        bytes_limit=limit,
+        bytes_arguments=memory.argument_size_in_bytes,
+        bytes_output=memory.output_size_in_bytes,
+        bytes_alias=memory.alias_size_in_bytes,
+        bytes_temporary=memory.temp_size_in_bytes,
+        bytes_host=memory.host_temp_size_in_bytes,
+        seconds_compile=round(time.monotonic() - started, 1),
+        attention=attention,
+        optimization=optimization,
+        collectives=collectives(compiled.as_text()),
+    )
+    return dataclasses.replace(answer, fits=answer.bytes_used <= limit)
+
+
+def _attention_of(config: TrainConfig) -> str:
+    from gqa_jax import attention
+
+    model, mesh = config.model, config.mesh_shape
+    case = attention.planned_case(
+        batch=config.micro_batch // mesh.sequences,
+        length=config.context_length // mesh.context,
+        n_heads=model.n_heads // mesh.tensor,
+        n_kv_heads=max(1, model.n_kv_heads // mesh.tensor),
+        head_dim=model.head_dim,
+        dtype=model.dtype,
+        size=mesh.context,
+        method=config.context_attention,
+        segments=config.data.document_mask,
+    )
+    return attention.resolve(model.attention, case)
+
+
+def bytes_needed(message: str) -> float | None:
+    """Bytes in all that a program would have needed, from what the compiler says when it runs out of memory; else None."""
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm|\(([\d.]+)([KMGT]?)\) exceeds available", message)
+    if found is None:
+        return 0.0
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return float(number) * 1024 ** " KMGT".index(unit or " ")
+
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+_OPERATION = re.compile(rf"(?P<name>\S+) = (?P<type>.*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CALLS = re.compile(r"(body|condition|calls|called_computations|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+_ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+
+
+def collectives(hlo: str) -> dict[str, dict[str, float]]:
+    """Collectives of a compiled program by kind: how many run, and bytes of their results, loops counted by their trips.
+
+    The TPU compiler writes an all-gather that it overlaps with compute several times, with one channel: it is counted once.
+    """
+    tpu = "T(8,128)" in hlo
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if line.startswith(("%", "ENTRY")) and line.endswith("{"):
+            lines = bodies.setdefault("ENTRY" if line.startswith("ENTRY") else line.split(" ", 1)[0], [])
+        else:
+            lines.append(line)
+
+    @functools.cache
+    def of(computation: str) -> dict[str, tuple[str, float, float]]:
+        """Its collectives, and those of what it calls: a name for each -> kind, times, bytes."""
+        found: dict[str, tuple[str, float, float]] = {}
+        for line in bodies.get(computation, ()):
+            if any(kind in line for kind in _KINDS) and (match := _OPERATION.search(line)):
+                size = _bytes(match["type"])
+                if match["start"] and match["type"].startswith("("):
+                    size /= 2 if match["kind"] == "all-reduce" else 1  # operands and results
+                channel = _CHANNEL.search(line)
+                once = tpu and channel and match["kind"] == "all-gather"
+                found.setdefault(channel[1] if once else match["name"], (match["kind"], 1, size))
+            if "=%" not in line and "={%" not in line:
+                continue
+            called = {kind: names.split(", ") for kind, names in _CALLS.findall(line)}
+            trips = _trips(line, bodies.get(called["condition"][0], [])) if "condition" in called else 1
+            for kind, names in called.items():
+                for callee in names:
+                    for name, (what, times, size) in of(callee).items():
+                        found.setdefault(name, (what, times * (trips if kind == "body" else 1), size))
+        return found
+
+    total: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for kind, times, size in of("ENTRY").values():
+        total[kind]["count"] += times
+        total[kind]["bytes"] += times * size
+    return dict(total)
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """Trips of a while loop: as the compiler notes them, or the bound that its condition compares with."""
+    if known := re.search(r'known_trip_count\D*?"n":"(\d+)"', line):
+        return int(known[1])
+    bounds = [int(n) for text in condition for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)]
+    return max(bounds, default=1)
+
+
+def _bytes(shapes: str) -> float:
+    """Bytes of a type as HLO writes it, "bf16[1,1536,4096]{2,1,0:T(8,128)}" or a tuple of such."""
+    total = 0.0
+    for item, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
+        count = 1
+        for size in filter(None, dimensions.split(",")):
+            count *= int(size)
+        total += _ITEM.get(item, 0) * count
+    return total
+
+
+if __name__ == "__main__":
+    main()

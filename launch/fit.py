@@ -1,0 +1,180 @@
+"""Which cells fit which slices, by arithmetic or by compiling them; and whether they fit this machine. Imports no jax."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gqa_jax import costs, devices, planner, slices
+from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.planner import Estimate, Execution
+from gqa_jax.proof import Proof, Provers
+from gqa_jax.slices import Slice
+from launch.grid import Cell
+
+ATTEMPTS = 3  # executions that are compiled for a cell before it is said not to fit
+HOPELESS = 1.5  # an estimate of so many times the memory is not compiled
+STATE_BYTES = 16  # of a parameter in training: itself, its gradient and two moments, in float32
+OPEN = {"mesh": None, "accumulation_steps": None, "context_attention": None}  # fields that the planner may fill in
+
+
+@dataclasses.dataclass
+class Fit:
+    """A cell on a slice: how it would be carried out, and whether it fits."""
+
+    cell: Cell
+    slice: Slice
+    ranked: list[Estimate]  # best first; empty where no mesh suits
+    chosen: Estimate | None = None
+    proof: Proof | None = None  # of the one chosen, when it was compiled
+    tried: list[tuple[Execution, Proof]] = dataclasses.field(default_factory=list)  # in vain
+    obstacle: str | None = None  # why there is nothing to choose from
+
+    @property
+    def fits(self) -> bool:
+        return self.proof.fits if self.proof else self.chosen is not None and self.chosen.fits
+
+
+def estimate(cell: Cell, where: Slice) -> Fit:
+    """The cell on the slice by arithmetic."""
+    try:
+        ranked = planner.choose(cell.config, where.chip, where.n_chips)
+    except ConfigError as error:
+        return Fit(cell, where, [], obstacle=str(error))
+    return Fit(cell, where, ranked, ranked[0])
+
+
+def prove(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, int, int], None], exact: bool = False) -> None:
+    """Compiles what the estimates chose, and what they rank next where the compiler says no; fills in `chosen` and `proof`.
+
+    `on_change(fit, done, all)` is called for each cell and slice that is settled. What was compiled is kept when this is
+    interrupted. Raises ValueError where a compiler is not installed.
+    """
+    done = 0
+
+    def submit(fit: Fit) -> bool:
+        if fit.chosen is None or (used(fit.chosen) > HOPELESS * fit.chosen.bytes_limit):
+            return False
+        future = provers.submit(fit.chosen.execution.resolved(fit.cell.config), fit.slice.name, exact)
+        waiting[future] = fit
+        return True
+
+    waiting: dict[concurrent.futures.Future[Proof], Fit] = {}
+    with Provers(workers) as provers:
+        for fit in fits:
+            if not submit(fit):
+                done += 1
+                on_change(fit, done, len(fits))
+        while waiting:
+            ready, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in ready:
+                fit = waiting.pop(future)
+                fit.proof = future.result()
+                if not fit.proof.fits and len(fit.tried) + 1 < ATTEMPTS and (smaller := _smaller(fit)) is not None:
+                    fit.tried.append((fit.chosen.execution, fit.proof))
+                    fit.chosen, fit.proof = smaller, None
+                    submit(fit)
+                    continue
+                done += 1
+                on_change(fit, done, len(fits))
+
+
+def _smaller(fit: Fit) -> Estimate | None:
+    """The best ranked estimate of clearly less memory than the one that did not fit."""
+    seen = {execution for execution, _ in fit.tried} | {fit.chosen.execution}
+    return next((e for e in fit.ranked if e.execution not in seen and used(e) < 0.9 * used(fit.chosen)), None)
+
+
+def used(e: Estimate) -> float:
+    """Bytes that a device needs."""
+    return e.bytes_arguments + e.bytes_temporary
+
+
+def advice(fit: Fit) -> str:
+    """What would fit, by arithmetic: other settings on this slice, else the smallest larger slice of its chips."""
+    free = dataclasses.replace(fit.cell.config, **OPEN, model=dataclasses.replace(fit.cell.config.model, remat=None))
+    for where in (fit.slice, *slices.larger(fit.slice)):
+        for config in (fit.cell.config, free):
+            if config == fit.cell.config and where == fit.slice:
+                continue
+            try:
+                best = planner.choose(config, where.chip, where.n_chips)[0]
+            except ConfigError:
+                continue
+            if best.fits:
+                settings = _differing(fit.cell.config, best.execution.resolved(free)) if config == free else ""
+                name = "" if where == fit.slice else where.name
+                return " with ".join(filter(None, (name, settings)))
+    return f"no listed slice of {fit.slice.chip.name}"
+
+
+def _differing(given: TrainConfig, resolved: TrainConfig) -> str:
+    """The settings of `resolved` that contradict what was given."""
+    pairs = [(name, getattr(given, name), getattr(resolved, name)) for name in OPEN]
+    pairs.append(("model.remat", given.model.remat, resolved.model.remat))
+    return " ".join(f"{name}={new}" for name, old, new in pairs if old is not None and old != new)
+
+
+def require(fits: Sequence[Fit]) -> None:
+    """Raises ConfigError naming the cells that don't fit, why, and what would."""
+    failing = [fit for fit in fits if not fit.fits]
+    if failing:
+        lines = [
+            f"{fit.cell.name} does not fit {fit.slice.name}: {reason(fit)}; would fit: {advice(fit)}" for fit in failing[:5]
+        ]
+        more = [f"and {len(failing) - 5} more"] if len(failing) > 5 else []
+        raise ConfigError("\n".join([f"{len(failing)} of {len(fits)} cells don't fit, nothing was started", *lines, *more]))
+
+
+def reason(fit: Fit) -> str:
+    """Why a cell does not fit a slice, in a few words."""
+    if fit.obstacle:
+        return fit.obstacle
+    limit = f"{fit.chosen.bytes_limit / 2**30:.2f} GiB"
+    if fit.proof is None:
+        return f"at least {used(fit.chosen) / 2**30:.2f} GiB estimated, {limit} there"
+    if fit.proof.bytes_arguments is not None:
+        return f"{(fit.proof.bytes_arguments + fit.proof.bytes_temporary) / 2**30:.2f} GiB compiled, {limit} there"
+    if fit.proof.bytes_needed:
+        return f"the compiler needs {fit.proof.bytes_needed / 2**30:.2f} GiB, {limit} are there"
+    return f"the compiler says: {' '.join(str(fit.proof.error).split())[:300]}"
+
+
+def here(gpus: int) -> Slice | None:
+    """The slice that one slot of this machine is: one of its GPUs; None on CPUs and for GPUs that no table knows."""
+    if not gpus or shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    chip = devices.chip_of(found.stdout.splitlines()[0]) if found.returncode == 0 and found.stdout else None
+    if chip is None:
+        return None
+    return dataclasses.replace(slices.find(f"{chip.name}:1"), chip=chip)
+
+
+def require_memory(cells: Sequence[Cell], slots: int) -> None:
+    """Raises ConfigError when a cell's training state alone is larger than a CPU slot's share of this machine's memory."""
+    share = memory_bytes() / slots
+    for cell in cells:
+        needed = STATE_BYTES * costs.count_params(cell.config.model, "exact").total
+        if needed > share:
+            fewer = f"use --slots {int(slots * share // needed)}, or " if needed <= slots * share else ""
+            raise ConfigError(
+                f"{cell.name} does not fit: {STATE_BYTES} bytes a parameter are {needed / 1e9:.1f} GB, and each of "
+                f"{slots} slots has {share / 1e9:.1f} GB; {fewer}find a slice for it: "
+                f"python -m launch plan GRID --topology v5e:4x4 --estimate"
+            )
+
+
+def memory_bytes() -> float:
+    """Memory of this machine, or of the container that this process is in."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        return min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return total

@@ -1,0 +1,154 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gqa_jax
+from gqa_jax import proof, slices
+from gqa_jax.config import TrainConfig
+from gqa_jax.proof import Proof, Provers
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path))
+    return tmp_path / "plans"
+
+
+def tiny(**changes):
+    values = TrainConfig(steps=10).to_dict()
+    values |= {"context_length": 256, "batch_tokens": 2048, "mesh": "fsdp=2,context=2", "accumulation_steps": 1}
+    values |= {"context_attention": "gather"}
+    values["data"]["block_tokens"] = values["evaluation"]["tokens"] = 1024
+    values["model"] |= {"n_layers": 3, "d_model": 128, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "d_ff": None}
+    values["model"] |= {"remat": "full", "attention": "xla"} | changes.pop("model", {})
+    return TrainConfig.from_dict(values | changes)
+
+
+def test_a_step_is_compiled_for_a_slice_that_is_not_here_once(cache):
+    pytest.importorskip("libtpu")
+    with Provers(1) as provers:
+        first = provers.submit(tiny(), "v5e:2x2").result()
+    assert first.error is None
+    assert first.fits
+    assert first.bytes_limit == slices.find("v5e:2x2").chip.memory_bytes
+    assert 0 < first.bytes_arguments < first.bytes_used < 200e6
+    assert first.attention == "xla"
+    # per layer a gather of weights and one of keys and values each way, and the embedding: more than the three layers
+    assert first.collectives["all-gather"]["count"] >= 2 * 3 + 1
+    assert first.seconds_compile > 0
+    assert len(list(cache.glob("*.json"))) == 1
+    with Provers(1) as provers:
+        again = provers.submit(tiny(seed=7, label="other", steps=99), "v5e:2x2").result()
+        assert not provers._processes  # nothing was started
+    assert again == first
+
+
+def test_what_is_too_large_is_said_with_its_bytes(cache):
+    pytest.importorskip("libtpu")
+    large = tiny(
+        batch_tokens=2**21, context_length=1024, mesh="data=1", model={"remat": "none", "n_layers": 24, "d_model": 1024}
+    )
+    with Provers(1) as provers:
+        answer = provers.submit(large, "v5e:1x1").result()
+    assert not answer.fits
+    assert answer.bytes_needed > slices.find("v5e:1x1").chip.memory_bytes
+    assert answer.is_final
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(slices.importlib.util, "find_spec", lambda module: None)
+    with Provers(1) as provers, pytest.raises(ValueError, match=r"pip install 'gqa-jax\[aot\]'"):
+        provers.submit(tiny(), "v5e:2x2")
+
+
+def test_a_compiler_that_dies_is_an_answer_that_is_not_kept(cache, monkeypatch):
+    monkeypatch.setattr(slices.Slice, "require_compiler", lambda self: None)
+    monkeypatch.setattr(proof.sys, "executable", "false")
+    with Provers(1) as provers:
+        answer = provers.submit(tiny(), "v5e:2x2").result()
+    assert not answer.fits
+    assert "ended with exit code 1" in answer.error
+    assert not answer.is_final
+    assert not cache.exists()
+
+
+def test_the_key_depends_on_what_the_program_depends_on():
+    same = proof.key(tiny(), "v5e:2x2", False)
+    assert proof.key(tiny(seed=3, label="x", steps=5), "v5e:2x2", False) == same
+    changed = [
+        proof.key(tiny(), "v5e:2x4", False),
+        proof.key(tiny(), "v5e:2x2", True),
+        proof.key(tiny(accumulation_steps=2), "v5e:2x2", False),
+        proof.key(tiny(model={"remat": "dots"}), "v5e:2x2", False),
+        proof.key(tiny(mesh="fsdp=4"), "v5e:2x2", False),
+        proof.key(tiny(data=tiny().to_dict()["data"] | {"document_mask": True}), "v5e:2x2", False),
+    ]
+    assert len({same, *changed}) == 1 + len(changed)
+
+
+def test_the_key_depends_on_every_source_that_the_step_imports():
+    """A module that `program` imports is in SOURCES, or known to change no program."""
+    code = "import sys, gqa_jax.program; print(*(n for n in sys.modules if n.startswith('gqa_jax.')))"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    here = Path(gqa_jax.__file__).parent
+    hashed = {path for pattern in proof.SOURCES for path in here.glob(pattern)}
+    files = {here / Path(*name.split(".")[1:]).with_suffix(".py") for name in imported}
+    beside = {here / f"{name}.py" for name in ("attention", "costs", "devices", "shapes", "slices")}
+    assert {path for path in files if path.exists()} - beside <= hashed
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+         "(22.80G) exceeds available HBM (15.75G). HLO module: jit_train_step.", 22.80 * 2**30),
+        ("RESOURCE_EXHAUSTED: Used 16.02G of 15.75G hbm. Exceeded hbm capacity by 276.00M.", 16.02 * 2**30),
+        ("RESOURCE_EXHAUSTED: something else", 0.0),
+        ("INTERNAL: Mosaic failed to compile TPU kernel", None),
+    ],
+)  # fmt: skip
+def test_bytes_are_read_from_what_the_compiler_says(message, needed):
+    assert proof.bytes_needed(message) == needed
+
+
+HLO = """HloModule jit_step
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, dimensions={1}
+  %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%y), channel_id=3, dimensions={1}
+  %reduce-scatter.1 = f32[8,16]{1,0} reduce-scatter(%z), channel_id=4, to_apply=%add
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(36), metadata={}
+  ROOT %lt = pred[] compare(%i, %constant.7), direction=LT
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body
+  %all-reduce.5 = (f32[4]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), channel_id=9, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_by_channel_and_by_trips_of_loops():
+    assert proof.collectives(HLO) == {
+        "all-gather": {"count": 36, "bytes": 36 * 8 * 128 * 2},
+        "reduce-scatter": {"count": 36, "bytes": 36 * 8 * 16 * 4},
+        "all-reduce": {"count": 1, "bytes": (4 + 6) * 4},
+    }
+
+
+def test_an_answer_survives_its_file(cache):
+    answer = Proof("v5e:2x2", True, 1e9, bytes_arguments=5, bytes_output=4, bytes_alias=3, bytes_temporary=2)
+    path = proof._path(tiny(), "v5e:2x2", False)
+    proof._keep(answer, path)
+    assert proof.cached(tiny(), "v5e:2x2") == answer
+    assert answer.bytes_used == 5 + 4 - 3 + 2
+    path.write_text(json.dumps(dataclasses.asdict(answer))[:-9])
+    assert proof.cached(tiny(), "v5e:2x2") is None
