@@ -404,6 +404,6 @@ def _memory(share: _Share) -> tuple[float, float]:
     weights = s.layers * s.layer_weights / mesh.parameters * a + s.layer_weights * (a + 4)
     embedding = s.embedding * (a + 4)
     chunk = min(s.tokens / mesh.tensor, 2 ** int(math.log2(CHUNK_LOGITS / s.config.model.vocab_size)))
-    loss = chunk * s.config.model.vocab_size * 4 + 3 * s.tokens * s.d * a
+    loss = chunk * s.config.model.vocab_size * 4 + s.tokens * s.d * a
     sums = parameters if execution.accumulation_steps > 1 else 0  # of the micro-batches before
     return arguments, s.kept + embedding + sums + max(working + of_layers + weights, loss)

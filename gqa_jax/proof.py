@@ -118,6 +118,11 @@ class Provers:
         for process in self._processes:
             process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for process in self._processes:
+            process.wait()
+            process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
 
     def submit(self, config: TrainConfig, topology: str, exact: bool = False) -> concurrent.futures.Future[Proof]:
         """Compiles the step of `config`, resolved, for `topology`, unless it is known (`compile_proof`).

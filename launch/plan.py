@@ -170,10 +170,10 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
     several = len(frame) > len(frame.drop_duplicates("cell"))
     best = frame[frame["choice"].notna()].drop_duplicates("cell") if several else frame
     best = pd.concat([best, frame[~frame["cell"].isin(best["cell"])].drop_duplicates("cell")]).sort_index()
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    columns = ("cell", "topology", "mesh", "remat", "batch", "memory", "of", "hours", "limited by", "USD", "proof")
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = ("cell", "topology", "mesh", "remat", "batch", "GiB", "of", "hours", "limited by", "USD", "proof")
     for name in columns:
-        view.add_column(name, justify="right" if name in ("batch", "memory", "of", "hours", "USD") else "left", no_wrap=True)
+        view.add_column(name, justify="right" if name in ("batch", "GiB", "of", "hours", "USD") else "left", no_wrap=True)
     for row in best.itertuples():
         batch = "" if pd.isna(row.batch_per_device) else f"{row.accumulation_steps} x {row.batch_per_device}"
         memory = row.bytes_arguments + row.bytes_temporary
@@ -213,7 +213,7 @@ def _number(value: float | None) -> str:
 
 
 def _gib(value: float | None) -> str:
-    return "" if pd.isna(value) else f"{value / 2**30:.2f} GiB"
+    return "" if pd.isna(value) else f"{value / 2**30:.2f}"
 
 
 def short(value: float) -> str:

@@ -105,8 +105,8 @@ def test_the_key_depends_on_every_source_that_the_step_imports():
 @pytest.mark.parametrize(
     ("message", "needed"),
     [
-        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
-         "(22.80G) exceeds available HBM (15.75G). HLO module: jit_train_step.", 22.80 * 2**30),
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (22.80G) exceeds available HBM (15.75G). HLO module: jit_train_step.", 22.80 * 2**30),
         ("RESOURCE_EXHAUSTED: Used 16.02G of 15.75G hbm. Exceeded hbm capacity by 276.00M.", 16.02 * 2**30),
         ("RESOURCE_EXHAUSTED: something else", 0.0),
         ("INTERNAL: Mosaic failed to compile TPU kernel", None),

@@ -1,0 +1,233 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from gqa_jax import costs, planner, slices
+from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.mesh import MeshShape
+from gqa_jax.planner import Execution
+from gqa_jax.shapes import SIZES, head_configurations
+
+SHAPES = {name: (size.n_layers, size.d_model) for name, size in SIZES.items()} | {"1.8B": (36, 2048)}
+
+# Arguments and temporaries, in millions of bytes, of the training step for batches of 512K tokens as XLA assigned its buffers
+# (libtpu 0.0.51, jax 0.11.2, November 2026; on GPUs with attention by pallas_triton). Columns: slice, size, heads, context in
+# K, mesh, remat, micro-batches, way of attention over the context axis.
+COMPILED = [
+    ("h200:1", "85M", (16, 4), 8, "data=1", "none", 8, "gather", 46_287),
+    ("h200:8", "1.2B", (32, 32), 8, "fsdp=8", "attention_only", 1, "gather", 33_727),
+    ("h200:8", "470M", (8, 1), 8, "fsdp=8", "full", 2, "gather", 5_260),
+    ("h200:8", "470M", (8, 1), 8, "fsdp=8", "attention_only", 2, "gather", 6_906),
+    ("h200:8", "470M", (32, 32), 8, "fsdp=8", "full", 2, "gather", 6_634),
+    ("h200:8", "470M", (32, 32), 8, "fsdp=8", "attention_only", 2, "gather", 12_674),
+    ("h200:8", "470M", (32, 4), 8, "fsdp=8", "attention_only", 2, "gather", 9_251),
+    ("v4:2x2x2", "470M", (8, 2), 8, "fsdp=8", "full", 2, "gather", 4_880),
+    ("v5e:2x4", "85M", (2, 1), 1, "fsdp=8", "dots", 2, "gather", 5_534),
+    ("v5e:4x4", "1.2B", (8, 1), 8, "fsdp=16", "full", 1, "gather", 6_332),
+    ("v5e:4x4", "1.2B", (32, 32), 8, "fsdp=16", "full", 2, "gather", 5_050),
+    ("v5e:4x4", "1.2B", (8, 1), 128, "fsdp=4,context=4", "attention_only", 1, "gather", 7_620),
+    ("v5e:4x4", "1.2B", (8, 1), 8, "fsdp=16", "offload", 1, "gather", 3_780),
+    ("v5e:4x4", "1.2B", (32, 32), 8, "fsdp=16", "attention_only", 1, "gather", 13_180),
+    ("v5e:4x4", "1.2B", (16, 16), 8, "data=4,fsdp=4", "full", 2, "gather", 8_357),
+    ("v5e:4x4", "1.2B", (8, 8), 128, "context=16", "full", 2, "gather", 6_158),
+    ("v5e:4x4", "1.2B", (8, 8), 128, "context=16", "full", 2, "ring", 4_323),
+    ("v5e:4x4", "1.2B", (32, 32), 8, "fsdp=16", "offload", 1, "gather", 9_441),
+    ("v5e:4x4", "150M", (16, 2), 8, "fsdp=16", "none", 4, "gather", 7_791),
+    ("v5e:4x4", "150M", (32, 8), 8, "data=16", "full", 2, "gather", 5_617),
+    ("v5e:4x4", "19M", (32, 32), 8, "data=16", "none", 1, "gather", 12_976),
+    ("v5e:4x4", "200M", (32, 32), 8, "data=16", "full", 1, "gather", 9_111),
+    ("v5e:4x4", "200M", (32, 32), 8, "fsdp=16", "full", 1, "gather", 3_412),
+    ("v5e:4x4", "3M", (8, 1), 8, "data=16", "full", 1, "gather", 606),
+    ("v5e:4x4", "3M", (8, 1), 8, "data=16", "none", 1, "gather", 2_958),
+    ("v5e:4x4", "3M", (32, 32), 8, "data=16", "none", 1, "gather", 6_711),
+    ("v5e:4x4", "3M", (1, 1), 8, "data=16", "full", 1, "gather", 499),
+    ("v5e:4x4", "470M", (32, 1), 8, "fsdp=16", "attention_only", 1, "gather", 7_953),
+    ("v5e:4x4", "470M", (8, 8), 8, "fsdp=8,tensor=2", "full", 1, "gather", 6_362),
+    ("v5e:4x4", "470M", (8, 1), 8, "data=8,context=2", "none", 8, "gather", 13_349),
+    ("v5e:4x4", "470M", (32, 32), 8, "fsdp=8,tensor=2", "none", 8, "gather", 16_043),
+    ("v5e:4x4", "470M", (4, 1), 32, "fsdp=8,context=2", "offload", 1, "gather", 2_364),
+    ("v5e:4x4", "680M", (8, 1), 8, "fsdp=16", "dots", 2, "gather", 10_958),
+    ("v5e:4x4", "680M", (32, 32), 8, "fsdp=8,tensor=2", "attention_only", 2, "gather", 6_798),
+    ("v5e:4x4", "680M", (32, 1), 8, "fsdp=4,tensor=4", "attention_only", 2, "gather", 8_693),
+    ("v5e:4x4", "85M", (8, 1), 8, "fsdp=16", "attention_only", 1, "gather", 2_120),
+    ("v5e:4x4", "85M", (4, 4), 8, "data=2,fsdp=8", "dots", 1, "gather", 6_005),
+    ("v5e:4x4", "85M", (8, 8), 128, "fsdp=2,context=8", "attention_only", 2, "gather", 2_211),
+    ("v5e:4x4", "85M", (8, 8), 128, "fsdp=2,context=8", "attention_only", 2, "ring", 1_376),
+    ("v5e:8x8", "1.8B", (8, 1), 512, "context=64", "attention_only", 1, "gather", 3_322),
+    ("v5p:2x2x1", "1.2B", (8, 1), 8, "fsdp=4", "full", 2, "gather", 15_420),
+    ("v5p:2x2x2", "680M", (32, 32), 8, "fsdp=8", "none", 4, "gather", 50_450),
+    ("v6e:2x4", "680M", (16, 4), 8, "fsdp=8", "attention_only", 1, "gather", 13_567),
+    ("v6e:4x4", "1.2B", (32, 8), 8, "fsdp=16", "none", 4, "gather", 36_531),
+]
+
+
+def config(size="1.2B", heads=(8, 1), context=8, **changes):
+    n_layers, d_model = SHAPES[size]
+    values = TrainConfig(steps=10).to_dict()
+    values |= {"context_length": context * 1024, "batch_tokens": 524_288}
+    values["data"]["block_tokens"] = values["evaluation"]["tokens"] = max(131_072, context * 1024)
+    values["model"] |= {"n_layers": n_layers, "d_model": d_model, "n_heads": heads[0], "n_kv_heads": heads[1], "d_ff": None}
+    remat = changes.pop("remat", None)
+    values["model"]["remat"] = remat
+    return TrainConfig.from_dict(values | changes)
+
+
+def resolved(size, heads, context, mesh, remat, steps, method):
+    return config(size, heads, context, mesh=mesh, remat=remat, accumulation_steps=steps, context_attention=method)
+
+
+@pytest.mark.parametrize("row", COMPILED, ids=lambda row: " ".join(map(str, row[:-1])))
+def test_the_estimate_is_near_the_compiled_memory_and_never_below_with_its_margin(row):
+    topology, *what, megabytes = row
+    where, run = slices.find(topology), resolved(*what)
+    e = planner.estimate(run, Execution.of(run), where.chip)
+    estimate = (e.bytes_arguments + e.bytes_temporary) / 1e6
+    if where.is_tpu:
+        assert estimate == pytest.approx(megabytes, rel=0.15)
+        assert estimate * planner.MARGIN > megabytes
+    else:
+        assert estimate * planner.MARGIN_GPU > megabytes
+    if megabytes * 1e6 > where.chip.memory_bytes:
+        assert not e.fits
+
+
+def test_arguments_on_tpus_are_exact_with_their_tiles():
+    run = resolved(
+        "1.2B", (32, 32), 8, "fsdp=16", "full", 1, "gather"
+    )  # hidden size / 16 = 96: padded to 128 in three matrices
+    e = planner.estimate(run, Execution.of(run), slices.find("v5e:4x4").chip)
+    assert e.bytes_arguments == pytest.approx(1_022_305_792, abs=2048)
+    gpu = planner.estimate(run, Execution.of(run), slices.find("h200:8").chip)
+    count = costs.count_params(run.model, "exact")
+    parameters = (count.total - count.norms) / 16 + count.norms
+    assert gpu.bytes_arguments == pytest.approx(12 * parameters + 2 * 4 * 4 * 8192)
+
+
+def test_flops_are_those_of_the_cost_table_and_recomputation_is_apart():
+    chip = slices.find("v5e:4x4").chip
+    runs = {remat: resolved("1.2B", (8, 1), 8, "fsdp=16", remat, 4, "gather") for remat in planner.SEARCHED_REMAT}
+    found = {remat: planner.estimate(run, Execution.of(run), chip) for remat, run in runs.items()}
+    assert {e.flops for e in found.values()} == {costs.train_flops(runs["full"].model, 8192, 524_288, "exact")}
+    forward = costs.forward_flops(runs["full"].model, 4096, "exact")
+    again = {remat: e.flops_again / 524_288 for remat, e in found.items()}
+    assert again["none"] == 0
+    assert again["dots"] == pytest.approx(forward.attention)
+    assert again["full"] == pytest.approx(forward.projections + forward.attention + forward.ffn * 2 / 3)
+    assert again["attention_only"] == again["offload"] == pytest.approx(again["full"] - forward.attention)
+    assert found["none"].seconds_step < found["attention_only"].seconds_step < found["full"].seconds_step
+
+
+def test_time_is_no_less_than_flops_at_the_peak():
+    for topology, size in (("v5e:4x4", "1.2B"), ("v6e:4x4", "85M"), ("h200:8", "3M"), ("v5p:2x2x2", "470M")):
+        where = slices.find(topology)
+        best = planner.choose(config(size), where.chip, where.n_chips)[0]
+        assert best.seconds_step >= best.flops / where.n_chips / where.chip.peak_flops
+        assert best.limited_by in ("compute", "attention", "memory", "network")
+        assert sum(best.seconds.values()) == best.seconds_step
+
+
+def test_attention_limits_long_contexts_and_small_heads_cost_more_than_their_flops():
+    where = slices.find("v5e:8x8")
+    best = planner.choose(config("1.8B", (8, 1), 512), where.chip, 64)[0]
+    assert best.fits
+    assert best.limited_by == "attention"
+    assert best.seconds["attention"] > best.flops / 64 / where.chip.peak_flops / 2
+
+
+def test_collectives_by_axis_are_what_the_step_moves():
+    run = resolved("1.2B", (8, 1), 128, "fsdp=4,context=4", "attention_only", 1, "gather")
+    model = run.model
+    moved = planner.estimate(run, Execution.of(run), slices.find("v5e:4x4").chip).collective_bytes
+    matrices = costs.count_params(model, "exact").attention + costs.count_params(model, "exact").ffn
+    embedding = model.vocab_size * model.d_model
+    assert set(moved) == {"fsdp,context", "context"}
+    assert moved["fsdp,context"] == pytest.approx(15 / 16 * (matrices * (2 + 2 + 4) + embedding * (2 + 8)))
+    keys = model.n_layers * 131_072 * 2 * model.n_kv_heads * model.head_dim  # of the one sequence of a device
+    assert moved["context"] == pytest.approx(3 / 4 * keys * (2 + 2 + 4))
+    alone = resolved("3M", (8, 1), 8, "data=16", "none", 1, "gather")
+    moved = planner.estimate(alone, Execution.of(alone), slices.find("v5e:4x4").chip).collective_bytes
+    assert moved == {"data": pytest.approx(2 * 15 / 16 * 4 * costs.count_params(alone.model, "exact").total)}
+
+
+def test_candidates_keep_what_is_given_and_divide():
+    chip = slices.find("v5e:4x4").chip
+    run = config("85M", (8, 1))
+    found = list(planner.candidates(run, chip, 16))
+    assert {str(e.mesh) for e in found} >= {"data=16", "fsdp=16", "data=4,fsdp=4", "fsdp=4,context=4", "fsdp=8,tensor=2"}
+    assert {e.mesh.n_devices for e in found} == {16}
+    for e in found:
+        e.resolved(run)  # the configuration's own checks
+    given = config("85M", (8, 1), mesh="fsdp=8,context=2", remat="full", accumulation_steps=2)
+    found = list(planner.candidates(given, chip, 16))
+    assert {(str(e.mesh), e.remat, e.accumulation_steps) for e in found} == {("fsdp=8,context=2", "full", 2)}
+    assert {e.context_attention for e in found} == {"gather", "ring"}
+    assert "offload" not in {e.remat for e in planner.candidates(run, slices.find("b200:8").chip, 8)}
+
+
+def test_what_fits_is_ranked_by_time_and_else_by_memory():
+    chip = slices.find("v5e:4x4").chip
+    ranked = planner.choose(config("1.2B", (32, 32)), chip, 16)
+    assert all(e.fits for e in ranked)
+    cost = [e.seconds_step + e.seconds_hidden / 2 for e in ranked]
+    assert cost[0] <= (1 + planner.ALIKE) * min(cost)
+    too_large = planner.choose(config("1.2B", (32, 32), remat="none", accumulation_steps=1), chip, 16)
+    used = [e.bytes_arguments + e.bytes_temporary for e in too_large]
+    assert not any(e.fits for e in too_large)
+    assert used == sorted(used)
+
+
+def test_every_cell_of_the_paper_fits_v5e_16_by_arithmetic():
+    chip = slices.find("v5e:4x4").chip
+    for size in SIZES:
+        for heads in head_configurations():
+            assert planner.choose(config(size, heads, remat="full"), chip, 16)[0].fits
+
+
+def test_resolve_on_a_cpu_is_one_device_and_itself_again():
+    run = planner.resolve(config("3M"), "cpu", 8)
+    assert (run.mesh, run.model.remat, run.accumulation_steps, run.context_attention) == ("data=1", "none", 1, "gather")
+    assert planner.resolve(run, "cpu", 8) == run
+    given = planner.resolve(config("3M", mesh="fsdp=4,context=2", remat="full"), "cpu", 8)
+    assert (given.mesh, given.model.remat, given.accumulation_steps) == ("fsdp=4,context=2", "full", 1)
+
+
+def test_resolve_on_known_devices_takes_the_best_and_keeps_what_is_given():
+    run = planner.resolve(config("1.2B", (32, 32)), "TPU v5 lite", 16)
+    assert run.mesh_shape.n_devices == 16
+    assert planner.estimate(run, Execution.of(run), slices.find("v5e:4x4").chip).fits
+    given = planner.resolve(config("1.2B", mesh="fsdp=16", remat="full"), "TPU v5 lite", 16)
+    assert (given.mesh, given.model.remat) == ("fsdp=16", "full")
+    assert planner.resolve(given, "TPU v5 lite", 16) == given
+
+
+@pytest.mark.parametrize(("kind", "count"), [("TPU v5 lite", 16), ("cpu", 8)])
+def test_a_mesh_of_another_size_says_what_is_allowed(kind, count):
+    with pytest.raises(ConfigError, match=rf"mesh 'fsdp=4' is of 4 devices and there are {count}: leave it out, or use "):
+        planner.resolve(config("3M", mesh="fsdp=4"), kind, count)
+
+
+def test_a_run_that_no_mesh_suits_says_why():
+    values = config("3M").to_dict()
+    values["model"] |= {"d_model": 36, "n_heads": 3, "n_kv_heads": 3, "d_ff": None}
+    run = TrainConfig.from_dict(values | {"batch_tokens": 3 * 8192, "evaluation": values["evaluation"] | {"tokens": 8192}})
+    with pytest.raises(ConfigError, match=r"no mesh of 16 devices suits batches of 3 sequences.*use 1, 3"):
+        planner.resolve(run, "TPU v5 lite", 16)
+
+
+def test_the_chunk_of_the_loss_is_the_one_that_runs():
+    from gqa_jax import loss
+
+    assert planner.CHUNK_LOGITS == loss.CHUNK_LOGITS
+
+
+def test_an_execution_is_read_back_from_its_configuration():
+    execution = Execution(MeshShape(fsdp=2), "dots", 4, "ring")
+    assert Execution.of(execution.resolved(config("3M"))) == execution
+    assert dataclasses.replace(config("3M"), mesh="fsdp=2").mesh_shape == execution.mesh
+
+
+def test_planning_imports_no_jax():
+    code = "import sys, gqa_jax.planner, gqa_jax.proof, gqa_jax.prices, launch.__main__; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
