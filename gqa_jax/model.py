@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gqa_jax import attention, parallel
+from gqa_jax import attention
 from gqa_jax.config import REMAT_POLICIES, ModelConfig
 from gqa_jax.parallel import ALONE, Part
 
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
             nnx.replace_by_pure_dict(layer, part.weights(nnx.to_pure_dict(layer), dtype))
             return nnx.merge(graphdef, layer)(x_BxTxD, rotation, segments_BxT, part), None
 
-        x_BxTxD, _ = jax.lax.scan(_remat(body, config.remat or "none", part), x_BxTxD, stacked)
+        x_BxTxD, _ = jax.lax.scan(_remat(body, config.remat or "none"), x_BxTxD, stacked)
         return rms_norm(x_BxTxD, self.final_norm[...], config.norm_eps)
 
 
@@ -154,14 +154,15 @@ def _stack(config: ModelConfig, keys: jax.Array) -> Block:
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(params=key))))(keys))
 
 
-def _remat(body, policy: str, part: Part):
-    """`body` with the backward pass computing again what `policy` says (config.REMAT_POLICIES), and gathering weights again."""
+def _remat(body, policy: str):
+    """`body` with the backward pass computing again what `policy` says (config.REMAT_POLICIES).
+
+    All but "none" gather weights again.
+    """
     policies = jax.checkpoint_policies
     match policy:
         case "none":
-            if part == ALONE or part.mesh.parameters == 1:
-                return body
-            keep = _all_but_weights
+            return body  # gathered weights of all layers are kept too: the planner counts them
         case "full":  # keep the residual stream between layers
             keep = policies.nothing_saveable
         case "attention_only":  # and the results of attention, the dearest to compute again at long contexts
@@ -178,11 +179,6 @@ def _remat(body, policy: str, part: Part):
         case _:
             raise ValueError(f"unknown remat policy {policy!r}: use {', '.join(REMAT_POLICIES)}")
     return jax.checkpoint(body, prevent_cse=False, policy=keep)
-
-
-def _all_but_weights(primitive, *_, **params) -> bool:
-    """A rematerialisation policy: keep everything but what was gathered, which would be the whole model on every device."""
-    return primitive.name != "all_gather" and params.get("name") != parallel.WEIGHTS
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:

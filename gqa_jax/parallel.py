@@ -18,14 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from gqa_jax import attention, loss, sharding
 from gqa_jax.collectives import reduce_scatter
 from gqa_jax.config import TrainConfig
 from gqa_jax.mesh import AXES, MeshShape
-
-WEIGHTS = "weights"  # name of gathered weights for rematerialisation policies: never worth keeping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Part:
         for dimension, axes in enumerate(sharding.cuts(name, self.mesh, self.n_kv_heads)):
             gathered = tuple(axis for axis in axes if axis != "tensor")
             if gathered:
-                leaf = checkpoint_name(_gather(leaf, gathered, dimension, jnp.dtype(dtype).name), WEIGHTS)
+                leaf = _gather(leaf, gathered, dimension, jnp.dtype(dtype).name)
         if name in ("key", "value") and self.n_kv_heads % self.mesh.tensor:
             # Every device has all key/value heads and needs the one that its queries read.
             head = jax.lax.axis_index("tensor") * self.n_kv_heads // self.mesh.tensor
