@@ -8,7 +8,7 @@ import pytest
 
 import gqa_jax
 from gqa_jax import proof, slices
-from gqa_jax.config import TrainConfig
+from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.proof import Proof, Provers
 
 
@@ -152,3 +152,25 @@ def test_an_answer_survives_its_file(cache):
     assert answer.bytes_used == 5 + 4 - 3 + 2
     path.write_text(json.dumps(dataclasses.asdict(answer))[:-9])
     assert proof.cached(tiny(), "v5e:2x2") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "size", "context", "mesh", "gigabytes"),
+    [
+        ("v5e:4x4", (36, 1536), 131_072, "fsdp=4,context=4", 8.0),  # 7.6 with a batch of four sequences
+        ("v5e:8x8", (36, 2048), 524_288, "context=64", 4.0),  # 3.4 with a batch of one
+    ],
+)
+def test_long_contexts_fit_small_chips(topology, size, context, mesh, gigabytes):
+    """1.2B at T = 128K on a v5e-16 and 1.8B at T = 512K on a v5e-64, H = (8,1), batches of 512K tokens, far below 16.9 GB."""
+    config = default_config()
+    config.context_length, config.batch_tokens, config.steps = context, 524_288, 10
+    config.model.update(n_layers=size[0], d_model=size[1], n_heads=8, n_kv_heads=1, remat="attention_only")
+    config.mesh, config.accumulation_steps, config.context_attention = mesh, 1, "gather"
+    config.data.block_tokens = context
+    config.evaluation.tokens = 2 * context
+    answer = proof.compile_proof(TrainConfig.from_dict(config.to_dict()), topology)
+    assert answer.fits, answer.error
+    assert answer.attention == "pallas_tpu"
+    assert answer.bytes_used < gigabytes * 1e9
