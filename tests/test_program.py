@@ -194,6 +194,7 @@ def collectives(compiled):
     return list(found.values())
 
 
+@pytest.mark.slow
 def test_a_step_at_128k_moves_keys_and_values_once_each_way_and_no_queries_and_no_logits():
     """Compiled for 16 chips of a v5e. In the scan over layers, so once a layer; backward gathers again, then scatters."""
     length, n_heads, head_dim = 131_072, 8, 64
