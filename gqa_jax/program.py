@@ -109,6 +109,26 @@ def token_losses(config: TrainConfig, mesh: Mesh, params: dict, batch: Mapping[s
     )(params, batch)
 
 
+def attention_of(config: TrainConfig) -> str:
+    """The implementation of attention that the step runs on each device, for the mesh in use or the devices there.
+
+    Raises ValueError when the one asked for can't run, saying which can.
+    """
+    shape, mesh = config.model, config.mesh_shape
+    case = attention.planned_case(
+        batch=config.micro_batch // mesh.sequences,
+        length=config.context_length // mesh.context,
+        n_heads=shape.n_heads // mesh.tensor,
+        n_kv_heads=max(1, shape.n_kv_heads // mesh.tensor),
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        size=mesh.context,
+        method=config.context_attention,
+        segments=config.data.document_mask,
+    )
+    return attention.resolve(shape.attention, case)
+
+
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the training state; allocates nothing."""
     tx = optimizer.adamw(config.optimizer, config.n_steps)

@@ -264,7 +264,7 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
     try:
         mesh = topologies.mesh(topology, config.mesh_shape)
         with jax.set_mesh(mesh):
-            attention = _attention_of(config)
+            attention = program.attention_of(config)
         try:
             compiled = program.compile_step(config, mesh)
         except Exception as error:
@@ -299,24 +299,6 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
         collectives=collectives(compiled.as_text()),
     )
     return dataclasses.replace(answer, fits=answer.bytes_used <= limit)
-
-
-def _attention_of(config: TrainConfig) -> str:
-    from gqa_jax import attention
-
-    model, mesh = config.model, config.mesh_shape
-    case = attention.planned_case(
-        batch=config.micro_batch // mesh.sequences,
-        length=config.context_length // mesh.context,
-        n_heads=model.n_heads // mesh.tensor,
-        n_kv_heads=max(1, model.n_kv_heads // mesh.tensor),
-        head_dim=model.head_dim,
-        dtype=model.dtype,
-        size=mesh.context,
-        method=config.context_attention,
-        segments=config.data.document_mask,
-    )
-    return attention.resolve(model.attention, case)
 
 
 def bytes_needed(message: str) -> float | None:

@@ -31,7 +31,6 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from gqa_jax import (
-    attention,
     costs,
     devices,
     distributed,
@@ -113,20 +112,8 @@ def _claimed(workdir: Path) -> Iterator[None]:
 
 def attention_of(config: TrainConfig) -> str:
     """The implementation of attention that this run trains with here. Raises ConfigError when the one asked for can't."""
-    model, mesh = config.model, config.mesh_shape
     try:
-        case = attention.planned_case(
-            batch=config.micro_batch // mesh.sequences,
-            length=config.context_length // mesh.context,
-            n_heads=model.n_heads // mesh.tensor,
-            n_kv_heads=max(1, model.n_kv_heads // mesh.tensor),
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            size=mesh.context,
-            method=config.context_attention,
-            segments=config.data.document_mask,
-        )
-        return attention.resolve(model.attention, case)
+        return program.attention_of(config)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
 

@@ -78,8 +78,8 @@ def prove(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, int, int]
                 if not fit.proof.fits and len(fit.tried) + 1 < ATTEMPTS and (smaller := _smaller(fit)) is not None:
                     fit.tried.append((fit.chosen.execution, fit.proof))
                     fit.chosen, fit.proof = smaller, None
-                    submit(fit)
-                    continue
+                    if submit(fit):
+                        continue
                 done += 1
                 on_change(fit, done, len(fits))
 
@@ -139,7 +139,7 @@ def reason(fit: Fit) -> str:
     if fit.proof is None:
         return f"at least {used(fit.chosen) / 2**30:.2f} GiB estimated, {limit} there"
     if fit.proof.bytes_arguments is not None:
-        return f"{(fit.proof.bytes_arguments + fit.proof.bytes_temporary) / 2**30:.2f} GiB compiled, {limit} there"
+        return f"{fit.proof.bytes_used / 2**30:.2f} GiB compiled, {limit} there"
     if fit.proof.bytes_needed:
         return f"the compiler needs {fit.proof.bytes_needed / 2**30:.2f} GiB, {limit} are there"
     return f"the compiler says: {' '.join(str(fit.proof.error).split())[:300]}"
