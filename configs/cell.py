@@ -3,13 +3,15 @@
 python -m gqa_jax.train --config=configs/cell.py:runs/quickstart/cells/CELL/config.json --workdir=DIR
 """
 
-import json
-
-from gqa_jax.config import default_config
+from gqa_jax import storage
+from gqa_jax.config import ConfigError, default_config
 
 
 def get_config(path):
+    """The configuration in a config.json, on local disk or gs://."""
+    values = storage.read_json(storage.path(path))
+    if values is None:
+        raise ConfigError(f"{path} is not there: give the config.json of a cell's folder, which `launch run` writes")
     config = default_config()
-    with open(path) as file:
-        config.update(json.load(file))
+    config.update(values)
     return config

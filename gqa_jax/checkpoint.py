@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax import distributed, run_folder
+from gqa_jax import distributed, run_folder, storage
 from gqa_jax.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int):
         """Opens (and makes) `workdir/checkpoints`; the newest `keep` are kept. Leftovers of a killed save are removed."""
-        self._folder = epath.Path(workdir).absolute() / "checkpoints"
+        self._folder = _folder(workdir)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -106,8 +106,7 @@ class Checkpoints:
         aside = self._folder.parent / "damaged-checkpoints" / f"{step}-{time.time_ns()}"
 
         def move() -> None:
-            aside.parent.mkdir(exist_ok=True)
-            (self._folder / str(step)).rename(aside)
+            storage.move(self._folder / str(step), aside)
             log.warning("checkpoint of step %d is damaged (%s): moved to %s, using the one before it", step, reason, aside)
 
         distributed.from_primary(f"moving the damaged checkpoint of step {step} away", move)
@@ -120,7 +119,7 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
     Arrays are placed as the ShapeDtypeStructs of `abstract_params`. Raises ConfigError when no checkpoint can be used, or its
     parameters have other shapes.
     """
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = _folder(workdir)
     wanted = {"params": abstract_params}
     arguments = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
@@ -145,6 +144,11 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
         problems.append(f"that of step {step} is damaged ({damage})")
         log.warning("continue_from: %s is damaged (%s)", at, damage)
     raise ConfigError(f"continue_from: {folder} has no checkpoint to start from: {'; '.join(problems) or 'there is none'}")
+
+
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    workdir = storage.path(workdir)
+    return (workdir if storage.is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
 
 def _finished_steps(folder: epath.Path) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import types
@@ -271,7 +272,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The checked configuration. Raises ConfigError on an unknown key (naming the closest) or a bad value."""
-        return _from_dict(cls, values, "")
+        return from_mapping(cls, values)
 
     def check_source(self, source: TrainConfig) -> None:
         """Raises ConfigError unless this run can start from the parameters of `source`, naming the fields that differ."""
@@ -346,8 +347,11 @@ def closest(name: str, allowed: typing.Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(allowed)}"
 
 
+_hints = functools.cache(typing.get_type_hints)  # a grid makes hundreds of configurations
+
+
 def _config_dict_of(cls: type) -> ml_collections.ConfigDict:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     result = ml_collections.ConfigDict()
     for spec in dataclasses.fields(cls):
         hint = hints[spec.name]
@@ -360,16 +364,18 @@ def _config_dict_of(cls: type) -> ml_collections.ConfigDict:
     return result.lock()
 
 
-def _from_dict(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
+def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A dataclass from nested mappings. Raises ConfigError: a key it lacks, naming the closest; a value of another type."""
+    hints = _hints(cls)
     known = {spec.name for spec in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
-        _require(name in known, f"unknown configuration key {prefix + name!r}: {closest(name, known)}")
+        if name not in known:
+            raise ConfigError(f"unknown configuration key {prefix + name!r}: {closest(name, known)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             _require(isinstance(value, Mapping), f"{prefix}{name} = {value!r}: must be a group of fields")
-            value = _from_dict(hint, value, f"{prefix}{name}.")
+            value = from_mapping(hint, value, f"{prefix}{name}.")
         else:
             allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             if float in allowed and type(value) is int:
@@ -386,7 +392,8 @@ def _type_name(hint: type) -> str:
 
 
 def _check_choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    _require(value in allowed, f"{name} = {value!r}: {closest(str(value), map(str, allowed))}")
+    if value not in allowed:
+        raise ConfigError(f"{name} = {value!r}: {closest(str(value), map(str, allowed))}")
 
 
 def _divisors(n: int) -> list[int]:

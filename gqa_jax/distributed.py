@@ -25,14 +25,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+from etils import epath
 from jax._src import distributed as jax_distributed  # its client is not public; orbax uses it likewise
 from jax.experimental import multihost_utils
 
-from gqa_jax import run_folder
+from gqa_jax import run_folder, storage
 from gqa_jax.config import ConfigError, TrainConfig, differing_fields
 from gqa_jax.run_folder import ProcessFailed
 
@@ -267,30 +267,30 @@ def same_config(config: TrainConfig, **others: str) -> None:
             raise ConfigError(f"{'; '.join(lines)} (there: process 0)")
 
 
-def shared_folder(folder: Path) -> None:
+def shared_folder(folder: epath.Path) -> None:
     """Raises ConfigError on every process unless all see in `folder`, which the primary has made, what it writes there."""
     if _client() is None:
         return
 
     def write() -> str:
         path = folder / f".shared-{time.time_ns()}"
-        path.touch()
+        storage.write_bytes(path, b"")
         return path.name
 
     path = folder / from_primary("--workdir", write)
     try:
         with agree("--workdir"):
             deadline = time.monotonic() + SHARED_FOLDER_SECONDS
-            while not path.exists():
+            while storage.read_bytes(path) is None:
                 if time.monotonic() > deadline:
                     raise ConfigError(
                         f"{folder} on {socket.gethostname()} is not the folder that process 0 writes to: it must be on a file "
-                        "system that all hosts share"
+                        "system that all hosts share, or on gs://"
                     )
                 time.sleep(POLL_SECONDS)
     finally:
         if is_primary():
-            path.unlink()
+            storage.remove(path)
 
 
 @contextlib.contextmanager
@@ -333,6 +333,8 @@ def ends_together(record: Callable[[str, str], None], heartbeat_seconds: int = H
         kind, reason = run_folder.classify(error)
         if kind == "error":
             log.exception("process %d failed", jax.process_index())
+        if kind == "error" and _is_of_a_peer(error):
+            kind = "infrastructure"  # not of this program: worth another attempt
         with contextlib.suppress(RuntimeError):  # another was first
             client.key_value_set(_FAILED, json.dumps([jax.process_index(), socket.gethostname(), kind, reason]))
         end(*json.loads(client.blocking_key_value_get(_FAILED, 1000 * LEAVE_SECONDS)))

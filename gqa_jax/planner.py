@@ -81,20 +81,21 @@ class Estimate:
         return max(self.seconds, key=self.seconds.__getitem__)
 
 
-def resolve(config: TrainConfig, device_kind: str, n_devices: int) -> TrainConfig:
+def resolve(config: TrainConfig, device_kind: str, n_devices: int, n_processes: int = 1) -> TrainConfig:
     """`config` with mesh, model.remat, accumulation_steps and context_attention filled in; what was given is kept.
 
-    `device_kind` is JAX's name. On a CPU, or on a device that no table knows: one device unless a mesh is given, nothing
-    computed again, no accumulation. Elsewhere the best of `choose`. Raises ConfigError for a mesh that is not of
-    `n_devices`, and where none suits.
+    `device_kind` is JAX's name. On a CPU, or on a device that no table knows: unless a mesh is given one device, or fsdp over
+    those of several processes; nothing computed again, no accumulation. Elsewhere the best of `choose`. Raises ConfigError for
+    a mesh that is not of `n_devices`, and where none suits.
     """
     chip = devices.chip_of(device_kind)
     if chip is not None:
         return choose(config, chip, n_devices)[0].execution.resolved(config)
     if config.mesh is not None and config.mesh_shape.n_devices not in (1, n_devices):
         raise ConfigError(_mesh_of_another_size(config, n_devices))
+    default = MeshShape() if n_processes == 1 else MeshShape(fsdp=n_devices)
     execution = Execution(
-        mesh=MeshShape() if config.mesh is None else config.mesh_shape,
+        mesh=default if config.mesh is None else config.mesh_shape,
         remat=config.model.remat or "none",
         accumulation_steps=config.accumulation_steps or 1,
         context_attention=config.context_attention or CONTEXT_ATTENTION[0],

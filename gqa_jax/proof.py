@@ -23,7 +23,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from gqa_jax import slices
+from gqa_jax import slices, storage
 from gqa_jax.config import TrainConfig
 
 #: Files of the package that the compiled step is made from; the rest changes no program.
@@ -168,7 +168,7 @@ class Provers:
 
 
 def _path(config: TrainConfig, topology: str, exact: bool) -> Path:
-    folder = Path(os.environ.get("GQA_JAX_CACHE", Path.home() / ".cache" / "gqa_jax")) / "plans"
+    folder = storage.cache("plans")
     return folder / f"{key(config, topology, exact)}.json"
 
 

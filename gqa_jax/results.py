@@ -8,7 +8,6 @@ empty cell, never 0.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from etils import epath
 
-from gqa_jax import costs
+from gqa_jax import costs, storage
 from gqa_jax.config import TrainConfig
 
 
@@ -99,7 +98,7 @@ def load_results(path: os.PathLike | str) -> pd.DataFrame:
       FileNotFoundError: neither is there.
       ValueError: a result.json or config.json that can't be read, naming it.
     """
-    root = epath.Path(path)
+    root = storage.path(path)
     names = _cell_names(root)
     if names is None:
         table = root / "tables" / "loss.parquet"
@@ -107,27 +106,28 @@ def load_results(path: os.PathLike | str) -> pd.DataFrame:
             raise FileNotFoundError(f"{root} is no grid folder: neither cells/ nor tables/loss.parquet is in it")
         with table.open("rb") as file:
             return typed(pd.read_parquet(file), LOSS_COLUMNS)
-    rows = (_loss_row(root / "cells" / name) for name in names)
+    rows = storage.each(_loss_row, [root / "cells" / name for name in names], remote=storage.is_remote(root))
     return typed(pd.DataFrame([row for row in rows if row is not None]), LOSS_COLUMNS)
 
 
 def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = None) -> pd.DataFrame:
     """The cost table, columns `COST_COLUMNS`, of the runs of a grid folder at `contexts_served` (default: the grid's own)."""
-    root = epath.Path(path)
+    root = storage.path(path)
     names = _cell_names(root)
     if names is None:
         with (root / "tables" / "cost.parquet").open("rb") as file:
             return typed(pd.read_parquet(file), COST_COLUMNS)
     if contexts_served is None:
         contexts_served = grid_facts(root)["contexts_served"]
-    configs = ((name, _read_json(root / "cells" / name / "config.json")) for name in names)
+    paths = [root / "cells" / name / "config.json" for name in names]
+    configs = zip(names, storage.each(_read_json, paths, remote=storage.is_remote(root)), strict=True)
     rows = [row for name, values in configs for row in _cost_rows(name, TrainConfig.from_dict(values), contexts_served)]
     return typed(pd.DataFrame(rows), COST_COLUMNS)
 
 
 def grid_facts(path: os.PathLike | str) -> dict[str, Any]:
     """grid.json of a grid folder: name, contexts_served, losses, convention, cells."""
-    return _read_json(epath.Path(path) / "grid.json")
+    return _read_json(storage.path(path) / "grid.json")
 
 
 def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
@@ -137,9 +137,21 @@ def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
 
 
 def read_result(path: os.PathLike | str) -> dict[str, Any]:
-    """A result.json. Raises ValueError, naming the file and the fix, when it can't be read or lacks what it must have."""
-    path = epath.Path(path)
-    result = _read_json(path)
+    """A result.json. Raises ValueError, naming the file and the fix, when it can't be read or lacks what it must have.
+
+    FileNotFoundError when it is not there.
+    """
+    result = find_result(path)
+    if result is None:
+        raise FileNotFoundError(f"{os.fspath(path)} is not there")
+    return result
+
+
+def find_result(path: os.PathLike | str) -> dict[str, Any] | None:
+    """As `read_result`; None when there is no such file."""
+    result = storage.read_json(path)
+    if result is None:
+        return None
     missing = [key for key in ("status", "loss", "step", "identity") if key not in result]
     if missing or result["status"] not in ("done", "diverged"):
         what = f"lacks {', '.join(missing)}" if missing else f"has the unknown status {result['status']!r}"
@@ -148,17 +160,15 @@ def read_result(path: os.PathLike | str) -> dict[str, Any]:
 
 
 def _cell_names(root: epath.Path) -> list[str] | None:
-    if (root / "grid.json").exists():
-        return grid_facts(root)["cells"]
-    if (root / "cells").exists():
-        return sorted(folder.name for folder in (root / "cells").iterdir())
-    return None
+    if (facts := storage.read_json(root / "grid.json")) is not None:
+        return facts["cells"]
+    return storage.names(root / "cells") or None
 
 
 def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
-    if not (folder / "result.json").exists():
+    result = find_result(folder / "result.json")
+    if result is None:
         return None
-    result = read_result(folder / "result.json")
     config = TrainConfig.from_dict(_read_json(folder / "config.json"))
     model = config.model
     return (
@@ -213,10 +223,7 @@ def _model_fields(name: str, config: TrainConfig) -> dict[str, Any]:
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read ({error}): move it away to make it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object: move it away to make it again")
+    values = storage.read_json(path)
+    if values is None:
+        raise FileNotFoundError(f"{path} is not there")
     return values

@@ -1,32 +1,48 @@
-"""The folder of one run: who may write it, what was recorded of its configuration, environment and end.
+"""The folder of one run, local or on gs://: who may write it, what was recorded of its configuration, environment and end.
 
-config.json        the resolved configuration, written once
-environment.json   versions, devices and commit of the newest attempt
-metrics/           attempt-NNN.jsonl, one per attempt
-heartbeat.json     replaced every few seconds while the run is alive
-checkpoints/       see checkpoint.py
-exit.json          why the newest attempt ended early, if it did
-result.json        written last: the run is over
+config.json           the resolved configuration, written once
+environment.json      versions, devices and commit of the newest attempt
+attempts/NNN.json     attempt, time, first_step (steps done before it), host, job, device, n_devices, n_processes: written once
+                      per attempt, when its checkpoint was restored
+metrics/              rows of an attempt: attempt-NNN.jsonl; on gs:// in parts, attempt-NNN-PPPPP.jsonl (metrics.py)
+heartbeat.json        replaced every few seconds while the run is alive: time, phase, step, steps, tokens_per_second,
+                      eta_seconds, pid, attempt, host, job, device, n_devices (None: not known yet) and device_seconds
+checkpoints/          see checkpoint.py; damaged-checkpoints/ holds those that could not be used
+profile/              traces of --profile; tensorboard/ events, if they are asked for
+exit.json             why the newest attempt ended early, if it did: code, class, reason, attempt, time, host, job
+result.json           written last: the run is over
+.lock                 held by the process that trains here, local folders only: pid, host and time of the one that held it last
+
+`job` is $GQA_JAX_JOB, the name by which the engine that started the attempt knows it, or null. `device_seconds` is devices
+times seconds, summed over all attempts: each goes on from the heartbeat of the one before. Missing from it is what an attempt
+that was killed spent after its last heartbeat, or before its first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from etils import epath
+
+from gqa_jax import storage
 from gqa_jax.config import ConfigError, TrainConfig, differing_fields
-from gqa_jax.metrics import write_json
+
+log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED = 0, 1, 2, 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved; start me again
@@ -58,14 +74,40 @@ class ProcessFailed(Exception):
 ALIKE = (ConfigError, Diverged, Preempted, ProcessFailed)
 
 
-@contextlib.contextmanager
-def claim(workdir: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this process. Raises ConfigError when another process trains in it.
+@dataclasses.dataclass(frozen=True)
+class DeviceTime:
+    """Devices that an attempt holds, and the device-seconds of the run."""
 
-    The kernel drops the claim when the process ends, however it ends.
+    device: str | None = None
+    n_devices: int | None = None
+    started: float = 0.0  # of this attempt, seconds since the epoch
+    before: float = 0.0  # device-seconds of the attempts before
+
+    def seconds(self) -> float:
+        """Device-seconds of the run until now."""
+        return self.before + (self.n_devices or 0) * (time.time() - self.started)
+
+
+@contextlib.contextmanager
+def claim(workdir: os.PathLike | str) -> Iterator[None]:
+    """Makes the folder and holds it for this process. Raises ConfigError when it can't be written, or another trains in it.
+
+    The kernel drops the claim when the process ends, however it ends; what the lock file then says is of the past. On gs://
+    there is no claim, only the check: that one job trains there is ensured by its name, which an engine gives only once.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "a") as file:
+    if storage.is_remote(workdir):
+        storage.check_writable(workdir)
+        yield
+        return
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(workdir / ".lock", "a+"))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # not of the configuration
+                raise
+            raise ConfigError(f"--workdir={workdir} can't be written: {storage.explain(error)}") from error
         for patience in (0.1, 0.2, 0.4, None):  # `status` holds it for a moment when it looks
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,22 +115,36 @@ def claim(workdir: Path) -> Iterator[None]:
             except BlockingIOError:
                 if patience is None:
                     raise ConfigError(
-                        f"{workdir}: another process trains in this folder; wait for it, or use another --workdir"
+                        f"{workdir}: another process trains in this folder{_holder(file)}; wait for it, or use another "
+                        "--workdir"
                     ) from None
                 time.sleep(patience)
+        file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}, file)
+        file.flush()
         yield
 
 
-def record_config(workdir: Path, config: TrainConfig) -> None:
+def _holder(file: TextIO) -> str:
+    """Who holds the lock, as far as it has said so."""
+    file.seek(0)
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        holder = json.load(file)
+        return f" (process {holder['pid']} on {holder['host']})"
+    return ""
+
+
+def record_config(workdir: epath.Path, config: TrainConfig) -> None:
     """Writes config.json, or checks that the one there describes the same run. Raises ConfigError with what differs."""
     path = workdir / "config.json"
-    if not path.exists():
-        write_json(path, config.to_dict())
-        return
     try:
-        theirs = TrainConfig.from_dict(json.loads(path.read_text()))
+        values = storage.read_json(path)
+        if values is None:
+            storage.write_json(path, config.to_dict())
+            return
+        theirs = TrainConfig.from_dict(values)
     except ValueError as error:
-        raise ConfigError(f"{path} can't be read ({error}): move it away, or use another --workdir") from None
+        raise ConfigError(f"{path} can't be used ({error}): move it away, or use another --workdir") from None
     refuse_other_identity(workdir, *(c.identity("", c.continue_from) for c in (config, theirs)))
 
 
@@ -101,20 +157,47 @@ def refuse_other_identity(workdir: Path, ours: dict[str, Any], theirs: dict[str,
         )
 
 
-def next_attempt(workdir: Path) -> int:
-    """Number of the attempt that starts now: 0 for the first."""
-    return sum(1 for _ in (workdir / "metrics").glob("attempt-*.jsonl"))
+def next_attempt(workdir: epath.Path) -> int:
+    """Number of the attempt that starts now, 0 for the first: above every one that left metrics or a record."""
+    files = storage.names(workdir / "metrics"), storage.names(workdir / "attempts")
+    patterns = r"attempt-(\d+)(?:-\d+)?\.jsonl", r"(\d+)\.json"
+    found = [re.fullmatch(pattern, name) for pattern, names in zip(patterns, files, strict=True) for name in names]
+    return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
-def record_exit(workdir: Path, code: int, kind: str, reason: str, attempt: int | None) -> None:
+def device_seconds(workdir: epath.Path) -> float:
+    """Device-seconds that a run has spent so far, by its heartbeat."""
+    return float((storage.read_json(workdir / "heartbeat.json") or {}).get("device_seconds") or 0.0)
+
+
+def origin() -> dict[str, str | None]:
+    """Host of this process, and $GQA_JAX_JOB: the name by which the engine that started it knows it."""
+    return {"host": socket.gethostname(), "job": os.environ.get("GQA_JAX_JOB") or None}
+
+
+def record_attempt(workdir: epath.Path, attempt: int, first_step: int, device_time: DeviceTime, n_processes: int) -> None:
+    """Writes attempts/NNN.json: where this attempt starts, and what it holds."""
+    values = {"attempt": attempt, "time": time.time(), "first_step": first_step} | origin()
+    values |= {"device": device_time.device, "n_devices": device_time.n_devices, "n_processes": n_processes}
+    if not storage.is_remote(workdir):
+        (workdir / "attempts").mkdir(exist_ok=True)
+    storage.write_json(workdir / "attempts" / f"{attempt:03d}.json", values)
+
+
+def record_exit(workdir: os.PathLike | str, code: int, kind: str, reason: str, attempt: int | None) -> None:
     """Writes exit.json: exit code, class (as `classify`) and one sentence."""
-    values = {"code": code, "class": kind, "reason": reason, "attempt": attempt, "time": time.time()}
-    with contextlib.suppress(OSError):  # on a full disk the exit code and the log have to do
-        write_json(workdir / "exit.json", values)
+    values = {"code": code, "class": kind, "reason": reason, "attempt": attempt, "time": time.time()} | origin()
+    try:
+        storage.write_json(storage.path(workdir) / "exit.json", values)
+    except Exception as error:  # on a full disk, or without a network, the exit code and the log have to do
+        log.warning("exit.json can't be written: %s", error)
 
 
 def classify(error: BaseException) -> tuple[str, str]:
-    """Class (config, out_of_memory, disk_full, diverged, preempted, error) and one sentence for an error that ended a run."""
+    """Class and one sentence for an error that ended a run.
+
+    Classes: config, out_of_memory, disk_full, infrastructure (gs:// is not reached, or refuses), diverged, preempted, error.
+    """
     text = str(error).strip() or type(error).__name__
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -133,6 +216,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "preempted", text
     if isinstance(error, ProcessFailed):
         return "error", text
+    if (sentence := storage.explain_remote(error)) is not None:
+        return "infrastructure", f"{sentence}; then run the same command again: it goes on from the last checkpoint"
     return "error", f"{type(error).__name__}: {text.splitlines()[0]}"
 
 

@@ -4,6 +4,8 @@ The same command resumes a run that was interrupted, bit for bit on the same mes
 everything else that a step needs is in the checkpoint. Exit codes: 0 done, 2 bad configuration or input, 3 diverged, 75 saved
 and asked to end (SIGTERM), 1 anything else.
 
+DIR is a local folder or gs://BUCKET/FOLDER.
+
 On several hosts it is the same command on each, with one folder that all of them see. Slurm and Cloud TPU are found; elsewhere
 each process gets --coordinator=HOST:PORT --processes=N --process=I (gqa_jax/distributed.py).
 """
@@ -12,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ import jax
 import numpy as np
 import optax
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
 from gqa_jax import (
@@ -41,13 +45,15 @@ from gqa_jax import (
     results,
     run_folder,
     sharding,
+    storage,
 )
 from gqa_jax.checkpoint import Checkpoints, params_sha256, restore_params
 from gqa_jax.config import ConfigError, TrainConfig, hash_identity
 from gqa_jax.data import reader, store
-from gqa_jax.metrics import Metrics, NoMetrics, write_json
+from gqa_jax.metrics import Metrics, NoMetrics
 from gqa_jax.program import TrainState
-from gqa_jax.run_folder import Diverged, Preempted
+from gqa_jax.run_folder import DeviceTime, Diverged, Preempted
+from gqa_jax.storage import write_json
 
 log = logging.getLogger("gqa_jax.train")
 
@@ -55,16 +61,25 @@ PROFILE_STEPS = 5
 
 
 def train_and_evaluate(
-    config: TrainConfig, workdir: Path, *, profile: bool = False, heartbeat_seconds: int = distributed.HEARTBEAT_SECONDS
+    config: TrainConfig,
+    workdir: os.PathLike | str,
+    *,
+    profile: bool = False,
+    heartbeat_seconds: int = distributed.HEARTBEAT_SECONDS,
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Runs (or resumes) a training run in `workdir` and returns what result.json holds. To be called by all processes.
+
+    `workdir` is a local folder or on gs://. `started` says since when this process holds its devices, in seconds since the
+    epoch; None: since now.
 
     Raises:
       ConfigError: a configuration, token store or device that can't be used, before anything is trained.
       Diverged: after result.json was written with status "diverged".
       Preempted: asked to end by SIGTERM, after saving.
     """
-    started = time.time()
+    started = time.time() if started is None else started
+    workdir = storage.path(workdir)
     attempt = None
 
     def record(kind: str, reason: str, code: int = run_folder.EXIT_FAILED) -> None:
@@ -74,9 +89,11 @@ def train_and_evaluate(
     with distributed.ends_together(record, heartbeat_seconds), _claimed(workdir):
         distributed.shared_folder(workdir)
         distributed.from_primary("config.json", lambda: run_folder.record_config(workdir, config))
-        attempt = distributed.from_primary("attempt", lambda: run_folder.next_attempt(workdir))
+        attempt, before = distributed.from_primary(
+            "attempt", lambda: (run_folder.next_attempt(workdir), run_folder.device_seconds(workdir))
+        )
         try:
-            config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()))
+            config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()), jax.process_count())
             mesh = sharding.make_mesh(config.mesh_shape)
             attention_of(config)  # one that can't run fails here, before anything is opened
             log.info("data: opening %s", config.data.store)
@@ -86,13 +103,14 @@ def train_and_evaluate(
             if (result := distributed.from_primary("result.json", lambda: _finished(workdir, identity))) is not None:
                 log.info("result.json is there: nothing to do")
                 return result
+            device_time = DeviceTime(mesh.devices.flat[0].device_kind, mesh.size, started, before)
             with (
-                contextlib.closing(Metrics(workdir, attempt, config) if distributed.is_primary() else NoMetrics()) as metrics,
+                Metrics(workdir, attempt, config, device_time) if distributed.is_primary() else NoMetrics() as metrics,
                 Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
                 distributed.Preemption() as preemption,
             ):
                 run = _Run(
-                    config, mesh, workdir, identity, fingerprint, source, attempt, metrics, checkpoints, preemption, started
+                    config, mesh, workdir, identity, fingerprint, source, attempt, metrics, checkpoints, preemption, device_time
                 )
                 return run(train_batches, eval_batches, profile)
         except Exception as error:
@@ -101,7 +119,7 @@ def train_and_evaluate(
 
 
 @contextlib.contextmanager
-def _claimed(workdir: Path) -> Iterator[None]:
+def _claimed(workdir: epath.Path) -> Iterator[None]:
     """Holds the folder, made by the primary, for the run."""
     with contextlib.ExitStack() as stack:
         with distributed.agree("--workdir"):
@@ -136,23 +154,25 @@ def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBat
     return opened
 
 
-def _source(config: TrainConfig, workdir: Path, fingerprint: str) -> dict[str, Any] | None:
+def _source(config: TrainConfig, workdir: epath.Path, fingerprint: str) -> dict[str, Any] | None:
     """The result of the run that this one continues, None when it continues none.
 
     Raises ConfigError unless that run is done, of the same parameters and data.
     """
     if config.continue_from is None:
         return None
-    folder, name = workdir / config.continue_from, f"continue_from = {config.continue_from!r}"
+    folder, name = storage.join(workdir, config.continue_from), f"continue_from = {config.continue_from!r}"
 
     def read() -> dict[str, Any]:
-        if not (folder / "result.json").exists():
-            raise ConfigError(f"{name}: {folder} has no result.json: let that run end first, or name another")
         try:
-            result = results.read_result(folder / "result.json")
-            source = TrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            result, values = results.find_result(folder / "result.json"), storage.read_json(folder / "config.json")
+            source = values and TrainConfig.from_dict(values)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{name}: {error}") from error
+        if result is None:
+            raise ConfigError(f"{name}: {folder} has no result.json: let that run end first, or name another")
+        if source is None:
+            raise ConfigError(f"{name}: {folder} has no config.json: it is no run that can be continued")
         if result["status"] != "done":
             raise ConfigError(f"{name}: that run {result['status']} at step {result['step']}")
         config.check_source(source)
@@ -166,19 +186,19 @@ def _source(config: TrainConfig, workdir: Path, fingerprint: str) -> dict[str, A
     return distributed.from_primary("continue_from", read)
 
 
-def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(workdir: epath.Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The result of this very run when it is over, else None, and no exit record of an attempt before.
 
     Raises ConfigError for a broken result, or one of another run.
     """
     path = workdir / "result.json"
-    if not path.exists():
-        (workdir / "exit.json").unlink(missing_ok=True)
-        return None
     try:
-        result = results.read_result(path)
+        result = results.find_result(path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if result is None:
+        storage.remove(workdir / "exit.json")
+        return None
     if result["identity"] != hash_identity(identity):
         raise ConfigError(f"{path} is of another configuration or other data: use another --workdir")
     return result
@@ -190,7 +210,7 @@ class _Run:
 
     config: TrainConfig  # resolved
     mesh: jax.sharding.Mesh
-    workdir: Path
+    workdir: epath.Path
     identity: dict[str, Any]
     data_fingerprint: str
     source: dict[str, Any] | None  # result of the run that this one continues
@@ -198,13 +218,13 @@ class _Run:
     metrics: Metrics
     checkpoints: Checkpoints
     preemption: distributed.Preemption
-    started: float
+    device_time: DeviceTime
 
     def __call__(self, train_batches: reader.Batches, eval_batches: reader.EvalBatches, profile: bool) -> dict[str, Any]:
         config = self.config
         self._announce("devices", 0)
         mesh = self.mesh
-        self.device = mesh.devices.flat[0].device_kind
+        self.device = self.device_time.device
         self.environment = run_folder.environment(self.device, mesh.size) | {
             "n_processes": jax.process_count(),
             "mesh": config.mesh,
@@ -227,6 +247,8 @@ class _Run:
             state, self.seconds_train = restored.state, restored.metadata["seconds_train"]
             first_step = restored.step
             log.info("resuming after step %d of %d", first_step, config.n_steps)
+        if distributed.is_primary():
+            run_folder.record_attempt(self.workdir, self.attempt, first_step, self.device_time, jax.process_count())
 
         self._announce("compile", first_step)
         step_fn = program.compile_step(config, mesh)
@@ -264,7 +286,7 @@ class _Run:
         state = program.fresh_state(config, self.mesh)
         if self.source is None:
             return state
-        folder = self.workdir / config.continue_from
+        folder = storage.join(self.workdir, config.continue_from)
         restored = restore_params(folder, abstract.params)
         if (restored.step, hash_identity(restored.metadata["identity"])) != (self.source["step"], self.source["identity"]):
             raise ConfigError(
@@ -285,7 +307,7 @@ class _Run:
         profile: bool,
     ) -> TrainState:
         config = self.config
-        schedule = optimizer.learning_rate(config.optimizer, config.n_steps)
+        schedule = jax.jit(optimizer.learning_rate(config.optimizer, config.n_steps))
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.train_loss = self._rate = None
         profile_at = range(first_step + 2, first_step + 2 + PROFILE_STEPS) if profile else range(0)
@@ -293,7 +315,9 @@ class _Run:
 
         for step, batch in enumerate(reader.read(train_batches, first_step, config.n_steps), first_step + 1):
             if step in profile_at and step == profile_at.start:
-                jax.profiler.start_trace(str(self.workdir / "profile"))
+                remote = storage.is_remote(self.workdir)  # where JAX writes no traces
+                traces = Path(tempfile.mkdtemp(prefix="profile-") if remote else self.workdir / "profile")
+                jax.profiler.start_trace(str(traces))
             state, step_metrics = step_fn(state, place(batch))
             pending.append((step, step_metrics))
             if len(pending) > 1:  # at most one step ahead of the device: errors and the heartbeat stay close to the truth
@@ -302,6 +326,9 @@ class _Run:
             if profile_at and step == min(profile_at.stop - 1, config.n_steps):
                 jax.block_until_ready(step_metrics)
                 jax.profiler.stop_trace()
+                if remote:
+                    storage.upload(traces, self.workdir / "profile")
+                    shutil.rmtree(traces)
                 log.info("profile of steps %d to %d: %s", profile_at.start, step, self.workdir / "profile")
 
             preempted = self.preemption.reached(step) and step < config.n_steps
@@ -313,6 +340,7 @@ class _Run:
                 self._evaluate(evaluate, state, step)
                 self._clock = time.perf_counter()
             if saves:
+                self.metrics.flush()  # these steps are not trained again
                 self.checkpoints.save(
                     step,
                     state,
@@ -408,7 +436,8 @@ class _Run:
             "tokens_per_second": rate,
             "mfu": rate and self._mfu(rate),
             "seconds_train": self.seconds_train,
-            "seconds_total": time.time() - self.started,
+            "seconds_total": time.time() - self.device_time.started,
+            "device_seconds": self.device_time.seconds(),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "attention": attention_of(config),
             "data_fingerprint": self.data_fingerprint,
@@ -416,6 +445,7 @@ class _Run:
             "attempts": self.attempt + 1,
         } | self.environment
         if distributed.is_primary():
+            self.metrics.flush()
             write_json(self.workdir / "result.json", result)
         self.metrics.heartbeat(status, step, force=True)
         return result
@@ -470,7 +500,7 @@ def exit_code(error: BaseException) -> int:
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; --config.KEY=VALUE overrides one of its fields.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if it isn't there, resumed if it is.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://: made if it isn't there, resumed if it is.")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, f"Trace {PROFILE_STEPS} steps into WORKDIR/profile, for TensorBoard or Perfetto."
 )
@@ -493,6 +523,7 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", force=True)
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax and grain speak through it, at length
+    started = time.time()
     try:
         config = _parse(argv)
         compilation_cache()
@@ -506,7 +537,11 @@ def main(argv: list[str]) -> int:
         )
         distributed.same_config(config, workdir=_WORKDIR.value)
         result = train_and_evaluate(
-            config, Path(_WORKDIR.value), profile=_PROFILE.value, heartbeat_seconds=_HEARTBEAT_SECONDS.value
+            config,
+            _WORKDIR.value,
+            profile=_PROFILE.value,
+            heartbeat_seconds=_HEARTBEAT_SECONDS.value,
+            started=started,
         )
     except run_folder.ALIKE as error:
         print(f"gqa_jax.train: {error}", file=sys.stderr)
@@ -524,7 +559,7 @@ def main(argv: list[str]) -> int:
 
 def compilation_cache() -> None:
     """Keeps compiled programs in $GQA_JAX_CACHE/xla (default ~/.cache/gqa_jax/xla), so that equal shapes compile once."""
-    folder = Path(os.environ.get("GQA_JAX_CACHE", Path.home() / ".cache" / "gqa_jax")) / "xla"
+    folder = storage.cache("xla")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

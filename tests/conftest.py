@@ -7,4 +7,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax
 
+from tests.gcs import gcs_root, gcs_server  # noqa: F401 (fixtures, for all)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")

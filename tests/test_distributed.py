@@ -25,7 +25,7 @@ from gqa_jax.config import ConfigError, TrainConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEARTBEAT = 5  # seconds
 PATIENCE = 240  # on a machine that does other things too
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 
 BEGIN = f"""
 import json, os, sys, time
@@ -56,7 +56,7 @@ class Pair:
     def __init__(self, folder, commands):
         self.folder = folder
         self.processes = [
-            subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
             for command in commands
         ]
 
@@ -148,7 +148,7 @@ say(
         [
             "ConfigError",
             f"--workdir: process 1: {tmp_path / 'other'} on {socket.gethostname()} is not the folder that process 0 writes to: "
-            "it must be on a file system that all hosts share",
+            "it must be on a file system that all hosts share, or on gs://",
         ],
         {"process": 0},
         ["ProcessFailed", "number: process 0: ZeroDivisionError: division by zero"],
@@ -453,7 +453,7 @@ def start_alone(process, port):
     )
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code], env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=os.environ | ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     return done, time.monotonic() - begin
 

@@ -1,10 +1,11 @@
 import json
 import logging
 import math
+import time
 
 import pytest
 
-from gqa_jax import metrics
+from gqa_jax import metrics, storage
 from gqa_jax.config import TrainConfig, default_config
 
 
@@ -93,3 +94,128 @@ def test_processes_beside_the_primary_write_nothing(tmp_path, monkeypatch):
     writer.heartbeat("train", 1, force=True)
     writer.close()
     assert not list(tmp_path.iterdir())
+
+
+def parts(folder):
+    return {name: storage.read_bytes(f"{folder}/metrics/{name}").count(b"\n") for name in storage.names(f"{folder}/metrics")}
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class Outage:
+    """Of gs://, for objects whose name holds `what`."""
+
+    def __init__(self, monkeypatch, what):
+        self.over, self.tried = False, 0
+        real = storage._gcs().pipe_file
+
+        def pipe_file(path, content):
+            if what in path and not self.over:
+                self.tried += 1
+                raise TimeoutError
+            real(path, content)
+
+        monkeypatch.setattr(storage._gcs(), "pipe_file", pipe_file)
+
+
+def test_rows_on_a_bucket_are_parts(gcs_root, monkeypatch):
+    monkeypatch.setattr(metrics, "PART_SECONDS", 0.0)
+    for attempt, steps in ((0, [1, 2, 3]), (1, [3, 4])):
+        with metrics.Metrics(gcs_root, attempt, config()) as writer:
+            for step in steps:
+                writer.write("train", step, {"loss": 10.0 * attempt + step})
+            if attempt == 0:
+                writer.flush()
+                writer.flush()
+                writer.write("train", 5, {"loss": 5.0})
+                eventually(lambda: len(parts(gcs_root)) == 2)  # by itself
+    assert parts(gcs_root) == {"attempt-000-00000.jsonl": 3, "attempt-000-00001.jsonl": 1, "attempt-001-00000.jsonl": 2}
+    assert [row["loss"] for row in metrics.read_metrics(gcs_root)] == [1.0, 2.0, 13.0, 14.0, 5.0]
+
+
+def test_rows_of_more_attempts_and_parts_than_digits(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    names = ("attempt-999.jsonl", "attempt-1000-00000.jsonl", "attempt-1000-99999.jsonl", "attempt-1000-100000.jsonl")
+    for i, name in enumerate(names):
+        (tmp_path / "metrics" / name).write_text(json.dumps({"kind": "train", "step": 1, "loss": i}) + "\n")
+    (tmp_path / "metrics" / ".attempt-2000.jsonl.tmp").write_text("x\n")
+    assert [row["loss"] for row in metrics.read_metrics(tmp_path)] == [3]
+
+
+def test_no_row_is_lost_in_an_outage(gcs_root, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "PART_SECONDS", 0.0)
+    with metrics.Metrics(gcs_root, 0, config()) as writer:
+        outage = Outage(monkeypatch, "metrics/")
+        writer.write("train", 1, {"loss": 1.0})
+        eventually(lambda: outage.tried >= 2)
+        writer.write("train", 2, {"loss": 2.0})
+        with pytest.raises(OSError, match=r"metrics/attempt-000-00000\.jsonl: Google Cloud Storage is not reached"):
+            writer.flush()
+        outage.over = True
+        writer.flush()
+        writer.write("train", 3, {"loss": 3.0})
+    assert [row["loss"] for row in metrics.read_metrics(gcs_root)] == [1.0, 2.0, 3.0]
+    assert caplog.text.count("metrics can't be written for now") == 1
+
+
+def test_an_outage_at_the_end_is_an_error_unless_there_is_another(gcs_root, monkeypatch, caplog):
+    Outage(monkeypatch, "metrics/")
+    with pytest.raises(OSError, match="not reached"), metrics.Metrics(gcs_root, 0, config()) as writer:
+        writer.write("train", 1, {"loss": 1.0})
+
+    def fail():
+        with metrics.Metrics(gcs_root, 0, config()) as writer:
+            writer.write("train", 1, {"loss": 1.0})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert "the last metric rows can't be written" in caplog.text
+
+
+def test_heartbeat_on_a_bucket_is_rare_and_its_outage_stops_nothing(gcs_root, monkeypatch, caplog):
+    def beat():
+        return storage.read_json(f"{gcs_root}/heartbeat.json")
+
+    monkeypatch.setattr(metrics, "HEARTBEAT_SECONDS", 0.0)
+    outage = Outage(monkeypatch, "heartbeat")
+    with metrics.Metrics(gcs_root, 0, config()) as writer:
+        writer.heartbeat("train", 1, force=True)
+        eventually(lambda: outage.tried >= 2)
+        outage.over = True
+        eventually(lambda: beat() is not None)
+        writer.heartbeat("train", 2)
+        time.sleep(1.5)
+        assert beat()["step"] == 1  # not within ten seconds
+        writer.heartbeat("evaluate", 3, force=True)
+        eventually(lambda: beat()["step"] == 3)
+        writer.heartbeat("train", 4)
+    assert beat()["step"] == 4
+    assert caplog.text.count("heartbeat.json can't be written for now") == 1
+
+
+def test_tensorboard_on_a_bucket_is_copied_and_its_outage_stops_nothing(gcs_root, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "EVENTS_SECONDS", 0.0)
+    with metrics.Metrics(gcs_root, 0, config(tensorboard=True)) as writer:
+        writer.write("train", 1, {"loss": 1.0})
+        eventually(lambda: storage.names(f"{gcs_root}/tensorboard"))
+        monkeypatch.setattr(storage._gcs(), "put_file", lambda *_: 1 / 0)
+        writer.write("train", 2, {"loss": 1.0})
+        eventually(lambda: "TensorBoard's files can't be copied" in caplog.text)
+    assert "closing a metrics writer failed" in caplog.text
+    assert len(metrics.read_metrics(gcs_root)) == 2
+
+
+def test_heartbeat_says_what_the_run_has_spent(tmp_path):
+    time_of_devices = metrics.run_folder.DeviceTime("TPU v5e", 16, time.time() - 10, 100.0)
+    with metrics.Metrics(tmp_path, 1, config(), time_of_devices) as writer:
+        writer.heartbeat("train", 1, force=True)
+    beat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (beat["device"], beat["n_devices"], beat["job"]) == ("TPU v5e", 16, None)
+    assert 260 <= beat["device_seconds"] < 300
+    assert beat["host"]

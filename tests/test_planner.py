@@ -189,6 +189,7 @@ def test_resolve_on_a_cpu_is_one_device_and_itself_again():
     run = planner.resolve(config("3M"), "cpu", 8)
     assert (run.mesh, run.model.remat, run.accumulation_steps, run.context_attention) == ("data=1", "none", 1, "gather")
     assert planner.resolve(run, "cpu", 8) == run
+    assert planner.resolve(config("3M"), "cpu", 2, 2).mesh == "fsdp=2"  # processes of one run must all take part
     given = planner.resolve(config("3M", mesh="fsdp=4,context=2", remat="full"), "cpu", 8)
     assert (given.mesh, given.model.remat, given.accumulation_steps) == ("fsdp=4,context=2", "full", 1)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gqa_jax import storage
 from gqa_jax.data import parts, prepare, store
 from gqa_jax.data.documents import Format, InputError
 from gqa_jax.data.store import StoreError, TokenStore
@@ -230,3 +231,56 @@ def test_unknown_end_of_document_is_named_before_anything_is_written(lines, tmp_
     with pytest.raises(TokenizerError, match="leave --eos out"):
         prepare.prepare(prepare.Recipe((lines,), eos="x"), tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
+def test_a_store_is_prepared_for_a_bucket(lines, tmp_path, gcs_root, spec, monkeypatch, capsys):
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
+    out, command = f"{gcs_root}/store", [lines, "--tokenizer", spec, "--holdout_every", "10"]
+    uploaded = []
+    real = storage.upload
+
+    def upload(source, target):
+        real(source, target)
+        uploaded.append(source.name)
+        if len(uploaded) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload", upload)
+        assert prepare.main([*command, "--out", out]) == 130
+        assert not store.exists(out)
+        patch.setattr(parts, "encode_documents", None)  # is not done again
+        assert prepare.main([*command, "--out", out]) == 0
+    assert uploaded[-1] == "header.json"
+    assert f"{out}: made in" in capsys.readouterr().out
+    made = prepare.prepare(prepare.Recipe((lines,), tokenizer=spec, holdout_every=10), tmp_path / "local")
+    assert storage.names(out) == sorted(path.name for path in made.path.iterdir() if path.name != ".lock")
+    assert sorted(path.name for path in (tmp_path / "cache" / "stores").iterdir()) == [made.fingerprint]
+    assert store.open_store(out).path.name == made.fingerprint
+
+    header = storage.read_bytes(f"{out}/header.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload", None)
+        assert prepare.main([*command, "--out", out]) == 0
+        assert f"{out}: is there already" in capsys.readouterr().out
+        assert prepare.main([*command[:-1], "5", "--out", out]) == 2
+    assert (
+        "holds a finished store of another request (holdout_every: 5 here, 10 there); nothing was changed"
+        in capsys.readouterr().err
+    )
+    assert storage.read_bytes(f"{out}/header.json") == header
+    assert not list((tmp_path / "cache" / "stores").glob("prepare-*"))
+
+
+def test_folders_on_a_bucket_that_are_refused_before_anything_is_encoded(lines, tmp_path, gcs_root, monkeypatch, capsys):
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(parts, "encode_documents", None)
+    storage.write_bytes(f"{gcs_root}/notes.txt", b"")
+    for out, message in (
+        (gcs_root, "isn't empty and holds no token store (notes.txt)"),
+        ("gs://none/store", "there is no bucket 'none'"),
+        ("s3://none/store", "s3:// is not supported"),
+    ):
+        assert prepare.main([lines, "--tokenizer", "bytes", "--out", out]) == 2
+        assert message in capsys.readouterr().err

@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
+from gqa_jax import storage
+from gqa_jax.config import ConfigError
 from gqa_jax.data import store as token_store
 from gqa_jax.data.documents import Format
 from gqa_jax.data.prepare import Recipe, prepare
@@ -151,3 +153,104 @@ def test_unknown_names(tmp_path, made, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"Not a directory; GQA_JAX_CACHE=FOLDER chooses another place"):
         open_store("sotu-bytes", tmp_path / "file")
+
+
+@pytest.fixture
+def remote(made, gcs_root, tmp_path, monkeypatch):
+    """A copy of `made` on gs://, and nothing in the cache."""
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
+    for name in (*token_store.FILES, "header.json"):
+        storage.upload(made.path / name, f"{gcs_root}/store/{name}")
+    return f"{gcs_root}/store"
+
+
+def test_a_store_on_a_bucket_is_copied_once(remote, made, tmp_path, monkeypatch):
+    assert token_store.exists(remote)
+    opened = open_store(remote)
+    assert opened.path == tmp_path / "cache" / "stores" / made.fingerprint
+    assert opened.header == made.header
+    for split in token_store.SPLITS:
+        np.testing.assert_array_equal(opened.tokens(split), made.tokens(split))
+        np.testing.assert_array_equal(opened.documents(split), made.documents(split))
+    assert sorted(path.name for path in opened.path.parent.iterdir()) == [".lock", made.fingerprint]
+
+    read = []
+    real = storage._gcs().cat_file
+    monkeypatch.setattr(storage._gcs(), "cat_file", lambda path, **_: read.append(path) or real(path))
+    monkeypatch.setattr(storage, "download", None)
+    assert open_store(remote).path == opened.path
+    assert read == [f"{remote}/header.json"]
+
+
+def test_a_copy_that_was_interrupted_is_begun_again(remote, tmp_path, monkeypatch):
+    real = storage.download
+
+    def download(source, target):
+        if target.name == "train.docs.npy":
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "download", download)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(remote)
+    assert TokenStore.open(open_store(remote).path, verify=True)
+
+
+def test_a_store_on_a_bucket_brings_its_tokenizer(gcs_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("one two three|four five six|seven eight nine|ten")
+    recipe = Recipe((str(tmp_path / "a.txt"),), tokenizer="bpe:260", holdout_every=2, form=Format(separator="|"))
+    made = prepare(recipe, tmp_path / "store")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    storage.upload(made.path, gcs_root)
+    assert open_store(gcs_root).tokenizer().decode(made.tokens("validation")) == "four five six<|endoftext|>ten<|endoftext|>"
+    storage.write_bytes(f"{gcs_root}/tokenizer.json", (made.path / "tokenizer.json").read_bytes() + b"\n")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(StoreError, match=r"isn't what its header says, as copied: .*isn't the tokenizer of this store"):
+        open_store(gcs_root)
+
+
+def test_unusable_stores_on_a_bucket(remote, made, gcs_root, tmp_path, monkeypatch):
+    assert not token_store.exists(f"{gcs_root}/none")
+    with pytest.raises(
+        StoreError, match=r"/none: there is no header\.json; make one with python -m gqa_jax\.data\.prepare --out gs://"
+    ):
+        open_store(f"{gcs_root}/none")
+    content = storage.read_bytes(f"{remote}/train.bin")
+    storage.write_bytes(f"{remote}/train.bin", content[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"isn't what its header says, as copied: .*train\.bin is damaged"):
+        open_store(remote)
+    storage.write_bytes(f"{remote}/train.bin", content[:-2])
+    with pytest.raises(StoreError, match=r"train\.bin has 222 bytes; its header says 224 bytes"):
+        open_store(remote)
+    storage.remove(f"{remote}/train.bin")
+    with pytest.raises(StoreError, match=r"train\.bin is missing: copy the store there again"):
+        open_store(remote)
+    storage.write_json(f"{remote}/header.json", made.header | {"eos_id": 3})
+    with pytest.raises(StoreError, match=r"header\.json was changed"):
+        open_store(remote)
+    assert not (tmp_path / "cache" / "stores" / made.fingerprint).exists()
+
+    def refuse(*_, **__):
+        raise OSError("Forbidden: https://x\nme@x.org does not have storage.objects.get access")
+
+    monkeypatch.setattr(storage._gcs(), "cat_file", refuse)
+    for function in (open_store, token_store.exists):
+        with pytest.raises(StoreError, match=r"^token store gs://.*: permission denied"):
+            function(remote)
+    with pytest.raises(ConfigError, match="s3:// is not supported"):
+        storage.path("s3://b")
+
+
+def test_a_cache_that_cannot_be_written(remote, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(StoreError, match=r"Not a directory; GQA_JAX_CACHE=FOLDER chooses another place"):
+        open_store(remote)
+
+
+def test_which_stores_exist(made, tmp_path):
+    assert token_store.exists("sotu-gpt2")
+    assert token_store.exists(made.path)
+    assert not token_store.exists(tmp_path / "none")
+    assert not token_store.exists("sotu-gpt")

@@ -3,6 +3,9 @@
 Documents are read in order and tokenized in chunks by several threads (`gqa_jax.data.parts`). A run that was killed and is
 started again reads its inputs again, but encodes only what isn't encoded yet; header.json is written last. Document i, empty
 ones not counted, is held out when i % holdout_every == holdout_every // 2.
+
+A store for gs:// is made in the cache on the local disk (`gqa_jax.data.store.cache_folder`) and copied when it is finished,
+header.json last.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -21,6 +25,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from gqa_jax import storage
 from gqa_jax.config import differing_fields
 from gqa_jax.data import parts, store
 from gqa_jax.data.documents import Format, InputError, Source, find_sources, read_documents
@@ -34,6 +41,8 @@ from gqa_jax.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+
+log = logging.getLogger(__name__)
 
 BPE_TRAINING_CHARS = 256_000_000  # a BPE is trained on the first documents up to this much text, held-out ones left out
 
@@ -60,69 +69,122 @@ class Recipe:
 def prepare(
     recipe: Recipe, out: str | os.PathLike, threads: int | None = None, progress: bool = False, wait: bool = False
 ) -> TokenStore:
-    """Make the store of `recipe` in folder `out`, or open it when it is there already.
+    """Make the store of `recipe` in folder `out`, local or on gs://, or open it when it is there already.
 
     Args:
       threads: of the tokenizer; None: every CPU.
       progress: show a bar on stderr.
       wait: for another process that is preparing the same folder; False: an error.
     Raises:
-      InputError, TokenizerError, StoreError (all ValueError): with a sentence. OSError: no space, no permission.
+      InputError, TokenizerError, StoreError, ConfigError (all ValueError): with a sentence.
+      OSError: no space, no permission, no network.
       In each case what was encoded is kept, and the same call goes on from there.
     """
-    out = Path(out).expanduser()
-    _check_folder(out, recipe.inputs)
+    if remote := storage.is_remote(out):
+        _check_remote(storage.path(out))
+        work = _work_folder(out)
+    else:
+        work = Path(out).expanduser()
+        _check_folder(work, recipe.inputs)
     if threads is not None and threads < 1:
         raise TokenizerError(f"--threads {threads}: must be at least 1")
     sources = find_sources(recipe.inputs, recipe.include, recipe.exclude)
     size = bpe_size(recipe.tokenizer)
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.eos, threads) if size is None else None
     request = _request(recipe, sources, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    with store.locked(out, wait):
-        if (out / store.HEADER).exists():
-            shutil.rmtree(out / store.PARTS, ignore_errors=True)  # of a run that was killed after its last act but one
-            return _finished(out, request)
-        folder = out / store.PARTS
-        folder.mkdir(exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
-        with _Progress(sources, enabled=progress) as bar:
-            if tokenizer is None:
-                tokenizer = _trained_bpe(recipe, size, _texts(sources, recipe.form, bar), folder, request)
-            done, empty = parts.encode_documents(_texts(sources, recipe.form, bar), tokenizer, folder, bar.encoded)
-        _check_documents(sum(part.documents for part in done), empty, recipe.holdout_every)
-        splits = parts.assemble(done, out, tokenizer, recipe.holdout_every)
-        if tokenizer.json is not None:
-            (out / store.TOKENIZER).write_bytes(tokenizer.json)
-        header = {
-            "dtype": store.token_dtype(tokenizer.vocab_size),
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
-            "splits": splits,
-            "provenance": {
-                "request": request,
-                "empty_documents": empty,
-                "sources": [{"name": source.name, "bytes": source.size} for source in sources[:100]],
-                "n_sources": len(sources),
-                "versions": _versions("gqa-jax", "tiktoken", "tokenizers", "pyarrow", "datasets"),
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            },
-        }
-        store.write_header(out, header)
-        shutil.rmtree(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    with store.locked(work, wait):
+        if remote and store.exists(out):
+            shutil.rmtree(work, ignore_errors=True)  # what was begun here, and the folder of the lock
+            return _finished(storage.path(out), request)
+        if (work / store.HEADER).exists():
+            shutil.rmtree(work / store.PARTS, ignore_errors=True)  # of a run that was killed after its last act but one
+            made = _finished(work, request)
+        else:
+            if remote:
+                log.info("preparing in %s", work)
+            made = _make(recipe, work, sources, tokenizer, request, progress)
+        return _publish(made, storage.path(out)) if remote else made
+
+
+def _make(
+    recipe: Recipe, out: Path, sources: Sequence[Source], tokenizer: Tokenizer | None, request: dict[str, Any], progress: bool
+) -> TokenStore:
+    """Makes the store in a local folder that is locked; `tokenizer` None: trained first."""
+    folder = out / store.PARTS
+    folder.mkdir(exist_ok=True)
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+    with _Progress(sources, enabled=progress) as bar:
+        if tokenizer is None:
+            tokenizer = _trained_bpe(recipe, bpe_size(recipe.tokenizer), _texts(sources, recipe.form, bar), folder, request)
+        done, empty = parts.encode_documents(_texts(sources, recipe.form, bar), tokenizer, folder, bar.encoded)
+    _check_documents(sum(part.documents for part in done), empty, recipe.holdout_every)
+    splits = parts.assemble(done, out, tokenizer, recipe.holdout_every)
+    if tokenizer.json is not None:
+        (out / store.TOKENIZER).write_bytes(tokenizer.json)
+    header = {
+        "dtype": store.token_dtype(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+        "splits": splits,
+        "provenance": {
+            "request": request,
+            "empty_documents": empty,
+            "sources": [{"name": source.name, "bytes": source.size} for source in sources[:100]],
+            "n_sources": len(sources),
+            "versions": _versions("gqa-jax", "tiktoken", "tokenizers", "pyarrow", "datasets"),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    }
+    store.write_header(out, header)
+    shutil.rmtree(folder)
     return TokenStore.open(out)
+
+
+def _work_folder(out: str | os.PathLike) -> Path:
+    """The local folder in which the store for a folder of gs:// is made: the same for every call."""
+    return store.cache_folder() / f"prepare-{_digest(os.fspath(out).rstrip('/'))[:16]}"
+
+
+def _check_remote(out: epath.Path) -> None:
+    """Raises ConfigError or StoreError, before anything is encoded, when the store could not be copied to `out`."""
+    if others := set(storage.names(out)) - {*store.FILES, store.HEADER, store.TOKENIZER}:
+        raise StoreError(f"--out {out} isn't empty and holds no token store ({min(others)}): give a new or an empty folder")
+    storage.check_writable(out)
+
+
+def _publish(made: TokenStore, out: epath.Path) -> TokenStore:
+    """Copies a finished store to gs://; it stays here as the copy that training would make."""
+    if store.exists(out):  # made by another machine meanwhile
+        return _finished(out, made.header["provenance"]["request"])
+    files = [name for name in (*store.FILES, store.TOKENIZER) if (made.path / name).exists()]
+    size = sum((made.path / name).stat().st_size for name in files)
+    log.info("copying %.2f GB to %s", size / 1e9, out)
+    for name in (*files, store.HEADER):
+        storage.upload(made.path / name, out / name)
+    kept = store.cache_folder() / made.fingerprint
+    if kept.exists():
+        shutil.rmtree(made.path)
+    else:
+        made.path.rename(kept)
+    return TokenStore.open(kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done or already there, 1 the machine's fault, 2 the input's, 130 stopped."""
     options = _parser().parse_args(arguments)
-    out = Path(options.out).expanduser()
+    logging.basicConfig(format="prepare: %(message)s")
+    if not options.quiet:
+        for logger in (log, store.log):
+            logger.setLevel(logging.INFO)
     if options.threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # for Hugging Face tokenizers, which read it at first use
-    begin, was_there = time.perf_counter(), (out / store.HEADER).exists()
+    begin = time.perf_counter()
     try:
+        out = storage.path(options.out)
+        was_there = storage.read_bytes(out / store.HEADER) is not None
         recipe = Recipe(
             inputs=tuple(options.inputs),
             tokenizer=options.tokenizer,
@@ -137,13 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"prepare: {store.os_sentence(error, out)}; the same command goes on from here", file=sys.stderr)
+        sentence = storage.explain_remote(error) or store.os_sentence(error, Path(options.out))
+        print(f"prepare: {sentence}; the same command goes on from here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     if not options.quiet:
-        print(_summary(made, None if was_there else time.perf_counter() - begin))
+        print(_summary(made, out, None if was_there else time.perf_counter() - begin))
     return 0
 
 
@@ -247,14 +310,14 @@ def _request(recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer | N
     }
 
 
-def _finished(out: Path, request: dict[str, Any]) -> TokenStore:
-    made = TokenStore.open(out)
-    if differing := differing_fields(request, made.header["provenance"]["request"]):
+def _finished(out: Path | epath.Path, request: dict[str, Any]) -> TokenStore:
+    """The finished store in `out`, when it is of this request; its header is looked at first."""
+    if differing := differing_fields(request, store.read_header(out)["provenance"]["request"]):
         raise StoreError(
             f"{out} holds a finished store of another request ({'; '.join(differing)}); nothing was changed: "
             "choose another --out, or delete that folder first"
         )
-    return made
+    return store.open_store(out)
 
 
 def _check_folder(out: Path, inputs: Sequence[str]) -> None:
@@ -302,8 +365,8 @@ def _versions(*names: str) -> dict[str, str]:
     return found
 
 
-def _summary(made: TokenStore, seconds: float | None) -> str:
-    lines = [f"{made.path}: " + ("is there already, nothing to do" if seconds is None else f"made in {seconds:.1f} s")]
+def _summary(made: TokenStore, out: epath.Path, seconds: float | None) -> str:
+    lines = [f"{out}: " + ("is there already, nothing to do" if seconds is None else f"made in {seconds:.1f} s")]
     for split, facts in made.header["splits"].items():
         size = f"{facts['bytes'] / 1e6:,.2f} MB of text"
         lines.append(f"  {split:10} {facts['tokens']:>15,} tokens {facts['documents']:>11,} documents {size:>20}")
@@ -332,7 +395,7 @@ def _parser() -> argparse.ArgumentParser:
         help="file, folder (its files, sorted), sotu (the embedded corpus) or hf:NAME[@CONFIG][:SPLIT]. Files: .jsonl and "
         ".json (one object a line), .parquet, anything else as plain text; .gz, .zst and .xz after the name",
     )
-    parser.add_argument("--out", required=True, help="folder of the store")
+    parser.add_argument("--out", required=True, help="folder of the store, local or gs://BUCKET/FOLDER")
     parser.add_argument(
         "--tokenizer",
         default="gpt2",

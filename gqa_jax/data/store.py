@@ -7,7 +7,8 @@
     tokenizer.json        the tokenizer, unless its name says everything (bytes, gpt2)
 
 `fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer), not of paths, dates or versions: two
-stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. Imports no jax.
+stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is copied to the
+local disk once, where it is mapped. Imports no jax.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from gqa_jax import storage
 from gqa_jax.config import closest
 from gqa_jax.data import corpus
 from gqa_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 FORMAT = "gqa_jax token store"
 VERSION = 1
@@ -36,6 +44,7 @@ HEADER = "header.json"
 TOKENIZER = "tokenizer.json"
 PARTS = "parts"  # folder of an unfinished store
 LOCK = ".lock"
+FILES = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "docs.npy"))  # beside header and tokenizer
 _CONTENT = ("format", "version", "dtype", "vocab_size", "eos_id", "splits")  # with tokenizer.sha256: the fingerprint
 
 #: Stores that `open_store` makes on first use from the embedded corpus: name -> tokenizer.
@@ -60,15 +69,11 @@ class TokenStore:
         Raises StoreError when it is missing, unfinished, of another format, or doesn't match its header.
         """
         if "://" in os.fspath(path):
-            raise StoreError(f"token store {path}: is memory-mapped, so must be on a local disk; copy the folder there first")
+            raise StoreError(f"token store {path}: is memory-mapped, so must be on a local disk; open_store copies it there")
         path = Path(path).expanduser()
-        store = cls(path, _read_header(path))
+        store = cls(path, read_header(path))
         for split in SPLITS:
             store._check_sizes(split)
-        if (found := fingerprint(store.header)) != store.header["fingerprint"]:
-            raise StoreError(
-                f"{path / HEADER} was changed: its content gives fingerprint {found[:12]}; prepare the store again"
-            )
         if verify:
             for split in SPLITS:
                 store._check_content(split)
@@ -141,20 +146,24 @@ class TokenStore:
 
 
 def open_store(name_or_path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> TokenStore:
-    """The store in a folder, or a built-in one (`BUILT_IN`), made on first use in about a second.
+    """The store in a folder, local or on gs://, or a built-in one (`BUILT_IN`), made on first use in about a second.
 
-    Built-in stores are kept in `cache_dir`, else $GQA_JAX_CACHE/stores, else ~/.cache/gqa_jax/stores; a process that asks for
-    one while another makes it waits. Raises StoreError for a name that is neither, or a cache that can't be written.
+    Built-in stores and copies of those on gs:// are kept in `cache_dir`, else $GQA_JAX_CACHE/stores, else
+    ~/.cache/gqa_jax/stores; a process that asks for one while another makes it waits. Of a store on gs:// that was copied
+    before, only header.json is read.
+
+    Raises StoreError for a name that is none of these, a copy that isn't what the header says, or an unwritable cache;
+    ConfigError for gs:// without gcsfs.
     """
     name = os.fspath(name_or_path)
+    if storage.is_remote(name):
+        return _open_remote(storage.path(name), cache_folder(cache_dir))
     if name not in BUILT_IN:
         if os.sep not in name and not Path(name).exists():
             raise StoreError(f"token store {name!r}: no such folder, and no built-in name; {closest(name, BUILT_IN)}")
         return TokenStore.open(name)
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("GQA_JAX_CACHE") or Path.home() / ".cache" / "gqa_jax") / "stores"
     # Format and text are in the folder's name, so that an upgrade of either makes a new one.
-    folder = Path(cache_dir).expanduser() / f"{name}-{VERSION}-{corpus.SOTU_SHA256[:8]}"
+    folder = cache_folder(cache_dir) / f"{name}-{VERSION}-{corpus.SOTU_SHA256[:8]}"
     if (folder / HEADER).exists():
         return TokenStore.open(folder)
     from gqa_jax.data import prepare  # the writer imports this module; only a first use needs it here
@@ -164,6 +173,66 @@ def open_store(name_or_path: str | os.PathLike, cache_dir: str | os.PathLike | N
         return prepare.prepare(prepare.Recipe(inputs=("sotu",), tokenizer=BUILT_IN[name]), folder, wait=True)
     except OSError as error:
         raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
+
+
+def exists(name: str | os.PathLike) -> bool:
+    """Whether there is a store for `open_store`: a built-in name, a folder, or on gs:// a header, so a finished store.
+
+    Raises StoreError or ConfigError where gs:// can't be read.
+    """
+    if os.fspath(name) in BUILT_IN:
+        return True
+    if not storage.is_remote(name):
+        return Path(name).expanduser().exists()
+    try:
+        return storage.read_bytes(storage.path(name) / HEADER) is not None
+    except OSError as error:
+        raise StoreError(f"token store {error}") from error
+
+
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where built-in stores and copies are kept: `cache_dir`, else $GQA_JAX_CACHE/stores, else ~/.cache/gqa_jax/stores."""
+    return storage.cache("stores") if cache_dir is None else Path(cache_dir).expanduser()
+
+
+def _open_remote(source: epath.Path, cache: Path) -> TokenStore:
+    """The copy of a store on gs://, which is made unless it is there."""
+    header = read_header(source)
+    folder = cache / header["fingerprint"]
+    if not (folder / HEADER).exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with locked(cache, wait=True):
+                if not (folder / HEADER).exists():
+                    _copy(source, header, folder)
+        except OSError as error:
+            if storage.explain_remote(error) is not None:
+                raise StoreError(f"token store {error}") from error
+            raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
+    return TokenStore.open(folder)
+
+
+def _copy(source: epath.Path, header: Mapping[str, Any], folder: Path) -> None:
+    """Copies a store from gs:// to `folder`, which then is whole and verified."""
+    size = sum(facts["tokens"] for facts in header["splits"].values()) * np.dtype(header["dtype"]).itemsize
+    log.info("token store %s: copying %.2f GB to %s", source, size / 1e9, folder)
+    begin = time.monotonic()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed; others wait
+    temporary.mkdir()
+    for name in FILES:
+        if not storage.download(source / name, temporary / name):
+            raise StoreError(f"token store {source}: {name} is missing: copy the store there again, or prepare it again")
+    has_tokenizer = storage.download(source / TOKENIZER, temporary / TOKENIZER)
+    write_header(temporary, header)
+    try:
+        made = TokenStore.open(temporary, verify=True)
+        if has_tokenizer:
+            made.tokenizer()
+    except StoreError as error:
+        raise StoreError(f"token store {source} isn't what its header says, as copied: {error}") from error
+    temporary.rename(folder)
+    log.info("token store %s: copied and verified in %.1f s", source, time.monotonic() - begin)
 
 
 @contextlib.contextmanager
@@ -208,19 +277,24 @@ def write_header(path: Path, header: Mapping[str, Any]) -> None:
     os.replace(temporary, path / HEADER)
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path | epath.Path) -> dict[str, Any]:
+    """The header of a finished store, local or on gs://. Raises StoreError when it is missing, broken or changed."""
     file = path / HEADER
     try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        if (path / PARTS).is_dir():
-            raise StoreError(f"token store {path} is unfinished: run the prepare command that began it again") from None
-        state = "this folder has no header.json" if path.is_dir() else "no such folder"
-        raise StoreError(
-            f"token store {path}: {state}; make one with python -m gqa_jax.data.prepare --out {path} ..."
-        ) from None
+        content = storage.read_bytes(file)
+        header = None if content is None else json.loads(content)
     except (OSError, ValueError) as error:
+        if storage.explain_remote(error) is not None:
+            raise StoreError(f"token store {error}") from error
         raise StoreError(f"{file} can't be read ({error}): copy the store again, or prepare it again") from error
+    if content is None:
+        if not storage.is_remote(path) and (path / PARTS).is_dir():
+            raise StoreError(f"token store {path} is unfinished: run the prepare command that began it again")
+        if storage.is_remote(path):
+            state = "there is no header.json"
+        else:
+            state = "this folder has no header.json" if path.is_dir() else "no such folder"
+        raise StoreError(f"token store {path}: {state}; make one with python -m gqa_jax.data.prepare --out {path} ...")
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise StoreError(f"{file} is no header of a token store (format {FORMAT!r})")
     if header.get("version") != VERSION:
@@ -228,7 +302,10 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         for split in SPLITS:
             _ = [header["splits"][split][key] for key in ("tokens", "documents", "bytes", "sha256", "documents_sha256")]
-        _ = fingerprint(header), header["fingerprint"], header["tokenizer"]["name"], np.dtype(header["dtype"])
+        _ = header["tokenizer"]["name"], np.dtype(header["dtype"])
+        expected, found = header["fingerprint"], fingerprint(header)
     except (KeyError, TypeError) as error:
         raise StoreError(f"{file} lacks or garbles {error}: prepare the store again") from error
+    if found != expected:
+        raise StoreError(f"{file} was changed: its content gives fingerprint {found[:12]}; prepare the store again")
     return header

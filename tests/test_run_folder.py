@@ -1,0 +1,111 @@
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gqa_jax import run_folder, storage
+from gqa_jax.config import ConfigError
+from gqa_jax.run_folder import DeviceTime
+
+
+def test_the_lock_says_who_holds_it(tmp_path):
+    with run_folder.claim(tmp_path / "run"):
+        holder = json.loads((tmp_path / "run" / ".lock").read_text())
+        assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+        assert time.time() - holder["time"] < 60
+        with open(tmp_path / "run" / ".lock") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        message = rf"another process trains in this folder \(process {os.getpid()} on {socket.gethostname()}\); wait for it"
+        with pytest.raises(ConfigError, match=message), run_folder.claim(tmp_path / "run"):
+            pass
+        assert json.loads((tmp_path / "run" / ".lock").read_text()) == holder
+    with open(tmp_path / "run" / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_the_next_holder_replaces_what_a_longer_record_said(tmp_path):
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "h" * 500}))
+    with run_folder.claim(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", "/proc/run"):
+        with (
+            pytest.raises(ConfigError, match=rf"--workdir={folder} can't be written: .*: use another folder"),
+            run_folder.claim(folder),
+        ):
+            pass
+
+
+def test_nothing_is_claimed_on_a_bucket(gcs_root):
+    with run_folder.claim(gcs_root), run_folder.claim(gcs_root):
+        assert storage.names(gcs_root) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], 0),
+        (["metrics/attempt-000.jsonl"], 1),
+        (["metrics/attempt-000.jsonl", "attempts/000.json"], 1),
+        (["metrics/attempt-000-00000.jsonl", "metrics/attempt-000-00001.jsonl"], 1),
+        (["metrics/attempt-001.jsonl"], 2),  # that of attempt 0 was removed by hand
+        (["metrics/attempt-000.jsonl", "attempts/003.json"], 4),
+        (["attempts/1000.json", "metrics/attempt-999.jsonl"], 1001),
+        (["metrics/.attempt-007.jsonl.1.tmp", "attempts/.008.json.1.tmp", "attempts/notes.json"], 0),
+    ],
+)
+def test_numbers_of_attempts(files, expected, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert run_folder.next_attempt(storage.path(tmp_path)) == expected
+
+
+def test_device_time():
+    assert DeviceTime(before=7.0).seconds() == 7.0
+    assert 42.0 <= DeviceTime("cpu", 4, time.time() - 10, 2.0).seconds() < 44.0
+
+
+def test_device_seconds_of_a_run(tmp_path):
+    folder = storage.path(tmp_path)
+    assert run_folder.device_seconds(folder) == 0.0
+    storage.write_json(folder / "heartbeat.json", {"phase": "train"})
+    assert run_folder.device_seconds(folder) == 0.0
+    storage.write_json(folder / "heartbeat.json", {"device_seconds": 12.5})
+    assert run_folder.device_seconds(folder) == 12.5
+
+
+def test_records_name_the_job(tmp_path, monkeypatch):
+    run_folder.record_exit(tmp_path, 1, "error", "why", None)
+    assert json.loads((tmp_path / "exit.json").read_text())["job"] is None
+    monkeypatch.setenv("GQA_JAX_JOB", "12_3")
+    run_folder.record_exit(tmp_path, 1, "error", "why", 4)
+    end = json.loads((tmp_path / "exit.json").read_text())
+    assert (end["job"], end["host"], end["attempt"], end["reason"]) == ("12_3", socket.gethostname(), 4, "why")
+    run_folder.record_attempt(storage.path(tmp_path), 4, 100, DeviceTime("TPU v5e", 16), 4)
+    record = json.loads((tmp_path / "attempts" / "004.json").read_text())
+    assert time.time() - record.pop("time") < 60
+    assert record == {
+        "attempt": 4, "first_step": 100, "host": socket.gethostname(), "job": "12_3",
+        "device": "TPU v5e", "n_devices": 16, "n_processes": 4,
+    }  # fmt: skip
+
+
+def test_an_exit_that_cannot_be_recorded_is_said(tmp_path, caplog):
+    run_folder.record_exit(tmp_path / "none", 1, "error", "why", None)
+    assert "exit.json can't be written" in caplog.text
+
+
+def test_no_jax_is_needed():
+    code = (
+        "import sys, gqa_jax.storage, gqa_jax.run_folder, gqa_jax.metrics, gqa_jax.data.store; assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
