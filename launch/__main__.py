@@ -1,46 +1,46 @@
-"""`python -m launch plan|run|status|logs|retry|export GRID`: a grid of training runs, from plan to tables. Imports no jax."""
+"""`python -m launch plan|run|status|logs|cancel|retry|export GRID`: a grid of training runs, from plan to tables.
+
+Imports no jax.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from rich import box
+from etils import epath
 from rich.console import Console
-from rich.live import Live
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
-from gqa_jax import prices, slices
+from gqa_jax import prices, slices, storage
 from gqa_jax.config import ConfigError
-from gqa_jax.metrics import write_json
-from launch import answer, fit, grid, local, plan, state
+from launch import executor, fit, grid, local, plan, run, screen, state
+from launch.executor import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
 from launch.grid import Cell, Grid, Layout
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNFINISHED = 0, 1, 2, 3
-PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 
 EPILOG = """
 examples:
   python -m launch plan configs/grids/quickstart.py                 what it will cost, before anything starts
   python -m launch plan configs/grids/paper.py --topology v5e:4x4,h200:8 --estimate      and where it fits, hours, money
   python -m launch run configs/grids/quickstart.py                  train what is missing, then tables and pictures
-  python -m launch status configs/grids/quickstart.py               what is done, running, failed and why
+  python -m launch run configs/grids/paper.py --on slurm --dry_run  what would be submitted to a cluster
+  python -m launch run configs/grids/paper.py --on tpu --root gs://BUCKET/paper --watch
+  python -m launch status configs/grids/quickstart.py               what is done, running, failed and why, and what it cost
   python -m launch logs configs/grids/quickstart.py CELL --follow
+  python -m launch cancel configs/grids/paper.py CELL               end its job; what it saved stays
   python -m launch retry configs/grids/quickstart.py                let `run` start failed cells again
 
-exit codes: 0 done, 1 a cell failed or diverged, 2 bad input, 3 unfinished (status)
+exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status)
 """
 
 
@@ -49,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         the_grid = grid.load(arguments.grid)
-        layout = Layout(Path(arguments.root or f"runs/{the_grid.name}"))
+        layout = Layout(storage.path(arguments.root or f"runs/{the_grid.name}"))
         return arguments.act(arguments, the_grid, grid.cells(the_grid), layout, _console())
+    except SubmitError as error:
+        print(f"launch: the engine does not answer: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except ValueError as error:
         print(f"launch: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -71,12 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, act, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("grid", metavar="GRID", help="a file of configs/grids/")
-        command.add_argument("--root", metavar="DIR", help="folder of the grid (default: runs/NAME)")
+        command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
         command.set_defaults(act=act)
         return command
 
     def add_where(command: argparse.ArgumentParser) -> None:
         command.add_argument("--where", metavar="FIELD=VALUE,...", help="only these cells, for example size=19M,n_heads=8")
+
+    def add_on(command: argparse.ArgumentParser, default: str) -> None:
+        engines = ", ".join(executor.ENGINES)
+        command.add_argument("--on", metavar="ENGINE", help=f"{engines}, or a cluster file (.toml); default: {default}")
 
     command = add("plan", _plan, "every cell with its parameters, tokens, FLOPs, memory and estimated time")
     add_where(command)
@@ -90,16 +97,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE", help="the table as .parquet or .csv")
     names = "; ".join(f"{chip}:{', '.join(shapes)}" for chip, shapes in slices.SHAPES.items())
     command.epilog = f"topologies: {names}. Hours are a lower bound: the roofline of each phase of a step, over --efficiency."
-    command = add("run", _run, "train the cells that are missing on this machine, then export")
+    command = add("run", _run, "train the cells that are missing, here or on a cluster, then export; the same command resumes")
     add_where(command)
-    command.add_argument("--topology", metavar="NAME", help="refuse cells whose compiled step does not fit this slice")
-    command.add_argument("--slots", type=int, metavar="N", help="cells at a time (default: one per GPU, or per CPU)")
-    command = add("status", _status, "state of every cell, and why cells failed")
+    add_on(command, "local")
+    command.add_argument("--watch", action="store_true", help="go on until all that can finish has: submit again what was lost")
+    command.add_argument("--dry_run", action="store_true", help="show exactly what would be submitted; nothing is written")
+    command.add_argument("--json", action="store_true", help="with --dry_run: every submission, whole")
+    command.add_argument("--topology", metavar="NAME", help="slice that every cell must fit (default: the cluster file's)")
+    command.add_argument("--slots", type=int, metavar="N", help="local: cells at a time (default: one per GPU, or per CPU)")
+    command.epilog = (
+        "--on reads configs/clusters/ENGINE.toml: copy it, fill it in, and give your file. Cells that were preempted, killed "
+        "or lost are started again; out of memory, bad configuration, errors and diverged losses only after `retry`."
+    )
+    command = add("status", _status, "state of every cell, what it cost, and why cells failed")
     add_where(command)
+    add_on(command, "where it was last run")
     command.add_argument("--json", action="store_true", help="rows as JSON")
+    command.add_argument("--prices", metavar="FILE", help='JSON or TOML, US dollars per chip-hour: {"v5e": 1.2}')
     command = add("logs", _logs, "what a cell printed")
+    add_on(command, "where it was last run")
     command.add_argument("cell", nargs="?", metavar="CELL", help="name of a cell, or its beginning (default: list them)")
     command.add_argument("--follow", "-f", action="store_true", help="go on until the cell ends")
+    command = add("cancel", _cancel, "end the jobs of cells; what they saved stays, and `run` goes on from there")
+    add_where(command)
+    add_on(command, "where it was last run")
+    command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that are queued or running)")
     command = add("retry", _retry, "let `run` start failed and diverged cells again; what they left is kept aside")
     command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that failed)")
     add("export", _export, "loss and cost tables, fits, cheapest heads, pictures")
@@ -113,8 +135,10 @@ def _console() -> Console:
 
 def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
     chosen = grid.select(cells, arguments.where)
-    rate = arguments.flops_per_second or plan.measured_rate(cells, layout)
-    frame = plan.table(chosen, _states(chosen, layout), rate)
+    states = _states(cells, layout, lambda: run.recall(layout, None))
+    rate = arguments.flops_per_second or plan.measured_rate(cells, states)
+    by_name = dict(zip((cell.name for cell in cells), states, strict=True))
+    frame = plan.table(chosen, [by_name[cell.name] for cell in chosen], rate)
     fits = _fits(arguments, chosen)
     if fits is not None:
         frame = plan.on_slices(frame, fits, prices.load(arguments.prices), arguments.efficiency or 1.0)
@@ -170,7 +194,7 @@ def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
         verdict = "fits" if one.fits else "does not fit"
         line = f"{done} of {everything}, {left} left: {one.cell.name} {verdict} {one.slice.name}"
         bar.update(task, completed=done, description=line)
-        if not console.is_terminal and (now - spoken > PLAIN_SECONDS or done == everything):
+        if not console.is_terminal and (now - spoken > screen.PLAIN_SECONDS or done == everything):
             spoken = now
             console.print(line, highlight=False, soft_wrap=True)
 
@@ -179,13 +203,19 @@ def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
         fit.prove(fits, count, changed, exact)
 
 
-def _require_fit(arguments, todo: list[Cell], places: Sequence[local.Slot], console: Console) -> None:
-    """Raises ConfigError when a cell does not fit where it would run, before anything is started."""
-    gpus = [place for place in places if "CUDA_VISIBLE_DEVICES" in place.environment]
-    where = slices.find(arguments.topology) if arguments.topology else fit.here(len(gpus))
+def _proved(arguments, todo: list[Cell], engine: Executor, console: Console) -> dict[str, Cell]:
+    """The cells, with the execution that was compiled and fits, by name.
+
+    Raises ConfigError when a cell does not fit where it would run, before anything is started.
+    """
+    where = slices.find(arguments.topology) if arguments.topology else engine.options.slice
+    if where is None and isinstance(engine, local.Executor):
+        gpus = sum("CUDA_VISIBLE_DEVICES" in environment for slot in engine.slots[:1] for environment in slot.environments)
+        where = fit.here(engine.options.gpus_per_cell if gpus else 0)
+        if where is None:
+            fit.require_memory(todo, len(engine.slots))
     if where is None:
-        fit.require_memory(todo, len(places))
-        return
+        return {cell.name: cell for cell in todo}
     fits = [fit.estimate(cell, where) for cell in todo]
     try:
         where.require_compiler()
@@ -196,10 +226,19 @@ def _require_fit(arguments, todo: list[Cell], places: Sequence[local.Slot], cons
     else:
         _prove(fits, None, exact=True)
     fit.require(fits)
+    return {one.cell.name: dataclasses.replace(one.cell, settings=fit.settings(one)) for one in fits}
 
 
 def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
-    places = local.slots(arguments.slots)
+    engine = executor.load(arguments.on or "local", layout)
+    if arguments.slots is not None:
+        if not isinstance(engine, local.Executor):
+            raise ConfigError(
+                f"--slots is for --on local; on {engine.engine} max_jobs of the cluster file limits the cells at a time"
+            )
+        engine = local.Executor(dataclasses.replace(engine.options, slots=arguments.slots), layout)
+    if arguments.json and not arguments.dry_run:
+        raise ConfigError("--json needs --dry_run; what runs is shown by `python -m launch status GRID --json`")
     chosen = grid.select(cells, arguments.where)
     for cell in chosen:
         if cell.data_fingerprint is None:
@@ -207,86 +246,214 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
                 f"token store {cell.config.data.store} is not there: make it with `python -m gqa_jax.data.prepare --out "
                 f"{cell.config.data.store} ...`"
             )
-    local.check_parents(chosen, layout)
-    with local.only_launcher(layout):
+    _check_parents(chosen, layout)
+    if arguments.dry_run:
+        return _dry_run(arguments, the_grid, chosen, layout, engine, console)
+    here = isinstance(engine, local.Executor)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(local.only_launcher(layout, patience=0.0 if here else run.PATIENCE_SECONDS))
+        engine.check()
+        run.require_free(layout, engine)
+        before = run.look(chosen, layout, engine)
+        todo = [cell for cell, now in zip(chosen, before.states, strict=True) if now.runnable]
+        at_a_time = f"{engine.capacity} at a time{'' if here else f' on {engine.engine}'}"
+        summary = f"{the_grid.name}: {len(chosen)} cells, {len(todo)} to train, {at_a_time}, in {layout.root}"
+        console.print(summary, highlight=False, soft_wrap=True)
+        proved = _proved(arguments, todo, engine, console) if todo else {}
+        storage.check_writable(layout.root)
         _write_plan(the_grid, cells, layout)
-        before = dict(zip((cell.name for cell in chosen), _states(chosen, layout), strict=True))
-        todo = [cell for cell in chosen if before[cell.name].runnable]
-        console.print(
-            f"{the_grid.name}: {len(chosen)} cells, {len(todo)} to train, {len(places)} at a time, in {layout.root}",
-            highlight=False,
-        )
+        run.remember(layout, engine)
         if todo:
-            _require_fit(arguments, todo, places, console)
-            with _Watch(console, chosen, layout) as watch:
-                local.run(todo, layout, places, watch.update)
-        states = _states(chosen, layout)
-        _print_failures(chosen, states, layout, console)
-        if any(s.state == "done" for s in _states(cells, layout)):
-            _write_answer(layout, console)
-    return EXIT_DONE if all(s.state == "done" for s in states) else EXIT_FAILED
+            engine.prepare()
+        if not here:
+            stack.close()  # each pass holds the grid for itself: other launchers may work on it too
+        stack.enter_context(engine)
+        ready = [proved.get(cell.name, cell) for cell in chosen]
+        with screen.Watch(console, prices.load()) as watch:
+            last = run.repeat(ready, layout, engine, arguments.watch, watch.update)
+        return _end(arguments, chosen, cells, layout, engine, last, console)
+
+
+def _end(
+    arguments, chosen: list[Cell], cells: list[Cell], layout: Layout, engine: Executor, last: run.Pass, console: Console
+) -> int:
+    """What `run` says and writes after its last pass."""
+    screen.print_failures(chosen, last.states, layout, engine, arguments.grid, console)
+    failed = any(now.state in state.BAD for now in last.states)
+    if last.active:
+        console.print(
+            f"{len(last.submitted)} cells submitted, {last.active} on {engine.engine}: python -m launch status "
+            f"{shlex.quote(arguments.grid)}{_root(arguments)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return EXIT_FAILED if failed else EXIT_DONE
+    if any(now.state == "done" for now in (last.states if chosen == cells else run.look(cells, layout, engine).states)):
+        _write_answer(layout, console)
+    return EXIT_DONE if all(now.state == "done" for now in last.states) else EXIT_FAILED
+
+
+def _states(cells: Sequence[Cell], layout: Layout, engine: Callable[[], Executor]) -> list[state.CellState]:
+    """The states of these cells; by their folders alone, which is said, where the engine can't be asked."""
+    try:
+        return run.look(cells, layout, engine()).states
+    except (SubmitError, ConfigError) as error:
+        print(f"launch: what runs is not known: {error}", file=sys.stderr)
+        return state.of_all(cells, layout, time.time(), {})
+
+
+def _root(arguments) -> str:
+    return f" --root {shlex.quote(arguments.root)}" if arguments.root else ""
+
+
+def _check_parents(chosen: Sequence[Cell], layout: Layout) -> None:
+    """Raises ConfigError when one of `chosen` would wait for a cell that is neither done nor among them."""
+    names = {cell.name for cell in chosen}
+    for cell in chosen:
+        if cell.parent is None or cell.parent in names:
+            continue
+        ends = state.of(layout.cell(cell.name), time.time()).state in state.FINAL
+        if ends or state.of(layout.cell(cell.parent), time.time()).state == "done":
+            continue
+        raise ConfigError(
+            f"{cell.name} continues {cell.parent}, which is not done and not chosen: leave --where out (what is done is not "
+            f"trained again), or run that one first: --where cell={cell.parent}"
+        )
+
+
+def _dry_run(arguments, the_grid: Grid, chosen: list[Cell], layout: Layout, engine: Executor, console: Console) -> int:
+    """What `run` would submit now; asks no engine, so that it also works where there is none."""
+    states = _states(chosen, layout, lambda: engine)
+    todo = [cell for cell, now in zip(chosen, states, strict=True) if now.runnable]
+    proved = _proved(arguments, todo, engine, console) if todo else {}
+    submissions = [engine.submission(proved.get(cell.name, cell)) for cell in todo]
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(one) for one in submissions], indent=1))
+        return EXIT_DONE
+    title = f"{the_grid.name}: {len(todo)} of {len(chosen)} cells would be submitted to {engine.engine}, in {layout.root}"
+    console.print(title, highlight=False, soft_wrap=True)
+    for one in submissions:
+        print(one.command)
+    for name, text in submissions[0].files.items() if submissions else ():
+        print(f"\n--- {layout.cell(submissions[0].cell) / name}\n{text.rstrip()}")
+    if submissions and submissions[0].files:
+        print("\nthe others differ in their names and settings: --json prints them all")
+    return EXIT_DONE
 
 
 def _status(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
     chosen = grid.select(cells, arguments.where)
-    states = _states(chosen, layout)
+    engine = run.recall(layout, arguments.on)
+    table = prices.load(arguments.prices)
+    now = run.look(chosen, layout, engine)
     if arguments.json:
-        rows = [{"cell": cell.name} | dataclasses.asdict(s) for cell, s in zip(chosen, states, strict=True)]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(screen.rows(chosen, now.states, table), indent=1))
     else:
-        console.print(_table(chosen, states, the_grid.name))
-        _print_failures(chosen, states, layout, console)
-        strangers = sorted(set(_folders(layout)) - {cell.name for cell in cells})
-        if strangers:
+        console.print(screen.table(chosen, now.states, the_grid.name, table))
+        screen.print_failures(chosen, now.states, layout, engine, arguments.grid, console)
+        now.held = state.held_back(chosen, now.states)
+        screen.print_pass(now, console)
+        if strangers := set(storage.names(layout.root / "cells")) - {cell.name for cell in cells}:
             console.print(f"{len(strangers)} folders in {layout.root}/cells are of no cell of this grid (it was changed since)")
-    kinds = {s.state for s in states}
-    if kinds & {"failed", "diverged", "stalled"}:
+    kinds = {s.state for s in now.states}
+    if kinds & set(state.BAD):
         return EXIT_FAILED
     return EXIT_DONE if kinds == {"done"} else EXIT_UNFINISHED
 
 
 def _logs(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
+    engine = run.recall(layout, arguments.on)
     if arguments.cell is None:
         for cell in cells:
-            print(layout.cell(cell.name) / "log.txt")
+            for path in engine.logs(cell.name):
+                print(path)
         return EXIT_DONE
     (cell,) = _named([arguments.cell], cells)
-    path = layout.cell(cell.name) / "log.txt"
-    if not path.exists():
-        raise ConfigError(f"{path} is not there: the cell has not been started here")
-    with open(path, errors="replace") as file:
-        while True:
-            shutil.copyfileobj(file, sys.stdout)
-            sys.stdout.flush()
-            if not arguments.follow or not state.is_held(layout.cell(cell.name)):
-                return EXIT_DONE
-            time.sleep(0.5)
+    shown: dict[str, int] = {}
+    while True:
+        active = arguments.follow and _is_active(engine, cell.name)  # before reading: what it printed last is shown too
+        for path in engine.logs(cell.name):
+            _print_from(path, shown)
+        sys.stdout.flush()
+        if not active:
+            break
+        engine.wait(0.5 if isinstance(engine, local.Executor) else 5.0)
+    if not shown:
+        now = run.look([cell], layout, engine).states[0]
+        said = f": it is {now.state}{f' ({now.cause})' if now.cause else ''}"
+        raise ConfigError(f"{cell.name} has printed nothing yet{said}")
+    return EXIT_DONE
+
+
+def _is_active(engine: Executor, cell: str) -> bool:
+    job = engine.jobs().get(cell)
+    return job is not None and job.state != DEAD
+
+
+def _print_from(path: epath.Path, shown: dict[str, int]) -> None:
+    """Prints what a file has gained; `shown` has the bytes printed before, by path."""
+    name = os.fspath(path)
+    if storage.is_remote(path):
+        content = storage.read_bytes(path)
+        if content is not None:
+            sys.stdout.write(content[shown.get(name, 0) :].decode(errors="replace"))
+            shown[name] = len(content)
+        return
+    if path.exists():
+        with open(name, "rb") as file:
+            file.seek(shown.get(name, 0))
+            text = file.read()
+            shown[name] = file.tell()
+        sys.stdout.write(text.decode(errors="replace"))
+
+
+def _cancel(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
+    engine = run.recall(layout, arguments.on)
+    chosen = _named(arguments.cells, cells) if arguments.cells else grid.select(cells, arguments.where)
+    jobs = engine.jobs()
+    active = [cell.name for cell in chosen if (job := jobs.get(cell.name)) is not None and job.state != DEAD]
+    engine.cancel(active)
+    for name in active:
+        print(f"{name}: cancelled ({jobs[name].id}{', it ran' if jobs[name].state == RUNNING else ''})")
+    print(f"{len(active)} cells cancelled on {engine.engine}; what they saved stays")
+    return EXIT_DONE
 
 
 def _retry(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
-    with local.only_launcher(layout):
+    engine = run.recall(layout, None)
+    with run.only_pass(layout, False):
         chosen = _named(arguments.cells, cells) if arguments.cells else cells
         count = 0
-        for cell, now in zip(chosen, _states(chosen, layout), strict=True):
+        for cell, now in zip(chosen, run.look(chosen, layout, engine).states, strict=True):
             if now.state not in ("failed", "diverged"):
                 if arguments.cells:
                     raise ConfigError(f"{cell.name} is {now.state}: only failed and diverged cells are retried")
                 continue
-            folder = layout.cell(cell.name)
-            aside = folder / f"before-retry-{time.strftime('%Y%m%d-%H%M%S')}"
-            aside.mkdir()
-            kept = ["exit.json", "result.json"] + (["checkpoints", "metrics"] if now.state == "diverged" else [])
-            for name in kept:
-                if (folder / name).exists():
-                    (folder / name).rename(aside / name)
+            if now.failure == "edited":
+                raise ConfigError(str(now.cause))
+            aside = _set_aside(layout.cell(cell.name), now)
             count += 1
             print(f"{cell.name}: {now.state} ({now.failure or now.cause}); its records are in {aside}")
-    print(f"{count} cells can run again: python -m launch run {shlex.quote(arguments.grid)}")
+    print(f"{count} cells can run again: python -m launch run {shlex.quote(arguments.grid)}{_root(arguments)}")
     return EXIT_DONE
 
 
+def _set_aside(folder: epath.Path, now: state.CellState) -> epath.Path:
+    """Moves what says that the cell is over into a folder of its own, which is returned."""
+    aside = folder / f"before-retry-{time.strftime('%Y%m%d-%H%M%S')}"
+    kept = ["exit.json", "result.json", "host-failure.json", "attempts", "submissions"]
+    if now.state == "diverged":
+        kept += ["checkpoints", "metrics"]
+    there = set(storage.names(folder))
+    aside.mkdir(parents=True, exist_ok=True)
+    for name in kept:
+        if name in there:
+            storage.move(folder / name, aside / name)
+    return aside
+
+
 def _export(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
-    states = _states(cells, layout)
+    states = run.look(cells, layout, run.recall(layout, None)).states
     if not any(s.state in state.FINAL for s in states):
         raise ConfigError(f"no cell of {the_grid.name} has finished in {layout.root}: run it first")
     with local.only_launcher(layout):
@@ -298,29 +465,24 @@ def _export(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, consol
     return EXIT_DONE
 
 
+def _write_answer(layout: Layout, console: Console) -> None:
+    from launch import answer  # brings scipy and matplotlib: a second that the other commands need not wait
+
+    answer.write(layout, console)
+
+
 def _write_plan(the_grid: Grid, cells: Sequence[Cell], layout: Layout) -> None:
     """config.json of every cell and grid.json, before anything starts."""
-    for cell in cells:
+    there = set(storage.names(layout.root / "cells"))
+
+    def write(cell: Cell) -> None:
         folder = layout.cell(cell.name)
-        if not (folder / "config.json").exists():
+        if cell.name not in there or "config.json" not in storage.names(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", cell.config.to_dict())
-    write_json(layout.root / "grid.json", grid.facts(the_grid, cells))
+            storage.write_json(folder / "config.json", cell.config.to_dict())
 
-
-def _write_answer(layout: Layout, console: Console) -> None:
-    loss, _ = answer.write_tables(layout)
-    answer.answer(layout, loss, console)
-
-
-def _states(cells: Sequence[Cell], layout: Layout) -> list[state.CellState]:
-    now = time.time()
-    return [state.of(layout.cell(cell.name), now) for cell in cells]
-
-
-def _folders(layout: Layout) -> list[str]:
-    cells = layout.root / "cells"
-    return [folder.name for folder in cells.iterdir()] if cells.exists() else []
+    storage.each(write, cells, remote=storage.is_remote(layout.root))
+    storage.write_json(layout.root / "grid.json", grid.facts(the_grid, cells))
 
 
 def _named(names: Sequence[str], cells: Sequence[Cell]) -> list[Cell]:
@@ -332,98 +494,6 @@ def _named(names: Sequence[str], cells: Sequence[Cell]) -> list[Cell]:
             raise ConfigError(f"{name!r} is {what}; `python -m launch status` lists them")
         found += matches
     return found
-
-
-def _table(cells: Sequence[Cell], states: Sequence[state.CellState], title: str) -> Table:
-    counts = defaultdict(int)
-    for s in states:
-        counts[s.state] += 1
-    view = Table(
-        title=f"{title}: " + ", ".join(f"{n} {name}" for name, n in counts.items()), title_justify="left", box=box.SIMPLE_HEAD
-    )
-    for name, justify in (
-        ("cell", "left"),
-        ("state", "left"),
-        ("step", "right"),
-        ("tok/s", "right"),
-        ("ETA", "right"),
-        ("loss", "right"),
-    ):
-        view.add_column(name, justify=justify, no_wrap=True)
-    colors = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "stalled": "red"}
-    for cell, s in zip(cells, states, strict=True):
-        view.add_row(
-            cell.name,
-            f"[{colors.get(s.state, 'default')}]{s.state}[/]",
-            "" if s.step is None else f"{s.step:,}/{cell.config.n_steps:,}",
-            "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
-            plan.duration(s.eta_seconds),
-            "" if s.loss is None else f"{s.loss:.4f}",
-        )
-    return view
-
-
-def _print_failures(cells: Sequence[Cell], states: Sequence[state.CellState], layout: Layout, console: Console) -> None:
-    """One paragraph a cause: how many cells, what, the file to read, the command that repeats one here."""
-    causes = defaultdict(list)
-    for cell, s in zip(cells, states, strict=True):
-        if s.state in ("failed", "diverged", "stalled"):
-            causes[s.state, s.failure, s.cause].append(cell)
-    for (kind, failure, cause), failed in causes.items():
-        folder = layout.cell(failed[0].name)
-        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        name = kind if failure is None else f"{kind} ({failure})"
-        console.print(f"[red]{name}[/]: {failed[0].name}{others}: {escape(str(cause))}", highlight=False)
-        console.print(f"  read    {folder / 'log.txt'}", highlight=False, soft_wrap=True)
-        console.print(f"  repeat  {shlex.join(local.command(failed[0], layout))}", highlight=False, soft_wrap=True)
-        console.print("  again   python -m launch retry GRID, then run", highlight=False)
-    for line in state.waiting([cell.name for cell in cells], states):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-class _Watch:
-    """What `run` shows while cells train: a live table on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, cells: Sequence[Cell], layout: Layout):
-        self._console, self._cells, self._layout = console, cells, layout
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        self._started, self._spoken, self._refreshed, self._ended = time.monotonic(), 0.0, 0.0, 0
-
-    def __enter__(self) -> _Watch:
-        if self._live:
-            self._live.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._live:
-            self._live.__exit__(*error)
-
-    def update(self, running: Sequence[Cell], codes: dict[str, int]) -> None:
-        now = time.monotonic()
-        if self._live and now - self._refreshed > 1.0:
-            self._refreshed = now
-            states = _states(self._cells, self._layout)
-            self._live.update(_table(self._cells, states, f"{plan.duration(now - self._started)}{self._eta(states)}"))
-        if not self._live and (len(codes) > self._ended or now - self._spoken > PLAIN_SECONDS):
-            self._spoken, self._ended = now, len(codes)
-            states = _states(self._cells, self._layout)
-            done = sum(s.state in state.FINAL for s in states)
-            failed = sum(s.state == "failed" for s in states)
-            names = ", ".join(cell.name for cell in running)
-            elapsed = plan.duration(now - self._started)
-            line = f"{elapsed}: {done} of {len(states)} done, {failed} failed{self._eta(states)}; {names}"
-            self._console.print(line, highlight=False, soft_wrap=True)
-
-    def _eta(self, states: Sequence[state.CellState]) -> str:
-        """Time left, from the training FLOPs done since the start and those that remain."""
-        flops = [cell.describe()["train_flops"] for cell in self._cells]
-        share = [1.0 if s.state in state.FINAL else (s.step or 0) / (s.steps or 1) for s in states]
-        if not hasattr(self, "_share"):
-            self._share = share
-        done = sum(f * (a - b) for f, a, b in zip(flops, share, self._share, strict=True))
-        left = sum(f * (1 - a) for f, a in zip(flops, share, strict=True))
-        elapsed = time.monotonic() - self._started
-        return f", {plan.duration(elapsed * left / done)} left" if done > 0 else ""
 
 
 if __name__ == "__main__":

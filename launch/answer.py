@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from etils import epath
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gqa_jax import laws, optimum, plots, results
+from gqa_jax import laws, optimum, plots, results, storage
 from launch.grid import Layout
 from launch.plan import short
 
 
-def write_tables(layout: Layout) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Writes tables/loss and tables/cost as CSV and Parquet, each whole or not at all; returns both."""
+@contextlib.contextmanager
+def outputs(layout: Layout) -> Iterator[Layout]:
+    """Where tables and pictures are written: the grid's folder, or a local one that is copied to gs:// at the end."""
+    if not storage.is_remote(layout.root):
+        yield layout
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Layout(epath.Path(folder))
+        storage.upload(Path(folder), layout.root)
+
+
+def write(layout: Layout, console: Console) -> None:
+    """Tables, fits, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer."""
+    with outputs(layout) as out:
+        answer(layout, out, write_tables(layout, out), console)
+    console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
+
+
+def write_tables(layout: Layout, out: Layout) -> pd.DataFrame:
+    """Writes tables/loss and tables/cost as CSV and Parquet; returns the loss table."""
     loss, cost = results.load_results(layout.root), results.load_costs(layout.root)
     for name, table in (("loss", loss), ("cost", cost)):
-        write_table(layout.tables / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
-        write_table(layout.tables / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
-    return loss, cost
+        write_table(out.tables / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
+        write_table(out.tables / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
+    return loss
 
 
-def write_table(path: Path, write: Callable[[Path], None]) -> None:
+def write_table(path: epath.PathLike, write: Callable[[Path], None]) -> None:
     """`write` to a temporary file beside `path`, then rename."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,7 +59,7 @@ def write_table(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def answer(layout: Layout, loss: pd.DataFrame, console: Console) -> None:
+def answer(layout: Layout, out: Layout, loss: pd.DataFrame, console: Console) -> None:
     """Fits every training context, prints and writes fits, cheapest heads per served context, and pictures.
 
     A context that can't be fitted is said so, and the others go on.
@@ -70,18 +92,17 @@ def answer(layout: Layout, loss: pd.DataFrame, console: Console) -> None:
         )
         table.insert(0, "context", int(context))
         optima.append(table)
-        _draw(layout, int(context), rows, by_heads, facts)
+        _draw(out, int(context), rows, by_heads, facts)
     if not fits:
         return
     fit_table, optimum_table = pd.concat(fits, ignore_index=True), pd.concat(optima, ignore_index=True)
-    write_table(layout.tables / "fits.csv", lambda path: fit_table.to_csv(path, index=False))
-    write_table(layout.tables / "optimum.csv", lambda path: optimum_table.to_csv(path, index=False))
+    write_table(out.tables / "fits.csv", lambda path: fit_table.to_csv(path, index=False))
+    write_table(out.tables / "optimum.csv", lambda path: optimum_table.to_csv(path, index=False))
     console.print(_loss_screen(loss))
     console.print(_fit_screen(fit_table))
     for warning in dict.fromkeys(w for text in fit_table["warnings"] for w in text.split("; ") if w):
         console.print(f"[yellow]warning:[/] {warning}")
     console.print(_optimum_screen(optimum_table, facts["convention"]))
-    console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
 
 
 def _fit_table(context: int, by_heads: dict[laws.Heads, laws.PowerLaw]) -> pd.DataFrame:

@@ -90,6 +90,16 @@ def _smaller(fit: Fit) -> Estimate | None:
     return next((e for e in fit.ranked if e.execution not in seen and used(e) < 0.9 * used(fit.chosen)), None)
 
 
+def settings(fit: Fit) -> tuple[str, ...]:
+    """Flags by which training carries a cell out as was compiled and proved, and not as it would choose by itself."""
+    if fit.proof is None or not fit.proof.fits:
+        return ()
+    chosen = fit.chosen.execution
+    flags = {"mesh": chosen.mesh, "model.remat": chosen.remat, "accumulation_steps": chosen.accumulation_steps}
+    flags["context_attention"] = chosen.context_attention
+    return tuple(f"--config.{name}={value}" for name, value in flags.items() if value is not None)
+
+
 def used(e: Estimate) -> float:
     """Bytes that a device needs."""
     return e.bytes_arguments + e.bytes_temporary
@@ -146,7 +156,7 @@ def reason(fit: Fit) -> str:
 
 
 def here(gpus: int) -> Slice | None:
-    """The slice that one slot of this machine is: one of its GPUs; None on CPUs and for GPUs that no table knows."""
+    """The slice that so many GPUs of this machine are; None on CPUs and for GPUs that no table knows."""
     if not gpus or shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -154,7 +164,7 @@ def here(gpus: int) -> Slice | None:
     chip = devices.chip_of(found.stdout.splitlines()[0]) if found.returncode == 0 and found.stdout else None
     if chip is None:
         return None
-    return dataclasses.replace(slices.find(f"{chip.name}:1"), chip=chip)
+    return dataclasses.replace(slices.find(f"{chip.name}:1"), name=f"{chip.name}:{gpus}", chip=chip, n_chips=gpus)
 
 
 def require_memory(cells: Sequence[Cell], slots: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from gqa_jax import costs
 from gqa_jax.config import ConfigError, TrainConfig, closest, default_config, hash_identity
@@ -42,6 +43,7 @@ class Cell:
     data_fingerprint: str | None  # None: the token store is not prepared yet, and the name is provisional
     parent: str | None = None  # name of the cell whose last parameters this one starts from
     continues: str | None = None  # hash of the parent's identity
+    settings: tuple[str, ...] = ()  # flags of its training process: how it is carried out, as was proved to fit
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -77,25 +79,33 @@ class Cell:
             "tokens": config.train_tokens,
             "steps": config.n_steps,
             "batch_tokens": config.batch_tokens,
-            "train_flops": costs.train_flops(model, config.context_length, config.train_tokens, "exact"),
+            "train_flops": self.train_flops,
         }
+
+    @property
+    def train_flops(self) -> float:
+        """FLOPs of its training run, as its model counts them (`costs.train_flops`, convention "exact")."""
+        config = self.config
+        return costs.train_flops(config.model, config.context_length, config.train_tokens, "exact")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The folder of a grid: `cells/NAME` per cell, `tables/`, `figures/`, and `grid.json`, which names the cells."""
+    """The folder of a grid, local or on gs://: `cells/NAME` per cell, `tables/`, `figures/`, `grid.json`, which names the
+    cells, and `cluster.json`, the engine that it was last run on.
+    """
 
-    root: Path
+    root: epath.Path
 
-    def cell(self, name: str) -> Path:
+    def cell(self, name: str) -> epath.Path:
         return self.root / "cells" / name
 
     @property
-    def tables(self) -> Path:
+    def tables(self) -> epath.Path:
         return self.root / "tables"
 
     @property
-    def figures(self) -> Path:
+    def figures(self) -> epath.Path:
         return self.root / "figures"
 
 
@@ -268,6 +278,4 @@ def facts(grid: Grid, all_cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _open(name: str) -> store.TokenStore | None:
-    if name not in store.BUILT_IN and not Path(name).exists():
-        return None
-    return store.open_store(name)
+    return store.open_store(name) if store.exists(name) else None

@@ -1,160 +1,314 @@
-"""The local backend: cells as processes of this machine, one per device slot. Imports no jax.
+"""The local engine: cells as processes of this machine, each with some of its GPUs or a share of its CPUs. Imports no jax.
 
-A slot is a GPU, or an equal share of the CPUs. Children end with the launcher, however it ends; what they had saved is
-resumed by the same command.
+Children end with the launcher, however it ends; what they had saved is resumed by the same command. A cell is claimed by an
+flock that its processes inherit, so that the kernel drops it with the last of them, and any process can see who runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import functools
+import hashlib
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from gqa_jax import run_folder
+from etils import epath
+
+from gqa_jax import run_folder, storage
 from gqa_jax.config import ConfigError
-from launch import state
+from launch import executor
+from launch.executor import RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell, Layout
 
-PREEMPTED = 75  # exit code: saved, start me again
-POLL_SECONDS = 0.2
 GRACE_SECONDS = 20.0  # for a cell to save: it is told by SIGTERM
-REPOSITORY = Path(__file__).resolve().parent.parent
+RANK_SECONDS = 5.0  # that the other processes of a cell have to end after one has failed
+POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(executor.Options):
+    """Of [local.toml]; `topology` is what one cell sees, found out where it is not given."""
+
+    slots: int | None = None  # cells at a time; None: as many as the GPUs, or CPUs, allow
+    gpus_per_cell: int = 1  # where there are GPUs
+    processes: int = 1  # of a cell, as on a pod of so many hosts
+    heartbeat_seconds: int = 30  # after which processes of a cell miss another one
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("gpus_per_cell", "processes", "heartbeat_seconds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
 
 
 class Slot:
-    """A place for one process: environment that shows it its device, and the CPUs that it may use."""
+    """A place for one cell: the environment of each of its processes, which shows its devices, and the CPUs that it may use."""
 
-    def __init__(self, name: str, environment: dict[str, str], cpus: set[int]):
-        self.name, self.environment, self.cpus = name, environment, cpus
+    def __init__(self, name: str, environments: Sequence[dict[str, str]], cpus: set[int]):
+        self.name, self.environments, self.cpus = name, list(environments), cpus
 
 
-def slots(count: int | None = None) -> list[Slot]:
-    """One slot per visible GPU, else one per CPU; `count` asks for another number.
+@dataclasses.dataclass
+class _Child:
+    """A cell that this launcher has started."""
+
+    cell: str
+    slot: Slot
+    ranks: list[subprocess.Popen]
+    failed_at: float | None = None  # by time.monotonic: when the first of its processes failed
+
+
+class Executor(executor.Executor):
+    """Cells as children of this process."""
+
+    Options = Options
+
+    def __init__(self, options: Options, layout: Layout):
+        super().__init__(options, layout)
+        self._children: dict[str, _Child] = {}
+
+    @functools.cached_property
+    def slots(self) -> list[Slot]:
+        """The places of this machine. Raises ConfigError when it does not have those that the options ask for."""
+        return slots(self.options.slots, self.options.gpus_per_cell, self.options.processes)
+
+    def check(self) -> None:
+        _ = self.slots
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the cells of this launcher; they may save first."""
+        self.cancel(list(self._children))
+
+    @property
+    def capacity(self) -> int:
+        return len(self.slots)
+
+    def submission(self, cell: Cell) -> Submission:
+        return Submission(cell.name, "\n".join(executor.bash(argv) for argv in self._commands(cell, "PORT")))
+
+    def submit(self, cell: Cell) -> Job:
+        """Starts the processes of a cell. Raises SubmitError when no slot is free here."""
+        self._reap()
+        folder = self.layout.cell(cell.name)
+        with open(self._claim(cell.name), "a+") as claim:
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return self._job(cell.name) or Job(cell.name, "", RUNNING)
+            busy = {child.slot.name for child in self._children.values()}
+            slot = next((slot for slot in self.slots if slot.name not in busy), None)
+            if slot is None:
+                raise SubmitError(f"all {len(self.slots)} slots are taken")
+            ranks: list[subprocess.Popen] = []
+            claim.truncate(0)
+            job = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+            try:
+                for rank, argv in enumerate(self._commands(cell, _free_port())):
+                    environment = slot.environments[rank] | {"GQA_JAX_JOB": job}
+                    ranks.append(_start(argv, folder, slot, environment, self.options.environment, claim.fileno()))
+            finally:
+                self._children[cell.name] = _Child(cell.name, slot, ranks)
+                facts = {"id": job, "pids": [process.pid for process in ranks], "launcher": os.getpid(), "time": time.time()}
+                claim.write(json.dumps(facts))
+        return self._job(cell.name) or Job(cell.name, job, RUNNING)
+
+    def jobs(self) -> dict[str, Job]:
+        self._reap()
+        found = (self._job(name) for name in storage.names(self._claims if self._remote else self.layout.root / "cells"))
+        return {job.cell: job for job in found if job is not None}
+
+    def cancel(self, cells: Sequence[str]) -> None:
+        jobs = [job for name in cells if (job := self._job(name)) is not None]
+        for job in jobs:
+            _signal(self._processes(job.cell), signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for job in jobs:
+            while self._job(job.cell) is not None and time.monotonic() < deadline:
+                self._reap()
+                time.sleep(POLL_SECONDS)
+            while self._job(job.cell) is not None:
+                _signal(self._processes(job.cell), signal.SIGKILL)
+                self._reap()
+                time.sleep(POLL_SECONDS)
+        self._reap()
+
+    def wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._reap():
+            time.sleep(POLL_SECONDS)
+
+    def logs(self, cell: str) -> list[epath.Path]:
+        return [epath.Path(_log(self.layout.cell(cell)))]
+
+    @property
+    def _remote(self) -> bool:
+        return storage.is_remote(self.layout.root)
+
+    @property
+    def _claims(self) -> Path:
+        """Folder of the claims on cells of a grid on gs://, where no file can be locked."""
+        return machine_folder(self.layout) / "claims"
+
+    def _claim(self, cell: str) -> Path:
+        if self._remote:
+            self._claims.mkdir(parents=True, exist_ok=True)
+            return self._claims / cell
+        folder = Path(self.layout.cell(cell))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / ".job"
+
+    def _job(self, cell: str) -> Job | None:
+        """The processes of a cell, started by this or another launcher, or by hand."""
+        paths = [self._claims / cell] if self._remote else [Path(self.layout.cell(cell)) / name for name in (".job", ".lock")]
+        for path in paths:
+            if (facts := holder(path)) is not None:
+                since, pids = facts.get("time"), facts.get("pids") or [facts.get("pid")]
+                return Job(cell, facts.get("id") or f"{pids[0]}", RUNNING, since=since, where=str(facts.get("host") or ""))
+        return None
+
+    def _processes(self, cell: str) -> list[int]:
+        """Ids of the living processes of a cell: those that its claim names and that are of its folder still."""
+        paths = [self._claims / cell] if self._remote else [Path(self.layout.cell(cell)) / name for name in (".job", ".lock")]
+        named = set()
+        for path in paths:
+            facts = holder(path) or {}
+            named |= {pid for pid in (*facts.get("pids", ()), facts.get("pid")) if pid}
+        return [pid for pid in named if _is_of(pid, os.fspath(self.layout.cell(cell)))]
+
+    def _commands(self, cell: Cell, port: int | str) -> list[list[str]]:
+        argv, count = executor.training(cell, self.layout), self.options.processes
+        if count == 1:
+            return [argv]
+        meet = [
+            f"--coordinator=127.0.0.1:{port}",
+            f"--processes={count}",
+            f"--heartbeat_seconds={self.options.heartbeat_seconds}",
+        ]
+        return [[*argv, *meet, f"--process={rank}"] for rank in range(count)]
+
+    def _reap(self) -> bool:
+        """Notes which children have ended; whether one has."""
+        ended = False
+        for child in list(self._children.values()):
+            codes = [process.poll() for process in child.ranks]
+            if any(code not in (None, 0, run_folder.EXIT_PREEMPTED) for code in codes):
+                child.failed_at = child.failed_at or time.monotonic()
+            if None in codes:
+                if child.failed_at is not None and time.monotonic() - child.failed_at > RANK_SECONDS:
+                    _signal([p.pid for p in child.ranks if p.poll() is None], signal.SIGKILL)  # they miss it, and hang
+                continue
+            del self._children[child.cell]
+            ended = True
+            _explain(self.layout.cell(child.cell), codes)
+        return ended
+
+
+def slots(count: int | None = None, gpus_per_cell: int = 1, processes: int = 1) -> list[Slot]:
+    """One slot per `gpus_per_cell` visible GPUs, else one per CPU; `count` asks for another number.
 
     Raises ConfigError for a count that the machine does not have.
     """
     cpus = sorted(os.sched_getaffinity(0))
     gpus = _gpus()
-    available = len(gpus) or len(cpus)
+    groups = [gpus[i : i + gpus_per_cell] for i in range(0, len(gpus) - gpus_per_cell + 1, gpus_per_cell)]
+    if gpus and (not groups or gpus_per_cell % processes):
+        raise ConfigError(
+            f"gpus_per_cell = {gpus_per_cell}: this machine shows {len(gpus)} GPUs, which {processes} processes of a cell share"
+        )
+    available = len(groups) or len(cpus)
     wanted = available if count is None else count
     if not 1 <= wanted <= available:
-        kind = "GPUs" if gpus else "CPUs"
+        kind = "CPUs" if not gpus else "GPUs" if gpus_per_cell == 1 else f"times {gpus_per_cell} GPUs"
         raise ConfigError(f"--slots {wanted}: this machine has {available} {kind}, use 1 to {available}")
     shares = [set(cpus[i::wanted]) or set(cpus) for i in range(wanted)]
     if gpus:
-        return [Slot(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu}, share) for gpu, share in zip(gpus, shares, strict=False)]
+        each = gpus_per_cell // processes
+        shown = [[",".join(group[i : i + each]) for i in range(0, gpus_per_cell, each)] for group in groups]
+        return [
+            Slot(f"GPU {','.join(group)}", [{"CUDA_VISIBLE_DEVICES": names} for names in show], share)
+            for group, show, share in zip(groups, shown, shares, strict=False)
+        ]
     # XLA frees and allocates a step's buffers every step; huge pages save most of the page faults (glibc 2.35 or newer).
     tunables = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
     platform = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    return [Slot(f"CPU {i}", tunables | platform, share) for i, share in enumerate(shares)]
-
-
-def command(cell: Cell, layout: Layout) -> list[str]:
-    """The training process of a cell; also what a person types to repeat it."""
-    folder = layout.cell(cell.name)
-    config = f"--config={REPOSITORY / 'configs' / 'cell.py'}:{folder / 'config.json'}"
-    return [sys.executable, "-m", "gqa_jax.train", config, f"--workdir={folder}"]
+    return [Slot(f"CPU {i}", [tunables | platform] * processes, share) for i, share in enumerate(shares)]
 
 
 @contextlib.contextmanager
-def only_launcher(layout: Layout) -> Iterator[None]:
-    """Holds the grid folder for this process. Raises ConfigError when another launcher has it."""
-    layout.root.mkdir(parents=True, exist_ok=True)
-    with open(layout.root / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another launcher runs in {layout.root}: watch it with `python -m launch status`, or wait for it to end"
-            ) from None
+def only_launcher(layout: Layout, patience: float = 0.0) -> Iterator[None]:
+    """Holds the grid for this process; of a grid on gs://, against others of this machine.
+
+    Raises ConfigError when another launcher has it for longer than `patience` seconds.
+    """
+    folder = machine_folder(layout) if storage.is_remote(layout.root) else Path(layout.root)
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with open(folder / ".lock", "a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"another launcher runs in {layout.root}: see `python -m launch status`, or wait for it to end"
+                    ) from None
+                time.sleep(POLL_SECONDS)
         yield
 
 
-def check_parents(chosen: Sequence[Cell], layout: Layout) -> None:
-    """Raises ConfigError when one of `chosen` would wait for a cell that is neither done nor among them."""
-    names = {cell.name for cell in chosen}
-    for cell in chosen:
-        ends = state.of(layout.cell(cell.name), time.time()).state in state.FINAL
-        if cell.parent is None or cell.parent in names or ends or _is_done(layout.cell(cell.parent)):
-            continue
-        raise ConfigError(
-            f"{cell.name} continues {cell.parent}, which is not done and not chosen: leave --where out (what is done is not "
-            f"trained again), or run that one first: --where cell={cell.parent}"
-        )
+def machine_folder(layout: Layout) -> Path:
+    """What this machine keeps for a grid on gs://: locks, and what its processes print."""
+    return storage.cache("grids") / hashlib.sha256(os.fspath(layout.root).encode()).hexdigest()[:16]
 
 
-def run(
-    cells: Sequence[Cell],
-    layout: Layout,
-    places: Sequence[Slot],
-    on_change: Callable[[Sequence[Cell], dict[str, int]], None],
-    make_command: Callable[[Cell, Layout], list[str]] = command,
-) -> dict[str, int]:
-    """Runs `cells` to their end, as many at a time as there are slots; a failing one doesn't stop the others.
-
-    A cell starts when its parent is done; when that ended otherwise it is not started, and has no exit code.
-    `on_change(running cells, exit codes so far)` is called a few times a second. A cell that exits with 75 is started
-    again, three times at most. Returns the exit code of each cell (negative: ended by that signal).
-    """
-    waiting, running, codes = list(cells), {}, {}
-    restarts = dict.fromkeys((cell.name for cell in cells), 0)
+def holder(path: Path) -> dict[str, Any] | None:
+    """What the process that holds the lock file says of itself; None: nobody holds it."""
     try:
-        while waiting or running:
-            for slot in places:
-                busy = {cell.name for cell, _ in running.values()}
-                if slot.name not in running and (cell := _take(waiting, busy, layout)) is not None:
-                    running[slot.name] = cell, _start(make_command(cell, layout), layout.cell(cell.name), slot)
-            for name, (cell, process) in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                if code == PREEMPTED and restarts[cell.name] < 3:
-                    restarts[cell.name] += 1
-                    waiting.append(cell)
-                    continue
-                codes[cell.name] = code
-                _explain(layout.cell(cell.name), code)
-            on_change([cell for cell, _ in running.values()], codes)
-            time.sleep(POLL_SECONDS)
-    finally:
-        _stop([process for _, process in running.values()])
-    return codes
-
-
-def _take(waiting: list[Cell], busy: set[str], layout: Layout) -> Cell | None:
-    """The first cell that can start, taken from `waiting`, as are those whose parent has ended without being done."""
-    unfinished = busy | {cell.name for cell in waiting}
-    for cell in list(waiting):
-        if cell.parent in unfinished:
-            continue
-        waiting.remove(cell)
-        if cell.parent is None or _is_done(layout.cell(cell.parent)):
-            return cell
-        unfinished.remove(cell.name)
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(ValueError):
+                    return json.loads(file.read())
+                return {}
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     return None
 
 
-def _is_done(folder: Path) -> bool:
-    return state.of(folder, time.time()).state == "done"
+def _log(folder: epath.PathLike) -> Path:
+    """What the processes of a cell print: in its folder, or on this machine for one on gs://."""
+    if not storage.is_remote(folder):
+        return Path(folder) / "log.txt"
+    folder = epath.Path(folder)
+    return machine_folder(Layout(folder.parent.parent)) / "logs" / f"{folder.name}.txt"
 
 
-def _start(argv: list[str], folder: Path, slot: Slot) -> subprocess.Popen:
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | slot.environment | {"PYTHONPATH": _with_repository(os.environ.get("PYTHONPATH"))}
+def _start(
+    argv: list[str], folder: epath.PathLike, slot: Slot, environment: dict[str, str], more: dict[str, str], claim: int
+) -> subprocess.Popen:
+    path = _with_repository(os.environ.get("PYTHONPATH"))
+    everything = os.environ | environment | {"PYTHONPATH": path} | more
     if sys.platform == "linux":
         cpus = ",".join(map(str, sorted(slot.cpus)))
         start = [sys.executable, "-S", "-E", "-c", _BIND, str(os.getpid()), cpus, *argv]
     else:
         start = argv  # no way to be told of the launcher's death: a cell left over ends by itself and is not lost
-    with open(folder / "log.txt", "ab") as log:
+    file = _log(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {slot.name}: {' '.join(argv)}\n".encode())
         log.flush()
         return subprocess.Popen(
@@ -162,7 +316,8 @@ def _start(argv: list[str], folder: Path, slot: Slot) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=everything,
+            pass_fds=[claim],  # held until the last process of the cell has ended
             start_new_session=True,  # Ctrl-C reaches the launcher, which ends its cells
         )
 
@@ -180,26 +335,37 @@ os.execv(argv[0], argv)
 """
 
 
-def _explain(folder: Path, code: int) -> None:
-    """Leaves an exit record for a process that could not write one itself."""
-    if code == 0 or (folder / "exit.json").exists() or (folder / "result.json").exists():
+def _explain(folder: epath.PathLike, codes: Sequence[int]) -> None:
+    """Leaves an exit record for processes that could not write one themselves."""
+    names = storage.names(folder)
+    if all(code == 0 for code in codes) or "exit.json" in names or "result.json" in names:
         return
-    if code < 0:
-        run_folder.record_exit(folder, code, "killed", f"ended by signal {signal.Signals(-code).name}", None)
+    folder = epath.Path(folder)
+    killed = next((code for code in codes if code == -signal.SIGKILL), None) or next((c for c in codes if c < 0), None)
+    if killed is not None:
+        run_folder.record_exit(folder, killed, "killed", f"ended by signal {signal.Signals(-killed).name}", None)
     else:
+        code = next(code for code in codes if code)
         run_folder.record_exit(folder, code, "error", f"exit code {code} without a word: see log.txt", None)
 
 
-def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _signal(pids: Sequence[int], what: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, what)
+
+
+def _is_of(pid: int, folder: str) -> bool:
+    try:
+        return folder.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return not Path("/proc").exists()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _gpus() -> list[str]:
@@ -216,4 +382,4 @@ def _gpus() -> list[str]:
 
 
 def _with_repository(path: str | None) -> str:
-    return os.pathsep.join([str(REPOSITORY), *([path] if path else [])])
+    return os.pathsep.join([str(executor.REPOSITORY), *([path] if path else [])])

@@ -17,7 +17,7 @@ from gqa_jax import costs
 from gqa_jax.config import ConfigError
 from launch import fit, state
 from launch.fit import Fit
-from launch.grid import Cell, Layout
+from launch.grid import Cell
 
 
 def table(cells: Sequence[Cell], states: Sequence[state.CellState], flops_per_second: float | None) -> pd.DataFrame:
@@ -41,14 +41,13 @@ def table(cells: Sequence[Cell], states: Sequence[state.CellState], flops_per_se
     return pd.DataFrame(rows).astype({"seconds": "Float64"})
 
 
-def measured_rate(cells: Sequence[Cell], layout: Layout) -> float | None:
-    """FLOP/s that the finished cells of this grid folder reached (median), None when there are none."""
-    rates = []
-    for cell in cells:
-        now = state.of(layout.cell(cell.name), 0.0)
-        if now.state == "done" and now.tokens_per_second:
-            about = cell.describe()
-            rates.append(now.tokens_per_second * about["train_flops"] / about["tokens"])
+def measured_rate(cells: Sequence[Cell], states: Sequence[state.CellState]) -> float | None:
+    """FLOP/s that the finished cells reached (median), None when there are none."""
+    rates = [
+        now.tokens_per_second * cell.train_flops / cell.config.train_tokens
+        for cell, now in zip(cells, states, strict=True)
+        if now.state == "done" and now.tokens_per_second
+    ]
     return float(pd.Series(rates).median()) if rates else None
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -11,70 +12,149 @@ import gqa_jax
 from gqa_jax.config import ConfigError
 from gqa_jax.metrics import write_json
 from launch import __main__ as launch
-from launch import grid, local, state
+from launch import executor, grid, local, run, state
+from launch.executor import SubmitError
 from launch.grid import Layout
-from tests import grid_fakes
+from tests import executor_contract, grid_fakes
+from tests.executor_contract import Contract, Engine, behave
 from tests.test_grid import two_phases
 
-# A training process in a line or two: claims its folder as the real one does, then does what the argument says.
-FAKE = """
-import json, os, sys, time
+
+class LocalEngine(Engine):
+    def preempt(self, cell):
+        for pid in self.processes(cell):
+            os.kill(pid, signal.SIGTERM)
+
+    def lose(self, cell):
+        for pid in self.processes(cell):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def fake_training(monkeypatch):
+    monkeypatch.setattr(executor, "training", executor_contract.fake_training)
+
+
+@pytest.fixture
+def engine(tmp_path, fake_training):
+    layout = Layout(tmp_path)
+    with local.Executor(local.Options(), layout) as one:
+        yield LocalEngine(one, executor_contract.prepared(layout))
+
+
+class TestContract(Contract):
+    def test_a_job_is_seen_and_ended_by_another_process(self, engine):
+        """`status` and `cancel` beside the launcher."""
+        cell = engine.cells[0]
+        behave(engine.layout, cell, "hang")
+        job = engine.executor.submit(cell)
+        self.until_running(engine, cell)
+        source = f"""
 from pathlib import Path
-from gqa_jax import run_folder
-folder, what = Path(sys.argv[1]), sys.argv[2]
-with run_folder.claim(folder):
-    starts = folder / "starts"
-    starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
-    if what == "fail":
-        sys.exit("boom")
-    if what == "config":
-        run_folder.record_exit(folder, 2, "config", "bad heads", 0)
-        sys.exit(2)
-    if what == "die":
-        os.kill(os.getpid(), 9)
-    if what == "preempt" and len(starts.read_text()) < 3:
-        sys.exit(75)
-    if what == "hang":
-        (folder / "pid").write_text(str(os.getpid()))
-        time.sleep(60)
-    if what in ("done", "preempt"):
-        source = json.loads((folder / "config.json").read_text())["continue_from"]
-        assert source is None or (folder / source / "result.json").exists(), "too early"
-        (folder / "result.json").write_text(json.dumps({"status": "done", "loss": 1.0, "step": 4, "identity": "x"}))
-    (folder / "cpus").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
+from launch import local
+from launch.grid import Layout
+other = local.Executor(local.Options(), Layout(Path({os.fspath(engine.layout.root)!r})))
+print(other.jobs()[{cell.name!r}].id)
+other.cancel([{cell.name!r}])
 """
+        found = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == job.id
+        self.until_gone(engine, cell)
+        assert self.state_of(engine, cell).state == "preempted"
+
+    def test_a_job_of_another_launcher_is_not_started_again(self, engine):
+        cell = engine.cells[0]
+        behave(engine.layout, cell, "hang")
+        job = engine.executor.submit(cell)
+        other = local.Executor(local.Options(), engine.layout)
+        assert other.submit(cell).id == job.id
+        assert len(engine.processes(cell.name)) <= 1
+
+    def test_no_more_cells_than_slots(self, tmp_path, fake_training):
+        layout = Layout(tmp_path)
+        cells = executor_contract.prepared(layout, 2, ("hang",))
+        with local.Executor(local.Options(slots=1), layout) as one:
+            one.submit(cells[0])
+            with pytest.raises(SubmitError, match="all 1 slots"):
+                one.submit(cells[1])
+
+    def test_when_one_process_of_a_cell_dies_the_others_end(self, tmp_path, fake_training, monkeypatch):
+        monkeypatch.setattr(local, "RANK_SECONDS", 0.2)
+        layout = Layout(tmp_path)
+        (cell,) = executor_contract.prepared(layout, 1, ("hang",))
+        monkeypatch.setattr(local, "_start", _start_ranks(local._start))
+        with local.Executor(local.Options(processes=2), layout) as one:
+            engine = LocalEngine(one, [cell])
+            one.submit(cell)
+            self.wait(engine, lambda: len(engine.processes(cell.name)) == 2, "not two processes")
+            self.until_running(engine, cell)
+            os.kill(max(engine.processes(cell.name)), signal.SIGKILL)
+            self.until_gone(engine, cell)
+            now = self.state_of(engine, cell)
+            assert (now.state, now.failure, now.runnable) == ("failed", "killed", True)
 
 
-def commands(behaviour):
-    def make(cell, layout):
-        return [sys.executable, "-c", FAKE, str(layout.cell(cell.name)), behaviour.get(cell.name, "succeed")]
+def _start_ranks(start):
+    """Tells the fake trainer its rank, which has no flags."""
 
-    return make
+    def tell(argv, folder, slot, environment, more, claim):
+        rank = next(word.removeprefix("--process=") for word in argv if word.startswith("--process="))
+        return start(argv[:4], folder, slot, environment | {"JAX_PROCESS_ID": rank}, more, claim)
+
+    return tell
 
 
-def setup(tmp_path, the_grid=None):
-    cells, layout = grid.cells(the_grid or grid_fakes.small_grid()), Layout(tmp_path)
+def train(cells, layout, behaviour, slots=2, watch=False):
+    """`run` of these cells with the fake trainer; what is not in `behaviour` finishes. The passes."""
     for cell in cells:
-        layout.cell(cell.name).mkdir(parents=True, exist_ok=True)
-        write_json(layout.cell(cell.name) / "config.json", cell.config.to_dict())
-    return cells, layout
+        behave(layout, cell, *behaviour.get(cell.name, ("finish",)))
+    passes = []
+    with local.Executor(local.Options(slots=slots), layout) as one:
+        run.repeat(cells, layout, one, watch, passes.append, 0.05)
+    return passes
 
 
-def test_a_failing_cell_does_not_stop_the_others_and_leaves_its_cause(tmp_path):
-    cells, layout = setup(tmp_path)
+def starts(layout, cell):
+    return len(list((layout.cell(cell.name) / "attempts").glob("*.json")))
+
+
+def test_a_failing_cell_does_not_stop_the_others_and_leaves_its_cause(tmp_path, fake_training):
+    layout = Layout(tmp_path)
+    cells = grid.cells(grid_fakes.small_grid())
     names = [cell.name for cell in cells]
-    behaviour = {names[0]: "fail", names[1]: "config", names[2]: "die", names[3]: "preempt"}
-    seen = []
-    codes = local.run(cells, layout, local.slots(2), lambda running, done: seen.append(len(running)), commands(behaviour))
-    assert [codes[name] for name in names] == [1, 2, -9, 0, 0, 0]
-    assert max(seen) == 2
-    assert (layout.cell(names[3]) / "starts").read_text() == "xxx"  # started again after 75, and only this one
-    assert (layout.cell(names[0]) / "starts").read_text() == "x"
-    states = {name: state.of(layout.cell(name), time.time()) for name in names}
+    behaviour = {names[0]: ["silent"], names[1]: ["oom"], names[2]: ["die"], names[3]: ["die", "finish"]}
+    passes = train(cells, layout, behaviour)
+    states = dict(zip(names, state.of_all(cells, layout, time.time(), {}), strict=True))
+    assert [states[name].state for name in names] == ["failed"] * 4 + ["done"] * 2
+    assert max(now.active for now in passes) == 2
+    assert [starts(layout, cell) for cell in cells] == [1] * 6  # what was killed is not started twice in a run
     assert "exit code 1" in states[names[0]].cause
-    assert (states[names[1]].failure, states[names[1]].cause) == ("config", "bad heads")
+    assert (states[names[1]].failure, states[names[1]].runnable) == ("out_of_memory", False)
     assert (states[names[2]].failure, states[names[2]].runnable) == ("killed", True)
-    assert "boom" in (layout.cell(names[0]) / "log.txt").read_text()
+    assert "out of memory" in (layout.cell(names[1]) / "log.txt").read_text()
+    train(cells, layout, {names[2]: ["die"], names[3]: ["die", "finish"]}, watch=True)  # gives up on the one that always dies
+    states = dict(zip(names, state.of_all(cells, layout, time.time(), {}), strict=True))
+    assert states[names[3]].state == "done"
+    assert (states[names[2]].failure, states[names[2]].runnable) == ("no_progress", False)
+    assert starts(layout, cells[2]) == state.LOST_IN_VAIN
+
+
+def test_a_preempted_cell_is_started_again_in_the_same_run(tmp_path, fake_training):
+    layout = Layout(tmp_path)
+    (cell,) = grid.cells(grid_fakes.small_grid())[:1]
+    behave(layout, cell, "hang", "hang", "finish")
+    with local.Executor(local.Options(slots=1), layout) as one:
+        engine = LocalEngine(one, [cell])
+
+        def preempt(now):
+            beat = layout.cell(cell.name) / "heartbeat.json"
+            if beat.exists() and json.loads(beat.read_text())["attempt"] == len(told) < 2:
+                told.append(engine.preempt(cell.name))
+
+        told = []
+        run.repeat([cell], layout, one, False, preempt, 0.05)
+    assert state.of(layout.cell(cell.name), time.time()).state == "done"
+    assert starts(layout, cell) == 3
 
 
 def test_slots_share_the_cpus():
@@ -89,24 +169,43 @@ def test_slots_share_the_cpus():
 def test_a_slot_per_visible_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in local.slots()] == ["2", "5"]
+    shown = [[env["CUDA_VISIBLE_DEVICES"] for env in slot.environments] for slot in local.slots()]
+    assert shown == [["2"], ["5"]]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert "CUDA_VISIBLE_DEVICES" not in local.slots()[0].environment
+    assert "CUDA_VISIBLE_DEVICES" not in local.slots()[0].environments[0]
+
+
+def test_a_slot_of_several_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    shown = [[env["CUDA_VISIBLE_DEVICES"] for env in slot.environments] for slot in local.slots(None, 2)]
+    assert shown == [["0,1"], ["2,3"]]
+    shown = [[env["CUDA_VISIBLE_DEVICES"] for env in slot.environments] for slot in local.slots(None, 4, 2)]
+    assert shown == [["0,1", "2,3"]]
+    with pytest.raises(ConfigError, match="shows 5 GPUs"):
+        local.slots(None, 8)
+    with pytest.raises(ConfigError, match="has 2 times 2 GPUs"):
+        local.slots(3, 2)
 
 
 def test_two_launchers_on_one_grid(tmp_path):
-    _, layout = setup(tmp_path)
+    layout = Layout(tmp_path)
     with local.only_launcher(layout), pytest.raises(ConfigError, match="another launcher runs in"):
         local.only_launcher(layout).__enter__()
 
 
 LAUNCHER = """
-import sys
+import signal, sys
 from pathlib import Path
-from launch import grid, local
-from tests import grid_fakes, test_launch_local
-cells, layout = test_launch_local.setup(Path(sys.argv[1]))
-local.run(cells, layout, local.slots(2), lambda *_: None, test_launch_local.commands({c.name: "hang" for c in cells}))
+from launch import executor, grid, local, run
+from launch.grid import Layout
+from tests import executor_contract, grid_fakes
+executor.training = executor_contract.fake_training
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+layout = Layout(Path(sys.argv[1]))
+cells = executor_contract.prepared(layout, 6, ("hang",))
+with local.Executor(local.Options(slots=2), layout) as one:
+    run.repeat(cells, layout, one, False, lambda now: None, 0.05)
 """
 
 
@@ -114,16 +213,16 @@ local.run(cells, layout, local.slots(2), lambda *_: None, test_launch_local.comm
 def test_cells_end_with_the_launcher(tmp_path, how):
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
-    while len(found := list(tmp_path.glob("cells/*/pid"))) < 2 and time.monotonic() < deadline:
+    while len(found := list(tmp_path.glob("cells/*/attempts/000.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    pids = [int(path.read_text()) for path in found]
+    pids = [json.loads(path.read_text())["pid"] for path in found]
     assert len(pids) == 2
     launcher.send_signal(how)
     launcher.wait(20)
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_alive, pids))
-    assert not any(state.is_held(path.parent) for path in found)
+    assert local.Executor(local.Options(), Layout(tmp_path)).jobs() == {}
 
 
 def _alive(pid):
@@ -134,51 +233,52 @@ def _alive(pid):
 
 
 def test_the_command_of_a_cell_can_be_typed(tmp_path):
-    cells, layout = setup(tmp_path)
-    argv = local.command(cells[0], layout)
+    layout = Layout(tmp_path)
+    cell = grid.cells(grid_fakes.small_grid())[0]
+    argv = executor.training(cell, layout)
     assert argv[1:3] == ["-m", "gqa_jax.train"]
-    assert argv[3].endswith(f"cell.py:{layout.cell(cells[0].name)}/config.json")
+    assert argv[3].endswith(f"cell.py:{layout.cell(cell.name)}/config.json")
 
 
-def test_a_phase_starts_when_the_one_before_it_is_done(tmp_path):
-    cells, layout = setup(tmp_path, two_phases())
-    names = [cell.name for cell in cells]
-    running = []
-    behaviour = dict.fromkeys(names, "done") | {names[0]: "preempt"}
-    codes = local.run(
-        cells, layout, local.slots(2), lambda now, _: running.append({cell.name for cell in now}), commands(behaviour)
-    )
-    assert codes == dict.fromkeys(names, 0)
-    assert (layout.cell(names[0]) / "starts").read_text() == "xxx"
-    assert max(map(len, running)) == 1
+def test_a_phase_starts_when_the_one_before_it_is_done(tmp_path, fake_training):
+    layout = Layout(tmp_path)
+    cells = grid.cells(two_phases())
+    train(cells, layout, {})
+    assert [starts(layout, cell) for cell in cells] == [1] * 3
+    ended = [(layout.cell(cell.name) / "result.json").stat().st_mtime for cell in cells]
+    begun = [json.loads((layout.cell(cell.name) / "attempts" / "000.json").read_text())["time"] for cell in cells]
+    assert all(end < start for end, start in zip(ended, begun[1:], strict=False))
+    assert state.of(layout.cell(cells[-1].name), time.time()).state == "done"
 
 
-@pytest.mark.parametrize("how", ["fail", "config", "die"])
-def test_a_phase_does_not_start_after_one_that_failed(tmp_path, how):
+@pytest.mark.parametrize("how", ["fail", "oom", "die"])
+def test_a_phase_does_not_start_after_one_that_failed(tmp_path, how, fake_training):
     other = grid_fakes.config(size=32)
     the_grid = two_phases()
-    cells, layout = setup(tmp_path, grid.Grid("g", [*the_grid.configs, other], [1024]))
+    layout = Layout(tmp_path)
+    cells = grid.cells(grid.Grid("g", [*the_grid.configs, other], [1024]))
     (first, second, third), (alone,) = [c for c in cells if "s16d" in c.name], [c for c in cells if "s32d" in c.name]
-    codes = local.run(cells, layout, local.slots(1), lambda *_: None, commands({first.name: how, alone.name: "done"}))
-    assert set(codes) == {first.name, alone.name}
-    assert codes[alone.name] == 0
+    train(cells, layout, {first.name: [how]}, slots=1)
+    assert [starts(layout, cell) for cell in (first, second, third, alone)] == [1, 0, 0, 1]
     assert state.of(layout.cell(second.name), time.time()).cause == f"waits for {first.name}, which failed"
-    assert not (layout.cell(third.name) / "starts").exists()
 
 
 def test_a_phase_chosen_without_the_one_before_it_is_refused(tmp_path):
-    cells, layout = setup(tmp_path, two_phases())
-    first, second, third = cells
-    local.check_parents(cells, layout)
+    layout = Layout(tmp_path)
+    first, second, third = cells = grid.cells(two_phases())
+    for cell in cells:
+        layout.cell(cell.name).mkdir(parents=True)
+        write_json(layout.cell(cell.name) / "config.json", cell.config.to_dict())
+    launch._check_parents(cells, layout)
     with pytest.raises(
         ConfigError, match=f"{second.name} continues {first.name}, which is not done and not chosen: leave --where"
     ):
-        local.check_parents([second, third], layout)
+        launch._check_parents([second, third], layout)
     grid_fakes.finish(first, layout)
-    local.check_parents([second, third], layout)
+    launch._check_parents([second, third], layout)
     (layout.cell(first.name) / "result.json").unlink()
     grid_fakes.finish(second, layout)
-    local.check_parents([second], layout)  # there is nothing to start
+    launch._check_parents([second], layout)  # there is nothing to start
 
 
 def test_two_phases_of_real_training_from_the_command_line(tmp_path, capsys):

@@ -3,13 +3,19 @@
 import csv
 import io
 import json
+import time
 
 import pytest
 
+import gqa_jax
+from gqa_jax import prices, storage
+from gqa_jax.metrics import write_json
 from launch import __main__ as launch
-from launch import grid, local
+from launch import executor, grid, local, sky
+from launch import run as run_passes
+from launch.executor import Job, SubmitError
 from launch.grid import Layout
-from tests import grid_fakes
+from tests import executor_contract, grid_fakes
 
 
 @pytest.fixture
@@ -119,6 +125,122 @@ def test_run_trains_nothing_that_is_done_and_a_second_launcher_is_refused(small,
     with local.only_launcher(layout):
         assert run("run", small) == launch.EXIT_BAD_INPUT
     assert "another launcher runs in" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_commands_and_writes_nothing(small, capsys):
+    _, layout, cells = small
+    grid_fakes.finish(cells[0], layout)
+    assert run("run", small, "--dry_run") == launch.EXIT_DONE
+    out = capsys.readouterr().out
+    assert "5 of 6 cells would be submitted to local" in out
+    assert out.count("-m gqa_jax.train") == 5
+    assert run("run", small, "--dry_run", "--json") == launch.EXIT_DONE
+    shown = json.loads(capsys.readouterr().out)
+    assert [one["cell"] for one in shown] == [cell.name for cell in cells[1:]]
+    assert sorted(path.name for path in layout.root.iterdir()) == ["cells"]
+    assert run("run", small, "--json") == launch.EXIT_BAD_INPUT
+
+
+def test_status_says_what_was_spent_where_a_price_is_known(small, capsys):
+    _, layout, cells = small
+    for cell in cells[:2]:
+        grid_fakes.finish(cell, layout)
+        path = layout.cell(cell.name) / "result.json"
+        write_json(path, json.loads(path.read_text()) | {"device": "TPU v5 lite", "device_seconds": 7200.0})
+    assert run("status", small, "--json") == launch.EXIT_UNFINISHED
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["usd"] for row in rows] == [pytest.approx(2 * prices.PRICES["v5e"].usd_per_hour)] * 2 + [None] * 4
+    (layout.root / "prices.json").write_text('{"v5e": 10}')
+    assert run("status", small, "--prices", str(layout.root / "prices.json")) == launch.EXIT_UNFINISHED
+    assert "$40.00 so far" in capsys.readouterr().out
+
+
+def test_cancel_and_logs_of_a_running_cell(small, capsys, monkeypatch):
+    _, layout, cells = small
+    monkeypatch.setattr(executor, "training", executor_contract.fake_training)
+    executor_contract.behave(layout, cells[0], "hang")
+    with local.Executor(local.Options(), layout) as engine:
+        engine.submit(cells[0])
+        while not (layout.cell(cells[0].name) / "heartbeat.json").exists():
+            engine.wait(0.1)
+        assert run("status", small) == launch.EXIT_UNFINISHED
+        assert "1 running" in capsys.readouterr().out
+        assert run("cancel", small) == launch.EXIT_DONE
+        assert "1 cells cancelled on local" in capsys.readouterr().out
+        assert run("logs", small, cells[0].name, "--follow") == launch.EXIT_DONE  # it has ended: nothing to wait for
+        assert f"rank 0 of {cells[0].name}" in capsys.readouterr().out
+    assert run("logs", small, cells[1].name) == launch.EXIT_BAD_INPUT
+    assert "has printed nothing yet: it is planned" in capsys.readouterr().err
+
+
+def test_a_grid_that_another_engine_has_is_not_run_here(small, capsys, monkeypatch):
+    _, layout, cells = small
+    layout.root.mkdir()
+    write_json(layout.root / "cluster.json", {"engine": "sky", "shared_root": True, "accelerators": "H100:8"})
+    monkeypatch.setattr(sky.Executor, "jobs", lambda self: {cells[0].name: Job(cells[0].name, "7", "running")})
+    monkeypatch.setattr(local, "_start", lambda *_: pytest.fail("a cell was started"))
+    assert run("run", small) == launch.EXIT_BAD_INPUT
+    assert f"1 cells of the grid are on sky, like {cells[0].name}" in capsys.readouterr().err
+    assert run("status", small) == launch.EXIT_UNFINISHED  # asks the engine that the grid is on
+    assert "1 running" in capsys.readouterr().out
+
+    def down(self):
+        raise SubmitError("no network")
+
+    monkeypatch.setattr(sky.Executor, "jobs", down)
+    assert run("run", small) == launch.EXIT_BAD_INPUT
+    assert "does not answer (no network)" in capsys.readouterr().err
+    assert run("status", small) == launch.EXIT_FAILED
+    assert run("plan", small) == launch.EXIT_DONE  # needs no engine
+    assert "what runs is not known: no network" in capsys.readouterr().err
+
+
+def test_a_root_that_cannot_be_written_is_said_before_anything_starts(small, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert launch.main(["run", small[0], "--root", str(tmp_path / "file" / "root")]) in (
+        launch.EXIT_BAD_INPUT,
+        launch.EXIT_FAILED,
+    )
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert launch.main(["status", small[0], "--root", "s3://bucket/root"]) == launch.EXIT_BAD_INPUT
+    assert "s3:// is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_clock_that_is_off_is_said_before_anything_starts(small, capsys, monkeypatch, gcs_root, remote, tmp_path):
+    root = gcs_root if remote else str(tmp_path / "root")
+    (tmp_path / "root").mkdir()
+    now = time.time
+    monkeypatch.setattr(run_passes.time, "time", lambda: now() - 3600)
+    monkeypatch.setattr(local, "_start", lambda *_: pytest.fail("a cell was started"))
+    assert launch.main(["run", small[0], "--root", root]) == launch.EXIT_BAD_INPUT
+    assert "the clock of this machine is -3600 s from" in capsys.readouterr().err
+
+
+def test_a_grid_on_gs(tmp_path, capsys, gcs_root, monkeypatch):
+    """From run to tables, as on local disk; a second run trains nothing; retry; a second machine sees it all."""
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "two.py"
+    path.write_text(
+        "from launch.grid import Grid\nfrom tests.grid_fakes import config\n"
+        "def get_grid(): return Grid('two', [config(size=16), config(model={'attention': 'flash'}, seed=1)], [1024])\n"
+    )
+    assert launch.main(["run", str(path), "--root", gcs_root]) == launch.EXIT_FAILED
+    assert "attention implementation 'flash' is unknown" in capsys.readouterr().out
+    table = gqa_jax.load_results(gcs_root)
+    assert len(table) == 1
+    assert table["loss"].notna().all()
+    assert {"loss.csv", "loss.parquet", "cost.csv", "cost.parquet"} <= set(storage.names(f"{gcs_root}/tables"))
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "another machine"))
+    assert launch.main(["status", str(path), "--root", gcs_root, "--json"]) == launch.EXIT_FAILED
+    rows = json.loads(capsys.readouterr().out)
+    assert sorted(row["state"] for row in rows) == ["done", "failed"]
+    assert launch.main(["retry", str(path), "--root", gcs_root]) == launch.EXIT_DONE
+    assert launch.main(["status", str(path), "--root", gcs_root, "--json"]) == launch.EXIT_UNFINISHED
+    assert sorted(row["state"] for row in json.loads(capsys.readouterr().out.split("\n", 2)[2])) == ["done", "planned"]
+    (failed,) = [row["cell"] for row in rows if row["state"] == "failed"]
+    aside = [name for name in storage.names(f"{gcs_root}/cells/{failed}") if name.startswith("before-retry")]
+    assert "exit.json" in storage.names(f"{gcs_root}/cells/{failed}/{aside[0]}")
 
 
 def test_bad_input_is_a_sentence_and_exit_2(small, capsys):

@@ -5,7 +5,8 @@ import pytest
 
 from gqa_jax import run_folder
 from gqa_jax.metrics import write_json
-from launch import grid, state
+from launch import grid, local, state
+from launch.executor import DEAD, QUEUED, RUNNING, Job
 from launch.grid import Layout
 from tests import grid_fakes
 from tests.test_grid import two_phases
@@ -17,31 +18,129 @@ def one_cell(tmp_path):
     return cell, layout, layout.cell(cell.name)
 
 
-def test_states_follow_from_the_files(tmp_path):
+def running(cell, **values):
+    return Job(cell.name, "7", RUNNING, **values)
+
+
+def test_states_follow_from_the_files_the_job_and_the_time(tmp_path):
     cell, layout, folder = one_cell(tmp_path)
     now = time.time()
     assert state.of(folder, now).state == "planned"
-    (folder / "metrics").mkdir(parents=True)
-    (folder / "metrics" / "attempt-000.jsonl").touch()
+    queued = state.of(folder, now, Job(cell.name, "7", QUEUED, "Priority"))
+    assert (queued.state, queued.cause, queued.runnable) == ("queued", "Priority", False)
+    assert state.of(folder, now, running(cell, since=now)).state == "running"
+    assert state.of(folder, now + 3600, running(cell, since=now)).state == "stalled"  # it has never shown a sign of life
+    begin(folder, 0, 0, now)
     grid_fakes.beat(folder)
-    with run_folder.claim(folder):
-        running = state.of(folder, time.time())
-        assert (running.state, running.step, running.eta_seconds) == ("running", 2, 5.0)
-        grid_fakes.beat(folder, age=3600)
-        stalled = state.of(folder, time.time())
-        assert stalled.state == "stalled"
-        assert "no heartbeat for 36" in stalled.cause
-    interrupted = state.of(folder, now)
-    assert interrupted.state == "interrupted"
-    assert interrupted.runnable
+    seen = state.of(folder, now, running(cell))
+    assert (seen.state, seen.step, seen.eta_seconds, seen.attempts, seen.job) == ("running", 2, 5.0, 1, "7")
+    grid_fakes.beat(folder, age=3600)
+    assert state.of(folder, now, running(cell, since=now)).state == "running"  # of the attempt before: this one is starting
+    stalled = state.of(folder, now, running(cell))
+    assert stalled.state == "stalled"
+    assert "no heartbeat for 36" in stalled.cause
+    lost = state.of(folder, now)
+    assert (lost.state, lost.runnable) == ("lost", True)
+    assert state.of(folder, now, Job(cell.name, "7", DEAD, "the node failed")).cause == "the node failed"
+    run_folder.record_exit(folder, 75, "preempted", "asked to end", 0)
+    assert (state.of(folder, now).state, state.of(folder, now).runnable) == ("preempted", True)
     run_folder.record_exit(folder, 1, "out_of_memory", "too big", 0)
     failed = state.of(folder, now)
     assert (failed.state, failed.failure, failed.cause, failed.runnable) == ("failed", "out_of_memory", "too big", False)
     run_folder.record_exit(folder, -9, "killed", "SIGKILL", 0)
     assert state.of(folder, now).runnable
     grid_fakes.finish(cell, layout)
-    assert state.of(folder, now).state == "done"
+    assert state.of(folder, now, running(cell)).state == "done"
     assert not state.of(folder, now).runnable
+
+
+def begin(folder, number, first_step, at):
+    (folder / "attempts").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "attempts" / f"{number:03d}.json", {"attempt": number, "first_step": first_step, "time": at})
+
+
+def submitted(folder, at, number):
+    (folder / "submissions").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "submissions" / f"{number:03d}.json", {"time": at, "engine": "slurm", "id": "7", "where": ""})
+
+
+def test_preempted_three_times_without_progress_is_a_failure(tmp_path):
+    _, _, folder = one_cell(tmp_path)
+    folder.mkdir(parents=True)
+    for number in range(state.PREEMPTED_IN_VAIN):
+        begin(folder, number, 0, number)
+        run_folder.record_exit(folder, 75, "preempted", "asked to end", number)
+        assert state.of(folder, 1e9).runnable == (number < 2)
+    failed = state.of(folder, 1e9)
+    assert (failed.state, failed.failure) == ("failed", "no_progress")
+    assert "preempted 3 times in a row" in failed.cause
+    (folder / "checkpoints" / "5").mkdir(parents=True)  # the last of them had saved something
+    assert state.of(folder, 1e9).state == "preempted"
+    begin(folder, 3, 5, 3)
+    assert state.of(folder, 1e9).runnable
+
+
+def test_submissions_that_lead_nowhere_wait_longer_each_time_and_end(tmp_path):
+    _, _, folder = one_cell(tmp_path)
+    waits = []
+    for number in range(state.UNSTARTED):
+        submitted(folder, 1000.0, number)
+        waits.append(state.of(folder, 2000.0).not_before - 1000.0)
+    assert waits[:4] == [30, 60, 120, 240]
+    failed = state.of(folder, 2000.0)
+    assert (failed.failure, failed.runnable) == ("no_progress", False)
+    assert "no training process has appeared" in failed.cause
+    begin(folder, 0, 0, 1001.0)
+    assert state.of(folder, 2000.0).not_before == 0
+
+
+def test_a_host_that_failed_before_training_is_shown(tmp_path):
+    _, _, folder = one_cell(tmp_path)
+    folder.mkdir(parents=True)
+    run_folder.record_exit(folder, 75, "preempted", "asked to end", 0)
+    later = time.time() + 5
+    write_json(
+        folder / "host-failure.json", {"class": "infrastructure", "reason": "no space for the environment", "time": later}
+    )
+    failed = state.of(folder, later)
+    assert (failed.state, failed.failure, failed.cause) == ("failed", "infrastructure", "no space for the environment")
+    assert failed.runnable
+
+
+def test_a_folder_that_somebody_edited_is_a_failure_with_the_field(tmp_path):
+    cell, _, folder = one_cell(tmp_path)
+    values = cell.config.to_dict()
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", values | {"checkpoint": values["checkpoint"] | {"keep": 9}})
+    assert state.of(folder, 0.0, None, cell).state == "planned"  # nothing that changes its result
+    write_json(folder / "config.json", values | {"seed": 5})
+    edited = state.of(folder, 0.0, None, cell)
+    assert (edited.state, edited.failure, edited.runnable) == ("failed", "edited", False)
+    assert "seed: 0 here, 5 there" in edited.cause
+    (folder / "config.json").write_text("{")
+    assert "can't be used" in state.of(folder, 0.0, None, cell).cause
+
+
+def test_a_clock_that_is_off_is_said(tmp_path):
+    cell, _, folder = one_cell(tmp_path)
+    grid_fakes.beat(folder, age=-300)
+    ahead = state.of(folder, time.time(), running(cell))
+    assert ahead.state == "running"
+    assert "300 s ahead" in ahead.cause
+
+
+def test_cells_of_a_size_are_held_back_when_its_first_ones_fail_alike(tmp_path):
+    configs = list(grid.product(grid_fakes.config, size=[16, 32], n_heads=[1, 2, 4, 8]))
+    cells = grid.cells(grid.Grid("g", configs, [1024]))
+    planned, oom = state.CellState("planned"), state.CellState("failed", failure="out_of_memory")
+    assert state.held_back(cells, [oom, oom, planned, planned] + [planned] * 4) == {}
+    held = state.held_back(cells, [oom, oom, oom, planned] + [planned] * 4)
+    assert list(held) == [cells[3].name]
+    assert held[cells[3].name] == f"held back: 3 cells of its size failed alike (out_of_memory), like {cells[0].name}"
+    killed = state.CellState("failed", failure="killed")
+    assert state.held_back(cells, [killed] * 3 + [planned] * 5) == {}
+    done = state.CellState("done")
+    assert state.held_back(cells[:4] + cells[4:], [oom, oom, oom, planned, done] + [planned] * 3) != {}
 
 
 def test_a_broken_result_is_a_failure_that_says_what_to_do(tmp_path):
@@ -55,11 +154,12 @@ def test_a_broken_result_is_a_failure_that_says_what_to_do(tmp_path):
 
 def test_looking_is_harmless(tmp_path):
     """Beside a process that starts: `status` must not make it believe that the folder is taken."""
-    _, _, folder = one_cell(tmp_path)
+    cell, layout, folder = one_cell(tmp_path)
+    engine = local.Executor(local.Options(), layout)
     for _ in range(20):
         with run_folder.claim(folder):
-            assert state.is_held(folder)
-        assert not state.is_held(folder)
+            assert list(engine.jobs()) == [cell.name]
+        assert engine.jobs() == {}
     (folder / "heartbeat.json").write_text(json.dumps([]))
     assert state.of(folder, 0.0).state == "planned"
 

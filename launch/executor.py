@@ -1,0 +1,204 @@
+"""Engines that run cells, behind one interface: local processes, Slurm, Cloud TPU queued resources, SkyPilot. Imports no jax.
+
+An executor keeps no state of its own. What there is to know is in the run folders and in the engine: `jobs` asks it once, by
+the names of its jobs, which are functions of the grid's folder and the cell. The engine's unique name is the claim on a cell.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import importlib
+import os
+import shlex
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from etils import epath
+
+from gqa_jax import config, slices
+from gqa_jax.config import ConfigError
+from gqa_jax.slices import Slice
+from launch.grid import Cell, Layout
+
+ENGINES = ("local", "slurm", "tpu", "sky")  # modules of this package, each with an `Executor`
+REPOSITORY = Path(__file__).resolve().parent.parent
+CLUSTERS = REPOSITORY / "configs" / "clusters"
+
+QUEUED, RUNNING, DEAD = "queued", "running", "dead"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What an engine has for a cell now. A job that has ended and holds nothing is not there any more."""
+
+    cell: str
+    id: str  # the engine's own
+    state: str  # QUEUED, RUNNING; DEAD: ended, but keeps its name or quota until `reconcile` has removed it
+    detail: str = ""  # the engine's words: why it waits, why it ended
+    since: float | None = None  # seconds since the epoch that it is RUNNING
+    where: str = ""  # nodes, or a zone
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """Exactly what an engine is given for a cell; what `run --dry_run` shows."""
+
+    cell: str
+    command: str  # what is called, as a person would type it
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the run folder, written before: name -> text
+
+
+class SubmitError(Exception):
+    """The engine refused a cell for a reason that may pass (quota, an outage): the others are still submitted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a cluster file may set, for every engine. Made by `load`, which checks names and types."""
+
+    engine: str = "local"
+    topology: str | None = None  # slice of a cell (gqa_jax.slices): what must fit it is proved before anything is submitted
+    environment: dict = dataclasses.field(default_factory=dict)  # variables of the training processes, name -> text
+    max_jobs: int = 100  # cells on the engine at a time
+
+    def __post_init__(self):
+        if self.topology is not None:
+            slices.find(self.topology)
+        for name, value in self.environment.items():
+            if not isinstance(value, str) or not name.replace("_", "").isalnum():
+                raise ConfigError(f"environment.{name} = {value!r}: must be a name and a text")
+        if self.max_jobs < 1:
+            raise ConfigError(f"max_jobs = {self.max_jobs}: must be at least 1")
+
+    @property
+    def slice(self) -> Slice | None:
+        """All the chips of a cell; None where no topology was named."""
+        return None if self.topology is None else slices.find(self.topology)
+
+
+class Executor(abc.ABC):
+    """One engine, for the grid in `layout`."""
+
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options, layout: Layout):
+        self.options, self.layout = options, layout
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_: object) -> None:  # noqa: B027
+        """An engine of its own goes on when the launcher ends."""
+
+    @property
+    def engine(self) -> str:
+        return self.options.engine
+
+    @property
+    def capacity(self) -> int:
+        """Cells that may be on the engine at a time."""
+        return self.options.max_jobs
+
+    def check(self) -> None:  # noqa: B027 (nothing to check is an answer)
+        """Raises ConfigError for what would fail later: programs, credentials, names that the engine does not know, the root.
+
+        Asks the engine, submits and writes nothing.
+        """
+
+    def prepare(self) -> None:  # noqa: B027
+        """What must be in place once before cells are submitted, such as the code."""
+
+    @abc.abstractmethod
+    def submission(self, cell: Cell) -> Submission:
+        """What `submit` would give the engine. Pure: needs no engine."""
+
+    @abc.abstractmethod
+    def submit(self, cell: Cell) -> Job:
+        """Submits a cell, unless the engine has a job of its name: then that one is the answer, also for two launchers at once.
+
+        Raises SubmitError when the engine refuses it now, ConfigError when it would refuse it always.
+        """
+
+    @abc.abstractmethod
+    def jobs(self) -> dict[str, Job]:
+        """The jobs of this grid by cell, DEAD ones too, in one call to the engine (one per zone).
+
+        Raises SubmitError when the engine does not answer.
+        """
+
+    @abc.abstractmethod
+    def cancel(self, cells: Sequence[str]) -> None:
+        """Ends the jobs of these cells, where there are any; what was saved stays. They are not started again by the engine."""
+
+    def reconcile(self, jobs: Mapping[str, Job]) -> list[str]:
+        """Removes what only holds names or quota: DEAD jobs, second jobs of a cell. Returns a sentence for each thing done."""
+        return []
+
+    def wait(self, seconds: float) -> None:
+        """Returns after so long, or earlier when a job is known to have ended."""
+        time.sleep(seconds)
+
+    def logs(self, cell: str) -> list[epath.Path]:
+        """Files that hold what the processes of a cell printed, in the order to read them; not all need to be there."""
+        return [self.layout.cell(cell) / "log.txt"]
+
+
+def job_name(layout: Layout, cell: str) -> str:
+    """Name of a cell's job on every engine, at most 58 characters of [a-z0-9-]: the grid's folder in 7 digits, the cell."""
+    return f"{grid_prefix(layout)}{cell}"
+
+
+def grid_prefix(layout: Layout) -> str:
+    """What the names of all jobs of a grid's folder begin with, and those of no other."""
+    root = os.fspath(layout.root)
+    where = root if "://" in root else os.path.realpath(root)
+    return f"g{hashlib.sha256(where.encode()).hexdigest()[:7]}-"
+
+
+def training(cell: Cell, layout: Layout, python: str = sys.executable, code: str | Path = REPOSITORY) -> list[str]:
+    """The training process of a cell; also what a person types to repeat it."""
+    folder = layout.cell(cell.name)
+    return [
+        python, "-m", "gqa_jax.train", f"--config={Path(code) / 'configs' / 'cell.py'}:{folder / 'config.json'}",
+        f"--workdir={folder}", *cell.settings,
+    ]  # fmt: skip
+
+
+def bash(argv: Sequence[str]) -> str:
+    """A command as a line of bash."""
+    return shlex.join(argv)
+
+
+def load(on: str, layout: Layout) -> Executor:
+    """The executor that `--on` names: an engine, with the options of configs/clusters/ENGINE.toml, or another cluster file.
+
+    Raises ConfigError: no such engine or file, an option that the engine does not have (naming the closest), a wrong type.
+    """
+    path = CLUSTERS / f"{on}.toml" if on in ENGINES else Path(on)
+    if not path.is_file():
+        if on in ENGINES:
+            return make({"engine": on}, layout)
+        raise ConfigError(f"--on {on}: must be {', '.join(ENGINES)}, or a cluster file like {CLUSTERS.name}/slurm.toml")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return make(values, layout)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def make(values: Mapping[str, Any], layout: Layout) -> Executor:
+    """The executor of these options, which name their engine. Raises ConfigError as `load`."""
+    engine = values.get("engine")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine = {engine!r}: {config.closest(str(engine), ENGINES)}")
+    kind = importlib.import_module(f"launch.{engine}").Executor
+    return kind(config.from_mapping(kind.Options, values), layout)

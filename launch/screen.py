@@ -1,0 +1,183 @@
+"""What `status` and `run` show of a grid. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from gqa_jax import devices
+from launch import plan, state
+from launch.executor import Executor, training
+from launch.grid import Cell, Layout
+from launch.run import Pass
+from launch.state import CellState
+
+PLAIN_SECONDS = 15.0  # between lines where there is no terminal
+COLORS = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "stalled": "red"}
+
+
+def table(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices: Mapping[str, float]) -> Table:
+    """A row per cell; columns that nothing is known for are left out."""
+    counts = Counter(now.state for now in states)
+    spent = money(states, prices)
+    title = f"{title}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+    view = Table(title=title + ("" if spent is None else f"; ${spent:,.2f} so far"), title_justify="left", box=box.SIMPLE_HEAD)
+    rows = [_row(cell, now, prices) for cell, now in zip(cells, states, strict=True)]
+    for name in _COLUMNS:
+        if any(row[name] for row in rows) or name in ("cell", "state", "step"):
+            view.add_column(name, justify="left" if name in ("cell", "state", "where") else "right", no_wrap=True)
+    shown = [column.header for column in view.columns]
+    for row in rows:
+        view.add_row(*(row[name] for name in shown))
+    return view
+
+
+_COLUMNS = ("cell", "state", "step", "tok/s", "ETA", "tries", "beat", "$", "loss", "where")
+
+
+def _row(cell: Cell, now: CellState, prices: Mapping[str, float]) -> dict[str, str]:
+    usd = cost(now, prices)
+    alive = now.state in ("running", "stalled")
+    return {
+        "cell": cell.name,
+        "state": f"[{COLORS.get(now.state, 'default')}]{now.state}[/]",
+        "step": "" if now.step is None else f"{now.step:,}/{cell.config.n_steps:,}",
+        "tok/s": "" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}",
+        "ETA": plan.duration(now.eta_seconds) if alive else "",
+        "tries": "" if now.attempts < 2 else str(now.attempts),
+        "beat": plan.duration(now.heartbeat_age) if alive and now.heartbeat_age is not None else "",
+        "$": "" if usd is None else f"{usd:,.2f}",
+        "loss": "" if now.loss is None else f"{now.loss:.4f}",
+        "where": escape(now.where or "") if now.state in state.ACTIVE else "",
+    }
+
+
+def rows(cells: Sequence[Cell], states: Sequence[CellState], prices: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What `status --json` prints: a CellState per cell, with its name and US dollars so far (None: no price is known)."""
+    pairs = zip(cells, states, strict=True)
+    return [{"cell": cell.name} | dataclasses.asdict(now) | {"usd": cost(now, prices)} for cell, now in pairs]
+
+
+def cost(now: CellState, prices: Mapping[str, float]) -> float | None:
+    """US dollars of the devices that a cell has used; without machines that boot or wait. None: no price is known."""
+    chip = devices.chip_of(now.device) if now.device else None
+    if chip is None or now.device_seconds is None or chip.name not in prices:
+        return None
+    return now.device_seconds / 3600 * prices[chip.name]
+
+
+def money(states: Sequence[CellState], prices: Mapping[str, float]) -> float | None:
+    """US dollars of all, None when no price is known for any."""
+    known = [usd for now in states if (usd := cost(now, prices)) is not None]
+    return sum(known) if known else None
+
+
+def print_failures(
+    cells: Sequence[Cell], states: Sequence[CellState], layout: Layout, engine: Executor | None, grid: str, console: Console
+) -> None:
+    """One paragraph a cause: how many cells, what, the file to read, the command that repeats one here."""
+    causes = defaultdict(list)
+    for cell, now in zip(cells, states, strict=True):
+        if now.state in state.BAD:
+            causes[now.state, now.failure, now.cause].append(cell)
+    for (kind, failure, cause), failed in causes.items():
+        first = failed[0]
+        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        name = kind if failure is None else f"{kind} ({failure})"
+        files = engine.logs(first.name) if engine else [layout.cell(first.name) / "log.txt"]
+        _line(console, f"[red]{name}[/]: {first.name}{others}: {escape(str(cause))}")
+        _line(console, f"  read    {escape(str(files[-1] if files else layout.cell(first.name)))}")
+        if kind == "stalled":
+            _line(console, f"  end it  python -m launch cancel {shlex.quote(grid)} {first.name}")
+            continue
+        _line(console, f"  repeat  {escape(shlex.join(training(first, layout)))}")
+        _line(console, f"  again   python -m launch retry {shlex.quote(grid)}, then run")
+    for line in state.waiting([cell.name for cell in cells], states):
+        _line(console, escape(line))
+
+
+def print_pass(now: Pass, console: Console) -> None:
+    """What a pass did, and what it could not do."""
+    for note in now.notes:
+        _line(console, escape(note))
+    for cause, names in _grouped(now.refused).items():
+        _line(console, f"[yellow]not submitted now[/]: {names}: {escape(cause)}")
+    for cause, names in _grouped(now.held).items():
+        _line(console, f"[yellow]not submitted[/]: {names}: {escape(cause)}")
+
+
+def _grouped(causes: Mapping[str, str]) -> dict[str, str]:
+    """The cells of each cause, in a few words."""
+    grouped = defaultdict(list)
+    for name, cause in causes.items():
+        grouped[cause].append(name)
+    return {cause: names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") for cause, names in grouped.items()}
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+class Watch:
+    """What `run` shows between passes: a live table on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, prices: Mapping[str, float]):
+        self._console, self._prices = console, prices
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._started, self._spoken, self._ended = time.monotonic(), 0.0, 0
+        self._share: list[float] | None = None
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Watch:
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._live:
+            self._live.__exit__(*error)
+
+    def update(self, now: Pass) -> None:
+        """Shows a pass; what engine and policy say is printed once."""
+        self._print_news(now)
+        clock = time.monotonic()
+        elapsed = plan.duration(clock - self._started)
+        left = self._eta(now)
+        if self._live:
+            self._live.update(table(now.cells, now.states, f"{elapsed}{left}", self._prices))
+            return
+        counts = Counter(s.state for s in now.states)
+        ended = sum(counts[name] for name in (*state.FINAL, "failed"))
+        if ended > self._ended or clock - self._spoken > PLAIN_SECONDS:
+            self._spoken, self._ended = clock, ended
+            running = [job.cell for job in (*now.jobs.values(), *now.submitted)]
+            names = ", ".join(running[:4]) + (f" and {len(running) - 4} more" if len(running) > 4 else "")
+            done, failed = sum(counts[name] for name in state.FINAL), counts["failed"]
+            _line(self._console, f"{elapsed}: {done} of {len(now.states)} done, {failed} failed{left}; {names}")
+
+    def _print_news(self, now: Pass) -> None:
+        refused = {cell: cause for cell, cause in now.refused.items() if cause not in self._said}
+        held = {cell: cause for cell, cause in now.held.items() if cause not in self._said}
+        self._said |= {*refused.values(), *held.values()}
+        print_pass(dataclasses.replace(now, refused=refused, held=held), self._console)
+
+    def _eta(self, now: Pass) -> str:
+        """Time left, from the training FLOPs done since the start and those that remain."""
+        flops = [cell.train_flops for cell in now.cells]
+        share = [1.0 if s.state in state.FINAL else (s.step or 0) / (s.steps or 1) for s in now.states]
+        if self._share is None:
+            self._share = share
+        done = sum(f * (a - b) for f, a, b in zip(flops, share, self._share, strict=True))
+        left = sum(f * (1 - a) for f, a in zip(flops, share, strict=True))
+        elapsed = time.monotonic() - self._started
+        return f", {plan.duration(elapsed * left / done)} left" if done > 0 else ""
