@@ -1,0 +1,656 @@
+"""Cloud TPU: a queued resource per cell, by Google's own client. Imports no jax.
+
+Google's queue finds the machines; `tpu_startup.sh` runs on each of them, trains, and deletes the slice, whatever happens. The
+id of a request is unique in its zone, so a request that is there is the claim on a cell. Of two zones that both have one, the
+zone that comes first in `zones` keeps it.
+
+What Google has for a request, and what it is here:
+
+CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING    QUEUED
+ACTIVE                                                     RUNNING, since its first machine was made
+SUSPENDING, DELETING    QUEUED: the machines may still save, and the name is taken, so the cell must not be started elsewhere
+                        and can't be here. It passes by itself, within minutes; `submit` meanwhile raises SubmitError.
+SUSPENDED, FAILED       DEAD: `reconcile` deletes it, as it keeps name and quota until then
+
+Not tried with a Google Cloud account, only against a fake of the API: what quotas and reservations answer in words, how long
+before a preemption the machines are told, how the images behave at boot, and several slices. README says more.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import random
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from etils import epath
+
+from gqa_jax import config, storage
+from gqa_jax.config import ConfigError
+from gqa_jax.data import store
+from launch import bundle, executor
+from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
+from launch.grid import Cell
+
+RUNTIME_VERSIONS = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+PROVISIONING = ("spot", "guaranteed", "reserved")
+EXAMPLE_PROJECT = "my-project"  # of configs/clusters/tpu.toml
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+LOGIN = "log in: gcloud auth application-default login"
+SCRIPT = Path(__file__).with_name("tpu_startup.sh")
+
+CALL_SECONDS = 60.0  # that one call may take
+PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before a call that failed for a moment is tried again, each times 0.5 to 1.5
+AT_ONCE = 16  # calls side by side, where there is one per cell
+LINGER_SECONDS = 600.0  # that a slice may stay after its cell is done: it deletes itself within a minute
+OVERTIME_SECONDS = 3600.0  # beyond max_run_hours
+
+_QUEUED = {
+    "CREATING": "being checked",
+    "ACCEPTED": "accepted",
+    "WAITING_FOR_RESOURCES": "waits for machines",
+    "PROVISIONING": "its machines are being made",
+    "SUSPENDING": "its machines are being taken away",
+    "DELETING": "being deleted",
+    "STATE_UNSPECIFIED": "of no known state",
+}
+_DEAD = ("SUSPENDED", "FAILED")
+_ENDING = ("SUSPENDING", "DELETING")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(executor.Options):
+    """Of configs/clusters/tpu.toml. `topology` is that of one slice."""
+
+    project: str = ""  # id of the Google Cloud project that pays; its quota counts
+    zones: list = dataclasses.field(default_factory=list)  # names, in order of preference
+    slices: int = 1  # of a cell, of that topology each; more than one: joined by the data-centre network (multislice)
+    provisioning: str = "spot"  # PROVISIONING: may be preempted; on demand; of a reservation
+    reservation: str | None = None  # its name, with provisioning = "reserved"
+    runtime_version: str | None = None  # image of the machines; None: RUNTIME_VERSIONS of the chip
+    network: str | None = None  # VPC network; None: the project's default
+    subnetwork: str | None = None
+    external_ips: bool = True  # without them the network needs Cloud NAT for Python packages
+    service_account: str | None = None  # e-mail, needs TPU Admin and Storage Object Admin; None: the project's default one
+    labels: dict = dataclasses.field(default_factory=dict)  # of the machines, for the bill: name -> text
+    tags: list = dataclasses.field(default_factory=list)  # network tags, for firewall rules
+    valid_until_hours: float = 24.0  # that a request may wait; then it fails, and the next one goes to the next zone
+    max_run_hours: float = 48.0  # of a slice, from its first training on; then training saves and the slice goes
+    bundle: str | None = None  # <sha256>.tar.gz of the code, a file or on gs://; None: made of this checkout
+    python: str | None = None  # of the image, with the dependencies of gqa_jax; None: an environment is made at boot
+    setup: list = dataclasses.field(default_factory=list)  # lines of bash before training, as root in the code's folder
+    shared_root: bool = False  # the grid's folder is no gs://, but a file system that all hosts mount at the same place
+    api_endpoint: str | None = None  # HOST of the API; None: tpu.googleapis.com; http://HOST:PORT: an emulator, without TLS
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.slice is None or not self.slice.is_tpu:
+            raise ConfigError(f'topology = {self.topology!r}: name the TPU slice of a cell, like "v5e:4x4"')
+        if not re.fullmatch(r"[a-z][a-z0-9:.-]{3,60}[a-z0-9]", self.project):
+            raise ConfigError(f'project = {self.project!r}: must be the id of a Google Cloud project, like "{EXAMPLE_PROJECT}"')
+        if not self.zones or len(set(self.zones)) != len(self.zones):
+            raise ConfigError(f'zones = {self.zones!r}: must be zones in order of preference, each once, like ["us-west4-a"]')
+        _require_texts("zones", self.zones, r"[a-z]+-[a-z]+\d+-[a-z]\w*", '"us-west4-a"')
+        _require_texts("tags", self.tags, r"[a-z][a-z0-9-]{0,62}", '"allow-internal"')
+        _require_texts("setup", self.setup, r"(?s).*", '"mount /data"')
+        for name, value in self.labels.items():
+            fits = isinstance(value, str) and re.fullmatch(r"[a-z0-9_-]{0,63}", value)
+            if not fits or not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", name):
+                raise ConfigError(f"labels.{name} = {value!r}: names and values have at most 63 of a-z, 0-9, _ and -")
+        if self.provisioning not in PROVISIONING:
+            raise ConfigError(f"provisioning = {self.provisioning!r}: {config.closest(self.provisioning, PROVISIONING)}")
+        if (self.provisioning == "reserved") != (self.reservation is not None):
+            raise ConfigError(
+                f'reservation = {self.reservation!r}: its name goes with provisioning = "reserved", and only with it'
+            )
+        if self.slices < 1:
+            raise ConfigError(f"slices = {self.slices}: must be at least 1")
+        for name in ("valid_until_hours", "max_run_hours"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be above 0")
+        if self.service_account is not None and not re.fullmatch(
+            r"[^@\s]+@[\w.-]+\.gserviceaccount\.com", self.service_account
+        ):
+            raise ConfigError(
+                f"service_account = {self.service_account!r}: must be an e-mail, NAME@PROJECT.iam.gserviceaccount.com"
+            )
+        if self.bundle is not None:
+            bundle.find(self.bundle)
+
+    @property
+    def image(self) -> str:
+        """Runtime version of the machines."""
+        return self.runtime_version or RUNTIME_VERSIONS[self.slice.chip.name]
+
+
+def _require_texts(name: str, values: Sequence[Any], pattern: str, example: str) -> None:
+    for value in values:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ConfigError(f"{name}: {value!r} must be like {example}")
+
+
+def accelerator(topology: executor.Slice) -> tuple[str, str | None]:
+    """How the API names a slice: its accelerator type, and the type of the chip where the shape goes beside it.
+
+    v5e and v6e types count chips, and the count says the shape. v4 and v5p types count cores, two a chip, and take the default
+    shape of the count; so these are asked for by chip and shape.
+    """
+    chip, count = topology.chip.name, topology.n_chips
+    match chip:
+        case "v5e":
+            return f"v5litepod-{count}", None
+        case "v6e":
+            return f"v6e-{count}", None
+        case "v4" | "v5p":
+            return f"{chip}-{2 * count}", chip.upper()
+    raise ConfigError(f"topology = {topology.name!r}: no accelerator type is known for {chip}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A queued resource, as a listing shows it."""
+
+    cell: str
+    zone: str
+    state: str  # Google's
+    detail: str
+    active: float | None  # since when it is ACTIVE
+
+    @property
+    def lives(self) -> bool:
+        return self.state not in (*_DEAD, *_ENDING)
+
+
+class Executor(executor.Executor):
+    """Cells as queued resources."""
+
+    Options = Options
+    sleep = staticmethod(time.sleep)
+    random = random.Random()
+
+    def __exit__(self, *_: object) -> None:
+        if "_client" in self.__dict__:
+            self._client.transport.close()
+
+    # What is asked for
+
+    def submission(self, cell: Cell) -> Submission:
+        """The request for the zone that is asked first. Raises ConfigError."""
+        options, job = self.options, executor.job_name(self.layout, cell.name)
+        zone = self._zones_for(cell.name)[0]
+        request, folder = self._request(cell, zone), self.layout.cell(cell.name)
+        kind, chip = accelerator(options.slice)
+        shape = options.slice.name.partition(":")[2]
+        argv = [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "create",
+            job,
+            f"--project={options.project}",
+            f"--zone={zone}",
+        ]
+        argv += [f"--accelerator-type={kind}"] if chip is None else [f"--type={options.slice.chip.name}", f"--topology={shape}"]
+        argv += [f"--runtime-version={options.image}"]
+        argv += [f"--node-id={job}"] if options.slices == 1 else [f"--node-count={options.slices}", f"--node-prefix={job}"]
+        argv += {
+            "spot": ["--spot"],
+            "guaranteed": [],
+            "reserved": ["--reserved", f"--reservation={options.reservation}"],
+        }[options.provisioning]
+        argv += [f"--valid-until-duration={_seconds(options.valid_until_hours)}s"]
+        argv += [f"--metadata-from-file=startup-script={folder / 'startup.sh'}"]
+        script = request["queued_resource"]["tpu"]["node_spec"][0]["node"]["metadata"]["startup-script"]
+        text = json.dumps(request, indent=1) + "\n"
+        return Submission(cell.name, executor.bash(argv), {"queued-resource.json": text, "startup.sh": script})
+
+    def _request(self, cell: Cell, zone: str) -> dict[str, Any]:
+        """Arguments of `create_queued_resource`, as JSON."""
+        options, job, parent = self.options, executor.job_name(self.layout, cell.name), self._parent(zone)
+        kind, chip = accelerator(options.slice)
+        node: dict[str, Any] = {"runtime_version": options.image}
+        if chip is None:
+            node["accelerator_type"] = kind
+        else:
+            node["accelerator_config"] = {"type_": chip, "topology": options.slice.name.partition(":")[2]}
+        node["network_config"] = {"enable_external_ips": options.external_ips}
+        node["network_config"] |= {name: value for name in ("network", "subnetwork") if (value := getattr(options, name))}
+        node["service_account"] = {"scope": [SCOPE]}
+        if options.service_account is not None:
+            node["service_account"]["email"] = options.service_account
+        grid = re.sub(r"[^a-z0-9_-]+", "-", os.fspath(self.layout.root).rstrip("/").rpartition("/")[2].lower())[:63]
+        node["labels"] = options.labels | {"gqa-jax-grid": grid, "gqa-jax-cell": cell.name}
+        if options.tags:
+            node["tags"] = list(options.tags)
+        node["metadata"] = {"startup-script": self._script(cell, zone)}
+        spec: dict[str, Any] = {"parent": parent, "node": node}
+        if options.slices == 1:
+            spec["node_id"] = job
+        else:
+            spec["multislice_params"] = {"node_count": options.slices, "node_id_prefix": job}
+        resource: dict[str, Any] = {"tpu": {"node_spec": [spec]}}
+        resource["queueing_policy"] = {"valid_until_duration": {"seconds": _seconds(options.valid_until_hours)}}
+        match options.provisioning:
+            case "spot":
+                resource["spot"] = {}
+            case "guaranteed":
+                resource["guaranteed"] = {}
+            case "reserved":
+                resource["guaranteed"] = {}
+                resource["reservation_name"] = f"{parent}/reservations/{options.reservation}"
+                node["scheduling_config"] = {"reserved": True}
+        return {"parent": parent, "queued_resource_id": job, "queued_resource": resource}
+
+    def _script(self, cell: Cell, zone: str) -> str:
+        """tpu_startup.sh with the settings of a cell."""
+        options, code = self.options, self._bundle
+        stores = cell.config.data.store
+        if stores not in store.BUILT_IN and not storage.is_remote(stores) and not options.shared_root:
+            raise ConfigError(
+                f"data.store = {stores!r} of {cell.name} is on this machine, and the hosts of a slice don't see it: copy it to "
+                "gs://, or use a built-in one"
+            )
+        python = options.python or "../env/bin/python"  # seen from the folder of the code
+        command = [*executor.training(cell, self.layout, python=python, code="."), "--distributed=on"]
+        endpoint = (options.api_endpoint or "tpu.googleapis.com").removeprefix("http://")
+        values = {
+            "JOB": executor.job_name(self.layout, cell.name),
+            "PROJECT": options.project,
+            "ZONE": zone,
+            "ENDPOINT": endpoint,
+            "SLICES": str(options.slices),
+            "FOLDER": os.fspath(self.layout.cell(cell.name)),
+            "BUNDLE": os.fspath(code.path),
+            "SHA256": code.sha256,
+            "OWN_PYTHON": options.python or "",
+            "SETUP": "\n".join(options.setup),
+            "MAX_RUN_SECONDS": str(_seconds(options.max_run_hours)),
+        }
+        lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
+        lines += [f"COMMAND=({shlex.join(command)})"]
+        lines += [f"VARIABLES=({shlex.join(f'{name}={value}' for name, value in options.environment.items())})"]
+        before, mark, after = SCRIPT.read_text().partition("# @settings@\n")
+        assert mark
+        return before + "\n".join(lines) + "\n" + after
+
+    @functools.cached_property
+    def _packed(self) -> bytes | None:
+        """The code, read once, so that all cells of this launcher run the same; None: an option names it."""
+        return bundle.pack() if self.options.bundle is None else None
+
+    @property
+    def _bundle(self) -> bundle.Bundle:
+        """Where the hosts find the code."""
+        folder = storage.path(self.layout.root) / "code"
+        if self._packed is not None:
+            return bundle.named(folder, self._packed)
+        given = bundle.find(self.options.bundle)
+        return bundle.Bundle(folder / f"{given.sha256}.tar.gz", given.sha256)
+
+    # Before anything is submitted
+
+    def check(self) -> None:
+        """Raises ConfigError: no client or credentials; a project, zone, slice or image that Google does not know; root; code.
+
+        What is not asked: quota, whether the service account exists and may delete the slice and write to the bucket.
+        """
+        options, root = self.options, os.fspath(self.layout.root)
+        if options.project == EXAMPLE_PROJECT and options.api_endpoint is None:
+            raise ConfigError(f'project = "{EXAMPLE_PROJECT}" is the example: write the id of yours (gcloud projects list)')
+        if not storage.is_remote(root) and not options.shared_root:
+            raise ConfigError(
+                f"the grid's folder {root} is on this machine, and the hosts of a slice don't see it: use --root "
+                "gs://BUCKET/FOLDER, or shared_root = true for a file system that all of them mount there"
+            )
+        if not storage.is_remote(root) and not os.path.isabs(root):
+            raise ConfigError(
+                f"the grid's folder {root} is relative: with shared_root, give --root as the hosts see it, from /"
+            )
+        if self._packed is not None:
+            bundle.check_content(self._bundle, self._packed)
+        else:
+            bundle.check(bundle.find(options.bundle))
+        known = {location.location_id for location in self._locations()}
+        kind, chip = accelerator(options.slice)
+        shape = options.slice.name.partition(":")[2]
+        for zone in options.zones:
+            if zone not in known:
+                close = config.closest(zone, sorted(known))
+                raise ConfigError(f"zone {zone} of zones has no Cloud TPU for project {options.project}: {close}")
+        has = {zone: self._accelerators(zone) for zone in options.zones}
+        for zone in options.zones:
+            if not {kind, (chip, shape)} & has[zone]:
+                others = sorted(zone for zone in known - has.keys() if {kind, (chip, shape)} & self._accelerators(zone))
+                others = [zone for zone in options.zones if {kind, (chip, shape)} & has[zone]] + others
+                names = sorted(name for name in has[zone] if isinstance(name, str))
+                where = f"there are some in {', '.join(others)}" if others else config.closest(kind, names)
+                raise ConfigError(f"topology = {options.topology!r} is {kind}, which zone {zone} does not have: {where}")
+            listed = self._ask(f"images of {zone}", lambda zone=zone: list(self._list("list_runtime_versions", zone)))
+            images = {version.version for version in listed}
+            if options.image not in images:
+                close = config.closest(options.image, sorted(images))
+                raise ConfigError(f"runtime_version = {options.image!r} is not in zone {zone}: {close}")
+
+    def prepare(self) -> None:
+        """Puts the bundle of the code to code/ of the grid's folder. Raises ConfigError when that can't be written."""
+        storage.check_writable(self.layout.root)
+        if self._packed is not None:
+            bundle.make(storage.path(self.layout.root) / "code", self._packed)
+        else:
+            bundle.put(bundle.find(self.options.bundle), storage.path(self.layout.root) / "code")
+
+    def _locations(self) -> list[Any]:
+        ask = {"name": f"projects/{self.options.project}", "page_size": 500}
+        listed = self._ask(
+            f"zones of {self.options.project}", lambda: self._client.list_locations(request=ask, timeout=CALL_SECONDS)
+        )
+        return list(listed.locations)
+
+    def _accelerators(self, zone: str) -> set[str | tuple[str, str]]:
+        """Accelerator types of a zone, and the (chip, shape) that may be asked for."""
+        found: set[str | tuple[str, str]] = set()
+        for kind in self._ask(f"slices of {zone}", lambda: list(self._list("list_accelerator_types", zone))):
+            found |= {kind.type_} | {(shape.type_.name, shape.topology) for shape in kind.accelerator_configs}
+        return found
+
+    # Jobs
+
+    def submit(self, cell: Cell) -> Job:
+        """Asks the zones in turn. Raises SubmitError when none takes it now, or while an ended request still has the name."""
+        from google.api_core import exceptions
+
+        job, refusals = executor.job_name(self.layout, cell.name), []
+        if len(self.options.zones) > 1 and (there := self._one(cell.name)) is not None:
+            return there
+        for zone in self._zones_for(cell.name):
+            request = self._request(cell, zone)
+            try:
+                operation = self._call(lambda request=request: self._create(request))
+                if operation.operation.HasField("error"):  # refused before it was queued
+                    raise exceptions.from_grpc_status(operation.operation.error.code, operation.operation.error.message)
+            except exceptions.AlreadyExists:
+                pass
+            except exceptions.ResourceExhausted as error:
+                refusals.append(f"{zone}: {_words(error)}")
+                continue
+            except Exception as error:
+                self._raise(error, f"zone {zone} was asked for {job}")
+            if (mine := self._one(cell.name)) is None:
+                raise SubmitError(f"{cell.name} ended, or was deleted, as soon as it was submitted: look at its logs")
+            return mine
+        raise SubmitError(f"no zone has room for {cell.name}: {'; '.join(refusals)}")
+
+    def _zones_for(self, cell: str) -> list[str]:
+        """The zones, the one to ask first at their front: the next one where the last request led to no training."""
+        zones, folder = list(self.options.zones), epath.Path(self.layout.cell(cell))
+        submissions, attempts = storage.names(folder / "submissions"), storage.names(folder / "attempts")
+        if len(zones) == 1 or not submissions:
+            return zones
+        last = storage.read_json(folder / "submissions" / submissions[-1]) or {}
+        began = (storage.read_json(folder / "attempts" / attempts[-1]) or {}).get("time", 0.0) if attempts else 0.0
+        if last.get("where") not in zones:
+            return zones
+        first = zones.index(last["where"]) + (began < last.get("time", 0.0))
+        return zones[first:] + zones[:first]
+
+    def _create(self, request: Mapping[str, Any]) -> Any:
+        return self._client.create_queued_resource(request=dict(request), timeout=CALL_SECONDS)
+
+    def _one(self, cell: str) -> Job | None:
+        """The request of a cell that lives, in the earliest of the zones; those in later ones are deleted.
+
+        Raises SubmitError while there is one that has ended, or is ending: its machines may still save.
+        """
+        from google.api_core import exceptions
+
+        found = []
+        for zone in self.options.zones:
+            try:
+                request = self._call(lambda zone=zone: self._client.get_queued_resource(name=self._name(cell, zone)))
+            except exceptions.NotFound:
+                continue
+            except Exception as error:
+                self._raise(error, f"zone {zone} was asked for the request of {cell}")
+            found.append(self._read(request, {}))
+        living = [request for request in found if request.lives]
+        for request in living[1:]:
+            self._delete(request.cell, request.zone)
+        if living:
+            return self._job(living[0])
+        if found:
+            old = found[0]
+            raise SubmitError(f"the request of {cell} before this one is {old.state} in {old.zone}: a later pass starts it")
+        return None
+
+    def jobs(self) -> dict[str, Job]:
+        found: dict[str, _Request] = {}
+        for request in sorted(self._requests(), key=lambda r: (not r.lives, r.state in _DEAD)):  # stable: by zone within these
+            found.setdefault(request.cell, request)
+        return {cell: self._job(request) for cell, request in found.items()}
+
+    def cancel(self, cells: Sequence[str]) -> None:
+        """Asks for the deletion of the requests of these cells, in all zones, and does not wait for it. Raises SubmitError."""
+        wanted = [request for request in self._requests(cells) if request.state != "DELETING"]
+        errors = []
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            for deletion in [pool.submit(self._delete, request.cell, request.zone) for request in wanted]:
+                if (error := deletion.exception()) is not None:
+                    errors.append(error)
+        if errors:
+            raise errors[0] if len(errors) == 1 else SubmitError("; ".join(map(str, errors)))
+
+    def reconcile(self, jobs: Mapping[str, Job]) -> list[str]:
+        """Deletes requests that ended, second ones of a cell, and slices that should have deleted themselves."""
+        now, kept, why = time.time(), set(), []
+        requests = list(self._requests(jobs))
+        active = [request for request in requests if request.state == "ACTIVE"]
+        done = storage.each(lambda r: self._is_long_done(r.cell, now), active, remote=storage.is_remote(self.layout.root))
+        idle = {(r.cell, r.zone) for r, over in zip(active, done, strict=True) if over}
+        most = self.options.max_run_hours * 3600 + OVERTIME_SECONDS
+        for request in requests:
+            if request.state in _DEAD:
+                why.append((request, request.detail))
+            elif request.state in _ENDING:
+                continue
+            elif request.cell in kept:
+                why.append((request, "an earlier zone has it too"))
+            else:
+                kept.add(request.cell)
+                if (request.cell, request.zone) in idle:
+                    why.append((request, "its cell is done, and it had not deleted itself"))
+                elif request.active is not None and now - request.active > most:
+                    why.append(
+                        (request, f"active for {(now - request.active) / 3600:.1f} h, more than max_run_hours and one more")
+                    )
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda each: self._removed(*each), why))
+
+    def _removed(self, request: _Request, why: str) -> str:
+        try:
+            self._delete(request.cell, request.zone)
+        except SubmitError as error:
+            return f"{request.cell} in {request.zone} is to be deleted ({why}), but {error}"
+        return f"deleted the request of {request.cell} in {request.zone}: {why}"
+
+    def _is_long_done(self, cell: str, now: float) -> bool:
+        folder = epath.Path(self.layout.cell(cell))
+        if "result.json" not in storage.names(folder):
+            return False
+        last = (storage.read_json(folder / "heartbeat.json") or {}).get("time", 0.0)
+        return now - last > LINGER_SECONDS
+
+    def logs(self, cell: str) -> list[epath.Path]:
+        folder = epath.Path(self.layout.cell(cell)) / "logs"
+        return [folder / name for name in storage.names(folder) if name.endswith(".txt")]
+
+    # The API
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        tpu = _package()
+        endpoint = self.options.api_endpoint
+        if endpoint is not None and endpoint.startswith("http://"):
+            import grpc
+            from google.cloud.tpu_v2.services.tpu.transports.grpc import TpuGrpcTransport
+
+            return tpu.TpuClient(transport=TpuGrpcTransport(channel=grpc.insecure_channel(endpoint.removeprefix("http://"))))
+        import google.auth
+        from google.auth import exceptions
+
+        try:
+            credentials, _ = google.auth.default(scopes=[SCOPE])
+        except exceptions.GoogleAuthError as error:
+            raise ConfigError(f"no Google credentials can be used ({_line(str(error))}); {LOGIN}") from error
+        return tpu.TpuClient(credentials=credentials, client_options={"api_endpoint": endpoint} if endpoint else None)
+
+    def _parent(self, zone: str) -> str:
+        return f"projects/{self.options.project}/locations/{zone}"
+
+    def _name(self, cell: str, zone: str) -> str:
+        return f"{self._parent(zone)}/queuedResources/{executor.job_name(self.layout, cell)}"
+
+    def _list(self, method: str, zone: str) -> Iterable[Any]:
+        """All pages of a listing."""
+        return getattr(self._client, method)(parent=self._parent(zone), timeout=CALL_SECONDS)
+
+    def _requests(self, cells: Iterable[str] | None = None) -> list[_Request]:
+        """Requests of this grid in all zones, in their order; of these cells alone. Raises SubmitError, ConfigError."""
+        prefix, wanted = executor.grid_prefix(self.layout), None if cells is None else set(cells)
+
+        def of(zone: str) -> list[_Request]:
+            listed = self._ask(f"requests in {zone}", lambda: list(self._list("list_queued_resources", zone)))
+            ours = [request for request in listed if request.name.rpartition("/")[2].startswith(prefix)]
+            made = {}
+            if any(request.state.state.name == "ACTIVE" for request in ours):  # a request does not say since when
+                for node in self._ask(f"machines in {zone}", lambda: list(self._list("list_nodes", zone))):
+                    at = node.create_time.timestamp() if node.create_time else None
+                    made[node.queued_resource.rpartition("/")[2]] = at
+            found = [self._read(request, made) for request in ours]
+            return [request for request in found if wanted is None or request.cell in wanted]
+
+        self._client  # noqa: B018 (one for all threads)
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            return [request for several in pool.map(of, self.options.zones) for request in several]
+
+    def _read(self, request: Any, made: Mapping[str, float | None]) -> _Request:
+        parts, state = request.name.split("/"), request.state.state.name
+        zone, job = parts[3], parts[5]
+        detail = f"{_QUEUED.get(state, '')} in {zone}"
+        if state == "FAILED":
+            error = request.state.failed_data.error.message
+            detail = f"Google could not fulfil it in {zone}: {_line(error) or 'no machines before valid_until_hours were over'}"
+        elif state == "SUSPENDED":
+            by = "by a user" if request.state.state_initiator.name == "USER" else "by Google (preemption)"
+            detail = f"its machines in {zone} were taken away {by}"
+        elif state == "ACTIVE":
+            detail = ""
+        active = made.get(job) if state == "ACTIVE" else None
+        cell = job.removeprefix(executor.grid_prefix(self.layout))
+        return _Request(cell, zone, state, detail, active)
+
+    def _job(self, request: _Request) -> Job:
+        state = DEAD if request.state in _DEAD else RUNNING if request.state == "ACTIVE" else QUEUED
+        job = executor.job_name(self.layout, request.cell)
+        return Job(request.cell, job, state, request.detail, since=request.active, where=request.zone)
+
+    def _delete(self, cell: str, zone: str) -> None:
+        """Asks for a deletion, machines and all. Raises SubmitError, ConfigError; one that is gone is no error."""
+        from google.api_core import exceptions
+
+        request = {"name": self._name(cell, zone), "force": True}
+        try:
+            self._call(lambda: self._client.delete_queued_resource(request=request, timeout=CALL_SECONDS))
+        except exceptions.NotFound:
+            return
+        except (exceptions.FailedPrecondition, exceptions.Aborted) as error:  # not in this state, or it is being deleted
+            raise SubmitError(f"{cell} in {zone} can't be deleted now: {_words(error)}; try again in a few minutes") from error
+        except Exception as error:
+            self._raise(error, f"{cell} in {zone} was to be deleted")
+
+    def _ask[T](self, what: str, function: Callable[[], T]) -> T:
+        try:
+            return self._call(function)
+        except Exception as error:
+            self._raise(error, f"Google was asked for the {what}")
+
+    def _call[T](self, function: Callable[[], T]) -> T:
+        """`function()`, tried again after what passes by itself."""
+        from google.api_core import exceptions
+
+        self._client  # noqa: B018 (its ConfigError is nothing to repeat)
+        for pause in (*PAUSES, None):
+            try:
+                return function()
+            except (exceptions.ServiceUnavailable, exceptions.DeadlineExceeded, exceptions.ResourceExhausted) as error:
+                if pause is None or (isinstance(error, exceptions.ResourceExhausted) and not _is_rate_limit(error)):
+                    raise
+                self.sleep(pause * self.random.uniform(0.5, 1.5))
+        raise AssertionError("the last try returns or raises")
+
+    def _raise(self, error: Exception, what: str) -> NoReturn:
+        """The error of a call as ConfigError or SubmitError."""
+        from google.api_core import exceptions
+        from google.auth import exceptions as auth
+
+        project = self.options.project
+        fixes = {
+            exceptions.Unauthenticated: LOGIN,
+            exceptions.PermissionDenied: f"you need the role TPU Admin on project {project}, and it the Cloud TPU API: "
+            f"gcloud services enable tpu.googleapis.com --project={project}",
+            exceptions.NotFound: "correct project, zones or reservation",
+            exceptions.InvalidArgument: "correct the option that it names",
+        }
+        if isinstance(error, ConfigError | SubmitError):
+            raise error
+        if isinstance(error, auth.RefreshError | auth.DefaultCredentialsError):
+            raise ConfigError(f"{what}, but the Google credentials can't be used ({_line(str(error))}); {LOGIN}") from error
+        for kind, fix in fixes.items():
+            if isinstance(error, kind):
+                raise ConfigError(f"{what}, and it answered: {_words(error)}; {fix}") from error
+        if isinstance(error, exceptions.GoogleAPIError):
+            raise SubmitError(f"{what}, and it answered: {_words(error)}") from error
+        if isinstance(error, auth.TransportError):
+            raise SubmitError(f"{what}, but it is not reached: {_line(str(error))}") from error
+        raise error
+
+
+def _package() -> Any:
+    """Google's client. Raises ConfigError without it."""
+    try:
+        from google.cloud import tpu_v2
+    except ImportError as error:
+        raise ConfigError("Cloud TPU needs google-cloud-tpu: pip install 'gqa-jax[cluster]'") from error
+    return tpu_v2
+
+
+def _is_rate_limit(error: Exception) -> bool:
+    """Whether too much was asked in a minute, and not too many machines."""
+    return getattr(error, "reason", None) == "RATE_LIMIT_EXCEEDED" or bool(re.search(r"(?i)per minute|rate limit", str(error)))
+
+
+def _words(error: Exception) -> str:
+    """Google's words: "RESOURCE_EXHAUSTED: ..."."""
+    code = getattr(error, "grpc_status_code", None)
+    return f"{code.name if code else type(error).__name__}: {_line(getattr(error, 'message', None) or str(error))}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:500]
+
+
+def _seconds(hours: float) -> int:
+    return max(1, round(hours * 3600))
