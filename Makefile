@@ -33,11 +33,12 @@ aot: setup
 quickstart: setup
 	JAX_PLATFORMS=cpu $(PYTHON) -m launch run configs/grids/quickstart.py
 
+# A worker per CPU, a file of tests at a time each.
 test: setup
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: setup
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m slow --durations 10
 
 lint: setup
 	.venv/bin/ruff check .
@@ -47,6 +48,7 @@ bench: setup
 	$(PYTHON) benchmarks/data.py
 	$(PYTHON) benchmarks/train_cpu.py
 	$(PYTHON) -m benchmarks.attention
+	$(PYTHON) -m benchmarks.launch
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m launch", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m launch",
+        description="A grid of training runs, from plan to tables.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -99,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     command.epilog = f"topologies: {names}. Hours are a lower bound: the roofline of each phase of a step, over --efficiency."
     command = add("run", _run, "train the cells that are missing, here or on a cluster, then export; the same command resumes")
     add_where(command)
-    add_on(command, "local")
+    add_on(command, "where the grid was last run, else local")
     command.add_argument("--watch", action="store_true", help="go on until all that can finish has: submit again what was lost")
     command.add_argument("--dry_run", action="store_true", help="show exactly what would be submitted; nothing is written")
     command.add_argument("--json", action="store_true", help="with --dry_run: every submission, whole")
@@ -230,7 +233,7 @@ def _proved(arguments, todo: list[Cell], engine: Executor, console: Console) -> 
 
 
 def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
-    engine = executor.load(arguments.on or "local", layout)
+    engine = run.recall(layout, arguments.on)
     if arguments.slots is not None:
         if not isinstance(engine, local.Executor):
             raise ConfigError(
@@ -412,7 +415,7 @@ def _cancel(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, consol
     chosen = _named(arguments.cells, cells) if arguments.cells else grid.select(cells, arguments.where)
     jobs = engine.jobs()
     active = [cell.name for cell in chosen if (job := jobs.get(cell.name)) is not None and job.state != DEAD]
-    engine.cancel(active)
+    run.cancel(active, layout, engine)
     for name in active:
         print(f"{name}: cancelled ({jobs[name].id}{', it ran' if jobs[name].state == RUNNING else ''})")
     print(f"{len(active)} cells cancelled on {engine.engine}; what they saved stays")

@@ -129,19 +129,18 @@ class Executor(executor.Executor):
         return {job.cell: job for job in found if job is not None}
 
     def cancel(self, cells: Sequence[str]) -> None:
-        jobs = [job for name in cells if (job := self._job(name)) is not None]
-        for job in jobs:
-            _signal(self._processes(job.cell), signal.SIGTERM)
+        left = [name for name in cells if self._job(name) is not None]
+        told: set[int] = set()
         deadline = time.monotonic() + GRACE_SECONDS
-        for job in jobs:
-            while self._job(job.cell) is not None and time.monotonic() < deadline:
-                self._reap()
-                time.sleep(POLL_SECONDS)
-            while self._job(job.cell) is not None:
-                _signal(self._processes(job.cell), signal.SIGKILL)
-                self._reap()
-                time.sleep(POLL_SECONDS)
-        self._reap()
+        while left:
+            late = time.monotonic() > deadline
+            for name in left:
+                pids = [pid for pid in self._processes(name) if late or pid not in told]
+                _signal(pids, signal.SIGKILL if late else signal.SIGTERM)
+                told |= set(pids)  # once: training takes a second SIGTERM as urgent
+            time.sleep(POLL_SECONDS)
+            self._reap()
+            left = [name for name in left if self._job(name) is not None]
 
     def wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -61,8 +62,12 @@ def look(cells: Sequence[Cell], layout: Layout, engine: Executor) -> Pass:
     return Pass(cells, state.of_all(cells, layout, time.time(), jobs), jobs)
 
 
-def advance(cells: Sequence[Cell], layout: Layout, engine: Executor, once: Collection[str] = ()) -> Pass:
-    """Cleans up what ended, and submits of `cells` what can start now; of those named in `once` not what was killed or lost.
+def advance(
+    cells: Sequence[Cell], layout: Layout, engine: Executor, once: Collection[str] = (), since: float = math.inf
+) -> Pass:
+    """Cleans up what ended, and submits of `cells` what can start now.
+
+    Not of those named in `once` what was killed or lost, and nothing that somebody has cancelled after `since`.
 
     Raises ConfigError when the engine would refuse a cell always, SubmitError when it does not answer.
     """
@@ -80,6 +85,8 @@ def advance(cells: Sequence[Cell], layout: Layout, engine: Executor, once: Colle
     at, refusals = time.time(), 0
     for cell in cells:
         mine = states[cell.name]
+        if mine.cancelled is not None and mine.cancelled > since:
+            now.held[cell.name] = "cancelled meanwhile: the next `run` starts it again"
         if (cell.name in once and _was_lost(mine)) or cell.name in now.held or not mine.runnable or mine.not_before > at:
             continue
         if cell.parent is not None and not _is_done(cell.parent, states, layout):
@@ -127,12 +134,13 @@ def repeat(
     in which the engine did not answer, which has a note. `seconds` lie between them (default: the engine's).
     """
     here = engine.engine == "local"
+    began = time.time()
     started: set[str] = set()
     last: Pass | None = None
     while True:
         try:
             with only_pass(layout, here):
-                last = advance(cells, layout, engine, () if watch else started)
+                last = advance(cells, layout, engine, () if watch else started, began)
         except SubmitError as error:
             if last is None:
                 raise ConfigError(str(error)) from error
@@ -158,8 +166,15 @@ def only_pass(layout: Layout, held: bool) -> Iterator[None]:
         yield
 
 
+def cancel(cells: Sequence[str], layout: Layout, engine: Executor) -> None:
+    """Ends the jobs of these cells; launchers that are at work don't start them again. Raises SubmitError."""
+    for name in cells:
+        storage.write_json(layout.cell(name) / state.CANCELLED, {"time": time.time()})
+    engine.cancel(cells)
+
+
 def remember(layout: Layout, engine: Executor) -> None:
-    """Writes which engine the grid is on, for `status`, `logs`, `cancel` and the next `run`.
+    """Writes which engine the grid is on, for all commands after this one.
 
     Raises ConfigError when the clock of this machine is not that of the storage: states follow from times of both.
     """

@@ -33,6 +33,7 @@ RETRIED_CLASSES = ("killed", "disk_full", "preempted", "infrastructure")  # `run
 FINAL = ("done", "diverged")
 ACTIVE = ("queued", "running", "stalled")
 BAD = ("failed", "diverged", "stalled")
+CANCELLED = "cancelled.json"  # in a run folder: when `launch cancel` ended its job
 
 # Attempts in a row, of a cell that has saved nothing since, after which it is not started any more.
 PREEMPTED_IN_VAIN, LOST_IN_VAIN = 3, 8
@@ -60,6 +61,7 @@ class CellState:
     device_seconds: float | None = None  # devices x seconds of all attempts
     job: str | None = None  # the engine's id
     where: str | None = None  # the engine's nodes or zone
+    cancelled: float | None = None  # when its job was last ended by `launch cancel`, seconds since the epoch
     blocked: bool = False  # waits for a cell that `run` won't start again
     not_before: float = 0.0  # seconds since the epoch before which `run` does not start it
 
@@ -96,6 +98,8 @@ def of(folder: epath.PathLike, now: float, job: Job | None = None, cell: Cell | 
     }
     if job is not None:
         known |= {"job": job.id, "where": job.where}
+    if CANCELLED in names:
+        known |= {"cancelled": _json(folder / CANCELLED).get("time")}
     if cell is not None and "config.json" in names and (what := _edited(folder, cell)) is not None:
         return CellState("failed", **known, failure="edited", cause=what)
     if "result.json" in names:

@@ -157,6 +157,23 @@ def test_a_preempted_cell_is_started_again_in_the_same_run(tmp_path, fake_traini
     assert starts(layout, cell) == 3
 
 
+def test_what_is_cancelled_stays_so_until_the_next_run(tmp_path, fake_training):
+    layout = Layout(tmp_path)
+    (cell,) = executor_contract.prepared(layout, 1, ("hang", "finish"))
+    with local.Executor(local.Options(slots=1), layout) as one:
+
+        def cancel(now):
+            if (layout.cell(cell.name) / "heartbeat.json").exists() and now.active:
+                run.cancel([cell.name], layout, one)
+
+        last = run.repeat([cell], layout, one, True, cancel, 0.05)
+    assert "cancelled meanwhile" in last.held[cell.name]
+    assert (last.states[0].state, starts(layout, cell)) == ("preempted", 1)
+    with local.Executor(local.Options(slots=1), layout) as one:
+        run.repeat([cell], layout, one, True, lambda now: None, 0.05)
+    assert state.of(layout.cell(cell.name), time.time()).state == "done"
+
+
 def test_slots_share_the_cpus():
     cpus = os.sched_getaffinity(0)
     places = local.slots(len(cpus))

@@ -219,12 +219,12 @@ def test_run_on_cpus_refuses_what_the_machine_cannot_hold(small, capsys, monkeyp
 
 def test_the_slice_of_a_gpu_machine_is_found_by_its_name(monkeypatch):
     class Found:
-        returncode, stdout = 0, "NVIDIA A100-SXM4-40GB\nNVIDIA A100-SXM4-40GB\n"
+        returncode, stdout = 0, "NVIDIA A100-SXM4-40GB\nNVIDIA A100-SXM4-40GB\n"  # what a cell sees of them is asked for
 
     monkeypatch.setattr(fit.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(fit.subprocess, "run", lambda *_, **__: Found)
     where = fit.here(2)
-    assert (where.name, where.n_chips) == ("a100:1", 1)
+    assert (where.name, where.n_chips) == ("a100:2", 2)
     assert where.chip.memory_bytes == 0.75 * 40e9
     monkeypatch.setattr(Found, "stdout", "NVIDIA GeForce RTX 4090\n")
     assert fit.here(1) is None
