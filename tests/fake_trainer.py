@@ -16,10 +16,9 @@ import signal
 import sys
 import time
 
-from gqa_jax.storage import path
-
 from gqa_jax import run_folder
 from gqa_jax.metrics import write_json
+from gqa_jax.storage import path
 
 
 def main(folder):
@@ -43,7 +42,7 @@ def main(folder):
         behaviour = json.loads((folder / "behaviour.json").read_text())
         what = behaviour[min(number, len(behaviour) - 1)]
         code = act(folder, what, stop, number, saved)
-        write_json(folder / f"over-{number}.json", {"code": code})
+        write_json(folder / f"over-{number}.json", {"code": code, "run": slurm_run()})
         return code
 
 
@@ -79,10 +78,17 @@ def follow(folder, stop):
     started = time.time()
     while not stop:
         for over in folder.glob("over-*.json"):
-            if over.stat().mtime >= started - 1:
-                return json.loads(over.read_text())["code"]
+            values = json.loads(over.read_text())
+            if over.stat().mtime >= started - 1 or (slurm_run() and slurm_run() == values.get("run")):
+                return values["code"]
         time.sleep(0.1)
     return 75
+
+
+def slurm_run():
+    """Under Slurm: which start of which job this is. Rank 0 may be over before another one has started."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
 if __name__ == "__main__":

@@ -87,9 +87,13 @@ class Cluster:
         return {record["job_id"]: record for record in json.loads(self.run("squeue", "--json").stdout)["jobs"]}
 
     def start_requeued(self) -> None:
-        """A job that was requeued waits two minutes: not these."""
+        """A job that was requeued waits two minutes: not these.
+
+        Only when Slurm's process that ran its script is gone: the end that it reports would be taken for that of the next start.
+        """
         for job, record in self.records().items():
-            if record["job_state"] == "PENDING" and record["state_reason"] == "BeginTime":
+            waits = record["job_state"] == "PENDING" and record["state_reason"] == "BeginTime"
+            if waits and not _is_running(f"slurmstepd: [{job}.batch]"):
                 self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
     def clear(self) -> None:
@@ -240,6 +244,15 @@ def _environments() -> Iterator[tuple[int, dict[str, str]]]:
             if entry.name.isdigit():
                 lines = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
                 yield int(entry.name), dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _is_running(title: str) -> bool:
+    """Whether there is a process that calls itself so."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(title.encode()):
+                return True
+    return False
 
 
 def _parent(pid: int) -> int | None:
