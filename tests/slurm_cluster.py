@@ -89,7 +89,7 @@ class Cluster:
     def start_requeued(self) -> None:
         """A job that was requeued waits two minutes: not these.
 
-        Only when Slurm's process that ran its script is gone: the end that it reports would be taken for that of the next start.
+        Only when Slurm's process that ran its script is gone: the end that it reports would count for the next start.
         """
         for job, record in self.records().items():
             waits = record["job_state"] == "PENDING" and record["state_reason"] == "BeginTime"
