@@ -44,6 +44,7 @@ START_SECONDS = 300  # for all processes to come; JAX's default
 PHASE_SECONDS = 3600  # for all processes to end a phase: one that dies is noticed by its heartbeat
 SHARED_FOLDER_SECONDS = 60  # a network file system may not show a new file for so long
 POLL_SECONDS = 1.0
+REPEATED_SECONDS = 5.0  # in which a second SIGTERM is the first once more
 LEAVE_SECONDS = 10  # that the primary, and the service with it, waits for the others to have read why the run ends
 
 _FAILED = "gqa_jax/failed"
@@ -371,11 +372,12 @@ class Preemption:
     """Whether the run was asked to end (SIGTERM), as a context manager.
 
     With several processes the signal may reach any one of them: JAX's service passes it on, and no handler of Python's may be
-    in its way. A process by itself handles the signal while the context lasts; a second one ends it at once.
+    in its way. A process by itself handles the signal while the context lasts; one that comes later ends it at once, but not
+    one within REPEATED_SECONDS: Slurm sends it twice.
     """
 
     def __enter__(self) -> Preemption:
-        self._asked = False
+        self._asked: float | None = None  # when, by time.monotonic
         self._handles = _client() is None and threading.current_thread() is threading.main_thread()
         if self._handles:
             self._before = signal.signal(signal.SIGTERM, self._note)
@@ -386,12 +388,16 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, *_: object) -> None:
-        self._asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        elif now - self._asked > REPEATED_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """Whether to save after `step` and end; the same on all processes. To be asked after every step, on every process."""
-        return self._asked if _client() is None else multihost_utils.reached_preemption_sync_point(step)
+        return self._asked is not None if _client() is None else multihost_utils.reached_preemption_sync_point(step)
 
 
 def _sentence(error: BaseException) -> str:

@@ -484,9 +484,24 @@ def test_one_process_notes_a_sigterm_and_gives_the_handler_back():
     with distributed.Preemption() as preemption:
         assert not preemption.reached(1)
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # as Slurm does: it is one request
         assert preemption.reached(2)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_later_sigterm_ends_a_process_at_once():
+    source = """
+import os, signal
+from gqa_jax import distributed
+distributed.REPEATED_SECONDS = 0.0
+with distributed.Preemption():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("told", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "told\n")
 
 
 def test_one_process_is_alone_with_its_errors(tmp_path):
