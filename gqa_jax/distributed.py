@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 
 from gqa_jax import run_folder, storage
 from gqa_jax.config import ConfigError, TrainConfig, differing_fields
-from gqa_jax.run_folder import ProcessFailed
+from gqa_jax.run_folder import ProcessFailed, ProcessLost
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def gather(phase: str, value: Any) -> dict[int, Any]:
     try:
         client.wait_at_barrier(key, PHASE_SECONDS * 1000)
     except RuntimeError as error:
-        raise ProcessFailed(f"{phase}: not every process came to this within {PHASE_SECONDS} s: {error}") from error
+        raise ProcessLost(f"{phase}: not every process came to this: {_first_line(error)}") from error
     given = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(f"{key}/")}
     return dict(sorted(given.items()))
 
@@ -346,7 +346,7 @@ def ends_together(record: Callable[[str, str], None], heartbeat_seconds: int = H
 def _is_of_a_peer(error: BaseException) -> bool:
     """Whether a collective failed because its other side went away."""
     return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        word in str(error) for word in ("Gloo", "NCCL", "onnection closed", "onnection reset")
+        word in str(error) for word in ("Gloo", "NCCL", "onnection closed", "onnection reset", "CoordinationService")
     )
 
 

@@ -70,6 +70,10 @@ class ProcessFailed(Exception):
     """Another process of the run failed; the message says which and why (gqa_jax.distributed)."""
 
 
+class ProcessLost(ProcessFailed):
+    """Another process of the run is gone, and could not say why: not of this program, worth another attempt."""
+
+
 #: Ends that all processes of a run come to at the same place, so that none waits for another.
 ALIKE = (ConfigError, Diverged, Preempted, ProcessFailed)
 
@@ -196,7 +200,8 @@ def record_exit(workdir: os.PathLike | str, code: int, kind: str, reason: str, a
 def classify(error: BaseException) -> tuple[str, str]:
     """Class and one sentence for an error that ended a run.
 
-    Classes: config, out_of_memory, disk_full, infrastructure (gs:// is not reached, or refuses), diverged, preempted, error.
+    Classes: config, out_of_memory, disk_full, infrastructure (gs:// is not reached, a process is gone), diverged, preempted,
+    error.
     """
     text = str(error).strip() or type(error).__name__
     chain = [error]
@@ -215,7 +220,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(error, Preempted):
         return "preempted", text
     if isinstance(error, ProcessFailed):
-        return "error", text
+        return "infrastructure" if isinstance(error, ProcessLost) else "error", text
     if (sentence := storage.explain_remote(error)) is not None:
         return "infrastructure", f"{sentence}; then run the same command again: it goes on from the last checkpoint"
     return "error", f"{type(error).__name__}: {text.splitlines()[0]}"

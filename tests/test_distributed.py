@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs.train import tiny as configs_train_tiny
-from gqa_jax import checkpoint, distributed, metrics, train
+from gqa_jax import checkpoint, distributed, metrics, run_folder, train
 from gqa_jax.config import ConfigError, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -487,6 +487,24 @@ def test_one_process_notes_a_sigterm_and_gives_the_handler_back():
         os.kill(os.getpid(), signal.SIGTERM)  # as Slurm does: it is one request
         assert preemption.reached(2)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_process_that_is_gone_is_no_error_of_this_program(monkeypatch):
+    """What the others say when one was killed between collectives: the run is worth another attempt."""
+
+    class Client:
+        def wait_at_barrier(self, key, milliseconds):
+            raise RuntimeError("INTERNAL: Barrier failed because: task is set to ERROR: Task 1 heartbeat timeout.\nmore")
+
+    monkeypatch.setattr(distributed, "_client", Client)
+    with pytest.raises(run_folder.ProcessLost) as caught:
+        distributed.gather("checkpoints", None)
+    assert run_folder.classify(caught.value) == (
+        "infrastructure",
+        "checkpoints: not every process came to this: INTERNAL: Barrier failed because: task is set to ERROR: Task 1 heartbeat "
+        "timeout.",
+    )
+    assert run_folder.classify(run_folder.ProcessFailed("process 1: boom"))[0] == "error"
 
 
 def test_a_later_sigterm_ends_a_process_at_once():
