@@ -41,7 +41,6 @@ COMMANDS = {
     "status --json": ["status", "--json"],
     "plan": ["plan"],
     "run --dry_run": ["run", "--dry_run"],
-    "run --dry_run --on slurm": ["run", "--dry_run", "--on", "slurm"],
 }
 
 
@@ -50,22 +49,27 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {arguments.cells} cells")
+    print(
+        f"load {os.getloadavg()[0]:.1f}, {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {arguments.cells} cells"
+    )
     with tempfile.TemporaryDirectory() as folder:
         file, root = Path(folder, "large.py"), Path(folder, "root")
         file.write_text(GRID_FILE.format(cells=arguments.cells))
         populate(grid.cells(grid.load(str(file))), Layout(storage.path(root)))
         seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
+        cpu: dict[str, list[float]] = {name: [] for name in COMMANDS}
         for _ in range(arguments.turns):
             for name, (command, *options) in COMMANDS.items():
                 argv = [sys.executable, "-m", "launch", command, str(file), "--root", str(root), *options]
-                started = time.perf_counter()
+                started, used = time.perf_counter(), sum(os.times()[2:4])
                 done = subprocess.run(argv, capture_output=True, text=True, check=False)
                 seconds[name].append(time.perf_counter() - started)
+                cpu[name].append(sum(os.times()[2:4]) - used)
                 if done.returncode not in (0, 1, 3):
                     sys.exit(f"{' '.join(argv)}: {done.stderr}")
         for name, those in seconds.items():
-            print(f"{name:26s} {statistics.median(those):6.2f} s   ({min(those):.2f} to {max(those):.2f})")
+            spread = f"({min(those):.2f} to {max(those):.2f})"
+            print(f"{name:16s} {statistics.median(those):6.2f} s {spread}, {statistics.median(cpu[name]):.2f} s of a CPU")
 
 
 def populate(cells: list[grid.Cell], layout: Layout) -> None:
