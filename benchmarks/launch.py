@@ -49,9 +49,8 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
-    print(
-        f"load {os.getloadavg()[0]:.1f}, {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {arguments.cells} cells"
-    )
+    where = f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
+    print(f"{where}, {arguments.cells} cells")
     with tempfile.TemporaryDirectory() as folder:
         file, root = Path(folder, "large.py"), Path(folder, "root")
         file.write_text(GRID_FILE.format(cells=arguments.cells))
