@@ -89,6 +89,10 @@ class Executor(executor.Executor):
     def __exit__(self, *_: object) -> None:
         """Ends the cells of this launcher; they may save first."""
         self.cancel(list(self._children))
+        for child in self._children.values():  # whose end another process has brought about
+            for process in child.ranks:
+                process.wait()
+        self._reap()
 
     @property
     def capacity(self) -> int:

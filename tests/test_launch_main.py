@@ -179,7 +179,7 @@ def test_a_grid_that_another_engine_has_is_not_run_here(small, capsys, monkeypat
     write_json(layout.root / "cluster.json", {"engine": "sky", "shared_root": True, "accelerators": "H100:8"})
     monkeypatch.setattr(sky.Executor, "jobs", lambda self: {cells[0].name: Job(cells[0].name, "7", "running")})
     monkeypatch.setattr(local, "_start", lambda *_: pytest.fail("a cell was started"))
-    assert run("run", small) == launch.EXIT_BAD_INPUT
+    assert run("run", small, "--on", "local") == launch.EXIT_BAD_INPUT
     assert f"1 cells of the grid are on sky, like {cells[0].name}" in capsys.readouterr().err
     assert run("status", small) == launch.EXIT_UNFINISHED  # asks the engine that the grid is on
     assert "1 running" in capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_a_grid_that_another_engine_has_is_not_run_here(small, capsys, monkeypat
         raise SubmitError("no network")
 
     monkeypatch.setattr(sky.Executor, "jobs", down)
-    assert run("run", small) == launch.EXIT_BAD_INPUT
+    assert run("run", small, "--on", "local") == launch.EXIT_BAD_INPUT
     assert "does not answer (no network)" in capsys.readouterr().err
     assert run("status", small) == launch.EXIT_FAILED
     assert run("plan", small) == launch.EXIT_DONE  # needs no engine

@@ -121,7 +121,7 @@ class TestEnds:
         assert abs(job.since - time.time()) < 60
         monkeypatch.setattr(engine, "step", lambda: None)
         engine.cluster.run("scancel", "--signal=TERM", job.id)
-        waiting = self.until(engine, cell, lambda job: job.state == QUEUED, "not requeued")
+        waiting = self.until(engine, cell, lambda job: job.state == QUEUED and job.detail, "not requeued")
         assert (waiting.id, waiting.detail, waiting.since) == (
             job.id,
             "waits for its begin time, two minutes after a requeue",
