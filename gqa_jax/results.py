@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from etils import epath
 
-from gqa_jax import costs, storage
+from gqa_jax import costs, run_folder, storage
 from gqa_jax.config import TrainConfig
 
 
@@ -136,29 +136,6 @@ def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
     return table.reindex(columns=[c.name for c in columns]).astype({c.name: c.dtype for c in columns})
 
 
-def read_result(path: os.PathLike | str) -> dict[str, Any]:
-    """A result.json. Raises ValueError, naming the file and the fix, when it can't be read or lacks what it must have.
-
-    FileNotFoundError when it is not there.
-    """
-    result = find_result(path)
-    if result is None:
-        raise FileNotFoundError(f"{os.fspath(path)} is not there")
-    return result
-
-
-def find_result(path: os.PathLike | str) -> dict[str, Any] | None:
-    """As `read_result`; None when there is no such file."""
-    result = storage.read_json(path)
-    if result is None:
-        return None
-    missing = [key for key in ("status", "loss", "step", "identity") if key not in result]
-    if missing or result["status"] not in ("done", "diverged"):
-        what = f"lacks {', '.join(missing)}" if missing else f"has the unknown status {result['status']!r}"
-        raise ValueError(f"{path} {what}: move it away to run this cell again")
-    return result
-
-
 def _cell_names(root: epath.Path) -> list[str] | None:
     if (facts := storage.read_json(root / "grid.json")) is not None:
         return facts["cells"]
@@ -166,7 +143,7 @@ def _cell_names(root: epath.Path) -> list[str] | None:
 
 
 def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
-    result = find_result(folder / "result.json")
+    result = run_folder.find_result(folder / "result.json")
     if result is None:
         return None
     config = TrainConfig.from_dict(_read_json(folder / "config.json"))

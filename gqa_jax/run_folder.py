@@ -179,6 +179,21 @@ def origin() -> dict[str, str | None]:
     return {"host": socket.gethostname(), "job": os.environ.get("GQA_JAX_JOB") or None}
 
 
+def find_result(path: os.PathLike | str) -> dict[str, Any] | None:
+    """A result.json; None when it is not there.
+
+    Raises ValueError, naming the file and the fix, when it can't be read or lacks what it must have.
+    """
+    result = storage.read_json(path)
+    if result is None:
+        return None
+    missing = [key for key in ("status", "loss", "step", "identity") if key not in result]
+    if missing or result["status"] not in ("done", "diverged"):
+        what = f"lacks {', '.join(missing)}" if missing else f"has the unknown status {result['status']!r}"
+        raise ValueError(f"{path} {what}: move it away to run this cell again")
+    return result
+
+
 def record_attempt(workdir: epath.Path, attempt: int, first_step: int, device_time: DeviceTime, n_processes: int) -> None:
     """Writes attempts/NNN.json: where this attempt starts, and what it holds."""
     values = {"attempt": attempt, "time": time.time(), "first_step": first_step} | origin()

@@ -42,7 +42,6 @@ from gqa_jax import (
     optimizer,
     planner,
     program,
-    results,
     run_folder,
     sharding,
     storage,
@@ -165,7 +164,7 @@ def _source(config: TrainConfig, workdir: epath.Path, fingerprint: str) -> dict[
 
     def read() -> dict[str, Any]:
         try:
-            result, values = results.find_result(folder / "result.json"), storage.read_json(folder / "config.json")
+            result, values = run_folder.find_result(folder / "result.json"), storage.read_json(folder / "config.json")
             source = values and TrainConfig.from_dict(values)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{name}: {error}") from error
@@ -193,7 +192,7 @@ def _finished(workdir: epath.Path, identity: dict[str, Any]) -> dict[str, Any] |
     """
     path = workdir / "result.json"
     try:
-        result = results.find_result(path)
+        result = run_folder.find_result(path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if result is None:

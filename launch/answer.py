@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gqa_jax import laws, optimum, plots, results, storage
 from launch.grid import Layout
-from launch.plan import short
+from launch.screen import short
 
 
 @contextlib.contextmanager

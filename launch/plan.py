@@ -18,6 +18,7 @@ from gqa_jax.config import ConfigError
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell
+from launch.screen import duration, short
 
 
 def table(cells: Sequence[Cell], states: Sequence[state.CellState], flops_per_second: float | None) -> pd.DataFrame:
@@ -74,7 +75,7 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
             short(row.tokens),
             short(row.train_flops),
             f"{short(row.train_bytes)}B",
-            duration(row.seconds),
+            duration(None if pd.isna(row.seconds) else row.seconds),
             row.state,
         )
     return view
@@ -213,21 +214,3 @@ def _number(value: float | None) -> str:
 
 def _gib(value: float | None) -> str:
     return "" if pd.isna(value) else f"{value / 2**30:.2f}"
-
-
-def short(value: float) -> str:
-    """1234567 as "1.23M"."""
-    for unit, symbol in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{symbol}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as "5 s", "3 min", "2.5 h" or "4.1 d"; empty when not known."""
-    if seconds is None or pd.isna(seconds):
-        return ""
-    for unit, symbol in ((86400, "d"), (3600, "h")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {symbol}"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

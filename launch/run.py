@@ -51,10 +51,6 @@ class Pass:
         pairs = zip(self.cells, self.states, strict=True)
         return [c.name for c, now in pairs if now.runnable and c.name not in self.held and c.name not in started]
 
-    def of(self, name: str) -> CellState:
-        """The state of one cell."""
-        return next(now for cell, now in zip(self.cells, self.states, strict=True) if cell.name == name)
-
 
 def look(cells: Sequence[Cell], layout: Layout, engine: Executor) -> Pass:
     """The states of these cells, from one look at the engine and one at the folder. Raises SubmitError of the engine."""
@@ -85,7 +81,7 @@ def advance(
     at, refusals = time.time(), 0
     for cell in cells:
         mine = states[cell.name]
-        if mine.cancelled is not None and mine.cancelled > since:
+        if mine.runnable and mine.cancelled is not None and mine.cancelled > since:
             now.held[cell.name] = "cancelled meanwhile: the next `run` starts it again"
         if (cell.name in once and _was_lost(mine)) or cell.name in now.held or not mine.runnable or mine.not_before > at:
             continue

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gqa_jax import devices
-from launch import plan, state
+from launch import state
 from launch.executor import Executor, training
 from launch.grid import Cell, Layout
 from launch.run import Pass
@@ -53,9 +53,9 @@ def _row(cell: Cell, now: CellState, prices: Mapping[str, float]) -> dict[str, s
         "state": f"[{COLORS.get(now.state, 'default')}]{now.state}[/]",
         "step": "" if now.step is None else f"{now.step:,}/{cell.config.n_steps:,}",
         "tok/s": "" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}",
-        "ETA": plan.duration(now.eta_seconds) if alive else "",
+        "ETA": duration(now.eta_seconds) if alive else "",
         "tries": "" if now.attempts < 2 else str(now.attempts),
-        "beat": plan.duration(now.heartbeat_age) if alive and now.heartbeat_age is not None else "",
+        "beat": duration(now.heartbeat_age) if alive and now.heartbeat_age is not None else "",
         "$": "" if usd is None else f"{usd:,.2f}",
         "loss": "" if now.loss is None else f"{now.loss:.4f}",
         "where": escape(now.where or "") if now.state in state.ACTIVE else "",
@@ -83,7 +83,7 @@ def money(states: Sequence[CellState], prices: Mapping[str, float]) -> float | N
 
 
 def print_failures(
-    cells: Sequence[Cell], states: Sequence[CellState], layout: Layout, engine: Executor | None, grid: str, console: Console
+    cells: Sequence[Cell], states: Sequence[CellState], layout: Layout, engine: Executor, grid: str, console: Console
 ) -> None:
     """One paragraph a cause: how many cells, what, the file to read, the command that repeats one here."""
     causes = defaultdict(list)
@@ -94,7 +94,7 @@ def print_failures(
         first = failed[0]
         others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         name = kind if failure is None else f"{kind} ({failure})"
-        files = engine.logs(first.name) if engine else [layout.cell(first.name) / "log.txt"]
+        files = engine.logs(first.name)
         _line(console, f"[red]{name}[/]: {first.name}{others}: {escape(str(cause))}")
         _line(console, f"  read    {escape(str(files[-1] if files else layout.cell(first.name)))}")
         if kind == "stalled":
@@ -151,7 +151,7 @@ class Watch:
         """Shows a pass; what engine and policy say is printed once."""
         self._print_news(now)
         clock = time.monotonic()
-        elapsed = plan.duration(clock - self._started)
+        elapsed = duration(clock - self._started)
         left = self._eta(now)
         if self._live:
             self._live.update(table(now.cells, now.states, f"{elapsed}{left}", self._prices))
@@ -180,4 +180,22 @@ class Watch:
         done = sum(f * (a - b) for f, a, b in zip(flops, share, self._share, strict=True))
         left = sum(f * (1 - a) for f, a in zip(flops, share, strict=True))
         elapsed = time.monotonic() - self._started
-        return f", {plan.duration(elapsed * left / done)} left" if done > 0 else ""
+        return f", {duration(elapsed * left / done)} left" if done > 0 else ""
+
+
+def short(value: float) -> str:
+    """1234567 as "1.23M"."""
+    for unit, symbol in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{symbol}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "5 s", "3 min", "2.5 h" or "4.1 d"; empty when not known."""
+    if seconds is None:
+        return ""
+    for unit, symbol in ((86400, "d"), (3600, "h")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {symbol}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

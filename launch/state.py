@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from gqa_jax import results, storage
+from gqa_jax import run_folder, storage
 from gqa_jax.config import ConfigError, TrainConfig, differing_fields
 from launch.executor import QUEUED, RUNNING, Job
 from launch.grid import Cell, Layout
@@ -102,8 +102,8 @@ def of(folder: epath.PathLike, now: float, job: Job | None = None, cell: Cell | 
         known |= {"cancelled": _json(folder / CANCELLED).get("time")}
     if cell is not None and "config.json" in names and (what := _edited(folder, cell)) is not None:
         return CellState("failed", **known, failure="edited", cause=what)
-    if "result.json" in names:
-        return _finished(folder, known)
+    if "result.json" in names and (over := _finished(folder, known)) is not None:
+        return over
     if job is not None and job.state == QUEUED:
         return CellState("queued", **known, cause=job.detail or None)
     if job is not None and job.state == RUNNING:
@@ -111,11 +111,14 @@ def of(folder: epath.PathLike, now: float, job: Job | None = None, cell: Cell | 
     return _at_rest(folder, names, known, job, now)
 
 
-def _finished(folder: epath.Path, known: dict[str, Any]) -> CellState:
+def _finished(folder: epath.Path, known: dict[str, Any]) -> CellState | None:
+    """Of a cell with a result; None when `retry` has just moved it away."""
     try:
-        result = results.read_result(folder / "result.json")
+        result = run_folder.find_result(folder / "result.json")
     except ValueError as error:
         return CellState("failed", **known, failure="broken_result", cause=str(error))
+    if result is None:
+        return None
     cause = None if result["status"] == "done" else f"not finite at step {result['step']}"
     known |= {"step": result["step"], "tokens_per_second": result.get("tokens_per_second")}
     known |= {"device": result.get("device"), "device_seconds": result.get("device_seconds")}
