@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import shlex
+import subprocess
 import sys
 import time
 import tomllib
@@ -168,6 +169,21 @@ def training(cell: Cell, layout: Layout, python: str = sys.executable, code: str
         python, "-m", "gqa_jax.train", f"--config={Path(code) / 'configs' / 'cell.py'}:{folder / 'config.json'}",
         f"--workdir={folder}", *cell.settings,
     ]  # fmt: skip
+
+
+def call(
+    argv: Sequence[str], *, seconds: float, text: str = "", environment: Mapping[str, str] | None = None, hint: str = ""
+) -> subprocess.CompletedProcess:
+    """An engine's program, with `text` as its input; its exit code is for the caller.
+
+    Raises SubmitError, with the `hint`, when it can't be started or takes longer than `seconds`.
+    """
+    try:
+        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise SubmitError(f"`{bash(argv)}` has not ended after {seconds:.0f} s{hint}") from error
+    except OSError as error:
+        raise SubmitError(f"`{bash(argv)}` can't be started: {error.strerror}{hint}") from error
 
 
 def bash(argv: Sequence[str]) -> str:

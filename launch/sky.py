@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -405,23 +404,10 @@ class Executor(executor.Executor):
 
     def _sky(self, *arguments: str) -> str:
         """What `sky` prints. Raises SubmitError with what it says when it fails."""
-        command = f"{self.options.sky} {' '.join(arguments[:2])}"
-        try:
-            done = subprocess.run(
-                [self.options.sky, *arguments],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=CALL_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise SubmitError(f"`{command}` has not ended after {CALL_SECONDS:.0f} s") from error
-        except OSError as error:
-            raise SubmitError(f"`{command}` can't be started: {error.strerror}") from error
+        done = executor.call([self.options.sky, *arguments], seconds=CALL_SECONDS)
         if done.returncode:
             said = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", done.stderr.strip() or done.stdout.strip())
-            raise SubmitError(f"`{command}` failed ({done.returncode}): {said[-1000:]}")
+            raise SubmitError(f"`{self.options.sky} {' '.join(arguments[:2])}` failed ({done.returncode}): {said[-1000:]}")
         return done.stdout
 
 

@@ -514,20 +514,8 @@ def _call(program: str, *arguments: str, text: str | None = None) -> subprocess.
     own = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SRUN_", "JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
     kept = ("SLURM_CONF", "SLURM_JWT")
     environment = {name: value for name, value in os.environ.items() if name in kept or not name.startswith(own)}
-    try:
-        return subprocess.run(
-            [program, *arguments],
-            env=environment,
-            input=text or "",
-            capture_output=True,
-            text=True,
-            timeout=CALL_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SubmitError(f"{program} has not ended after {CALL_SECONDS:.0f} s: is slurmctld overloaded?") from error
-    except OSError as error:
-        raise SubmitError(f"{program} can't be started: {error.strerror}: run this on a login node") from error
+    hint = ": see that this is a login node, and whether slurmctld is overloaded"
+    return executor.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
 
 
 def _may_pass(stderr: str) -> bool:

@@ -836,7 +836,7 @@ def test_training_is_suspended_and_goes_on_in_another_slice(cloud, tmp_path):
         wait(lambda: step() > 3, 120.0)
         cloud.suspend(executor.job_name(layout, cell.name))
         wait(lambda: run.advance(cells, layout, one).submitted)
-        wait(lambda: run.look(cells, layout, one).of(cell.name).state == "done", 120.0)
+        wait(lambda: run.look(cells, layout, one).states[0].state == "done", 120.0)
         wait(lambda: not one.jobs())
         text = "".join(path.read_text() for path in one.logs(cell.name))
     records = [storage.read_json(path) for path in sorted((folder / "attempts").glob("*.json"))]
