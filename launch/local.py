@@ -110,6 +110,10 @@ class Executor(executor.Executor):
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return self._job(cell.name) or Job(cell.name, "", RUNNING)
+            if (before := self._children.get(cell.name)) is not None:  # it ends: its files are closed, its exit code comes
+                for process in before.ranks:
+                    process.wait()
+                self._reap()
             busy = {child.slot.name for child in self._children.values()}
             slot = next((slot for slot in self.slots if slot.name not in busy), None)
             if slot is None:

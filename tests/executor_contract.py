@@ -158,7 +158,8 @@ class Contract:
         engine.preempt(cell.name)
         self.finish(engine, cell)
         attempts = sorted((engine.layout.cell(cell.name) / "attempts").glob("*.json"))
-        assert [json.loads(path.read_text())["first_step"] for path in attempts] == [0, 1]
+        first_steps = [json.loads(path.read_text())["first_step"] for path in attempts]
+        assert first_steps == [0, 1], first_steps
 
     def finish(self, engine, cell):
         """What `run --watch` does, until the cell is done."""

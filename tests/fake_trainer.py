@@ -6,13 +6,16 @@ What it does is in FOLDER/behaviour.json, a list with an entry per attempt (the 
   "finish"  result.json, exit code 0        "hang"   a heartbeat every 0.1 s until SIGTERM, then exit code 75
   "fail"    an error, exit code 1           "oom"    out of memory, exit code 1
   "die"     SIGKILL to itself               "silent" exit code 1 without a word
-Of several ranks (SLURM_PROCID, JAX_PROCESS_ID) rank 0 alone writes; the others end with it, or when told.
+Of several ranks (SLURM_PROCID, JAX_PROCESS_ID) rank 0 alone writes. It begins when the others have joined it, as with
+jax.distributed; they end as it does, or when told.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -30,6 +33,7 @@ def main(folder):
         return follow(folder, stop)
     local = "://" not in os.fspath(folder)
     with run_folder.claim(folder) if local else contextlib.nullcontext():
+        others = gather(folder, stop)
         attempts = folder / "attempts"
         attempts.mkdir(parents=True, exist_ok=True)
         number = len(list(attempts.glob("*.json")))
@@ -42,7 +46,9 @@ def main(folder):
         behaviour = json.loads((folder / "behaviour.json").read_text())
         what = behaviour[min(number, len(behaviour) - 1)]
         code = act(folder, what, stop, number, saved)
-        write_json(folder / f"over-{number}.json", {"code": code, "run": slurm_run()})
+        for other in others:
+            with other, contextlib.suppress(OSError):  # it may be over
+                other.send(str(code).encode())
         return code
 
 
@@ -74,21 +80,40 @@ def beat(folder, number, step):
     write_json(folder / "heartbeat.json", values | {"attempt": number, "device": "cpu", "n_devices": 2, "device_seconds": 1.0})
 
 
+def address(folder):
+    """Where ranks meet: an abstract socket, so that no start finds anything of an earlier one."""
+    return f"\0fake-trainer-{hashlib.sha256(os.fspath(folder).encode()).hexdigest()}"
+
+
+def gather(folder, stop):
+    """Connections of rank 0 to all others; to fewer, if it is told to end before."""
+    wanted = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("JAX_NUM_PROCESSES", "1"))) - 1
+    others = []
+    if wanted:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(address(folder))
+            listener.listen(wanted)
+            listener.settimeout(0.1)
+            while len(others) < wanted and not stop:
+                with contextlib.suppress(TimeoutError):
+                    others.append(listener.accept()[0])
+    return others
+
+
 def follow(folder, stop):
-    started = time.time()
+    """Exit code of another rank: that of the rank 0 which it has joined. One that is killed says none, and may be replaced."""
     while not stop:
-        for over in folder.glob("over-*.json"):
-            values = json.loads(over.read_text())
-            if over.stat().mtime >= started - 1 or (slurm_run() and slurm_run() == values.get("run")):
-                return values["code"]
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as first:
+            first.settimeout(0.1)
+            first.connect(address(folder))
+            said = None
+            while said is None and not stop:
+                with contextlib.suppress(TimeoutError):
+                    said = first.recv(16)
+            if said:
+                return int(said)
         time.sleep(0.1)
     return 75
-
-
-def slurm_run():
-    """Under Slurm: which start of which job this is. Rank 0 may be over before another one has started."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
 if __name__ == "__main__":

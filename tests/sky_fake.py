@@ -186,7 +186,8 @@ class Controller:
             "SKYPILOT_NODE_RANK": str(node),
             "SKYPILOT_NUM_NODES": str(nodes),
             "SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * nodes),
-            "JAX_PROCESS_ID": str(node),  # for the fake trainer, in the place of --process
+            "JAX_PROCESS_ID": str(node),  # for the fake trainer, in the place of --process and --processes
+            "JAX_NUM_PROCESSES": str(nodes),
         }
         return subprocess.Popen(
             ["bash", "-c", self.task[section]], env=environment, cwd=home, stdin=subprocess.DEVNULL, start_new_session=True

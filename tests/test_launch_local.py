@@ -78,6 +78,17 @@ other.cancel([{cell.name!r}])
             with pytest.raises(SubmitError, match="all 1 slots"):
                 one.submit(cells[1])
 
+    def test_a_process_that_has_closed_its_files_is_reaped_before_the_next_starts(self, engine, monkeypatch):
+        """The kernel gives its claim back a moment before its parent can ask for the exit code."""
+        cell = engine.cells[0]
+        source = "import os, time; os.closerange(3, 64); time.sleep(0.5); os._exit(3)"
+        monkeypatch.setattr(executor, "training", lambda *_, **__: [sys.executable, "-c", source])
+        engine.executor.submit(cell)
+        first = engine.executor._children[cell.name].ranks[0]
+        self.wait(engine, lambda: cell.name not in engine.executor.jobs(), "it keeps its claim")
+        engine.executor.submit(cell)
+        assert first.returncode == 3
+
     def test_when_one_process_of_a_cell_dies_the_others_end(self, tmp_path, fake_training, monkeypatch):
         monkeypatch.setattr(local, "RANK_SECONDS", 0.2)
         layout = Layout(tmp_path)
