@@ -5,11 +5,13 @@ and the model that is really trained, so every function takes a named `Conventio
 another. Shapes may be real-valued: the search of Section 4.1 needs models between the ones that can be built.
 
 Symbols: T context length, N parameters, D training tokens, L layers, d hidden size, d_h head size, F feed-forward width.
-Everything broadcasts over NumPy arrays of contexts. All costs are affine in T or, for a whole sequence, T times that.
+Everything broadcasts over NumPy arrays of contexts and of the fields of a shape. All costs are affine in T or, for a whole
+sequence, T times that.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -25,34 +27,44 @@ DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "
 class HasShape(Protocol):
     """What every function takes: a `Shape`, or a `gqa_jax.config.ModelConfig`."""
 
-    n_layers: float
-    d_model: float
-    n_heads: float
-    n_kv_heads: float
-    head_dim: float
-    d_ff: float | None
-    vocab_size: float
+    n_layers: Any
+    d_model: Any
+    n_heads: Any
+    n_kv_heads: Any
+    head_dim: Any
+    d_ff: Any
+    vocab_size: Any
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model shape whose numbers may be real. `d_ff` None: exactly 8 d / 3."""
+    """A model shape whose numbers may be real, or arrays of many shapes that broadcast. `d_ff` None: exactly 8 d / 3.
 
-    n_layers: float
-    d_model: float
-    n_heads: float
-    n_kv_heads: float
-    head_dim: float = HEAD_DIM
-    d_ff: float | None = None
-    vocab_size: float = VOCAB_SIZE
+    Infinity and NaN are allowed, for a size that no model has: its costs are infinite or NaN too.
+
+    Raises ValueError: a number of 0 or below, or arrays that do not broadcast.
+    """
+
+    n_layers: Any
+    d_model: Any
+    n_heads: Any
+    n_kv_heads: Any
+    head_dim: Any = HEAD_DIM
+    d_ff: Any = None
+    vocab_size: Any = VOCAB_SIZE
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} = {value}: must be above 0")
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 8 * self.d_model / 3)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in fields.items():
+            if np.any(np.less_equal(value, 0)):
+                raise ValueError(f"{name} = {np.nanmin(value)}: must be above 0")
+        try:
+            np.broadcast_shapes(*map(np.shape, fields.values()))
+        except ValueError:
+            found = ", ".join(f"{name} {np.shape(value)}" for name, value in fields.items() if np.shape(value))
+            raise ValueError(f"arrays of a shape must broadcast; these do not: {found}") from None
 
 
 @dataclass(frozen=True)
@@ -99,18 +111,18 @@ def named_convention(name: str | Convention) -> Convention:
 class ParamCount(NamedTuple):
     """Parameters by component (Table 2)."""
 
-    embedding: float  # d V, tied: counted once; 0 where the convention leaves it out
-    attention: float  # 2 L d d_h (n_h + n_kv)
-    ffn: float  # matrices x L d F
-    norms: float  # (2 L + 1) d
+    embedding: Any  # d V, tied: counted once; 0 where the convention leaves it out
+    attention: Any  # 2 L d d_h (n_h + n_kv)
+    ffn: Any  # matrices x L d F
+    norms: Any  # (2 L + 1) d
 
     @property
-    def non_embedding(self) -> float:
+    def non_embedding(self) -> Any:
         """N of the fits."""
         return self.attention + self.ffn + self.norms
 
     @property
-    def total(self) -> float:
+    def total(self) -> Any:
         """Every parameter that the convention counts."""
         return self.embedding + self.non_embedding
 
@@ -118,14 +130,32 @@ class ParamCount(NamedTuple):
 class ForwardFlops(NamedTuple):
     """Forward FLOPs of one token by component (Table 3); a multiply-add is two."""
 
-    projections: float  # 4 L d d_h (n_h + n_kv)
-    attention: float  # 4 L T n_h d_h: scores and weighted values against T keys
-    ffn: float  # 2 x matrices x L d F
-    output: float  # 2 d V
+    projections: Any  # 4 L d d_h (n_h + n_kv)
+    attention: Any  # 4 L T n_h d_h: scores and weighted values against T keys
+    ffn: Any  # 2 x matrices x L d F
+    output: Any  # 2 d V
 
     @property
-    def total(self) -> float:
+    def total(self) -> Any:
         return self.projections + self.attention + self.ffn + self.output
+
+
+class InferMemory(NamedTuple):
+    """What serving holds by component (Table 8): values, or bytes where the convention says so."""
+
+    embedding: Any
+    attention: Any
+    ffn: Any
+    norms: Any
+    cache: Any  # 2 T L d_h n_kv: keys and values of T tokens
+
+    @property
+    def params(self) -> Any:
+        return self.embedding + self.attention + self.ffn + self.norms
+
+    @property
+    def total(self) -> Any:
+        return self.params + self.cache
 
 
 def count_params(shape: HasShape, convention: str | Convention = "exact") -> ParamCount:
@@ -170,12 +200,48 @@ def infer_memory(
     cache_dtype: str = "bfloat16",
 ) -> Any:
     """M_infer = N + 2 T L d_h n_kv (Table 8, Eq. 4): values held, or bytes in the given dtypes where the convention says so."""
+    return infer_memory_parts(shape, context, convention, param_dtype=param_dtype, cache_dtype=cache_dtype).total
+
+
+def infer_memory_parts(
+    shape: HasShape,
+    context: Any,
+    convention: str | Convention = "exact",
+    *,
+    param_dtype: str = "bfloat16",
+    cache_dtype: str = "bfloat16",
+) -> InferMemory:
+    """M_infer by component: parameters that the convention counts, and the cache of one sequence of `context` tokens."""
     rule = named_convention(convention)
+    count = count_params(shape, rule)
     cache = 2 * np.asarray(context, np.float64)[()] * shape.n_layers * shape.head_dim * shape.n_kv_heads
-    params = count_params(shape, rule).total
-    if rule.memory == "values":
-        return params + cache
-    return dtype_bytes(param_dtype) * params + dtype_bytes(cache_dtype) * cache
+    param, value = (1, 1) if rule.memory == "values" else (dtype_bytes(param_dtype), dtype_bytes(cache_dtype))
+    return InferMemory(param * count.embedding, param * count.attention, param * count.ffn, param * count.norms, value * cache)
+
+
+def flops_shares(shape: HasShape, context: Any, convention: str | Convention = "exact") -> ForwardFlops:
+    """Share of each component in the forward FLOPs of a token that attends to `context` keys (Figure 7); they sum to 1."""
+    return ForwardFlops(*_shares(forward_flops(shape, context, convention)))
+
+
+def memory_shares(
+    shape: HasShape,
+    context: Any,
+    convention: str | Convention = "exact",
+    *,
+    param_dtype: str = "bfloat16",
+    cache_dtype: str = "bfloat16",
+) -> InferMemory:
+    """Share of each component in the memory that serving holds (Figure 8); they sum to 1. The dtypes matter for bytes only."""
+    return InferMemory(
+        *_shares(infer_memory_parts(shape, context, convention, param_dtype=param_dtype, cache_dtype=cache_dtype))
+    )
+
+
+def _shares(parts: ForwardFlops | InferMemory) -> list[Any]:
+    """Each part divided by their sum, all in the shape that they broadcast to."""
+    with np.errstate(invalid="ignore"):  # of a size that no model has: NaN
+        return [np.asarray(share)[()] for share in np.broadcast_arrays(*(part / parts.total for part in parts))]
 
 
 def train_flops(shape: HasShape, context: Any, tokens: Any, convention: str | Convention = "exact") -> Any:
@@ -207,10 +273,13 @@ def train_memory(
 
 
 def hardware_aware_cost(memory: Any, flops: Any, lam: float = 0.9, alpha: float = 1 / 2, beta: float = 1 / 3) -> Any:
-    """Z = lambda M^alpha + (1 - lambda) C^beta (Eq. 5 and its defaults)."""
+    """Z = lambda M^alpha + (1 - lambda) C^beta (Eq. 5 and its defaults). A term of weight 0 is left out."""
     if not 0 <= lam <= 1:
         raise ValueError(f"lam = {lam}: a weight between 0 (FLOPs only) and 1 (memory only)")
-    return lam * np.asarray(memory, np.float64)[()] ** alpha + (1 - lam) * np.asarray(flops, np.float64)[()] ** beta
+    memory, flops = np.asarray(memory, np.float64)[()], np.asarray(flops, np.float64)[()]
+    if lam in (0, 1):
+        return memory**alpha if lam == 1 else flops**beta
+    return lam * memory**alpha + (1 - lam) * flops**beta
 
 
 def serving_costs(

@@ -1,11 +1,15 @@
 """Model shapes: the paper's tables of sizes, and what follows from (layers, hidden size, heads).
 
-Source: arXiv 2503.09579v2, Tables 7 and 9 and Appendix D. Imports no jax.
+Source: arXiv 2503.09579v2, Tables 7 and 9, Appendices B.1 and D. Imports no jax; configurations are read without numpy, so
+only what computes on arrays imports it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 HEAD_DIM = 64  # d_h of every model in the paper
 VOCAB_SIZE = 50_304  # GPT-2's 50,257 ids, padded to a multiple of 64
@@ -53,3 +57,51 @@ def ffn_width(d_model: int) -> int:
 def head_configurations(counts: tuple[int, ...] = HEAD_COUNTS) -> list[tuple[int, int]]:
     """Every (n_h, n_kv) with n_kv <= n_h from `counts`: 21 configurations for the paper's six counts (Section 4.1)."""
     return [(n_heads, n_kv) for n_heads in counts for n_kv in counts if n_kv <= n_heads]
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """Aspect ratio d / L as a function of N: linear between knots (params, ratio), constant outside them (Appendix B.1).
+
+    Called with an array of N it returns an array. Raises ValueError: no knots, or knots that are not increasing or positive.
+    """
+
+    params: tuple[float, ...]  # N, increasing
+    ratio: tuple[float, ...]  # d / L at each
+
+    def __post_init__(self):
+        if not self.params or len(self.params) != len(self.ratio):
+            raise ValueError(
+                f"aspect: {len(self.params)} sizes and {len(self.ratio)} ratios: give one ratio d / L per size, and one or more"
+            )
+        for name in ("params", "ratio"):
+            values = tuple(map(float, getattr(self, name)))
+            object.__setattr__(self, name, values)
+            wrong = [value for value in values if not 0 < value < math.inf]
+            if wrong:
+                raise ValueError(f"aspect {name} = {wrong[0]}: must be above 0 and finite")
+        for before, after in zip(self.params, self.params[1:], strict=False):
+            if not before < after:
+                raise ValueError(f"aspect params {before:g}, {after:g}: sizes must increase, with one ratio d / L each")
+
+    def __call__(self, n_params: Any) -> Any:
+        import numpy as np
+
+        return np.interp(n_params, self.params, self.ratio)
+
+    @classmethod
+    def between(cls, sizes: Iterable[tuple[float, float, float]]) -> Aspect:
+        """Knots at known (N, layers, hidden size), in any order."""
+        known = sorted({(float(n), d / layers) for n, layers, d in sizes})
+        return cls(tuple(n for n, _ in known), tuple(ratio for _, ratio in known))
+
+    @classmethod
+    def constant(cls, ratio: float) -> Aspect:
+        """The same d / L for every N; 64 in the paper's Figures 1 and 2."""
+        return cls((1.0,), (ratio,))
+
+
+def paper_aspect() -> Aspect:
+    """The paper's: Table 9 below 1.2B, Table 7 from there on, N counted as in its figures with MHA: 12 L d^2."""
+    known = [(size.n_layers, size.d_model) for name, size in SIZES.items() if name != "1.2B"] + list(LARGE_SHAPES.values())
+    return Aspect.between((12 * layers * d**2, layers, d) for layers, d in known)

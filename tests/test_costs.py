@@ -114,3 +114,68 @@ def test_breakdown_adds_up_and_scales():
     assert flops.total == flops.projections + flops.attention + flops.ffn + flops.output
     assert flops.output == 2 * 768 * 50_304
     assert costs.forward_flops(shape, 2 * 8192).attention == 2 * flops.attention
+
+
+@pytest.mark.parametrize("convention", list(costs.CONVENTIONS))
+def test_arrays_of_shapes_and_contexts_give_what_each_gives_alone(convention):
+    layers, widths = np.array([[4], [12]]), np.array([256, 768, 1024])
+    contexts = np.array([1024, 8192])[:, None, None]
+    many = costs.serving_costs(costs.Shape(layers, widths, 8, 2), contexts, 1e9, 8192, convention)
+    for name in many:
+        assert many[name].shape == ((2, 2, 3) if "infer" in name or name == "z" else (2, 3))
+    one = costs.serving_costs(costs.Shape(12, 256, 8, 2), 8192, 1e9, 8192, convention)
+    assert {name: many[name][..., 1, 0].flat[-1] for name in many} == pytest.approx(one, rel=1e-15)
+
+
+def test_integer_shapes_give_integers():
+    count = costs.count_params(ModelConfig(), "exact")
+    assert all(isinstance(part, int) for part in count)
+    many = costs.count_params(costs.Shape(np.array([4, 6]), np.array([256, 512]), 8, 1, d_ff=np.array([672, 1376])), "exact")
+    assert np.issubdtype(many.total.dtype, np.integer)
+    assert many.total[0] == costs.count_params(ModelConfig(n_heads=8, n_kv_heads=1)).total
+
+
+def test_the_offending_element_of_a_shape_is_named():
+    with pytest.raises(ValueError, match=r"d_model = -2: must be above 0"):
+        costs.Shape(np.array([1, 2]), np.array([64, -2]), 1, 1)
+    with pytest.raises(ValueError, match=r"d_ff = 0: must be above 0"):
+        costs.Shape(1, 64, 1, 1, d_ff=0)
+    with pytest.raises(ValueError, match=r"must broadcast; these do not: n_layers \(2,\), d_model \(3,\), d_ff \(3,\)"):
+        costs.Shape(np.ones(2), np.ones(3), 1, 1)
+
+
+def test_a_size_that_no_model_has_costs_infinity_or_nan():
+    shape = costs.Shape(np.array([12, np.inf, np.nan]), np.array([768, np.inf, np.nan]), 8, 1)
+    for lam in (0, 0.5, 1):
+        cost = costs.hardware_aware_cost(costs.infer_memory(shape, T), costs.infer_flops(shape, T), lam)
+        np.testing.assert_array_equal(np.isfinite(cost), [True, False, False])
+        assert cost[1] == np.inf
+    assert np.isnan(costs.memory_shares(shape, T).cache[1:]).all()
+
+
+@pytest.mark.parametrize("convention", list(costs.CONVENTIONS))
+def test_shares_add_up_to_one_and_attention_takes_over(convention):
+    shape = costs.Shape(np.array([[12.0], [32.0]]), np.array([[768.0], [2048.0]]), 8, 2)
+    contexts = np.array([1024, 8192, 131_072])
+    for shares, growing in (
+        (costs.flops_shares(shape, contexts, convention), "attention"),
+        (costs.memory_shares(shape, contexts, convention), "cache"),
+    ):
+        assert all(share.shape == (2, 3) for share in shares)
+        np.testing.assert_allclose(sum(shares), 1, rtol=1e-14)
+        share = getattr(shares, growing)
+        assert (np.diff(share, axis=1) > 0).all()  # with the context
+        assert (np.diff(share, axis=0) < 0).all()  # and it falls with the size
+
+
+def test_the_cache_of_a_1b_model_at_128k():
+    """Appendix G: more than 90% of the memory of a 1B model with multi-head attention is keys and values."""
+    shape = costs.Shape(16, 2048, 32, 32)
+    assert costs.memory_shares(shape, T, "figures").cache == pytest.approx(0.914, abs=0.0005)
+
+
+def test_cache_dtypes_change_the_shares_of_bytes_only():
+    shape = costs.Shape(16, 2048, 32, 32)
+    plain, int8 = (costs.memory_shares(shape, T, "exact", cache_dtype=dtype).cache for dtype in ("bfloat16", "int8"))
+    assert int8 / (1 - int8) == pytest.approx(plain / (1 - plain) / 2)
+    assert costs.memory_shares(shape, T, "figures", cache_dtype="int8") == costs.memory_shares(shape, T, "figures")

@@ -1,0 +1,120 @@
+"""The shape of a given number of parameters: real-valued for the search, and the closest that can be built. Imports no jax.
+
+Source: arXiv 2503.09579v2, Appendix B.1. `heads` is anything with `n_heads` and `n_kv_heads` (`gqa_jax.laws.Heads`); n_heads
+None is the width's own number d / d_h (Llama-3's rule), real-valued where the width is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gqa_jax import costs
+from gqa_jax.shapes import HEAD_DIM, VOCAB_SIZE, ffn_width
+
+#: Of Newton's method. From where it starts 5 reach the last digits of float64, whatever the size, heads and aspect ratio.
+NEWTON_STEPS = 6
+#: `buildable`: how much a factor in the aspect ratio weighs against the same factor in the number of parameters.
+ASPECT_WEIGHT = 0.1
+
+
+class HasHeads(Protocol):
+    n_heads: int | None
+    n_kv_heads: int
+
+
+def solve_shape(
+    n_params: Any,
+    heads: HasHeads | Sequence[HasHeads],
+    aspect: Callable[[Any], Any],
+    head_dim: float = HEAD_DIM,
+    vocab_size: float = VOCAB_SIZE,
+    convention: str | costs.Convention = "figures",
+) -> costs.Shape:
+    """The real-valued shape with `n_params` parameters without embeddings and the aspect ratio r = d / L = aspect(N).
+
+    With d = r L and d_ff = 8 d / 3 the count is a cubic in L,
+
+        N = c3 L^3 + c2 L^2 + c1 L,   c3 = r^2 (8 m / 3 + 2 u),   c2 = 2 r (d_h (n_h + n_kv) + s),   c1 = r s
+
+    with m FFN matrices and s = 1 or 0 norms of the convention; where n_heads is None, u = 1 and n_h in c2 is 0, else u = 0.
+    It rises and is convex for L > 0, so Newton's method from a bound above falls to its only positive root and never beyond.
+
+    Args:
+      n_params: N, of any shape. Infinite where no size reaches a loss: so are then L and d. NaN gives NaN.
+      heads: one configuration, or a sequence of them along the last axis of `n_params`.
+      aspect: a `gqa_jax.shapes.Aspect`, or any function of arrays.
+
+    Returns the shapes, whose fields broadcast to the shape of `n_params` (and `heads`). Raises ValueError for N <= 0.
+    """
+    n_params = np.asarray(n_params, np.float64)[()]
+    if np.any(n_params <= 0):
+        raise ValueError(f"n_params = {np.nanmin(n_params)}: a model has more than 0 parameters")
+    rule = costs.named_convention(convention)
+    if hasattr(heads, "n_heads"):
+        own_heads, n_heads, n_kv_heads = heads.n_heads is None, heads.n_heads or 0, heads.n_kv_heads
+    else:
+        own_heads = np.array([one.n_heads is None for one in heads])
+        n_heads = np.array([one.n_heads or 0 for one in heads])
+        n_kv_heads = np.array([one.n_kv_heads for one in heads])
+
+    ratio = aspect(n_params)
+    cubic = ratio**2 * (8 * rule.ffn_matrices / 3 + 2 * own_heads)
+    square = 2 * ratio * (head_dim * (n_heads + n_kv_heads) + rule.norms)
+    linear = ratio * rule.norms
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite and NaN sizes
+        layers = np.minimum((n_params / cubic) ** (1 / 3), (n_params / square) ** (1 / 2))  # by one term: not below the root
+        for _ in range(NEWTON_STEPS):
+            slope = linear + 2 * square * layers + 3 * cubic * layers**2
+            newton = (n_params + square * layers**2 + 2 * cubic * layers**3) / slope
+            layers = np.fmin(layers, newton)  # rounding does not rise again; an infinite size, whose step is NaN, stays so
+        d_model = ratio * layers
+        if np.any(own_heads):
+            n_heads = np.where(own_heads, d_model / head_dim, n_heads)[()]
+    return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, vocab_size=vocab_size)
+
+
+def buildable(
+    n_params: float,
+    heads: HasHeads,
+    aspect: Callable[[Any], Any],
+    head_dim: int = HEAD_DIM,
+    vocab_size: int = VOCAB_SIZE,
+    convention: str | costs.Convention = "figures",
+    *,
+    count: int = 3,
+    multiple: int = 64,
+) -> list[costs.Shape]:
+    """The `count` integer shapes closest to `n_params` parameters without embeddings and their aspect ratio, closest first.
+
+    Hidden sizes are multiples of `multiple`, and where n_heads is None of n_kv d_h, so that n_kv divides d / d_h. Feed-forward
+    widths are those that are trained (`gqa_jax.shapes.ffn_width`). The distance is |ln N / N*| + 0.1 |ln r / r*|: loss hardly
+    feels the aspect ratio, so a tenth more of it counts as a hundredth more parameters.
+
+    Raises ValueError: an N that is not a positive number, or n_kv that does not divide n_h.
+    """
+    if not 0 < n_params < math.inf:
+        raise ValueError(f"n_params = {n_params}: only a finite number of parameters above 0 can be built")
+    if heads.n_heads is not None and heads.n_heads % heads.n_kv_heads:
+        raise ValueError(f"n_kv_heads = {heads.n_kv_heads} must divide n_heads = {heads.n_heads}")
+    real = solve_shape(n_params, heads, aspect, head_dim, vocab_size, convention)
+    unit = multiple if heads.n_heads is not None else math.lcm(multiple, head_dim * heads.n_kv_heads)
+    found = {}
+    for width in range(max(1, int(real.d_model / 2 / unit)), int(2 * real.d_model / unit) + 2):
+        d_model = unit * width
+        one_layer = _integer_shape(1, d_model, heads, head_dim, vocab_size)
+        per_layer = costs.count_params(one_layer, convention).non_embedding
+        for layers in {max(1, math.floor(n_params / per_layer)), math.ceil(n_params / per_layer)}:
+            shape = _integer_shape(layers, d_model, heads, head_dim, vocab_size)
+            excess = math.log(costs.count_params(shape, convention).non_embedding / n_params)
+            stretch = math.log(d_model / layers / (real.d_model / real.n_layers))
+            found[shape] = abs(excess) + ASPECT_WEIGHT * abs(stretch)
+    return sorted(found, key=found.get)[:count]
+
+
+def _integer_shape(layers: int, d_model: int, heads: HasHeads, head_dim: int, vocab_size: int) -> costs.Shape:
+    n_heads = d_model // head_dim if heads.n_heads is None else heads.n_heads
+    return costs.Shape(layers, d_model, n_heads, heads.n_kv_heads, head_dim, ffn_width(d_model), vocab_size)
