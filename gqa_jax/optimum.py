@@ -1,55 +1,186 @@
-"""Cost-optimal heads: the three-step search of arXiv 2503.09579v2, Section 4.1. Imports no jax.
+"""Cost-optimal heads, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1. Imports no jax.
 
-1. Fit L(N; H) for every head configuration H (`laws.py`). 2. Solve N*(H) for the loss that must be reached (Eq. 8).
-3. Turn N* into a shape, evaluate the cost at the served context, take the cheapest H (Eq. 9).
+1. Fit L(N; H) for every head configuration H (`gqa_jax.laws`). 2. Solve N*(H) for the loss that must be reached (Eq. 8).
+3. Turn N* into a shape (`shape_search`), evaluate a cost at the served context (`objectives`), compare the H (Eq. 9).
+
+The same is done for every joint draw of the laws' coefficients. The probability of an H is the share of draws in which it is
+the cheapest; its regret in a draw is its cost over the least one, minus 1. The answer is the H of least expected regret, not
+the cheapest by the fitted curves: which H is cheapest changes with noise where costs are close, its regret hardly does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs
-from gqa_jax.laws import Heads, PowerLaw
-from gqa_jax.shapes import LARGE_SHAPES, SIZES
+from gqa_jax import costs, objectives, shape_search
+from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
+from gqa_jax.serving import Serving
+from gqa_jax.shapes import paper_aspect
 
-COSTS = {"z": "z", "flops": "c_infer", "memory": "m_infer"}
+Aspect = Callable[[Any], Any]
+
+LEVEL = 0.95
+#: Regret counts up to here, twice the least cost: also of an H that in a draw can't be built at all while another can. Otherwise
+#: the few draws in which a size is astronomical would decide.
+NOT_POSSIBLE = 1.0
+LARGEST_BUILT = 1e13  # parameters: beyond it no model is proposed
+FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, and is called so
+
+CANDIDATES = (
+    "n_heads", "n_kv_heads", "n_params", "n_params_low", "n_params_high", "n_layers", "d_model", "c_infer", "m_infer", "cost",
+    "cost_low", "cost_high", "rank", "probability", "expected_regret", "saving_vs_llama3", "pareto", "note",
+)  # fmt: skip
 
 
-def aspect_of_sizes(sizes: Sequence[tuple[float, float, float]]) -> Callable[[float], float]:
-    """Aspect ratio d / L as a function of N: linear between known (N, L, d), constant outside them (Appendix B.1)."""
-    known = sorted((n, d / layers) for n, layers, d in sizes)
-    params, ratios = (np.array(column) for column in zip(*known, strict=True))
-    return lambda n: float(np.interp(n, params, ratios))
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The cost-optimal heads for one loss and one served context.
+
+    Costs are of real-valued models with exactly N* parameters; `buildable` are real ones close to the answer. Intervals are
+    95% of the draws; None and nan where the laws have no degrees of freedom left for noise.
+    """
+
+    loss: float
+    context_served: int
+    objective: dict[str, Any]  # Objective.describe()
+    heads: Heads
+    n_params: float  # N*, without embeddings
+    n_params_interval: tuple[float, float]
+    probability: float  # that no other H is cheaper
+    cost: float
+    cost_interval: tuple[float, float]
+    saving_vs_llama3: float  # 1 - cost / cost of Llama 3's heads at the same loss
+    saving_interval: tuple[float, float]
+    expected_regret: float  # of the answer, relative
+    runner_up: Heads | None
+    regret_of_runner_up: float  # expected
+    not_reached: float  # share of draws in which no H reaches the loss
+    candidates: pd.DataFrame
+    buildable: pd.DataFrame
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: plain numbers, None where a number is missing or infinite."""
+        return {
+            "loss": self.loss,
+            "context_served": self.context_served,
+            "n_heads": self.heads.n_heads,
+            "n_kv_heads": self.heads.n_kv_heads,
+            "n_params": _plain(self.n_params),
+            "n_params_interval": [_plain(x) for x in self.n_params_interval],
+            "probability": _plain(self.probability),
+            "cost": _plain(self.cost),
+            "cost_interval": [_plain(x) for x in self.cost_interval],
+            "saving_vs_llama3": _plain(self.saving_vs_llama3),
+            "saving_vs_llama3_interval": [_plain(x) for x in self.saving_interval],
+            "expected_regret": _plain(self.expected_regret),
+            "runner_up": None if self.runner_up is None else list(self.runner_up),
+            "regret_of_runner_up": _plain(self.regret_of_runner_up),
+            "not_reached": _plain(self.not_reached),
+            "objective": self.objective,
+            "candidates": _records(self.candidates),
+            "buildable": _records(self.buildable),
+            "warnings": list(self.warnings),
+        }
 
 
-def paper_aspect() -> Callable[[float], float]:
-    """The paper's: Table 9 below 1.2B, Table 7 from there on, N counted as in its figures with MHA."""
-    shapes = [(size.n_layers, size.d_model) for name, size in SIZES.items() if name != "1.2B"] + list(LARGE_SHAPES.values())
-    return aspect_of_sizes([(12 * layers * d**2, layers, d) for layers, d in shapes])
+def search(
+    laws: Mapping[Heads, PowerLaw],
+    loss: float,
+    context_served: int,
+    objective: objectives.Objective | None = None,
+    *,
+    aspect: Aspect | None = None,
+    convention: str | costs.Convention = "figures",
+    memory_limit: float | Serving | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    method: str = "posterior",
+) -> Answer:
+    """The heads that reach `loss` at the least cost of serving `context_served` tokens.
+
+    Args:
+      laws: of `fit_by_heads`, or of `gqa_jax.presets`.
+      loss: L*, nats per token, as in the laws.
+      context_served: T of the costs, tokens.
+      objective: default `objectives.Z()` with `convention`.
+      aspect: d / L of the models as a function of N; default: that of the laws (`LawsByHeads.aspect`).
+      convention: of the columns c_infer and m_infer.
+      memory_limit: bytes that parameters and cache (bfloat16, one sequence) may take, or the `Serving` whose devices must hold
+        them at its batch and precisions; what needs more can't be chosen.
+      draws, seed, method: `LawsByHeads.draws`.
+
+    Raises:
+      ValueError: a loss that no H reaches by the fitted laws, a limit that none keeps, or a context below 1.
+    """
+    objective = objective or objectives.Z(convention)
+    _check(loss, [context_served])
+    table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
+    rows = table.rows(context_served, objective, convention, memory_limit)
+    frame, facts = rows.frame, rows.facts
+    if not np.isfinite(frame["cost"]).any():
+        raise ValueError(_unreachable(laws, loss, frame, memory_limit))
+    best = frame.iloc[0]
+    heads = _heads(best)
+    runner = frame.iloc[1] if len(frame) > 1 and np.isfinite(frame["cost"].iloc[1]) else None
+    warnings = [*_common_warnings(laws), *table.warnings(heads, best), *facts.warnings]
+    return Answer(
+        loss=float(loss),
+        context_served=int(context_served),
+        objective=objective.describe(),
+        heads=heads,
+        n_params=float(best["n_params"]),
+        n_params_interval=(float(best["n_params_low"]), float(best["n_params_high"])),
+        probability=float(best["probability"]),
+        cost=float(best["cost"]),
+        cost_interval=(float(best["cost_low"]), float(best["cost_high"])),
+        saving_vs_llama3=float(best["saving_vs_llama3"]),
+        saving_interval=facts.saving_interval,
+        expected_regret=float(best["expected_regret"]),
+        runner_up=None if runner is None else _heads(runner),
+        regret_of_runner_up=np.nan if runner is None else float(runner["expected_regret"]),
+        not_reached=facts.not_reached,
+        candidates=frame,
+        buildable=_buildable(laws, heads, float(best["n_params"]), table, context_served, objective),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
 
 
-def shape_for(
-    n_params: float, heads: Heads, *, aspect: Callable[[float], float], head_dim: float, vocab_size: float, convention: str
-) -> costs.Shape:
-    """The real-valued shape with `n_params` parameters without embeddings: L by bisection, d = aspect * L (Appendix B.1)."""
-    ratio = aspect(n_params)
+def optimum_map(
+    laws: Mapping[Heads, PowerLaw],
+    losses: Sequence[float],
+    contexts_served: Sequence[int],
+    objective: objectives.Objective | None = None,
+    *,
+    aspect: Aspect | None = None,
+    convention: str | costs.Convention = "figures",
+    memory_limit: float | Serving | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    method: str = "posterior",
+) -> pd.DataFrame:
+    """Every H for every loss and served context: columns loss, context_served and those of `Answer.candidates`; rank 1 is the answer.
 
-    def shape(layers: float) -> costs.Shape:
-        return costs.Shape(layers, ratio * layers, heads.n_heads, heads.n_kv_heads, head_dim, vocab_size=vocab_size)
-
-    low, high = 1e-6, 1.0
-    while costs.count_params(shape(high), convention).non_embedding < n_params:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if costs.count_params(shape(middle), convention).non_embedding < n_params:
-            low = middle
-        else:
-            high = middle
-    return shape((low + high) / 2)
+    Arguments as in `search`; draws=0 leaves out what is uncertain, and ranks by the cost of the fitted laws. A loss that an H
+    does not reach gives a row without numbers and with a note.
+    """
+    objective = objective or objectives.Z(convention)
+    aspect = aspect or _aspect(laws)
+    frames = []
+    for loss in losses:
+        _check(loss, contexts_served)
+        table = _Table.of(laws, loss, aspect, draws, seed, method)
+        for context in contexts_served:
+            frame = table.rows(context, objective, convention, memory_limit).frame
+            frame.insert(0, "loss", float(loss))
+            frame.insert(1, "context_served", int(context))
+            frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
 
 
 def best_heads(
@@ -59,60 +190,440 @@ def best_heads(
     *,
     convention: str = "figures",
     cost: str = "z",
-    aspect: Callable[[float], float] | None = None,
-    head_dim: float = 64,
-    vocab_size: float = 50_304,
+    aspect: Aspect | None = None,
 ) -> pd.DataFrame:
-    """Every H for every loss and served context, cheapest first.
-
-    Columns: loss, context_served, n_heads, n_kv_heads, n_params (N*), n_layers, d_model (real-valued), c_infer, m_infer, z,
-    rank (1: cheapest), and `note`: why a row has no numbers, or that N* lies outside the sizes that were trained.
+    """`optimum_map` by the fitted laws alone: without draws, so without probabilities and intervals, and with a column z.
 
     Raises ValueError for an unknown cost or convention.
     """
-    if cost not in COSTS:
-        raise ValueError(f"cost {cost!r} is unknown: use {', '.join(COSTS)}")
-    costs.named_convention(convention)
-    aspect = aspect or paper_aspect()
+    objective = objectives.make(cost, convention=convention)
+    frame = optimum_map(laws, losses, contexts_served, objective, aspect=aspect, convention=convention, draws=0)
+    frame["z"] = costs.hardware_aware_cost(frame["m_infer"], frame["c_infer"])
+    return frame.sort_values(["loss", "context_served", "rank"], ascending=[False, True, True], ignore_index=True)
+
+
+def convention_sensitivity(
+    laws: Mapping[Heads, PowerLaw],
+    loss: float,
+    context_served: int,
+    *,
+    aspect: Aspect | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What the answer under Z would be in every convention for FLOPs and memory: one row each, in the order half_T values first.
+
+    Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving_vs_llama3,
+    and regret: how much more the answer of the first row costs in this convention.
+    """
+    rows, first = [], None
+    for flops in ("half_T", "full_T", "per_token"):
+        for memory in ("values", "bfloat16", "int8 cache"):
+            rule = dataclasses.replace(
+                costs.named_convention("figures"), flops=flops, memory="values" if memory == "values" else "bytes"
+            )
+            dtypes = (
+                {}
+                if memory == "values"
+                else {"param_dtype": "bfloat16", "cache_dtype": "int8" if "int8" in memory else "bfloat16"}
+            )
+            answer = search(
+                laws, loss, context_served, objectives.Z(rule, **dtypes), aspect=aspect, convention=rule, draws=draws, seed=seed
+            )
+            first = first or answer.heads
+            own = answer.candidates.set_index(["n_heads", "n_kv_heads"])
+            rows.append(
+                {"flops": flops, "memory": memory, **answer.heads._asdict(), "n_params": answer.n_params,
+                 "probability": answer.probability, "saving_vs_llama3": answer.saving_vs_llama3,
+                 "regret": float(own.loc[tuple(first), "cost"] / own["cost"].min() - 1)}
+            )  # fmt: skip
+    return pd.DataFrame(rows).astype({"n_heads": "Int64"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Regrets:
+    """What each H costs above the cheapest, in every draw."""
+
+    heads: list[Heads]
+    regret_SxH: np.ndarray  # 0 of the cheapest, at most NOT_POSSIBLE; nan in draws in which no H reaches the loss
+    reached_S: np.ndarray
+
+
+def regrets(
+    laws: Mapping[Heads, PowerLaw],
+    loss: float,
+    context_served: int,
+    objective: objectives.Objective | None = None,
+    *,
+    aspect: Aspect | None = None,
+    convention: str | costs.Convention = "figures",
+    memory_limit: float | Serving | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    method: str = "posterior",
+) -> Regrets:
+    """The regrets that `search` averages, of its candidates. Arguments as there; ValueError where there is nothing to draw from."""
+    _check(loss, [context_served])
+    table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
+    if table.known.draws is None:
+        raise ValueError(f"no draws, so no regrets: {table.known.no_draws or 'plain laws, or draws=0'}")
+    cost = _limited(objective or objectives.Z(convention), table.shape_SxH, context_served, memory_limit)
+    own = cost[:, : table.known.n_candidates]
+    reached = np.isfinite(own.min(1))
+    result = np.full(own.shape, np.nan)
+    result[reached] = _regret(own[reached])
+    return Regrets(table.heads[: table.known.n_candidates], result, reached)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """What a search starts from: candidates, then Llama 3's heads where they are known and no candidate."""
+
+    heads: list[Heads]
+    n_candidates: int  # the first of `heads`; the rest is only compared with
+    entropy_H: np.ndarray  # of the fitted laws; nan for Llama 3's heads where only the draws have them
+    log_a_H: np.ndarray
+    b_H: np.ndarray
+    trained_Hx2: np.ndarray  # least and largest N that the law was fitted to
+    draws: Draws | None  # of `heads`, in their order
+    no_draws: str | None  # why there are none
+
+    @property
+    def baseline(self) -> int | None:
+        """Index of Llama 3's heads."""
+        return self.heads.index(LLAMA3) if LLAMA3 in self.heads else None
+
+
+def coefficients(laws: Mapping[Heads, PowerLaw], draws: int = 1000, seed: int = 0, method: str = "posterior") -> Coefficients:
+    """Coefficients of the fitted laws and their joint draws (none with draws=0, or where the laws have no noise to draw from)."""
+    if draws < 0 or draws == 1:
+        raise ValueError(f"draws = {draws}: draw 2 or more, or 0 for an answer without probabilities")
+    drawn, why = None, None
+    if draws and isinstance(laws, LawsByHeads):
+        try:
+            drawn = laws.draws(draws, seed, method)
+        except ValueError as error:
+            why = str(error)
+    candidates = [h for h in laws if h.n_heads is not None] or list(laws)
+    heads = list(candidates)
+    if LLAMA3 not in heads and (LLAMA3 in laws or (drawn is not None and LLAMA3 in drawn.heads)):
+        heads.append(LLAMA3)
+
+    def each(value: Callable[[PowerLaw], Any], empty: Any = np.nan) -> np.ndarray:
+        return np.array([value(laws[h]) if h in laws else empty for h in heads], np.float64)
+
+    return Coefficients(
+        heads,
+        len(candidates),
+        each(lambda law: law.entropy),
+        each(lambda law: np.log(law.a)),
+        each(lambda law: law.b),
+        each(lambda law: (law.params.min(), law.params.max()), (np.nan, np.nan)),
+        None if drawn is None else drawn.take(heads),
+        why,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    frame: pd.DataFrame
+    facts: _Facts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    not_reached: float
+    saving_interval: tuple[float, float]
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """Shapes of every H (and of Llama 3's, last, where it is no candidate) that reach one loss, by the fits and by every draw."""
+
+    laws: Mapping[Heads, PowerLaw]
+    loss: float
+    known: Coefficients
+    n_params_H: np.ndarray  # by the fitted laws; inf where no size reaches the loss, nan without a law
+    shape_H: costs.Shape
+    n_params_SxH: np.ndarray | None
+    shape_SxH: costs.Shape | None
+    aspect: Aspect
+
+    @classmethod
+    def of(cls, laws: Mapping[Heads, PowerLaw], loss: float, aspect: Aspect, count: int, seed: int, method: str) -> _Table:
+        known = coefficients(laws, count, seed, method)
+        about = (
+            (laws.head_dim, laws.vocab_size, laws.size_convention)
+            if isinstance(laws, LawsByHeads)
+            else (64.0, 50_304.0, "figures")
+        )
+        n_params = _sizes(loss, known.entropy_H, known.log_a_H, known.b_H)
+        shape = shape_search.solve_shape(n_params, known.heads, aspect, *about)
+        if (drawn := known.draws) is None:
+            return cls(laws, loss, known, n_params, shape, None, None, aspect)
+        n_SxH = _sizes(loss, drawn.entropy_SxH, drawn.log_a_SxH, drawn.b_SxH)
+        return cls(
+            laws, loss, known, n_params, shape, n_SxH, shape_search.solve_shape(n_SxH, known.heads, aspect, *about), aspect
+        )
+
+    @property
+    def heads(self) -> list[Heads]:
+        return self.known.heads
+
+    def rows(
+        self,
+        context: int,
+        objective: objectives.Objective,
+        convention: str | costs.Convention,
+        memory_limit: float | Serving | None,
+    ) -> _Rows:
+        """The candidates at one served context, the answer first."""
+        k = self.known.n_candidates
+        cost_H = _limited(objective, self.shape_H, context, memory_limit)
+        frame = pd.DataFrame([h._asdict() for h in self.heads[:k]]).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
+        finite = np.isfinite(self.n_params_H[:k])
+
+        def known(values: np.ndarray) -> np.ndarray:
+            return np.where(finite, np.broadcast_to(values, (len(self.heads),))[:k], np.nan)
+
+        frame["n_params"] = known(self.n_params_H)
+        frame["n_layers"], frame["d_model"] = known(self.shape_H.n_layers), known(self.shape_H.d_model)
+        frame["c_infer"] = known(costs.infer_flops(self.shape_H, context, convention))
+        frame["m_infer"] = known(costs.infer_memory(self.shape_H, context, convention))
+        frame["cost"] = known(cost_H)
+        frame["pareto"] = _pareto(frame["c_infer"].to_numpy(), frame["m_infer"].to_numpy())
+        frame["note"] = pd.array(
+            [self._note(h, n, c, memory_limit) for h, n, c in zip(self.heads, self.n_params_H, cost_H, strict=True)][:k],
+            dtype="string",
+        )
+        facts = self._uncertain(frame, cost_H, context, objective, memory_limit)
+        by = "expected_regret" if self.known.draws is not None else "cost"
+        order = frame.assign(hopeless=~np.isfinite(frame["cost"])).sort_values(["hopeless", by, "cost"], kind="stable").index
+        frame = frame.loc[order].reset_index(drop=True)
+        frame["rank"] = pd.array(np.arange(1, k + 1), dtype="Int64")
+        frame.loc[~np.isfinite(frame["cost"]), "rank"] = pd.NA
+        return _Rows(frame.reindex(columns=list(CANDIDATES)), facts)
+
+    def _uncertain(
+        self,
+        frame: pd.DataFrame,
+        cost_H: np.ndarray,
+        context: int,
+        objective: objectives.Objective,
+        memory_limit: float | Serving | None,
+    ) -> _Facts:
+        """Adds what the draws say to the candidates."""
+        k, baseline = self.known.n_candidates, self.known.baseline
+        llama3 = np.nan if baseline is None else cost_H[baseline]
+        for name in ("n_params_low", "n_params_high", "cost_low", "cost_high", "probability", "expected_regret"):
+            frame[name] = np.nan
+        frame["saving_vs_llama3"] = 1 - frame["cost"] / llama3
+        if self.known.draws is None:
+            said = (f"no probabilities: {self.known.no_draws}",) if self.known.no_draws else ()
+            return _Facts(np.nan, (np.nan, np.nan), said + self._llama3_missing(llama3))
+        cost_SxH = _limited(objective, self.shape_SxH, context, memory_limit)
+        own = cost_SxH[:, :k]
+        least = own.min(1)
+        reached = np.isfinite(least)
+        tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        frame["n_params_low"], frame["n_params_high"] = quantiles(self.n_params_SxH[:, :k], tails)
+        frame["cost_low"], frame["cost_high"] = quantiles(own, tails)
+        interval, said, chosen = (np.nan, np.nan), [], 0
+        if reached.any():
+            frame["probability"] = np.bincount(own[reached].argmin(1), minlength=k) / reached.sum()
+            frame["expected_regret"] = _regret(own[reached]).mean(0)
+            if np.isfinite(frame["cost"]).any():
+                chosen = int(frame["expected_regret"].where(np.isfinite(frame["cost"])).idxmin())
+        if baseline is None:
+            said += self._llama3_missing(np.nan)
+        else:
+            with np.errstate(invalid="ignore"):  # neither reaches the loss
+                saving_SxH = 1 - own / cost_SxH[:, baseline, None]
+            if np.isnan(llama3):  # no law of its own: the middle of the draws
+                frame["saving_vs_llama3"] = [quantiles(column[~np.isnan(column)], [0.5])[0] for column in saving_SxH.T]
+            interval = tuple(float(x) for x in quantiles(saving_SxH[~np.isnan(saving_SxH[:, chosen]), chosen], tails))
+            said += self.known.draws.notes
+        share = float(1 - reached.mean())
+        if share > 0.005:
+            said.append(f"in {share:.0%} of the draws no size of any H reaches the loss: probabilities are of the others")
+        return _Facts(share, interval, tuple(said))
+
+    def _llama3_missing(self, cost: float) -> tuple[str, ...]:
+        if np.isfinite(cost):
+            return ()
+        return (
+            "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here",
+        )
+
+    def _note(self, heads: Heads, n_params: float, cost: float, memory_limit: float | Serving | None) -> str | None:
+        law = self.laws.get(heads)
+        if law is None:
+            return None
+        if not np.isfinite(n_params):
+            return f"not reached at any size: E = {law.entropy:.4f}"
+        if memory_limit is not None and not np.isfinite(cost):
+            return f"takes more than {_limit_text(memory_limit)}"
+        smallest, largest = law.params.min(), law.params.max()
+        if smallest <= n_params <= largest:
+            return None
+        factor, side = (n_params / largest, "above") if n_params > largest else (smallest / n_params, "below")
+        return f"extrapolated: N* is {factor:.2g}x {side} the trained sizes"
+
+    def warnings(self, heads: Heads, row: pd.Series) -> list[str]:
+        """What makes this answer doubtful."""
+        found = []
+        law = self.laws[heads]
+        highest = max(one.loss.max() for one in self.laws.values())
+        if self.loss > highest:
+            found.append(
+                f"a loss of {self.loss:g} is above every measured one (at most {highest:.3f}): smaller than every trained model"
+            )
+        counts = [h.n_heads for h in self.heads[: self.known.n_candidates] if h.n_heads is not None]
+        if len(counts) > 1 and heads.n_heads == max(counts):
+            found.append(f"{heads} has the most query heads of those that were trained: with more it may be cheaper still")
+        n = row["n_params"]
+        if n > FAR * law.params.max():
+            found.append(
+                f"N* is {n / law.params.max():.0f} times the largest model of {heads}: this is a guess, not a measurement"
+            )
+        elif pd.notna(row["note"]):
+            found.append(f"{heads}: {row['note']}")
+        if np.isfinite(row["n_params_low"]):
+            if not row["n_params_low"] <= n <= row["n_params_high"]:
+                found.append(
+                    f"N* of the curve of {heads} lies outside the interval of the draws, in which the other heads have a say: this H "
+                    "does not follow its neighbours"
+                )
+            if not np.isfinite(row["n_params_high"]):
+                found.append("N* is not bounded above: the data allow an E at or above the loss")
+        return found
+
+
+def _limited(
+    objective: objectives.Objective, shape: costs.Shape, context: int, memory_limit: float | Serving | None
+) -> np.ndarray:
+    """The cost; infinite where a model does not keep the limit, or where no size reaches the loss."""
+    cost = np.asarray(objective(shape, context), np.float64)
+    cost = np.where(np.isfinite(shape.n_layers), cost, np.where(np.isnan(shape.n_layers), np.nan, np.inf))
+    if memory_limit is None:
+        return cost
+    if isinstance(memory_limit, Serving):
+        kept = memory_limit.fits(shape, context)
+    else:
+        kept = costs.infer_memory(shape, context, "exact") <= memory_limit
+    return np.where(kept | np.isnan(cost), cost, np.inf)
+
+
+def _regret(cost_SxH: np.ndarray) -> np.ndarray:
+    return np.minimum(cost_SxH / cost_SxH.min(1, keepdims=True) - 1, NOT_POSSIBLE)
+
+
+def _sizes(loss: float, entropy: np.ndarray, log_a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """N* = a / (L - E)^(1/b); inf where E is not below the loss, nan where there is no law."""
+    gap = loss - entropy
+    with np.errstate(over="ignore"):
+        return np.where(gap <= 0, np.inf, np.exp(log_a - np.log(np.where(gap > 0, gap, 1.0)) / b))
+
+
+def quantiles(values: np.ndarray, at: Sequence[float]) -> list[np.ndarray]:
+    """Quantiles along the first axis by NumPy's linear rule, which between infinite values would give nan; nan of nothing."""
+    if not len(values):
+        return [np.full(values.shape[1:], np.nan)] * len(at)
+    ordered = np.sort(values, 0)
+    found = []
+    for share in at:
+        position = share * (len(ordered) - 1)
+        low = ordered[int(np.floor(position))]
+        high = ordered[int(np.ceil(position))]
+        with np.errstate(invalid="ignore"):
+            found.append(np.where(low == high, low, low + (high - low) * (position - np.floor(position))))
+    return found
+
+
+def _pareto(flops: np.ndarray, memory: np.ndarray) -> np.ndarray:
+    """Whether no other H needs less of one without more of the other."""
+    worse = (flops[None] <= flops[:, None]) & (memory[None] <= memory[:, None])
+    strictly = (flops[None] < flops[:, None]) | (memory[None] < memory[:, None])
+    return ~(worse & strictly).any(1) & np.isfinite(flops)
+
+
+def _buildable(
+    laws: Mapping[Heads, PowerLaw], heads: Heads, n_params: float, table: _Table, context: int, objective: objectives.Objective
+) -> pd.DataFrame:
+    """Real models close to the answer, with the loss their size promises and their cost."""
+    head_dim, vocab_size, rule = 64, 50_304, "figures"
+    if isinstance(laws, LawsByHeads):
+        head_dim, vocab_size, rule = int(laws.head_dim), int(laws.vocab_size), laws.size_convention
+    unit = 64 if n_params > 1e7 else 16
     rows = []
-    for loss in losses:
-        for heads, law in laws.items():
-            row = {"loss": loss, **heads._asdict()}
-            if loss <= law.entropy:
-                rows += [
-                    row | {"context_served": context, "note": f"not reached at any size: E = {law.entropy:.4f}"}
-                    for context in contexts_served
-                ]
-                continue
-            n_params = law.solve(loss)
-            smallest, largest = law.params.min(), law.params.max()
-            if not smallest <= n_params <= largest:
-                factor = n_params / largest if n_params > largest else smallest / n_params
-                row["note"] = (
-                    f"extrapolated: N* is {factor:.2g}x {'above' if n_params > largest else 'below'} the trained sizes"
-                )
-            shape = shape_for(n_params, heads, aspect=aspect, head_dim=head_dim, vocab_size=vocab_size, convention=convention)
-            row |= {"n_params": n_params, "n_layers": shape.n_layers, "d_model": shape.d_model}
-            for context in contexts_served:
-                flops, memory = costs.infer_flops(shape, context, convention), costs.infer_memory(shape, context, convention)
-                rows.append(
-                    row
-                    | {"context_served": context, "c_infer": flops, "m_infer": memory}
-                    | {"z": costs.hardware_aware_cost(memory, flops)}
-                )
-    columns = [
-        "loss",
-        "context_served",
-        "n_heads",
-        "n_kv_heads",
-        "n_params",
-        "n_layers",
-        "d_model",
-        "c_infer",
-        "m_infer",
-        "z",
-        "note",
+    if n_params > LARGEST_BUILT:
+        return pd.DataFrame(
+            columns=["n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_params", "loss", "cost"]
+        )
+    for shape in shape_search.buildable(n_params, heads, table.aspect, head_dim, vocab_size, rule, multiple=unit):
+        count = costs.count_params(shape, rule).non_embedding
+        rows.append(
+            {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_heads": shape.n_heads, "n_kv_heads": shape.n_kv_heads,
+             "head_dim": shape.head_dim, "d_ff": shape.d_ff, "n_params": count, "loss": float(laws[heads].predict(count)),
+             "cost": float(objective(shape, context))}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _aspect(laws: Mapping[Heads, PowerLaw]) -> Aspect:
+    return laws.aspect if isinstance(laws, LawsByHeads) else paper_aspect()
+
+
+def _check(loss: float, contexts: Sequence[int]) -> None:
+    if not (np.isfinite(loss) and loss > 0):
+        raise ValueError(f"loss = {loss}: must be a number above 0, in nats per token")
+    for context in contexts:
+        if not (np.isfinite(context) and context >= 1):
+            raise ValueError(f"context_served = {context}: must be at least 1 token")
+
+
+def _common_warnings(laws: Mapping[Heads, PowerLaw]) -> list[str]:
+    found = [w for law in laws.values() for w in law.warnings]
+    if isinstance(laws, LawsByHeads):
+        found = ([laws.source] if laws.source else []) + [*laws.warnings, *found]
+    return list(dict.fromkeys(found))
+
+
+def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFrame, memory_limit: float | Serving | None) -> str:
+    least = min(law.entropy for law in laws.values())
+    lowest = min(law.loss.min() for law in laws.values())
+    if loss <= least:
+        return (
+            f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss is "
+            f"{lowest:.4f}, so ask for {least + 0.25 * (lowest - least):.3f} or more"
+        )
+    return (
+        f"no head configuration reaches a loss of {loss:g} within {_limit_text(memory_limit)} at this context: allow more memory, "
+        "a higher loss, a shorter context or a smaller batch"
+    )
+
+
+def _limit_text(memory_limit: float | Serving | None) -> str:
+    if isinstance(memory_limit, Serving):
+        return f"the {memory_limit.n_devices * memory_limit.chip.memory_bytes / 1e9:.4g} GB of {memory_limit.n_devices} x {memory_limit.chip.name}"
+    return f"the {(memory_limit or 0) / 1e9:.4g} GB of the limit"
+
+
+def _heads(row: pd.Series) -> Heads:
+    return Heads(None if pd.isna(row["n_heads"]) else int(row["n_heads"]), int(row["n_kv_heads"]))
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain Python values."""
+    return [
+        {
+            key: None if pd.isna(v) or (isinstance(v, float) and not np.isfinite(v)) else v.item() if hasattr(v, "item") else v
+            for key, v in row.items()
+        }
+        for row in frame.to_dict("records")
     ]
-    table = pd.DataFrame(rows).reindex(columns=columns).astype({"note": "string"})
-    table["rank"] = table.groupby(["loss", "context_served"])[COSTS[cost]].rank(method="first").astype("Int64")
-    return table.sort_values(["loss", "context_served", "rank"], ascending=[False, True, True], ignore_index=True)

@@ -1,4 +1,4 @@
-"""`python -m launch plan|run|status|logs|cancel|retry|export GRID`: a grid of training runs, from plan to tables.
+"""`python -m launch plan|run|status|logs|cancel|retry|export|fit|optimum|report GRID`: a grid of training runs, from plan to answer.
 
 Imports no jax.
 """
@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from gqa_jax import prices, slices, storage
 from gqa_jax.config import ConfigError
-from launch import executor, fit, grid, local, run, screen, state
+from launch import analysis, executor, fit, grid, local, run, screen, state
 from launch.executor import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
 from launch.grid import Cell, Grid, Layout
@@ -39,6 +39,9 @@ examples:
   python -m launch logs configs/grids/quickstart.py CELL --follow
   python -m launch cancel configs/grids/paper.py CELL               end its job; what it saved stays
   python -m launch retry configs/grids/quickstart.py                let `run` start failed cells again
+  python -m launch optimum --preset paper --context 128K --loss 2.615      the cheapest heads, from the paper's data
+  python -m launch optimum configs/grids/quickstart.py --context 32K --loss 1.9      from your own runs
+  python -m launch report configs/grids/quickstart.py               everything that is known, as one HTML file
 
 exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status)
 """
@@ -48,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
+        if hasattr(arguments, "ask"):
+            return analysis.ask(arguments, _console())
         the_grid = grid.load(arguments.grid)
         layout = Layout(storage.path(arguments.root or f"runs/{the_grid.name}"))
         return arguments.act(arguments, the_grid, grid.cells(the_grid), layout, _console())
@@ -128,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("retry", _retry, "let `run` start failed and diverged cells again; what they left is kept aside")
     command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that failed)")
     add("export", _export, "loss and cost tables, fits, cheapest heads, pictures")
+    analysis.add_commands(commands)
     return parser
 
 

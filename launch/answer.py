@@ -1,4 +1,4 @@
-"""Tables, fits, pictures and the cheapest heads of a finished grid. Imports no jax."""
+"""Tables, laws, the cheapest heads and pictures of a finished grid, and what is printed of them. Imports no jax."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gqa_jax import laws, optimum, plots, results, storage
+from gqa_jax import optimum, plots, results, storage
+from gqa_jax.laws import LawsByHeads, validation
+from gqa_jax.optimum import Answer
+from launch import studies
 from launch.grid import Layout
 from launch.screen import short
+from launch.studies import Fits, Fitted, Source
 
 
 @contextlib.contextmanager
@@ -32,9 +36,15 @@ def outputs(layout: Layout) -> Iterator[Layout]:
 
 
 def write(layout: Layout, console: Console) -> None:
-    """Tables, fits, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer."""
+    """Tables, laws, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer."""
     with outputs(layout) as out:
-        answer(layout, out, write_tables(layout, out), console)
+        loss = write_tables(layout, out)
+        source = studies.of_grid(os.fspath(layout.root), None)
+        fits = studies.fit(source)
+        tables = write_fits(fits, out)
+        for one in fits.fitted:
+            _draw(out, source.name, one)
+    _print(source, fits, loss, tables, console)
     console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
 
 
@@ -59,90 +69,91 @@ def write_table(path: epath.PathLike, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def answer(layout: Layout, out: Layout, loss: pd.DataFrame, console: Console) -> None:
-    """Fits every training context, prints and writes fits, cheapest heads per served context, and pictures.
+def write_fits(fits: Fits, out: Layout) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Writes tables/fits.csv and tables/optimum.csv, of every training context that has laws; returns both, or None."""
+    if not fits.fitted:
+        return None
+    laws = pd.concat([fit_table(one) for one in fits.fitted], ignore_index=True)
+    optima = pd.concat([map_table(one) for one in fits.fitted], ignore_index=True)
+    write_table(out.tables / "fits.csv", lambda path: laws.to_csv(path, index=False))
+    write_table(out.tables / "optimum.csv", lambda path: optima.to_csv(path, index=False))
+    return laws, optima
 
-    A context that can't be fitted is said so, and the others go on.
+
+def fit_table(one: Fitted) -> pd.DataFrame:
+    """One row per H: context, n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals, r_squared, points, sigma,
+    status, warnings.
     """
-    facts = results.grid_facts(layout.root)
-    fits, optima = [], []
+    laws = one.laws
+    frame = laws.intervals()
+    frame.insert(0, "context", one.context)
+    frame["n_heads"] = frame["n_heads"].astype("Int64")
+    frame["r_squared"] = [law.r_squared for law in laws.values()]
+    frame["points"] = [len(law.loss) for law in laws.values()]
+    frame["sigma"], frame["status"] = laws.sigma, laws.status
+    common = list(dict.fromkeys([*laws.warnings, *(w for law in laws.values() for w in law.warnings)]))
+    frame["warnings"] = "; ".join(common)
+    return frame
+
+
+def map_table(one: Fitted) -> pd.DataFrame:
+    """Every H for every loss and served context: `gqa_jax.optimum.optimum_map`, and the context of the training."""
+    frame = optimum.optimum_map(one.laws, one.losses, one.contexts_served, convention=one.convention)
+    frame.insert(0, "context", one.context)
+    return frame.sort_values(
+        ["context", "loss", "context_served", "rank"], ascending=[True, False, True, True], ignore_index=True
+    )
+
+
+def _print(
+    source: Source, fits: Fits, loss: pd.DataFrame, tables: tuple[pd.DataFrame, pd.DataFrame] | None, console: Console
+) -> None:
     if len(commits := loss["commit"].dropna().unique()) > 1:
         names = ", ".join(commit[:12] + "+" * commit.endswith("+") for commit in commits)
         console.print(f"[yellow]warning:[/] cells were trained by {len(commits)} commits: {names}")
-    for context, rows in loss.groupby("context"):
-        continued = rows["continue_from"].notna()
-        if continued.any() and not continued.all():  # other runs altogether: one law can't hold for both
-            console.print(f"context {context}: {continued.sum()} cells that continue others are left out of the fit")
-            rows = rows[~continued]
-        try:
-            by_heads = laws.fit_by_heads(rows)
-        except ValueError as error:
-            console.print(f"context {context}: no fit: {error}")
-            continue
-        fits.append(_fit_table(int(context), by_heads))
-        targets = facts["losses"] or _reachable(by_heads)
-        table = optimum.best_heads(
-            by_heads,
-            targets,
-            facts["contexts_served"],
-            convention=facts["convention"],
-            aspect=plots.table_aspect(rows),
-            head_dim=float(rows["head_dim"].iloc[0]),
-            vocab_size=float(rows["vocab_size"].iloc[0]),
-        )
-        table.insert(0, "context", int(context))
-        optima.append(table)
-        _draw(out, int(context), rows, by_heads, facts)
-    if not fits:
+    for context, why in fits.unfitted.items():
+        console.print(f"context {context}: no fit: {why}")
+    if tables is None:
         return
-    fit_table, optimum_table = pd.concat(fits, ignore_index=True), pd.concat(optima, ignore_index=True)
-    write_table(out.tables / "fits.csv", lambda path: fit_table.to_csv(path, index=False))
-    write_table(out.tables / "optimum.csv", lambda path: optimum_table.to_csv(path, index=False))
-    console.print(_loss_screen(loss))
-    console.print(_fit_screen(fit_table))
-    for warning in dict.fromkeys(w for text in fit_table["warnings"] for w in text.split("; ") if w):
-        console.print(f"[yellow]warning:[/] {warning}")
-    console.print(_optimum_screen(optimum_table, facts["convention"]))
+    console.print(loss_screen(loss))
+    for one in sorted(fits.fitted, key=lambda one: one.context):
+        print_laws(one, tables[0][tables[0]["context"] == one.context], console)
+    console.print(map_screen(tables[1], source.convention))
 
 
-def _fit_table(context: int, by_heads: dict[laws.Heads, laws.PowerLaw]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"context": context, **heads._asdict(), "a": law.a, "b": law.b, "entropy": law.entropy, "r_squared": law.r_squared,
-         "points": len(law.loss), "warnings": "; ".join(law.warnings)}
-        for heads, law in by_heads.items()
-    )  # fmt: skip
+def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
+    """The laws of one training context, and what is doubtful about them."""
+    console.print(fit_screen(one, table))
+    for warning in dict.fromkeys([*one.laws.warnings, *(w for law in one.laws.values() for w in law.warnings)]):
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
 
 
-def _reachable(by_heads: dict[laws.Heads, laws.PowerLaw]) -> list[float]:
-    """Three losses that every H reaches inside the sizes it was trained at, where the ranges overlap; else their middle."""
-    low = max(law.predict(law.params.max()) for law in by_heads.values())
-    high = min(law.predict(law.params.min()) for law in by_heads.values())
-    if low >= high:
-        return [round(float((low + high) / 2), 3)]
-    return [round(float(x), 3) for x in np.linspace(high, low, 5)[1:4]]
-
-
-def _draw(layout: Layout, context: int, rows: pd.DataFrame, by_heads: dict, facts: dict) -> None:
-    label = plots.context_label(context)
-    trained = f"trained at T = {label}"
-    ax = plots.loss_vs_params(by_heads, title=f"{facts['name']}: loss against size, {trained}")
-    plots.save(ax.figure, layout.figures / f"loss-params-t{context}")
-    for served in _few(facts["contexts_served"]):
-        ax = plots.loss_vs_cost(
-            rows,
-            by_heads,
-            served,
-            convention=facts["convention"],
-            title=f"{facts['name']}: loss against cost at {plots.context_label(served)}, {trained}",
+def print_checks(one: Fitted, console: Console) -> None:
+    """How the laws do on runs that they have not seen."""
+    if one.rows.empty:
+        return
+    frame, said = validation.hold_out_all(one.rows)
+    said += validation.lack_of_fit(one.laws, one.rows).warnings
+    if not frame.empty:
+        view = Table(
+            title="Held-out runs: predicted minus measured loss, nats per token", title_justify="left", box=box.SIMPLE_HEAD
         )
-        plots.save(ax.figure, layout.figures / f"loss-cost-t{context}-served{served}")
+        for name in ("held out", "model", "runs", "mean", "rms", "worst", "inside 95%"):
+            view.add_column(name, justify="left" if name in ("held out", "model") else "right")
+        for row in validation.summary(frame).itertuples():
+            errors = [f"{x:+.4f}" for x in (row.mean_error, row.rms_error, row.worst_error)]
+            errors[1] = errors[1].lstrip("+")
+            inside = "" if pd.isna(row.covered) else f"{row.covered:.0%}"
+            view.add_row(
+                row.scheme.replace("_", " "), row.model.replace("_", " "), f"{row.predicted} of {row.runs}", *errors, inside
+            )
+        console.print(view)
+    for sentence in [*said, *validation.doubts(frame)]:
+        console.print(f"[yellow]warning:[/] {sentence}", highlight=False)
 
 
-def _few(contexts: Sequence[int]) -> list[int]:
-    return sorted({contexts[0], contexts[-1]})
-
-
-def _loss_screen(loss: pd.DataFrame) -> Table:
+def loss_screen(loss: pd.DataFrame) -> Table:
+    """Losses by context, heads and size."""
     view = Table(
         title="Held-out loss, nats per token (± standard error over documents)", title_justify="left", box=box.SIMPLE_HEAD
     )
@@ -160,36 +171,166 @@ def _loss_screen(loss: pd.DataFrame) -> Table:
     return view
 
 
-def _fit_screen(table: pd.DataFrame) -> Table:
-    view = Table(title="L(N; H) = (a / N)^b + E, E shared by the heads of a context", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("context", "heads", "a", "b", "E", "R²", "runs"):
-        view.add_column(name, justify="right")
+def fit_screen(one: Fitted, table: pd.DataFrame) -> Table:
+    """Coefficients with their intervals."""
+    laws = one.laws
+    noise = "no degrees of freedom" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
+    title = (
+        f"Trained at T = {one.context:,}: L(N; H) = (a / N)^b + E, {'one E for all heads' if laws.shared_entropy else 'an E per H'}; "
+        f"{laws.status}, {noise}; 95% intervals"
+    )
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("heads", "a", "b", "E", "R²", "runs"):
+        view.add_column(name, justify="right", no_wrap=True)
     for row in table.itertuples():
         view.add_row(
-            f"{row.context:,}",
-            f"({row.n_heads},{row.n_kv_heads})",
-            short(row.a),
-            f"{row.b:.4f}",
-            f"{row.entropy:.4f}",
+            heads_text(row.n_heads, row.n_kv_heads),
+            f"{short(row.a)}{_range(row.a_low, row.a_high, short)}",
+            f"{row.b:.4f}{_range(row.b_low, row.b_high, '{:.4f}'.format)}",
+            f"{row.entropy:.4f}{_range(row.entropy_low, row.entropy_high, '{:.3f}'.format)}",
             f"{row.r_squared:.5f}",
             str(row.points),
         )
     return view
 
 
-def _optimum_screen(table: pd.DataFrame, convention: str) -> Table:
+def map_screen(table: pd.DataFrame, convention: str) -> Table:
+    """The answer for every loss and served context."""
     view = Table(
-        title=f"Cheapest heads (n_h, n_kv) by Z, {convention} convention; * N* outside the trained sizes", title_justify="left"
+        title=f"Cheapest heads (n_h, n_kv) by Z, {convention} convention, and the probability that no other H is cheaper; "
+        "* N* outside the trained sizes",
+        title_justify="left",
     )
     served = sorted(table["context_served"].unique())
     for name in ("trained at", "loss", *(f"served {plots.context_label(int(c))}" for c in served)):
         view.add_column(name, justify="right")
-    best = table[table["rank"] == 1]
-    for (context, loss), rows in best.groupby(["context", "loss"], sort=False):
-        cells = {row.context_served: _winner(row) for row in rows.itertuples()}
+    for (context, loss), rows in table.groupby(["context", "loss"], sort=False):
+        cells = {row.context_served: _winner(row) for row in rows[rows["rank"] == 1].itertuples()}
         view.add_row(f"{context:,}", f"{loss:.3f}", *(cells.get(c, "not reached") for c in served))
     return view
 
 
+def print_answer(found: Answer, source: Source, one: Fitted, console: Console) -> None:
+    """One question's answer: a sentence, the candidates, models to build, warnings."""
+    unit = f" {found.objective['unit']}" if found.objective["unit"] else ""
+    if one.laws.source:
+        console.print(one.laws.source, highlight=False)
+    n = f"{size_text(found.n_params)} parameters{_range(*found.n_params_interval, size_text)}"
+    sure = "" if np.isnan(found.probability) else f"; no other is cheaper with a probability of {share_text(found.probability)}"
+    console.print(
+        f"\n[bold]{heads_text(*found.heads)}[/] query and key/value heads, {n}{sure}",
+        f"loss {found.loss:g} served at {found.context_served:,} tokens: {found.objective['label']} {short(found.cost)}{unit}"
+        f"{_range(*found.cost_interval, short)}",
+        sep="\n", highlight=False,
+    )  # fmt: skip
+    if not np.isnan(found.saving_vs_llama3):
+        saves = "saves" if found.saving_vs_llama3 >= 0 else "costs more by"
+        console.print(
+            f"{saves} {abs(found.saving_vs_llama3):.1%}{_range(*found.saving_interval, '{:.1%}'.format)} against Llama 3's heads at the same loss",
+            highlight=False,
+        )
+    if found.runner_up is not None and not np.isnan(found.regret_of_runner_up):
+        console.print(
+            f"next best {heads_text(*found.runner_up)}: expected to cost {found.regret_of_runner_up:.2%} more than the cheapest "
+            f"(this answer {found.expected_regret:.2%})",
+            highlight=False,
+        )
+    console.print(_candidates_screen(found, one.laws))
+    built = ", ".join(
+        f"{row.n_layers} x {row.d_model} (loss {row.loss:.3f}, {short(row.cost)}{unit})" for row in found.buildable.itertuples()
+    )
+    console.print(f"closest models, layers x hidden size: {built}", highlight=False)
+    for warning in found.warnings:
+        if warning != one.laws.source:
+            console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+
+
+def _candidates_screen(found: Answer, laws: LawsByHeads) -> Table:
+    unit = found.objective["unit"]
+    view = Table(box=box.SIMPLE_HEAD)
+    for name in (
+        "heads",
+        "N*, 95%",
+        "L x d",
+        f"cost{f', {unit}' if unit else ''}, 95%",
+        "P(cheapest)",
+        "expected regret",
+        "vs Llama 3",
+        "N* against trained sizes",
+    ):
+        view.add_column(name, justify="left" if name.startswith("N* a") else "right", no_wrap=not name.startswith("N* a"))
+    for row in found.candidates.itertuples():
+        if not np.isfinite(row.cost):
+            view.add_row(heads_text(row.n_heads, row.n_kv_heads), "", "", "", "", "", "", row.note)
+            continue
+        view.add_row(
+            heads_text(row.n_heads, row.n_kv_heads),
+            f"{size_text(row.n_params)}{_range(row.n_params_low, row.n_params_high, size_text)}",
+            f"{row.n_layers:.1f} x {row.d_model:.0f}",
+            f"{short(row.cost)}{_range(row.cost_low, row.cost_high, short)}",
+            "" if np.isnan(row.probability) else share_text(row.probability),
+            "" if np.isnan(row.expected_regret) else f"{row.expected_regret:.2%}",
+            "" if np.isnan(row.saving_vs_llama3) else f"{-row.saving_vs_llama3:+.1%}",
+            "" if pd.isna(row.note) else row.note.removeprefix("extrapolated: ").removesuffix(" the trained sizes"),
+        )
+    return view
+
+
+def conventions_screen(frame: pd.DataFrame) -> Table:
+    """`gqa_jax.optimum.convention_sensitivity`."""
+    view = Table(
+        title="The answer by Z in other conventions, and what the first one would cost there",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("FLOPs of", "memory in", "heads", "P(cheapest)", "vs Llama 3", "regret of the first"):
+        view.add_column(name, justify="right")
+    for row in frame.itertuples():
+        known = ["" if np.isnan(x) else f"{x:.1%}" for x in (row.probability, -row.saving_vs_llama3)]
+        view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, f"{row.regret:.2%}")
+    return view
+
+
+def heads_text(n_heads: int | None, n_kv_heads: int) -> str:
+    """(8,1), or (d/d_h,8) where query heads fill the width."""
+    return f"({'d/d_h' if n_heads is None or pd.isna(n_heads) else int(n_heads)},{int(n_kv_heads)})"
+
+
+def size_text(n_params: float) -> str:
+    """Parameters: 2.08B."""
+    return short(n_params).replace("G", "B")
+
+
+def share_text(share: float) -> str:
+    """A probability; one that draws can't tell from 0 or 1 is not called so."""
+    return ">99.9%" if share > 0.999 else "<0.1%" if share < 0.001 else f"{share:.1%}"
+
+
+def _range(low: float, high: float, text: Callable[[float], str]) -> str:
+    if np.isnan(low) or np.isnan(high):
+        return ""
+    return f" ({text(low)} to {'more' if np.isinf(high) else text(high)})"
+
+
 def _winner(row) -> str:
-    return f"({row.n_heads},{row.n_kv_heads}) N={short(row.n_params)}" + ("" if pd.isna(row.note) else "*")
+    sure = "" if np.isnan(row.probability) else f" {row.probability:.0%}"
+    return f"{heads_text(row.n_heads, row.n_kv_heads)}{sure} N={size_text(row.n_params)}" + ("" if pd.isna(row.note) else "*")
+
+
+def _draw(layout: Layout, name: str, one: Fitted) -> None:
+    trained = f"trained at T = {plots.context_label(one.context)}"
+    ax = plots.loss_vs_params(one.laws, title=f"{name}: loss against size, {trained}")
+    plots.save(ax.figure, layout.figures / f"loss-params-t{one.context}")
+    for served in _few(one.contexts_served):
+        ax = plots.loss_vs_cost(
+            one.rows,
+            one.laws,
+            served,
+            convention=one.convention,
+            title=f"{name}: loss against cost at {plots.context_label(served)}, {trained}",
+        )
+        plots.save(ax.figure, layout.figures / f"loss-cost-t{one.context}-served{served}")
+
+
+def _few(contexts: Sequence[int]) -> list[int]:
+    return sorted({contexts[0], contexts[-1]})

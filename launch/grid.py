@@ -145,7 +145,7 @@ def continued(
         tokens=tokens,
         tokens_per_param=None,
         steps=None,
-        continue_from=_reference(source),
+        continue_from=reference(source),
         mesh=None,
         accumulation_steps=None,
         context_attention=None,
@@ -217,7 +217,7 @@ def cells(grid: Grid) -> list[Cell]:
                 raise ConfigError(
                     f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed"
                 )
-            result[cell.name] = by_reference[_reference(config)] = cell
+            result[cell.name] = by_reference[reference(config)] = cell
     return list(result.values())
 
 
@@ -237,7 +237,7 @@ def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | N
     return Cell(config, fingerprint, parent.name, hash_identity(parent.identity))
 
 
-def _reference(config: TrainConfig) -> str:
+def reference(config: TrainConfig) -> str:
     """Stands for a configuration of the same grid in `continue_from`, until `cells` knows what its folder is called."""
     return f"cell {hash_identity(config.identity(config.data.store, config.continue_from), 16)}"
 

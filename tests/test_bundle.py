@@ -83,10 +83,10 @@ def test_files_that_git_does_not_ignore(checkout):
     for name in ("gqa_jax/new.py", "gqa_jax/ignored.py", "configs/clusters/mine.toml", "notes.txt"):
         (checkout / name).write_text("")
     (checkout / ".gitignore").write_text("ignored.py\n")
-    (checkout / "gqa_jax" / "plots.py").unlink()  # tracked, and not there any more
+    (checkout / "gqa_jax" / "prices.py").unlink()  # tracked, and not there any more
     names = set(members(bundle.pack(checkout, commit="c")))
     assert "gqa_jax/new.py" in names
-    assert not names & {"gqa_jax/ignored.py", "configs/clusters/mine.toml", "notes.txt", "gqa_jax/plots.py"}
+    assert not names & {"gqa_jax/ignored.py", "configs/clusters/mine.toml", "notes.txt", "gqa_jax/prices.py"}
 
 
 def test_without_git(checkout, packed):

@@ -1,67 +1,258 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, optimum
-from gqa_jax.laws import Heads, PowerLaw
+from gqa_jax import costs, laws, objectives, optimum, presets, shape_search
+from gqa_jax.laws import LLAMA3, Heads, PowerLaw
+from gqa_jax.serving import Serving
+from gqa_jax.shapes import Aspect, paper_aspect
+from tests.law_tables import TRACED, synthetic
 
-# The paper's own curves of Figure 2, traced: L = 1.95 + A (N / 1e9)^-b.
-CURVES = {(8, 8): (0.7257, 0.1803), (8, 1): (0.7517, 0.1748), (4, 1): (0.7677, 0.1721), (1, 1): (0.8346, 0.1641)}
+# arXiv 2503.09579v2, Table 4: loss -> (n_h, n_kv) served at 8K, 16K, 32K, 64K, 128K.
+CONTEXTS = (8192, 16_384, 32_768, 65_536, 131_072)
+TABLE_4 = {
+    3.0: "32,1 16,1 8,1 4,1 4,1",
+    2.9: "32,1 16,1 16,1 8,1 4,1",
+    2.8: "32,2 16,1 16,1 8,1 8,1",
+    2.7: "32,4 16,2 16,1 16,1 8,1",
+    2.6: "32,8 16,4 16,2 16,2 8,1",
+    2.5: "32,16 16,8 16,4 16,2 16,2",
+    2.4: "32,32 32,32 32,8 32,8 32,4",
+    2.35: "32,32 32,32 32,32 32,16 32,8",
+}
 
 
-def laws():
+def table_4():
+    for loss, row in TABLE_4.items():
+        for context, cell in zip(CONTEXTS, row.split(), strict=True):
+            yield loss, context, tuple(map(int, cell.split(",")))
+
+
+def traced():
+    """The curves of the paper's Figure 2 as plain laws, without draws."""
     sizes = np.array([75e6, 1.2e9])
-    return {Heads(*h): PowerLaw(1e9 * a ** (1 / b), b, 1.95, 1.0, sizes, np.zeros(2)) for h, (a, b) in CURVES.items()}
+    return {Heads(*h): PowerLaw(1e9 * a ** (1 / b), b, 1.95, 1.0, sizes, np.array([3.2, 2.6])) for h, (a, b) in TRACED.items()}
 
 
-def test_shape_has_the_size_and_the_aspect_that_were_asked_for():
-    aspect = optimum.paper_aspect()
-    for n in (1e6, 3e8, 2e9, 1e11):
-        shape = optimum.shape_for(n, Heads(8, 1), aspect=aspect, head_dim=64, vocab_size=50_304, convention="figures")
-        assert costs.count_params(shape, "figures").non_embedding == pytest.approx(n, rel=1e-9)
-        assert shape.d_model / shape.n_layers == pytest.approx(aspect(n))
+@pytest.fixture(scope="module")
+def paper():
+    return presets.load("paper")
 
 
-def test_table_4_at_128k():
-    """Of Table 4's column at 128K, the cells of L* = 3.0 and 2.9 are (4,1) and of 2.8 is (8,1), from the paper's own curves."""
-    table = optimum.best_heads(laws(), [3.0, 2.9, 2.7], [131_072])
-    best = table[table["rank"] == 1].set_index("loss")
-    assert tuple(best.loc[3.0, ["n_heads", "n_kv_heads"]]) == (4, 1)
-    assert tuple(best.loc[2.9, ["n_heads", "n_kv_heads"]]) == (4, 1)
-    assert tuple(best.loc[2.7, ["n_heads", "n_kv_heads"]]) == (8, 1)
+class TestPaper:
+    def test_table_4_by_the_curves_of_figure_2(self):
+        """Of the 9 cells won by a head configuration of Figure 2, 8 come out, with nothing fitted to Table 4; the miss costs 0.14%."""
+        frame = optimum.best_heads(traced(), list(TABLE_4), CONTEXTS, aspect=Aspect.constant(64))
+        cells = [cell for cell in table_4() if cell[2] in TRACED]
+        assert len(cells) == 9
+        regrets = [_regret(frame, *cell) for cell in cells]
+        assert sum(regret == 0 for regret in regrets) == 8
+        assert max(regrets) == pytest.approx(0.0014, abs=0.0001)
+
+    def test_table_4_by_the_calibrated_preset(self):
+        calibrated = presets.load("paper-table4")
+        frame = optimum.best_heads(calibrated, list(TABLE_4), CONTEXTS)
+        regrets = [_regret(frame, *cell) for cell in table_4()]
+        assert sum(regret == 0 for regret in regrets) == 33
+        assert max(regrets) < 0.007
+
+    def test_flops_per_token_can_not_give_table_4(self):
+        """FLOPs of a token are 0.3% of Z, so the paper must mean those of a sequence."""
+        frame = optimum.optimum_map(
+            presets.load("paper-table4"), list(TABLE_4), CONTEXTS, objectives.Z("figures", "per_token"), draws=0
+        )
+        assert sum(_regret(frame, *cell) == 0 for cell in table_4()) <= 22
+
+    def test_figure_1_from_the_papers_points(self, paper):
+        """(8,1) against Llama 3's (32,8) at L x d = 32 x 2048, whose measured loss is 2.6145: -50.8% memory, -57.8% FLOPs."""
+        llama = costs.Shape(32, 2048, 32, 8)
+        ours = shape_search.solve_shape(paper[Heads(8, 1)].solve(2.6145), Heads(8, 1), paper_aspect())
+        memory = costs.infer_memory(ours, 131_072, "figures") / costs.infer_memory(llama, 131_072, "figures") - 1
+        flops = costs.infer_flops(ours, 131_072, "figures") / costs.infer_flops(llama, 131_072, "figures") - 1
+        assert memory == pytest.approx(-0.508, abs=0.003)
+        assert flops == pytest.approx(-0.578, abs=0.003)
+
+    def test_the_answer_at_128k(self, paper):
+        found = optimum.search(paper, 2.615, 131_072)
+        assert found.heads == Heads(8, 1)
+        assert found.n_params == pytest.approx(2.08e9, rel=0.005)
+        assert found.n_params_interval[0] < 2.02e9 < found.n_params_interval[1]  # of the paper's own E, 1.95
+        assert found.probability > 0.9
+        assert 0.25 < found.saving_interval[0] < found.saving_vs_llama3 < found.saving_interval[1] < 0.4
+        assert any("preset paper" in w for w in found.warnings)
+
+    def test_memory_alone_and_flops_alone(self, paper):
+        memory = optimum.search(paper, 2.615, 131_072, objectives.make("memory", convention="figures"))
+        flops = optimum.search(paper, 2.615, 131_072, objectives.make("flops", convention="figures"))
+        assert memory.heads.n_kv_heads == 1
+        assert flops.heads.n_heads < memory.heads.n_heads
+        assert set(zip(memory.candidates["n_heads"][memory.candidates["pareto"]], [1] * 3, strict=True)) == {
+            (8, 1),
+            (4, 1),
+            (2, 1),
+        }
 
 
-def test_longer_contexts_never_want_more_kv_cache():
-    table = optimum.best_heads(laws(), [2.8], [1024, 8192, 131_072], cost="memory")
-    best = table[table["rank"] == 1].sort_values("context_served")
-    assert best["n_kv_heads"].is_monotonic_decreasing
+class TestSearch:
+    def test_equals_the_search_by_hand(self, paper):
+        """One H, one draw at a time, through the public pieces."""
+        found = optimum.search(paper, 2.7, 65_536, draws=50, seed=3)
+        drawn = paper.draws(50, 3)
+        costs_SxH = np.array(
+            [
+                [
+                    objectives.Z()(
+                        shape_search.solve_shape(np.exp(la - np.log(2.7 - e) / b), h, paper.aspect, 64, 50_304, "figures"),
+                        65_536,
+                    )
+                    for h, e, la, b in zip(drawn.heads, *rows, strict=True)
+                ]
+                for rows in zip(drawn.entropy_SxH, drawn.log_a_SxH, drawn.b_SxH, strict=True)
+            ]
+        )
+        own = costs_SxH[:, [h != LLAMA3 for h in drawn.heads]]
+        names = [h for h in drawn.heads if h != LLAMA3]
+        by_heads = found.candidates.set_index(["n_heads", "n_kv_heads"])
+        for i, heads in enumerate(names):
+            assert by_heads.loc[tuple(heads), "probability"] == pytest.approx(np.mean(own.argmin(1) == i))
+            assert by_heads.loc[tuple(heads), "expected_regret"] == pytest.approx(np.mean(own[:, i] / own.min(1) - 1))
+        i = names.index(found.heads)
+        saving = 1 - own[:, i] / costs_SxH[:, drawn.heads.index(LLAMA3)]
+        assert found.saving_interval == pytest.approx(tuple(np.quantile(saving, [0.025, 0.975])))
+        assert found.candidates["probability"].sum() == pytest.approx(1)
+
+    def test_chooses_the_least_expected_regret_not_the_cheapest_curve(self):
+        """Two H of nearly equal cost, one of them known badly: its curve is a little cheaper, but it may be far worse."""
+        frame = laws.fit_by_heads(synthetic(noise=0.004, seed=5))
+        found = optimum.search(frame, 2.7, 65_536)
+        assert found.expected_regret == found.candidates["expected_regret"].min()
+        assert found.regret_of_runner_up >= found.expected_regret
+
+    def test_models_that_can_be_built_are_near(self, paper):
+        found = optimum.search(paper, 2.7, 131_072)
+        for row in found.buildable.itertuples():
+            assert row.n_layers == int(row.n_layers)
+            assert row.d_model % 64 == 0
+            assert row.n_params == pytest.approx(found.n_params, rel=0.05)
+            assert row.cost == pytest.approx(found.cost, rel=0.05)
+            assert row.loss == pytest.approx(2.7, abs=0.01)
+
+    def test_what_must_fit_a_device_can_change_the_heads(self, paper):
+        h100 = Serving("h100", batch=24)
+        free = optimum.search(paper, 2.615, 131_072, objectives.make("memory"))
+        flops = optimum.search(paper, 2.615, 131_072, objectives.make("flops"), memory_limit=h100)
+        assert h100.fits(shape_search.solve_shape(flops.n_params, flops.heads, paper.aspect), 131_072)
+        held = flops.candidates[~np.isfinite(flops.candidates["cost"])]
+        assert not held.empty
+        assert held["note"].str.contains("60 GB of 1 x h100").all()
+        assert held["rank"].isna().all()
+        with pytest.raises(ValueError, match=r"no head configuration reaches a loss of 2.615 within the 1 GB of the limit"):
+            optimum.search(paper, 2.615, 131_072, memory_limit=1e9)
+        assert free.candidates["cost"].notna().all()
+
+    def test_json_is_plain(self, paper):
+        text = json.dumps(optimum.search(paper, 2.7, 131_072).to_dict(), allow_nan=False)
+        values = json.loads(text)
+        wanted = {
+            "n_heads",
+            "n_kv_heads",
+            "n_params",
+            "n_params_interval",
+            "probability",
+            "cost",
+            "saving_vs_llama3",
+            "candidates",
+        }
+        assert wanted <= set(values)
+        assert {row["n_heads"] for row in values["candidates"]} == {1, 2, 4, 8}
+
+    def test_no_number_looks_sure_without_degrees_of_freedom(self):
+        """Three sizes of one H: the curve passes through every point."""
+        rows = synthetic(noise=0.002, heads=[(8, 1)], sizes=[(6, 512), (12, 768), (16, 1024)])
+        found = optimum.search(laws.fit_by_heads(rows), 2.9, 8192)
+        assert np.isnan(found.probability)
+        assert np.isnan(found.n_params_interval).all()
+        assert np.isnan(found.saving_vs_llama3)
+        text = " ".join(found.warnings)
+        assert "no probabilities: as many coefficients as runs" in text
+        assert "no saving against Llama 3's heads" in text
 
 
-def test_an_unreachable_loss_and_an_extrapolated_size_are_said():
-    table = optimum.best_heads(laws(), [1.9, 2.3], [8192])
-    unreachable, far = table[table["loss"] == 1.9], table[table["loss"] == 2.3]
-    assert unreachable["z"].isna().all()
-    assert unreachable["rank"].isna().all()
-    assert unreachable["note"].str.contains("E = 1.9500").all()
-    assert far["note"].str.contains("above the trained sizes").all()
+class TestLlama3:
+    def test_without_runs_of_its_own_the_head_law_has_it(self):
+        """A grid whose heads hold neither d / 64 at three sizes; the truth is smooth in the heads."""
+        heads = [(1, 1), (4, 1), (8, 1), (8, 8), (16, 1), (16, 8), (32, 1), (32, 8), (32, 32)]
+        table = synthetic(noise=0.001, seed=1, heads=heads)
+        table = table[table["n_heads"] * 64 != table["d_model"]]
+        fitted = laws.fit_by_heads(table)
+        found = optimum.search(fitted, 2.7, 131_072)
+        assert any("from the head law" in w for w in found.warnings)
+        assert 0.2 < found.saving_interval[0] < found.saving_vs_llama3 < found.saving_interval[1] < 0.6
 
 
-def test_aspect_is_linear_between_known_sizes_and_constant_outside():
-    aspect = optimum.aspect_of_sizes([(100.0, 2, 32), (200.0, 2, 64)])
-    assert [aspect(n) for n in (1, 100, 150, 200, 1e9)] == [16, 16, 24, 32, 32]
+class TestBadInput:
+    def test_a_loss_below_e_or_above_every_point(self, paper):
+        with pytest.raises(ValueError, match=r"a loss of 2 can't be reached at any size: the fitted entropy E is 2\.07"):
+            optimum.search(paper, 2.0, 131_072)
+        assert any("above every measured one" in w for w in optimum.search(paper, 3.5, 8192).warnings)
+        near = optimum.search(paper, 2.12, 131_072)
+        text = " ".join(near.warnings)
+        assert "guess" in text
+        assert "not bounded above" in text
+        assert near.not_reached > 0.05
+        assert near.n_params_interval[1] == np.inf
+        assert near.to_dict()["n_params_interval"][1] is None
+
+    def test_numbers_that_are_none(self, paper):
+        for loss in (np.nan, -1.0, np.inf):
+            with pytest.raises(ValueError, match="must be a number above 0"):
+                optimum.search(paper, loss, 8192)
+        with pytest.raises(ValueError, match="context_served = 0: must be at least 1 token"):
+            optimum.search(paper, 2.7, 0)
+
+    def test_unknown_names(self):
+        with pytest.raises(ValueError, match="cost 'Z' is unknown"):
+            optimum.best_heads(traced(), [2.8], [8192], cost="Z")
+        with pytest.raises(ValueError, match="convention"):
+            optimum.best_heads(traced(), [2.8], [8192], convention="figure")
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="cost 'Z' is unknown: use z, flops, memory"):
-        optimum.best_heads(laws(), [2.8], [8192], cost="Z")
-    with pytest.raises(ValueError, match="convention"):
-        optimum.best_heads(laws(), [2.8], [8192], convention="figure")
+class TestMap:
+    def test_longer_contexts_never_want_more_kv_cache(self):
+        frame = optimum.best_heads(traced(), [2.8], [1024, 8192, 131_072], cost="memory")
+        best = frame[frame["rank"] == 1].sort_values("context_served")
+        assert best["n_kv_heads"].is_monotonic_decreasing
+
+    def test_an_unreachable_loss_and_an_extrapolated_size_are_said(self):
+        frame = optimum.best_heads(traced(), [1.9, 2.3], [8192])
+        unreachable, far = frame[frame["loss"] == 1.9], frame[frame["loss"] == 2.3]
+        assert unreachable["cost"].isna().all()
+        assert unreachable["rank"].isna().all()
+        assert unreachable["note"].str.contains("E = 1.9500").all()
+        assert far["note"].str.contains("above the trained sizes").all()
+
+    def test_rows_are_complete_ranked_and_equal_to_single_searches(self, paper):
+        frame = optimum.optimum_map(paper, [2.8, 2.7], [8192, 131_072], draws=200)
+        assert len(frame) == 2 * 2 * 7
+        for (loss, context), rows in frame.groupby(["loss", "context_served"]):
+            assert list(rows["rank"]) == list(range(1, 8))
+            assert rows["probability"].sum() == pytest.approx(1)
+            found = optimum.search(paper, loss, context, draws=200)
+            pd.testing.assert_frame_equal(
+                rows.drop(columns=["loss", "context_served"]).reset_index(drop=True), found.candidates, check_dtype=False
+            )
+
+    def test_conventions_change_the_numbers_and_are_named(self, paper):
+        frame = optimum.convention_sensitivity(paper, 2.615, 131_072, draws=100)
+        assert len(frame) == 9
+        assert frame.loc[0, "regret"] == 0
+        assert (frame["regret"] >= 0).all()
+        assert frame["saving_vs_llama3"].nunique() > 5
 
 
-def test_rows_are_complete_and_ranked():
-    table = optimum.best_heads(laws(), [2.8, 2.7], [8192, 131_072])
-    assert len(table) == 2 * 2 * len(CURVES)
-    for _, rows in table.groupby(["loss", "context_served"]):
-        assert list(rows["rank"]) == [1, 2, 3, 4]
-        assert rows["z"].is_monotonic_increasing
-    assert isinstance(table, pd.DataFrame)
+def _regret(frame, loss, context, heads):
+    """What the paper's choice costs above the cheapest."""
+    rows = frame[(frame["loss"] == loss) & (frame["context_served"] == context)].set_index(["n_heads", "n_kv_heads"])
+    return float(rows.loc[heads, "cost"] / rows["cost"].min() - 1)

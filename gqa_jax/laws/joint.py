@@ -1,0 +1,458 @@
+"""One law for all heads, L(N, n_h, n_kv) = E + A(H) (N / N0)^-b(H), for heads that were not trained too. Imports no jax.
+
+ln A and b are compact functions of the heads. With u = log2 n_h, v = log2 n_kv, and f_p(n) = (1 - n^-p) / p, which is ln n
+for p = 0, so that `power` is a power plus a constant in n_h and in n_kv:
+
+    quadratic   ln A = c0 + c1 u + c2 v + c3 u^2 + c4 v^2               b = d0 + d1 u + d2 v
+    power       ln A = c0 + c1 f_p(n_h) + c2 f_p(n_kv)                  b = d0 + d1 f_p(n_h) + d2 f_p(n_kv)
+
+The runs of a head configuration may deviate from a compact law together, by u_H ~ Normal(0, tau^2) in ln(L - E); an interval
+that took them for independent would be too narrow. tau is found by restricted maximum likelihood (Patterson and
+Thompson 1971), the coefficients then by least squares with that covariance: plain least squares where tau = 0.
+
+Which functions: measured by plain least squares. Root mean square errors (nats per token, every H counts the same) of
+leave-one-H-out on the paper's 45 points, with AICc of the fit; the same on six sizes of the 21 laws of the preset
+paper-table4 with noise of 0.003; and there of nine H predicted from twelve, a mean over three random choices. K: coefficients.
+
+    form                                                          K    paper    AICc      21    9 by 12
+    quadratic                                                     9    .0075    -467    .0060     .0058
+    quadratic, and c5 u v                                        10    .0093    -467    .0061     .0063
+    power                                                         8    .0121    -458    .0070     .0077
+    power, with an exponent for n_kv of its own                   9    .0137    -456    .0063     .0060
+    quadratic without c3 and c4                                   7    .0141    -412    .0119     .0111
+    E + N^-b (A + B n_h^-p + C n_kv^-q), a n_h^b + c everywhere   7    .0120    -433    .0102     .0111
+
+So b differs between heads, and `quadratic` is the default. It turns beyond the trained heads (on the paper's points at
+n_h = 35); `power` does not, and is there for those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gqa_jax import shape_search
+from gqa_jax.laws import joint_fit, joint_terms, least_squares, points
+from gqa_jax.laws.by_heads import SMALLEST_B, WIDE_ENTROPY, PowerLaw
+from gqa_jax.laws.draws import Draws
+from gqa_jax.laws.heads import Heads
+from gqa_jax.laws.joint_terms import Terms, Where
+from gqa_jax.shapes import Aspect, paper_aspect
+
+MIN_HEADS = {"quadratic": 3, "power": 5}  # different (n_h, n_kv)
+_RULE_SIZES = 8
+
+
+@dataclass(frozen=True)
+class JointLaw:
+    """The law of all heads trained at one context, and how sure it is. Made by `fit_joint`.
+
+    Attributes:
+      terms: the functions of the heads; fit: of their coefficients, in units where runs are independent.
+      center: N0.
+      tau: standard deviation of a head configuration's own offset from the law, in ln(L - E); heads_dof: what it is known from.
+      runs: one row per run: n_heads, n_kv_heads as in the table, query_heads (a number also for d / d_h), params, loss, weight,
+        and above, L - E by plain least squares, which scales the heads' offset.
+      context, head_dim, vocab_size, size_convention, aspect, warnings: as in `LawsByHeads`.
+    """
+
+    terms: Terms
+    fit: least_squares.Fit
+    center: float
+    tau: float
+    heads_dof: int
+    runs: pd.DataFrame
+    context: int
+    head_dim: float
+    vocab_size: float
+    size_convention: str
+    aspect: Aspect
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def coefficients(self) -> pd.Series:
+        """E and p where they are fitted, then those of ln A, then those of b."""
+        return pd.Series(self.fit.theta, self.terms.names)
+
+    @property
+    def covariance(self) -> pd.DataFrame:
+        """Of the coefficients, linearised; 0 for one at a bound, nan where they are not determined."""
+        return pd.DataFrame(self.fit.covariance, self.terms.names, self.terms.names)
+
+    @property
+    def entropy(self) -> float:
+        """E, nats per token."""
+        return float(self.terms.entropy_of(self.fit.theta))
+
+    @property
+    def status(self) -> str:
+        """CONVERGED, EDGE (E at 0 or at the lowest loss), BOUND_HIT, DISAGREE or SINGULAR."""
+        return "EDGE" if self.terms.entropy is None and 0 in self.fit.bound else self.fit.status
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of a run's loss about the curve of its own heads, nats per token."""
+        return self.fit.sigma
+
+    @property
+    def dof(self) -> int:
+        """Runs minus coefficients."""
+        return self.fit.dof
+
+    @property
+    def heads(self) -> list[Heads]:
+        """The head configurations that were trained."""
+        return list(dict.fromkeys(joint_fit.heads_of(self.runs)))
+
+    @property
+    def residuals(self) -> pd.DataFrame:
+        """One row per run: n_heads, n_kv_heads, params, loss, fitted, residual, and z, the residual in standard deviations.
+
+        These are of a run of any heads, whose own offset (tau) is not known.
+        """
+        frame = self.runs.drop(columns=["query_heads", "weight", "above"])
+        frame["fitted"] = self.terms.loss(self.fit.theta, joint_fit.at(self.runs, self.center))[0]
+        frame["residual"] = frame["loss"] - frame["fitted"]
+        scale = np.hypot(self.sigma / np.sqrt(self.runs["weight"]), self.tau * (frame["fitted"] - self.entropy))
+        return frame.assign(z=frame["residual"] / scale.where(scale > 0))
+
+    @property
+    def r_squared(self) -> float:
+        loss = self.runs["loss"]
+        return float(1 - (self.residuals["residual"] ** 2).sum() / ((loss - loss.mean()) ** 2).sum())
+
+    def predict(self, n_heads: Any, n_kv_heads: Any, params: Any) -> Any:
+        """Loss of models with n_h query heads (real-valued if need be), n_kv key/value heads and N parameters; broadcasts.
+
+        Raises ValueError for heads that the trained ones say nothing of.
+        """
+        where, shape = self._where(n_heads, n_kv_heads, params)
+        return self.terms.loss(self.fit.theta, where)[0].reshape(shape)[()]
+
+    def standard_error(self, n_heads: Any, n_kv_heads: Any, params: Any) -> Any:
+        """Of `predict` for heads that were not trained: linearised, their own offset (tau) included, the noise of a run not."""
+        where, shape = self._where(n_heads, n_kv_heads, params)
+        value, jacobian = self.terms.loss(self.fit.theta, where)
+        variance = np.einsum("np,pq,nq->n", jacobian, self.fit.covariance, jacobian)
+        return np.sqrt(variance + (self.tau * (value - self.entropy)) ** 2).reshape(shape)[()]
+
+    def law(self, heads: Heads | tuple, aspect: Aspect | None = None) -> PowerLaw:
+        """L(N) of any heads, also of untrained ones, as (a / N)^b + E; its points are the runs that have these heads, if any.
+
+        A rule like Llama 3's, d / d_h, follows no exact power law: its own is the closest one over the trained range of N, with
+        d / L from `aspect` (default: that of the runs).
+
+        Raises ValueError for heads that the trained ones say nothing of, or whose loss would not fall with size.
+        """
+        heads = Heads(*heads)
+        n_heads, x = self._sizes(heads, aspect)
+        log_above = self._log_above(self.fit.theta[None], n_heads, heads.n_kv_heads, x)
+        alpha, b = _line(log_above, x)[:, 0]
+        if not b >= SMALLEST_B:
+            raise ValueError(
+                f"heads {heads}: by the joint law their loss does not fall with size (b = {b:.4f}): train heads nearer"
+            )
+        said = list(self.warnings)
+        if (miss := np.max(np.abs(np.exp(alpha - b * x) - np.exp(log_above[0])))) > self.sigma:
+            said.append(f"heads {heads}: a power law misses the joint law by up to {miss:.4f} nats per token")
+        n_known, kv_known, _ = joint_fit.columns(self.runs)
+        for name, asked, known in (("n_h", n_heads, n_known), ("n_kv", heads.n_kv_heads, kv_known)):
+            if np.max(asked) > known.max() * (1 + 1e-9) or np.min(asked) < known.min() * (1 - 1e-9):
+                said.append(f"heads {heads}: {name} is outside the trained {known.min():g} to {known.max():g}")
+        own = self.runs[[one == heads for one in joint_fit.heads_of(self.runs)]]
+        params, loss = own["params"].to_numpy(), own["loss"].to_numpy()
+        law = PowerLaw(float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, params, loss, tuple(said))
+        if len(own) < 2 or np.ptp(loss) == 0:
+            return law
+        return dataclasses.replace(law, r_squared=float(1 - np.sum(law.residuals**2) / np.sum((loss - loss.mean()) ** 2)))
+
+    def draws(
+        self, count: int = 1000, seed: int = 0, heads: Sequence[Heads | tuple] | None = None, aspect: Aspect | None = None
+    ) -> Draws:
+        """Laws of any heads (default: the trained ones) by parametric bootstrap: every run drawn anew, and all fitted again.
+
+        Each H has an offset of its own (tau) in each draw, as one that was not trained has. Of a trained H its own runs say
+        more: `LawsByHeads.draws`.
+        """
+        if count < 2:
+            raise ValueError(f"count = {count}: draw 2 or more")
+        heads = self.heads if heads is None else [Heads(*one) for one in heads]
+        theta, generator = self._refitted(count, seed), np.random.default_rng([seed, 1])
+        own_SxH = least_squares.noise(self.tau, self.heads_dof, (count, len(heads)), generator)
+        alpha_SxH, b_SxH, notes = np.empty_like(own_SxH), np.empty_like(own_SxH), []
+        for i, one in enumerate(heads):
+            n_heads, x = self._sizes(one, aspect)
+            alpha_SxH[:, i], b_SxH[:, i] = _line(self._log_above(theta, n_heads, one.n_kv_heads, x), x)
+            if one.n_heads is None:
+                notes.append(f"heads {one}: the power law closest to the joint law over the trained sizes")
+        b_SxH = np.maximum(b_SxH, SMALLEST_B)
+        log_a_SxH = np.log(self.center) + (alpha_SxH + own_SxH) / b_SxH
+        entropy_SxH = np.repeat(self.terms.entropy_of(theta)[:, None], len(heads), axis=1)
+        return Draws(heads, entropy_SxH, log_a_SxH, b_SxH, "bootstrap", tuple(notes))
+
+    def size_interval(self, heads: Heads | tuple, loss: float, level: float = 0.95) -> tuple[float, float]:
+        """Interval of N*, the size that reaches `loss` with H, from 1,000 draws; inf above where they do not bound it."""
+        log_size = np.sort(self.draws(heads=[heads]).log_size(loss)[:, 0])
+        low, high = (log_size[round(q * (len(log_size) - 1))] for q in ((1 - level) / 2, (1 + level) / 2))
+        return float(np.exp(low)), float(np.exp(high))
+
+    def band(self, heads: Heads | tuple, params: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Interval of the curve of H at each N, from 1,000 draws."""
+        params, drawn = np.atleast_1d(np.asarray(params, np.float64)), self.draws(heads=[heads])
+        loss_SxN = np.exp(drawn.b_SxH * (drawn.log_a_SxH - np.log(params))) + drawn.entropy_SxH
+        low, high = np.quantile(loss_SxN, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return low, high
+
+    def intervals(self, level: float = 0.95) -> pd.DataFrame:
+        """Profile-likelihood intervals, one row per coefficient: value, low, high.
+
+        An end is inf where the data do not bound it, the bound of E or p where they reach it, nan for a coefficient at one.
+        """
+        rows = [(value, *self._interval(i, level)) for i, value in enumerate(self.fit.theta)]
+        return pd.DataFrame(rows, self.terms.names, ["value", "low", "high"])
+
+    def _interval(self, i: int, level: float = 0.95) -> tuple[float, float]:
+        """Profile-likelihood interval of coefficient i."""
+        if not (error := np.sqrt(self.fit.covariance[i, i])) > 0:
+            return np.nan, np.nan
+        limit = least_squares.threshold(self.sigma, self.dof, level)
+        low, high = least_squares.crossings(self._rise(i), self.fit.theta[i], error, limit)
+        lower, upper = self._bounds
+        return max(low, lower[i]), min(high, upper[i])
+
+    def _rise(self, i: int) -> Callable[[np.ndarray], np.ndarray]:
+        """How far the sum of squares rises when coefficient i is held at each of some values and the others follow."""
+        (model, y), (lower, upper) = self._independent, self._bounds
+        theta, inverse = self.fit.theta, self.fit.inverse
+
+        def rise(values: np.ndarray) -> np.ndarray:
+            held = np.clip(values, lower[i], upper[i])
+
+            def others(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                value, jacobian = model(np.concatenate([rest[:, :i], held[:, None], rest[:, i:]], axis=1))
+                return value, np.delete(jacobian, i, axis=-1)
+
+            start = np.delete(theta + (held - theta[i])[:, None] * inverse[i] / inverse[i, i], i, axis=1)
+            many = np.broadcast_to(y, (len(values), len(y)))
+            _, squares = least_squares.refit(others, many, start, lower=np.delete(lower, i), upper=np.delete(upper, i))
+            return np.where(held == values, np.maximum(squares - self.fit.objective, 0.0), np.inf)
+
+        return rise
+
+    def _refitted(self, count: int, seed: int) -> np.ndarray:
+        """theta_SxP of losses drawn anew; kept, so that asking again costs nothing."""
+        if (count, seed) not in self._kept:
+            (model, _), (lower, upper) = self._independent, self._bounds
+            fitted = model(self.fit.theta)[0]
+            y = fitted + least_squares.noise(self.sigma, self.dof, (count, fitted.size), np.random.default_rng([seed, 0]))
+            parts = [y[i : i + 100] for i in range(0, count, 100)]  # that stay in the cache
+            found = [least_squares.refit(model, part, self.fit.theta, lower=lower, upper=upper)[0] for part in parts]
+            self._kept[count, seed] = np.concatenate(found)
+        return self._kept[count, seed]
+
+    @functools.cached_property
+    def _kept(self) -> dict[tuple[int, int], np.ndarray]:
+        return {}
+
+    @functools.cached_property
+    def _independent(self) -> tuple[least_squares.Model, np.ndarray]:
+        return joint_fit.independent(
+            self.terms, self.runs, self.center, (self.tau / self.sigma) ** 2 if self.sigma > 0 else 0.0
+        )
+
+    @property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.terms.bounds(float(self.runs["loss"].min()))
+
+    def _where(self, n_heads: Any, n_kv_heads: Any, params: Any) -> tuple[Where, tuple[int, ...]]:
+        arrays = np.broadcast_arrays(*(np.asarray(a, np.float64) for a in (n_heads, n_kv_heads, params)))
+        n_heads, n_kv_heads, params = (a.ravel() for a in arrays)
+        self._require(n_heads, n_kv_heads)
+        return (n_heads, n_kv_heads, np.log(params / self.center)), arrays[0].shape
+
+    def _log_above(self, theta_SxP: np.ndarray, n_heads_J: np.ndarray, n_kv_heads: int, x_J: np.ndarray) -> np.ndarray:
+        """ln(L - E)_SxJ."""
+        n_kv_heads_J = np.full(n_heads_J.shape, float(n_kv_heads))
+        self._require(n_heads_J, n_kv_heads_J)
+        return self.terms.log_above(theta_SxP, (n_heads_J, n_kv_heads_J, x_J))[0]
+
+    def _sizes(self, heads: Heads, aspect: Aspect | None) -> tuple[np.ndarray, np.ndarray]:
+        """(n_h, x) of models with these heads over the trained range of N: two, or some where n_h follows from the width."""
+        least, most = self.runs["params"].min(), self.runs["params"].max()
+        if heads.n_heads is not None:
+            return np.full(2, float(heads.n_heads)), np.log(np.array([least, most]) / self.center)
+        n = np.geomspace(least, most, _RULE_SIZES)
+        shape = shape_search.solve_shape(n, heads, aspect or self.aspect, self.head_dim, self.vocab_size, self.size_convention)
+        return np.asarray(shape.n_heads, np.float64), np.log(n / self.center)
+
+    def _require(self, n_heads: np.ndarray, n_kv_heads: np.ndarray) -> None:
+        """Raises ValueError for heads that differ from the trained ones where those do not differ from each other."""
+        known, asked = (_logs(*pair) for pair in (joint_fit.columns(self.runs)[:2], (n_heads, n_kv_heads)))
+        away = np.abs(asked - asked @ np.linalg.pinv(known, rcond=1e-9) @ known).max(1, initial=0.0)
+        if away.max(initial=0.0) > 1e-6:
+            first = int(away.argmax())
+            raise ValueError(
+                f"heads ({n_heads[first]:g},{n_kv_heads[first]:g}): the trained ones, {', '.join(map(str, self.heads))}, say "
+                "nothing of them: n_h or n_kv is the same in all, or both vary only together. Train heads that differ so"
+            )
+
+
+def fit_joint(
+    table: pd.DataFrame,
+    form: str = "quadratic",
+    *,
+    entropy: float | None = None,
+    log: bool = False,
+    huber_delta: float | None = None,
+) -> JointLaw:
+    """One law for all head configurations of a loss table of ONE training context, those with a single run included.
+
+    Args:
+      table, entropy, log, huber_delta, and the weights of runs: as in `fit_by_heads`.
+      form: "quadratic" or "power". Functions of the heads that the trained ones can't tell apart are left out (`terms`).
+
+    Raises:
+      ValueError: an unknown form, too few different heads (3; 5 for "power"), no H with three sizes over a factor of 4, as many
+        coefficients as runs, d / d_h query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
+    """
+    rows, said = points.usable(table)
+    law = fit_rows(rows, form, entropy=entropy, log=log, huber_delta=huber_delta)
+    params, loss, weight, query_heads = (law.runs[name].to_numpy() for name in ("params", "loss", "weight", "query_heads"))
+    all_runs = {Heads(None, 0): points.Runs(params, loss, weight, query_heads)}
+    return dataclasses.replace(law, warnings=(*said, *points.warnings(all_runs, rows), *_warnings(law)))
+
+
+def fit_rows(
+    rows: pd.DataFrame,
+    form: str = "quadratic",
+    *,
+    entropy: float | None = None,
+    log: bool = False,
+    huber_delta: float | None = None,
+) -> JointLaw:
+    """`fit_joint` of rows of `points.usable`, without its warnings."""
+    if form not in MIN_HEADS:
+        raise ValueError(f"form {form!r} is unknown: use {' or '.join(MIN_HEADS)}")
+    if huber_delta is not None and not huber_delta > 0:
+        raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token")
+    head_dim = points.only(rows, "head_dim", 64.0)
+    groups = points.by_heads(rows)
+    runs = _runs(groups, head_dim)
+    if entropy is not None and not 0 <= entropy < runs["loss"].min():
+        raise ValueError(f"entropy = {entropy}: must be at least 0 and below the lowest loss, {runs['loss'].min():.4f}")
+    center = float(np.exp(np.mean(np.log(runs["params"]))))
+    terms = _terms(form, groups, runs, center, entropy)
+    runs, plain = joint_fit.plain(terms, runs, center, log, huber_delta)
+    heads_dof = len(groups) - len(terms.alpha)
+    ratio = joint_fit.between_heads(terms, runs, center, plain.theta) if heads_dof > 0 else 0.0
+    fit = joint_fit.polish(terms, runs, *joint_fit.independent(terms, runs, center, ratio), plain.theta[None])
+    _falls(terms, fit, runs)
+    return JointLaw(
+        terms,
+        fit,
+        center,
+        float(fit.sigma * np.sqrt(ratio)),
+        max(heads_dof, 1),
+        runs,
+        context=int(rows["context"].iloc[0]),
+        head_dim=head_dim,
+        vocab_size=points.only(rows, "vocab_size", 50_304.0),
+        size_convention="exact" if "params_total" in rows else "figures",
+        aspect=points.aspect(rows) or paper_aspect(),
+    )
+
+
+def _runs(groups: dict[Heads, points.Runs], head_dim: float) -> pd.DataFrame:
+    """One row per run, by heads."""
+    frames = []
+    for heads, runs in groups.items():
+        if heads.n_heads is None and not np.isfinite(runs.d_model).all():
+            raise ValueError(f"heads {heads}: the table needs d_model, for the number of query heads of each size")
+        frame = pd.DataFrame({"params": runs.params, "loss": runs.loss, "sem": runs.sem})
+        frame.insert(0, "n_heads", pd.array([heads.n_heads] * len(frame), dtype="Int64"))
+        frame.insert(1, "n_kv_heads", heads.n_kv_heads)
+        frame.insert(
+            2, "query_heads", np.broadcast_to(heads.query_heads(runs.d_model, head_dim), len(frame)).astype(np.float64)
+        )
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _terms(
+    form: str, groups: dict[Heads, points.Runs], runs: pd.DataFrame, center: float, entropy: float | None
+) -> joint_terms.Terms:
+    """The functions of the heads that these runs tell apart."""
+    n_heads, n_kv_heads, _ = where = joint_fit.at(runs, center)
+    if (different := len({*zip(n_heads, n_kv_heads, strict=True)})) < MIN_HEADS[form]:
+        raise ValueError(f"{different} different heads: a {form} joint law needs {MIN_HEADS[form]} or more")
+    if form == "power" and max(len(np.unique(n_heads)), len(np.unique(n_kv_heads))) < 3:
+        raise ValueError('two counts of query and of key/value heads show no curvature: use form="quadratic", or train others')
+    if not any(one.n_sizes >= points.MIN_SIZES and one.span >= points.MIN_SPAN for one in groups.values()):
+        raise ValueError(
+            f"a joint law needs a head configuration with {points.MIN_SIZES} sizes over a factor of {points.MIN_SPAN:g} or "
+            "more: train smaller or larger ones"
+        )
+    terms = joint_terms.choose(form, where, sum(one.n_sizes > 1 for one in groups.values()), entropy)
+    if len(runs) <= len(terms.names):
+        raise ValueError(f"{len(runs)} runs for the {len(terms.names)} coefficients of a {form} joint law: train more")
+    return terms
+
+
+def _falls(terms: Terms, fit: least_squares.Fit, runs: pd.DataFrame) -> None:
+    """Raises ValueError where b of trained heads is not above 0."""
+    n_heads, n_kv_heads, _ = joint_fit.columns(runs)
+    at_0, at_1 = (terms.log_above(fit.theta, (n_heads, n_kv_heads, np.full(len(runs), x)))[0] for x in (0.0, 1.0))
+    if (b := at_0 - at_1).min() < SMALLEST_B:
+        heads = joint_fit.heads_of(runs)[int(b.argmin())]
+        raise ValueError(f"heads {heads}: by the joint law the losses do not fall with size (b = {b.min():.4f}): no power law")
+
+
+def _warnings(law: JointLaw) -> list[str]:
+    found = []
+    if law.status in ("DISAGREE", "SINGULAR"):
+        found.append(f"the joint fit is {law.status}: its coefficients are not to be trusted")
+    if (trained := len(law.heads)) <= (functions := len(law.terms.alpha)):
+        found.append(
+            f"{trained} head configurations for {functions} functions of the heads: how far others deviate is not known"
+        )
+    n_heads, n_kv_heads, _ = joint_fit.columns(law.runs)
+    for axis, counts, function in (("query", n_heads, 3), ("key/value", n_kv_heads, 4)):
+        if law.terms.form == "quadratic" and function not in law.terms.alpha and np.ptp(counts) > 0:
+            found.append(
+                f"too few different heads to see a curvature in {axis} heads: ln A is taken to be linear in their logarithm"
+            )
+    typical = law.tau * float(law.runs["above"].mean())
+    if typical > law.sigma:
+        found.append(
+            f"heads deviate from the joint law by {typical:.4f} nats per token, runs from the curve of their heads by "
+            f"{law.sigma:.4f}: of heads that were trained the laws by heads say more"
+        )
+    if law.status == "EDGE":
+        found.append("the joint fit puts E at a bound, 0 or the lowest loss: losses of other sizes are needed to see it")
+    elif law.terms.entropy is None and law.status != "SINGULAR":
+        low, high = law._interval(0)
+        if high - low > WIDE_ENTROPY:
+            found.append(
+                f"E is known to {high - low:.2f} nats only ({low:.2f} to {high:.2f}, 95%): answers at low losses rest on it; "
+                "train smaller and larger sizes"
+            )
+    return found
+
+
+def _line(log_above_SxJ: np.ndarray, x_J: np.ndarray) -> np.ndarray:
+    """(alpha, b)_2xS of the straight lines alpha - b x closest to ln(L - E)."""
+    off = x_J - x_J.mean()
+    slope = log_above_SxJ @ off / np.sum(off**2)
+    return np.stack([log_above_SxJ.mean(1) - slope * x_J.mean(), -slope])
+
+
+def _logs(n_heads: np.ndarray, n_kv_heads: np.ndarray) -> np.ndarray:
+    if not (np.min(n_heads, initial=1) > 0 and np.min(n_kv_heads, initial=1) > 0):
+        raise ValueError("numbers of heads must be above 0")
+    return np.stack([np.ones_like(n_heads), np.log2(n_heads), np.log2(n_kv_heads)], axis=1)

@@ -1,0 +1,236 @@
+"""Nonlinear least squares for laws: one fit that says whether it can be trusted, and thousands of refits at once.
+
+`fit` polishes a start that some other route has found, and compares: an optimizer's own "success" proves nothing. `refit` is
+Levenberg and Marquardt's method on arrays of problems, for bootstraps and profiles, in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from scipy import optimize, stats
+
+#: A law: coefficients (..., P) -> predictions (..., N) and their derivatives (..., N, P).
+Model = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+_AGREE = 1e-6  # relative difference of the objectives of two routes to the same minimum
+_NEAR_BOUND = 1e-9
+_SINGULAR = 1e14  # condition number of the scaled Jacobian's square above which coefficients are not determined
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A minimum of sum(weights * rho(residuals)) and how well it is determined."""
+
+    theta: np.ndarray  # (P,)
+    status: str  # CONVERGED; DISAGREE: start and polish differ; BOUND_HIT: a coefficient is at a bound; SINGULAR
+    objective: float  # of least squares: the weighted sum of squares
+    start_objective: float
+    gradient: float  # largest component of the projected gradient, relative to the objective
+    condition: float  # of the information matrix, scaled to unit diagonal
+    inverse: np.ndarray  # (P, P) of the information: the covariance for sigma = 1; nan where SINGULAR, 0 at a bound
+    sigma: float  # standard deviation of a residual of unit weight; nan without degrees of freedom
+    dof: int
+    weights: np.ndarray  # (N,) those of the last iteration, Huber's included
+    bound: tuple[int, ...] = ()  # coefficients at a bound
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(P, P) of the coefficients, linearised; nan without degrees of freedom."""
+        return self.sigma**2 * self.inverse
+
+
+def fit(
+    model: Model,
+    y: np.ndarray,
+    start: np.ndarray,
+    *,
+    lower: np.ndarray | None = None,
+    upper: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    huber_delta: float | None = None,
+) -> Fit:
+    """Polishes `start` with `scipy.optimize.least_squares` and says what kind of a minimum it is.
+
+    Args:
+      y: (N,) what is fitted. `weights`: (N,), default 1.
+      start: (P,) from a global search; the result is DISAGREE when the polish finds a minimum that is not the same (relative
+        difference of the objectives above 1e-6).
+      huber_delta: residuals (times the root of their weight) beyond it count linearly (summed, not averaged).
+
+    Raises:
+      ValueError: data that are not finite.
+    """
+    y = np.asarray(y, np.float64)
+    weights = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
+    if not (np.isfinite(y).all() and np.isfinite(weights).all()):
+        raise ValueError("losses and weights must be finite: leave out what is not")
+    start = np.asarray(start, np.float64)
+    lower = np.full(start.shape, -np.inf) if lower is None else np.asarray(lower, np.float64)
+    upper = np.full(start.shape, np.inf) if upper is None else np.asarray(upper, np.float64)
+    root = np.sqrt(weights)
+    gap = np.where(np.isfinite(lower) & np.isfinite(upper), upper - lower, 1.0)
+    inside = np.clip(start, lower + 1e-12 * gap, upper - 1e-12 * gap)
+    huber = {} if huber_delta is None else {"loss": "huber", "f_scale": huber_delta}
+    found = optimize.least_squares(
+        lambda theta: root * (model(theta)[0] - y),
+        inside,
+        jac=lambda theta: root[:, None] * model(theta)[1],
+        bounds=(lower, upper),
+        x_scale="jac",
+        xtol=1e-15,
+        ftol=1e-15,
+        gtol=1e-15,
+        max_nfev=2000,
+        **huber,
+    )
+    theta = found.x
+    value, jacobian = model(theta)
+    residual = root * (value - y)
+    robust = (
+        np.ones_like(residual) if huber_delta is None else np.minimum(1, huber_delta / np.maximum(np.abs(residual), 1e-300))
+    )
+    final = weights * robust
+    free = ~((theta <= lower + _NEAR_BOUND * gap) | (theta >= upper - _NEAR_BOUND * gap))
+    objective, begun = (
+        float(np.sum(_rho(residual, huber_delta))),
+        float(np.sum(_rho(root * (model(inside)[0] - y), huber_delta))),
+    )
+    gradient = jacobian.T @ (final * (value - y))
+    scale = np.sqrt(np.sum(final[:, None] * jacobian**2, axis=0))
+    flat = np.where(scale > 0, gradient / np.maximum(scale, 1e-300), 0.0)[free]
+    steep = float(np.max(np.abs(flat), initial=0.0) / max(np.sqrt(objective), 1e-12 * np.sqrt(np.sum(weights * y**2))))
+    inverse, condition = _inverse(jacobian, final, free)
+    dof = y.size - int(free.sum())
+    sigma = float(np.sqrt(np.sum(final * (value - y) ** 2) / dof)) if dof > 0 else np.nan
+    small = 1e-14 * float(np.sum(weights * y**2))  # an exact fit: rounding is all that is left
+    status = "CONVERGED"
+    if condition > _SINGULAR:
+        status = "SINGULAR"
+    elif not free.all():
+        status = "BOUND_HIT"
+    elif abs(begun - objective) > _AGREE * max(objective, begun) + small:
+        status = "DISAGREE"
+    bound = tuple(int(i) for i in np.flatnonzero(~free))
+    return Fit(theta, status, objective, begun, steep, condition, inverse, sigma, dof, final, bound)
+
+
+def _rho(residual: np.ndarray, delta: float | None) -> np.ndarray:
+    """Squares, or Huber's function on the same scale."""
+    if delta is None:
+        return residual**2
+    size = np.abs(residual)
+    return np.where(size <= delta, residual**2, 2 * delta * size - delta**2)
+
+
+def _inverse(jacobian: np.ndarray, weights: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, float]:
+    """Inverse information of the free coefficients (0 for the others), and its condition number at unit diagonal."""
+    count = free.size
+    result = np.zeros((count, count))
+    used = jacobian[:, free]
+    information = (used * weights[:, None]).T @ used
+    scale = np.sqrt(np.diag(information))
+    if not used.size or not (scale > 0).all():
+        return np.full((count, count), np.nan), np.inf
+    unit = information / np.outer(scale, scale)
+    condition = float(np.linalg.cond(unit))
+    if condition > _SINGULAR:
+        return np.full((count, count), np.nan), condition
+    result[np.ix_(free, free)] = np.linalg.inv(unit) / np.outer(scale, scale)
+    return result, condition
+
+
+def refit(
+    model: Model,
+    y: np.ndarray,
+    start: np.ndarray,
+    *,
+    lower: np.ndarray | float = -np.inf,
+    upper: np.ndarray | float = np.inf,
+    weights: np.ndarray | float = 1.0,
+    iterations: int = 100,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares of many problems at once: (theta (..., P), weighted sums of squares (...,)).
+
+    Each is damped separately, and stops when its sum no longer falls. A coefficient at a bound that the step would cross
+    stays there for that step. `start`: (..., P) or (P,), near the answer (the fit of the data that were resampled).
+
+    Args:
+      y: (..., N); N may include points of weight 0 (padding).
+    """
+    y = np.asarray(y, np.float64)
+    theta = np.array(np.broadcast_to(start, (*y.shape[:-1], np.shape(start)[-1])), np.float64)
+    lower, upper = np.broadcast_to(lower, theta.shape), np.broadcast_to(upper, theta.shape)
+    theta = np.clip(theta, lower, upper)
+    weights = np.broadcast_to(weights, y.shape)
+    damping = np.full(theta.shape[:-1], 1e-4)
+    value, jacobian = model(theta)
+    total = np.sum(weights * (value - y) ** 2, axis=-1)
+    floor = 1e-26 * np.sum(weights * y**2, axis=-1)
+    active = np.ones(total.shape, bool)
+    eye = np.eye(theta.shape[-1])
+    for _ in range(iterations):
+        weighted = jacobian * weights[..., None]
+        information = np.swapaxes(weighted, -1, -2) @ jacobian
+        gradient = (np.swapaxes(weighted, -1, -2) @ (value - y)[..., None])[..., 0]
+        held = ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
+        loose = ~held
+        information = information * (loose[..., None] & loose[..., None, :])
+        diagonal = np.einsum("...ii->...i", information)
+        fill = np.where(loose, damping[..., None] * diagonal + 1e-300, 1.0)
+        step = np.linalg.solve(information + fill[..., None] * eye, np.where(loose, gradient, 0.0)[..., None])[..., 0]
+        trial = np.clip(theta - step, lower, upper)
+        trial_value, trial_jacobian = model(trial)
+        trial_total = np.sum(weights * (trial_value - y) ** 2, axis=-1)
+        better = trial_total <= total  # False for nan
+        converged = np.abs(total - trial_total) <= 1e-13 * total + floor
+        better = better & active
+        theta = np.where(better[..., None], trial, theta)
+        value = np.where(better[..., None], trial_value, value)
+        jacobian = np.where(better[..., None, None], trial_jacobian, jacobian)
+        total = np.where(better, trial_total, total)
+        damping = np.where(better, np.maximum(damping / 10, 1e-12), damping * 10)
+        active = active & ~converged & (damping < 1e12)
+        if not active.any():
+            break
+    return theta, total
+
+
+def noise(sigma: float, dof: float, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Normal noise (S, ...) of a standard deviation known from `dof` degrees of freedom only: each draw has its own."""
+    scale = np.full(shape[0], sigma)
+    if np.isfinite(dof):
+        scale = sigma * np.sqrt(dof / generator.chisquare(dof, shape[0]))
+    return scale.reshape(-1, *[1] * (len(shape) - 1)) * generator.normal(size=shape)
+
+
+def threshold(sigma: float, dof: float, level: float) -> float:
+    """How far the sum of squares may rise above its minimum inside a profile-likelihood interval: sigma^2 F(1, dof)."""
+    return sigma**2 * float(stats.f.ppf(level, 1, dof) if np.isfinite(dof) else stats.chi2.ppf(level, 1))
+
+
+def crossings(statistic: Callable[[np.ndarray], np.ndarray], center: float, scale: float, limit: float) -> tuple[float, float]:
+    """Where `statistic`, least and 0 at `center`, rises through `limit` on both sides; -inf or inf where it never does.
+
+    Evaluated on whole arrays: outwards in steps of about `scale` (a standard error), then twice between the two neighbours of
+    the crossing, whose last step is linear in the root of the statistic. A statistic of inf or nan counts as above.
+    """
+
+    def side(sign: float) -> float:
+        distances = scale * np.array([0.0, *np.arange(0.5, 4.0, 0.5), 4, 5, 7, 10, 15, 25, 50, 100, 400, 2000])
+        for _ in range(3):
+            height = np.sqrt(np.maximum(np.nan_to_num(statistic(center + sign * distances), nan=np.inf), 0.0))
+            above = np.flatnonzero(height > np.sqrt(limit))
+            if not above.size:
+                return sign * np.inf
+            if above[0] == 0:
+                return center
+            near, far = distances[above[0] - 1], distances[above[0]]
+            low, high = height[above[0] - 1], height[above[0]]
+            distances = np.linspace(near, far, 9)
+        share = (np.sqrt(limit) - low) / (high - low) if np.isfinite(high) else 0.5
+        return center + sign * float(near + share * (far - near))
+
+    return side(-1.0), side(1.0)

@@ -1,0 +1,335 @@
+"""The numerical side of `loss_nd`: one problem for all runs, its minimum, its profiles and its draws.
+
+Two routes to the minimum, which must agree: a grid over (alpha, beta), where E, A and B are linear and not negative
+(variable projection), refined by Levenberg and Marquardt's method; and scipy's `least_squares` (`least_squares.fit`).
+The coefficients inside are E, v = ln(B / D0^beta), beta, u_H = ln(A_H / N0^alpha), alpha, with N0 and D0 amid the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import optimize
+
+from gqa_jax.laws import least_squares
+from gqa_jax.laws.heads import Heads
+
+MIN_RUNS = 6
+MIN_VALUES = 3  # of N, and of D: with two of them an exponent and E can't be told apart
+MIN_SPREAD = 1.1  # of D about its trend in N: below it the terms of N and of D are one
+SMALLEST_RATE, LARGEST_RATE = 0.01, 3.0  # exponents
+_GRID = np.geomspace(0.02, 2.0, 24)
+_FLOOR = -30.0  # of u and v
+_PART = 100  # draws refitted at a time: what fits a cache is twice as fast
+_VANISHED = np.log(1e-4)  # u or v of a term that is no part of the loss
+
+
+@dataclass(frozen=True)
+class DrawsND:
+    """Joint draws of the coefficients: S draws, H head configurations (one without heads)."""
+
+    entropy: np.ndarray  # (S,)
+    log_b: np.ndarray  # (S,) ln B
+    beta: np.ndarray  # (S,)
+    log_a_SxH: np.ndarray  # ln A
+    alpha_SxH: np.ndarray
+
+    def predict(self, index: int, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """loss_SxM of the H at `index`, for params and tokens of shape (M,), or (S, M) where each draw has its own."""
+        by_size = np.exp(self.log_a_SxH[:, [index]] - self.alpha_SxH[:, [index]] * np.log(params))
+        return self.entropy[:, None] + by_size + np.exp(self.log_b[:, None] - self.beta[:, None] * np.log(tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The runs, what is minimised, and its minimum. H head configurations, M runs.
+
+    The coefficients theta are E, v, beta, u_1..u_H, then one alpha or one per H (see the module).
+    """
+
+    heads: tuple[Heads | None, ...]
+    params: np.ndarray  # (M,) N
+    tokens: np.ndarray  # (M,) D
+    loss: np.ndarray  # (M,)
+    weight: np.ndarray  # (M,)
+    group: np.ndarray  # (M,) index into heads
+    alpha_by_heads: bool
+    log: bool
+    huber_delta: float | None
+    fit: least_squares.Fit
+    _kept: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def status(self) -> str:
+        """As `least_squares.Fit.status`, and EDGE where E is at a bound."""
+        return "EDGE" if 0 in self.fit.bound else self.fit.status
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """ln N0, ln D0."""
+        return float(np.mean(np.log(self.params))), float(np.mean(np.log(self.tokens)))
+
+    @property
+    def y(self) -> np.ndarray:
+        """(M,) what is fitted, times the root of its weight."""
+        return np.sqrt(self.weight) * (np.log(self.loss) if self.log else self.loss)
+
+    @functools.cached_property
+    def uncentred(self) -> np.ndarray:
+        """(P, P): the matrix that turns v into ln B and u into ln A."""
+        log_n0, log_d0 = self.center
+        matrix = np.eye(_count(len(self.heads), self.alpha_by_heads))
+        matrix[1, 2] = log_d0
+        for i in range(len(self.heads)):
+            matrix[3 + i, self._alpha(i)] = log_n0
+        return matrix
+
+    def rows(self, index: int) -> np.ndarray:
+        """(5, P): theta -> (E, ln B, beta, ln A, alpha) of the H at `index`."""
+        return self.uncentred[[0, 1, 2, 3 + index, self._alpha(index)]]
+
+    def model(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coefficients (..., P) -> predictions of `y` (..., M) and their derivatives (..., M, P)."""
+        log_n0, log_d0 = self.center
+        x, z, root = np.log(self.params) - log_n0, np.log(self.tokens) - log_d0, np.sqrt(self.weight)
+        size, rate = 3 + self.group, self._alpha(self.group)
+        runs = np.arange(len(x))
+        with np.errstate(over="ignore", invalid="ignore"):  # of trial steps, which are rejected then
+            by_size = np.exp(theta[..., size] - theta[..., rate] * x)
+            by_data = np.exp(theta[..., 1:2] - theta[..., 2:3] * z)
+            value = theta[..., :1] + by_size + by_data
+            scale = root / value if self.log else np.broadcast_to(root, value.shape)
+            jacobian = np.zeros((*value.shape, theta.shape[-1]))
+            jacobian[..., 0] = scale
+            jacobian[..., 1] = scale * by_data
+            jacobian[..., 2] = -z * jacobian[..., 1]
+            jacobian[..., runs, size] = scale * by_size
+            jacobian[..., runs, rate] = -x * scale * by_size
+            return root * (np.log(value) if self.log else value), jacobian
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) and (P,): lower and upper ends of theta."""
+        count = _count(len(self.heads), self.alpha_by_heads)
+        lower, upper = np.full(count, _FLOOR), np.full(count, -_FLOOR)
+        rates = [2, *range(3 + len(self.heads), count)]
+        lower[rates], upper[rates] = SMALLEST_RATE, LARGEST_RATE
+        lower[0], upper[0] = 0.0, self.loss.min() * (1 - 1e-6)
+        return lower, upper
+
+    def refit(self, start: np.ndarray, y: np.ndarray | None = None, *, weights: np.ndarray | float = 1.0, **options) -> tuple:
+        """`least_squares.refit` of this law; Huber's loss is the sum of squares of a law whose residuals are its roots."""
+        y = self.y if y is None else y
+        lower, upper = self.bounds()
+        y = np.broadcast_to(y, (*np.broadcast_shapes(y.shape[:-1], start.shape[:-1]), y.shape[-1]))
+        model = self.model if self.huber_delta is None else _huberised(self.model, y, self.huber_delta)
+        return least_squares.refit(model, y, start, weights=weights, lower=lower, upper=upper, **options)
+
+    def interval(self, name: str, index: int, level: float) -> tuple[float, float]:
+        """Profile-likelihood interval of A, B, E, alpha or beta; an end at a bound of E is the bound, else 0 or inf."""
+        place = {"E": 0, "B": 1, "beta": 2, "A": 3 + index, "alpha": self._alpha(index)}[name]
+        if (place, level) not in self._kept:
+            self._kept[place, level] = self._profile(place, level)
+        low, high = self._kept[place, level]
+        return (float(np.exp(low)), float(np.exp(high))) if name in ("A", "B") else (low, high)
+
+    def _profile(self, place: int, level: float) -> tuple[float, float]:
+        turn, back = self.uncentred, np.linalg.inv(self.uncentred)
+        center, covariance = turn @ self.fit.theta, turn @ self.fit.covariance @ turn.T
+        lower, upper = self.bounds()
+        amplitudes = [1, *range(3, 3 + len(self.heads))]  # ln A and ln B are not bounded as u and v are
+        lower[amplitudes], upper[amplitudes] = -np.inf, np.inf
+        with np.errstate(invalid="ignore", divide="ignore"):
+            tangent = covariance[:, place] / covariance[place, place]
+        tangent = np.where(np.isfinite(tangent), tangent, np.arange(len(tangent)) == place)
+
+        def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            value, jacobian = self.model(theta @ back.T)
+            return value, jacobian @ back
+
+        def rise(values: np.ndarray) -> np.ndarray:
+            inside = np.clip(values, lower[place], upper[place])
+            start_VxP = center + (inside - center[place])[:, None] * tangent
+            low, high = np.tile(lower, (len(values), 1)), np.tile(upper, (len(values), 1))
+            low[:, place] = high[:, place] = inside
+            y = np.broadcast_to(self.y, (len(values), len(self.y)))
+            _, squares = least_squares.refit(model, y, start_VxP, lower=low, upper=high)
+            return np.where(inside == values, squares - self.fit.objective, np.inf)
+
+        error = np.sqrt(covariance[place, place])
+        scale = error if np.isfinite(error) and error > 0 else 0.01 * max(abs(center[place]), 0.1)
+        limit = least_squares.threshold(self.fit.sigma, self.fit.dof, level)
+        low, high = least_squares.crossings(rise, center[place], scale, limit)
+        return max(low, lower[place]), min(high, upper[place])
+
+    def draws(self, count: int, seed: int, method: str | None) -> DrawsND:
+        """Refits of data drawn anew; kept, so that asking again costs nothing.
+
+        method: "noise": the fitted law and normal noise of the residuals' spread, itself uncertain (default of least squares);
+        "runs": runs drawn with replacement within each H (default of Huber's loss, whose noise is not normal).
+
+        Raises ValueError for another method, or noise without degrees of freedom.
+        """
+        method = method or ("noise" if self.huber_delta is None else "runs")
+        if method not in ("noise", "runs"):
+            raise ValueError(f'method = {method!r}: allowed are "noise" and "runs"')
+        if not self.fit.dof > 0:
+            count = len(self.fit.theta)
+            raise ValueError(f"{len(self.loss)} runs for {count} coefficients leave no residuals to draw from: add runs")
+        if (key := (count, seed, method)) not in self._kept:
+            generator = np.random.default_rng(seed)
+            y, weights = self.y, np.ones((count, len(self.loss)))
+            if method == "noise":
+                y = self.model(self.fit.theta)[0] + least_squares.noise(self.fit.sigma, self.fit.dof, weights.shape, generator)
+            else:
+                weights = self._resampled(count, generator)
+            y = np.broadcast_to(y, weights.shape)
+            parts = [slice(i, i + _PART) for i in range(0, count, _PART)]
+            theta = np.concatenate([self.refit(self.fit.theta, y[part], weights=weights[part])[0] for part in parts])
+            full = theta @ self.uncentred.T
+            rates = full[:, self._alpha(np.arange(len(self.heads)))]
+            self._kept[key] = DrawsND(full[:, 0], full[:, 1], full[:, 2], full[:, 3 : 3 + len(self.heads)], rates)
+        return self._kept[key]
+
+    def held_out(self) -> pd.DataFrame:
+        """How well the other runs predict those of the largest N, and those of the most tokens.
+
+        Two rows: left_out ("N" or "D"), at (its value), runs, error (mean of predicted minus measured loss), rms, note (why a
+        row has no numbers).
+        """
+        rows = []
+        for name, values in (("N", self.params), ("D", self.tokens)):
+            out = values == values.max()
+            row = {"left_out": name, "at": values.max(), "runs": int(out.sum()), "error": np.nan, "rms": np.nan, "note": pd.NA}
+            try:
+                data = (x[~out] for x in (self.params, self.tokens, self.loss, self.weight, self.group))
+                law = fit(self.heads, *data, self.alpha_by_heads, self.log, self.huber_delta)
+            except ValueError as error:
+                rows.append(row | {"note": str(error)})
+                continue
+            entropy, log_b, beta, log_a, alpha = np.stack([law.rows(i) @ law.fit.theta for i in self.group[out]]).T
+            by_size, by_data = log_a - alpha * np.log(self.params[out]), log_b - beta * np.log(self.tokens[out])
+            error = entropy + np.exp(by_size) + np.exp(by_data) - self.loss[out]
+            rows.append(row | {"error": float(error.mean()), "rms": float(np.sqrt(np.mean(error**2)))})
+        return pd.DataFrame(rows).astype({"note": "string"})
+
+    def _resampled(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """How often each run is drawn: (S, M)."""
+        times = np.zeros((count, len(self.loss)))
+        for i in range(len(self.heads)):
+            mine = np.flatnonzero(self.group == i)
+            times[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), count)
+        return times
+
+    @property
+    def _rates(self) -> range:
+        return range(3 + len(self.heads), _count(len(self.heads), self.alpha_by_heads))
+
+    def _alpha(self, index):
+        """Place of alpha of the H at `index` in theta."""
+        return 3 + len(self.heads) + (index if self.alpha_by_heads else 0 * index)
+
+
+def fit(
+    heads: tuple[Heads | None, ...],
+    params: np.ndarray,
+    tokens: np.ndarray,
+    loss: np.ndarray,
+    weight: np.ndarray,
+    group: np.ndarray,
+    alpha_by_heads: bool,
+    log: bool,
+    huber_delta: float | None,
+) -> Problem:
+    """The problem with its minimum. Raises ValueError for runs that no L(N, D) can be fitted to."""
+    _check(params, tokens, loss, weight, group, huber_delta)
+    empty = least_squares.Fit(np.zeros(0), "", 0, 0, 0, 0, np.zeros((0, 0)), np.nan, 0, np.ones(1))
+    problem = Problem(heads, params, tokens, loss, weight, group, alpha_by_heads, log, huber_delta, empty)
+    starts = _starts(problem)
+    theta, total = problem.refit(starts)
+    lower, upper = problem.bounds()
+    start = theta[np.argmin(total)]
+    if huber_delta is not None:  # where most residuals count linearly, the steps are many
+        start = problem.refit(start[None], iterations=1000)[0][0]
+    found = least_squares.fit(problem.model, problem.y, start, lower=lower, upper=upper, huber_delta=huber_delta)
+    if (found.theta[3 : 3 + len(heads)] < _VANISHED).any():
+        raise ValueError("the losses do not fall with size: the fit puts A at 0; L(N, D) needs runs that differ in N alone")
+    if found.theta[1] < _VANISHED:
+        raise ValueError("the losses do not fall with tokens: the fit puts B at 0; L(N, D) needs runs that differ in D alone")
+    return dataclasses.replace(problem, fit=found)
+
+
+def _starts(problem: Problem) -> np.ndarray:
+    """theta_KxP at the best valleys of a grid over (alpha, beta): for each, E, B and A_H are linear and not negative."""
+    log_n0, log_d0 = problem.center
+    x, z = np.log(problem.params) - log_n0, np.log(problem.tokens) - log_d0
+    root = np.sqrt(problem.weight) / (problem.loss if problem.log else 1.0)
+    mine = problem.group[:, None] == np.arange(len(problem.heads))
+    target = root * problem.loss
+    squares, linear = np.empty((len(_GRID), len(_GRID))), {}
+    for i, alpha in enumerate(_GRID):
+        for j, beta in enumerate(_GRID):
+            design = np.column_stack([np.ones_like(x), np.exp(-beta * z), mine * np.exp(-alpha * x)[:, None]])
+            linear[i, j], rest = optimize.nnls(root[:, None] * design, target)
+            squares[i, j] = rest**2
+    around = np.pad(squares, 1, constant_values=np.inf)
+    size = len(_GRID)
+    shifts = [(i, j) for i in range(3) for j in range(3)]
+    valleys = squares <= np.min([around[i : i + size, j : j + size] for i, j in shifts], axis=0)
+    found = sorted(np.argwhere(valleys).tolist(), key=lambda place: squares[tuple(place)])[:8]
+    lower, upper = problem.bounds()
+    starts = []
+    for i, j in found:
+        entropy, b, *a = linear[i, j]
+        rates = [_GRID[i]] * (len(problem.heads) if problem.alpha_by_heads else 1)
+        logs = np.log(np.maximum([b, *a], 1e-3 * problem.loss.min()))
+        starts.append([entropy, logs[0], _GRID[j], *logs[1:], *rates])
+    return np.clip(np.array(starts), lower, upper)
+
+
+def _check(params, tokens, loss, weight, group, huber_delta) -> None:
+    """Raises ValueError for runs that no L(N, D) can be fitted to."""
+    for name, values in (("params", params), ("tokens", tokens), ("loss", loss), ("weights", weight)):
+        if (bad := values[~((values > 0) & np.isfinite(values))]).size:
+            raise ValueError(f"{name} = {bad[0]:g}: must be above 0 and finite")
+    if huber_delta is not None and not huber_delta > 0:
+        raise ValueError(f"huber_delta = {huber_delta}: must be above 0 (Chinchilla's is 1e-3, of ln L)")
+    if len(loss) < MIN_RUNS:
+        raise ValueError(f"{len(loss)} runs: L(N, D) has five coefficients, it needs {MIN_RUNS} runs or more")
+    for name, what, values in (("sizes", "N", params), ("token counts", "D", tokens)):
+        if len(np.unique(values)) < MIN_VALUES:
+            raise ValueError(f"{len(np.unique(values))} different {name}: the exponent of {what} needs {MIN_VALUES} or more")
+    if (factor := spread(params, tokens, group)) < MIN_SPREAD:
+        raise ValueError(
+            f"tokens follow size in all runs (D = k N^p within a factor of {factor:.3f}): the terms of N and of D "
+            "can't be told apart; train some sizes on fewer or more tokens"
+        )
+
+
+def spread(params: np.ndarray, tokens: np.ndarray, group: np.ndarray) -> float:
+    """By which factor tokens spread about their trend in N, within an H."""
+    x, z = np.log(params), np.log(tokens)
+    design = np.column_stack([x, group[:, None] == np.unique(group)])
+    rest = z - design @ np.linalg.lstsq(design, z)[0]
+    return float(np.exp(np.ptp(rest)))
+
+
+def _huberised(model: least_squares.Model, y: np.ndarray, delta: float) -> least_squares.Model:
+    """A law whose sum of squared residuals is Huber's loss of those of `model`: residual r becomes sign(r) sqrt(rho(r))."""
+
+    def robust(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value, jacobian = model(theta)
+        size = np.abs(value - y)
+        root = np.where(size <= delta, size, np.sqrt(np.maximum(2 * delta * size - delta**2, 0.0)))
+        slope = np.where(size <= delta, 1.0, delta / np.maximum(root, delta))
+        return y + np.sign(value - y) * root, jacobian * slope[..., None]
+
+    return robust
+
+
+def _count(n_heads: int, alpha_by_heads: bool) -> int:
+    """Coefficients of a problem."""
+    return 3 + n_heads + (n_heads if alpha_by_heads else 1)

@@ -1,0 +1,419 @@
+"""How far laws can be trusted: runs that were held out, repeated runs, and more heads that don't help. Imports no jax.
+
+R^2 says nothing of a law beyond its data: without any E it is above 0.99 on the paper's points. So runs are held out, and
+predicted by three models from the others:
+
+    law             the law by heads; the joint law for heads that are held out
+    entropy_0       the same with E = 0
+    log_quadratic   ln L quadratic in ln N, for every H; in the joint law's functions of the heads for heads that are held out
+
+A law that these two beat is no law. The interval of a prediction is that of a new run: of the fit, linearised, and of the
+noise of a run. By simulation (four H, six sizes, noise of 0.003, the largest or the smallest size held out, E shared or not)
+such 95% intervals cover 95 to 96% of the runs, those by profile likelihood 93 to 97%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from gqa_jax.laws import joint_fit, joint_terms, points
+from gqa_jax.laws.by_heads import Block, LawsByHeads, fit_block
+from gqa_jax.laws.heads import Heads
+from gqa_jax.laws.joint import JointLaw, fit_rows
+from gqa_jax.laws.points import Runs
+
+SCHEMES = ("leave_largest_out", "leave_smallest_out", "rolling_origin", "leave_heads_out")
+MODELS = ("law", "entropy_0", "log_quadratic")
+COLUMNS = ("scheme", "model", "n_heads", "n_kv_heads", "params", "loss", "predicted", "error", "error_sigmas", "covered")
+DOUBTFUL = 2.0  # standard errors
+BETTER = 0.9  # of the law's error: what a baseline must stay below to be called better
+
+#: Columns in which runs agree that repeat each other, where the table has them.
+_RECIPE = ("n_layers", "d_model", "params_non_embedding", "tokens", "learning_rate", "batch_tokens", "data_fingerprint")
+_Groups = Mapping[Heads, Runs]
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """Of new runs: losses, their standard errors, and how many of these an interval has to each side."""
+
+    loss: np.ndarray
+    error: np.ndarray
+    quantile: np.ndarray
+
+    @classmethod
+    def missing(cls, count: int) -> _Prediction:
+        return cls(*(np.full(count, np.nan) for _ in range(3)))
+
+
+def hold_out(table: pd.DataFrame, scheme: str, *, shared_entropy: bool = True, level: float = 0.95) -> pd.DataFrame:
+    """Predictions of runs from the others, one row per held-out run and model.
+
+    Args:
+      table: as in `fit_by_heads`.
+      scheme: "leave_largest_out" and "leave_smallest_out" (of every H at once), "rolling_origin" (fits to the k smallest sizes
+        of every H and predicts the next, k = 3, 4, ...) or "leave_heads_out" (one H after the other, by the joint law).
+      shared_entropy: of the law by heads.
+      level: of the intervals.
+
+    Returns:
+      scheme, model, n_heads, n_kv_heads, params, loss, predicted, error (predicted minus measured, nats per token),
+      error_sigmas (in standard errors of the prediction of a run), covered (by the interval). The last four are empty where
+      the other runs are too few to predict, the last two where they leave no degrees of freedom.
+
+    Raises:
+      ValueError: an unknown scheme, runs that suffice for no prediction at all, or as in `fit_by_heads` and `fit_joint`.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme {scheme!r} is unknown: use {', '.join(SCHEMES)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level}: must be between 0 and 1")
+    rows = points.usable(table)[0].reset_index(drop=True)
+    if scheme == "leave_heads_out":
+        splits = _leave_heads_out(rows, level)
+    else:
+        splits = _leave_sizes_out(rows, scheme, shared_entropy, level)
+    frames = [_frame(scheme, model, heads, held, found) for heads, held, models in splits for model, found in models.items()]
+    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
+    if frame["predicted"].isna().all():
+        needed = "four head configurations" if scheme == "leave_heads_out" else "four sizes, three of them over a factor of 4"
+        raise ValueError(f"{scheme}: too few runs to hold any out: it needs {needed} or more")
+    return frame
+
+
+def hold_out_all(table: pd.DataFrame, *, shared_entropy: bool = True, level: float = 0.95) -> tuple[pd.DataFrame, list[str]]:
+    """`hold_out` by every scheme, and a sentence for every scheme that the runs do not suffice for."""
+    frames, said = [], []
+    for scheme in SCHEMES:
+        try:
+            frames.append(hold_out(table, scheme, shared_entropy=shared_entropy, level=level))
+        except ValueError as error:
+            said.append(str(error))
+    return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))), said
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Per scheme and model of `hold_out`: runs, predicted (how many), mean_error, rms_error, worst_error, covered (a share)."""
+    rows = []
+    for (scheme, model), part in frame.groupby(["scheme", "model"], sort=False):
+        error = part["error"].to_numpy(np.float64)
+        known = error[np.isfinite(error)]
+        covered = part["covered"].dropna()
+        rows.append(
+            {
+                "scheme": scheme,
+                "model": model,
+                "runs": len(error),
+                "predicted": len(known),
+                "mean_error": known.mean() if len(known) else np.nan,
+                "rms_error": np.sqrt(np.mean(known**2)) if len(known) else np.nan,
+                "worst_error": known[np.argmax(np.abs(known))] if len(known) else np.nan,
+                "covered": covered.astype(np.float64).mean() if len(covered) else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def doubts(frame: pd.DataFrame) -> list[str]:
+    """What held-out runs say against the law, in sentences.
+
+    Said are misses of more than two standard errors that the interval does not cover, and baselines that predict better: whose
+    root mean square error on the same runs is below nine tenths of the law's.
+    """
+    found = []
+    for scheme, part in frame.groupby("scheme", sort=False):
+        law = part[part["model"] == "law"].reset_index(drop=True)
+        far = (law["error_sigmas"].abs() > DOUBTFUL) & ~law["covered"].fillna(True).astype(bool)
+        missed = law[far].sort_values("error_sigmas", key=np.abs, ascending=False)
+        if len(missed):
+            said = [
+                f"{_name(row)} at N = {row.params:.3g} by {_miss(row.error, row.error_sigmas)}" for row in missed.itertuples()
+            ]
+            chance = "where chance would miss one in twenty"
+            found.append(f"{_WHAT[scheme]} missed in {len(missed)} of {len(law)} predictions, {chance}: {_some(said)}")
+        if scheme in ("leave_largest_out", "leave_heads_out") and (unknown := int(law["predicted"].isna().sum())):
+            found.append(f"{_WHAT[scheme]} not predicted in {unknown} of {len(law)} cases: without them too few runs are left")
+        for model in MODELS[1:]:
+            other = part[part["model"] == model].reset_index(drop=True)
+            both = law["error"].notna() & other["error"].notna()
+            if not both.any():
+                continue
+            own, its = (
+                float(np.sqrt(np.mean(errors[both].astype(np.float64) ** 2))) for errors in (law["error"], other["error"])
+            )
+            if its < BETTER * own:
+                said = f"{_BASELINES[model]} than by the law (rms error {its:.4f} against {own:.4f})"
+                found.append(f"{_WHAT[scheme]} predicted better by {said}")
+    return found
+
+
+_WHAT = {
+    "leave_largest_out": "the largest size is",
+    "leave_smallest_out": "the smallest size is",
+    "rolling_origin": "the next size is",
+    "leave_heads_out": "heads that were not trained are",
+}
+_BASELINES = {"entropy_0": "a power law with E = 0", "log_quadratic": "ln L quadratic in ln N"}
+
+
+@dataclass(frozen=True)
+class LackOfFit:
+    """Whether runs deviate from the laws more than repeated runs from each other (F test). nan where nothing was repeated."""
+
+    f: float  # mean squares: of the laws against the means of repeated runs, over those of the repeated runs
+    dof_lack: int
+    dof_pure: int
+    p_value: float
+    pure_sigma: float  # standard deviation of a run by repeated runs alone, nats per token
+    warnings: tuple[str, ...]  # of this, and of heads that do not help
+
+
+def lack_of_fit(laws: LawsByHeads, table: pd.DataFrame, level: float = 0.95) -> LackOfFit:
+    """Tests the laws against seeds that repeat a run, and whether loss falls with more heads.
+
+    Runs repeat each other when they have the same heads, size, tokens, learning rate and batch.
+
+    Raises ValueError for a table that is not the one the laws were fitted to.
+    """
+    rows, _ = points.usable(table)
+    said = []
+    lack, pure, dof_pure, distinct, coefficients = 0.0, 0.0, 0, 0, 0
+    for block in laws.blocks:
+        for heads, weight_M in zip(block.heads, block.weight_GxM, strict=True):
+            law = laws[heads]
+            own = _rows_of(rows, heads)
+            if not np.array_equal(own["params_non_embedding"].to_numpy(np.float64), law.params) or not np.array_equal(
+                own["loss"].to_numpy(np.float64), law.loss
+            ):
+                raise ValueError(f"heads {heads}: the table's runs are not those that the laws were fitted to: give that table")
+            weight = weight_M[weight_M > 0]
+            alike_M = own.groupby([name for name in _RECIPE if name in own], dropna=False).ngroup().to_numpy()
+            for alike in np.unique(alike_M):
+                w, loss = weight[alike_M == alike], law.loss[alike_M == alike]
+                mean = np.sum(w * loss) / w.sum()
+                pure += float(np.sum(w * (loss - mean) ** 2))
+                lack += float(w.sum() * (mean - law.predict(law.params[alike_M == alike][0])) ** 2)
+                dof_pure += len(loss) - 1
+                distinct += 1
+        coefficients += len(block.fit.theta) - (block.given_entropy is not None)
+    dof_lack = distinct - coefficients
+    f = p = pure_sigma = np.nan
+    if dof_pure > 0:
+        pure_sigma = float(np.sqrt(pure / dof_pure))
+        if dof_lack > 0 and pure > 0:
+            f = (lack / dof_lack) / (pure / dof_pure)
+            p = float(stats.f.sf(f, dof_lack, dof_pure))
+            if p < 1 - level:
+                said.append(
+                    f"lack of fit: runs deviate from the laws by {np.sqrt(lack / dof_lack):.4f} nats per token, repeated runs "
+                    f"from each other by {pure_sigma:.4f} (F = {f:.2f}, p = {p:.2g}): the laws miss something that is no noise"
+                )
+    return LackOfFit(float(f), dof_lack, dof_pure, p, pure_sigma, (*said, *not_falling(laws, level)))
+
+
+def not_falling(laws: LawsByHeads, level: float = 0.95, sizes: int = 21) -> list[str]:
+    """A sentence on heads whose loss is above that of fewer heads at the same N, by more than chance, inside the sizes of both.
+
+    Compared are neighbours: H with as many query and key/value heads or more, and none in between. Differences have the
+    linearised covariance of the fit; without degrees of freedom every rise is said.
+    """
+    found = []
+    for few, many in _neighbours(laws):
+        low = max(laws[h].params.min() for h in (few, many))
+        high = min(laws[h].params.max() for h in (few, many))
+        if low > high:
+            continue
+        n = np.geomspace(low, high, sizes)
+        rise, error = laws[many].predict(n) - laws[few].predict(n), _error_of_difference(laws, few, many, n)
+        if np.isnan(error).any():
+            sure, limit = rise, 0.0
+        else:
+            sure, limit = rise / np.maximum(error, 1e-300), stats.t.ppf((1 + level) / 2, laws.dof)
+        at = int(np.argmax(sure))
+        if sure[at] > limit:
+            found.append((sure[at], f"{many} above {few} at N = {n[at]:.3g}, by {rise[at]:.4f} nats per token"))
+    if not found:
+        return []
+    return [f"loss does not fall with more heads: {_some([text for _, text in sorted(found, reverse=True)])}"]
+
+
+def _neighbours(laws: LawsByHeads) -> Iterator[tuple[Heads, Heads]]:
+    counted = [heads for heads in laws if heads.n_heads is not None]
+
+    def below(one: Heads, other: Heads) -> bool:
+        return one != other and one.n_heads <= other.n_heads and one.n_kv_heads <= other.n_kv_heads
+
+    for few in counted:
+        for many in counted:
+            if below(few, many) and not any(below(few, between) and below(between, many) for between in counted):
+                yield few, many
+
+
+def _error_of_difference(laws: LawsByHeads, one: Heads, other: Heads, n: np.ndarray) -> np.ndarray:
+    """Standard error of the difference of two curves, linearised; nan without degrees of freedom."""
+    blocks = laws.block(one), laws.block(other)
+    gradients = [_curve(block, heads, n)[1] for block, heads in zip(blocks, (one, other), strict=True)]
+    parts = zip(blocks, gradients, strict=True)
+    if blocks[0] is blocks[1]:
+        parts = [(blocks[0], gradients[0] - gradients[1])]
+    return np.sqrt(sum(block.sigma**2 * np.einsum("np,pq,nq->n", g, block.fit.inverse, g) for block, g in parts))
+
+
+def _leave_sizes_out(
+    rows: pd.DataFrame, scheme: str, shared_entropy: bool, level: float
+) -> Iterator[tuple[Heads, Runs, dict[str, _Prediction]]]:
+    by_heads = rows.groupby(["n_heads", "n_kv_heads"], dropna=False)["params_non_embedding"]
+    rank, most = by_heads.rank(method="dense"), by_heads.transform("nunique")
+    if scheme == "leave_largest_out":
+        splits = [(rank < most, rank == most)]
+    elif scheme == "leave_smallest_out":
+        splits = [(rank > 1, rank == 1)]
+    else:
+        splits = [(rank <= k, rank == k + 1) for k in range(points.MIN_SIZES, int(most.max()))]
+    for train, test in splits:
+        groups = points.by_heads(points.fittable(rows[train])[0])
+        models = _fit_by_heads(groups, shared_entropy, level) if groups else None
+        for heads, held in points.by_heads(rows[test]).items():
+            if heads in groups:
+                yield heads, held, {name: models[name](heads, held.params) for name in MODELS}
+            elif scheme != "rolling_origin":
+                yield heads, held, {name: _Prediction.missing(len(held.loss)) for name in MODELS}
+
+
+def _fit_by_heads(groups: _Groups, shared_entropy: bool, level: float) -> dict[str, Callable[[Heads, np.ndarray], _Prediction]]:
+    """The three models of runs of some heads: (H, sizes) -> predictions."""
+    parts = [groups] if shared_entropy else [{heads: runs} for heads, runs in groups.items()]
+    blocks = {heads: block for block in map(fit_block, parts) for heads in block.heads}
+    without = fit_block(groups, entropy=0.0)
+    quadratic = _LogQuadratics(groups, level)
+    return {
+        "law": lambda heads, params: _of_block(blocks[heads], heads, params, level),
+        "entropy_0": lambda heads, params: _of_block(without, heads, params, level),
+        "log_quadratic": quadratic,
+    }
+
+
+def _of_block(block: Block, heads: Heads, params: np.ndarray, level: float) -> _Prediction:
+    loss, gradient = _curve(block, heads, params)
+    variance = np.einsum("np,pq,nq->n", gradient, block.fit.inverse, gradient)
+    quantile = stats.t.ppf((1 + level) / 2, block.dof) if block.dof > 0 else np.nan
+    return _Prediction(loss, block.sigma * np.sqrt(variance + 1), np.full(len(loss), quantile))
+
+
+def _curve(block: Block, heads: Heads, params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Losses_N of the curve of H, and their derivatives_NxP by the coefficients of the block."""
+    i, x = block.heads.index(heads), np.log(params / block.center)
+    value = np.exp(block.alpha[i] - block.b[i] * x)
+    gradient = np.zeros((len(x), len(block.fit.theta)))
+    gradient[:, 0], gradient[:, 1 + 2 * i], gradient[:, 2 + 2 * i] = block.given_entropy is None, value, -x * value
+    return value + block.entropy, gradient
+
+
+class _LogQuadratics:
+    """ln L = c0 + c1 x + c2 x^2 of every H; the noise, relative to the loss, is that of all."""
+
+    def __init__(self, groups: _Groups, level: float):
+        self.fits, squares, self.dof = {}, 0.0, 0
+        for heads, runs in groups.items():
+            center = np.mean(np.log(runs.params))
+            columns = np.vander(np.log(runs.params) - center, 3)
+            inverse = np.linalg.pinv(columns)
+            coefficients = inverse @ np.log(runs.loss)
+            squares += float(np.sum((np.log(runs.loss) - columns @ coefficients) ** 2))
+            self.dof += len(runs.loss) - 3
+            self.fits[heads] = center, coefficients, inverse
+        self.sigma = np.sqrt(squares / self.dof) if self.dof > 0 else np.nan
+        self.quantile = stats.t.ppf((1 + level) / 2, self.dof) if self.dof > 0 else np.nan
+
+    def __call__(self, heads: Heads, params: np.ndarray) -> _Prediction:
+        center, coefficients, inverse = self.fits[heads]
+        columns = np.vander(np.log(params) - center, 3)
+        return _of_logs(columns, coefficients, inverse, self.sigma, self.quantile)
+
+
+def _of_logs(columns: np.ndarray, coefficients: np.ndarray, inverse: np.ndarray, sigma: float, quantile: float) -> _Prediction:
+    """Predictions exp(columns @ coefficients); `inverse`: the pseudo-inverse of the columns that were fitted."""
+    loss = np.exp(columns @ coefficients)
+    error = loss * sigma * np.sqrt(1 + np.sum((columns @ inverse) ** 2, axis=1))
+    return _Prediction(loss, error, np.full(len(loss), quantile))
+
+
+def _leave_heads_out(rows: pd.DataFrame, level: float) -> Iterator[tuple[Heads, Runs, dict[str, _Prediction]]]:
+    head_dim = points.only(rows, "head_dim", 64.0)
+    fit_rows(rows)  # says what is wrong where there is no joint law at all
+    for heads, held in points.by_heads(rows).items():
+        others = rows.drop(index=_rows_of(rows, heads).index)
+        n_heads = np.broadcast_to(np.asarray(heads.query_heads(held.d_model, head_dim), np.float64), held.loss.shape)
+        try:
+            law, without = fit_rows(others), fit_rows(others, entropy=0.0)
+            found = {
+                name: _of_joint(fit, n_heads, heads.n_kv_heads, held.params, level)
+                for name, fit in (("law", law), ("entropy_0", without))
+            }
+            found["log_quadratic"] = _joint_log_quadratic(law, n_heads, heads.n_kv_heads, held.params, level)
+        except ValueError:  # too few heads are left, or they say nothing of these
+            found = {name: _Prediction.missing(len(held.loss)) for name in MODELS}
+        yield heads, held, found
+
+
+def _of_joint(law: JointLaw, n_heads: np.ndarray, n_kv_heads: int, params: np.ndarray, level: float) -> _Prediction:
+    """Degrees of freedom by Satterthwaite (1946): the heads' own offset is known from few heads, all else from many runs."""
+    loss = law.predict(n_heads, n_kv_heads, params)
+    own = (law.tau * (loss - law.entropy)) ** 2
+    rest = law.standard_error(n_heads, n_kv_heads, params) ** 2 - own + law.sigma**2
+    dof = (own + rest) ** 2 / (own**2 / law.heads_dof + rest**2 / law.dof)
+    error = np.sqrt(own + rest)
+    return _Prediction(loss, error, stats.t.ppf((1 + level) / 2, dof))
+
+
+def _joint_log_quadratic(law: JointLaw, n_heads: np.ndarray, n_kv_heads: int, params: np.ndarray, level: float) -> _Prediction:
+    """ln L by least squares in the functions of the heads that `law` has in ln A and in b, and x^2."""
+    terms = joint_terms.Terms(law.terms.form, law.terms.alpha, law.terms.b, entropy=0.0)
+
+    def columns(where: joint_terms.Where) -> np.ndarray:
+        return np.column_stack([terms.log_above(np.zeros(len(terms.names)), where)[1], where[2] ** 2])
+
+    fitted, log_loss = columns(joint_fit.at(law.runs, law.center)), np.log(law.runs["loss"].to_numpy())
+    inverse = np.linalg.pinv(fitted)
+    coefficients = inverse @ log_loss
+    dof = len(log_loss) - fitted.shape[1]
+    if dof <= 0:
+        return _Prediction.missing(len(params))
+    sigma = float(np.sqrt(np.sum((log_loss - fitted @ coefficients) ** 2) / dof))
+    where = (n_heads, np.full(len(params), float(n_kv_heads)), np.log(params / law.center))
+    return _of_logs(columns(where), coefficients, inverse, sigma, stats.t.ppf((1 + level) / 2, dof))
+
+
+def _frame(scheme: str, model: str, heads: Heads, held: Runs, found: _Prediction) -> pd.DataFrame:
+    error = found.loss - held.loss
+    sigmas = error / np.where(found.error > 0, found.error, np.nan)
+    covered = pd.array(np.abs(sigmas) <= found.quantile, dtype="boolean")
+    covered[np.isnan(sigmas)] = pd.NA
+    return pd.DataFrame(
+        {"scheme": scheme, "model": model, "n_heads": pd.array([heads.n_heads] * len(error), dtype="Int64")}
+        | {"n_kv_heads": heads.n_kv_heads, "params": held.params, "loss": held.loss, "predicted": found.loss}
+        | {"error": error, "error_sigmas": sigmas, "covered": covered}
+    )
+
+
+def _miss(error: float, sigmas: float) -> str:
+    return f"{error:+.4f} nats per token, {abs(sigmas):.1f} sigma"
+
+
+def _some(texts: list[str]) -> str:
+    """The first three."""
+    return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
+def _rows_of(rows: pd.DataFrame, heads: Heads) -> pd.DataFrame:
+    same = rows["n_heads"].isna() if heads.n_heads is None else rows["n_heads"] == heads.n_heads
+    return rows[same.fillna(False).astype(bool) & (rows["n_kv_heads"] == heads.n_kv_heads)]
+
+
+def _name(row) -> str:
+    return str(Heads(None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads)))

@@ -1,0 +1,148 @@
+"""What the training context does to the loss: relative differences (Figures 5 and 6), continued training (Figure 15)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from scipy import stats
+
+from gqa_jax.invariance import FROM_CONTEXT, Invariance, context_invariance
+from gqa_jax.laws import Heads
+from gqa_jax.plots import labels, style, tables
+from gqa_jax.plots.losses import LOSS
+
+
+def loss_vs_context(
+    source: Invariance | pd.DataFrame | os.PathLike | str,
+    baseline: Heads | str | None = None,
+    *,
+    from_context: int = FROM_CONTEXT,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Relative loss difference (L(T) - L_base(T)) / L_base(T) against the training context T, as Figures 5 and 6.
+
+    Thick lines and their bands of 95% are those of the test from `from_context` on; its verdict stands beside them. Bars are
+    95% of the runs' standard errors.
+
+    Args:
+      source: of `gqa_jax.invariance.context_invariance`; or a loss table or a grid folder, which is then tested.
+      baseline: with a table: heads, for a series per head configuration at its one size (Figure 5); or the name of a size, for
+        a series per size at its one head configuration (Figure 6).
+    Raises:
+      ValueError: a table without a baseline, or one that can't be tested: fewer than three contexts from `from_context` on,
+        no run of the baseline, runs that differ in more than the series and T.
+    """
+    if isinstance(source, Invariance):
+        found = source
+    elif baseline is None:
+        raise ValueError("a loss table needs a baseline: heads such as Heads(8, 8), or the name of a size")
+    else:
+        found = context_invariance(tables.loss_table(source), baseline, from_context=from_context)
+    ax = ax or style.new_axes()
+    ax.axhline(0, color="0.6", linewidth=0.7)
+    tests = found.tests.set_index("model")
+    models = list(dict.fromkeys(found.differences["model"]))
+    ends = []
+    for i, model in enumerate(models):
+        rows = found.differences[found.differences["model"] == model].sort_values("context")
+        heads = tables.heads_named(model)
+        look = style.step_look(i, len(models)) if heads is None else style.head_look(heads)
+        text = model if heads is None else style.head_text(heads)
+        contexts, percent = tables.numbers(rows, "context"), 100 * tables.numbers(rows, "difference")
+        ax.plot(contexts, percent, color=look.color, linestyle=look.line, linewidth=0.7, label="_joined")
+        style.points(ax, contexts, percent, look, error=100 * tables.numbers(rows, "standard_error"), label=text)
+        end = percent[-1]
+        if model in tests.index:
+            test, tested = tests.loc[model], contexts[contexts >= found.from_context]
+            u = np.log2(tested) - np.log2(tested).mean()
+            line = 100 * (test["mean"] + test["slope"] * u)
+            half = 100 * (test["slope_high"] - test["slope"]) * np.sqrt(u @ u / len(u) + u**2)
+            ax.plot(tested, line, color=look.color, linewidth=1.6, label="_line")
+            style.band(ax, tested, line - half, line + half, look)
+            end, text = line[-1], f"{text} {test['verdict']}"
+        ends.append(labels.End(contexts[-1], end, text, look.color))
+    style.power_of_two_axis(ax.xaxis, found.differences["context"], style.context_label)
+    labels.label_ends(ax, ends)
+    named = tables.heads_named(found.baseline)
+    base = found.baseline if named is None else style.head_text(named)
+    note = f"thick: straight lines from {style.context_label(found.from_context)} on; {style.SURE}"
+    return style.finish(ax, "context of training, $T$ (tokens)", f"loss relative to {base} (%)", title, note)
+
+
+def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Loss of runs that continue a shorter context, against the tokens of the continuation (Figure 15, Appendix J).
+
+    Lines across are the runs that were trained at the long context from scratch, with 95% of their standard error: what the
+    continued ones approach. Seeds of those are averaged.
+
+    Args:
+      table: loss table, or a grid folder, with continued runs (column continue_from) of one context; of several sizes or of
+        several head configurations, not both.
+    Raises:
+      ValueError: no continued run is done, or they differ in more than that.
+    """
+    table = _with_heads(tables.loss_table(table))
+    continued = table[table["continue_from"].notna()]
+    if continued.empty:
+        raise ValueError("nothing to draw: no finished run continues another (column continue_from)")
+    context = tables.the_only(continued, "context")
+    series = "heads" if len(set(continued["heads"])) > 1 else "size"
+    tables.the_only(continued, "size" if series == "heads" else "heads")
+    ax = ax or style.new_axes()
+    order = _order(continued, series)
+    scratch = table[table["continue_from"].isna() & (table["context"] == context)]
+    ends = []
+    for i, value in enumerate(order):
+        look, rows = _look(value, i, len(order)), _select(continued, series, value).sort_values("tokens")
+        tokens, loss = tables.numbers(rows, "tokens"), tables.numbers(rows, "loss")
+        ax.plot(tokens, loss, color=look.color, linestyle=look.line, linewidth=0.7, label="_joined")
+        style.points(ax, tokens, loss, look, error=tables.numbers(rows, "loss_sem"), label=_text(value))
+        ends.append(labels.End(tokens[-1], loss[-1], _text(value), look.color))
+        same = scratch[(scratch["size"].isin(rows["size"])) & (scratch["heads"].isin(rows["heads"]))]
+        if not same.empty:
+            mean = _by_context(same).iloc[0]
+            ax.axhline(mean["loss"], color=look.color, linestyle=look.line, linewidth=1.3, label="_scratch")
+            if np.isfinite(mean["sem"]):
+                half = stats.norm.ppf((1 + style.LEVEL) / 2) * mean["sem"]
+                ax.axhspan(mean["loss"] - half, mean["loss"] + half, color=look.color, alpha=0.12, linewidth=0)
+    style.log_axis(ax.xaxis, text=style.short)
+    labels.label_ends(ax, ends)
+    note = f"lines across: trained at that context from scratch; {style.SURE}"
+    return style.finish(ax, f"tokens of the continuation at {style.context_label(int(context))}", LOSS, title, note)
+
+
+def _with_heads(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(heads=[tables.heads_of(row) for _, row in table.iterrows()])
+
+
+def _select(table: pd.DataFrame, series: str, value: Heads | str) -> pd.DataFrame:
+    return table[[each == value for each in table[series]]]  # pandas would take heads for two values
+
+
+def _by_context(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean loss and its standard error `sem` (NaN where a run has none) per context: seeds are averaged."""
+    frame = pd.DataFrame({name: tables.numbers(rows, source) for name, source in (("loss", "loss"), ("square", "loss_sem"))})
+    frame["square"] **= 2
+    groups = frame.groupby(rows["context"].to_numpy(np.int64))
+    sem = np.sqrt(groups["square"].sum(min_count=1)) / groups["loss"].size()
+    return pd.DataFrame({"loss": groups["loss"].mean(), "sem": sem})
+
+
+def _order(table: pd.DataFrame, series: str) -> list[Any]:
+    """Sizes by parameters, heads by number."""
+    if series == "size":
+        return list(table.groupby("size")["params_non_embedding"].mean().sort_values().index)
+    return sorted(set(table["heads"]), key=lambda heads: (heads.n_heads is None, heads.n_heads or 0, heads.n_kv_heads))
+
+
+def _look(value: Heads | str, index: int, count: int) -> style.Look:
+    return style.step_look(index, count) if isinstance(value, str) else style.head_look(value)
+
+
+def _text(value: Heads | str) -> str:
+    return value if isinstance(value, str) else style.head_text(value)

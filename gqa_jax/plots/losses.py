@@ -1,0 +1,160 @@
+"""Loss against size, and against what a model costs to serve (Figures 2, 9, 10 and 11): runs, laws, bands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from gqa_jax import costs
+from gqa_jax.laws import Heads, PowerLaw, fit_by_heads, points
+from gqa_jax.plots import labels, style, tables
+from gqa_jax.plots.measures import measure
+from gqa_jax.shape_search import solve_shape
+from gqa_jax.shapes import Aspect
+
+LOSS = "held-out loss (nats per token)"
+HEADS = "curves: (query, key/value) heads"
+_MARGIN = 1.15  # curves go beyond the points by this factor of N
+
+
+def loss_vs_params(
+    laws: Mapping[Heads, PowerLaw] | pd.DataFrame | os.PathLike | str,
+    *,
+    until: float | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Measured losses and fitted laws against the parameters without embeddings, one curve per head configuration.
+
+    Args:
+      laws: of `gqa_jax.laws.fit_by_heads`, a plain dict of laws (without bands), or a loss table or grid folder of one training
+        context, which is fitted.
+      until: N that the curves are continued to, beyond the runs and thinner.
+    """
+    laws = laws if isinstance(laws, Mapping) else fit_by_heads(tables.loss_table(laws))
+    many = len(laws) > labels.MOST
+    ax = ax or style.new_axes(width=7.2 if many else 5.6)
+    ends = []
+    for heads, law in laws.items():
+        look = style.head_look(heads)
+        last = law.params.max() * _MARGIN
+        grid = np.geomspace(law.params.min() / _MARGIN, last, 100)
+        style.curve(ax, grid, law.predict(grid), look)
+        if until is not None and until > last:
+            beyond = np.geomspace(last, until, 100)
+            style.curve(ax, beyond, law.predict(beyond), look, linewidth=0.7)
+            grid = np.concatenate([grid, beyond[1:]])
+        style.law_band(ax, laws, heads, grid, look)
+        style.points(ax, law.params, law.loss, look, error=style.standard_errors(laws, heads), label=style.head_text(heads))
+        ends.append(labels.End(grid[-1], float(law.predict(grid[-1])), style.head_text(heads), look.color))
+    style.log_axis(ax.xaxis, text=style.short)
+    if many:
+        labels.heads_legend(ax, list(laws))
+    else:
+        labels.label_ends(ax, ends)
+    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}; {style.SURE}")
+
+
+def loss_vs_cost(
+    table: pd.DataFrame | os.PathLike | str,
+    laws: Mapping[Heads, PowerLaw] | None,
+    context_served: int,
+    *,
+    cost: Any = "z",
+    convention: str | costs.Convention = "figures",
+    aspect: Callable[[Any], Any] | None = None,
+    title: str = "",
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Loss against a cost of serving at `context_served`, as the paper's Figures 2, 9, 10 and 11.
+
+    Loss is fitted in N; each point and each point of the curve, with its band, is then moved along x to its cost there.
+
+    Args:
+      table: loss table of one training context, or a grid folder.
+      laws: of `gqa_jax.laws.fit_by_heads`, of the same table; None: they are fitted.
+      cost: "z", "flops" or "memory" in the `convention`, or an objective of `gqa_jax.objectives`.
+      aspect: aspect ratio of the shapes along the curve; default: between the runs of each H, so that curves meet them.
+    Raises:
+      ValueError: an unknown cost or convention, no finished run, several training contexts, a law without a run in the table.
+    """
+    table, _ = points.usable(tables.loss_table(table))
+    laws = fit_by_heads(table) if laws is None else laws
+    chosen = measure(cost, convention)
+    ax = ax or style.new_axes(width=6.2)
+    lowest, highest = np.inf, 0.0
+    for heads, law in laws.items():
+        look, rows = style.head_look(heads), _rows(table, heads)
+        x = chosen.cost(_shapes(rows), context_served)
+        sizes = np.geomspace(law.params.min() / _MARGIN, law.params.max() * _MARGIN, 100)
+        head_dim, vocab_size = float(rows["head_dim"].iloc[0]), float(rows["vocab_size"].iloc[0])
+        shapes = solve_shape(
+            sizes, heads, aspect or table_aspect(rows), head_dim, vocab_size, getattr(laws, "size_convention", "exact")
+        )
+        grid = chosen.cost(shapes, context_served)
+        style.curve(ax, grid, law.predict(sizes), look)
+        style.law_band(ax, laws, heads, sizes, look, at=grid)
+        style.points(ax, x, rows["loss"], look, error=tables.numbers(rows, "loss_sem"), label=style.head_text(heads))
+        lowest, highest = min(lowest, grid[0], *x), max(highest, grid[-1], *x)
+    unit, name = chosen.unit(np.sqrt(lowest * highest))
+    style.log_axis(ax.xaxis, unit, chosen.text)
+    if legend:
+        labels.heads_legend(ax, list(laws))
+    counted = f"costs: {convention} convention" if isinstance(convention, str) and isinstance(cost, str) else ""
+    label = f"{chosen.label} at {style.context_label(context_served)}" + (f" ({name})" if name else "")
+    return style.finish(ax, label, LOSS, title, counted)
+
+
+def loss_vs_costs(
+    table: pd.DataFrame | os.PathLike | str,
+    laws: Mapping[Heads, PowerLaw] | None,
+    context_served: int,
+    *,
+    title: str = "",
+    **options: Any,
+) -> np.ndarray:
+    """Memory, FLOPs and Z side by side, the whole of Figure 2; returns the three axes. Options as of `loss_vs_cost`."""
+    laws = fit_by_heads(tables.loss_table(table)) if laws is None else laws
+    panels = style.new_panels(3, width=3.0, height=3.7, sharey=True)
+    for ax, cost in zip(panels, ("memory", "flops", "z"), strict=True):
+        loss_vs_cost(
+            table, laws, context_served, cost=cost, ax=ax, legend=False, title=title if ax is panels[0] else "", **options
+        )
+        ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
+        if ax is not panels[0]:
+            ax.set_ylabel("")
+            ax.texts[0].remove()  # the note, which is the same in all
+    labels.heads_legend(panels[0].figure, list(laws), below=True)
+    return panels
+
+
+def table_aspect(table: pd.DataFrame) -> Aspect:
+    """Aspect ratio d / L between the sizes of a loss table."""
+    sizes = table.groupby(["n_layers", "d_model"], as_index=False)["params_non_embedding"].mean()
+    sizes = sizes[["params_non_embedding", "n_layers", "d_model"]]
+    return Aspect.between([tuple(map(float, row)) for row in sizes.to_numpy()])
+
+
+def _rows(table: pd.DataFrame, heads: Heads) -> pd.DataFrame:
+    """The runs of a head configuration; of n_heads None those with n_h d_h = d, or with an empty n_heads."""
+    own = (table["d_model"] / table["head_dim"]).astype("Float64")
+    table = table.assign(n_heads=table["n_heads"].astype("Float64").fillna(own))
+    n_heads = own if heads.n_heads is None else heads.n_heads
+    rows = table[(table["n_heads"] == n_heads) & (table["n_kv_heads"] == heads.n_kv_heads)]
+    if rows.empty:
+        raise ValueError(f"heads {heads}: a law, but no run in the table; draw the table that was fitted")
+    return rows
+
+
+def _shapes(rows: pd.DataFrame) -> costs.Shape:
+    """Of the runs; where their feed-forward width is not known, 8 d / 3."""
+    names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
+    numbers = {name: tables.numbers(rows, name) for name in names}
+    numbers["d_ff"] = np.where(np.isnan(numbers["d_ff"]), 8 * numbers["d_model"] / 3, numbers["d_ff"])
+    return costs.Shape(**numbers)

@@ -1,0 +1,237 @@
+"""The one style of all pictures: a look for each head configuration, axes, curves and points, files.
+
+Nothing is said by colour alone. Query heads are colour and marker, key/value heads are line style and fill, the same in every
+picture; colours get darker with the number of query heads, so that their order survives a black-and-white printer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from gqa_jax.laws import Heads
+
+INK = "0.15"  # of text
+MINUS = "\u2212"  # as the ticks of matplotlib have it
+QUIET = "0.45"  # of what explains
+LEVEL, SURE = 0.95, "bars and bands: 95%"
+TEXT, SMALL = 9.0, 8.0  # points
+
+# Colours of 1, 2, 4, ... 32 query heads: equal steps in OKLCH lightness, from orange to navy; numbers between are mixed.
+_HEAD_COLORS = ("#E09A1A", "#E2600F", "#D22C50", "#8E2589", "#442E9D", "#0B2B5F")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_OTHER_MARKERS = ("p", "h", "<", ">", "d", "8")  # numbers of heads that are no power of two up to 32
+_LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.2, 1.2)), (0, (7, 1.5, 1, 1.5, 1, 1.5)), (0, (2.5, 2.5)))
+
+# Ordered series that are no heads (sizes, contexts), and filled areas, which touch and are told apart by hatches as well.
+_STEP_COLORS = ("#3FA796", "#147D92", "#0F5C8C", "#123A6B", "#0B1F3F")
+AREAS = (("#DCE6F2", ""), ("#A9C4E4", "//"), ("#F3D7A2", ".."), ("#D9806A", ""), ("#7A7A7A", "xx"), ("#EFEFEF", "\\\\"))
+
+# Ticks of a logarithmic axis within a decade; those that give about five are taken.
+_TICKS = (
+    (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), np.arange(2, 20) / 2, np.arange(5, 50) / 5, np.arange(10, 100) / 10,
+    np.arange(50, 500) / 50, np.arange(100, 1000) / 100,
+)  # fmt: skip
+
+
+class Look(NamedTuple):
+    """How a series is drawn."""
+
+    color: str
+    marker: str
+    line: Any  # a line style of matplotlib
+    face: str  # fill of the marker
+    size: float = 5.0  # of the marker, points
+
+
+def head_look(heads: Heads) -> Look:
+    """The look of a head configuration, the same in every picture. n_heads None (Llama-3's rule) is black with stars."""
+    level = np.log2(heads.n_kv_heads)
+    if heads.n_heads is None:
+        return Look("#000000", "*", _line(level), _mix("#000000", min(level / 5, 1.0)), 8.0)
+    color = _mix(_between(_HEAD_COLORS, np.log2(heads.n_heads) / 5), 1 - 0.08 * min(level, 5), "#000000")
+    power = int(np.log2(heads.n_heads))
+    known = heads.n_heads == 2**power and power < len(_MARKERS)
+    marker = _MARKERS[power] if known else _OTHER_MARKERS[heads.n_heads % len(_OTHER_MARKERS)]
+    return Look(color, marker, _line(level), _mix(color, min(level / 5, 1.0)))
+
+
+def head_text(heads: Heads) -> str:
+    """(8,1), and (d/d_h,8) with its index set as one."""
+    return str(heads).replace("d/d_h", "$d/d_h$")
+
+
+def step_look(index: int, count: int) -> Look:
+    """The look of number `index` of `count` series that have an order: sizes, training contexts."""
+    color = _between(_STEP_COLORS, index / max(count - 1, 1))
+    return Look(color, _MARKERS[index % len(_MARKERS)], _LINES[index % len(_LINES)], "white" if index % 2 else color)
+
+
+def new_axes(width: float = 5.6, height: float = 3.8) -> Axes:
+    """Axes of a new figure, inches. The figure is not pyplot's: nothing has to be closed."""
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def new_panels(count: int, width: float = 3.6, height: float = 3.6, **options: Any) -> np.ndarray:
+    """A row of axes of a new figure; inches of one of them."""
+    return Figure(figsize=(width * count, height), layout="constrained").subplots(1, count, squeeze=False, **options)[0]
+
+
+def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", note: str = "") -> Axes:
+    """Labels, fonts, grid and frame. `note` explains, in small print above the axes."""
+    ax.set_xlabel(xlabel, fontsize=TEXT, color=INK)
+    ax.set_ylabel(ylabel, fontsize=TEXT, color=INK)
+    ax.tick_params(labelsize=SMALL, color="0.6", labelcolor=INK, length=3, width=0.7)
+    ax.tick_params(which="minor", length=1.8, width=0.5)
+    ax.grid(True, which="major", linewidth=0.5, color="0.91")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set(color="0.6", linewidth=0.7)
+    if title:
+        ax.set_title(title, fontsize=TEXT + 0.5, color=INK, loc="left", pad=16 if note else 8, wrap=True)
+    if note:
+        ax.annotate(note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=QUIET)
+    return ax
+
+
+def curve(ax: Axes, x: Any, y: Any, look: Look, **options: Any) -> None:
+    """A fitted curve."""
+    ax.plot(x, y, color=look.color, linestyle=look.line, **{"linewidth": 1.3, "label": "_curve"} | options)
+
+
+def points(ax: Axes, x: Any, y: Any, look: Look, *, error: Any = None, label: str) -> None:
+    """Measured points; `error` is a standard error, drawn as a bar of 95%."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if error is not None:
+        half = 1.96 * np.asarray(error, np.float64)  # one that is not known is NaN: no bar
+        ax.vlines(x, y - half, y + half, color=look.color, linewidth=1.0, zorder=2.4)
+    ax.plot(
+        x, y, color=look.color, marker=look.marker, markerfacecolor=look.face, markersize=look.size,
+        markeredgewidth=1.0, linestyle="none", label=label, zorder=3,
+    )  # fmt: skip
+
+
+def band(ax: Axes, x: Any, low: Any, high: Any, look: Look) -> None:
+    """A confidence band."""
+    ax.fill_between(x, low, high, color=look.color, alpha=0.16, linewidth=0, zorder=1.5)
+
+
+def law_band(ax: Axes, laws: Any, key: Any, x: np.ndarray, look: Look, *, at: Any = None) -> None:
+    """The band of a law at each x, drawn `at` other places if given; none of a dict of laws, or without residuals."""
+    if hasattr(laws, "band"):
+        low, high = laws.band(key, x, LEVEL)
+        if np.isfinite(low).any():
+            band(ax, x if at is None else at, low, high, look)
+
+
+def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
+    """Of the runs that a law was fitted to, in their order, where laws know them."""
+    for block in getattr(laws, "blocks", ()):
+        if key in block.heads:
+            return block.runs[block.heads.index(key)].sem
+    return None
+
+
+def log_axis(axis: Axis, unit: float = 1.0, text: Callable[[float], str] | None = None) -> None:
+    """A logarithmic axis with ticks at round numbers, few enough to be read. Call it when the limits are known.
+
+    `unit`: what a tick is divided by before it is written, in plain figures or by `text`.
+    """
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    choices = [_round_numbers(low, high, (1,))[::2], *(_round_numbers(low, high, steps) for steps in _TICKS)]
+    ticks = min(choices, key=lambda ticks: abs(len(ticks) - 5))
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(FixedLocator(_round_numbers(low, high, range(1, 10))))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: (text or "{:,g}".format)(round(value / unit, 12))))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def power_of_two_axis(axis: Axis, values: Any, text: Callable[[int], str] = str) -> None:
+    """A logarithmic axis with a tick at each of `values` (heads, contexts)."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    ticks = sorted({int(value) for value in values})
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(round(value))))
+
+
+def save(figure: Figure, path: os.PathLike | str, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Writes `path` in each format (png at 150 dpi, svg, pdf), the same bytes for the same picture; returns the paths.
+
+    Raises ValueError for another format.
+    """
+    path = Path(path)
+    if unknown := set(formats) - set(_METADATA):
+        raise ValueError(f"picture format {', '.join(sorted(unknown))} is unknown here: use {', '.join(_METADATA)}")
+    stem = path.stem if path.suffix[1:] in _METADATA else path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path.with_name(f"{stem}.{name}") for name in formats]
+    with mpl.rc_context({"svg.hashsalt": "gqa_jax"}):
+        for name, target in zip(formats, written, strict=True):
+            figure.savefig(target, dpi=150, metadata=_METADATA[name])
+    return written
+
+
+_METADATA: dict[str, dict] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
+def context_label(context: int) -> str:
+    """8192 as "8K"."""
+    return f"{context // 1024}K" if context % 1024 == 0 else f"{context}"
+
+
+def short(value: float) -> str:
+    """1.2e9 as "1.2B": parameters, with three digits."""
+    for unit, symbol in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * unit:
+            return f"{value / unit:.3g}{symbol}"
+    return f"{value:.3g}"
+
+
+def alike(values: Sequence[float]) -> list[str]:
+    """Numbers with as many decimals as the one that needs the most: 3 and 2.35 as "3.00" and "2.35"."""
+    decimals = max(len(f"{value:.6g}".partition(".")[2]) for value in values)
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def percent(share: float) -> str:
+    """0.87 as "87%"; what is not all or nothing is not called so."""
+    return ">99%" if 0.995 <= share < 1 else "<1%" if 0 < share < 0.005 else f"{100 * share:.0f}%"
+
+
+def _round_numbers(low: float, high: float, steps: Any) -> list[float]:
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    return [float(tick) for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
+
+
+def _line(level: float) -> Any:
+    return _LINES[min(round(level), len(_LINES) - 1)]
+
+
+def _between(colors: Sequence[str], place: float) -> str:
+    """The colour at `place`, 0 to 1, of a row of colours."""
+    x = np.clip(place, 0, 1) * (len(colors) - 1)
+    rgb_Cx3 = np.array([to_rgb(color) for color in colors])
+    return to_hex([np.interp(x, np.arange(len(colors)), channel) for channel in rgb_Cx3.T])
+
+
+def _mix(color: str, share: float, other: str = "#FFFFFF") -> str:
+    """`share` of the colour, the rest another."""
+    return to_hex(share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(other)))
+
+
+def darker(color: str) -> str:
+    """The colour, for text: dark enough to be read on white (luma of 0.45 at most)."""
+    rgb = np.array(to_rgb(color))
+    return to_hex(rgb * min(1.0, 0.45 / max(rgb @ [0.299, 0.587, 0.114], 1e-9)))

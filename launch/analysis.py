@@ -1,0 +1,226 @@
+"""`python -m launch fit|optimum|report`: questions to finished runs, or to the paper's own data. Imports no jax."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+from rich.console import Console
+
+from gqa_jax.config import ConfigError
+
+COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
+PRESETS = ("paper", "paper-table4")
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds them to the command line; `ask` of the parsed arguments is what to call with them and a console."""
+
+    def add(name: str, ask: Callable, summary: str, needs_grid: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument(
+            "grid", metavar="GRID", nargs=None if needs_grid else "?", help="a grid file, or the folder it was run in"
+        )
+        command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
+        if not needs_grid:
+            command.add_argument("--preset", choices=PRESETS, help="the paper's own data instead of a grid: no training")
+        command.set_defaults(ask=ask)
+        return command
+
+    command = add("fit", _fit, "the laws L(N; H) of finished runs, with intervals, checks and warnings")
+    _add_context(command)
+    command.add_argument("--free_entropy", action="store_true", help="an E per head configuration instead of one for all")
+    command.add_argument("--entropy", type=float, metavar="E", help="E, given instead of fitted, nats per token")
+    command.add_argument("--huber_delta", type=float, metavar="D", help="residuals beyond D nats count linearly")
+    command.add_argument("--format", choices=("table", "csv", "json"), default="table")
+
+    command = add("optimum", _optimum, "the cheapest size and heads for a loss and a served context, and how sure that is")
+    command.add_argument("--context", type=_tokens, required=True, metavar="T", help="tokens served, like 131072 or 128K")
+    command.add_argument("--loss", type=float, required=True, metavar="L", help="loss that must be reached, nats per token")
+    _add_context(command)
+    add_objective(command)
+    command.add_argument(
+        "--fits", metavar="DEVICE", help="only models whose parameters and caches fit DEVICE (--n_devices of it)"
+    )
+    command.add_argument("--draws", type=int, default=1000, metavar="N", help="of the laws' coefficients (default: 1000)")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
+    command.add_argument("--method", choices=("posterior", "bootstrap"), default="posterior", help="of the draws")
+    command.add_argument("--conventions", action="store_true", help="also what the answer would be in every convention of Z")
+    command.add_argument("--format", choices=("table", "json"), default="table")
+    command.epilog = (
+        "example: python -m launch optimum --preset paper --context 131072 --loss 2.615. Memory only: --cost memory; FLOPs only: "
+        "--cost flops; on a device: --cost latency --device h200 --batch 8"
+    )
+
+    command = add("report", _report, "one HTML file with the answer, its certainty, tables, pictures and an explorer")
+    command.add_argument(
+        "--context", type=_tokens, metavar="T", help="of the question that it opens with (default: the longest)"
+    )
+    command.add_argument("--loss", type=float, metavar="L", help="of that question (default: the grid's, or what was reached)")
+    add_objective(command)
+
+
+def ask(arguments: argparse.Namespace, console: Console) -> int:
+    """Carries out one of these commands; returns the exit code."""
+    if getattr(arguments, "preset", None) is None and arguments.grid is None:
+        raise ConfigError("give a GRID, or --preset paper for the paper's own data")
+    if getattr(arguments, "preset", None) is not None and (arguments.grid is not None or arguments.root is not None):
+        raise ConfigError(f"--preset {arguments.preset} or a GRID: not both")
+    return arguments.ask(arguments, console)
+
+
+def add_objective(command: argparse.ArgumentParser) -> None:
+    """Options of the cost that is minimised (`gqa_jax.objectives`)."""
+    group = command.add_argument_group("what is minimised")
+    group.add_argument("--cost", choices=COSTS, default="z", help="default: z, the paper's hardware-aware cost")
+    group.add_argument(
+        "--convention", choices=("paper", "figures", "exact"), help="what z, flops, memory, train count (default: the grid's)"
+    )
+    group.add_argument(
+        "--flops", choices=("half_T", "per_token", "full_T"), help="tokens that FLOPs are of (default: the convention's)"
+    )
+    for name, text in (
+        ("lam", "weight of memory in z (0.9)"),
+        ("alpha", "exponent of memory in z (1/2)"),
+        ("beta", "exponent of FLOPs in z (1/3)"),
+    ):
+        group.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    group.add_argument(
+        "--device", metavar="NAME", help="of latency, throughput, price, lifetime: v5e, v5p, v6e, h100, h200, a100, ..."
+    )
+    group.add_argument("--n_devices", type=int, metavar="N", help="that share one copy of the model (1)")
+    group.add_argument("--batch", type=int, metavar="B", help="sequences decoded together (1)")
+    group.add_argument("--decode_share", type=float, metavar="S", help="share of a request's tokens that are generated (0.1)")
+    group.add_argument("--param_dtype", metavar="DTYPE", help="of parameters where bytes count (bfloat16)")
+    group.add_argument("--cache_dtype", metavar="DTYPE", help="of keys and values where bytes count (bfloat16)")
+    group.add_argument("--efficiency", type=float, metavar="X", help="share of a device's peaks that is reached (1)")
+    group.add_argument("--usd_per_hour", type=float, metavar="X", help="of one device (the dated list price)")
+    group.add_argument("--tokens", type=float, metavar="D", help="trained on, for train and lifetime (20 per parameter)")
+    group.add_argument("--served_tokens", type=float, metavar="D", help="over its lifetime, for lifetime")
+
+
+def objective(arguments: argparse.Namespace, convention: str):
+    """The objective of those options. Raises ValueError for one that its cost has no use for."""
+    from gqa_jax import objectives
+
+    names = ("flops", "lam", "alpha", "beta", "device", "n_devices", "batch", "decode_share", "param_dtype", "cache_dtype",
+             "efficiency", "usd_per_hour", "tokens", "served_tokens", "convention")  # fmt: skip
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if getattr(arguments, "fits", None) and arguments.cost not in ("latency", "throughput", "price", "lifetime"):
+        for name in ("n_devices", "batch"):
+            given.pop(name, None)  # of --fits
+    if "convention" not in given and "convention" in objectives.settings(arguments.cost):
+        if any(name in given for name in ("param_dtype", "cache_dtype")):
+            convention = "exact"  # bytes are asked for
+        given["convention"] = convention
+    try:
+        return objectives.make(arguments.cost, **given)
+    except ValueError as error:
+        raise ConfigError(f"--cost {arguments.cost}: {error}") from error
+
+
+def _add_context(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--train_context", type=_tokens, metavar="T", help="training context of the laws (default: that with most runs)"
+    )
+
+
+def _tokens(text: str) -> int:
+    """131072, or 128K, or 1M."""
+    units = {"k": 1024, "m": 1024**2}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        return int(number) * unit
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of tokens, like 131072 or 128K") from None
+
+
+def _source(arguments: argparse.Namespace):
+    from launch import studies
+
+    return (
+        studies.of_preset(arguments.preset)
+        if getattr(arguments, "preset", None)
+        else studies.of_grid(arguments.grid, arguments.root)
+    )
+
+
+def _fit(arguments: argparse.Namespace, console: Console) -> int:
+    from launch import answer, studies
+
+    source = _source(arguments)
+    options = {}
+    if arguments.free_entropy:
+        options["shared_entropy"] = False
+    for name in ("entropy", "huber_delta"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    if arguments.free_entropy and arguments.entropy is not None:
+        raise ConfigError("--free_entropy or --entropy: not both")
+    fits = studies.fit(source, **options)
+    chosen = [fits.at(arguments.train_context)] if arguments.train_context is not None else fits.fitted
+    fits.at(arguments.train_context)
+    import pandas as pd
+
+    tables = [answer.fit_table(one) for one in chosen]
+    if arguments.format == "csv":
+        print(pd.concat(tables, ignore_index=True).to_csv(index=False), end="")
+    elif arguments.format == "json":
+        print(pd.concat(tables, ignore_index=True).to_json(orient="records", indent=1))
+    else:
+        for one, table in zip(chosen, tables, strict=True):
+            if one.laws.source:
+                console.print(one.laws.source, highlight=False)
+            answer.print_laws(one, table, console)
+            answer.print_checks(one, console)
+        for context, why in fits.unfitted.items():
+            console.print(f"trained at T = {context:,}: no fit: {why}", highlight=False)
+    return 0
+
+
+def _optimum(arguments: argparse.Namespace, console: Console) -> int:
+    from gqa_jax import optimum
+    from gqa_jax.serving import Serving
+    from launch import answer, studies
+
+    source = _source(arguments)
+    goal = objective(arguments, source.convention)
+    one = studies.fit(source).at(arguments.train_context)
+    limit = None
+    if arguments.fits:
+        own = {name: getattr(arguments, name) for name in ("n_devices", "batch", "param_dtype", "cache_dtype")}
+        limit = Serving(arguments.fits, **{name: value for name, value in own.items() if value is not None})
+    convention = arguments.convention or source.convention
+    how = {"draws": arguments.draws, "seed": arguments.seed}
+    found = optimum.search(
+        one.laws,
+        arguments.loss,
+        arguments.context,
+        goal,
+        convention=convention,
+        memory_limit=limit,
+        method=arguments.method,
+        **how,
+    )
+    if arguments.format == "json":
+        about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
+        print(json.dumps(about | found.to_dict(), indent=1, allow_nan=False))
+        return 0
+    others = "" if source.laws is not None else f", laws of runs trained at {one.context:,} tokens"
+    console.print(f"{source.name}{others}", highlight=False)
+    answer.print_answer(found, source, one, console)
+    if arguments.conventions:
+        frame = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
+        console.print(answer.conventions_screen(frame))
+    return 0
+
+
+def _report(arguments: argparse.Namespace, console: Console) -> int:
+    from launch import findings, report
+
+    source = _source(arguments)
+    found = findings.of(source, arguments.loss, arguments.context, objective(arguments, source.convention), console)
+    path = report.write(findings.layout(source), found)
+    console.print(f"{path}", highlight=False, soft_wrap=True)
+    return 0

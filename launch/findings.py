@@ -1,0 +1,215 @@
+"""Everything that a report shows, from the laws of a grid or of a preset. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from etils import epath
+from matplotlib.axes import Axes
+from rich.console import Console
+
+from gqa_jax import optimum, plots, results, shape_search
+from gqa_jax.config import ConfigError
+from gqa_jax.invariance import context_invariance
+from gqa_jax.laws import validation
+from gqa_jax.objectives import Objective
+from launch import state, studies
+from launch.grid import Layout
+from launch.report import Findings, Picture, Question, Study
+from launch.studies import Fitted, Source
+
+
+def of(source: Source, loss: float | None, context: int | None, objective: Objective, console: Console) -> Findings:
+    """The findings of every training context; the one with most runs answers the first question.
+
+    `loss` and `context`: of that question; by default the grid's middle loss at the longest context served.
+
+    Raises ConfigError where no context has laws, or a loss that can't be reached.
+    """
+    fits = studies.fit(source)
+    if not fits.fitted:
+        fits.at(None)
+    made = [_study(one, loss, context, objective, console) for one in fits.fitted]
+    made[0] = _with_contexts(made[0], source, console)
+    runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
+    about = source.laws.source if source.laws is not None else f"{len(runs)} runs of {runs['size'].nunique()} sizes"
+    root = source.layout.root if source.layout else None
+    return Findings(
+        name=source.name,
+        about=about,
+        studies=made,
+        loss=runs,
+        cost=None if root is None else results.load_costs(root),
+        cells=_unfinished(source),
+        unfitted=fits.unfitted,
+        ask=f"python -m launch optimum {source.argument}",
+        command=f"python -m launch report {source.argument}",
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        versions={
+            name: importlib.metadata.version(name) for name in ("gqa-jax", "numpy", "scipy", "pandas", "matplotlib", "bokeh")
+        }
+        | {"python": platform.python_version()}
+        | ({"commits of the runs": ", ".join(commits)} if commits else {}),
+    )
+
+
+def layout(source: Source) -> Layout:
+    """Where the report goes: the grid's folder; of a preset, runs/PRESET."""
+    return source.layout or Layout(epath.Path("runs") / source.name)
+
+
+def _study(one: Fitted, loss: float | None, context: int | None, objective: Objective, console: Console) -> Study:
+    served = sorted(one.contexts_served)
+    context = context or served[-1]
+    losses = sorted(one.losses, reverse=True)
+    if loss is None:
+        middle = [x for x in losses if x > max(law.entropy for law in one.laws.values())]
+        if not middle:
+            raise ConfigError(f"none of the losses asked for ({', '.join(f'{x:g}' for x in losses)}) is above E: give --loss")
+        loss = middle[len(middle) // 2]
+    rule = getattr(objective, "convention", None) or one.convention
+    aspect = one.laws.aspect
+    try:
+        answer = optimum.search(one.laws, loss, context, objective, convention=rule)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    grid = optimum.optimum_map(one.laws, losses, served, objective, convention=rule)
+    study = {
+        "laws": one.laws,
+        "questions": [Question(loss, context, answer)],
+        "objective": objective,
+        "aspect": aspect,
+        "optimum_map": grid,
+        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context),
+        "checks": _checks(one),
+    }
+    pictures: dict[str, list[Picture]] = {}
+    for part, title, caption, draw in _pictures(one, answer, grid, loss, context, objective):
+        try:
+            ax = draw()
+        except ValueError as error:  # of data that this grid does not have
+            console.print(f"no picture {title!r}: {error}", highlight=False)
+            continue
+        axes = ax if isinstance(ax, Axes) else np.ravel(ax)[0]
+        pictures.setdefault(part, []).append(Picture(axes.figure, title, caption))
+    return Study(**study, pictures=pictures)
+
+
+def _pictures(
+    one: Fitted, answer: optimum.Answer, grid: pd.DataFrame, loss: float, context: int, objective: Objective
+) -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
+    """(part of the page, title, caption, what draws it), of what the data can show."""
+    laws, rows = one.laws, one.rows
+    at, name = plots.context_label(context), objective.label
+    yield (
+        "questions", "Which heads are the cheapest", f"Share of the draws in which each head configuration is the cheapest, at {at}, loss {loss:g}.",
+        lambda: plots.share_of_draws(answer.candidates),
+    )  # fmt: skip
+    yield (
+        "questions", "What each would cost", f"{name}, of each head configuration at the size that reaches the loss; 95% of the draws.",
+        lambda: plots.cost_intervals(answer.candidates, label=name),
+    )  # fmt: skip
+    yield (
+        "questions", "The optimum for other losses and contexts", "The heads to choose; the shade is the probability that no other is cheaper.",
+        lambda: plots.optimum_map(grid),
+    )  # fmt: skip
+    if np.isfinite(answer.saving_vs_llama3):
+        yield (
+            "questions", "Saved against Llama 3's heads", "The answer of each loss against Llama 3's heads at the same loss, by context.",
+            lambda: plots.savings_by_context(grid),
+        )  # fmt: skip
+    if not rows.empty:
+        yield (
+            "runs", "Loss against the cost of serving", f"The runs, and the laws with their 95% bands, at the costs of serving {at}.",
+            lambda: plots.loss_vs_costs(rows, laws, context),
+        )  # fmt: skip
+    yield (
+        "laws", "Loss against size", "Every run, its law, and the 95% band of the law.",
+        lambda: plots.loss_vs_params(laws),
+    )  # fmt: skip
+    if np.isfinite(laws.sigma):
+        block = laws.blocks[0]
+        if block.given_entropy is None:
+            yield (
+                "laws", "How well E is known", "Likelihood profile of E: every other coefficient at its best for that E.",
+                lambda: plots.profile(*block.entropy_profile(), dof=block.dof),
+            )  # fmt: skip
+        if not rows.empty:
+            yield "laws", "What the laws leave", "Measured minus fitted loss of every run.", lambda: plots.residuals(laws)
+    if not rows.empty:
+        several = rows.groupby("n_kv_heads")["n_heads"].nunique()
+        if several.max() >= 3:
+            kept = rows[rows["n_kv_heads"] == several.idxmax()]
+            yield (
+                "laws", "Loss against query heads", f"By size, at {several.idxmax()} key/value heads: a power of n_h and a constant that all sizes share.",
+                lambda: plots.loss_vs_query_heads(kept),
+            )  # fmt: skip
+    shape = shape_search.solve_shape(
+        answer.n_params, answer.heads, laws.aspect, laws.head_dim, laws.vocab_size, laws.size_convention
+    )
+    contexts = [2**k for k in range(10, 21)]
+    yield (
+        "costs", "What computes", f"Share of a token's forward FLOPs in the answer {answer.heads}, by the context served.",
+        lambda: plots.flops_shares(shape, contexts),
+    )  # fmt: skip
+    yield (
+        "costs", "What is held", f"Share of the memory of serving the answer {answer.heads}, by the context served.",
+        lambda: plots.memory_shares(shape, contexts),
+    )  # fmt: skip
+
+
+def _with_contexts(study: Study, source: Source, console: Console) -> Study:
+    """Adds whether differences between heads depend on the training context, where a grid was trained at several."""
+    if source.loss.empty or source.loss["context"].nunique() < 2:
+        return study
+    try:
+        found = context_invariance(source.loss, tuple(study.questions[0].answer.heads))
+        ax = plots.loss_vs_context(found)
+    except ValueError as error:
+        console.print(f"no test of context invariance: {error}", highlight=False)
+        return study
+    checks = pd.concat(
+        [study.checks, pd.DataFrame([{"check": "context invariance", "result": found.verdict}])], ignore_index=True
+    )
+    caption = f"Relative difference of the loss to that of {found.baseline}, by the context of the training. {found.verdict}"
+    drawn = Picture(ax.figure, "Loss differences against the training context", caption)
+    pictures = {**study.pictures, "laws": [*study.pictures.get("laws", ()), drawn]}
+    return dataclasses.replace(study, checks=checks, pictures=pictures)
+
+
+def _checks(one: Fitted) -> pd.DataFrame | None:
+    """Columns check, result: the laws on runs that they have not seen."""
+    if one.rows.empty:
+        return None
+    frame, said = validation.hold_out_all(one.rows)
+    lines = [
+        {
+            "check": f"{row.scheme.replace('_', ' ')}, {row.model.replace('_', ' ')}",
+            "result": f"mean error {row.mean_error:+.4f}, rms {row.rms_error:.4f}, worst {row.worst_error:+.4f} nats per token, "
+            f"{row.predicted} of {row.runs} runs predicted",
+        }
+        for row in validation.summary(frame).itertuples()
+    ]
+    said += [*validation.lack_of_fit(one.laws, one.rows).warnings, *validation.doubts(frame)]
+    return pd.DataFrame(lines + [{"check": "doubt", "result": text} for text in said], columns=["check", "result"])
+
+
+def _unfinished(source: Source) -> pd.DataFrame | None:
+    """Cells of the grid that have no result, or diverged: columns cell, state, cause."""
+    if source.layout is None:
+        return None
+    done = set(source.loss.loc[source.loss["status"] == "done", "cell"])
+    rows = []
+    for name in source.planned:
+        if name in done:
+            continue
+        now = state.of(source.layout.cell(name), time.time())
+        rows.append({"cell": name, "state": now.state, "cause": now.cause or ""})
+    return pd.DataFrame(rows, columns=["cell", "state", "cause"])

@@ -1,0 +1,166 @@
+"""`python -m launch fit|optimum|report`: on the paper's data and on grids whose results were made up."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from gqa_jax import laws, results
+from launch import grid
+from launch.__main__ import main
+from launch.grid import Layout
+from tests import grid_fakes
+
+ASK = ["optimum", "--preset", "paper", "--context", "131072", "--loss", "2.615"]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A finished grid: its file, and its folder."""
+    file = tmp_path / "small.py"
+    file.write_text(grid_fakes.GRID_FILE)
+    layout = Layout(tmp_path / "runs" / "small")
+    cells = grid.cells(grid_fakes.small_grid())
+    for cell in cells:
+        grid_fakes.finish(cell, layout)
+    layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(grid_fakes.small_grid(), cells)))
+    monkeypatch.chdir(tmp_path)
+    return file, layout, cells
+
+
+class TestOptimum:
+    def test_answers_from_the_papers_data(self, capsys):
+        assert main(ASK) == 0
+        text = capsys.readouterr().out
+        assert "(8,1) query and key/value heads, 2.08B parameters" in text
+        assert "45 losses read off Figures 1 and 2" in text
+        assert "saves 33" in text
+        assert "extrapolated: N* is 1.8x above the trained sizes" in text
+
+    def test_json_has_the_fixed_names(self, capsys):
+        assert main([*ASK, "--format", "json"]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert (values["n_heads"], values["n_kv_heads"]) == (8, 1)
+        low, high = values["n_params_interval"]
+        assert low < values["n_params"] < high
+        assert 0.9 < values["probability"] <= 1
+        assert values["cost"] > 0
+        assert 0.3 < values["saving_vs_llama3"] < 0.4
+        assert len(values["candidates"]) == 7
+        assert values["objective"]["convention"]["flops"] == "half_T"
+
+    @pytest.mark.parametrize(
+        ("options", "heads"),
+        [
+            (["--cost", "memory"], {(8, 1)}),
+            (["--cost", "flops"], {(2, 1), (1, 1)}),
+            (["--flops", "per_token"], {(8, 1)}),
+            (["--cost", "latency", "--device", "h200", "--batch", "4", "--cache_dtype", "int8"], None),
+            (["--cost", "price", "--device", "v5e", "--n_devices", "8"], None),
+            (["--cost", "lifetime", "--served_tokens", "1e12", "--device", "v6e"], None),
+            (["--fits", "h100", "--batch", "8"], {(8, 1)}),
+            (["--cost", "memory", "--cache_dtype", "int8"], None),
+            (["--method", "bootstrap", "--draws", "200", "--conventions"], {(8, 1)}),
+        ],
+    )
+    def test_every_cost(self, options, heads, capsys):
+        assert main([*ASK, "--format", "json", *options]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert values["probability"] > 0.3
+        if heads:
+            assert (values["n_heads"], values["n_kv_heads"]) in heads
+
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            (["optimum", "--context", "8K", "--loss", "2.6"], "give a GRID, or --preset paper"),
+            ([*ASK, "runs/x"], "--preset paper or a GRID: not both"),
+            (["optimum", "nowhere", "--context", "8K", "--loss", "2.6"], "nowhere is not there: give a grid file"),
+            ([*ASK[:-1], "2.0"], r"a loss of 2 can't be reached at any size: the fitted entropy E is 2.07"),
+            ([*ASK, "--cost", "latency"], "needs device"),
+            ([*ASK, "--cost", "price", "--device", "h20"], "did you mean 'h200'"),
+            ([*ASK, "--lam", "2"], "a weight between 0"),
+            ([*ASK, "--cost", "memory", "--lam", "0.5"], "has no use for it"),
+            ([*ASK, "--train_context", "1024"], "no run was trained there; there are 8192"),
+            ([*ASK, "--draws", "1"], "draw 2 or more"),
+            ([*ASK, "--fits", "v5e", "--batch", "64"], "no head configuration reaches a loss of 2.615 within the 16.91 GB"),
+        ],
+    )
+    def test_bad_input_is_a_sentence(self, argv, said, capsys):
+        assert main(argv) == 2
+        assert said in capsys.readouterr().err
+
+    def test_a_grid_by_its_file_or_its_folder(self, small, capsys):
+        file, layout, _ = small
+        answers = []
+        for source in (str(file), str(layout.root)):
+            assert main(["optimum", source, "--context", "8K", "--loss", "2.1", "--format", "json"]) == 0
+            answers.append(json.loads(capsys.readouterr().out))
+        assert answers[0]["cost"] == answers[1]["cost"]
+        assert answers[0]["train_context"] == 32
+        assert answers[0]["source"] == "small"
+
+
+class TestFit:
+    def test_prints_laws_checks_and_warnings(self, capsys):
+        assert main(["fit", "--preset", "paper"]) == 0
+        text = capsys.readouterr().out
+        assert "(d/d_h,8)" in text
+        assert "2.0704 (1.968 to 2.152)" in text
+        assert "leave largest out" in text
+        assert "the smallest size is missed" in text
+
+    def test_tables_for_programs(self, small, capsys):
+        file, _, _ = small
+        assert main(["fit", str(file), "--format", "json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [(row["n_heads"], row["n_kv_heads"]) for row in rows] == [(1, 1), (2, 1)]
+        assert main(["fit", str(file), "--entropy", "1.5", "--format", "csv"]) == 0
+        assert capsys.readouterr().out.count("1.5,1.5,1.5") == 2
+
+    def test_options_that_contradict_or_do_not_apply(self, small, capsys):
+        file, _, _ = small
+        assert main(["fit", str(file), "--free_entropy", "--entropy", "1"]) == 2
+        assert main(["fit", "--preset", "paper", "--free_entropy"]) == 2
+        assert "is for grids" in capsys.readouterr().err
+
+    def test_heads_that_lack_sizes_are_left_out_and_said(self, small, capsys):
+        file, layout, cells = small
+        for cell in cells:
+            if cell.config.model.n_heads == 2 and cell.config.model.d_model == 64:
+                layout.cell(cell.name).joinpath("result.json").unlink()
+        assert main(["fit", str(file)]) == 0
+        assert "heads (2,1): 2 sizes have finished, a law needs 3 or more; it is left out" in capsys.readouterr().out
+
+    def test_a_grid_that_can_not_be_fitted_says_why(self, small, capsys):
+        file, layout, cells = small
+        for cell in cells[2:]:
+            layout.cell(cell.name).joinpath("result.json").unlink()
+        assert main(["fit", str(file)]) == 2
+        assert "no law can be fitted: trained at 32: heads (1,1): 1 sizes have finished" in capsys.readouterr().err
+        for cell in cells[:2]:
+            layout.cell(cell.name).joinpath("result.json").unlink()
+        assert main(["fit", str(file)]) == 2
+        assert "no cell of small has finished" in capsys.readouterr().err
+
+    def test_diverged_and_unfinished_runs_are_no_points(self, small):
+        _, layout, cells = small
+        grid_fakes.finish(cells[0], layout, status="diverged")
+        table = results.load_results(layout.root)
+        assert (table["status"] == "diverged").sum() == 1
+        with pytest.raises(ValueError, match="2 sizes have finished"):
+            laws.fit_by_heads(table)
+
+
+def test_report_of_a_grid_is_one_file(small, capsys):
+    file, layout, cells = small
+    layout.cell(cells[-1].name).joinpath("result.json").unlink()
+    grid_fakes.finish(cells[-2], layout)
+    assert main(["report", str(file), "--loss", "2.1", "--context", "8K"]) == 0
+    page = (layout.root / "report" / "index.html").read_text()
+    assert len(page) < 5_000_000
+    assert "http://" not in page.split("<script")[0].replace("http://www.w3.org", "")
+    assert cells[-1].name in page  # not finished, and said
+    assert pd.notna(page.index("explorer"))
+    assert list((layout.root / "report").glob("*.md"))
+    assert list((layout.root / "report").glob("*.tex"))

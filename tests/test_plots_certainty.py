@@ -1,0 +1,95 @@
+"""How sure an answer is: shares of draws, intervals, profiles, residuals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gqa_jax import optimum, plots, presets
+from tests import plot_helpers
+
+
+@pytest.fixture(scope="module")
+def laws():
+    return presets.load("paper")
+
+
+@pytest.fixture(scope="module")
+def answer(laws):
+    return optimum.search(laws, 2.55, 65_536)
+
+
+CANDIDATES = pd.DataFrame(
+    {
+        "n_heads": [8, 4, 8, 2, 1],
+        "n_kv_heads": [1, 1, 2, 1, 1],
+        "probability": [0.62, 0.3, 0.07, 0.006, 0.004],
+        "expected_regret": [0.001, 0.02, 0.0005, 0.3, 0.5],
+        "cost": [10.0, 11.0, 10.5, 15.0, np.nan],
+        "cost_low": [9.0, 10.0, 9.5, 13.0, np.nan],
+        "cost_high": [12.0, np.inf, 11.5, 17.0, np.nan],
+    }
+)
+
+
+def test_shares_of_draws():
+    ax = plots.share_of_draws(CANDIDATES)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["(8,1)", "(4,1)", "(8,2) ←", "2 others"]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([62, 30, 7, 1])
+    assert plot_helpers.texts(ax)[:4] == ["62%   regret 0.1%", "30%   regret 2%", "7%   regret 0.05%", "1%"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # most probable on top
+
+
+def test_the_answer_is_shown_however_improbable():
+    improbable = CANDIDATES.assign(expected_regret=[0.2, 0.2, 0.2, 0.2, 0.1])
+    assert [tick.get_text() for tick in plots.share_of_draws(improbable).get_yticklabels()][-2:] == ["(1,1) ←", "1 other"]
+
+
+def test_shares_of_an_answer(answer):
+    ax = plots.share_of_draws(answer.candidates)
+    widths = dict(zip([tick.get_text() for tick in ax.get_yticklabels()], [bar.get_width() for bar in ax.patches], strict=True))
+    assert widths[f"{answer.heads} ←"] == pytest.approx(100 * answer.probability)
+    assert sum(widths.values()) == pytest.approx(100)
+
+
+def test_without_probabilities_there_is_nothing_to_draw():
+    with pytest.raises(ValueError, match="probability is empty"):
+        plots.share_of_draws(CANDIDATES.assign(probability=np.nan))
+
+
+def test_intervals_of_costs():
+    ax = plots.cost_intervals(CANDIDATES, label="Z")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["(8,1)", "(8,2)", "(4,1)", "(2,1)"]
+    assert {label: line.get_xdata()[0] for label, line in plot_helpers.points(ax).items()} == {
+        "(8,1)": 10, "(8,2)": 10.5, "(4,1)": 11, "(2,1)": 15
+    }  # fmt: skip
+    assert ax.get_xlim()[1] < 20  # an infinite end leaves the axes, it does not stretch them
+    with pytest.raises(ValueError, match="cost holds no finite number"):
+        plots.cost_intervals(CANDIDATES.assign(cost=np.nan))
+
+
+def test_the_profile_of_the_papers_points_leaves_its_interval(laws):
+    block = laws.blocks[0]
+    ax = plots.profile(*block.entropy_profile(), dof=block.dof)
+    low, high = block.entropy_interval()
+    shaded = ax.patches[0].get_bbox()
+    assert (shaded.x0, shaded.x1) == pytest.approx((low, high), abs=0.003)
+    assert f"least at {laws[(8, 1)].entropy:.2f}; 95%: {low:.2f} to {high:.2f}" in plot_helpers.texts(ax)
+
+
+def test_a_profile_that_does_not_rise_says_so():
+    entropy = np.linspace(1.5, 2.0, 50)
+    note = plot_helpers.texts(plots.profile(entropy, np.maximum(entropy - 1.7, 0) ** 2 * 1000))
+    assert any(text.endswith("95%: below 1.50 to 1.76") for text in note)
+    note = plot_helpers.texts(plots.profile(entropy, np.full(50, 0.1)))
+    assert any(text.endswith("95%: below 1.50 to above 2.00") for text in note)
+    with pytest.raises(ValueError, match=r"two arrays of one length; got \(50,\) and \(3,\)"):
+        plots.profile(entropy, np.ones(3))
+
+
+def test_residuals_are_measured_minus_fitted(laws):
+    ax = plots.residuals(laws)
+    points = plot_helpers.points(ax)
+    for law, line in zip(laws.values(), points.values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), 1e3 * (law.loss - law.predict(law.params)))
+    assert ax.patches[0].get_bbox().height == pytest.approx(4e3 * laws.sigma)
+    assert not plots.residuals(dict(laws)).patches  # the spread is not known

@@ -1,0 +1,197 @@
+"""Loss against size and cost: what is drawn is where the data and the laws are."""
+
+import dataclasses
+
+import matplotlib
+import numpy as np
+import pytest
+
+from gqa_jax import costs, laws, objectives, plots, presets
+from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.plots.measures import measure
+from gqa_jax.shape_search import solve_shape
+from gqa_jax.shapes import Aspect
+from launch import grid
+from launch.grid import Layout
+from tests import grid_fakes, plot_helpers
+
+
+@pytest.fixture(scope="module")
+def paper():
+    return presets.load("paper")
+
+
+@pytest.fixture(scope="module")
+def table():
+    return presets.paper_losses()
+
+
+def test_points_and_curves_are_where_the_data_are(paper):
+    backend = matplotlib.get_backend()
+    ax = plots.loss_vs_params(paper, title="t")
+    points = list(plot_helpers.points(ax).values())
+    assert len(points) == len(plot_helpers.curves(ax)) == len(paper) == 8
+    for (heads, law), line, curve in zip(paper.items(), points, plot_helpers.curves(ax), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), law.params)
+        np.testing.assert_array_equal(line.get_ydata(), law.loss)
+        assert line.get_marker() == plots.head_look(heads).marker
+        np.testing.assert_allclose(curve.get_ydata(), law.predict(curve.get_xdata()))
+        assert curve.get_xdata()[0] < law.params.min() < law.params.max() < curve.get_xdata()[-1]
+    assert {plots.head_text(heads) for heads in paper} <= set(plot_helpers.texts(ax))
+    assert matplotlib.get_backend() == backend
+
+
+def test_bands_are_those_of_the_laws(paper):
+    ax = plots.loss_vs_params(paper)
+    bands = [each for each in ax.collections if len(each.get_paths()) == 1 and len(each.get_paths()[0]) > 100]
+    assert len(bands) == len(paper)
+    edge_Px2, curve = bands[3].get_paths()[0].vertices, plot_helpers.curves(ax)[3]
+    low, high = paper.band(list(paper)[3], curve.get_xdata())
+    n = len(low)
+    np.testing.assert_allclose(edge_Px2[1 : n + 1, 1], low)
+    np.testing.assert_allclose(edge_Px2[n + 2 : 2 * n + 2, 1][::-1], high)
+
+
+def test_a_plain_dict_of_laws_has_no_bands(paper):
+    ax = plots.loss_vs_params(dict(paper))
+    assert not ax.collections
+    assert len(plot_helpers.curves(ax)) == 8
+
+
+def test_curves_can_be_continued_beyond_the_runs(paper):
+    ax = plots.loss_vs_params(paper, until=1e10)
+    inside, beyond = plot_helpers.curves(ax)[:2]
+    assert beyond.get_xdata()[0] == inside.get_xdata()[-1]
+    assert beyond.get_xdata()[-1] == pytest.approx(1e10)
+    assert beyond.get_linewidth() < inside.get_linewidth()
+
+
+def test_many_curves_get_a_legend():
+    ax = plots.loss_vs_params(dict(presets.load("paper-table4")))
+    assert len(ax.get_legend().get_texts()) == 21
+    assert plots.loss_vs_params(dict(presets.load("paper"))).get_legend() is None
+
+
+def test_a_grid_folder_will_do(tmp_path):
+    layout = Layout(tmp_path)
+    for cell in grid.cells(grid_fakes.small_grid()):
+        grid_fakes.finish(cell, layout)
+    assert set(plot_helpers.points(plots.loss_vs_params(tmp_path))) == {"(1,1)", "(2,1)"}
+    assert set(plot_helpers.points(plots.loss_vs_cost(tmp_path, None, 8192))) == {"(1,1)", "(2,1)"}
+
+
+def test_markers_of_the_papers_third_panel(paper, table):
+    """Z of Figure 2 at T = 128K, read off its markers: within 0.4% with the convention of the figures."""
+    points = plot_helpers.points(plots.loss_vs_cost(table, paper, 131_072))
+    assert points["(8,8)"].get_xdata()[-1] == pytest.approx(75_568, rel=4e-3)
+    assert points["(8,8)"].get_xdata()[0] == pytest.approx(42_997, rel=4e-3)
+    assert points["(8,4)"].get_xdata()[0] == pytest.approx(32_668, rel=4e-3)
+
+
+def test_llama3s_heads_grow_with_the_width(paper, table):
+    """Memory in Figure 1 of the 32 x 2048 model, heads (32, 8): 5.704e9 values; and the curve passes where its law says."""
+    ax = plots.loss_vs_cost(table, paper, 131_072, cost="memory")
+    assert plot_helpers.points(ax)[plots.head_text(LLAMA3)].get_xdata()[-1] == 5_704_253_440
+    curve, law = plot_helpers.curves(ax)[-1], paper[LLAMA3]
+    shape = solve_shape(law.params.min() / 1.15, LLAMA3, Aspect.constant(64), 64, 50_304, paper.size_convention)
+    assert curve.get_xdata()[0] == pytest.approx(costs.infer_memory(shape, 131_072, "figures"))
+    assert curve.get_ydata()[0] == pytest.approx(law.predict(law.params.min() / 1.15))
+
+
+def test_curves_meet_their_runs_whatever_their_aspect_ratios():
+    """Between runs the aspect ratio is interpolated for each H by itself: at the size of a run the curve has its cost."""
+    noise = np.random.default_rng(0)
+    shapes = {4: 256, 6: 512, 12: 768, 16: 1024}
+    rows = []
+    for n, k in ((8, 1), (8, 8)):
+        for layers, d in shapes.items():
+            params = round(costs.count_params(costs.Shape(layers, d, n, k), "figures").non_embedding)
+            rows.append(
+                {"cell": f"{n}-{k}-{d}", "n_layers": layers, "d_model": d, "n_heads": n, "n_kv_heads": k, "context": 8192}
+                | {"params_non_embedding": params, "loss": 2 + (1e8 / params) ** 0.2 + noise.normal(0, 1e-4), "d_ff": None}
+            )
+    table = plot_helpers.table(rows).drop(columns="params_total")  # N without norms
+    fitted = laws.fit_by_heads(table)
+    ax = plots.loss_vs_cost(table, fitted, 131_072, cost="flops")
+    for curve, line in zip(plot_helpers.curves(ax), plot_helpers.points(ax).values(), strict=True):
+        order = np.argsort(curve.get_ydata())
+        at = np.exp(np.interp(line.get_ydata(), curve.get_ydata()[order], np.log(curve.get_xdata()[order])))
+        np.testing.assert_allclose(at, line.get_xdata(), rtol=5e-3)
+
+
+def test_longer_contexts_move_points_by_their_cost_and_keep_the_loss(paper, table):
+    near, far = (plot_helpers.points(plots.loss_vs_cost(table, paper, context))["(8,1)"] for context in (1024, 131_072))
+    assert list(near.get_ydata()) == list(far.get_ydata())
+    assert (near.get_xdata() < far.get_xdata()).all()
+
+
+def test_an_objective_is_an_axis(paper, table):
+    objective = objectives.make("latency", device="h200")
+    ax = plots.loss_vs_cost(table, paper, 8192, cost=objective)
+    assert ax.get_xlabel() == f"{objective.label} at 8K ({objective.unit})"
+    row = table[(table["n_heads"] == 8) & (table["n_kv_heads"] == 1)].iloc[0]
+    shape = costs.Shape(row["n_layers"], row["d_model"], 8, 1)
+    assert plot_helpers.points(ax)["(8,1)"].get_xdata()[0] == pytest.approx(objective(shape, 8192))
+
+
+def test_the_three_panels_of_figure_2(paper, table):
+    panels = plots.loss_vs_costs(table, paper, 131_072, title="t")
+    assert [ax.get_xlabel().split(" at ")[0] for ax in panels] == [
+        "inference memory",
+        "inference compute",
+        "hardware-aware cost $Z$",
+    ]
+    assert len({tuple(plot_helpers.points(ax)["(8,1)"].get_ydata()) for ax in panels}) == 1
+    assert len(panels[0].figure.legends) == 1
+
+
+def test_continued_runs_are_not_drawn_among_others():
+    rows = []
+    for n, d in ((10**7, 256), (10**8, 512), (10**9, 1024)):
+        shape = {"size": str(n), "n_layers": d // 64, "d_model": d, "n_heads": 8, "n_kv_heads": 1, "params_non_embedding": n}
+        run = shape | {"cell": f"{n}", "context": 8192, "loss": 2 + (1e8 / n) ** 0.2}
+        rows += [run, run | {"cell": f"{n}-continued", "continue_from": "x", "loss": run["loss"] - 0.1}]
+    points = plot_helpers.points(plots.loss_vs_cost(plot_helpers.table(rows), None, 8192))["(8,1)"]
+    np.testing.assert_allclose(points.get_ydata(), 2 + np.array([10, 1, 0.1]) ** 0.2)
+
+
+@pytest.mark.parametrize(
+    ("cost", "convention", "typical", "unit"),
+    [
+        ("memory", "figures", 5.7e9, (1e9, "billion values")),
+        ("memory", "exact", 5.7e9, (1e9, "GB")),
+        ("memory", "figures", 3e16, (1e12, "trillion values")),
+        ("flops", "paper", 3e10, (1e9, "GFLOPs per token")),
+        ("flops", "figures", 2.4e15, (1e15, "PFLOPs per sequence")),
+        ("z", "figures", 4e4, (1.0, "")),
+    ],
+)
+def test_units(cost, convention, typical, unit):
+    assert measure(cost, convention).unit(typical) == unit
+
+
+def test_a_convention_of_ones_own():
+    rule = dataclasses.replace(costs.named_convention("figures"), flops="per_token")
+    assert measure("flops", rule).unit(1e6) == (1e6, "MFLOPs per token")
+
+
+def test_what_can_not_be_drawn(paper, table):
+    with pytest.raises(ValueError, match="cost 'x' is unknown: use z, flops, memory, or an objective"):
+        plots.loss_vs_cost(table, paper, 8192, cost="x")
+    with pytest.raises(ValueError, match=r"heads \(8,1\): a law, but no run in the table"):
+        plots.loss_vs_cost(table[table["n_kv_heads"] != 1], {Heads(8, 1): paper[Heads(8, 1)]}, 8192)
+    with pytest.raises(ValueError, match="one training context at a time"):
+        plots.loss_vs_cost(table.assign(context=range(len(table))), paper, 8192)
+    with pytest.raises(ValueError, match=r"none of \d+ runs is done"):
+        plots.loss_vs_params(table.assign(status="diverged"))
+
+
+def test_pictures_are_the_same_bytes_every_time(paper, tmp_path):
+    two = {heads: paper[heads] for heads in list(paper)[:2]}
+    pairs = [plots.save(plots.loss_vs_params(two).figure, tmp_path / name) for name in ("a", "b")]
+    assert [path.read_bytes() for path in pairs[0]] == [path.read_bytes() for path in pairs[1]]
+
+
+def test_aspect_between_the_sizes_of_a_table(table):
+    assert plots.table_aspect(table)(5e8) == pytest.approx(64)
+    assert laws.fit_by_heads(table).aspect(5e8) == pytest.approx(64)
