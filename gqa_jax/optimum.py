@@ -25,8 +25,8 @@ from gqa_jax.shapes import paper_aspect
 Aspect = Callable[[Any], Any]
 
 LEVEL = 0.95
-#: Regret counts up to here, twice the least cost: also of an H that in a draw can't be built at all while another can. Otherwise
-#: the few draws in which a size is astronomical would decide.
+#: Regret counts up to here, twice the least cost: also of an H that in a draw can't be built while another can. Otherwise the
+#: few draws in which a size is astronomical would decide.
 NOT_POSSIBLE = 1.0
 LARGEST_BUILT = 1e13  # parameters: beyond it no model is proposed
 FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, and is called so
@@ -164,7 +164,7 @@ def optimum_map(
     seed: int = 0,
     method: str = "posterior",
 ) -> pd.DataFrame:
-    """Every H for every loss and served context: columns loss, context_served and those of `Answer.candidates`; rank 1 is the answer.
+    """Every H for every loss and served context: loss, context_served and those of `Answer.candidates`; rank 1 answers.
 
     Arguments as in `search`; draws=0 leaves out what is uncertain, and ranks by the cost of the fitted laws. A loss that an H
     does not reach gives a row without numbers and with a note.
@@ -211,7 +211,7 @@ def convention_sensitivity(
     draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What the answer under Z would be in every convention for FLOPs and memory: one row each, in the order half_T values first.
+    """What the answer under Z would be in every convention for FLOPs and memory: one row each, the paper's figures first.
 
     Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving_vs_llama3,
     and regret: how much more the answer of the first row costs in this convention.
@@ -262,7 +262,7 @@ def regrets(
     seed: int = 0,
     method: str = "posterior",
 ) -> Regrets:
-    """The regrets that `search` averages, of its candidates. Arguments as there; ValueError where there is nothing to draw from."""
+    """The regrets that `search` averages, of its candidates. Arguments as there; ValueError where nothing can be drawn."""
     _check(loss, [context_served])
     table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
     if table.known.draws is None:
@@ -295,7 +295,7 @@ class Coefficients:
 
 
 def coefficients(laws: Mapping[Heads, PowerLaw], draws: int = 1000, seed: int = 0, method: str = "posterior") -> Coefficients:
-    """Coefficients of the fitted laws and their joint draws (none with draws=0, or where the laws have no noise to draw from)."""
+    """Coefficients of the fitted laws and their joint draws (none with draws=0, or where no noise is known)."""
     if draws < 0 or draws == 1:
         raise ValueError(f"draws = {draws}: draw 2 or more, or 0 for an answer without probabilities")
     drawn, why = None, None
@@ -339,7 +339,7 @@ class _Facts:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """Shapes of every H (and of Llama 3's, last, where it is no candidate) that reach one loss, by the fits and by every draw."""
+    """Shapes of every H (and of Llama 3's, last, where it is no candidate) for one loss, by the fits and by every draw."""
 
     laws: Mapping[Heads, PowerLaw]
     loss: float
@@ -492,8 +492,8 @@ class _Table:
         if np.isfinite(row["n_params_low"]):
             if not row["n_params_low"] <= n <= row["n_params_high"]:
                 found.append(
-                    f"N* of the curve of {heads} lies outside the interval of the draws, in which the other heads have a say: this H "
-                    "does not follow its neighbours"
+                    f"N* of the curve of {heads} lies outside the interval of the draws, in which the other heads have a say: "
+                    "this H does not follow its neighbours"
                 )
             if not np.isfinite(row["n_params_high"]):
                 found.append("N* is not bounded above: the data allow an E at or above the loss")
@@ -595,18 +595,19 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
     lowest = min(law.loss.min() for law in laws.values())
     if loss <= least:
         return (
-            f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss is "
-            f"{lowest:.4f}, so ask for {least + 0.25 * (lowest - least):.3f} or more"
+            f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss "
+            f"is {lowest:.4f}, so ask for {least + 0.25 * (lowest - least):.3f} or more"
         )
     return (
-        f"no head configuration reaches a loss of {loss:g} within {_limit_text(memory_limit)} at this context: allow more memory, "
-        "a higher loss, a shorter context or a smaller batch"
+        f"no head configuration reaches a loss of {loss:g} within {_limit_text(memory_limit)} at this context: allow more "
+        "memory, a higher loss, a shorter context or a smaller batch"
     )
 
 
 def _limit_text(memory_limit: float | Serving | None) -> str:
     if isinstance(memory_limit, Serving):
-        return f"the {memory_limit.n_devices * memory_limit.chip.memory_bytes / 1e9:.4g} GB of {memory_limit.n_devices} x {memory_limit.chip.name}"
+        count, chip = memory_limit.n_devices, memory_limit.chip
+        return f"the {count * chip.memory_bytes / 1e9:.4g} GB of {count} x {chip.name}"
     return f"the {(memory_limit or 0) / 1e9:.4g} GB of the limit"
 
 

@@ -38,8 +38,8 @@ def paper() -> LawsByHeads:
     """L(N; H) of `paper_losses`, one E for all; shapes above 1.2B follow the paper's Table 7, as its Figure 1 does."""
     laws = fit_by_heads(paper_losses())
     laws.source = (
-        "preset paper: fitted to 45 losses read off Figures 1 and 2 of arXiv 2503.09579 (error about 0.003), models of 0.07B to 1.4B "
-        "parameters; no run of yours"
+        "preset paper: fitted to 45 losses read off Figures 1 and 2 of arXiv 2503.09579 (error about 0.003), models of 0.07B "
+        "to 1.4B parameters; no run of yours"
     )
     laws.aspect = paper_aspect()
     return laws
@@ -48,7 +48,7 @@ def paper() -> LawsByHeads:
 def paper_table4() -> LawsByHeads:
     """The 21 calibrated laws; d / L = 64, with which they give 33 of the 40 cells of Table 4, the others within 0.7% of Z.
 
-    Their draws say what reading errors of the six sizes of Figure 2 would do; that the calibration itself is off is not in them.
+    Their draws say what reading errors of the six sizes of Figure 2 would do; errors of the calibration are not in them.
     """
     with (_FOLDER / "paper_table4.csv").open() as file:
         table = pd.read_csv(file)
@@ -65,8 +65,8 @@ def paper_table4() -> LawsByHeads:
         vocab_size=50_304,
         aspect=Aspect.constant(64),
         source=(
-            "preset paper-table4: calibrated on the paper's Table 4 and Figures 1 and 2; it repeats that table (33 of 40 cells) and is "
-            "no evidence for it; no run of yours"
+            "preset paper-table4: calibrated on the paper's Table 4 and Figures 1 and 2; it repeats that table (33 of 40 "
+            "cells) and is no evidence for it; no run of yours"
         ),
     )
 

@@ -1,4 +1,4 @@
-"""`python -m launch plan|run|status|logs|cancel|retry|export|fit|optimum|report GRID`: a grid of training runs, from plan to answer.
+"""`python -m launch COMMAND GRID`: a grid of training runs, from plan to answer. `--help` lists the commands.
 
 Imports no jax.
 """

@@ -49,8 +49,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--conventions", action="store_true", help="also what the answer would be in every convention of Z")
     command.add_argument("--format", choices=("table", "json"), default="table")
     command.epilog = (
-        "example: python -m launch optimum --preset paper --context 131072 --loss 2.615. Memory only: --cost memory; FLOPs only: "
-        "--cost flops; on a device: --cost latency --device h200 --batch 8"
+        "example: python -m launch optimum --preset paper --context 131072 --loss 2.615. Memory only: --cost memory; FLOPs "
+        "only: --cost flops; on a device: --cost latency --device h200 --batch 8"
     )
 
     command = add("report", _report, "one HTML file with the answer, its certainty, tables, pictures and an explorer")

@@ -81,8 +81,8 @@ def write_fits(fits: Fits, out: Layout) -> tuple[pd.DataFrame, pd.DataFrame] | N
 
 
 def fit_table(one: Fitted) -> pd.DataFrame:
-    """One row per H: context, n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals, r_squared, points, sigma,
-    status, warnings.
+    """One row per H: context, n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals, r_squared, points,
+    sigma, status, warnings.
     """
     laws = one.laws
     frame = laws.intervals()
@@ -176,8 +176,8 @@ def fit_screen(one: Fitted, table: pd.DataFrame) -> Table:
     laws = one.laws
     noise = "no degrees of freedom" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
     title = (
-        f"Trained at T = {one.context:,}: L(N; H) = (a / N)^b + E, {'one E for all heads' if laws.shared_entropy else 'an E per H'}; "
-        f"{laws.status}, {noise}; 95% intervals"
+        f"Trained at T = {one.context:,}: L(N; H) = (a / N)^b + E, {'one E for all' if laws.shared_entropy else 'an E per H'}"
+        f"; {laws.status}, {noise}; 95% intervals"
     )
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("heads", "a", "b", "E", "R²", "runs"):
@@ -226,13 +226,14 @@ def print_answer(found: Answer, source: Source, one: Fitted, console: Console) -
     if not np.isnan(found.saving_vs_llama3):
         saves = "saves" if found.saving_vs_llama3 >= 0 else "costs more by"
         console.print(
-            f"{saves} {abs(found.saving_vs_llama3):.1%}{_range(*found.saving_interval, '{:.1%}'.format)} against Llama 3's heads at the same loss",
+            f"{saves} {abs(found.saving_vs_llama3):.1%}{_range(*found.saving_interval, '{:.1%}'.format)} against Llama 3's "
+            "heads at the same loss",
             highlight=False,
         )
     if found.runner_up is not None and not np.isnan(found.regret_of_runner_up):
         console.print(
-            f"next best {heads_text(*found.runner_up)}: expected to cost {found.regret_of_runner_up:.2%} more than the cheapest "
-            f"(this answer {found.expected_regret:.2%})",
+            f"next best {heads_text(*found.runner_up)}: expected to cost {found.regret_of_runner_up:.2%} more than the "
+            f"cheapest (this answer {found.expected_regret:.2%})",
             highlight=False,
         )
     console.print(_candidates_screen(found, one.laws))

@@ -109,38 +109,52 @@ def _pictures(
     laws, rows = one.laws, one.rows
     at, name = plots.context_label(context), objective.label
     yield (
-        "questions", "Which heads are the cheapest", f"Share of the draws in which each head configuration is the cheapest, at {at}, loss {loss:g}.",
+        "questions",
+        "Which heads are the cheapest",
+        f"Share of the draws in which each head configuration is the cheapest, at {at}, loss {loss:g}.",
         lambda: plots.share_of_draws(answer.candidates),
-    )  # fmt: skip
+    )
     yield (
-        "questions", "What each would cost", f"{name}, of each head configuration at the size that reaches the loss; 95% of the draws.",
+        "questions",
+        "What each would cost",
+        f"{name}, of each head configuration at the size that reaches the loss; 95% of the draws.",
         lambda: plots.cost_intervals(answer.candidates, label=name),
-    )  # fmt: skip
+    )
     yield (
-        "questions", "The optimum for other losses and contexts", "The heads to choose; the shade is the probability that no other is cheaper.",
+        "questions",
+        "The optimum for other losses and contexts",
+        "The heads to choose; the shade is the probability that no other is cheaper.",
         lambda: plots.optimum_map(grid),
-    )  # fmt: skip
+    )
     if np.isfinite(answer.saving_vs_llama3):
         yield (
-            "questions", "Saved against Llama 3's heads", "The answer of each loss against Llama 3's heads at the same loss, by context.",
+            "questions",
+            "Saved against Llama 3's heads",
+            "The answer of each loss against Llama 3's heads at the same loss, by context.",
             lambda: plots.savings_by_context(grid),
-        )  # fmt: skip
+        )
     if not rows.empty:
         yield (
-            "runs", "Loss against the cost of serving", f"The runs, and the laws with their 95% bands, at the costs of serving {at}.",
+            "runs",
+            "Loss against the cost of serving",
+            f"The runs, and the laws with their 95% bands, at the costs of serving {at}.",
             lambda: plots.loss_vs_costs(rows, laws, context),
-        )  # fmt: skip
+        )
     yield (
-        "laws", "Loss against size", "Every run, its law, and the 95% band of the law.",
+        "laws",
+        "Loss against size",
+        "Every run, its law, and the 95% band of the law.",
         lambda: plots.loss_vs_params(laws),
-    )  # fmt: skip
+    )
     if np.isfinite(laws.sigma):
         block = laws.blocks[0]
         if block.given_entropy is None:
             yield (
-                "laws", "How well E is known", "Likelihood profile of E: every other coefficient at its best for that E.",
+                "laws",
+                "How well E is known",
+                "Likelihood profile of E: every other coefficient at its best for that E.",
                 lambda: plots.profile(*block.entropy_profile(), dof=block.dof),
-            )  # fmt: skip
+            )
         if not rows.empty:
             yield "laws", "What the laws leave", "Measured minus fitted loss of every run.", lambda: plots.residuals(laws)
     if not rows.empty:
@@ -148,21 +162,27 @@ def _pictures(
         if several.max() >= 3:
             kept = rows[rows["n_kv_heads"] == several.idxmax()]
             yield (
-                "laws", "Loss against query heads", f"By size, at {several.idxmax()} key/value heads: a power of n_h and a constant that all sizes share.",
+                "laws",
+                "Loss against query heads",
+                f"By size, at {several.idxmax()} key/value heads: a power of n_h and a constant that all sizes share.",
                 lambda: plots.loss_vs_query_heads(kept),
-            )  # fmt: skip
+            )
     shape = shape_search.solve_shape(
         answer.n_params, answer.heads, laws.aspect, laws.head_dim, laws.vocab_size, laws.size_convention
     )
     contexts = [2**k for k in range(10, 21)]
     yield (
-        "costs", "What computes", f"Share of a token's forward FLOPs in the answer {answer.heads}, by the context served.",
+        "costs",
+        "What computes",
+        f"Share of a token's forward FLOPs in the answer {answer.heads}, by the context served.",
         lambda: plots.flops_shares(shape, contexts),
-    )  # fmt: skip
+    )
     yield (
-        "costs", "What is held", f"Share of the memory of serving the answer {answer.heads}, by the context served.",
+        "costs",
+        "What is held",
+        f"Share of the memory of serving the answer {answer.heads}, by the context served.",
         lambda: plots.memory_shares(shape, contexts),
-    )  # fmt: skip
+    )
 
 
 def _with_contexts(study: Study, source: Source, console: Console) -> Study:
@@ -192,8 +212,8 @@ def _checks(one: Fitted) -> pd.DataFrame | None:
     lines = [
         {
             "check": f"{row.scheme.replace('_', ' ')}, {row.model.replace('_', ' ')}",
-            "result": f"mean error {row.mean_error:+.4f}, rms {row.rms_error:.4f}, worst {row.worst_error:+.4f} nats per token, "
-            f"{row.predicted} of {row.runs} runs predicted",
+            "result": f"mean error {row.mean_error:+.4f}, rms {row.rms_error:.4f}, worst {row.worst_error:+.4f} nats per "
+            f"token, {row.predicted} of {row.runs} runs predicted",
         }
         for row in validation.summary(frame).itertuples()
     ]

@@ -85,8 +85,8 @@ def test_a_given_entropy_is_in_every_draw():
 
 @pytest.mark.slow
 def test_coverage_and_calibration():
-    """Grids of 6 H x 6 sizes from random laws, 0.3% noise: 95% intervals of a, b, E, N* hold the truth as often as they say, the
-    probability that an H is the cheapest is that share of the time right, and N* inside the data is within 2%.
+    """Grids of 6 H x 6 sizes from random laws, 0.3% noise: 95% intervals of a, b, E, N* hold the truth as often as they say,
+    the probability that an H is the cheapest is right that share of the time, and N* inside the data is within 2%.
     """
     covered = {name: [] for name in ("E", "a", "b", "N profile", "N draws")}
     said, right, errors = [], [], []

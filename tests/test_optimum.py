@@ -43,7 +43,7 @@ def paper():
 
 class TestPaper:
     def test_table_4_by_the_curves_of_figure_2(self):
-        """Of the 9 cells won by a head configuration of Figure 2, 8 come out, with nothing fitted to Table 4; the miss costs 0.14%."""
+        """Of the 9 cells won by a head configuration of Figure 2, 8 come out, nothing fitted to Table 4; a miss costs 0.14%."""
         frame = optimum.best_heads(traced(), list(TABLE_4), CONTEXTS, aspect=Aspect.constant(64))
         cells = [cell for cell in table_4() if cell[2] in TRACED]
         assert len(cells) == 9

@@ -3,8 +3,8 @@
     laws = gqa_jax.laws.fit_by_heads(gqa_jax.load_results("runs/paper"))     # L(N; H) = (a / N)^b + E, one E for all H
     laws[Heads(8, 1)].solve(2.615), laws.size_interval(Heads(8, 1), 2.615), laws.intervals(), laws.draws()
 
-`by_heads` is what the search rests on. Beside it: `joint` (one law in N, n_h and n_kv), `query_heads` (L against n_h), `loss_nd`
-(L against N and D, with and without heads), `power` (trends), `validation` (held-out runs, baselines, lack of fit).
+`by_heads` is what the search rests on. Beside it: `joint` (one law in N, n_h and n_kv), `query_heads` (L against n_h),
+`loss_nd` (L against N and D, with and without heads), `power` (trends), `validation` (held-out runs, baselines, lack of fit).
 """
 
 from gqa_jax.laws.by_heads import LawsByHeads, PowerLaw, fit_by_heads

@@ -247,7 +247,8 @@ class Block:
         for heads, runs, alpha, b in zip(self.heads, self.runs, self.alpha, self.b, strict=True):
             if b < SMALLEST_B:
                 raise ValueError(
-                    f"heads {heads}: the losses do not fall with size ({', '.join(f'{x:.4f}' for x in runs.loss)}): no power law"
+                    f"heads {heads}: the losses do not fall with size ({', '.join(f'{x:.4f}' for x in runs.loss)}): "
+                    "no power law"
                 )
             law = PowerLaw(
                 float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, runs.params, runs.loss, warnings
@@ -303,8 +304,8 @@ class Block:
     def interval(self, heads: Heads, kind: str, at: float = np.nan, level: float = 0.95) -> tuple[float, float]:
         """Profile-likelihood interval of one quantity of H; (nan, nan) without degrees of freedom.
 
-        kind: "a" (ln a), "b", "size" (ln N* for the loss `at`), "loss" (L at N = `at`), "amplitude" (L - E there). All other coefficients, E and those
-        of other H included, take their best values along the profile.
+        kind: "a" (ln a), "b", "size" (ln N* for the loss `at`), "loss" (L at N = `at`), "amplitude" (L - E there). All other
+        coefficients, E and those of other H included, take their best values along the profile.
         """
         if not np.isfinite(self.sigma):
             return np.nan, np.nan
@@ -617,7 +618,7 @@ def _sum_of_squares_through(
 def _least_over_entropy(
     squares: Callable[[np.ndarray], np.ndarray], grid: np.ndarray, rest: np.ndarray, count: int
 ) -> np.ndarray:
-    """Minimum over E of squares(entropy_CxE) of one H plus `rest` of the others on `grid`: on the grid, then twice between its points.
+    """Minimum over E of squares(entropy_CxE) of one H plus `rest` of the others on `grid`: there, then between its points.
 
     A quantity that is nearly a function of E, like a, has a minimum far narrower than the steps of the grid.
     """

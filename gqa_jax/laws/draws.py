@@ -4,8 +4,8 @@
 (`by_heads.conditional`), so their joint posterior is drawn without a Markov chain: E, the noise sigma and the spread tau of the
 H on a grid, by their marginal likelihood, then theta of every H. With five H or more they are pooled (a hierarchical head
 law): theta_H = X_H beta + u_H, u_H ~ Normal(0, diag(tau_alpha^2, tau_b^2)), X_H polynomials in log2 n_h and log2 n_kv, beta
-flat, tau log-uniform. Runs of neighbouring H then support each other as far as the data say that H vary smoothly. Without pooling
-E has its profile likelihood, and beta, tau don't exist. Priors: flat in E between 0 and the lowest loss, 1/sigma.
+flat, tau log-uniform. Runs of neighbouring H then support each other as far as the data say that H vary smoothly. Without
+pooling E has its profile likelihood, and beta, tau don't exist. Priors: flat in E between 0 and the lowest loss, 1/sigma.
 
 `bootstrap`: every run's loss is drawn anew from its fitted law with the pooled noise, whose size varies as its degrees of
 freedom allow, and all coefficients are fitted again.
@@ -74,7 +74,8 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
     for block in laws.blocks:
         if not np.isfinite(block.sigma):
             raise ValueError(
-                "as many coefficients as runs: the noise of a run, and so every uncertainty, is unknown. Train more sizes or seeds"
+                "as many coefficients as runs: the noise of a run, and so every uncertainty, is unknown. Train more sizes or "
+                "seeds"
             )
         drawn = _posterior(block, count, generator) if method == "posterior" else _bootstrap(block, count, generator)
         parts.append((block, drawn))
@@ -195,7 +196,7 @@ def _pool(basis_Gx2xK: np.ndarray, theta: np.ndarray, V: np.ndarray, tau: np.nda
 
 
 def _pooling(block: Block) -> tuple[np.ndarray | None, list[tuple[float, float]]]:
-    """Basis_Gx2xK of the head law, and the grid of tau; (None, [one]) where H are too few. A rule like Llama 3's is not pooled."""
+    """Basis_Gx2xK of the head law, and the grid of tau; (None, [one]) where H are too few. Llama 3's rule is not pooled."""
     counted = [h for h in block.heads if h.n_heads is not None]
     if len(counted) < POOLED_FROM:
         return None, [(np.inf, np.inf)]
@@ -294,7 +295,7 @@ def _clean(drawn: _Drawn) -> _Drawn:
 
 
 def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random.Generator):
-    """Columns (E, ln a, b) of Llama 3's heads: from runs that have them, else from the head law; (None, "") where neither is."""
+    """Columns (E, ln a, b) of Llama 3's heads: from runs that have them, else the head law; (None, "") without either."""
     if laws.llama3 is not None:
         runs = laws.llama3
         from gqa_jax.laws import by_heads

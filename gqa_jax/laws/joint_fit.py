@@ -22,7 +22,7 @@ def plain(
     """The fit that takes all runs for independent; and the runs with their weights and L - E, instead of sem."""
     loss, sem = runs["loss"].to_numpy(), runs["sem"].to_numpy()
     base = 1 / loss**2 if log else np.ones_like(loss)
-    runs = runs.drop(columns="sem").assign(weight=base / base.mean())
+    runs = runs.drop(columns="sem").assign(weight=base / base.mean(), above=1.0)  # L - E, as soon as a fit knows it
     weighted = np.isfinite(sem).all() and np.ptp(sem) > 1e-3 * sem.mean()
     for _ in range(4 if weighted else 1):
         model, y = independent(terms, runs, center, 0.0)
@@ -94,7 +94,7 @@ def _turning(runs: pd.DataFrame) -> Callable[[np.ndarray, float], np.ndarray]:
     s = a sqrt(weight) that root is (1 - (1 - 1 / sqrt(1 + ratio |s|^2)) s s^T / |s|^2) diag(sqrt(weight)) / sigma.
     """
     root, member_NxG = np.sqrt(runs["weight"].to_numpy()), _members(runs)
-    s = root * runs["above"].to_numpy() if "above" in runs else np.ones(len(runs))  # not asked for before it is known
+    s = root * runs["above"].to_numpy()
     size = (s**2) @ member_NxG
     unit_NxG = s[:, None] * member_NxG / np.sqrt(size)
 

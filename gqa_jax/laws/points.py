@@ -35,7 +35,7 @@ class Runs:
 
 
 def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of ONE training context that are finished, finite and trained from scratch, by size; and what was left out, said.
+    """The rows of ONE training context that are finished, finite and trained from scratch, by size; and what was left out.
 
     Raises:
       ValueError: columns that are missing, no finished run, several contexts, the same run twice, or losses that can't be.
@@ -122,7 +122,7 @@ def _problem(heads: Heads, runs: Runs) -> str | None:
     if runs.n_sizes < MIN_SIZES:
         return f"heads {heads}: {runs.n_sizes} sizes have finished, a law needs {MIN_SIZES} or more"
     if runs.span < MIN_SPAN:
-        return f"heads {heads}: sizes span a factor of {runs.span:.1f}, a law needs {MIN_SPAN:g} or more: train smaller or larger ones"
+        return f"heads {heads}: sizes span a factor of {runs.span:.1f}, a law needs {MIN_SPAN:g} or more: train others"
     return None
 
 
@@ -138,7 +138,8 @@ def warnings(groups: Mapping[Heads, Runs], rows: pd.DataFrame) -> list[str]:
         ratio = rows["tokens"].astype(np.float64) / rows["params_non_embedding"].astype(np.float64)
         if ratio.max() > 3 * ratio.min():
             found.append(
-                f"tokens per parameter range from {ratio.min():.3g} to {ratio.max():.3g}: L(N) mixes the effect of data with that of size"
+                f"tokens per parameter range from {ratio.min():.3g} to {ratio.max():.3g}: L(N) mixes the effect of data with "
+                "that of size"
             )
     if "d_model" in rows and "n_layers" in rows and rows["d_model"].notna().all():
         aspect = rows["d_model"].astype(np.float64) / rows["n_layers"].astype(np.float64)
