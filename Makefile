@@ -49,6 +49,7 @@ bench: setup
 	$(PYTHON) benchmarks/train_cpu.py
 	$(PYTHON) -m benchmarks.attention
 	$(PYTHON) -m benchmarks.launch
+	$(PYTHON) -m benchmarks.laws
 
 clean:
 	rm -rf .venv build *.egg-info

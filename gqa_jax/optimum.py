@@ -100,7 +100,7 @@ def search(
     memory_limit: float | Serving | None = None,
     draws: int = 1000,
     seed: int = 0,
-    method: str = "posterior",
+    method: str | None = None,
 ) -> Answer:
     """The heads that reach `loss` at the least cost of serving `context_served` tokens.
 
@@ -113,7 +113,7 @@ def search(
       convention: of the columns c_infer and m_infer.
       memory_limit: bytes that parameters and cache (bfloat16, one sequence) may take, or the `Serving` whose devices must hold
         them at its batch and precisions; what needs more can't be chosen.
-      draws, seed, method: `LawsByHeads.draws`.
+      draws, seed, method: `LawsByHeads.draws`; draws=0 for an answer without probabilities.
 
     Raises:
       ValueError: a loss that no H reaches by the fitted laws, a limit that none keeps, or a context below 1.
@@ -162,7 +162,7 @@ def optimum_map(
     memory_limit: float | Serving | None = None,
     draws: int = 1000,
     seed: int = 0,
-    method: str = "posterior",
+    method: str | None = None,
 ) -> pd.DataFrame:
     """Every H for every loss and served context: loss, context_served and those of `Answer.candidates`; rank 1 answers.
 
@@ -260,7 +260,7 @@ def regrets(
     memory_limit: float | Serving | None = None,
     draws: int = 1000,
     seed: int = 0,
-    method: str = "posterior",
+    method: str | None = None,
 ) -> Regrets:
     """The regrets that `search` averages, of its candidates. Arguments as there; ValueError where nothing can be drawn."""
     _check(loss, [context_served])
@@ -294,7 +294,7 @@ class Coefficients:
         return self.heads.index(LLAMA3) if LLAMA3 in self.heads else None
 
 
-def coefficients(laws: Mapping[Heads, PowerLaw], draws: int = 1000, seed: int = 0, method: str = "posterior") -> Coefficients:
+def coefficients(laws: Mapping[Heads, PowerLaw], draws: int = 1000, seed: int = 0, method: str | None = None) -> Coefficients:
     """Coefficients of the fitted laws and their joint draws (none with draws=0, or where no noise is known)."""
     if draws < 0 or draws == 1:
         raise ValueError(f"draws = {draws}: draw 2 or more, or 0 for an answer without probabilities")
@@ -351,7 +351,9 @@ class _Table:
     aspect: Aspect
 
     @classmethod
-    def of(cls, laws: Mapping[Heads, PowerLaw], loss: float, aspect: Aspect, count: int, seed: int, method: str) -> _Table:
+    def of(
+        cls, laws: Mapping[Heads, PowerLaw], loss: float, aspect: Aspect, count: int, seed: int, method: str | None
+    ) -> _Table:
         known = coefficients(laws, count, seed, method)
         about = (
             (laws.head_dim, laws.vocab_size, laws.size_convention)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax.config import closest
-from gqa_jax.laws import Heads, LawsByHeads, fit_by_heads
+from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, fit_by_heads
 from gqa_jax.laws.by_heads import fit_block
 from gqa_jax.laws.points import Runs
 from gqa_jax.shapes import Aspect, paper_aspect
@@ -48,7 +48,8 @@ def paper() -> LawsByHeads:
 def paper_table4() -> LawsByHeads:
     """The 21 calibrated laws; d / L = 64, with which they give 33 of the 40 cells of Table 4, the others within 0.7% of Z.
 
-    Their draws say what reading errors of the six sizes of Figure 2 would do; errors of the calibration are not in them.
+    Their draws say what reading errors of the six sizes of Figure 2 would do (bootstrap: curves calibrated together are not
+    pooled again); errors of the calibration are not in them.
     """
     with (_FOLDER / "paper_table4.csv").open() as file:
         table = pd.read_csv(file)
@@ -58,17 +59,30 @@ def paper_table4() -> LawsByHeads:
         params = widths / 64 * (8 * widths**2 + 128 * widths * (row.n_heads + row.n_kv_heads))
         loss = row.entropy + row.above_at_1e9 * (params / 1e9) ** -row.b
         groups[Heads(row.n_heads, row.n_kv_heads)] = Runs(params, loss, np.full(6, np.nan), widths.astype(np.float64))
+    curves = table.set_index(["n_heads", "n_kv_heads"])
     return LawsByHeads(
         [fit_block(groups, known_sigma=READING_ERROR)],
         context=CONTEXT,
         head_dim=64,
         vocab_size=50_304,
         aspect=Aspect.constant(64),
+        method="bootstrap",
+        llama3=_between_heads(curves.xs(LLAMA3.n_kv_heads, level="n_kv_heads"), widths),
+        llama3_source="losses between the curves of (8,8), (16,8) and (32,8)",
         source=(
             "preset paper-table4: calibrated on the paper's Table 4 and Figures 1 and 2; it repeats that table (33 of 40 "
             "cells) and is no evidence for it; no run of yours"
         ),
     )
+
+
+def _between_heads(curves: pd.DataFrame, widths: np.ndarray) -> Runs:
+    """Losses of models with d / 64 query heads: ln(L - E) linear in ln n_h between curves of one n_kv."""
+    n_heads = widths / 64
+    params = widths / 64 * (8 * widths**2 + 128 * widths * (n_heads + LLAMA3.n_kv_heads))
+    log_above = np.log(curves["above_at_1e9"].to_numpy()[:, None]) - np.outer(curves["b"], np.log(params / 1e9))
+    at = [np.interp(np.log(n), np.log(curves.index), column) for n, column in zip(n_heads, log_above.T, strict=True)]
+    return Runs(params, curves["entropy"].iloc[0] + np.exp(at), np.full(len(widths), np.nan), widths.astype(np.float64))
 
 
 PRESETS = {"paper": paper, "paper-table4": paper_table4}

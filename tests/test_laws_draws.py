@@ -64,7 +64,7 @@ def test_llama3_comes_from_runs_that_have_its_heads():
     one = laws.fit_by_heads(law_tables.synthetic(noise=0.001, heads=heads))
     drawn = one.draws(200)
     assert drawn.heads[-1] == LLAMA3
-    assert "a law of the 5 runs that have them" in drawn.notes[0]
+    assert "a law of 5 runs that have them" in drawn.notes[0]
 
 
 def test_what_can_not_be_drawn_is_said():

@@ -58,6 +58,13 @@ class TestPaper:
         assert sum(regret == 0 for regret in regrets) == 33
         assert max(regrets) < 0.007
 
+    def test_what_is_answered_from_the_calibrated_preset(self):
+        """By least expected regret over draws: the same 33 cells, and Llama 3's heads between its curves to compare with."""
+        frame = optimum.optimum_map(presets.load("paper-table4"), list(TABLE_4), CONTEXTS)
+        chosen = frame[frame["rank"] == 1].set_index(["loss", "context_served"])
+        assert sum((row["n_heads"], row["n_kv_heads"]) == heads for *key, heads in table_4() for row in [chosen.loc[tuple(key)]]) == 33
+        assert chosen.loc[(2.7, 131_072), "saving_vs_llama3"] > 0.25
+
     def test_flops_per_token_can_not_give_table_4(self):
         """FLOPs of a token are 0.3% of Z, so the paper must mean those of a sequence."""
         frame = optimum.optimum_map(

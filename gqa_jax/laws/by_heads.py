@@ -70,6 +70,8 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
       context: training context, tokens; head_dim, vocab_size: of the runs, or the paper's where the table has none.
       size_convention: what N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as trained; "figures" without.
       aspect: d / L of models as a function of N: between the sizes that were trained, else the paper's.
+      llama3: runs of Llama 3's heads where they are no H of their own; llama3_source: what these are.
+      method: of the draws unless another is asked for; source: whose laws these are, where not of your runs.
       blocks: H that share an E, fitted together: one block, or one per H.
       warnings: sentences that every answer from these laws must carry.
     """
@@ -85,11 +87,14 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         aspect: Aspect | None = None,
         warnings: Sequence[str] = (),
         llama3: Runs | None = None,
+        llama3_source: str = "",
         source: str = "",
+        method: str = "posterior",
     ):
         self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
         self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
-        self.warnings, self.llama3, self.source = tuple(warnings), llama3, source
+        self.warnings, self.source, self.method = tuple(warnings), source, method
+        self.llama3, self.llama3_source = llama3, llama3_source
         self._laws = {heads: law for block in blocks for heads, law in block.laws(self.warnings).items()}
         self._draws: dict[tuple, Draws] = {}
 
@@ -147,13 +152,13 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
                 return block
         raise KeyError(f"no law for heads {heads}: there are {', '.join(map(str, self))}")
 
-    def draws(self, count: int = 1000, seed: int = 0, method: str = "posterior") -> Draws:
+    def draws(self, count: int = 1000, seed: int = 0, method: str | None = None) -> Draws:
         """Joint draws of all coefficients: see `gqa_jax.laws.draws`. Kept, so that asking again costs nothing."""
         from gqa_jax.laws import draws
 
-        key = (count, seed, method)
+        key = (count, seed, method or self.method)
         if key not in self._draws:
-            self._draws[key] = draws.draw(self, count, seed, method)
+            self._draws[key] = draws.draw(self, *key)
         return self._draws[key]
 
     def intervals(self, level: float = 0.95) -> pd.DataFrame:
@@ -441,6 +446,7 @@ def fit_by_heads(
         aspect=points.aspect(rows),
         warnings=said,
         llama3=None if LLAMA3 in groups else points.llama3(rows),
+        llama3_source="runs that have them",
     )
 
 

@@ -308,7 +308,7 @@ def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random
         J = np.stack([value, -x * value], -1)
         V = np.linalg.inv(np.swapaxes(J, -1, -2) @ J) * drawn.sigma_S[:, None, None] ** 2
         theta = theta + _normal(V, generator)
-        note = f"Llama 3's heads {LLAMA3}: a law of the {len(runs.loss)} runs that have them"
+        note = f"Llama 3's heads {LLAMA3}: a law of {len(runs.loss)} {laws.llama3_source}"
     elif drawn.beta_SxK is not None and np.isfinite(block.runs[0].d_model).all():
         note = f"Llama 3's heads {LLAMA3}: from the head law, for d / d_h query heads; no run has them at three sizes"
         sizes = np.concatenate([runs.params for runs in block.runs])

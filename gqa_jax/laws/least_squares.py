@@ -129,10 +129,12 @@ def _inverse(jacobian: np.ndarray, weights: np.ndarray, free: np.ndarray) -> tup
     """Inverse information of the free coefficients (0 for the others), and its condition number at unit diagonal."""
     count = free.size
     result = np.zeros((count, count))
+    if not free.any():
+        return result, 1.0
     used = jacobian[:, free]
     information = (used * weights[:, None]).T @ used
     scale = np.sqrt(np.diag(information))
-    if not used.size or not (scale > 0).all():
+    if not (scale > 0).all():
         return np.full((count, count), np.nan), np.inf
     unit = information / np.outer(scale, scale)
     condition = float(np.linalg.cond(unit))
