@@ -123,7 +123,14 @@ def _print(
 
 def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
     """The laws of one training context, and what is doubtful about them."""
-    console.print(fit_screen(one, table))
+    laws = one.laws
+    noise = "no degrees of freedom for noise" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
+    console.print(
+        f"[bold]Trained at T = {one.context:,}[/]: L(N; H) = (a / N)^b + E, {'one E for all' if laws.shared_entropy else 'an E per H'}; "
+        f"{laws.status}, {noise}; 95% intervals",
+        highlight=False,
+    )
+    console.print(fit_screen(table))
     for warning in dict.fromkeys([*one.laws.warnings, *(w for law in one.laws.values() for w in law.warnings)]):
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
 
@@ -132,7 +139,8 @@ def print_checks(one: Fitted, console: Console) -> None:
     """How the laws do on runs that they have not seen."""
     if one.rows.empty:
         return
-    frame, said = validation.hold_out_all(one.rows)
+    frame, missing = validation.hold_out_all(one.rows)
+    said = [f"no held-out check: {why}" for why in dict.fromkeys(text.partition(": ")[2] or text for text in missing)]
     said += validation.lack_of_fit(one.laws, one.rows).warnings
     if not frame.empty:
         view = Table(
@@ -171,15 +179,9 @@ def loss_screen(loss: pd.DataFrame) -> Table:
     return view
 
 
-def fit_screen(one: Fitted, table: pd.DataFrame) -> Table:
+def fit_screen(table: pd.DataFrame) -> Table:
     """Coefficients with their intervals."""
-    laws = one.laws
-    noise = "no degrees of freedom" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
-    title = (
-        f"Trained at T = {one.context:,}: L(N; H) = (a / N)^b + E, {'one E for all' if laws.shared_entropy else 'an E per H'}"
-        f"; {laws.status}, {noise}; 95% intervals"
-    )
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    view = Table(box=box.SIMPLE_HEAD)
     for name in ("heads", "a", "b", "E", "R²", "runs"):
         view.add_column(name, justify="right", no_wrap=True)
     for row in table.itertuples():

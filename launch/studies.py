@@ -82,7 +82,7 @@ def of_preset(name: str) -> Source:
     return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", f"--preset {name}", laws=laws)
 
 
-def of_grid(path: str, root: str | None) -> Source:
+def of_grid(path: str, root: str | None = None) -> Source:
     """The runs of a grid: its file, and the folder it was run in; or that folder itself, local or gs://.
 
     Raises ConfigError: neither is there, or nothing has finished.

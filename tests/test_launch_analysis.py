@@ -130,14 +130,14 @@ class TestFit:
             if cell.config.model.n_heads == 2 and cell.config.model.d_model == 64:
                 layout.cell(cell.name).joinpath("result.json").unlink()
         assert main(["fit", str(file)]) == 0
-        assert "heads (2,1): 2 sizes have finished, a law needs 3 or more; it is left out" in capsys.readouterr().out
+        assert "heads (2,1): 2 sizes have finished, a law needs 3 or more; left out" in capsys.readouterr().out
 
     def test_a_grid_that_can_not_be_fitted_says_why(self, small, capsys):
         file, layout, cells = small
         for cell in cells[2:]:
             layout.cell(cell.name).joinpath("result.json").unlink()
         assert main(["fit", str(file)]) == 2
-        assert "no law can be fitted: trained at 32: heads (1,1): 1 sizes have finished" in capsys.readouterr().err
+        assert "no law can be fitted: trained at 32: heads (1,1), (2,1): 1 size has finished" in capsys.readouterr().err
         for cell in cells[:2]:
             layout.cell(cell.name).joinpath("result.json").unlink()
         assert main(["fit", str(file)]) == 2

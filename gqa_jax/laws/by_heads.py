@@ -595,8 +595,11 @@ def _between_runs(fit: least_squares.Fit, x: np.ndarray, loss: np.ndarray, sem: 
 def _sum_of_squares_given_b(
     x: np.ndarray, y: np.ndarray, w: np.ndarray, entropy_CxE: np.ndarray, b_C: np.ndarray
 ) -> np.ndarray:
-    """Least sums of squares_CxE of one H for given b and E: the amplitude is linear, and not negative."""
-    basis = np.exp(-b_C[:, None, None] * x)
+    """Least sums of squares_CxE of one H for given b and E: the amplitude is linear, and not negative.
+
+    A steeper law than any real one counts as 2 LARGEST_B, so that data that do not bound b leave its interval open.
+    """
+    basis = np.exp(-np.clip(b_C, 0, 2 * LARGEST_B)[:, None, None] * x)
     above = y - entropy_CxE[..., None]
     norm = np.sum(w * basis**2, -1)
     amplitude = np.maximum(np.sum(w * above * basis, -1), 0.0) / norm

@@ -100,13 +100,15 @@ def llama3(rows: pd.DataFrame) -> Runs | None:
 
 
 def fittable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of those H that have sizes enough, and a sentence for every H that has not: for grids that still run."""
-    said, kept = [], []
+    """The rows of those H that have sizes enough, and sentences on the H that have not: for grids that still run."""
+    problems: dict[str, list[Heads]] = {}
+    kept = []
     for heads, runs in by_heads(rows).items():
-        if problem := _problem(heads, runs):
-            said.append(f"{problem}; it is left out")
+        if problem := _problem(runs):
+            problems.setdefault(problem, []).append(heads)
         else:
             kept.append(heads)
+    said = [f"heads {', '.join(map(str, heads))}: {problem}; left out" for problem, heads in problems.items()]
     names = pd.MultiIndex.from_frame(rows[["n_heads", "n_kv_heads"]].astype("Int64").fillna(0))
     return rows[names.isin([(h.n_heads or 0, h.n_kv_heads) for h in kept])], said
 
@@ -114,15 +116,16 @@ def fittable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 def require(groups: Mapping[Heads, Runs]) -> None:
     """Raises ValueError naming the first H that has too few sizes for a law, or sizes too close to each other."""
     for heads, runs in groups.items():
-        if problem := _problem(heads, runs):
-            raise ValueError(problem)
+        if problem := _problem(runs):
+            raise ValueError(f"heads {heads}: {problem}")
 
 
-def _problem(heads: Heads, runs: Runs) -> str | None:
+def _problem(runs: Runs) -> str | None:
     if runs.n_sizes < MIN_SIZES:
-        return f"heads {heads}: {runs.n_sizes} sizes have finished, a law needs {MIN_SIZES} or more"
+        have = "1 size has" if runs.n_sizes == 1 else f"{runs.n_sizes} sizes have"
+        return f"{have} finished, a law needs {MIN_SIZES} or more"
     if runs.span < MIN_SPAN:
-        return f"heads {heads}: sizes span a factor of {runs.span:.1f}, a law needs {MIN_SPAN:g} or more: train others"
+        return f"sizes span a factor of {runs.span:.1f}, a law needs {MIN_SPAN:g} or more: train others"
     return None
 
 
