@@ -443,7 +443,7 @@ class _Table:
             with np.errstate(invalid="ignore"):  # neither reaches the loss
                 saving_SxH = 1 - own / cost_SxH[:, baseline, None]
             if np.isnan(llama3):  # no law of its own: the middle of the draws
-                frame["saving_vs_llama3"] = [quantiles(column[~np.isnan(column)], [0.5])[0] for column in saving_SxH.T]
+                frame["saving_vs_llama3"] = [float(quantiles(column[~np.isnan(column)], [0.5])[0]) for column in saving_SxH.T]
             interval = tuple(float(x) for x in quantiles(saving_SxH[~np.isnan(saving_SxH[:, chosen]), chosen], tails))
             said += self.known.draws.notes
         share = float(1 - reached.mean())

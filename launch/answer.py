@@ -23,6 +23,8 @@ from launch.grid import Layout
 from launch.screen import short
 from launch.studies import Fits, Fitted, Source
 
+ASTRONOMICAL = 1e18  # a bound that is none
+
 
 @contextlib.contextmanager
 def outputs(layout: Layout) -> Iterator[Layout]:
@@ -125,9 +127,9 @@ def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
     """The laws of one training context, and what is doubtful about them."""
     laws = one.laws
     noise = "no degrees of freedom for noise" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
+    shared = "one E for all" if laws.shared_entropy else "an E per H"
     console.print(
-        f"[bold]Trained at T = {one.context:,}[/]: L(N; H) = (a / N)^b + E, {'one E for all' if laws.shared_entropy else 'an E per H'}; "
-        f"{laws.status}, {noise}; 95% intervals",
+        f"[bold]Trained at T = {one.context:,}[/]: L(N; H) = (a / N)^b + E, {shared}; {laws.status}, {noise}; 95% intervals",
         highlight=False,
     )
     console.print(fit_screen(table))
@@ -312,7 +314,7 @@ def share_text(share: float) -> str:
 def _range(low: float, high: float, text: Callable[[float], str]) -> str:
     if np.isnan(low) or np.isnan(high):
         return ""
-    return f" ({text(low)} to {'more' if np.isinf(high) else text(high)})"
+    return f" ({text(low)} to {'more' if high > ASTRONOMICAL else text(high)})"
 
 
 def _winner(row) -> str:
