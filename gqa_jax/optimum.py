@@ -128,7 +128,7 @@ def search(
     best = frame.iloc[0]
     heads = _heads(best)
     runner = frame.iloc[1] if len(frame) > 1 and np.isfinite(frame["cost"].iloc[1]) else None
-    warnings = [*_common_warnings(laws), *table.warnings(heads, best), *facts.warnings]
+    warnings = [*_common_warnings(laws), *_beyond(laws, context_served), *table.warnings(heads, best), *facts.warnings]
     return Answer(
         loss=float(loss),
         context_served=int(context_served),
@@ -590,6 +590,15 @@ def _common_warnings(laws: Mapping[Heads, PowerLaw]) -> list[str]:
     if isinstance(laws, LawsByHeads):
         found = ([laws.source] if laws.source else []) + [*laws.warnings, *found]
     return list(dict.fromkeys(found))
+
+
+def _beyond(laws: Mapping[Heads, PowerLaw], context_served: int) -> list[str]:
+    if not isinstance(laws, LawsByHeads) or context_served <= laws.context:
+        return []
+    return [
+        f"served at {context_served:,} tokens, trained at {laws.context:,}: that heads compare there as they do here is taken from the "
+        "paper (Section 5.7; gqa_jax.invariance tests it on runs of several contexts)"
+    ]
 
 
 def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFrame, memory_limit: float | Serving | None) -> str:

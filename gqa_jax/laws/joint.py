@@ -45,7 +45,7 @@ from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint_terms import Terms, Where
 from gqa_jax.shapes import Aspect, paper_aspect
 
-MIN_HEADS = {"quadratic": 3, "power": 5}  # different (n_h, n_kv)
+MIN_HEADS = {"quadratic": 3, "power": 5}  # head configurations; with them runs are more than coefficients
 _RULE_SIZES = 8
 
 
@@ -194,7 +194,8 @@ class JointLaw:
         b_SxH = np.maximum(b_SxH, SMALLEST_B)
         log_a_SxH = np.log(self.center) + (alpha_SxH + own_SxH) / b_SxH
         entropy_SxH = np.repeat(self.terms.entropy_of(theta)[:, None], len(heads), axis=1)
-        return Draws(heads, entropy_SxH, log_a_SxH, b_SxH, "bootstrap", tuple(notes))
+        sigma_SxH = np.full(b_SxH.shape, self.sigma)
+        return Draws(heads, entropy_SxH, log_a_SxH, b_SxH, sigma_SxH, method="bootstrap", notes=tuple(notes))
 
     def size_interval(self, heads: Heads | tuple, loss: float, level: float = 0.95) -> tuple[float, float]:
         """Interval of N*, the size that reaches `loss` with H, from 1,000 draws; inf above where they do not bound it."""
@@ -318,8 +319,8 @@ def fit_joint(
       form: "quadratic" or "power". Functions of the heads that the trained ones can't tell apart are left out (`terms`).
 
     Raises:
-      ValueError: an unknown form, too few different heads (3; 5 for "power"), no H with three sizes over a factor of 4, as many
-        coefficients as runs, d / d_h query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
+      ValueError: an unknown form, too few head configurations (3; 5 for "power"), none with three sizes over a factor of 4, d / d_h
+        query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
     """
     rows, said = points.usable(table)
     law = fit_rows(rows, form, entropy=entropy, log=log, huber_delta=huber_delta)
@@ -349,8 +350,7 @@ def fit_rows(
     center = float(np.exp(np.mean(np.log(runs["params"]))))
     terms = _terms(form, groups, runs, center, entropy)
     runs, plain = joint_fit.plain(terms, runs, center, log, huber_delta)
-    heads_dof = len(groups) - len(terms.alpha)
-    ratio = joint_fit.between_heads(terms, runs, center, plain.theta) if heads_dof > 0 else 0.0
+    ratio = joint_fit.between_heads(terms, runs, center, plain.theta)
     fit = joint_fit.polish(terms, runs, *joint_fit.independent(terms, runs, center, ratio), plain.theta[None])
     _falls(terms, fit, runs)
     return JointLaw(
@@ -358,7 +358,7 @@ def fit_rows(
         fit,
         center,
         float(fit.sigma * np.sqrt(ratio)),
-        max(heads_dof, 1),
+        len(groups) - len(terms.alpha),
         runs,
         context=int(rows["context"].iloc[0]),
         head_dim=head_dim,
@@ -388,20 +388,15 @@ def _terms(
     form: str, groups: dict[Heads, points.Runs], runs: pd.DataFrame, center: float, entropy: float | None
 ) -> joint_terms.Terms:
     """The functions of the heads that these runs tell apart."""
-    n_heads, n_kv_heads, _ = where = joint_fit.at(runs, center)
-    if (different := len({*zip(n_heads, n_kv_heads, strict=True)})) < MIN_HEADS[form]:
-        raise ValueError(f"{different} different heads: a {form} joint law needs {MIN_HEADS[form]} or more")
-    if form == "power" and max(len(np.unique(n_heads)), len(np.unique(n_kv_heads))) < 3:
-        raise ValueError('two counts of query and of key/value heads show no curvature: use form="quadratic", or train others')
+    if len(groups) < MIN_HEADS[form]:
+        raise ValueError(f"{len(groups)} head configurations: a {form} joint law needs {MIN_HEADS[form]} or more")
     if not any(one.n_sizes >= points.MIN_SIZES and one.span >= points.MIN_SPAN for one in groups.values()):
         raise ValueError(
             f"a joint law needs a head configuration with {points.MIN_SIZES} sizes over a factor of {points.MIN_SPAN:g} or "
             "more: train smaller or larger ones"
         )
-    terms = joint_terms.choose(form, where, sum(one.n_sizes > 1 for one in groups.values()), entropy)
-    if len(runs) <= len(terms.names):
-        raise ValueError(f"{len(runs)} runs for the {len(terms.names)} coefficients of a {form} joint law: train more")
-    return terms
+    several_sizes = sum(one.n_sizes > 1 for one in groups.values())
+    return joint_terms.choose(form, joint_fit.at(runs, center), len(groups), several_sizes, entropy)
 
 
 def _falls(terms: Terms, fit: least_squares.Fit, runs: pd.DataFrame) -> None:
@@ -417,10 +412,6 @@ def _warnings(law: JointLaw) -> list[str]:
     found = []
     if law.status in ("DISAGREE", "SINGULAR"):
         found.append(f"the joint fit is {law.status}: its coefficients are not to be trusted")
-    if (trained := len(law.heads)) <= (functions := len(law.terms.alpha)):
-        found.append(
-            f"{trained} head configurations for {functions} functions of the heads: how far others deviate is not known"
-        )
     n_heads, n_kv_heads, _ = joint_fit.columns(law.runs)
     for axis, counts, function in (("query", n_heads, 3), ("key/value", n_kv_heads, 4)):
         if law.terms.form == "quadratic" and function not in law.terms.alpha and np.ptp(counts) > 0:

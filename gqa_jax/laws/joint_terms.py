@@ -73,14 +73,14 @@ class Terms:
         return value + self.entropy_of(theta)[..., None], gradient
 
 
-def choose(form: str, where: Where, several_sizes: int, entropy: float | None = None) -> Terms:
+def choose(form: str, where: Where, trained: int, several_sizes: int, entropy: float | None = None) -> Terms:
     """Those functions of the heads that runs with these heads and sizes tell apart, with a head configuration to spare.
 
-    several_sizes: the number of head configurations with two sizes or more, which tell the functions in b apart.
+    trained: head configurations; several_sizes: those with two sizes or more, which tell the functions in b apart.
     """
     n_heads, n_kv_heads, x = where
     functions, _ = heads_functions(form, n_heads, n_kv_heads, np.array(0.5))
-    most = {True: len({*zip(n_heads, n_kv_heads, strict=True)}) - 1, False: max(1, several_sizes - 1)}
+    most = {True: trained - 1, False: max(1, several_sizes - 1)}
     kept, columns = {True: [], False: []}, []
     for of_alpha, k in _ORDER[form]:
         column = functions[:, k] * (1.0 if of_alpha else x)
