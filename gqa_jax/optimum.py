@@ -318,7 +318,7 @@ def coefficients(laws: Mapping[Heads, PowerLaw], draws: int = 1000, seed: int = 
         each(lambda law: law.entropy),
         each(lambda law: np.log(law.a)),
         each(lambda law: law.b),
-        each(lambda law: (law.params.min(), law.params.max()), (np.nan, np.nan)),
+        each(lambda law: (law.params.min(), law.params.max()) if len(law.params) else (np.nan, np.nan), (np.nan, np.nan)),
         None if drawn is None else drawn.take(heads),
         why,
     )
@@ -418,6 +418,9 @@ class _Table:
         """Adds what the draws say to the candidates."""
         k, baseline = self.known.n_candidates, self.known.baseline
         llama3 = np.nan if baseline is None else cost_H[baseline]
+        too_large = baseline is not None and np.isinf(llama3) and np.isfinite(self.n_params_H[baseline])
+        if too_large:
+            llama3 = np.nan
         for name in ("n_params_low", "n_params_high", "cost_low", "cost_high", "probability", "expected_regret"):
             frame[name] = np.nan
         frame["saving_vs_llama3"] = 1 - frame["cost"] / llama3
@@ -437,7 +440,10 @@ class _Table:
             frame["expected_regret"] = _regret(own[reached]).mean(0)
             if np.isfinite(frame["cost"]).any():
                 chosen = int(frame["expected_regret"].where(np.isfinite(frame["cost"])).idxmin())
-        if baseline is None:
+        if too_large:
+            frame["saving_vs_llama3"] = np.nan
+            said.append(f"no saving against Llama 3's heads: they take more than {_limit_text(memory_limit)}")
+        elif baseline is None:
             said += self._llama3_missing(np.nan)
         else:
             with np.errstate(invalid="ignore"):  # neither reaches the loss
@@ -466,6 +472,8 @@ class _Table:
             return f"not reached at any size: E = {law.entropy:.4f}"
         if memory_limit is not None and not np.isfinite(cost):
             return f"takes more than {_limit_text(memory_limit)}"
+        if not len(law.params):
+            return "never trained"
         smallest, largest = law.params.min(), law.params.max()
         if smallest <= n_params <= largest:
             return None
@@ -476,7 +484,7 @@ class _Table:
         """What makes this answer doubtful."""
         found = []
         law = self.laws[heads]
-        highest = max(one.loss.max() for one in self.laws.values())
+        highest = max((one.loss.max() for one in self.laws.values() if len(one.loss)), default=np.inf)
         if self.loss > highest:
             found.append(
                 f"a loss of {self.loss:g} is above every measured one (at most {highest:.3f}): smaller than every trained model"
@@ -485,7 +493,7 @@ class _Table:
         if len(counts) > 1 and heads.n_heads == max(counts):
             found.append(f"{heads} has the most query heads of those that were trained: with more it may be cheaper still")
         n = row["n_params"]
-        if n > FAR * law.params.max():
+        if len(law.params) and n > FAR * law.params.max():
             found.append(
                 f"N* is {n / law.params.max():.0f} times the largest model of {heads}: this is a guess, not a measurement"
             )
@@ -596,14 +604,14 @@ def _beyond(laws: Mapping[Heads, PowerLaw], context_served: int) -> list[str]:
     if not isinstance(laws, LawsByHeads) or context_served <= laws.context:
         return []
     return [
-        f"served at {context_served:,} tokens, trained at {laws.context:,}: that heads compare there as they do here is taken from the "
+        f"served at {context_served:,} tokens, trained at {laws.context:,}: that heads compare there as here is taken from the "
         "paper (Section 5.7; gqa_jax.invariance tests it on runs of several contexts)"
     ]
 
 
 def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFrame, memory_limit: float | Serving | None) -> str:
     least = min(law.entropy for law in laws.values())
-    lowest = min(law.loss.min() for law in laws.values())
+    lowest = min((law.loss.min() for law in laws.values() if len(law.loss)), default=np.inf)
     if loss <= least:
         return (
             f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss "

@@ -40,6 +40,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--loss", type=float, required=True, metavar="L", help="loss that must be reached, nats per token")
     _add_context(command)
     add_objective(command)
+    _add_aspect(command)
     command.add_argument(
         "--fits", metavar="DEVICE", help="only models whose parameters and caches fit DEVICE (--n_devices of it)"
     )
@@ -59,6 +60,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--loss", type=float, metavar="L", help="of that question (default: the grid's, or what was reached)")
     add_objective(command)
+    _add_aspect(command)
 
 
 def ask(arguments: argparse.Namespace, console: Console) -> int:
@@ -124,6 +126,25 @@ def _add_context(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--train_context", type=_tokens, metavar="T", help="training context of the laws (default: that with most runs)"
     )
+
+
+def _add_aspect(command: argparse.ArgumentParser) -> None:
+    summary = "d / L of the models: paper (its tables), or a number like 64 (default: as between the sizes that were trained)"
+    command.add_argument("--aspect", metavar="RATIO", help=summary)
+
+
+def _aspect(text: str | None):
+    """The aspect ratio that was asked for; None: the laws' own."""
+    from gqa_jax.shapes import Aspect, paper_aspect
+
+    if text is None:
+        return None
+    if text == "paper":
+        return paper_aspect()
+    try:
+        return Aspect.constant(float(text))
+    except ValueError:
+        raise ConfigError(f"--aspect {text}: give paper, or the ratio d / L as a number above 0, like 64") from None
 
 
 def _tokens(text: str) -> int:
@@ -192,7 +213,7 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         own = {name: getattr(arguments, name) for name in ("n_devices", "batch", "param_dtype", "cache_dtype")}
         limit = Serving(arguments.fits, **{name: value for name, value in own.items() if value is not None})
     convention = arguments.convention or source.convention
-    how = {"draws": arguments.draws, "seed": arguments.seed}
+    how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": _aspect(arguments.aspect)}
     found = optimum.search(
         one.laws,
         arguments.loss,
@@ -220,7 +241,9 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     from launch import findings, report
 
     source = _source(arguments)
-    found = findings.of(source, arguments.loss, arguments.context, objective(arguments, source.convention), console)
+    found = findings.of(
+        source, arguments.loss, arguments.context, objective(arguments, source.convention), console, _aspect(arguments.aspect)
+    )
     path = report.write(findings.layout(source), found)
     console.print(f"{path}", highlight=False, soft_wrap=True)
     return 0

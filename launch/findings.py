@@ -26,17 +26,20 @@ from launch.report import Findings, Picture, Question, Study
 from launch.studies import Fitted, Source
 
 
-def of(source: Source, loss: float | None, context: int | None, objective: Objective, console: Console) -> Findings:
+def of(
+    source: Source, loss: float | None, context: int | None, objective: Objective, console: Console, aspect: Any = None
+) -> Findings:
     """The findings of every training context; the one with most runs answers the first question.
 
-    `loss` and `context`: of that question; by default the grid's middle loss at the longest context served.
+    `loss` and `context`: of that question; by default the grid's middle loss at the longest context served. `aspect`: d / L as
+    a function of N; by default that of the laws.
 
     Raises ConfigError where no context has laws, or a loss that can't be reached.
     """
     fits = studies.fit(source)
     if not fits.fitted:
         fits.at(None)
-    made = [_study(one, loss, context, objective, console) for one in fits.fitted]
+    made = [_study(one, loss, context, objective, console, aspect) for one in fits.fitted]
     made[0] = _with_contexts(made[0], source, console)
     runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
     about = source.laws.source if source.laws is not None else f"{len(runs)} runs of {runs['size'].nunique()} sizes"
@@ -65,7 +68,7 @@ def layout(source: Source) -> Layout:
     return source.layout or Layout(epath.Path("runs") / source.name)
 
 
-def _study(one: Fitted, loss: float | None, context: int | None, objective: Objective, console: Console) -> Study:
+def _study(one: Fitted, loss: float | None, context: int | None, objective: Objective, console: Console, aspect: Any) -> Study:
     served = sorted(one.contexts_served)
     context = context or served[-1]
     losses = sorted(one.losses, reverse=True)
@@ -75,19 +78,19 @@ def _study(one: Fitted, loss: float | None, context: int | None, objective: Obje
             raise ConfigError(f"none of the losses asked for ({', '.join(f'{x:g}' for x in losses)}) is above E: give --loss")
         loss = middle[len(middle) // 2]
     rule = getattr(objective, "convention", None) or one.convention
-    aspect = one.laws.aspect
+    aspect = aspect or one.laws.aspect
     try:
-        answer = optimum.search(one.laws, loss, context, objective, convention=rule)
+        answer = optimum.search(one.laws, loss, context, objective, aspect=aspect, convention=rule)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    grid = optimum.optimum_map(one.laws, losses, served, objective, convention=rule)
+    grid = optimum.optimum_map(one.laws, losses, served, objective, aspect=aspect, convention=rule)
     study = {
         "laws": one.laws,
         "questions": [Question(loss, context, answer)],
         "objective": objective,
         "aspect": aspect,
         "optimum_map": grid,
-        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context),
+        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, aspect=aspect),
         "checks": _checks(one),
     }
     pictures: dict[str, list[Picture]] = {}

@@ -62,7 +62,10 @@ class TestPaper:
         """By least expected regret over draws: the same 33 cells, and Llama 3's heads between its curves to compare with."""
         frame = optimum.optimum_map(presets.load("paper-table4"), list(TABLE_4), CONTEXTS)
         chosen = frame[frame["rank"] == 1].set_index(["loss", "context_served"])
-        assert sum((row["n_heads"], row["n_kv_heads"]) == heads for *key, heads in table_4() for row in [chosen.loc[tuple(key)]]) == 33
+        assert (
+            sum((row["n_heads"], row["n_kv_heads"]) == heads for *key, heads in table_4() for row in [chosen.loc[tuple(key)]])
+            == 33
+        )
         assert chosen.loc[(2.7, 131_072), "saving_vs_llama3"] > 0.25
 
     def test_flops_per_token_can_not_give_table_4(self):
@@ -155,6 +158,9 @@ class TestSearch:
         assert not held.empty
         assert held["note"].str.contains("60 GB of 1 x h100").all()
         assert held["rank"].isna().all()
+        tight = optimum.search(paper, 2.615, 131_072, objectives.make("memory"), memory_limit=Serving("h100", batch=32))
+        assert np.isnan(tight.saving_vs_llama3)
+        assert "no saving against Llama 3's heads: they take more than the 60 GB of 1 x h100" in tight.warnings
         with pytest.raises(ValueError, match=r"no head configuration reaches a loss of 2.615 within the 1 GB of the limit"):
             optimum.search(paper, 2.615, 131_072, memory_limit=1e9)
         assert free.candidates["cost"].notna().all()
@@ -197,6 +203,14 @@ class TestLlama3:
         found = optimum.search(fitted, 2.7, 131_072)
         assert any("from the head law" in w for w in found.warnings)
         assert 0.2 < found.saving_interval[0] < found.saving_vs_llama3 < found.saving_interval[1] < 0.6
+
+
+class TestUntrainedHeads:
+    def test_a_joint_law_is_searched_over_any_heads(self):
+        joint = laws.fit_joint(presets.paper_losses())
+        found = optimum.search({h: joint.law(h) for h in (Heads(4, 2), Heads(4, 1), Heads(2, 2))}, 2.7, 131_072, draws=0)
+        assert found.candidates.set_index(["n_heads", "n_kv_heads"])["note"].loc[(4, 2)] == "never trained"
+        assert np.isfinite(found.cost)
 
 
 class TestBadInput:
