@@ -27,7 +27,7 @@ from gqa_jax.laws.points import Runs
 from gqa_jax.shapes import Aspect, paper_aspect
 
 if TYPE_CHECKING:
-    from gqa_jax.laws.draws import Draws
+    from gqa_jax.laws.draws import Draws, Evidence
 
 SMALLEST_B, LARGEST_B = 0.005, 2.0
 _GRID_E, _GRID_B = 100, 60
@@ -285,6 +285,13 @@ class Block:
         grid = np.unique(np.concatenate([np.linspace(low, high, 61), self.entropy + half * np.linspace(-0.5, 0.5, 21)]))
         grid = grid[(grid >= low) & (grid <= high)]
         return grid, self.conditional(grid)[2]
+
+    @functools.cached_property
+    def evidence(self) -> Evidence:
+        """What `draws` of the posterior are drawn from."""
+        from gqa_jax.laws import draws
+
+        return draws.evidence(self)
 
     def entropy_profile(self) -> tuple[np.ndarray, np.ndarray]:
         """E, and the rise of the sum of squares over sigma^2 at the best coefficients for that E: F(1, dof) where E is true."""

@@ -128,20 +128,32 @@ def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Dra
     return _Drawn(theta[:, 0], theta[:, 1::2], theta[:, 2::2], np.full(count, block.sigma))
 
 
-def _posterior(block: Block, count: int, generator: np.random.Generator) -> _Drawn:
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a block's runs say of E, sigma and tau, on a grid, and of theta for every E."""
+
+    entropies: np.ndarray
+    sigmas: np.ndarray
+    taus: list[tuple[float, float]]
+    share_TxSxE: np.ndarray  # of the posterior
+    theta_ExGx2: np.ndarray  # (alpha, b)
+    unit_V: np.ndarray  # covariance_ExGx2x2 of theta for sigma = 1
+    basis_Gx2xK: np.ndarray | None  # of the head law; None where H are not pooled
+
+
+def evidence(block: Block) -> Evidence:
+    """The marginal likelihood of E, sigma and tau; `Block.evidence` keeps it, as it depends on no seed."""
     grid = _entropies(block)
     alpha_ExG, b_ExG, squares_ExG = block.conditional(grid)
     squares = squares_ExG.sum(-1)
     theta = np.stack([alpha_ExG, b_ExG], -1)
-    unit_V, log_volume = _covariance_given_entropy(block, grid, theta)
-    sigmas = _sigmas(block)
+    unit_V, log_volume = _covariance_given_entropy(block, theta)
+    sigmas = _sigmas(block)  # even in ln sigma: the prior is 1 / sigma
     n, groups = int((block.weight_GxM > 0).sum()), len(block.heads)
     basis, taus = _pooling(block)
     log_weights = np.empty((len(taus), len(sigmas), len(grid)))
     for i, sigma in enumerate(sigmas):
         likelihood = -n * np.log(sigma) - squares / (2 * sigma**2) + 2 * groups * np.log(sigma)
-        if block.known_sigma is None:
-            likelihood = likelihood - 0.0 * np.log(sigma)  # prior 1 / sigma on a grid that is even in ln sigma
         if basis is None:
             log_weights[0, i] = likelihood
             continue
@@ -149,15 +161,23 @@ def _posterior(block: Block, count: int, generator: np.random.Generator) -> _Dra
             log_weights[t, i] = likelihood + log_volume + _pool(basis, theta, unit_V * sigma**2, tau).log_evidence
     weights = np.exp(log_weights - log_weights.max())
     weights = weights * _widths(grid)
-    picked = generator.choice(weights.size, count, p=(weights / weights.sum()).ravel())
+    return Evidence(grid, sigmas, taus, weights / weights.sum(), theta, unit_V, basis)
+
+
+def _posterior(block: Block, count: int, generator: np.random.Generator) -> _Drawn:
+    known = block.evidence
+    grid, theta, unit_V, basis = known.entropies, known.theta_ExGx2, known.unit_V, known.basis_Gx2xK
+    weights = known.share_TxSxE
+    picked = generator.choice(weights.size, count, p=weights.ravel())
     t, s, e = np.unravel_index(picked, weights.shape)
     entropy, low, share = _between(grid, e, generator)
     center = theta[low] * (1 - share[:, None, None]) + theta[np.minimum(low + 1, len(grid) - 1)] * share[:, None, None]
+    sigmas = known.sigmas
     V = unit_V[e] * (sigmas[s] ** 2)[:, None, None, None]
     if basis is None:
         drawn = center + _normal(V, generator)
         return _clean(_Drawn(entropy, drawn[..., 0], drawn[..., 1], sigmas[s]))
-    tau = np.array(taus)[t]
+    tau = np.array(known.taus)[t]
     pooled = _pool(basis, center, V, tau)
     beta = (
         pooled.beta
@@ -250,7 +270,7 @@ def _sigmas(block: Block) -> np.ndarray:
     return np.geomspace(low, min(high, 30 * block.sigma), _N_SIGMA)
 
 
-def _covariance_given_entropy(block: Block, grid: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _covariance_given_entropy(block: Block, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(V_ExGx2x2 of theta for sigma = 1, the log volume_E of all of them)."""
     x, w = block.x_GxM, block.weight_GxM
     value = np.exp(theta[..., :1] - theta[..., 1:] * x)

@@ -115,7 +115,8 @@ def profile(
     ends = f"{'below ' + format(entropy[0], '.2f') if low is None else format(low, '.2f')} to " + (
         f"above {entropy[-1]:.2f}" if high is None else f"{high:.2f}"
     )
-    ax.set_ylim(-0.05 * statistic[near].max(), 1.05 * statistic[near].max())
+    top = max(statistic[near].max(), limit)
+    ax.set_ylim(-0.05 * top, 1.05 * top)
     ax.annotate(
         f"{100 * level:g}%", (1, limit), (-2, 2), xycoords=ax.get_yaxis_transform(), textcoords="offset points", ha="right",
         fontsize=style.SMALL, color=style.QUIET,
