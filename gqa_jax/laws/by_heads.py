@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SMALLEST_B, LARGEST_B = 0.005, 2.0
 _GRID_E, _GRID_B = 100, 60
+_UNBOUNDED = 70.0  # ln a: no size is 1e30, the end of such an interval is b's lower bound
 _ROUNDING = 1e-9  # nats per token
 WIDE_ENTROPY = 0.3  # nats per token: an interval of E beyond it decides the answers at low losses
 
@@ -174,7 +175,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
                 log_low, log_high = block.interval(heads, "a", level=level)
                 b_low, b_high = block.interval(heads, "b", level=level)
                 rows.append(
-                    {**heads._asdict(), "a": law.a, "a_low": np.exp(log_low), "a_high": np.exp(log_high), "b": law.b,
+                    {**heads._asdict(), "a": law.a, "a_low": np.exp(log_low), "a_high": np.exp(log_high) if log_high < _UNBOUNDED else np.inf, "b": law.b,
                      "b_low": max(b_low, 0.0), "b_high": b_high, "entropy": law.entropy, "entropy_low": e_low,
                      "entropy_high": e_high}
                 )  # fmt: skip

@@ -1,0 +1,211 @@
+"""The notebooks of notebooks/: they run from top to bottom without a warning, and what is committed is what they say.
+
+python -m tests.test_notebooks        # executes them on this machine's runs/quickstart, and writes their outputs
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+from traitlets.config import Config
+
+from gqa_jax.config import TrainConfig
+from gqa_jax.metrics import write_json
+from launch import grid
+from launch.grid import Layout
+from tests import grid_fakes
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+EXPLORE, MODEL = FOLDER / "explore_a_grid.ipynb", FOLDER / "optimum_for_my_model.ipynb"
+BOTH = pytest.mark.parametrize("path", [EXPLORE, MODEL], ids=lambda path: path.stem)
+LARGEST = 400_000  # bytes of a file
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def execute(path, cwd, **environment):
+    """The notebook with fresh outputs; raises CellExecutionError for an error in a cell."""
+    notebook = nbformat.read(path, as_version=4)
+    # Sockets are files of a folder with a short name (the limit is 107 characters), not ports that others may take.
+    with tempfile.TemporaryDirectory(prefix="nb") as folder:
+        config = Config()
+        config.KernelManager.update(transport="ipc", ip=f"{folder}/k", connection_file=f"{folder}/kernel.json")
+        options = {"timeout": 120, "record_timing": False, "resources": {"metadata": {"path": str(cwd)}}, "config": config}
+        client = NotebookClient(notebook, kernel_name="python3", **options)
+        client.execute(env=os.environ | {"IPYTHONDIR": folder} | environment)
+    return notebook
+
+
+def outputs(notebook):
+    return [(cell["id"], output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def text_of(output):
+    """What an output says in words."""
+    return output.text if output.output_type == "stream" else output.data.get("text/plain", "")
+
+
+def complaints(notebook):
+    return [
+        (name, text_of(output))
+        for name, output in outputs(notebook)
+        if output.output_type == "error" or output.get("name") == "stderr" or "Warning" in text_of(output)
+    ]
+
+
+_NUMBER = re.compile(r"\d+(?:[,_]\d{3})*(?:\.\d+)?")
+
+
+def differences(old, new):
+    """Where texts differ in words, or in a number by more than one unit of its last digit: processors round differently."""
+    if _words(old) != _words(new):
+        return [(old, new)]
+    return [pair for pair in zip(_NUMBER.findall(old), _NUMBER.findall(new), strict=True) if not _close(*pair)]
+
+
+def _words(text):
+    return _NUMBER.sub("#", " ".join(text.replace("<", "").replace(">", "").split()))  # >99.9% may be 99.9%
+
+
+def _close(one, other):
+    digits = max(len(text.partition(".")[2]) for text in (one, other))
+    return abs(float(re.sub("[,_]", "", one)) - float(re.sub("[,_]", "", other))) <= 1.001 * 10.0**-digits
+
+
+class TestDifferences:
+    def test_the_last_digit_may_differ_by_one(self):
+        assert not differences("2.38B (99.6%)  1,024", "2.39B (99.5%) 1,024")
+
+    @pytest.mark.parametrize(
+        ("old", "new"), [("2.38B", "2.40B"), ("(8,1) 60k", "(4,1) 58k"), ("cheap", "dear"), ("60k", "60M")]
+    )
+    def test_more_is_a_difference(self, old, new):
+        assert differences(old, new)
+
+
+@BOTH
+class TestWhatIsCommitted:
+    def test_is_small_and_of_no_machine(self, path):
+        text = path.read_text()
+        assert len(text) < LARGEST
+        assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|usr|Users|opt|mnt)/", text), "a path of somebody's machine"
+        assert "127.0.0.1" not in text
+
+    def test_was_executed_from_top_to_bottom(self, path):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        assert not complaints(notebook)
+        assert sum("image/png" in output.get("data", {}) for _, output in outputs(notebook)) >= 4
+
+    def test_holds_nothing_else(self, path):
+        notebook = nbformat.read(path, as_version=4)
+        assert notebook.metadata == METADATA
+        assert all(cell.metadata == {} for cell in notebook.cells)
+
+
+def trained(folder, sizes, heads, contexts):
+    """A grid folder of runs that fell on a power law, but for noise of 0.003 nats."""
+
+    def config(size, heads, context):
+        values = grid_fakes.config(size=size, n_heads=heads[0], context=context)
+        values.model.n_kv_heads = heads[1]
+        return values
+
+    configs = list(grid.product(config, size=sizes, heads=heads, context=contexts))
+    the_grid = grid.Grid("fake", configs, contexts_served=[1024, 131_072])
+    layout, cells = Layout(folder), grid.cells(the_grid)
+    folder.mkdir()
+    write_json(folder / "grid.json", grid.facts(the_grid, cells))
+    for cell, noise in zip(cells, np.random.default_rng(0).normal(scale=0.003, size=len(cells)), strict=True):
+        grid_fakes.finish(cell, layout)
+        result = layout.cell(cell.name) / "result.json"
+        values = json.loads(result.read_text())
+        write_json(Path(result), values | {"loss": values["loss"] + noise})
+    return folder
+
+
+class TestExploreAGrid:
+    def test_of_a_few_runs(self, tmp_path):
+        """As many as the quickstart has."""
+        folder = trained(tmp_path / "grid", sizes=[16, 32, 64], heads=[(4, 4), (4, 1), (1, 1)], contexts=[16, 64])
+        notebook = execute(EXPLORE, tmp_path, GQA_JAX_GRID=str(folder))
+        assert not complaints(notebook)
+        said = [(name, text_of(output)) for name, output in outputs(notebook)]
+        assert any(name == "runs" and "18 runs: 18 done" in text for name, text in said)
+        assert any(name == "held-out" and "leave_largest_out: too few runs" in text for name, text in said)
+        assert any(name == "contexts" and "a test needs three or more" in text for name, text in said)
+
+    def test_of_more_runs(self, tmp_path):
+        """Runs can be held out, heads be pooled, and contexts be compared."""
+        heads = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 4)]
+        folder = trained(tmp_path / "grid", sizes=[16, 32, 64, 128], heads=heads, contexts=[16, 32, 64])
+        notebook = execute(EXPLORE, tmp_path, GQA_JAX_GRID=str(folder))
+        assert not complaints(notebook)
+        said = [(name, text_of(output)) for name, output in outputs(notebook)]
+        assert any(name == "held-out" and "leave_largest_out" in text and "log_quadratic" in text for name, text in said)
+        assert any(name == "contexts" and "differences to (4,4)" in text for name, text in said)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    return execute(MODEL, tmp_path_factory.mktemp("model"))
+
+
+class TestOptimumForMyModel:
+    def test_says_what_is_committed(self, fresh):
+        assert not complaints(fresh)
+        committed, now = outputs(nbformat.read(MODEL, as_version=4)), outputs(fresh)
+        assert [name for name, _ in committed] == [name for name, _ in now]
+        pairs = [(name, text_of(old), text_of(new)) for (name, old), (_, new) in zip(committed, now, strict=True)]
+        changed = {name: found for name, old, new in pairs if (found := differences(old, new))}
+        assert not changed, "python -m tests.test_notebooks writes the outputs anew"
+
+    def test_its_configuration_can_be_trained(self, fresh):
+        (text,) = [text_of(output) for name, output in outputs(fresh) if name == "config"]
+        scope = {}
+        exec(text, scope)
+        config = TrainConfig.from_dict(scope["get_config"]().to_dict())
+        assert (config.model.n_heads, config.model.n_kv_heads) == (8, 1)
+        assert config.train_tokens == pytest.approx(20 * 2.38e9, rel=0.02)
+
+
+def in_few_colors(png):
+    """A picture, base64, with 128 colours: a third of the bytes, and no difference that is seen."""
+    small = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def refresh(path):
+    """Executes the notebook where it lies, and writes it with its outputs, pictures in 128 colours."""
+    notebook = execute(path, FOLDER)
+    for name, output in outputs(notebook):
+        if "image/png" in output.get("data", {}):
+            output.data["image/png"] = in_few_colors(output.data["image/png"])
+        if output.output_type == "error" or output.get("name") == "stderr":
+            print(f"{path.name}, {name}: {text_of(output)}", file=sys.stderr)
+    notebook.metadata = METADATA
+    for cell in notebook.cells:
+        cell.metadata = {}
+    nbformat.write(notebook, path)
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    for notebook_path in (EXPLORE, MODEL):
+        refresh(notebook_path)
