@@ -198,7 +198,11 @@ class JointLaw:
         return Draws(heads, entropy_SxH, log_a_SxH, b_SxH, sigma_SxH, method="bootstrap", notes=tuple(notes))
 
     def size_interval(self, heads: Heads | tuple, loss: float, level: float = 0.95) -> tuple[float, float]:
-        """Interval of N*, the size that reaches `loss` with H, from 1,000 draws; inf above where they do not bound it."""
+        """Interval of N*, the size that reaches `loss` with H, from 1,000 draws; inf above where they do not bound it.
+
+        Raises ValueError for a loss at or below E.
+        """
+        self.law(heads).solve(loss)
         log_size = np.sort(self.draws(heads=[heads]).log_size(loss)[:, 0])
         low, high = (log_size[round(q * (len(log_size) - 1))] for q in ((1 - level) / 2, (1 + level) / 2))
         return float(np.exp(low)), float(np.exp(high))
@@ -319,8 +323,8 @@ def fit_joint(
       form: "quadratic" or "power". Functions of the heads that the trained ones can't tell apart are left out (`terms`).
 
     Raises:
-      ValueError: an unknown form, too few head configurations (3; 5 for "power"), none with three sizes over a factor of 4, d / d_h
-        query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
+      ValueError: an unknown form, too few head configurations (3; 5 for "power"), none with three sizes over a factor of 4,
+        d / d_h query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
     """
     rows, said = points.usable(table)
     law = fit_rows(rows, form, entropy=entropy, log=log, huber_delta=huber_delta)
@@ -413,10 +417,14 @@ def _warnings(law: JointLaw) -> list[str]:
     if law.status in ("DISAGREE", "SINGULAR"):
         found.append(f"the joint fit is {law.status}: its coefficients are not to be trusted")
     n_heads, n_kv_heads, _ = joint_fit.columns(law.runs)
-    for axis, counts, function in (("query", n_heads, 3), ("key/value", n_kv_heads, 4)):
-        if law.terms.form == "quadratic" and function not in law.terms.alpha and np.ptp(counts) > 0:
+    for axis, counts, line in (("query", n_heads, 1), ("key/value", n_kv_heads, 2)):
+        if np.ptp(counts) > 0 and line not in law.terms.alpha:
             found.append(
-                f"too few different heads to see a curvature in {axis} heads: ln A is taken to be linear in their logarithm"
+                f"the trained heads are too few, or too alike, to show an effect of {axis} heads: none of their own is assumed"
+            )
+        elif np.ptp(counts) > 0 and law.terms.form == "quadratic" and line + 2 not in law.terms.alpha:
+            found.append(
+                f"the trained heads are too few to show a curvature in {axis} heads: ln A is linear in their logarithm"
             )
     typical = law.tau * float(law.runs["above"].mean())
     if typical > law.sigma:

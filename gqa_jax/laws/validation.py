@@ -31,6 +31,7 @@ SCHEMES = ("leave_largest_out", "leave_smallest_out", "rolling_origin", "leave_h
 MODELS = ("law", "entropy_0", "log_quadratic")
 COLUMNS = ("scheme", "model", "n_heads", "n_kv_heads", "params", "loss", "predicted", "error", "error_sigmas", "covered")
 DOUBTFUL = 2.0  # standard errors
+_ROUNDING = 1e-6  # nats per token: losses without noise, which a fit meets but for its last digits
 BETTER = 0.9  # of the law's error: what a baseline must stay below to be called better
 
 #: Columns in which runs agree that repeat each other, where the table has them.
@@ -82,7 +83,7 @@ def hold_out(table: pd.DataFrame, scheme: str, *, shared_entropy: bool = True, l
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
     if frame["predicted"].isna().all():
         needed = "four head configurations" if scheme == "leave_heads_out" else "four sizes, three of them over a factor of 4"
-        raise ValueError(f"{scheme}: too few runs to hold any out: it needs {needed} or more")
+        raise ValueError(f"too few runs to hold any out: this needs {needed} or more")
     return frame
 
 
@@ -93,7 +94,7 @@ def hold_out_all(table: pd.DataFrame, *, shared_entropy: bool = True, level: flo
         try:
             frames.append(hold_out(table, scheme, shared_entropy=shared_entropy, level=level))
         except ValueError as error:
-            said.append(str(error))
+            said.append(f"{scheme}: {error}")
     return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))), said
 
 
@@ -104,19 +105,11 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         error = part["error"].to_numpy(np.float64)
         known = error[np.isfinite(error)]
         covered = part["covered"].dropna()
-        rows.append(
-            {
-                "scheme": scheme,
-                "model": model,
-                "runs": len(error),
-                "predicted": len(known),
-                "mean_error": known.mean() if len(known) else np.nan,
-                "rms_error": np.sqrt(np.mean(known**2)) if len(known) else np.nan,
-                "worst_error": known[np.argmax(np.abs(known))] if len(known) else np.nan,
-                "covered": covered.astype(np.float64).mean() if len(covered) else np.nan,
-            }
-        )
-    return pd.DataFrame(rows)
+        errors = (known.mean(), np.sqrt(np.mean(known**2)), known[np.argmax(np.abs(known))]) if len(known) else (np.nan,) * 3
+        share = covered.astype(np.float64).mean() if len(covered) else np.nan
+        rows.append((scheme, model, len(error), len(known), *errors, share))
+    names = ["scheme", "model", "runs", "predicted", "mean_error", "rms_error", "worst_error", "covered"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def doubts(frame: pd.DataFrame) -> list[str]:
@@ -128,7 +121,8 @@ def doubts(frame: pd.DataFrame) -> list[str]:
     found = []
     for scheme, part in frame.groupby("scheme", sort=False):
         law = part[part["model"] == "law"].reset_index(drop=True)
-        far = (law["error_sigmas"].abs() > DOUBTFUL) & ~law["covered"].fillna(True).astype(bool)
+        far = (law["error_sigmas"].abs() > DOUBTFUL) & (law["error"].abs() > _ROUNDING)
+        far &= ~law["covered"].fillna(True).astype(bool)
         missed = law[far].sort_values("error_sigmas", key=np.abs, ascending=False)
         if len(missed):
             said = [
@@ -146,7 +140,7 @@ def doubts(frame: pd.DataFrame) -> list[str]:
             own, its = (
                 float(np.sqrt(np.mean(errors[both].astype(np.float64) ** 2))) for errors in (law["error"], other["error"])
             )
-            if its < BETTER * own:
+            if its < BETTER * own and own > _ROUNDING:
                 said = f"{_BASELINES[model]} than by the law (rms error {its:.4f} against {own:.4f})"
                 found.append(f"{_WHAT[scheme]} predicted better by {said}")
     return found
