@@ -1,4 +1,4 @@
-"""`python -m launch fit|optimum|report`: questions to finished runs, or to the paper's own data. Imports no jax."""
+"""`python -m launch fit|optimum|next|report`: questions to finished runs, or to the paper's own data. Imports no jax."""
 
 from __future__ import annotations
 
@@ -53,6 +53,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "example: python -m launch optimum --preset paper --context 131072 --loss 2.615. Memory only: --cost memory; FLOPs "
         "only: --cost flops; on a device: --cost latency --device h200 --batch 8"
     )
+
+    command = add("next", _next, "the runs that would make the answer surer, within a budget, as a grid file for `run`", True)
+    command.add_argument("--context", type=_tokens, required=True, metavar="T", help="tokens served, like 131072 or 128K")
+    command.add_argument("--loss", type=float, required=True, metavar="L", help="loss that must be reached, nats per token")
+    command.add_argument("--budget", type=float, required=True, metavar="FLOPS", help="of training, for all of them")
+    _add_context(command)
+    add_objective(command)
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws and simulated losses (default: 0)")
+    command.add_argument("--out", metavar="FILE", help="the grid file that is written (default: GRID-next.py beside GRID)")
 
     command = add("report", _report, "one HTML file with the answer, its certainty, tables, pictures and an explorer")
     command.add_argument(
@@ -235,6 +244,12 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         frame = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
         console.print(answer.conventions_screen(frame))
     return 0
+
+
+def _next(arguments: argparse.Namespace, console: Console) -> int:
+    from launch import next_cells
+
+    return next_cells.ask(arguments, _source(arguments), objective, console)
 
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:

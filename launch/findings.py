@@ -94,7 +94,7 @@ def _study(one: Fitted, loss: float | None, context: int | None, objective: Obje
         "checks": _checks(one),
     }
     pictures: dict[str, list[Picture]] = {}
-    for part, title, caption, draw in _pictures(one, answer, grid, loss, context, objective):
+    for part, title, caption, draw in _pictures(one, answer, grid, context):
         try:
             ax = draw()
         except ValueError as error:  # of data that this grid does not have
@@ -106,29 +106,11 @@ def _study(one: Fitted, loss: float | None, context: int | None, objective: Obje
 
 
 def _pictures(
-    one: Fitted, answer: optimum.Answer, grid: pd.DataFrame, loss: float, context: int, objective: Objective
+    one: Fitted, answer: optimum.Answer, grid: pd.DataFrame, context: int
 ) -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
-    """(part of the page, title, caption, what draws it), of what the data can show."""
+    """(part of the page, title, caption, what draws it), beside the map and the charts that the page has anyway."""
     laws, rows = one.laws, one.rows
-    at, name = plots.context_label(context), objective.label
-    yield (
-        "questions",
-        "Which heads are the cheapest",
-        f"Share of the draws in which each head configuration is the cheapest, at {at}, loss {loss:g}.",
-        lambda: plots.share_of_draws(answer.candidates),
-    )
-    yield (
-        "questions",
-        "What each would cost",
-        f"{name}, of each head configuration at the size that reaches the loss; 95% of the draws.",
-        lambda: plots.cost_intervals(answer.candidates, label=name),
-    )
-    yield (
-        "questions",
-        "The optimum for other losses and contexts",
-        "The heads to choose; the shade is the probability that no other is cheaper.",
-        lambda: plots.optimum_map(grid),
-    )
+    at = plots.context_label(context)
     if np.isfinite(answer.saving_vs_llama3):
         yield (
             "questions",

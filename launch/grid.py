@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Cell:
     parent: str | None = None  # name of the cell whose last parameters this one starts from
     continues: str | None = None  # hash of the parent's identity
     settings: tuple[str, ...] = ()  # flags of its training process: how it is carried out, as was proved to fit
+    number: int = 0  # of its configuration among those of the grid
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def cells(grid: Grid) -> list[Cell]:
             with _blame(grid, number):
                 if config.data.store not in stores:
                     stores[config.data.store] = _open(config.data.store)
-                cell = _cell(config, stores[config.data.store], by_reference.get(config.continue_from))
+                cell = _cell(config, stores[config.data.store], by_reference.get(config.continue_from), number)
             if cell.name in result:
                 raise ConfigError(
                     f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed"
@@ -221,12 +223,12 @@ def cells(grid: Grid) -> list[Cell]:
     return list(result.values())
 
 
-def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | None) -> Cell:
+def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | None, number: int) -> Cell:
     if tokens is not None:
         reader.check(config, tokens)
     fingerprint = tokens.fingerprint if tokens else None
     if parent is None:
-        return Cell(config, fingerprint)
+        return Cell(config, fingerprint, number=number)
     config = dataclasses.replace(config, continue_from=f"../{parent.name}")  # folders of cells lie side by side
     config.check_source(parent.config)
     if fingerprint != parent.data_fingerprint:
@@ -234,7 +236,7 @@ def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | N
             f"data.store = {config.data.store} is not the store of {parent.name}, which it continues "
             f"({parent.config.data.store}): use that one"
         )
-    return Cell(config, fingerprint, parent.name, hash_identity(parent.identity))
+    return Cell(config, fingerprint, parent.name, hash_identity(parent.identity), number=number)
 
 
 def reference(config: TrainConfig) -> str:
@@ -248,6 +250,26 @@ def _blame(grid: Grid, number: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ConfigError(f"cell {number} of grid {grid.name!r}: {error}") from error
+
+
+def part(path: os.PathLike | str, names: Sequence[str], seeds: Mapping[str, Sequence[int]] | None = None) -> Grid:
+    """The cells of those names (and their parents) of another grid file, and cells of it with other `seeds`.
+
+    Raises ConfigError for a name that the file has no cell of: it was changed since.
+    """
+    whole = load(os.fspath(path))
+    by_name = {cell.name: cell for cell in cells(whole)}
+    seeds = dict(seeds or {})
+    if unknown := [name for name in [*names, *seeds] if name not in by_name]:
+        raise ConfigError(f"{path} has no cell {unknown[0]} (any more): {closest(unknown[0], by_name)}")
+    wanted = set(names)
+    for name in names:
+        while (parent := by_name[name].parent) is not None:
+            wanted.add(name := parent)
+    configs: list[ml_collections.ConfigDict | TrainConfig] = [whole.configs[by_name[n].number] for n in by_name if n in wanted]
+    for name, others in seeds.items():
+        configs += [dataclasses.replace(by_name[name].config, seed=seed) for seed in others]
+    return dataclasses.replace(whole, configs=configs)
 
 
 def select(all_cells: Sequence[Cell], where: str | None) -> list[Cell]:

@@ -1,0 +1,11 @@
+"""The report of a grid: one HTML file with the answer, its certainty and an explorer; tables as Markdown and LaTeX beside it.
+
+from launch import report
+report.write(layout, findings)        # GRID/report/index.html
+"""
+
+from launch.report.document import page
+from launch.report.files import write
+from launch.report.findings import Findings, Picture, Question, Study
+
+__all__ = ["Findings", "Picture", "Question", "Study", "page", "write"]

@@ -1,0 +1,355 @@
+// The search of gqa_jax.optimum in the reader's browser: pure functions of the payload, in float64, without the page.
+//
+// 1. N* = exp(log_a - ln(L* - E) / b), infinite when L* <= E                       (arXiv 2503.09579v2, Eq. 8)
+// 2. aspect ratio r = d / L: linear between knots (N_i, r_i), constant outside      (Appendix B.1)
+// 3. layers L: the one positive root of N(L) = N* with d = r L, d_ff = 8 d / 3, a cubic
+// 4. cost of that shape at the served context                                       (Eq. 3 to 5, or a roofline)
+//
+// Draws are the joint uncertainty of all coefficients. Matrices are flat and draw after draw: index s * H + h.
+
+/** The payload with its numbers unpacked: draws as Float64Array of S x H (none: of 0 x H), NaN for what is null. */
+export function unpack(payload) {
+  const width = payload.heads.length;
+  const draws = { count: payload.draws?.count ?? 0 };
+  const [point, means] = [{}, {}];
+  for (const name of ["entropy", "log_a", "b"]) {
+    draws[name] = float64(payload.draws?.[name] ?? "");
+    if (name === "entropy" && draws[name].length === draws.count) {
+      const shared = draws[name]; // by all heads
+      draws[name] = Float64Array.from({ length: draws.count * width }, (_, i) => shared[Math.floor(i / width)]);
+    }
+    if (draws[name].length !== draws.count * width) {
+      throw new Error(`draws of ${name}: ${draws[name].length} numbers instead of ${draws.count} x ${width}`);
+    }
+    point[name] = payload.point[name].map((value) => value ?? NaN);
+    means[name] = point[name].map((_, h) => draws[name].reduce((sum, value, i) => sum + (i % width === h ? value : 0), 0) / draws.count);
+  }
+  return { ...payload, draws, point, means, trained: payload.trained.map((sizes) => sizes.map((value) => value ?? NaN)) };
+}
+
+function float64(base64) {
+  const text = atob(base64);
+  const bytes = Uint8Array.from(text, (c) => c.charCodeAt(0));
+  const view = new DataView(bytes.buffer);
+  return Float64Array.from({ length: bytes.length / 8 }, (_, i) => view.getFloat64(8 * i, true));
+}
+
+/** N* that reaches `loss`; infinite where E is not below it, NaN where there is no law. */
+export function solveParams(loss, entropy, logA, b) {
+  return loss <= entropy ? Infinity : Math.exp(logA - Math.log(loss - entropy) / b);
+}
+
+/** Aspect ratio d / L at N parameters. */
+export function aspectRatio(aspect, params) {
+  const { params: knots, ratio } = aspect;
+  const last = knots.length - 1;
+  if (params <= knots[0]) return ratio[0];
+  if (params >= knots[last]) return ratio[last];
+  let low = 0;
+  let high = last;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (knots[middle] <= params) low = middle;
+    else high = middle;
+  }
+  return ratio[low] + ((ratio[high] - ratio[low]) / (knots[high] - knots[low])) * (params - knots[low]);
+}
+
+/** Query heads of a width: the configuration's own, or d / d_h (Llama-3's rule). */
+export function queryHeads(heads, dModel, headDim) {
+  return heads.n_heads ?? dModel / headDim;
+}
+
+/** Layers of the shape of N parameters without embeddings: Newton from above on a convex cubic, so monotone. */
+export function solveLayers(params, ratio, heads, convention, headDim) {
+  if (!(params < Infinity)) return params;
+  const ofWidth = heads.n_heads === null;
+  const cubic = ((convention.ffn_matrices * 8) / 3 + (ofWidth ? 2 : 0)) * ratio * ratio;
+  const square = 2 * ratio * headDim * ((ofWidth ? 0 : heads.n_heads) + heads.n_kv_heads) + (convention.norms ? 2 * ratio : 0);
+  const linear = convention.norms ? ratio : 0;
+  let layers = Math.min(Math.cbrt(params / cubic), Math.sqrt(params / square));
+  for (let i = 0; i < 100; i++) {
+    const value = ((cubic * layers + square) * layers + linear) * layers - params;
+    const next = layers - value / ((3 * cubic * layers + 2 * square) * layers + linear);
+    if (!(next < layers)) return layers;
+    layers = next;
+  }
+  return layers;
+}
+
+const SEQUENCE_FACTOR = { per_token: () => 1, half_T: (context) => context / 2, full_T: (context) => context };
+
+// What a shape {layers, d, nHeads, nKv} is made of (gqa_jax.costs), as `convention` counts.
+const attentionParams = (shape, model) => 2 * shape.layers * shape.d * model.head_dim * (shape.nHeads + shape.nKv);
+const ffnParams = (shape, convention) => convention.ffn_matrices * shape.layers * shape.d * ((8 * shape.d) / 3);
+const normParams = (shape, convention) => (convention.norms ? (2 * shape.layers + 1) * shape.d : 0);
+const embeddingParams = (shape, model, convention) => (convention.embedding ? shape.d * model.vocab_size : 0);
+const attentionFlops = (shape, model, keys) => 4 * shape.layers * keys * shape.nHeads * model.head_dim;
+const cacheValues = (shape, model, tokens) => 2 * tokens * shape.layers * model.head_dim * shape.nKv;
+
+function allParams(shape, model, convention) {
+  const inside = attentionParams(shape, model) + ffnParams(shape, convention) + normParams(shape, convention);
+  return inside + embeddingParams(shape, model, convention);
+}
+
+/** Forward FLOPs of a token that sees `keys` keys, without or with the output embedding. */
+function bodyFlops(shape, model, convention, keys) {
+  return 2 * (attentionParams(shape, model) + ffnParams(shape, convention)) + attentionFlops(shape, model, keys);
+}
+function forwardFlops(shape, model, convention, keys) {
+  return bodyFlops(shape, model, convention, keys) + 2 * embeddingParams(shape, model, convention);
+}
+
+/** M_infer: values (bytes of 1 each), or bytes. */
+function inferMemory(shape, model, objective, context) {
+  const { convention, param_bytes: param, cache_bytes: cache } = objective;
+  return param * allParams(shape, model, convention) + cache * cacheValues(shape, model, context);
+}
+
+/** C_infer: of a token, or of a sequence, as the convention says. */
+function inferFlops(shape, model, objective, context) {
+  return forwardFlops(shape, model, objective.convention, context) * SEQUENCE_FACTOR[objective.convention.flops](context);
+}
+
+/** Bytes of the parameters, and of the caches of a batch of requests of so many tokens. */
+function heldBytes(shape, model, serving, tokens) {
+  const { convention, batch, param_bytes: param, cache_bytes: cache } = serving;
+  return param * allParams(shape, model, convention) + batch * cache * cacheValues(shape, model, tokens);
+}
+
+/** Seconds of a batch of requests of `context` tokens at the roofline of a device (gqa_jax.serving). */
+function requestSeconds(shape, model, serving, context) {
+  const { batch, n_devices: devices, efficiency, convention, decode_share: generated } = serving;
+  const reached = devices * efficiency;
+  const held = (tokens) => heldBytes(shape, model, serving, tokens);
+  const exchanged = devices === 1 ? 0 : ((8 * (devices - 1)) / devices) * shape.layers * batch * shape.d;
+  const phase = (flops, bytes, exchange) =>
+    Math.max(
+      flops / (reached * serving.peak_flops),
+      bytes / (reached * serving.memory_bandwidth),
+      exchange / (efficiency * serving.interconnect),
+    );
+  let seconds = 0;
+  if (generated < 1) {
+    const tokens = (1 - generated) * context;
+    seconds += phase(batch * tokens * bodyFlops(shape, model, convention, tokens / 2), held(tokens), tokens * exchanged);
+  }
+  if (generated > 0) {
+    const keys = (1 - generated / 2) * context;
+    seconds += generated * context * phase(batch * forwardFlops(shape, model, convention, keys), held(keys), exchanged);
+  }
+  return seconds;
+}
+
+const secondsPerToken = (shape, model, serving, context) =>
+  (serving.n_devices * requestSeconds(shape, model, serving, context)) / (serving.batch * context);
+const usdPerMillionTokens = (shape, model, serving, context) =>
+  ((1e6 * serving.usd_per_hour) / 3600) * secondsPerToken(shape, model, serving, context);
+
+function trainFlops(shape, model, training, context) {
+  const { convention } = training;
+  const inside = attentionParams(shape, model) + ffnParams(shape, convention) + normParams(shape, convention);
+  const tokens = training.tokens ?? training.tokens_per_param * inside;
+  return 3 * tokens * forwardFlops(shape, model, convention, (training.train_context ?? context) / 2);
+}
+
+function lifetime(shape, model, objective, context) {
+  const { serving, training, served_tokens: served } = objective;
+  const trained = trainFlops(shape, model, training, context);
+  if (serving === null) return trained + served * forwardFlops(shape, model, training.convention, context / 2);
+  const usd = ((trained / (serving.efficiency * serving.peak_flops)) * serving.usd_per_hour) / 3600;
+  return usd + (served / 1e6) * usdPerMillionTokens(shape, model, serving, context);
+}
+
+const power = (x, exponent) => (exponent === 1 / 2 ? Math.sqrt(x) : exponent === 1 / 3 ? Math.cbrt(x) : x ** exponent);
+
+/** What is minimised, by name (gqa_jax.objectives): (shape, model, objective, context) -> cost; `objective` is `describe()`. */
+const COSTS = {
+  z: (shape, model, objective, context) => {
+    const { lam, alpha, beta } = objective;
+    const memory = lam === 0 ? 0 : lam * power(inferMemory(shape, model, objective, context), alpha);
+    return memory + (lam === 1 ? 0 : (1 - lam) * power(inferFlops(shape, model, objective, context), beta));
+  },
+  memory: inferMemory,
+  flops: inferFlops,
+  latency: (shape, model, objective, context) => requestSeconds(shape, model, objective.serving, context),
+  throughput: (shape, model, objective, context) => secondsPerToken(shape, model, objective.serving, context),
+  price: (shape, model, objective, context) => usdPerMillionTokens(shape, model, objective.serving, context),
+  train: trainFlops,
+  lifetime,
+};
+
+/** (N, h) -> cost of the h-th heads of that size, for a question; infinite where they don't keep its limit, NaN for NaN. */
+function costOf(model, query) {
+  const { context, objective, memory_limit: limit } = query;
+  const cost = COSTS[objective.cost];
+  if (cost === undefined) throw new Error(`cost ${objective.cost} is unknown here: ${Object.keys(COSTS).join(", ")}`);
+  return (params, h) => {
+    if (!(params < Infinity)) return params;
+    const shape = shapeOf(model, params, h);
+    if (limit !== null && heldBytes(shape, model, limit, context) > limit.n_devices * limit.memory_bytes) return Infinity;
+    return cost(shape, model, objective, context);
+  };
+}
+
+/** Shape of N parameters for the h-th heads. */
+function shapeOf(model, params, h) {
+  const heads = model.heads[h];
+  const ratio = aspectRatio(model.aspect, params);
+  const layers = solveLayers(params, ratio, heads, model.shape_convention, model.head_dim);
+  const d = ratio * layers;
+  return { layers, d, nHeads: queryHeads(heads, d, model.head_dim), nKv: heads.n_kv_heads };
+}
+
+/** The k-th smallest of values[from ..], which are put in such order that those before it are not above it (Hoare). */
+function select(values, k, from = 0) {
+  let low = from;
+  let high = values.length - 1;
+  while (low < high) {
+    const pivot = values[(low + high) >> 1];
+    let i = low;
+    let j = high;
+    while (i <= j) {
+      while (values[i] < pivot) i++;
+      while (values[j] > pivot) j--;
+      if (i <= j) {
+        const value = values[i];
+        values[i++] = values[j];
+        values[j--] = value;
+      }
+    }
+    if (k <= j) high = j;
+    else if (k >= i) low = i;
+    else break;
+  }
+  return values[k];
+}
+
+/** Quantile, linear between neighbours; infinite where the upper one is; NaN of no values. Puts them in another order. */
+function quantile(values, share, from = 0) {
+  if (values.length === 0) return NaN;
+  const at = share * (values.length - 1);
+  const low = select(values, Math.floor(at), from);
+  const high = select(values, Math.ceil(at), Math.floor(at));
+  return low === high ? low : low + (high - low) * (at - Math.floor(at));
+}
+
+const LEVEL = 0.95;
+
+/** 95% of the values. */
+function interval(values) {
+  const copy = values.slice();
+  const tail = (1 - LEVEL) / 2;
+  const low = quantile(copy, tail);
+  return [low, quantile(copy, (1 + LEVEL) / 2, Math.floor(tail * (copy.length - 1)))];
+}
+
+/**
+ * Which heads reach `query.loss` at the least cost when served at `query.context`, and how sure that is: gqa_jax.optimum.search.
+ *
+ * `query` is {context, loss, objective and memory_limit (as `describe` gives an objective and a `Serving`; or null)}. Gives {best, runner_up (indices
+ * into model.heads; null where none reaches the loss), order (candidates, the answer first), not_reached (share of draws), rows,
+ * baseline (cost and cost_interval of Llama-3's heads, or null)}.
+ * A row per candidate, in the order of model.heads: n_params, n_params_interval, n_layers, d_model, cost, cost_interval,
+ * probability, expected_regret, regret_interval, saving, saving_interval, beyond (N* over the nearest trained size; 1 inside).
+ * The last of model.heads may be Llama-3's: no candidate then, only compared with. Without draws what they say is NaN.
+ */
+export function search(model, query) {
+  const width = model.heads.length;
+  const { n_candidates: candidates, baseline, not_possible: notPossible } = model;
+  const { count, entropy, log_a: logA, b } = model.draws;
+  const cost = costOf(model, query);
+
+  const params = model.heads.map(() => new Float64Array(count));
+  const costs = model.heads.map(() => new Float64Array(count));
+  const least = new Float64Array(count).fill(Infinity);
+  const wins = new Array(candidates).fill(0);
+  let reached = 0;
+  let last = NaN;
+  let logGap = NaN; // the same for all heads of a draw, where they share E
+  for (let s = 0; s < count; s++) {
+    let winner = -1;
+    for (let h = 0; h < width; h++) {
+      const i = s * width + h;
+      if (entropy[i] !== last) {
+        last = entropy[i];
+        logGap = Math.log(query.loss - last);
+      }
+      params[h][s] = query.loss <= last ? Infinity : Math.exp(logA[i] - logGap / b[i]);
+      costs[h][s] = cost(params[h][s], h);
+      if (h < candidates && costs[h][s] < least[s]) {
+        least[s] = costs[h][s];
+        winner = h;
+      }
+    }
+    if (winner >= 0) {
+      wins[winner]++;
+      reached++;
+    }
+  }
+
+  const baseCost = baseline === null ? NaN : cost(pointParams(model, query.loss, baseline), baseline);
+  const tooLarge = baseCost === Infinity && Number.isFinite(pointParams(model, query.loss, baseline)); // for the limit
+  const baseCosts = baseline === null || tooLarge ? null : costs[baseline];
+  const rows = [];
+  for (let h = 0; h < candidates; h++) {
+    const n = pointParams(model, query.loss, h);
+    const shape = n < Infinity ? shapeOf(model, n, h) : { layers: n, d: n };
+    const own = cost(n, h);
+    const regrets = new Float64Array(reached);
+    const saved = new Float64Array(baseCosts === null ? 0 : count);
+    let known = 0; // of what is saved: where neither heads reach the loss it is nothing
+    let sum = 0;
+    for (let s = 0, k = 0; s < count; s++) {
+      if (least[s] < Infinity) {
+        regrets[k] = Math.min(costs[h][s] / least[s] - 1, notPossible);
+        sum += regrets[k++];
+      }
+      if (baseCosts !== null && (costs[h][s] < Infinity || baseCosts[s] < Infinity)) saved[known++] = 1 - costs[h][s] / baseCosts[s];
+    }
+    const savings = saved.subarray(0, known);
+    const [low, high] = model.trained[h];
+    rows.push({
+      n_params: n,
+      n_params_interval: interval(params[h]),
+      n_layers: shape.layers,
+      d_model: shape.d,
+      cost: own,
+      cost_interval: interval(costs[h]),
+      probability: wins[h] / reached,
+      expected_regret: sum / reached,
+      regret_interval: interval(regrets),
+      saving: tooLarge ? NaN : Number.isNaN(baseCost) ? quantile(savings, 0.5) : 1 - own / baseCost,
+      saving_interval: interval(savings),
+      beyond: n > high ? n / high : n < low ? n / low : 1,
+    });
+  }
+
+  const worth = (h) => (count > 0 && reached > 0 ? rows[h].expected_regret : rows[h].cost);
+  const order = rows.map((_, h) => h).sort((g, h) => compare(!possible(rows[g]), !possible(rows[h])) || compare(worth(g), worth(h)) || compare(rows[g].cost, rows[h].cost));
+  const [best = null, second = null] = order.filter((h) => possible(rows[h]));
+  const base = baseCosts === null ? null : { cost: Number.isNaN(baseCost) ? quantile(baseCosts.slice(), 0.5) : baseCost, cost_interval: interval(baseCosts) };
+  return { best, runner_up: second, order, rows, baseline: base, not_reached: 1 - reached / count };
+}
+
+const possible = (row) => Number.isFinite(row.cost);
+
+function compare(x, y) {
+  return x < y ? -1 : x > y ? 1 : 0;
+}
+
+function pointParams(model, loss, h) {
+  const { entropy, log_a: logA, b } = model.point;
+  return solveParams(loss, entropy[h], logA[h], b[h]);
+}
+
+/**
+ * Cost of reaching each of `losses` with the h-th heads; infinite where it is not reached.
+ *
+ * By the fitted coefficients; of heads without a law of their own (Llama-3's, by the head law) by the means of the draws'.
+ */
+export function costCurve(model, query, losses, h) {
+  const cost = costOf(model, query);
+  const { entropy, log_a: logA, b } = Number.isNaN(model.point.b[h]) ? model.means : model.point;
+  return losses.map((loss) => cost(solveParams(loss, entropy[h], logA[h], b[h]), h));
+}

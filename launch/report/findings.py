@@ -1,0 +1,71 @@
+"""What a report says: the seam between those who find out and the page. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Question:
+    """A loss that must be reached, a context that is served, and what `gqa_jax.optimum.search` answers."""
+
+    loss: float  # nats per token
+    context_served: int  # tokens
+    answer: Any  # gqa_jax.optimum.Answer
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, its title, and what it shows: a sentence, for those who can't see it too."""
+
+    figure: Figure
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """One training context: its laws, and what follows from them."""
+
+    laws: Any  # gqa_jax.laws.LawsByHeads
+    questions: Sequence[Question]  # one or more; the first is the one that the page opens with
+    objective: Any  # of gqa_jax.objectives: what is kept low
+    aspect: Any  # gqa_jax.shapes.Aspect that the answers were searched with
+    optimum_map: pd.DataFrame | None = None  # gqa_jax.optimum.optimum_map of losses and contexts served
+    sensitivity: pd.DataFrame | None = None  # gqa_jax.optimum.convention_sensitivity of the first question
+    checks: pd.DataFrame | None = None  # columns check, result: how the laws do where it can be seen
+    pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)  # by part of the page: questions, runs, laws, costs
+
+    def __post_init__(self):
+        if not self.questions:
+            raise ValueError("a study answers one question or more: give losses and contexts served")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that a page shows.
+
+    Raises ValueError: no study, because a report begins with an answer.
+    """
+
+    name: str  # of the grid, or of the preset
+    about: str  # a sentence: which runs, or whose data
+    studies: Sequence[Study]  # one per training context; the first answers
+    loss: pd.DataFrame  # the loss table (gqa_jax.results.LOSS_COLUMNS)
+    cost: pd.DataFrame | None = None  # the cost table (gqa_jax.results.COST_COLUMNS)
+    cells: pd.DataFrame | None = None  # columns cell, state, cause of the cells that are not done; None: nothing was planned
+    unfitted: Mapping[int, str] = field(default_factory=dict)  # training contexts without laws, and why
+    ask: str = "python -m launch optimum GRID"  # the command that the explorer completes
+    command: str = "python -m launch report GRID"  # that makes this page
+    made: str = ""  # when, UTC
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what made it: gqa-jax, its commit, python, numpy, scipy
+
+    def __post_init__(self):
+        if not self.studies:
+            why = "; ".join(f"trained at {context}: {reason}" for context, reason in self.unfitted.items())
+            raise ValueError(f"nothing to report: no training context could be fitted{f' ({why})' if why else ''}")

@@ -1,0 +1,215 @@
+"""The parts of the page after the answer and the explorer: their texts, tables and pictures. Imports no jax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from launch.report import pictures, tables, words
+from launch.report.findings import Findings, Study
+from launch.report.opening import warnings
+from launch.report.payload import DRAWS
+from launch.report.table import Table
+
+_OUTSIDE = "* N* is outside the sizes that were trained."
+
+
+class MapCell(NamedTuple):
+    """The cheapest heads of a loss and a context, and the share of draws in which they are."""
+
+    text: str
+    small: str = ""
+    sure: float = 0.0
+    ask: str = ""  # address within the page that opens the question in the explorer
+
+
+class Map(NamedTuple):
+    """The cheapest heads: a row per loss, a column per context."""
+
+    name: str
+    caption: str
+    contexts: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[MapCell]]]
+
+    def table(self) -> Table:
+        """The same as text."""
+        rows = tuple((loss, *(f"{cell.text} {cell.small}".strip() for cell in cells)) for loss, cells in self.rows)
+        sides = ("left",) * (1 + len(self.contexts))
+        return Table(self.name, self.caption, ("loss", *self.contexts), sides, rows, (_OUTSIDE,))
+
+
+class Block(NamedTuple):
+    """A piece of a part; `kind` says how the template shows it, and which field has it."""
+
+    kind: str  # text, law, heading, warnings, table, folded, map, pictures, pairs, code, method
+    text: str = ""
+    lines: Sequence[str] = ()
+    table: Table | None = None
+    map: Map | None = None
+    pictures: Sequence[pictures.Drawn] = ()
+    pairs: Sequence[tuple[str, str]] = ()
+
+
+class Part(NamedTuple):
+    """A part of the page."""
+
+    id: str
+    title: str
+    blocks: Sequence[Block]
+
+
+def parts(findings: Findings) -> list[Part]:
+    """The parts in their order; those that would be empty are left out."""
+    made = [
+        Part("questions", "Every question", _questions(findings)),
+        Part("runs", "What was measured", _runs(findings)),
+        Part("laws", "The laws", _laws(findings)),
+        Part("costs", "What it costs", _costs(findings)),
+        Part("provenance", "Where it comes from", _provenance(findings)),
+        Part("method", "How it was computed", [Block("method")]),
+    ]
+    return [part for part in made if part.blocks]
+
+
+def tables_of(made: Sequence[Part]) -> list[Table]:
+    """Every table of the parts, maps of the cheapest heads included."""
+    blocks = [block for part in made for block in part.blocks]
+    return [block.map.table() if block.map else block.table for block in blocks if block.map or block.table]
+
+
+def _questions(findings: Findings) -> list[Block]:
+    """Every loss and context that was asked for."""
+    blocks = []
+    for index, study in enumerate(findings.studies):
+        blocks += _heading(findings, study)
+        if index > 0:
+            blocks += _warnings("Before you rely on it", warnings(findings, study.questions[0].answer.warnings))
+        if study.optimum_map is not None and len(study.optimum_map):
+            blocks.append(Block("map", map=_map(study, index)))
+        blocks += _pictures(study, "questions") + _table(tables.buildable(study))
+        blocks.append(Block("folded", "Every head configuration for the first question", table=tables.candidates(study)))
+    return blocks
+
+
+def _map(study: Study, index: int) -> Map:
+    best = study.optimum_map[study.optimum_map["rank"] == 1]
+    contexts = sorted(study.optimum_map["context_served"].unique())
+    rows = []
+    for loss in sorted(study.optimum_map["loss"].unique(), reverse=True):
+        found = {row.context_served: row for row in best[best["loss"] == loss].itertuples()}
+        rows.append((f"{loss:g}", [_map_cell(found.get(context), study, index) for context in contexts]))
+    caption = (
+        "The cheapest heads for each loss (nats per token, rows) and context served (tokens, columns), with the share of "
+        f"{DRAWS:,} draws in which they are, and N*. Kept low: {study.objective.label}."
+    )
+    return Map(f"optimum-t{study.laws.context}", caption, [words.context(int(one)) for one in contexts], rows)
+
+
+def _map_cell(row: Any, study: Study, index: int) -> MapCell:
+    if row is None or words.missing(row.n_params) or math.isinf(row.n_params):
+        return MapCell("not reached")
+    size = words.short(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
+    return MapCell(
+        words.label(tables.heads_of(row), study.laws.head_dim),
+        " · ".join(filter(None, (words.percent(row.probability), size))),
+        0.0 if words.missing(row.probability) else round(float(row.probability), 3),
+        f"#ask:study={index}&context={row.context_served:.0f}&loss={row.loss:g}",
+    )
+
+
+def _runs(findings: Findings) -> list[Block]:
+    """Losses by size and heads, and cells without one."""
+    blocks = []
+    if len(findings.loss):
+        said = [f"{count:,} {status}" for status, count in findings.loss["status"].value_counts().items()]
+        blocks.append(Block("text", f"{words.counted(len(findings.loss), 'run')} with a result: {words.listed(said)}."))
+        for context, rows in findings.loss.groupby("context"):
+            blocks += _table(tables.losses(int(context), rows))
+            for study in findings.studies:
+                blocks += _pictures(study, "runs") if study.laws.context == context else []
+    return blocks + _table(tables.unfinished(findings))
+
+
+def _laws(findings: Findings) -> list[Block]:
+    """The fits, how sure they are, and what speaks against them."""
+    blocks = [Block("law")]
+    for study in findings.studies:
+        blocks += _heading(findings, study)
+        blocks += _table(tables.coefficients(study)) + _table(tables.checks(study)) + _pictures(study, "laws")
+        ended = [] if study.laws.status == "CONVERGED" else [f"the fit ended as {study.laws.status}, not CONVERGED"]
+        blocks += _warnings("About these laws", warnings(findings, [*ended, *study.laws.warnings]))
+    for context, why in findings.unfitted.items():
+        blocks.append(Block("text", f"Trained at {words.context(context)} tokens: no laws, because {words.ended(why)}"))
+    return blocks
+
+
+def _costs(findings: Findings) -> list[Block]:
+    """What serving costs, and what the way of counting changes."""
+    blocks = []
+    for study in findings.studies:
+        inner = _table(tables.sensitivity(study)) + _pictures(study, "costs")
+        blocks += [*_heading(findings, study), *inner] if inner else []
+    return blocks + _table(tables.run_costs(findings))
+
+
+def _provenance(findings: Findings) -> list[Block]:
+    """Where the numbers come from."""
+    loss = findings.loss
+
+    def values(name: str) -> str:
+        counts = loss[name].dropna().astype(str).value_counts() if name in loss else {}
+        said = [one if len(counts) == 1 else f"{one} ({words.counted(count, 'run')})" for one, count in counts.items()]
+        return ", ".join(said)
+
+    def total(name: str, text: Callable[[float], str]) -> str:
+        known = loss[name].dropna() if name in loss else []
+        return text(float(known.sum())) if len(known) else ""
+
+    pairs = [
+        ("Runs", f"{len(loss):,}, of {words.counted(loss['size'].nunique(), 'size')}" if len(loss) else ""),
+        ("Trained by commit", values("commit")),
+        ("On", values("device")),
+        ("Attention", values("attention")),
+        ("jax", values("jax")),
+        ("flax", values("flax")),
+        ("Data", values("data_fingerprint")),
+        ("Tokens trained on", total("tokens", words.long)),
+        ("Compute of training", total("train_flops", lambda value: f"{words.short(value)} FLOPs")),
+        ("Time in training steps", total("seconds_train", _hours)),
+        ("This page was made", findings.made),
+        ("With", ", ".join(f"{name} {version}" for name, version in findings.versions.items())),
+    ]
+    commits = loss["commit"].dropna().unique() if "commit" in loss else []
+    doubts = ["The runs were trained by different commits of the code."] if len(commits) > 1 else []
+    if any(commit.endswith("+") for commit in commits):
+        doubts.append("Files differed from the commits with a +.")
+    return [
+        Block("pairs", pairs=[(name, text) for name, text in pairs if text]),
+        *_warnings("About the code", doubts),
+        Block("text", "This page is made again by:"),
+        Block("code", findings.command),
+    ]
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+
+
+def _heading(findings: Findings, study: Study) -> list[Block]:
+    """The training context, where there are several."""
+    several = len(findings.studies) > 1
+    return [Block("heading", f"Trained at {words.context(study.laws.context)} tokens")] if several else []
+
+
+def _table(table: Table | None) -> list[Block]:
+    return [] if table is None else [Block("table", table=table)]
+
+
+def _warnings(title: str, lines: Sequence[str]) -> list[Block]:
+    return [Block("warnings", title, lines)] if lines else []
+
+
+def _pictures(study: Study, part: str) -> list[Block]:
+    made = [pictures.draw(one, f"t{study.laws.context}-{part}{i}") for i, one in enumerate(study.pictures.get(part, ()))]
+    return [Block("pictures", pictures=made)] if made else []

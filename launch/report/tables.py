@@ -1,0 +1,225 @@
+"""The tables of a report, from its findings. Imports no jax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from gqa_jax import costs
+from gqa_jax.laws import LLAMA3, Heads
+from launch.report import words
+from launch.report.findings import Findings, Study
+from launch.report.payload import DRAWS
+from launch.report.table import Column, Table
+
+_FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}
+_NOTE = "Size: parameters without embeddings; * outside what was trained. Saving: against Llama 3's heads at the same loss."
+
+
+def heads_of(row: Any) -> Heads:
+    """The head configuration of a row with n_heads (empty: d / d_h) and n_kv_heads."""
+    return Heads(None if words.missing(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
+
+
+def candidates(study: Study) -> Table:
+    """Every H for the first question of a study, cheapest first."""
+    question, goal, head_dim = study.questions[0], study.objective, study.laws.head_dim
+    cost = words.cost(goal.unit)
+
+    def between(name: str, text: Callable[[float], str]) -> Callable[[Any], str]:
+        return lambda row: words.span((getattr(row, f"{name}_low"), getattr(row, f"{name}_high")), text)
+
+    def size(row: Any) -> str:
+        return words.short(row.n_params) + ("*" if _outside(row) else "")
+
+    columns = [
+        Column("heads", lambda row: words.label(heads_of(row), head_dim), "left"),
+        Column("cheapest in", lambda row: words.percent(row.probability)),
+        Column("extra cost", lambda row: words.extra(row.expected_regret)),
+        Column("size N*", size),
+        Column("95%", between("n_params", words.short), "range"),
+        Column(f"layers {words.TIMES} width", _layers_by_width),
+        Column(f"{goal.label}{words.unit(goal.unit)}", lambda row: cost(row.cost)),
+        Column("95%", between("cost", cost), "range"),
+        Column("saving", lambda row: "" if heads_of(row) == LLAMA3 else words.tenths(row.saving_vs_llama3)),
+    ]
+    frame = question.answer.candidates
+    notes = [_NOTE]
+    others = [row.note for row in frame.itertuples() if isinstance(row.note, str) and not _outside(row)]
+    if others:
+        notes.append(f"Without numbers: {'; '.join(dict.fromkeys(others))}.")
+    caption = (
+        f"Every head configuration at {words.context(question.context_served)} tokens and a loss of {question.loss:g}, "
+        f"cheapest first by mean extra cost. Ranges hold 95% of {DRAWS:,} draws."
+    )
+    return Table.of(frame, columns, f"candidates-t{study.laws.context}", caption, notes)
+
+
+def _outside(row: Any) -> bool:
+    """Whether N* is outside the sizes that were trained."""
+    return isinstance(row.note, str) and row.note.startswith("extrapolated")
+
+
+def _layers_by_width(row: Any) -> str:
+    if words.missing(row.n_layers) or math.isinf(row.n_layers):
+        return ""
+    return f"{row.n_layers:.1f} {words.TIMES} {row.d_model:,.0f}"
+
+
+def buildable(study: Study) -> Table | None:
+    """Real models near the first answer of a study; None where nobody could build one."""
+    frame, goal = study.questions[0].answer.buildable, study.objective
+    if frame is None or not len(frame):
+        return None
+    cost = words.cost(goal.unit)
+    columns = [
+        Column("layers", lambda row: f"{row.n_layers:g}"),
+        Column("width", lambda row: f"{row.d_model:,g}"),
+        Column("heads", lambda row: f"({row.n_heads:g},{row.n_kv_heads:g})"),
+        Column("feed-forward", lambda row: f"{row.d_ff:,g}"),
+        Column("size N", lambda row: words.short(row.n_params)),
+        Column("loss by the law", lambda row: f"{row.loss:.4f}"),
+        Column(f"{goal.label}{words.unit(goal.unit)}", lambda row: cost(row.cost)),
+    ]
+    caption = "The closest models that can be built: whole layers, rounded widths, and what that changes."
+    return Table.of(frame, columns, f"buildable-t{study.laws.context}", caption)
+
+
+def losses(context: int, rows: pd.DataFrame) -> Table:
+    """Held-out losses of a training context: a row per H, a column per size."""
+    sizes = list(rows.sort_values("params_non_embedding")["size"].drop_duplicates())
+    caption = (
+        f"Held-out loss after training at {words.context(context)} tokens, nats per token, ± its standard error where it is "
+        "known. Columns are sizes; several losses in a cell are seeds."
+    )
+    return _by_heads_and_size(rows, sizes, _loss, f"loss-t{context}", caption)
+
+
+def _loss(run: Any) -> str:
+    if run.status != "done" or words.missing(run.loss):
+        return str(run.status)
+    error = "" if words.missing(getattr(run, "loss_sem", None)) else f" ± {run.loss_sem:.4f}"
+    return f"{run.loss:.4f}{error}"
+
+
+def run_costs(findings: Findings) -> Table | None:
+    """What the trained models cost at the context of the first question; None where no cost table has it."""
+    if findings.cost is None:
+        return None
+    study, table = findings.studies[0], findings.cost
+    context = study.questions[0].context_served
+    named = getattr(study.objective, "convention", None)
+    name = named if isinstance(named, str) else "figures"
+    wanted = (table["context_served"] == context) & (table["convention"] == name) & (table["context"] == study.laws.context)
+    rows = table[wanted]
+    if rows.empty:
+        return None
+    sizes = list(rows.groupby("size")["m_infer"].min().sort_values().index)
+    rule = costs.named_convention(name)
+    caption = (
+        f"What the trained models cost to serve at {words.context(context)} tokens: memory ({rule.memory}) · compute (FLOPs of "
+        f"{_FLOPS[rule.flops]}) · Z, counted as {name}. Every context and convention is in tables/cost.csv."
+    )
+    cell = lambda run: " · ".join(map(words.short, (run.m_infer, run.c_infer, run.z)))  # noqa: E731
+    return _by_heads_and_size(rows, sizes, cell, f"cost-t{study.laws.context}-served{context}", caption)
+
+
+def _by_heads_and_size(rows: pd.DataFrame, sizes: list[str], text: Callable[[Any], str], name: str, caption: str) -> Table:
+    """A row per H, a column per size, the texts of all runs of both in a cell."""
+    runs: dict[Heads, dict[str, list[str]]] = {}
+    for run in rows.itertuples():
+        runs.setdefault(heads_of(run), {}).setdefault(run.size, []).append(text(run))
+    frame = pd.DataFrame({"heads": sorted(runs, key=lambda one: (one.n_heads or math.inf, one.n_kv_heads))})
+    head_dim = float(rows["head_dim"].iloc[0])
+
+    def of(size: str) -> Callable[[Any], str]:
+        return lambda row: ", ".join(runs[row.heads].get(size, ()))
+
+    columns = [
+        Column("heads", lambda row: words.label(row.heads, head_dim), "left"),
+        *(Column(str(one), of(one)) for one in sizes),
+    ]
+    return Table.of(frame, columns, name, caption)
+
+
+def coefficients(study: Study) -> Table:
+    """a, b and E of every H with their intervals."""
+    laws = study.laws
+
+    def with_range(name: str, text: Callable[[float], str]) -> Callable[[Any], str]:
+        def shown(row: Any) -> str:
+            between = words.span((getattr(row, f"{name}_low"), getattr(row, f"{name}_high")), text)
+            return text(getattr(row, name)) + (f" ({between})" if between else "")
+
+        return shown
+
+    def r_squared(row: Any) -> str:
+        value = laws[heads_of(row)].r_squared
+        return "" if words.missing(value) else f"{value:.5f}"
+
+    columns = [
+        Column("heads", lambda row: words.label(heads_of(row), laws.head_dim), "left"),
+        Column("a, parameters", with_range("a", words.short)),
+        Column("b", with_range("b", "{:.4f}".format)),
+        Column("E, nats per token", with_range("entropy", "{:.3f}".format)),
+        Column("R²", r_squared),
+        Column("runs", lambda row: str(len(laws[heads_of(row)].loss))),
+    ]
+    caption = (
+        f"Fitted coefficients of the runs trained at {words.context(laws.context)} tokens; the fit ended as {laws.status}."
+    )
+    if math.isfinite(laws.sigma):
+        caption += (
+            f" Runs scatter about their laws by {laws.sigma:.4f} nats (standard deviation, {laws.dof} degrees of freedom)."
+        )
+    note = "R² says how much of the spread of the losses a law explains, and nothing about E."
+    return Table.of(laws.intervals(), columns, f"laws-t{laws.context}", caption, [note])
+
+
+def checks(study: Study) -> Table | None:
+    """What the laws say of runs that they have not seen."""
+    if study.checks is None or not len(study.checks):
+        return None
+    columns = [
+        Column("check", lambda row: row.check, "left"),
+        Column("result", lambda row: words.sentence(str(row.result)), "text"),
+    ]
+    caption = "What the laws say of runs that they were not fitted to."
+    return Table.of(study.checks, columns, f"checks-t{study.laws.context}", caption)
+
+
+def sensitivity(study: Study) -> Table | None:
+    """What the first answer of a study would be by other ways of counting."""
+    if study.sensitivity is None or not len(study.sensitivity):
+        return None
+    question = study.questions[0]
+    columns = [
+        Column("FLOPs of", lambda row: _FLOPS.get(row.flops, row.flops), "left"),
+        Column("memory", lambda row: row.memory, "left"),
+        Column("cheapest heads", lambda row: words.label(heads_of(row), study.laws.head_dim), "left"),
+        Column("cheapest in", lambda row: words.percent(row.probability)),
+        Column("size N*", lambda row: words.short(row.n_params)),
+        Column("saving against Llama 3's", lambda row: words.tenths(row.saving_vs_llama3)),
+        Column("the first row's heads cost more by", lambda row: words.tenths(row.regret)),
+    ]
+    caption = (
+        f"What the way of counting changes, at {words.context(question.context_served)} tokens and a loss of {question.loss:g}:"
+        " the heads of the least Z when FLOPs and memory are counted otherwise."
+    )
+    return Table.of(study.sensitivity, columns, f"sensitivity-t{study.laws.context}", caption)
+
+
+def unfinished(findings: Findings) -> Table | None:
+    """Cells of the grid without a result."""
+    if findings.cells is None or not len(findings.cells):
+        return None
+    columns = [
+        Column("cell", lambda row: row.cell, "left"),
+        Column("state", lambda row: row.state, "left"),
+        Column("why", lambda row: "" if words.missing(row.cause) else str(row.cause), "text"),
+    ]
+    caption = f"{words.counted(len(findings.cells), 'cell')} of the grid without a finished run: nothing here rests on them."
+    return Table.of(findings.cells, columns, "unfinished", caption)

@@ -1,0 +1,150 @@
+"""Numbers and sentences of a report. page.js writes numbers in the same way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from gqa_jax.laws import Heads
+
+MINUS, TIMES = "\u2212", "\u00d7"  # signs that look like a hyphen and an x
+UNITS = (
+    (1e21, "Z", " sextillion"),
+    (1e18, "E", " quintillion"),
+    (1e15, "P", " quadrillion"),
+    (1e12, "T", " trillion"),
+    (1e9, "B", " billion"),
+    (1e6, "M", " million"),
+    (1e3, "k", " thousand"),
+)
+
+
+def three(value: float) -> str:
+    """Three significant digits without an exponent: 1,230; 12.3; 0.0123."""
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value) * (1 + 5e-4)))
+    return f"{value:,.{max(0, 2 - size)}f}"
+
+
+def short(value: float) -> str:
+    """2.02B."""
+    return _scaled(value, 1)
+
+
+def long(value: float) -> str:
+    """2.02 billion."""
+    return _scaled(value, 2)
+
+
+def _scaled(value: float, ending: int) -> str:
+    if missing(value):
+        return ""
+    if math.isinf(value):
+        return "not reached"
+    for unit in UNITS:
+        if value >= 0.9995 * unit[0]:
+            return three(value / unit[0]) + unit[ending]
+    return three(value)
+
+
+def percent(share: float) -> str:
+    """Shares of draws to a percent, which is what 1,000 draws know: 87%, <1%."""
+    if missing(share):
+        return ""
+    if 0 < share < 0.005 or 0.995 < share < 1:
+        return "<1%" if share < 0.5 else ">99%"
+    return f"{100 * share:.0f}%"
+
+
+def share(value: float) -> str:
+    """The same within a sentence: more than 99%."""
+    return percent(value).replace("<", "fewer than ").replace(">", "more than ")
+
+
+def tenths(share: float) -> str:
+    """Shares of a cost to a tenth of a percent, with a minus sign."""
+    if missing(share):
+        return ""
+    if math.isinf(share):
+        return "not reached"
+    text = f"{abs(100 * share):,.1f}%"
+    return f"{MINUS}{text}" if share < 0 and text != "0.0%" else text
+
+
+def extra(regret: float) -> str:
+    """Mean extra cost, of which a draw counts 100% at most (`gqa_jax.optimum.NOT_POSSIBLE`): 1.6%, 100% or more."""
+    return "100% or more" if regret >= 0.9995 else tenths(regret)
+
+
+def span(interval: Sequence[float] | None, text: Callable[[float], str]) -> str:
+    """1.93B to 2.11B, 1.93B or more; empty where nothing is known."""
+    if interval is None or any(map(missing, interval)):
+        return ""
+    low, high = interval
+    if math.isinf(high):
+        return "not reached" if math.isinf(low) else f"{text(low)} or more"
+    return f"{text(high)} or less" if math.isinf(low) else f"{text(low)} to {text(high)}"
+
+
+def cost(unit_name: str) -> Callable[[float], str]:
+    """How numbers of a cost are written: dollars and seconds with their sign, others with a letter for their size."""
+    if unit_name == "US dollars":
+        return lambda value: "" if missing(value) else "not reached" if math.isinf(value) else f"${three(value)}"
+    if unit_name == "seconds":
+        return lambda value: short(value) + ("" if missing(value) or math.isinf(value) else " s")
+    return short
+
+
+def unit(name: str) -> str:
+    """What follows numbers that don't say their unit themselves: ", FLOPs"; empty for the others."""
+    return "" if name in ("", "US dollars", "seconds") else f", {name}"
+
+
+def context(tokens: int) -> str:
+    """128K; 1,000 where it is no multiple of 1024."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def listed(texts: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, (", ".join(texts[:-1]), *texts[-1:])))
+
+
+def capital(text: str) -> str:
+    """With a capital letter first."""
+    return text[:1].upper() + text[1:]
+
+
+def ended(text: str) -> str:
+    """With a full stop last."""
+    return text + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def sentence(text: str) -> str:
+    """With a capital letter first and a full stop last."""
+    return capital(ended(text))
+
+
+def counted(count: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def heads(one: Heads, head_dim: float = 64) -> str:
+    """8 query heads and 1 key/value head."""
+    query = f"one query head per {head_dim:g} of the width" if one.n_heads is None else counted(one.n_heads, "query head")
+    return f"{query} and {counted(one.n_kv_heads, 'key/value head')}"
+
+
+def label(one: Heads, head_dim: float = 64) -> str:
+    """(8,1); (d/64,8) for Llama-3's rule."""
+    return f"(d/{head_dim:g},{one.n_kv_heads})" if one.n_heads is None else f"({one.n_heads},{one.n_kv_heads})"
+
+
+def missing(value: Any) -> bool:
+    """Whether there is no number: None, NaN or an empty cell."""
+    return bool(pd.isna(value))
