@@ -68,7 +68,7 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
         highlight=False,
     )
     console.print(
-        f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens is {answer.heads_text(*today.heads)}; its "
+        f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {answer.heads_text(*today.heads)}, its "
         f"expected regret is {choice.regret_now:.3%}, the cheapest with a probability of "
         f"{answer.share_text(choice.probability_now)}",
         highlight=False,
