@@ -142,8 +142,7 @@ def print_checks(one: Fitted, console: Console) -> None:
     if one.rows.empty:
         return
     frame, missing = validation.hold_out_all(one.rows)
-    said = [f"no held-out check: {why}" for why in dict.fromkeys(text.partition(": ")[2] or text for text in missing)]
-    said += validation.lack_of_fit(one.laws, one.rows).warnings
+    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings]
     if not frame.empty:
         view = Table(
             title="Held-out runs: predicted minus measured loss, nats per token", title_justify="left", box=box.SIMPLE_HEAD
@@ -160,6 +159,11 @@ def print_checks(one: Fitted, console: Console) -> None:
         console.print(view)
     for sentence in [*said, *validation.doubts(frame)]:
         console.print(f"[yellow]warning:[/] {sentence}", highlight=False)
+
+
+def without_checks(missing: Sequence[str]) -> list[str]:
+    """Why schemes of held-out runs could not be carried out, each reason once."""
+    return [f"no held-out check: {why}" for why in dict.fromkeys(text.partition(": ")[2] or text for text in missing)]
 
 
 def loss_screen(loss: pd.DataFrame) -> Table:

@@ -21,6 +21,7 @@ from gqa_jax.invariance import context_invariance
 from gqa_jax.laws import validation
 from gqa_jax.objectives import Objective
 from launch import state, studies
+from launch.answer import without_checks
 from launch.grid import Layout
 from launch.report import Findings, Picture, Question, Study
 from launch.studies import Fitted, Source
@@ -193,7 +194,7 @@ def _checks(one: Fitted) -> pd.DataFrame | None:
     """Columns check, result: the laws on runs that they have not seen."""
     if one.rows.empty:
         return None
-    frame, said = validation.hold_out_all(one.rows)
+    frame, missing = validation.hold_out_all(one.rows)
     lines = [
         {
             "check": f"{row.scheme.replace('_', ' ')}, {row.model.replace('_', ' ')}",
@@ -202,7 +203,7 @@ def _checks(one: Fitted) -> pd.DataFrame | None:
         }
         for row in validation.summary(frame).itertuples()
     ]
-    said += [*validation.lack_of_fit(one.laws, one.rows).warnings, *validation.doubts(frame)]
+    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings, *validation.doubts(frame)]
     return pd.DataFrame(lines + [{"check": "doubt", "result": text} for text in said], columns=["check", "result"])
 
 
