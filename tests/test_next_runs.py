@@ -1,3 +1,5 @@
+"""What runs are worth: against closed forms, and against truths that are known (`benchmarks/next_runs.py` has more of them)."""
+
 import dataclasses
 import subprocess
 import sys
@@ -7,10 +9,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from gqa_jax import costs, next_runs, objectives, optimum, presets, shape_search
+from benchmarks import next_runs as benchmark
+from gqa_jax import costs, next_runs, optimum, presets
 from gqa_jax.laws import Draws, Heads, fit_by_heads
 from gqa_jax.next_runs import Candidate, Question, choose, gains
-from gqa_jax.shapes import SIZES, Aspect
+from gqa_jax.shapes import SIZES
+from tests import law_tables
 
 QUESTION = Question(loss=2.6, context_served=131_072)
 TAU, MEAN = 0.01, -0.004  # of the one number that the laws of `OneNumber` leave open
@@ -58,173 +62,10 @@ def test_the_gain_of_one_run_is_that_of_the_closed_form(two_answers, ratio):
     laws = OneNumber(h1=ratio * TAU)
     exact = worth((ratio * TAU) ** 2)
     frame = pd.concat([gains(laws, [QUESTION], [run(1)], seed=seed) for seed in range(20)])
-    assert frame["gain"].mean() == pytest.approx(exact, rel=0.02)
     spread = frame["gain"].std()
+    assert abs(frame["gain"].mean() - exact) < 3 * spread / np.sqrt(20)
+    assert spread < 0.1 * exact
     assert 0.6 * spread < frame["gain_error"].mean() < 1.6 * spread
-
-
-def test_the_gain_of_a_set_is_that_of_the_closed_form(two_answers):
-    laws = OneNumber(h1=TAU)
-    simulation = next_runs._Simulation(laws, [QUESTION], 8192, 4096, 0)
-    path = simulation.path([run(1, name=str(i)) for i in range(4)])
-    assert path[0].gain == pytest.approx(0, abs=1e-12)
-    for count, value in enumerate(path[1:], 1):
-        assert abs(value.gain - worth(TAU**2 / count)) < 4 * value.gain_error
-        assert value.gain_error < 0.05 * value.gain
-    again = simulation.path([run(1)])[1]
-    assert again.gain_K == pytest.approx(path[1].gain_K)  # the path left nothing behind
-
-
-def test_the_next_run_is_worth_what_it_adds_to_those_before(two_answers):
-    laws = OneNumber(h1=TAU)
-    simulation = next_runs._Simulation(laws, [QUESTION], 8192, 1024, 0)
-    simulation.add(run(1))
-    added = simulation.values([run(1, name="next")])[0].gain_K - simulation.value().gain_K
-    assert abs(added.mean() - (worth(TAU**2 / 2) - worth(TAU**2))) < 4 * next_runs._error(added)
-
-
-def test_a_run_that_says_nothing_does_not_seem_to_help(two_answers):
-    laws = OneNumber(h1=100 * TAU)
-    found = np.array([gains(laws, [QUESTION], [run(1)], draws=512, seed=seed)["gain"] for seed in range(40)])
-    assert found.mean() < 1e-3 * worth(0)
-
-
-def test_with_few_draws_that_carry_weight_the_gain_is_not_overstated(two_answers):
-    laws = OneNumber(h1=TAU / 300)
-    simulation = next_runs._Simulation(laws, [QUESTION], 512, 512, 0)
-    value = simulation.path([run(1)])[1]
-    assert value.effective < 5
-    gain = np.mean([gains(laws, [QUESTION], [run(1)], draws=512, seed=seed)["gain"].iloc[0] for seed in range(40)])
-    assert 0.9 * worth((TAU / 300) ** 2) < gain < 1.03 * worth((TAU / 300) ** 2)
-
-
-def test_a_dear_run_is_taken_where_it_is_worth_more_than_the_cheap_ones_that_it_leaves_no_room_for(two_answers):
-    laws = OneNumber(h1=3 * TAU, h2=0.1 * TAU)
-    cheap, dear = run(1, cost=0.1), run(2, cost=1.0)
-    assert list(gains(laws, [QUESTION], [dear, cheap])["name"]) == ["h1", "h2"]
-    found = choose(laws, [QUESTION], [cheap, dear], budget=1.0, outcomes=512)
-    assert found.names == ["h2"]
-    assert found.cost == 1.0
-    assert found.stopped == "any other run costs more than is left of the budget"
-    both = choose(laws, [QUESTION], [cheap, dear], budget=1.1, outcomes=512)
-    assert both.names[0] == "h1"
-
-
-def test_what_a_choice_says_is_consistent(two_answers):
-    laws = OneNumber(h1=TAU)
-    candidates = [run(1, name=f"run{i}", cost=i + 1.0) for i in range(4)]
-    found = choose(laws, [QUESTION], candidates, budget=6.0)
-    assert list(found.steps.columns) == list(next_runs.STEPS)
-    assert found.names == ["run0", "run1", "run2"]
-    assert found.cost == 6.0 == found.steps["total_cost"].iloc[-1]
-    assert found.regret_now - found.gain == pytest.approx(found.regret_after)
-    assert found.regret_now == pytest.approx(TAU * stats.norm.pdf(MEAN / TAU) + MEAN * stats.norm.cdf(MEAN / TAU), rel=0.05)
-    assert found.gain == pytest.approx(worth(TAU**2 / 3), abs=4 * found.gain_error)
-    assert found.steps["regret_after"].is_monotonic_decreasing
-    assert found.probability_now == pytest.approx(stats.norm.cdf(-MEAN / TAU), abs=0.02)
-    assert found.probability_after > found.probability_now
-    pd.testing.assert_frame_equal(found.steps, choose(laws, [QUESTION], candidates, budget=6.0).steps)
-
-
-def test_runs_under_way_count_for_what_they_will_show(two_answers):
-    laws = OneNumber(h1=TAU)
-    found = choose(laws, [QUESTION], [run(1, name="new")], budget=1.0, pending=[run(1, name="old", cost=9.0)])
-    assert found.names == ["new"]
-    assert found.cost == 1.0
-    everything = worth(0)
-    assert found.regret_now == pytest.approx(everything - worth(TAU**2), rel=0.06)
-    assert found.gain == pytest.approx(worth(TAU**2 / 2) - worth(TAU**2), abs=4 * found.gain_error)
-
-
-def test_it_stops_where_nothing_more_is_to_be_known(two_answers):
-    laws = OneNumber(h1=TAU / 20)
-    found = choose(laws, [QUESTION], [run(1, name=str(i)) for i in range(6)], budget=100.0, outcomes=512)
-    assert 1 <= len(found.names) < 6
-    assert found.stopped == "no other run within the budget is sure to improve the answer"
-    nothing = choose(OneNumber(h1=1000 * TAU), [QUESTION], [run(1)], budget=1.0, outcomes=512)
-    assert nothing.names == []
-    assert nothing.cost == 0 == nothing.gain
-    assert list(nothing.steps.columns) == list(next_runs.STEPS)
-
-
-def test_more_draws_are_made_where_few_carry_the_answer_and_else_it_says_so(two_answers, monkeypatch):
-    laws = OneNumber(h1=TAU / 1000)
-    counts = []
-    draws = OneNumber.draws
-    monkeypatch.setattr(OneNumber, "draws", lambda self, count, seed: counts.append(count) or draws(self, count, seed))
-    candidates = [run(1, name=str(i)) for i in range(3)]
-    choose(laws, [QUESTION], candidates, budget=3.0, draws=1024, outcomes=64)
-    assert max(counts) == next_runs.MOST_DRAWS
-    monkeypatch.setattr(next_runs, "MOST_DRAWS", 1024)
-    found = choose(laws, [QUESTION], candidates, budget=3.0, draws=1024, outcomes=64)
-    assert found.stopped == "what further runs would add depends on what these will show: train these, then ask again"
-    assert "they gain this at least" in found.warnings[0]
-
-
-def test_questions_count_by_their_weights(two_answers, monkeypatch):
-    laws = OneNumber(h1=TAU)
-    single = gains(laws, [QUESTION], [run(1)])
-    twice = gains(laws, [QUESTION, dataclasses.replace(QUESTION, weight=3.0)], [run(1)])
-    pd.testing.assert_frame_equal(single, twice, rtol=1e-4)
-    known = optimum.regrets
-
-    def sure_at_3(laws, loss, *given, **options):
-        found = known(laws, loss, *given, **options)
-        return found if loss != 3.0 else dataclasses.replace(found, regret_SxH=np.array([[0.0, 1.0]] * len(found.reached_S)))
-
-    monkeypatch.setattr(next_runs.optimum, "regrets", sure_at_3)
-    sure = Question(3.0, 131_072, weight=3.0)
-    assert gains(laws, [QUESTION, sure], [run(1)])["gain"][0] == pytest.approx(single["gain"][0] / 4, rel=1e-3)
-
-
-def test_draws_that_do_not_reach_the_loss_are_left_out_of_the_regret(two_answers, monkeypatch):
-    laws = OneNumber(h1=TAU)
-    known = optimum.regrets
-
-    def half(laws, *given, draws, **options):
-        found = known(laws, *given, draws=draws, **options)
-        reached = np.arange(draws) % 2 == 0
-        return optimum.Regrets(found.heads, np.where(reached[:, None], found.regret_SxH, np.nan), reached)
-
-    whole = gains(laws, [QUESTION], [run(1)])["gain"][0]
-    monkeypatch.setattr(next_runs.optimum, "regrets", half)
-    assert gains(laws, [QUESTION], [run(1)])["gain"][0] == pytest.approx(whole, rel=0.1)
-    monkeypatch.setattr(
-        next_runs.optimum,
-        "regrets",
-        lambda *a, draws, **b: optimum.Regrets([Heads(1, 1)], np.full((draws, 1), np.nan), np.zeros(draws, bool)),
-    )
-    with pytest.raises(ValueError, match=r"loss = 2\.6: no heads reach it"):
-        gains(laws, [QUESTION], [run(1)])
-
-
-def size_of(size, heads):
-    s = SIZES[size]
-    shape = costs.Shape(s.n_layers, s.d_model, heads.n_heads, heads.n_kv_heads, 64)
-    return costs.count_params(shape, "figures").non_embedding
-
-
-def test_on_the_papers_data_runs_of_the_heads_in_question_are_worth_most():
-    laws = presets.load("paper-table4")
-    question = Question(2.615, 131_072)
-    candidates = [
-        Candidate(f"{size} {heads}", heads, size_of(size, heads), 120 * size_of(size, heads) ** 2)
-        for size in ("85M", "470M", "1.2B")
-        for heads in laws
-    ]
-    frame = gains(laws, [question], candidates, seed=3)
-    assert list(frame.columns) == list(next_runs.GAINS)
-    assert len(frame) == 63
-    answer = optimum.search(laws, 2.615, 131_072, draws=4096, seed=3)
-    assert (frame["regret_after"] + frame["gain"]).to_numpy() == pytest.approx(answer.expected_regret, rel=1e-4)
-    best = frame.sort_values("gain", ascending=False)
-    in_question = {tuple(answer.heads), tuple(answer.runner_up)}
-    assert {(row.n_heads, row.n_kv_heads) for row in best.head(3).itertuples()} <= in_question
-    other = frame[(frame["n_heads"] == 1) | (frame["n_kv_heads"] == 32)]
-    assert other["gain"].max() < 0.02 * best["gain"].iloc[0]
-    sure = frame["gain"] > next_runs.SURE * frame["gain_error"]
-    assert sure.is_monotonic_decreasing
-    assert frame[sure]["gain_per_cost"].is_monotonic_decreasing
 
 
 @pytest.mark.parametrize(
@@ -264,83 +105,87 @@ def test_it_does_without_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-HEADS = [Heads(4, 1), Heads(8, 1), Heads(16, 1), Heads(8, 2)]
-TRAINED, ALL_SIZES, NOISE = 4, ["19M", "85M", "150M", "200M", "470M", "680M", "1.2B"], 0.005
+SMALL = law_tables.SIZES[1:5]
+LARGE = law_tables.SIZES[5:8]
+HEADS = [(1, 1), (4, 1), (8, 1), (8, 8), (16, 8), (32, 16)]
+ASKED = [Question(2.5, 65_536)]
 
 
-def study(seed, budget=1.5, **how):
-    """Half a grid from known laws near the paper's; a budget (in the largest cells of (8,1)) spent in three ways; realised regrets."""
-    generator = np.random.default_rng([seed, 11])
-    preset, shift = presets.load("paper-table4"), generator.normal(0, 0.03)
-    truth = {
-        heads: (
-            (preset[heads].a / 1e9) ** preset[heads].b * np.exp(generator.normal(0, 0.008)),
-            preset[heads].b + generator.normal(0, 0.004),
-            preset[heads].entropy + shift,
-        )
-        for heads in HEADS
-    }
-    target, context, aspect = 2.6 + shift, 131_072, Aspect.constant(64)
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_by_heads(law_tables.synthetic(noise=0.003, seed=1, heads=HEADS, sizes=SMALL))
 
-    def row(number, heads, run_seed):
-        size = size_of(ALL_SIZES[number], heads)
-        above, b, entropy = truth[heads]
-        loss = above * (size / 1e9) ** -b + entropy + NOISE * generator.normal()
-        return {"cell": f"{ALL_SIZES[number]} {heads} {run_seed}", **heads._asdict(), "params_non_embedding": size, "loss": loss,
-                "context": 8192, "status": "done", "seed": run_seed, "trained": run_seed == 0 and number < TRAINED}  # fmt: skip
 
-    runs = pd.DataFrame([row(n, heads, s) for s in (0, 1) for n in range(len(ALL_SIZES)) for heads in HEADS])
-    runs = runs.set_index("cell", drop=False)
-    sizes = np.array([1e9 * ((target - e) / above) ** (-1 / b) for above, b, e in truth.values()])
-    cost = objectives.Z()(shape_search.solve_shape(sizes, HEADS, aspect), context)
-    regret = dict(zip(HEADS, cost / cost.min() - 1, strict=True))
-
-    def decide(names):
-        laws = fit_by_heads(runs[runs["trained"] | runs["cell"].isin(names)])
-        laws.aspect = aspect
-        return laws, regret[optimum.search(laws, target, context, draws=1000).heads]
-
-    laws, now = decide([])
-    new = runs[~runs["trained"] & ((runs["seed"] == 0) | runs["params_non_embedding"].lt(size_of("470M", HEADS[0])))]
-    candidates = [
-        Candidate(r.cell, Heads(r.n_heads, r.n_kv_heads), r.params_non_embedding, 120 * r.params_non_embedding**2)
-        for r in new.itertuples()
+@pytest.fixture(scope="module")
+def candidates():
+    return [
+        Candidate(f"{layers}x{d}-{h}", Heads(*h), n, 120 * n * n)
+        for h in HEADS
+        for (layers, d), n in zip(LARGE, law_tables.params(h, LARGE), strict=True)
     ]
-    budget = budget * 120 * size_of("1.2B", Heads(8, 1)) ** 2
-    chosen = choose(laws, [Question(target, context)], candidates, budget, seed=seed, **how)
 
-    def spend(order):
-        names, left = [], budget
-        for one in order:
-            if one.cost <= left:
-                names.append(one.name)
-                left -= one.cost
-        return names
 
-    mixed = [candidates[i] for i in generator.permutation(len(candidates))]
-    largest = sorted((one for one in mixed if one.name.endswith("0")), key=lambda one: -ALL_SIZES.index(one.name.split()[0]))
-    return {
-        "now": now, "predicted_now": chosen.regret_now, "predicted_gain": chosen.gain, "chosen": decide(chosen.names)[1],
-        "random": decide(spend(mixed))[1], "largest": decide(spend(largest))[1], "spent": chosen.cost / budget,
-    }  # fmt: skip
+def test_single_runs_are_ranked_by_gain_per_cost(fitted, candidates):
+    frame = gains(fitted, ASKED, candidates, draws=2048)
+    sure = frame[frame["gain"] > next_runs.SURE * frame["gain_error"]]
+    assert list(frame.index[: len(sure)]) == list(sure.index)  # these come first
+    assert list(sure["gain_per_cost"]) == sorted(sure["gain_per_cost"], reverse=True)
+    assert (frame["gain"] > -3 * frame["gain_error"]).all()  # what is learned does not hurt
+    assert frame["gain"].max() > 3 * frame.loc[frame["gain"].idxmax(), "gain_error"]
+    now = frame["regret_after"] + frame["gain"]
+    assert np.ptp(now[frame["regret_after"] > 0]) < 1e-12
+
+
+def test_larger_runs_of_the_same_heads_teach_more_about_a_low_loss(fitted, candidates):
+    frame = gains(fitted, ASKED, candidates, draws=4096).set_index("name")
+    teaching = frame.groupby(["n_heads", "n_kv_heads"])["gain"].max().idxmax()
+    of_these = frame[(frame["n_heads"] == teaching[0]) & (frame["n_kv_heads"] == teaching[1])].sort_values("n_params")
+    assert of_these["gain"].iloc[-1] > of_these["gain"].iloc[0] - 2 * of_these["gain_error"].max()
+
+
+def test_a_set_keeps_the_budget_and_its_totals_add_up(fitted, candidates):
+    budget = 3 * max(c.cost for c in candidates)
+    choice = choose(fitted, ASKED, candidates, budget, draws=2048, outcomes=1024)
+    assert 0 < len(choice.names) == len(set(choice.names))
+    assert choice.cost <= budget
+    assert choice.steps["total_cost"].iloc[-1] == pytest.approx(choice.cost)
+    assert choice.regret_after == pytest.approx(choice.regret_now - choice.gain)
+    assert choice.gain > 2 * choice.gain_error
+    assert choice.probability_after > choice.probability_now
+    again = choose(fitted, ASKED, candidates, budget, draws=2048, outcomes=1024)
+    assert again.names == choice.names  # seeded
+
+
+def test_more_budget_is_worth_no_less(fitted, candidates):
+    costs = sorted(c.cost for c in candidates)
+    little, much = (choose(fitted, ASKED, candidates, b, draws=2048, outcomes=1024) for b in (1.01 * costs[0], 10 * costs[-1]))
+    assert much.gain > little.gain - 2 * (much.gain_error + little.gain_error)
+
+
+def test_what_is_under_way_is_not_counted_twice(fitted, candidates):
+    best = gains(fitted, ASKED, candidates, draws=2048)["name"].iloc[0]
+    pending = [c for c in candidates if c.name == best]
+    others = [c for c in candidates if c.name != best]
+    choice = choose(fitted, ASKED, others, 1e30, pending=pending, draws=2048, outcomes=1024)
+    assert best not in choice.names
+    alone = choose(fitted, ASKED, others, 1e30, draws=2048, outcomes=1024)
+    assert choice.regret_now < alone.regret_now  # of the answers once it has ended
+
+
+def test_an_answer_that_is_sure_wants_nothing(candidates):
+    sure = fit_by_heads(law_tables.synthetic(noise=1e-6, seed=1, heads=HEADS, sizes=law_tables.SIZES))
+    choice = choose(sure, ASKED, candidates, 1e30, draws=1024, outcomes=512)
+    assert choice.names == []
+    assert choice.regret_now < 1e-4
 
 
 @pytest.mark.slow
-def test_runs_chosen_so_beat_random_and_largest_first_and_their_gain_is_as_predicted():
-    found = pd.DataFrame([study(seed) for seed in range(40)])
-    error = found.std() / np.sqrt(len(found))
-    print(pd.DataFrame({"mean": found.mean(), "error": error}))
-    for other in ("random", "largest"):
-        better = found[other] - found["chosen"]
-        assert better.mean() > better.std() / np.sqrt(len(found))
-    surprise = found["now"] - found["chosen"] - found["predicted_gain"]
-    assert abs(surprise.mean()) < 2 * surprise.std() / np.sqrt(len(found))
-    assert (found["spent"] <= 1).all()
-
-
-def test_a_few_simulated_grids():
-    found = pd.DataFrame([study(seed, budget=0.5, draws=1024, outcomes=128) for seed in range(4)])
-    assert found["chosen"].mean() <= min(found["random"].mean(), found["largest"].mean())
-    assert found["chosen"].mean() < 0.5 * found["now"].mean()
-    assert (found["predicted_gain"] > 0).all()
-    assert (found["spent"] <= 1).all()
+def test_the_chosen_runs_leave_less_regret_than_random_ones():
+    """30 truths gave 0.63% after the chosen runs, 1.01% after random ones, 0.74% after the largest, 1.41% today."""
+    found = pd.DataFrame([benchmark.one(seed) for seed in range(10)])
+    mean = found.mean()
+    print(mean.to_string())
+    assert mean["chosen"] < mean["today"]
+    assert mean["chosen"] < mean["random"]
+    surprise = (found["today"] - found["chosen"]) - (found["expected today"] - found["expected after"])
+    assert abs(surprise.mean()) < 2.5 * surprise.std() / np.sqrt(len(found))  # the gain is as foretold
