@@ -173,10 +173,11 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
             for heads in block.heads:
                 law = self[heads]
                 log_low, log_high = block.interval(heads, "a", level=level)
+                a_low = np.exp(log_low) if log_low > 0 or np.isnan(log_low) else 0.0
                 a_high = np.exp(log_high) if log_high < _UNBOUNDED or np.isnan(log_high) else np.inf
                 b_low, b_high = block.interval(heads, "b", level=level)
                 rows.append(
-                    {**heads._asdict(), "a": law.a, "a_low": 0.0 if log_low < 0 else np.exp(log_low), "a_high": a_high, "b": law.b,
+                    {**heads._asdict(), "a": law.a, "a_low": a_low, "a_high": a_high, "b": law.b,
                      "b_low": max(b_low, 0.0), "b_high": b_high, "entropy": law.entropy, "entropy_low": e_low,
                      "entropy_high": e_high}
                 )  # fmt: skip
