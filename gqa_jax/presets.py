@@ -15,7 +15,7 @@ import pandas as pd
 
 from gqa_jax.config import closest
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, fit_by_heads
-from gqa_jax.laws.by_heads import fit_block
+from gqa_jax.laws.block import fit_block
 from gqa_jax.laws.points import Runs
 from gqa_jax.shapes import Aspect, paper_aspect
 

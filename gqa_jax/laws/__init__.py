@@ -7,10 +7,11 @@
 `loss_nd` (L against N and D, with and without heads), `power` (trends), `validation` (held-out runs, baselines, lack of fit).
 """
 
-from gqa_jax.laws.by_heads import LawsByHeads, PowerLaw, fit_by_heads
+from gqa_jax.laws.by_heads import LawsByHeads, fit_by_heads
 from gqa_jax.laws.draws import Draws
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.joint import JointLaw, fit_joint
+from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.loss_nd import LossND, LossNDByHeads, fit_loss_nd, fit_loss_nd_by_heads
 from gqa_jax.laws.power import PowerTrend, fit_power
 from gqa_jax.laws.query_heads import LawsByQueryHeads, QueryHeadsLaw, fit_query_heads

@@ -1,7 +1,7 @@
 """Joint draws of the coefficients of all head configurations: what is uncertain about an answer is computed from them.
 
 `posterior` (the default). Given E, the laws of different H are independent and nearly Gaussian in theta = (alpha, b)
-(`by_heads.conditional`), so their joint posterior is drawn without a Markov chain: E, the noise sigma and the spread tau of the
+(`block.conditional`), so their joint posterior is drawn without a Markov chain: E, the noise sigma and the spread tau of the
 H on a grid, by their marginal likelihood, then theta of every H. With five H or more they are pooled (a hierarchical head
 law): theta_H = X_H beta + u_H, u_H ~ Normal(0, diag(tau_alpha^2, tau_b^2)), X_H polynomials in log2 n_h and log2 n_kv, beta
 flat, tau log-uniform. Runs of neighbouring H then support each other as far as the data say that H vary smoothly. Without
@@ -23,10 +23,12 @@ import numpy as np
 from scipy import stats
 
 from gqa_jax.laws import least_squares
+from gqa_jax.laws.block import SMALLEST_B, conditional, curves
 from gqa_jax.laws.heads import LLAMA3, Heads
 
 if TYPE_CHECKING:
-    from gqa_jax.laws.by_heads import Block, LawsByHeads
+    from gqa_jax.laws.block import Block
+    from gqa_jax.laws.by_heads import LawsByHeads
 
 POOLED_FROM = 5  # head configurations
 _TAU_ALPHA = (0.001, 0.003, 0.006, 0.012, 0.025, 0.05, 0.1)  # of ln(L - E) amid the data
@@ -105,10 +107,8 @@ class _Drawn:
 
 
 def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Drawn:
-    from gqa_jax.laws.by_heads import _laws
-
     there = block.weight_GxM > 0
-    model = _laws(block.x_GxM, there)
+    model = curves(block.x_GxM, there)
     weights = block.weight_GxM[there]
     fitted = model(block.fit.theta)[0]
     noise = least_squares.noise(block.sigma, block.dof, (count, fitted.size), generator) / np.sqrt(weights)
@@ -309,8 +309,6 @@ def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarra
 
 def _clean(drawn: _Drawn) -> _Drawn:
     """Slopes of 0 or below, possible in the tails of a Gaussian, are the least there are."""
-    from gqa_jax.laws.by_heads import SMALLEST_B
-
     return dataclasses.replace(drawn, b_SxG=np.maximum(drawn.b_SxG, SMALLEST_B))
 
 
@@ -318,11 +316,9 @@ def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random
     """Columns (E, ln a, b) of Llama 3's heads: from runs that have them, else the head law; (None, "") without either."""
     if laws.llama3 is not None:
         runs = laws.llama3
-        from gqa_jax.laws import by_heads
-
         x, y = np.log(runs.params / block.center)[None], runs.loss[None]
         grid = np.unique(np.quantile(drawn.entropy_S, np.linspace(0, 1, 60)))
-        alpha, b, _ = by_heads.conditional(x, y, np.ones_like(x), grid)
+        alpha, b, _ = conditional(x, y, np.ones_like(x), grid)
         theta = np.stack([np.interp(drawn.entropy_S, grid, alpha[:, 0]), np.interp(drawn.entropy_S, grid, b[:, 0])], -1)
         value = np.exp(theta[:, :1] - theta[:, 1:] * x)
         J = np.stack([value, -x * value], -1)

@@ -39,10 +39,11 @@ import pandas as pd
 
 from gqa_jax import shape_search
 from gqa_jax.laws import joint_fit, joint_terms, least_squares, points
-from gqa_jax.laws.by_heads import SMALLEST_B, WIDE_ENTROPY, PowerLaw
+from gqa_jax.laws.block import SMALLEST_B, WIDE_ENTROPY
 from gqa_jax.laws.draws import Draws
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint_terms import Terms, Where
+from gqa_jax.laws.law import PowerLaw
 from gqa_jax.shapes import Aspect, paper_aspect
 
 MIN_HEADS = {"quadratic": 3, "power": 5}  # head configurations; with them runs are more than coefficients

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax.laws import contexts, least_squares
-from gqa_jax.laws.by_heads import SMALLEST_B, Block, fit_block
+from gqa_jax.laws.block import SMALLEST_B, Block, fit_block
 from gqa_jax.laws.points import Runs
 
 MIN_HEAD_COUNTS = 3

@@ -22,7 +22,8 @@ import pandas as pd
 from scipy import stats
 
 from gqa_jax.laws import joint_fit, joint_terms, points
-from gqa_jax.laws.by_heads import Block, LawsByHeads, fit_block
+from gqa_jax.laws.block import Block, fit_block
+from gqa_jax.laws.by_heads import LawsByHeads
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint import JointLaw, fit_rows
 from gqa_jax.laws.points import Runs

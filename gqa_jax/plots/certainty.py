@@ -94,7 +94,7 @@ def profile(
     """Likelihood profile of E: how much worse the best fit for a given E is, and the interval that it leaves.
 
     Args:
-      entropy, statistic: as `gqa_jax.laws.by_heads.Block.entropy_profile` gives them; the statistic is F(1, dof) at the true E.
+      entropy, statistic: as `gqa_jax.laws.block.Block.entropy_profile` gives them; the statistic is F(1, dof) at the true E.
       dof: degrees of freedom of the residuals; infinite when their spread is known.
     Raises:
       ValueError: arrays of different or no length.

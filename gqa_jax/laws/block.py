@@ -1,0 +1,432 @@
+"""Laws exp(alpha - b x) + E that share an E: their fit and their likelihood profiles, x = ln(N / N0) with N0 amid the data.
+
+For a given E the curves are independent, and for given E and b the amplitude is linear: so the global minimum is found by a
+grid, without a start value (variable projection), and profiles need no search over the coefficients of other curves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import interpolate
+
+from gqa_jax.laws import least_squares, points
+from gqa_jax.laws.heads import Heads
+from gqa_jax.laws.law import PowerLaw
+from gqa_jax.laws.points import Runs
+
+if TYPE_CHECKING:
+    from gqa_jax.laws.draws import Evidence
+
+SMALLEST_B, LARGEST_B = 0.005, 2.0
+_GRID_E, _GRID_B = 100, 60
+_ROUNDING = 1e-9  # nats per token
+WIDE_ENTROPY = 0.3  # nats per token: an interval of E beyond it decides the answers at low losses
+
+
+@dataclass(frozen=True)
+class Block:
+    """Head configurations that share an E. Arrays are padded; padding has weight 0."""
+
+    heads: tuple[Heads, ...]
+    runs: tuple[Runs, ...]
+    center: float  # N0
+    x_GxM: np.ndarray  # ln(N / N0)
+    loss_GxM: np.ndarray
+    weight_GxM: np.ndarray
+    fit: least_squares.Fit  # of (E, alpha_1, b_1, ...)
+    given_entropy: float | None
+    known_sigma: float | None = None  # instead of the residuals'
+
+    @property
+    def entropy(self) -> float:
+        return float(self.fit.theta[0])
+
+    @property
+    def alpha(self) -> np.ndarray:
+        return self.fit.theta[1::2]
+
+    @property
+    def b(self) -> np.ndarray:
+        return self.fit.theta[2::2]
+
+    @property
+    def sigma(self) -> float:
+        """Noise of a run, nats per token; an exact fit has that of rounding, nan is none that is known."""
+        return float(np.maximum(self.fit.sigma, _ROUNDING)) if self.known_sigma is None else self.known_sigma
+
+    @property
+    def dof(self) -> float:
+        return float(self.fit.dof) if self.known_sigma is None else np.inf
+
+    @property
+    def lowest(self) -> float:
+        """The least loss of the points: E is below it."""
+        return float(self.loss_GxM.min())
+
+    @property
+    def status(self) -> str:
+        if self.given_entropy is None and 0 in self.fit.bound:
+            return "EDGE"
+        return self.fit.status if self.given_entropy is None or self.fit.bound != (0,) else "CONVERGED"
+
+    def laws(self, common: Sequence[str]) -> dict[Heads, PowerLaw]:
+        """One PowerLaw per H. Raises ValueError for losses that do not fall with size."""
+        result = {}
+        warnings = (*common, *self._warnings())
+        for heads, runs, alpha, b in zip(self.heads, self.runs, self.alpha, self.b, strict=True):
+            if b < SMALLEST_B:
+                raise ValueError(
+                    f"heads {heads}: the losses do not fall with size ({', '.join(f'{x:.4f}' for x in runs.loss)}): "
+                    "no power law"
+                )
+            law = PowerLaw(
+                float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, runs.params, runs.loss, warnings
+            )
+            rest, spread = np.sum(law.residuals**2), np.sum((runs.loss - runs.loss.mean()) ** 2)
+            result[heads] = dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
+        return result
+
+    def conditional(self, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best (alpha_ExG, b_ExG) for every E of an array, and the sums of squares_ExG."""
+        return conditional(self.x_GxM, self.loss_GxM, self.weight_GxM, entropy)
+
+    @functools.cached_property
+    def entropy_grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """E from where the data exclude it to where they exclude it again (or to its bounds), and the sums of squares_ExG."""
+        if self.given_entropy is not None:
+            grid = np.array([self.given_entropy])
+            return grid, self.conditional(grid)[2]
+        least = self.fit.objective
+        limit = 3 * least_squares.threshold(self.sigma, self.dof, 0.999) if np.isfinite(self.sigma) else 0.0
+
+        def rise(entropy: np.ndarray) -> np.ndarray:
+            inside = np.clip(entropy, 0.0, self._highest_entropy)
+            return np.where(inside == entropy, np.maximum(self.conditional(inside)[2].sum(-1) - least, 0.0), np.inf)
+
+        low, high = least_squares.crossings(rise, self.entropy, max(self._entropy_error, 1e-4), max(limit, 1e-12))
+        low, high = max(0.0, low), min(self._highest_entropy, high)
+        half = max(min(self.entropy - low, high - self.entropy), 1e-6)
+        grid = np.unique(np.concatenate([np.linspace(low, high, 61), self.entropy + half * np.linspace(-0.5, 0.5, 21)]))
+        grid = grid[(grid >= low) & (grid <= high)]
+        return grid, self.conditional(grid)[2]
+
+    @functools.cached_property
+    def evidence(self) -> Evidence:
+        """What `draws` of the posterior are drawn from."""
+        from gqa_jax.laws import draws
+
+        return draws.evidence(self)
+
+    def entropy_profile(self) -> tuple[np.ndarray, np.ndarray]:
+        """E, and the rise of the sum of squares over sigma^2 at the best coefficients for that E: F(1, dof) where E is true."""
+        grid, squares_ExG = self.entropy_grid
+        return grid, np.maximum(squares_ExG.sum(-1) - self.fit.objective, 0.0) / self.sigma**2
+
+    def entropy_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Profile-likelihood interval of E; a bound of 0 or the lowest loss is itself; nan without degrees of freedom."""
+        if self.given_entropy is not None:
+            return self.given_entropy, self.given_entropy
+        if not np.isfinite(self.sigma):
+            return np.nan, np.nan
+
+        def rise(entropy: np.ndarray) -> np.ndarray:
+            inside = np.clip(entropy, 0.0, self._highest_entropy)
+            return np.where(inside == entropy, self.conditional(inside)[2].sum(-1) - self.fit.objective, np.inf)
+
+        limit = least_squares.threshold(self.sigma, self.dof, level)
+        low, high = least_squares.crossings(rise, self.entropy, max(self._entropy_error, 1e-5), limit)
+        return max(0.0, low), min(self.lowest, high)
+
+    def interval(self, heads: Heads, kind: str, at: float = np.nan, level: float = 0.95) -> tuple[float, float]:
+        """Profile-likelihood interval of one quantity of H; (nan, nan) without degrees of freedom.
+
+        kind: "a" (ln a), "b", "size" (ln N* for the loss `at`), "loss" (L at N = `at`), "amplitude" (L - E there). All other
+        coefficients, E and those of other H included, take their best values along the profile.
+        """
+        if not np.isfinite(self.sigma):
+            return np.nan, np.nan
+        i = self.heads.index(heads)
+        grid, squares_ExG = self.entropy_grid
+        rest = squares_ExG.sum(-1) - squares_ExG[:, i]
+        x, y, w = self.x_GxM[i], self.loss_GxM[i], self.weight_GxM[i]
+        alpha, b = self.alpha[i], self.b[i]
+        if kind == "size" and not at > self.entropy:
+            raise ValueError(f"a loss of {at} can't be reached: the fitted entropy E is {self.entropy:.4f}")
+        log_at = np.log(at / self.center) if kind in ("loss", "amplitude") else np.nan
+        center = {
+            "a": alpha / b,
+            "b": b,
+            "size": (alpha - np.log(at - self.entropy)) / b if kind == "size" else np.nan,
+            "loss": np.exp(alpha - b * log_at) + self.entropy,
+            "amplitude": np.exp(alpha - b * log_at),
+        }[kind]
+
+        def squares(values: np.ndarray, entropy_CxE: np.ndarray) -> np.ndarray:
+            if kind == "b":
+                return _sum_of_squares_given_b(x, y, w, entropy_CxE, values)
+            turn = np.broadcast_to(log_at if kind in ("loss", "amplitude") else values[:, None], entropy_CxE.shape)
+            if kind in ("size", "loss"):
+                scale = np.maximum((at if kind == "size" else values[:, None]) - entropy_CxE, 0.0)
+            else:
+                scale = np.broadcast_to(np.maximum(values[:, None], 0.0) if kind == "amplitude" else 1.0, entropy_CxE.shape)
+            return _sum_of_squares_through(x, y, w, entropy_CxE, scale, turn, b)
+
+        def rise(values: np.ndarray) -> np.ndarray:
+            return _least_over_entropy(lambda entropy: squares(values, entropy), grid, rest, len(values)) - self.fit.objective
+
+        limit = least_squares.threshold(self.sigma, self.dof, level)
+        low, high = least_squares.crossings(rise, float(center), self._error(i, kind, at, log_at), limit)
+        shift = np.log(self.center) if kind in ("a", "size") else 0.0
+        return low + shift, high + shift
+
+    @property
+    def _highest_entropy(self) -> float:
+        return self.lowest * (1 - 1e-4)
+
+    @property
+    def _entropy_error(self) -> float:
+        variance = self.sigma**2 * self.fit.inverse[0, 0]
+        return float(np.sqrt(variance)) if np.isfinite(variance) and variance > 0 else 0.05
+
+    def _error(self, i: int, kind: str, at: float, log_at: float) -> float:
+        """Standard error of a quantity by the linearised fit: the scale on which its profile is searched."""
+        alpha, b = self.alpha[i], self.b[i]
+        gradient = np.zeros(len(self.fit.theta))
+        if kind == "a":
+            gradient[1 + 2 * i], gradient[2 + 2 * i] = 1 / b, -alpha / b**2
+        elif kind == "b":
+            gradient[2 + 2 * i] = 1
+        elif kind == "size":
+            gap = at - self.entropy
+            gradient[0], gradient[1 + 2 * i], gradient[2 + 2 * i] = 1 / (gap * b), 1 / b, -(alpha - np.log(gap)) / b**2
+        else:
+            value = np.exp(alpha - b * log_at)
+            gradient[0] = 1 if kind == "loss" else 0
+            gradient[1 + 2 * i], gradient[2 + 2 * i] = value, -log_at * value
+        variance = self.sigma**2 * gradient @ self.fit.inverse @ gradient
+        return float(np.sqrt(variance)) if np.isfinite(variance) and variance > 0 else 0.01
+
+    def _warnings(self) -> list[str]:
+        found = []
+        count, free = int((self.weight_GxM > 0).sum()), len(self.fit.theta) - (self.given_entropy is not None)
+        if count <= free:
+            found.append(
+                f"{count} runs for {free} coefficients: the curve passes through every point, and R^2 = 1 says nothing"
+            )
+        if self.fit.status in ("DISAGREE", "SINGULAR"):
+            found.append(f"the fit is {self.fit.status}: its coefficients are not to be trusted")
+        if self.given_entropy is not None:
+            return found
+        if self.entropy < 1e-3 * self.lowest:
+            found.append("the fit puts E at 0, its lower bound: losses of larger models are needed to see it")
+        if self.entropy > self.lowest * (1 - 2e-4):
+            found.append("the fit puts E at the lowest loss: it can't be used beyond the sizes that were trained")
+        if count > free:
+            low, high = self.entropy_interval()
+            if high - low > WIDE_ENTROPY:
+                found.append(
+                    f"E is known to {high - low:.2f} nats only ({low:.2f} to {high:.2f}, 95%): answers near or below "
+                    f"{min(high + 0.1, self.lowest):.2f} rest on it; train smaller and larger sizes"
+                )
+        return found
+
+
+def fit_block(
+    groups: Mapping[Heads, Runs],
+    *,
+    entropy: float | None = None,
+    log: bool = False,
+    huber_delta: float | None = None,
+    known_sigma: float | None = None,
+) -> Block:
+    """The laws of some H with one E. `known_sigma`: noise of a run that is known, instead of the residuals'."""
+    params, loss, sem, there = points.stack(list(groups.values()))
+    center = float(np.exp(np.mean(np.log(params[there]))))
+    x = np.log(params / center)
+    base = np.where(there, 1.0 / loss**2 if log else 1.0, 0.0)
+    base = base / base[there].mean()
+    weight = base
+    weighted = (
+        there.sum() > 1 + 2 * len(groups) and np.isfinite(sem[there]).all() and np.ptp(sem[there]) > 1e-3 * sem[there].mean()
+    )
+    for _ in range(4 if weighted else 1):
+        fit = _fit(x, loss, weight, entropy, huber_delta)
+        if weighted:
+            tau2 = _between_runs(fit, x, loss, sem, there)
+            weight = np.where(there, 1 / (tau2 + sem**2), 0.0) * base
+            weight = weight / weight[there].mean()
+    if huber_delta is not None:
+        weight = np.zeros_like(weight)
+        weight[there] = fit.weights
+        fit = dataclasses.replace(fit, objective=float(np.sum(weight * _residual(fit.theta, x, loss) ** 2)))
+    return Block(tuple(groups), tuple(groups.values()), center, x, loss, weight, fit, entropy, known_sigma)
+
+
+def conditional(
+    x_GxM: np.ndarray, loss_GxM: np.ndarray, weight_GxM: np.ndarray, entropy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best (alpha_ExG, b_ExG) of exp(alpha - b x) + E for every E of an array, and the weighted sums of squares_ExG.
+
+    No start value: a grid over b, where the amplitude is linear, then Levenberg-Marquardt.
+    """
+    above = loss_GxM - np.asarray(entropy, np.float64)[:, None, None]
+    slopes = np.geomspace(SMALLEST_B, LARGEST_B, _GRID_B)
+    basis_GxMxb = np.exp(-slopes * x_GxM[..., None])
+    norm_Gxb = np.einsum("gm,gmb->gb", weight_GxM, basis_GxMxb**2)
+    product_ExGxb = np.einsum("egm,gmb->egb", weight_GxM * above, basis_GxMxb)
+    best = np.argmax(np.maximum(product_ExGxb, 0.0) ** 2 / norm_Gxb, axis=-1)
+    amplitude = np.take_along_axis(product_ExGxb, best[..., None], -1)[..., 0] / norm_Gxb[np.arange(len(x_GxM)), best]
+    start = np.stack([np.log(np.maximum(amplitude, 1e-9)), slopes[best]], axis=-1)
+    lower, upper = np.array([-np.inf, SMALLEST_B / 2]), np.array([np.inf, 2 * LARGEST_B])
+    theta, squares = least_squares.refit(_curve(x_GxM), above, start, weights=weight_GxM, lower=lower, upper=upper)
+    return theta[..., 0], theta[..., 1], squares
+
+
+def _fit(
+    x_GxM: np.ndarray, loss_GxM: np.ndarray, weight_GxM: np.ndarray, entropy: float | None, huber_delta: float | None
+) -> least_squares.Fit:
+    """Two routes: least squares over E alone of the best law of every H for that E; then all coefficients at once."""
+    there = weight_GxM > 0
+    lowest = float(loss_GxM[there].min())
+    if entropy is None:
+        grid = lowest * (1 - np.geomspace(1e-4, 1.0, _GRID_E))  # from just below the lowest loss down to 0
+        for _ in range(6):
+            best = int(np.argmin(conditional(x_GxM, loss_GxM, weight_GxM, grid)[2].sum(-1)))
+            value = float(grid[best])
+            grid = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 17)
+    else:
+        value = entropy
+    alpha, b, _ = conditional(x_GxM, loss_GxM, weight_GxM, np.array([value]))
+    start = np.concatenate([[value], np.stack([alpha[0], b[0]], -1).ravel()])
+    count = len(x_GxM)
+    tight = 1e-12 * lowest
+    lower = np.array([0.0 if entropy is None else entropy - tight] + [-np.inf, 0.0] * count)
+    upper = np.array([lowest * (1 - 1e-4) if entropy is None else entropy + tight] + [np.inf, np.inf] * count)
+    if entropy is not None:
+        return _fit_given(x_GxM, loss_GxM, weight_GxM, there, start, huber_delta)
+    return least_squares.fit(
+        curves(x_GxM, there),
+        loss_GxM[there],
+        start,
+        lower=lower,
+        upper=upper,
+        weights=weight_GxM[there],
+        huber_delta=huber_delta,
+    )
+
+
+def _fit_given(x, loss, weight, there, start, huber_delta) -> least_squares.Fit:
+    """With E given: it is no coefficient, and has no variance."""
+    whole, entropy = curves(x, there), start[0]
+
+    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value, jacobian = whole(np.concatenate([[entropy], theta]))
+        return value, jacobian[:, 1:]
+
+    lower = np.tile([-np.inf, 0.0], len(x))
+    fit = least_squares.fit(model, loss[there], start[1:], lower=lower, weights=weight[there], huber_delta=huber_delta)
+    inverse = np.zeros((len(start), len(start)))
+    inverse[1:, 1:] = fit.inverse
+    bound = tuple(i + 1 for i in fit.bound)
+    return dataclasses.replace(fit, theta=np.concatenate([[entropy], fit.theta]), inverse=inverse, bound=bound)
+
+
+def _curve(x: np.ndarray) -> least_squares.Model:
+    """exp(alpha - b x) of coefficients (..., G, 2) at x (G, M)."""
+
+    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value = np.exp(theta[..., :1] - theta[..., 1:] * x)
+        return value, np.stack([value, -x * value], axis=-1)
+
+    return model
+
+
+def curves(x_GxM: np.ndarray, there_GxM: np.ndarray) -> least_squares.Model:
+    """All laws of a block: coefficients (..., 1 + 2 G) -> the losses of the points that are there."""
+    rows, columns = np.nonzero(there_GxM)
+    x, where = x_GxM[rows, columns], np.arange(len(rows))
+
+    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value = np.exp(theta[..., 1 + 2 * rows] - theta[..., 2 + 2 * rows] * x)
+        jacobian = np.zeros((*value.shape, theta.shape[-1]))
+        jacobian[..., 0] = 1.0
+        jacobian[..., where, 1 + 2 * rows] = value
+        jacobian[..., where, 2 + 2 * rows] = -x * value
+        return value + theta[..., :1], jacobian
+
+    return model
+
+
+def _residual(theta: np.ndarray, x_GxM: np.ndarray, loss_GxM: np.ndarray) -> np.ndarray:
+    return np.exp(theta[1::2, None] - theta[2::2, None] * x_GxM) + theta[0] - loss_GxM
+
+
+def _between_runs(fit: least_squares.Fit, x: np.ndarray, loss: np.ndarray, sem: np.ndarray, there: np.ndarray) -> float:
+    """tau^2 >= 0 with sum(residual^2 / (tau^2 + sem^2)) = degrees of freedom (Paule and Mandel 1982), by bisection."""
+    squares, variance = _residual(fit.theta, x, loss)[there] ** 2, sem[there] ** 2
+    low, high = 0.0, float(squares.sum())
+    if np.sum(squares / variance) <= fit.dof:
+        return 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.sum(squares / (middle + variance)) > fit.dof else (low, middle)
+    return high
+
+
+def _sum_of_squares_given_b(
+    x: np.ndarray, y: np.ndarray, w: np.ndarray, entropy_CxE: np.ndarray, b_C: np.ndarray
+) -> np.ndarray:
+    """Least sums of squares_CxE of one H for given b and E: the amplitude is linear, and not negative.
+
+    A steeper law than any real one counts as 2 LARGEST_B, so that data that do not bound b leave its interval open.
+    """
+    basis = np.exp(-np.clip(b_C, 0, 2 * LARGEST_B)[:, None, None] * x)
+    above = y - entropy_CxE[..., None]
+    norm = np.sum(w * basis**2, -1)
+    amplitude = np.maximum(np.sum(w * above * basis, -1), 0.0) / norm
+    return np.where(b_C[:, None] > 0, np.sum(w * above**2, -1) - amplitude**2 * norm, np.inf)
+
+
+def _sum_of_squares_through(
+    x: np.ndarray, y: np.ndarray, w: np.ndarray, entropy: np.ndarray, scale: np.ndarray, turn: np.ndarray, near: float
+) -> np.ndarray:
+    """Least sums of squares_CxE of laws scale exp(b (turn - x)) + E over b: of those that pass through a given point."""
+    gap = turn[..., None] - x
+
+    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value = scale[..., None] * np.exp(np.clip(theta * gap, -300, 300))
+        return value, (gap * value)[..., None]
+
+    above = y - entropy[..., None]
+    starts = np.clip(near * np.array([0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0]), SMALLEST_B, LARGEST_B)
+    tried = np.stack([np.sum(w * (model(np.array([s]))[0] - above) ** 2, -1) for s in starts], -1)
+    start = starts[np.argmin(tried, -1)][..., None]
+    _, squares = least_squares.refit(model, above, start, weights=w, lower=SMALLEST_B / 2, upper=2 * LARGEST_B, iterations=30)
+    return np.where(scale > 0, squares, np.inf)
+
+
+def _least_over_entropy(
+    squares: Callable[[np.ndarray], np.ndarray], grid: np.ndarray, rest: np.ndarray, count: int
+) -> np.ndarray:
+    """Minimum over E of squares(entropy_CxE) of one H plus `rest` of the others on `grid`: there, then between its points.
+
+    A quantity that is nearly a function of E, like a, has a minimum far narrower than the steps of the grid.
+    """
+    others = interpolate.CubicSpline(grid, rest) if len(grid) > 3 else lambda entropy: np.full(entropy.shape, rest[0])
+    entropy = np.broadcast_to(grid, (count, len(grid)))
+    least = np.full(count, np.inf)
+    rows = np.arange(count)
+    for _ in range(4 if len(grid) > 3 else 1):
+        total = squares(entropy) + others(entropy)
+        best = np.argmin(total, -1)
+        least = np.minimum(least, total[rows, best])
+        low = entropy[rows, np.maximum(best - 1, 0)]
+        high = entropy[rows, np.minimum(best + 1, entropy.shape[1] - 1)]
+        entropy = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 9)
+    return least

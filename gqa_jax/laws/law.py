@@ -1,0 +1,35 @@
+"""L(N) = (a / N)^b + E of one head configuration (arXiv 2503.09579v2, Eq. 7 and 8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L(N) = (a / N)^b + E, N without embeddings, with what it was fitted to."""
+
+    a: float
+    b: float
+    entropy: float  # E, nats per token
+    r_squared: float
+    params: np.ndarray  # N of the points
+    loss: np.ndarray  # of the points
+    warnings: tuple[str, ...] = ()
+
+    def predict(self, params: float | np.ndarray) -> float | np.ndarray:
+        """Loss at N parameters."""
+        return (self.a / np.asarray(params, np.float64)) ** self.b + self.entropy
+
+    def solve(self, loss: float) -> float:
+        """N* that reaches `loss`: a / (L - E)^(1/b) (Eq. 8). Raises ValueError for a loss at or below E."""
+        if not loss > self.entropy:
+            raise ValueError(f"a loss of {loss} can't be reached: the fitted entropy E is {self.entropy:.4f}")
+        return float(self.a / (loss - self.entropy) ** (1 / self.b))
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """Measured minus fitted loss of the points."""
+        return self.loss - self.predict(self.params)
