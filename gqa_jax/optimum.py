@@ -514,7 +514,8 @@ def _limited(
     objective: objectives.Objective, shape: costs.Shape, context: int, memory_limit: float | Serving | None
 ) -> np.ndarray:
     """The cost; infinite where a model does not keep the limit, or where no size reaches the loss."""
-    cost = np.asarray(objective(shape, context), np.float64)
+    with np.errstate(over="ignore"):  # draws whose sizes are astronomical
+        cost = np.asarray(objective(shape, context), np.float64)
     cost = np.where(np.isfinite(shape.n_layers), cost, np.where(np.isnan(shape.n_layers), np.nan, np.inf))
     if memory_limit is None:
         return cost
