@@ -348,10 +348,9 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
         pair.processes[1].terminate()
         errors = pair.errors()
         assert [process.returncode for process in pair.processes] == [75, 75], errors
-    (preempted,) = checkpoint_steps(run)
+    preempted = max(checkpoint_steps(run))  # a step of the periodic ones too, by chance
     assert all(f"asked to end (SIGTERM): saved after step {preempted};" in error for error in errors)
     assert 3 <= preempted < 60
-    assert preempted % 10
     ended = json.loads((run / "exit.json").read_text())
     assert (ended["class"], ended["code"], ended["attempt"]) == ("preempted", 75, 0)
 
@@ -360,7 +359,7 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
         pair.processes[1].kill()
         before = time.monotonic()
         error = pair.processes[0].communicate(timeout=PATIENCE)[1]
-        assert time.monotonic() - before < 14
+        assert time.monotonic() - before < 25  # of these 10 are the heartbeat
         assert pair.processes[0].returncode not in (0, None)
     assert "(stopped sending heartbeats):\n1\n" in error
     assert not (run / "result.json").exists()
