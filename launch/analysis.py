@@ -239,7 +239,7 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     others = "" if source.laws is not None else f", laws of runs trained at {one.context:,} tokens"
     console.print(f"{source.name}{others}", highlight=False)
-    answer.print_answer(found, source, one, console)
+    answer.print_answer(found, one, console)
     if arguments.conventions:
         frame = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
         console.print(answer.conventions_screen(frame))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gqa_jax import optimum, plots, results, storage
-from gqa_jax.laws import LawsByHeads, validation
+from gqa_jax.laws import validation
 from gqa_jax.optimum import Answer
 from launch import studies
 from launch.grid import Layout
@@ -40,13 +40,12 @@ def outputs(layout: Layout) -> Iterator[Layout]:
 def write(layout: Layout, console: Console) -> None:
     """Tables, laws, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer."""
     with outputs(layout) as out:
-        loss = write_tables(layout, out)
-        source = studies.of_grid(os.fspath(layout.root), None)
+        source = studies.of_grid(os.fspath(layout.root), loss=write_tables(layout, out))
         fits = studies.fit(source)
         tables = write_fits(fits, out)
         for one in fits.fitted:
             _draw(out, source.name, one)
-    _print(source, fits, loss, tables, console)
+    _print(source, fits, tables, console)
     console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
 
 
@@ -107,17 +106,15 @@ def map_table(one: Fitted) -> pd.DataFrame:
     )
 
 
-def _print(
-    source: Source, fits: Fits, loss: pd.DataFrame, tables: tuple[pd.DataFrame, pd.DataFrame] | None, console: Console
-) -> None:
-    if len(commits := loss["commit"].dropna().unique()) > 1:
+def _print(source: Source, fits: Fits, tables: tuple[pd.DataFrame, pd.DataFrame] | None, console: Console) -> None:
+    if len(commits := source.loss["commit"].dropna().unique()) > 1:
         names = ", ".join(commit[:12] + "+" * commit.endswith("+") for commit in commits)
         console.print(f"[yellow]warning:[/] cells were trained by {len(commits)} commits: {names}")
     for context, why in fits.unfitted.items():
         console.print(f"context {context}: no fit: {why}")
     if tables is None:
         return
-    console.print(loss_screen(loss))
+    console.print(loss_screen(source.loss))
     for one in sorted(fits.fitted, key=lambda one: one.context):
         print_laws(one, tables[0][tables[0]["context"] == one.context], console)
     console.print(map_screen(tables[1], source.convention))
@@ -218,7 +215,7 @@ def map_screen(table: pd.DataFrame, convention: str) -> Table:
     return view
 
 
-def print_answer(found: Answer, source: Source, one: Fitted, console: Console) -> None:
+def print_answer(found: Answer, one: Fitted, console: Console) -> None:
     """One question's answer: a sentence, the candidates, models to build, warnings."""
     unit = f" {found.objective['unit']}" if found.objective["unit"] else ""
     if one.laws.source:
@@ -244,7 +241,7 @@ def print_answer(found: Answer, source: Source, one: Fitted, console: Console) -
             f"cheapest (this answer {found.expected_regret:.2%})",
             highlight=False,
         )
-    console.print(_candidates_screen(found, one.laws))
+    console.print(_candidates_screen(found))
     built = ", ".join(
         f"{row.n_layers} x {row.d_model} (loss {row.loss:.3f}, {short(row.cost)}{unit})" for row in found.buildable.itertuples()
     )
@@ -254,7 +251,7 @@ def print_answer(found: Answer, source: Source, one: Fitted, console: Console) -
             console.print(f"[yellow]warning:[/] {warning}", highlight=False)
 
 
-def _candidates_screen(found: Answer, laws: LawsByHeads) -> Table:
+def _candidates_screen(found: Answer) -> Table:
     unit = found.objective["unit"]
     view = Table(box=box.SIMPLE_HEAD)
     for name in (

@@ -82,8 +82,10 @@ def of_preset(name: str) -> Source:
     return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", f"--preset {name}", laws=laws)
 
 
-def of_grid(path: str, root: str | None = None) -> Source:
+def of_grid(path: str, root: str | None = None, *, loss: pd.DataFrame | None = None) -> Source:
     """The runs of a grid: its file, and the folder it was run in; or that folder itself, local or gs://.
+
+    `loss`: its loss table, where that has been read already.
 
     Raises ConfigError: neither is there, or nothing has finished.
     """
@@ -99,7 +101,7 @@ def of_grid(path: str, root: str | None = None) -> Source:
             raise ConfigError(f"{path} is not there: give a grid file (.py), or the folder of a grid that was run")
     facts = storage.read_json(layout.root / "grid.json") or {}
     try:
-        loss = results.load_results(layout.root)
+        loss = results.load_results(layout.root) if loss is None else loss
     except FileNotFoundError as error:
         raise ConfigError(f"{error}: run the grid first, python -m launch run {shlex.quote(path)}") from error
     if loss.empty:

@@ -205,6 +205,17 @@ class TestLlama3:
         assert 0.2 < found.saving_interval[0] < found.saving_vs_llama3 < found.saving_interval[1] < 0.6
 
 
+class TestDoubts:
+    def test_beyond_the_trained_context_and_at_the_edge_of_the_heads(self, paper):
+        far = optimum.search(paper, 2.615, 131_072).warnings
+        assert any("served at 131,072 tokens, trained at 8,192" in w for w in far)
+        assert "(8,1) has the most query heads of those that were trained: with more it may be cheaper still" in far
+        assert not any("served at" in w for w in optimum.search(paper, 2.9, 8192).warnings)
+        few = optimum.search(paper, 2.615, 131_072, objectives.make("flops", convention="figures"))
+        assert few.heads.n_heads < 8
+        assert not any("most query heads" in w for w in few.warnings)
+
+
 class TestUntrainedHeads:
     def test_a_joint_law_is_searched_over_any_heads(self):
         joint = laws.fit_joint(presets.paper_losses())

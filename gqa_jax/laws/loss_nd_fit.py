@@ -224,10 +224,6 @@ class Problem:
             times[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), count)
         return times
 
-    @property
-    def _rates(self) -> range:
-        return range(3 + len(self.heads), _count(len(self.heads), self.alpha_by_heads))
-
     def _alpha(self, index):
         """Place of alpha of the H at `index` in theta."""
         return 3 + len(self.heads) + (index if self.alpha_by_heads else 0 * index)
