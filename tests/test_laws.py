@@ -77,3 +77,9 @@ def test_warns_of_exact_fits_and_narrow_sizes():
     text = " ".join(laws.fit_by_heads(table(points))[8, 8].warnings)
     assert "R^2 = 1 says nothing" in text
     assert "span a factor of 4.2 only" in text
+
+
+def test_sizes_too_close_to_each_other_give_no_law():
+    points = {(8, 8): [(n, 2.0 + (1e8 / n) ** 0.2) for n in (1e8, 2e8, 3e8)]}
+    with pytest.raises(ValueError, match=r"heads \(8,8\): sizes span a factor of 3.0, a law needs 4 or more"):
+        laws.fit_by_heads(table(points))
