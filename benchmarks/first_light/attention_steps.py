@@ -1,0 +1,196 @@
+"""Steps about attention and decoding: right, the same each time, and how fast beside others. Imports no jax."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.first_light.fleet import BACKENDS, KERNELS, PEERS, needs
+from benchmarks.first_light.sizes import SIZES, Sizes
+from benchmarks.first_light.supervisor import Lab, median
+
+
+def smoke(lab: Lab) -> None:
+    """Each part of our kernels by itself on one tile, against float64; three workers side by side."""
+    parts = {"pallas_gpu": ("forward", "dq", "dkv"), "pallas_triton": ("forward", "dq", "dkv", "decode")}
+    shape = {"batch": 1, "length": 64, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64}
+
+    def one(kernel: str) -> None:
+        for part in parts[kernel]:
+            request = {"do": "smoke", "implementation": kernel, "part": part, "shape": shape}
+            found = lab.ask(kernel, request, needs=[f"{kernel} {part}"])
+            lab.keep(found, case=f"{kernel} {part}", implementation=kernel, part=part, **shape)
+            if found.result.get("status") == "wrong":
+                lab.mark_bad(f"{kernel} {part}", f"wrong in the smoke test: {found.result['reason']}")
+        for part in ("dq", "dkv"):
+            if reason := lab.bad([f"{kernel} {part}"]):
+                lab.mark_bad(f"{kernel} backward", reason)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(one, KERNELS))
+
+
+def attention_first_look(lab: Lab) -> None:
+    """Everybody's attention at the context of most interest, forward and backward, in turns."""
+    for length, direction in itertools.product(SIZES[lab.mode].look, ("forward", "backward")):
+        _compare(lab, direction, length, (8, 1) if lab.mode != "rehearse" else (2, 1), 64)
+
+
+def attention_rest(lab: Lab) -> None:
+    """Other lengths, heads and head sizes; in a scan of checkpoints; documents."""
+    sizes = SIZES[lab.mode]
+    for length, heads, head_dim in sizes.rest:
+        for direction in ("forward", "backward"):
+            _compare(lab, direction, length, heads, head_dim)
+    small = (2, 1) if lab.mode == "rehearse" else (8, 1)
+    _compare(lab, "backward", sizes.scan, small, 64, form="scan", others=("cudnn",))
+    for documents in sizes.documents[1]:
+        _compare(lab, "backward", sizes.documents[0], small, 64, documents=documents, others=())
+
+
+def _compare(
+    lab: Lab, direction: str, length: int, heads: tuple[int, int], head_dim: int, *, form: str = "plain",
+    documents: int | None = None, others: Sequence[str] = PEERS,
+) -> None:  # fmt: skip
+    """Prepares a pass with all contenders side by side, then measures them in turns. One row for each."""
+    shape = {"batch": max(1, 16_384 // length) if lab.mode != "rehearse" else 1, "length": length}
+    shape |= {"n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": head_dim}
+    more = {"form": form, "documents": documents}
+    name = f"{direction} {length} {heads[0]}/{heads[1]} d{head_dim} {form}" + (
+        "" if documents is None else f" {documents} documents"
+    )
+    contenders = {kernel: (kernel, kernel, "implementation") for kernel in (*KERNELS, *others)}
+    if lab.mode == "rehearse":
+        contenders["xla"] = ("xla", "xla", "implementation")  # in the place of cuDNN, which needs a GPU
+    if lab.has("torch attention") and form == "plain" and documents is None:
+        backends = BACKENDS if lab.mode == "device" else ("sdpa",)
+        contenders |= {f"torch {backend}": ("torch attention", backend, "backend") for backend in backends}
+    kind = "plain" if documents is None else "segments, sorted"
+    requests = {}
+    for contender, (worker, value, field) in contenders.items():
+        request = {
+            "do": "prepare",
+            "case": f"{name}: {contender}",
+            field: value,
+            "direction": direction,
+            "shape": shape,
+            **more,
+        }
+        requests[contender] = worker, request, needs(contender, direction, kind)
+    prepared = lab.side_by_side(requests)
+    asked = {
+        contender: (requests[contender][0], {"do": "measure", "case": f"{name}: {contender}"}, requests[contender][2])
+        for contender, found in prepared.items()
+        if found.result.get("status") == "ok"
+    }
+    seconds = lab.turns(asked)
+    baseline = seconds.get("cudnn") or seconds.get("xla") or []
+    for contender, found in prepared.items():
+        row = {"case": name, "direction": direction, "implementation": contender, **shape, **more}
+        if times := seconds.get(contender):
+            ratios = [b / s for b, s in zip(baseline, times, strict=False)]
+            row |= {"seconds": median(times), "turns": times, "tflops": found.result["amount"] / median(times) / 1e12}
+            row |= {"ratio_to_cudnn": median(ratios)} if ratios and "cudnn" in seconds and lab.mode == "device" else {}
+        lab.keep(found, **row)
+    lab.forget({contender: (worker, request["case"]) for contender, (worker, request, _) in requests.items()})
+
+
+def correctness(lab: Lab) -> None:
+    """Our kernels against float64 in all kinds of calls; what they write to was full of NaN before."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda kernel: _correct(lab, kernel), KERNELS))
+
+
+def _correct(lab: Lab, kernel: str) -> None:
+    plain = needs(kernel, "backward")
+    for chunk in itertools.batched(_correct_cases(SIZES[lab.mode]), 8):
+        known = {one["case"]: {"implementation": kernel, "kind": one["kind"], **one["shape"]} for one in chunk}
+        compiled = lab.ask(kernel, {"do": "compile_correct", "implementation": kernel, "cases": list(chunk)}, needs=plain)
+        if not compiled.ok:
+            for case, values in known.items():
+                lab.keep(compiled, case=case, **values)
+            continue
+        for case, reason in compiled.result["reasons"].items():
+            lab.row(case=case, status="failed", reason=reason, **known[case])
+        for case in compiled.result["ready"]:
+            found = compiled._replace(result={"status": "compiled"})
+            if lab.mode != "compile_only":
+                found = lab.ask(kernel, {"do": "correct", "case": case}, needs=needs(kernel, "backward", known[case]["kind"]))
+            lab.keep(found, case=case, **known[case])
+
+
+def _correct_cases(sizes: Sizes) -> list[dict[str, Any]]:
+    """Plain calls of every shape, those that differ the most first; then the other kinds at one length."""
+    kinds = ("offset", "unseen", "segments, sorted", "segments of one token", "segments, unsorted", "large logits")
+    plain = [(*case, "plain") for case in itertools.product(sizes.correct_dims, sizes.correct_lengths, sizes.correct_heads)]
+    special = [
+        (d, sizes.correct_lengths[0], heads, kind)
+        for kind in kinds
+        for d in sizes.correct_dims
+        for heads in sizes.correct_heads[:2]
+    ]
+    few, rest = plain[::7], [case for i, case in enumerate(plain) if i % 7]
+    cases = []
+    for seed, (head_dim, length, (n_heads, n_kv_heads), kind) in enumerate([*few, *special, *rest]):
+        shape = {
+            "batch": 2 if length < 500 else 1,
+            "length": length,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "head_dim": head_dim,
+        }
+        if kind == "unseen" and length < 5:
+            continue
+        cases.append(
+            {"case": f"{kind} {length} {n_heads}/{n_kv_heads} d{head_dim}", "shape": shape, "kind": kind, "seed": seed}
+        )
+    return cases
+
+
+def races(lab: Lab) -> None:
+    """The same pass again and again beside copies: all bits equal? And at the longest length against float32."""
+    sizes = SIZES[lab.mode]
+    for length, heads, kernel in itertools.product(sizes.races, sizes.race_heads, KERNELS):
+        shape = {"batch": 1, "length": length, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 64}
+        request = {
+            "do": "races",
+            "implementation": kernel,
+            "shape": shape,
+            "runs": sizes.runs,
+            "copy_bytes": sizes.copy_bytes // 8,
+        }
+        found = lab.ask(kernel, request, needs=needs(kernel, "backward"))
+        lab.keep(found, case=f"races {length} {heads[0]}/{heads[1]}", implementation=kernel, **shape)
+
+
+def decoding(lab: Lab) -> None:
+    """One query against a cache: bytes a second beside a copy's."""
+    sizes = SIZES[lab.mode]
+    made = lab.ask("jax", {"do": "ceiling", "case": "copy", "kind": "copy", "size": sizes.copy_bytes})
+    for (batch, length), heads in itertools.product(sizes.decode, sizes.decode_heads):
+        shape = {"batch": batch, "length": length, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 64}
+        name = f"decode {batch} x {length} {heads[0]}/{heads[1]}"
+        requests = {}
+        for kernel in ("pallas_triton", "xla"):
+            request = {"do": "prepare", "case": f"{name}: {kernel}", "implementation": kernel, "direction": "decode"}
+            requests[kernel] = kernel, request | {"shape": shape}, needs(kernel, "decode")
+        prepared = lab.side_by_side(requests)
+        asked = {
+            kernel: (kernel, {"do": "measure", "case": f"{name}: {kernel}"}, needs(kernel, "decode"))
+            for kernel, found in prepared.items()
+            if found.result.get("status") == "ok"
+        }
+        if made.ok:
+            asked["copy"] = ("jax", {"do": "measure", "case": "copy"}, [])
+        seconds = lab.turns(asked)
+        copy = seconds.pop("copy", [])
+        for kernel, found in prepared.items():
+            row = {"case": name, "implementation": kernel, **shape}
+            if times := seconds.get(kernel):
+                rate = found.result["amount"] / median(times)
+                row |= {"seconds": median(times), "gb_s": rate / 1e9}
+                row |= {"share_of_copy": rate * median(copy), "copy_gb_s": 1 / median(copy) / 1e9} if copy else {}
+            lab.keep(found, **row)
+        lab.forget({kernel: (kernel, request["case"]) for kernel, (_, request, _) in requests.items()})
