@@ -13,7 +13,7 @@ from benchmarks.first_light.supervisor import Kind
 KERNELS = ("pallas_gpu", "pallas_triton")  # ours
 PEERS = ("cudnn", "tokamax")
 BACKENDS = ("flash", "cudnn")  # of PyTorch
-#: What a pass is made of. The last one is blamed where the pass hangs or kills its worker, and nothing that needs it runs again.
+#: What a pass is made of. The last is blamed where the pass hangs or kills its worker; nothing that needs it runs again.
 PARTS = {"forward": ("forward",), "backward": ("forward", "backward"), "decode": ("decode",)}
 RESUMED = ("cudnn", "pallas_triton")  # attention of the runs that are resumed
 SETTINGS = ("default", "deterministic")
