@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.first_light import fleet, report, steps
+from benchmarks.first_light import fleet, report, sizes, steps
 from benchmarks.first_light.supervisor import PATIENCE, SCHEMA, Lab
 
 STOP_AFTER = 540  # seconds, of all steps
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--only: {error}")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "first-light-cache"))
-    kinds = fleet.kinds(mode, options.compile_only or "", _torch_python(options.torch_python))
+    chosen = sizes.one_of_each(sizes.SIZES[mode]) if options.one_of_each else sizes.SIZES[mode]
+    kinds = fleet.kinds(mode, chosen, options.compile_only or "", _torch_python(options.torch_python))
     facts = {
         "command": f"python -m benchmarks.first_light {shlex.join(arguments)}".strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "host": {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
     }
     try:
-        lab = Lab(options.out, mode, kinds, facts)
+        lab = Lab(options.out, mode, chosen, kinds, facts)
     except FileExistsError as error:
         parser.error(str(error))
     lab.run(wanted, PATIENCE[mode] * STOP_AFTER if options.stop_after is None else options.stop_after)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.first_light.fleet import BACKENDS, KERNELS, PEERS, needs
-from benchmarks.first_light.sizes import SIZES, Sizes
+from benchmarks.first_light.sizes import Sizes
 from benchmarks.first_light.supervisor import Lab, median
 
 
@@ -34,13 +34,13 @@ def smoke(lab: Lab) -> None:
 
 def attention_first_look(lab: Lab) -> None:
     """Everybody's attention at the context of most interest, forward and backward, in turns."""
-    for length, direction in itertools.product(SIZES[lab.mode].look, ("forward", "backward")):
+    for length, direction in itertools.product(lab.sizes.look, ("forward", "backward")):
         _compare(lab, direction, length, (8, 1) if lab.mode != "rehearse" else (2, 1), 64)
 
 
 def attention_rest(lab: Lab) -> None:
     """Other lengths, heads and head sizes; in a scan of checkpoints; documents."""
-    sizes = SIZES[lab.mode]
+    sizes = lab.sizes
     for length, heads, head_dim in sizes.rest:
         for direction in ("forward", "backward"):
             _compare(lab, direction, length, heads, head_dim)
@@ -105,7 +105,7 @@ def correctness(lab: Lab) -> None:
 
 def _correct(lab: Lab, kernel: str) -> None:
     plain = needs(kernel, "backward")
-    for chunk in itertools.batched(_correct_cases(SIZES[lab.mode]), 8):
+    for chunk in itertools.batched(_correct_cases(lab.sizes), 8):
         known = {one["case"]: {"implementation": kernel, "kind": one["kind"], **one["shape"]} for one in chunk}
         compiled = lab.ask(kernel, {"do": "compile_correct", "implementation": kernel, "cases": list(chunk)}, needs=plain)
         if not compiled.ok:
@@ -151,7 +151,7 @@ def _correct_cases(sizes: Sizes) -> list[dict[str, Any]]:
 
 def races(lab: Lab) -> None:
     """The same pass again and again beside copies: all bits equal? And at the longest length against float32."""
-    sizes = SIZES[lab.mode]
+    sizes = lab.sizes
     for length, heads, kernel in itertools.product(sizes.races, sizes.race_heads, KERNELS):
         shape = {"batch": 1, "length": length, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 64}
         request = {
@@ -167,7 +167,7 @@ def races(lab: Lab) -> None:
 
 def decoding(lab: Lab) -> None:
     """One query against a cache: bytes a second beside a copy's."""
-    sizes = SIZES[lab.mode]
+    sizes = lab.sizes
     made = lab.ask("jax", {"do": "ceiling", "case": "copy", "kind": "copy", "size": sizes.copy_bytes})
     for (batch, length), heads in itertools.product(sizes.decode, sizes.decode_heads):
         shape = {"batch": batch, "length": length, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 64}

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.first_light.sizes import SIZES
+from benchmarks.first_light.sizes import Sizes
 from benchmarks.first_light.supervisor import Kind
 
 KERNELS = ("pallas_gpu", "pallas_triton")  # ours
@@ -20,7 +20,7 @@ SETTINGS = ("default", "deterministic")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def kinds(mode: str, target: str, torch_python: str | None) -> dict[str, Kind]:
+def kinds(mode: str, sizes: Sizes, target: str, torch_python: str | None) -> dict[str, Kind]:
     """The workers by name. `target` is the device to compile for ("h100"), `torch_python` a Python that has PyTorch."""
     options: tuple[str, ...] = {
         "device": (), "rehearse": ("--interpreted",), "compile_only": ("--compile_only", target)
@@ -45,7 +45,7 @@ def kinds(mode: str, target: str, torch_python: str | None) -> dict[str, Kind]:
         for process in ("first", "second"):
             found[f"resume {name} {setting} {process}"] = Kind(resume, uncached | {"XLA_FLAGS": more})
     found["ours"] = Kind(ours, here)
-    for k in SIZES[mode].processes:
+    for k in sizes.processes:
         share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / k:.3f}"}
         found |= {f"cell {i + 1} of {k}": Kind(ours, here | share) for i in range(k)}
     if torch_python is not None and mode != "compile_only":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.first_light.fleet import KERNELS, PEERS
-from benchmarks.first_light.sizes import SIZES
 from benchmarks.first_light.supervisor import Lab, median
 
 LOSS_TOLERANCE = 0.02  # nats, between the quickstart's cells here and on the CPU
@@ -20,7 +19,7 @@ CELLS = "size=30k,context=128"
 
 def environment(lab: Lab) -> None:
     """What is here, whether Pallas's compilers work, and what a matrix product and a copy reach."""
-    sizes = SIZES[lab.mode]
+    sizes = lab.sizes
     lab.start("jax", *KERNELS, *PEERS, *(["torch attention"] if lab.has("torch attention") else []))
     if lab.mode == "device":
         query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"

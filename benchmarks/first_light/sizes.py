@@ -30,6 +30,7 @@ class Sizes(NamedTuple):
     processes: tuple[int, ...]
     steps: int  # of a sample of training
     agreement: int  # steps after which losses are compared
+    variants: tuple[tuple[str, str, str], ...]  # (model, rematerialisation, attention) of the other trainings
 
 
 def _paper(layers: int, width: int, context: int = 8192, micro_batch: int = 2) -> dict[str, Any]:
@@ -71,6 +72,15 @@ SIZES = {
         processes=(1, 2, 4),
         steps=3,
         agreement=10,
+        variants=(
+            ("470M", "none", "cudnn"),
+            ("1.2B", "attention_only", "cudnn"),
+            ("3M", "none", "cudnn"),
+            ("470M", "attention_only", "pallas_gpu"),
+            ("470M", "none", "pallas_gpu"),
+            ("470M", "dots", "cudnn"),
+            ("470M", "attention_only", "pallas_triton"),
+        ),
     ),
     "rehearse": Sizes(
         matmul=256,
@@ -94,6 +104,14 @@ SIZES = {
         processes=(1, 2),
         steps=1,
         agreement=2,
+        variants=(("470M", "none", "cudnn"), ("470M", "attention_only", "pallas_triton")),
     ),
 }
 SIZES["compile_only"] = SIZES["device"]
+
+
+def one_of_each(sizes: Sizes) -> Sizes:
+    """The first of everything that there are several of: a program or two for each step."""
+    first = {name: value[:1] for name, value in sizes._asdict().items() if isinstance(value, tuple) and name != "documents"}
+    length, documents = sizes.documents
+    return sizes._replace(**first, documents=(length, documents[:1]))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.first_light.sizes import Sizes
 from benchmarks.workers import LIMITS, Outcome, Worker
 
 NAME = "first-light.json"
@@ -52,9 +53,9 @@ class Lab:
     A worker is started when it is first asked. `ask` never raises for what a worker does: the outcome says it, and the row.
     """
 
-    def __init__(self, out: Path, mode: str, kinds: Mapping[str, Kind], facts: Mapping[str, Any]):
+    def __init__(self, out: Path, mode: str, sizes: Sizes, kinds: Mapping[str, Kind], facts: Mapping[str, Any]):
         """`kinds` are the workers by name; `facts` stand at the head of the file. Raises FileExistsError on an earlier file."""
-        self.out, self.mode, self._kinds = out, mode, kinds
+        self.out, self.mode, self.sizes, self._kinds = out, mode, sizes, kinds
         self.path = out / NAME
         if self.path.exists():
             raise FileExistsError(f"{self.path} has an earlier run: give another --out")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.first_light.fleet import KERNELS, PEERS, RESUMED, SETTINGS, needs
-from benchmarks.first_light.sizes import SIZES, Sizes
+from benchmarks.first_light.sizes import Sizes
 from benchmarks.first_light.supervisor import Lab, median
 
 
 def training_first_look(lab: Lab) -> None:
     """One training step of ours and of PyTorch's Llama, same shapes, tokens and precision: eager first, then compiled."""
-    sizes = SIZES[lab.mode]
+    sizes = lab.sizes
     what = {**sizes.training[sizes.main], "accumulation_steps": 1, "remat": "attention_only"}
     lab.close(*KERNELS, *PEERS, "xla", "torch attention")  # their memory
     weights = str((lab.out / "weights.npz").resolve())
@@ -49,14 +49,9 @@ def training_first_look(lab: Lab) -> None:
 
 def training_rest(lab: Lab) -> None:
     """Rematerialisation x attention at the same shape, the other sizes, and a profile of the best."""
-    sizes = SIZES[lab.mode]
-    variants = [
-        (sizes.main, "none", "cudnn"), ("1.2B", "attention_only", "cudnn"), (sizes.small, "none", "cudnn"),
-        (sizes.main, "attention_only", "pallas_gpu"), (sizes.main, "none", "pallas_gpu"), (sizes.main, "dots", "cudnn"),
-        (sizes.main, "attention_only", "pallas_triton"),
-    ]  # fmt: skip
+    sizes = lab.sizes
     best: tuple[float, tuple[str, str, str]] | None = None
-    for size, remat, attention in variants:
+    for size, remat, attention in sizes.variants:
         name = f"{size} {remat} {attention}"
         which = _main_attention(lab) if attention == "cudnn" else attention
         wanted = needs(attention, "backward")
@@ -96,7 +91,7 @@ def training_rest(lab: Lab) -> None:
 
 def small_cells(lab: Lab) -> None:
     """Several processes of the smallest cell on one device: tokens a second in all."""
-    sizes = SIZES[lab.mode]
+    sizes = lab.sizes
     lab.close()
     what = {**sizes.training[sizes.small], "accumulation_steps": 1, "remat": "none", "attention": _main_attention(lab)}
     for k in sizes.processes[:1] if lab.mode == "compile_only" else sizes.processes:
@@ -146,7 +141,7 @@ def _train_turns(
 
 def resume(lab: Lab) -> None:
     """Is a step the same each time, and a run that another process resumes? With and without deterministic operations."""
-    sizes = SIZES[lab.mode]
+    sizes = lab.sizes
     what = sizes.training[sizes.small]
     lab.close()
     settings = [(name, setting) for name in RESUMED for setting in (SETTINGS if lab.mode == "device" else SETTINGS[:1])]
