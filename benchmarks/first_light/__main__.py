@@ -10,7 +10,7 @@ out of memory costs its own rows. Steps, in order of value, with the most second
 
 {steps}
 
-`benchmarks/first_light_pack.sh` gathers what a bare machine lacks and prints the command to run there.
+`make first-light-pack` gathers what a bare machine lacks and prints the command to run there.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("runs", "first-light"), help="folder (default: %(default)s)")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="STEP,...", help="only these steps")
+    parser.add_argument("--one_of_each", action="store_true", help="the first shape of each step: a program or two")
     parser.add_argument(
         "--stop_after", type=_seconds, metavar="SECONDS", help=f"of all steps (default: {STOP_AFTER} on a device)"
     )

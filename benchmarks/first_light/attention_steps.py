@@ -123,11 +123,10 @@ def _correct(lab: Lab, kernel: str) -> None:
 
 def _correct_cases(sizes: Sizes) -> list[dict[str, Any]]:
     """Plain calls of every shape, those that differ the most first; then the other kinds at one length."""
-    kinds = ("offset", "unseen", "segments, sorted", "segments of one token", "segments, unsorted", "large logits")
     plain = [(*case, "plain") for case in itertools.product(sizes.correct_dims, sizes.correct_lengths, sizes.correct_heads)]
     special = [
         (d, sizes.correct_lengths[0], heads, kind)
-        for kind in kinds
+        for kind in sizes.correct_kinds
         for d in sizes.correct_dims
         for heads in sizes.correct_heads[:2]
     ]

@@ -63,7 +63,6 @@ def exact_part(part: str, arrays: Sequence[jax.Array]) -> list[np.ndarray]:
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 SHIFTED = ("offset", "unseen")
-KINDS = ("plain", *SHIFTED, "segments, sorted", "segments of one token", "segments, unsorted", "large logits")
 
 
 class Problem(NamedTuple):

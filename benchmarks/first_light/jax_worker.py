@@ -26,7 +26,7 @@ from benchmarks import timing, workers
 from benchmarks.attention_contenders import Contender, Work
 from benchmarks.attention_measure import TOLERANCE, decode_bytes, expected, flops, worst_error
 from benchmarks.first_light.calls import PARTS, RESULTS, SHIFTED, arrays_of, exact_part, judged, lower, part_of, problem_of
-from benchmarks.first_light.target import Shape, Target
+from benchmarks.first_light.target import Shape, Target, compiled_or_why
 from gqa_jax.attention import attention, decode, implementations
 from gqa_jax.attention.decode import DECODERS
 
@@ -180,7 +180,7 @@ class Session:
     def compile_correct(self, phase: Callable, implementation: str, cases: Sequence[dict], **_: Any) -> dict[str, Any]:
         """Compiles cases side by side: the implementation, `xla` in the same dtype, and `reference` in float64.
 
-        A case has `case` (its name), `shape`, `kind` (KINDS) and a seed. Returns the names of those that are ready, and
+        A case has `case` (its name), `shape`, `kind` (`sizes.KINDS`, or "plain") and a seed. Returns the names of those that are ready, and
         reasons of those that are not.
         """
         lowered, reasons = {}, {}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
+#: Of calls, beside plain ones: keys before the queries, queries that see nothing, documents, logits x 30.
+KINDS = ("offset", "unseen", "segments, sorted", "segments of one token", "segments, unsorted", "large logits")
+
 
 class Sizes(NamedTuple):
     """Shapes of one mode. Heads are (query, key/value)."""
@@ -21,6 +24,7 @@ class Sizes(NamedTuple):
     correct_lengths: tuple[int, ...]
     correct_heads: tuple[tuple[int, int], ...]
     correct_dims: tuple[int, ...]
+    correct_kinds: tuple[str, ...]  # beside plain calls
     decode: tuple[tuple[int, int], ...]  # (batch, length of the cache)
     decode_heads: tuple[tuple[int, int], ...]
     training: dict[str, dict[str, Any]]  # model and shapes of a step, by name
@@ -63,6 +67,7 @@ SIZES = {
         correct_lengths=(200, 1000, 64, 65, 1, 192),
         correct_heads=((8, 1), (32, 8), (1, 1), (8, 2), (12, 4)),
         correct_dims=(64, 128),
+        correct_kinds=KINDS,
         decode=((1, 131_072), (8, 16_384), (8, 131_072), (1, 16_384)),
         decode_heads=((8, 1), (32, 8)),
         training={"470M": _paper(24, 1280), "1.2B": _paper(36, 1536), "3M": _paper(4, 256)},
@@ -95,6 +100,7 @@ SIZES = {
         correct_lengths=(65,),
         correct_heads=((2, 1),),
         correct_dims=(64,),
+        correct_kinds=KINDS,
         decode=((1, 128),),
         decode_heads=((2, 1),),
         training={"470M": _TINY, "1.2B": _TINY, "3M": _TINY},

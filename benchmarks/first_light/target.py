@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 
 class Target:
-    """One device. With `compile_only`, its name ("h100"), arrays are shapes; with `interpret` Pallas kernels are interpreted."""
+    """One device. With `compile_only`, its name ("h100"), arrays are shapes; `interpret`: Pallas kernels are interpreted."""
 
     def __init__(self, *, interpret: bool = False, compile_only: str | None = None):
         self.interpret, self.mesh = interpret, None
