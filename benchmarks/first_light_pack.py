@@ -202,7 +202,7 @@ def gather(folder: Path = FOLDER, machine: Path = MACHINE, *, pins: Sequence[Pat
       ValueError: a requirement that nothing meets, a package without pin or wheel, no network, or too many bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known, installed, wanted = read_pins(*pins), read_machine(machine), roots()
+    known, there, wanted = read_pins(*pins), read_machine(machine), roots()
     for path in sorted(folder.glob("*.whl")):
         try:
             wheel = read_wheel(path)
@@ -213,7 +213,7 @@ def gather(folder: Path = FOLDER, machine: Path = MACHINE, *, pins: Sequence[Pat
             path.unlink()
     while True:
         pack = {wheel.name: wheel for wheel in map(read_wheel, sorted(folder.glob("*.whl")))}
-        wheels, unmet = walk(wanted, pack, installed)
+        wheels, unmet = walk(wanted, pack, there)
         lacking = {need.name: need for need in unmet if need.name not in wheels}
         if unmet and not lacking:
             raise ValueError("\n".join(map(str, unmet)) + f"\nchange the versions in {_names(pins)} to some that agree")

@@ -71,6 +71,11 @@ def test_what_is_lacking_is_followed_to_its_end(paths):
     assert again.asked == []
 
 
+def test_conditions_are_those_of_the_other_machine(paths, monkeypatch):
+    monkeypatch.setattr(pack, "ENVIRONMENT", pack.ENVIRONMENT | {"sys_platform": "win32"})
+    assert gather(paths, index(train=['reader; sys_platform == "linux"'])) == ["shapes 1.0", "tokamax 0.0.17", "train 1.1"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -93,6 +98,7 @@ def test_what_nothing_meets_is_named(paths, changes, words):
 
 
 def test_too_old_a_package_of_the_machine_is_replaced(paths):
+    (paths / "machine.txt").write_text("jax==0.11.2\ntokamax==0.0.18\n")  # and tokamax by its pin, whatever is there
     assert gather(paths, index(train=["jax>=0.12"], jax=[])) == ["jax 0.12", "shapes 1.0", "tokamax 0.0.17", "train 1.1"]
 
 
@@ -102,7 +108,7 @@ def test_torn_wheels_old_pins_and_what_the_machine_has_now_leave_the_folder(path
     wheel(paths / "pack", "shapes", "0.9")
     (paths / "machine.txt").write_text("jax\nnumpy\nreader==2.5\ntokamax==0.0.18\n")
     found = index()
-    assert gather(paths, found) == ["shapes 1.0", "tokamax 0.0.17", "train 1.1"]  # tokamax at its pin, whatever is there
+    assert gather(paths, found) == ["shapes 1.0", "tokamax 0.0.17", "train 1.1"]
     assert found.asked == ["train==1.1"]
     assert len(list((paths / "pack").iterdir())) == 3
 
@@ -145,6 +151,7 @@ def install(paths, monkeypatch, capsys, **there):
     real = pack.installed
     known = {name: Version(version) for name, version in there.items()}
     monkeypatch.setattr(pack, "installed", lambda path: known if len(path) > 1 else real(path))
+    monkeypatch.setitem(sys.modules, "xprof", None)  # not there
     pack.install(paths / "site", paths / "pack")
     return {name: str(v) for name, v in real([str(paths / "site")]).items()}, capsys.readouterr().err
 
@@ -201,6 +208,10 @@ def test_wheels_with_a_data_folder_and_one_cut_off(tmp_path):
     made = pack.read_wheel(wheel(tmp_path, "tool", "1.0", files=files))
     (tmp_path / "site" / "tool-1.0.dist-info").mkdir(parents=True)
     (tmp_path / "site" / "tool-1.0.dist-info" / "METADATA").write_text("Name: tool\nVersion: 1.0\n")  # no RECORD: cut off
+    (tmp_path / "site" / "fast.py").mkdir()
+    with pytest.raises(OSError, match="fast"):
+        pack._unpack(made, tmp_path / "site")
+    (tmp_path / "site" / "fast.py").rmdir()
     pack._unpack(made, tmp_path / "site")
     found = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
     assert found == {"tool.py", "fast.py", "deep/slow.py", "tool-1.0.dist-info/METADATA", "tool-1.0.dist-info/RECORD"}
