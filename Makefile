@@ -2,11 +2,12 @@
 # make quickstart  a size x context x heads grid, its tables, laws and pictures, in runs/quickstart
 # make test        the fast tests; make test-slow the others; make lint the style
 # make aot         compilers for TPUs and GPUs that are not there, which some tests need
+# make first-light-pack   what a GPU machine without network lacks for benchmarks.first_light, and the command to run there
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup aot quickstart test test-slow lint bench clean
+.PHONY: setup aot quickstart test test-slow lint bench first-light-pack clean
 
 setup: $(STAMP)
 
@@ -51,5 +52,8 @@ bench: setup
 	$(PYTHON) -m benchmarks.launch
 	$(PYTHON) -m benchmarks.laws
 
+first-light-pack: setup
+	$(PYTHON) -m benchmarks.first_light_pack gather
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build .first-light *.egg-info
