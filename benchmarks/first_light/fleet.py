@@ -37,7 +37,7 @@ def kinds(mode: str, sizes: Sizes, target: str, torch_python: str | None) -> dic
         return (sys.executable, "-m", f"benchmarks.{module}", *arguments)
 
     attention = python("first_light.jax_worker", *options)
-    resume = python("first_light.resume_worker", *slice_options)
+    resume = python("first_light.resume_worker", *(("--interpreted",) if mode == "rehearse" else ()))
     ours = python("train_ours", *slice_options)
     found = {name: Kind(attention, here) for name in ("jax", "xla", *KERNELS, *PEERS)}
     for name, setting in itertools.product(RESUMED, SETTINGS):
@@ -51,7 +51,7 @@ def kinds(mode: str, sizes: Sizes, target: str, torch_python: str | None) -> dic
     if torch_python is not None and mode != "compile_only":
         platform = "gpu" if mode == "device" else "cpu"
         found["torch attention"] = Kind((torch_python, "-m", "benchmarks.first_light.torch_worker", platform), here)
-        torch = (torch_python, "-m", "benchmarks.train_torch")
+        torch = (torch_python, "-m", "benchmarks.train_torch", "--device", "cuda" if mode == "device" else "cpu")
         found |= {"torch eager": Kind(torch, here), "torch compiled": Kind(torch, here)}
     return found
 

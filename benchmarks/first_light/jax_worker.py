@@ -180,8 +180,8 @@ class Session:
     def compile_correct(self, phase: Callable, implementation: str, cases: Sequence[dict], **_: Any) -> dict[str, Any]:
         """Compiles cases side by side: the implementation, `xla` in the same dtype, and `reference` in float64.
 
-        A case has `case` (its name), `shape`, `kind` (`sizes.KINDS`, or "plain") and a seed. Returns the names of those that are ready, and
-        reasons of those that are not.
+        A case has `case` (its name), `shape`, `kind` ("plain", or one of `sizes.KINDS`) and a seed. Returns the names of those
+        that are ready, and reasons of those that are not.
         """
         lowered, reasons = {}, {}
         for one in cases:

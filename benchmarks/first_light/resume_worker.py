@@ -1,6 +1,6 @@
 """Is a training step the same each time, and a run that goes on in another process? Asked of a device in first light.
 
-    python -m benchmarks.first_light.resume_worker [--interpreted] [--compile_only h100:1]
+    python -m benchmarks.first_light.resume_worker [--interpreted]
 
 Flags of XLA (deterministic operations) are of a process, so each setting has processes of its own.
 """
@@ -16,101 +16,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import workers
-from gqa_jax import attention, planner, program, sharding
+from benchmarks.train_ours import Session
+from gqa_jax import attention, program
 from gqa_jax.checkpoint import Checkpoints, params_sha256
-from gqa_jax.config import TrainConfig, default_config
+
+SAVED = {"identity": {}, "seconds_train": 0.0}  # what training notes beside a checkpoint
 
 
-class Run:
-    """One training step, compiled, and the state that it changes."""
+class Resume:
+    """The cases of `benchmarks.train_ours`, whose parameters are compared bit for bit."""
 
-    def __init__(self, *, interpret: bool, compile_only: str | None):
-        self.interpret, self.compile_only = interpret, compile_only
+    def __init__(self):
+        self.session = Session()
 
-    def prepare(
-        self, phase: Callable, attention_name: str | None, model: dict, context_length: int, batch: int, **_: Any
-    ) -> dict[str, Any]:  # fmt: skip
-        """Compiles the step of a model (fields of config.model), batches of `batch` sequences."""
-        config = default_config()
-        config.model.update(model | {"attention": attention_name, "remat": "attention_only"})
-        config.context_length, config.batch_tokens, config.steps = context_length, batch * context_length, 1000
-        config.accumulation_steps, config.evaluation.tokens = 1, context_length
-        config.data.block_tokens = context_length
-        config = TrainConfig.from_dict(config.to_dict())
-        if self.compile_only is None:
-            self.config = planner.resolve(config, jax.devices()[0].device_kind, 1)
-            self.mesh = sharding.make_mesh(self.config.mesh_shape, jax.devices()[:1])
-        else:
-            from gqa_jax import topologies
+    def prepare(self, phase: Callable, *, case: str, **fields: Any) -> dict[str, Any]:
+        """As `benchmarks.train_ours` prepares one."""
+        return self.session.prepare(phase, case=case, **fields)
 
-            found = topologies.devices(self.compile_only)
-            self.config = planner.resolve(config, found[0].device_kind, 1)
-            self.mesh = sharding.make_mesh(self.config.mesh_shape, found[:1])
-        phase("compile")
-        with attention.interpreted() if self.interpret else contextlib.nullcontext():
-            self.step = program.compile_step(self.config, self.mesh)
-        return {"status": "compiled" if self.compile_only else "ok"}
-
-    def repeat(self, phase: Callable, times: int, **_: Any) -> dict[str, Any]:
-        """One step from the same state and batch `times` times: how many different parameters come out, and the seconds."""
-        phase("run")
-        fresh = program.fresh_state(self.config, self.mesh)
-        batch = self._batch(0)
+    def repeat(self, phase: Callable, *, case: str, times: int) -> dict[str, Any]:
+        """One step from the same state on the same tokens `times` times: the hashes of the parameters, and the seconds."""
+        found = self.session.cases[case]
+        phase("compile")  # the drawing of the weights
+        found.restart()
+        fresh, tokens = found.state, found.tokens(1)[0]
         hashes, seconds = [], []
         for _time in range(times):
             phase("run")
-            state = jax.block_until_ready(jax.tree.map(jnp.copy, fresh))
+            found.state = jax.block_until_ready(jax.tree.map(jnp.copy, fresh))
             began = time.perf_counter()
-            state, metrics = self.step(state, batch)
-            jax.block_until_ready(metrics)
+            jax.block_until_ready((found.train(tokens), found.state))
             seconds.append(time.perf_counter() - began)
-            hashes.append(params_sha256(state.params))
+            hashes.append(params_sha256(found.state.params))
         return {"sha256": hashes, "distinct": len(set(hashes)), "seconds": seconds[1:] or seconds}
 
-    def train(self, phase: Callable, folder: str, first: int, last: int, **_: Any) -> dict[str, Any]:
-        """Steps `first` + 1 to `last`; from step 0 fresh, otherwise from the checkpoint in `folder`. Saves at the end.
+    def train(self, phase: Callable, *, case: str, folder: str, first: int, last: int) -> dict[str, Any]:
+        """Steps `first` + 1 to `last`: from step 0 fresh, saved at the end; otherwise from the checkpoint of `first` in `folder`.
 
-        The result is the hash of the last parameters, and with it the loss of the last step.
+        Returns the hash of the last parameters and the loss of the last step. Raises ValueError where there is no checkpoint.
         """
-        phase("run")
+        found = self.session.cases[case]
+        phase("compile")
         with Checkpoints(Path(folder), keep=10) as checkpoints:
             if first == 0:
-                state = program.fresh_state(self.config, self.mesh)
+                found.restart()
             else:
-                restored = checkpoints.restore_newest(program.abstract_state(self.config, self.mesh))
+                restored = checkpoints.restore_newest(program.abstract_state(found.config, found.mesh))
                 if restored is None or restored.step != first:
                     raise ValueError(f"{folder} has no checkpoint of step {first}")
-                state = restored.state
-            for step in range(first, last):
+                found.state, found.done = restored.state, first
+            for tokens in found.tokens(last - first):
                 phase("run")
-                state, metrics = self.step(state, self._batch(step))
-                jax.block_until_ready(metrics)
+                metrics = jax.block_until_ready(found.train(tokens))
             if first == 0:
-                phase("run")
-                checkpoints.save(last, state, {"identity": {}, "seconds_train": 0.0})
+                phase("check")
+                checkpoints.save(last, found.state, SAVED)
                 checkpoints.wait()
-        return {"sha256": params_sha256(state.params), "loss": float(metrics["loss"])}
-
-    def _batch(self, step: int) -> dict[str, jax.Array]:
-        """Random tokens, a function of the step."""
-        config = self.config
-        rng = np.random.default_rng(step)
-        tokens = rng.integers(config.model.vocab_size, size=(config.batch_size, config.context_length + 1), dtype=np.int32)
-        rows = program.local_rows(config, self.mesh, config.accumulation_steps)
-        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-        return program.place(config, self.mesh, batch, rows, config.accumulation_steps)
+        return {"sha256": params_sha256(found.state.params), "loss": float(metrics["loss"])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interpreted", action="store_true")
-    parser.add_argument("--compile_only")
+    parser.add_argument("--interpreted", action="store_true", help="Pallas kernels in interpret mode, for tiny shapes")
     options = parser.parse_args()
-    run = Run(interpret=options.interpreted, compile_only=options.compile_only)
-    workers.serve({"prepare": run.prepare, "repeat": run.repeat, "train": run.train})
+    resume = Resume()
+    with attention.interpreted() if options.interpreted else contextlib.nullcontext():
+        workers.serve({"prepare": resume.prepare, "repeat": resume.repeat, "train": resume.train})
 
 
 if __name__ == "__main__":

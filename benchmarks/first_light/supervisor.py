@@ -99,7 +99,8 @@ class Lab:
     def keep(self, found: Outcome, **values: Any) -> dict[str, Any]:
         """Keeps a row of an outcome: what the worker found, and the status that it gave, or how the request ended."""
         result = dict(found.result)
-        status, reason = result.pop("status", found.status), result.pop("reason", found.reason)
+        usual = "compiled" if self.mode == "compile_only" and found.ok else found.status
+        status, reason = result.pop("status", usual), result.pop("reason", found.reason)
         if not found.ok:
             status, reason = found.status, found.reason
         return self.row(**(result | values), status=status, reason=reason, ended_in=found.phase, phases=found.seconds)

@@ -5,46 +5,53 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.first_light.fleet import KERNELS, PEERS, RESUMED, SETTINGS, needs
-from benchmarks.first_light.sizes import Sizes
 from benchmarks.first_light.supervisor import Lab, median
+
+OURS = "gqa_jax"
+LIMITS = {"compile": 90.0, "run": 60.0}  # seconds of silence of a large model
 
 
 def training_first_look(lab: Lab) -> None:
-    """One training step of ours and of PyTorch's Llama, same shapes, tokens and precision: eager first, then compiled."""
-    sizes = lab.sizes
-    what = {**sizes.training[sizes.main], "accumulation_steps": 1, "remat": "attention_only"}
+    """One training step of ours and of PyTorch's Llama, same weights, tokens and precision: eager first, then compiled."""
+    sizes, case = lab.sizes, lab.sizes.main
     lab.close(*KERNELS, *PEERS, "xla", "torch attention")  # their memory
-    weights = str((lab.out / "weights.npz").resolve())
-    request = {"do": "prepare", "case": sizes.main, **what, "attention": _main_attention(lab), "weights": weights}
-    torch = request | {"autocast": "bfloat16", "sdpa": "flash" if lab.mode == "device" else None}
-    limits = {"compile": 90.0, "run": 60.0}
-    with_torch = lab.has("torch eager")
-    ours = lab.ask("ours", request, limits=limits)
-    lab.keep(ours, case=sizes.main, implementation="gqa_jax", phase="prepare", remat="attention_only")
-    if ours.ok:
-        losses = lab.ask("ours", {"do": "losses", "case": sizes.main, "steps": sizes.agreement}, limits=limits)
-        lab.keep(losses, case=f"{sizes.main}: losses", implementation="gqa_jax")
-    for name in ("torch eager", "torch compiled") if with_torch else ():
-        found = lab.ask(name, {**torch, "compile": name == "torch compiled"}, limits=limits)
-        lab.keep(found, case=sizes.main, implementation=name, phase="prepare")
-        if not found.ok:
-            lab.close(name)
-            continue
-        agreed = lab.ask(name, {"do": "losses", "case": sizes.main, "steps": sizes.agreement}, limits=limits)
-        lab.keep(agreed, case=f"{sizes.main}: losses", implementation=name)
-        _train_turns(lab, sizes.main, {"gqa_jax": ("ours", sizes.main), name: (name, sizes.main)}, sizes)
-        lab.close(name)
-    if not with_torch:
-        lab.row(
-            case=sizes.main, implementation="torch eager", status="left out", reason="no Python with PyTorch: --torch_python"
-        )
-        _train_turns(lab, sizes.main, {"gqa_jax": ("ours", sizes.main)}, sizes)
-    lab.ask("ours", {"do": "forget", "case": sizes.main})
-    Path(weights).unlink(missing_ok=True)
+    request = {"do": "prepare", "case": case, **sizes.training[case], "accumulation_steps": 1}
+    request |= {"remat": "attention_only", "attention": _main_attention(lab)}
+    found = lab.ask("ours", request, limits=LIMITS)
+    lab.keep(found, case=case, implementation=OURS, phase="prepare", size=case)
+    if lab.mode == "compile_only":
+        return
+    weights = lab.out.resolve() / "weights.npz"
+    if found.ok:
+        found = lab.ask("ours", {"do": "weights", "case": case, "path": str(weights)}, limits=LIMITS)
+    losses = lab.ask("ours", {"do": "losses", "case": case, "steps": sizes.agreement}, limits=LIMITS)
+    lab.keep(losses, case=f"{case}: losses", implementation=OURS)
+    if not found.ok or not lab.has("torch eager"):
+        reason = found.reason if not found.ok else "no Python with PyTorch: --torch_python"
+        for name in ("torch eager", "torch compiled"):
+            lab.row(case=case, implementation=name, status="left out", reason=reason)
+        _train_turns(lab, case, {OURS: ("ours", case)})
+    else:
+        theirs = {"do": "prepare", "case": case, "weights": str(weights), "autocast": "bfloat16"}
+        theirs |= {"sdpa": "flash" if lab.mode == "device" else None}
+        for name in ("torch eager", "torch compiled"):
+            _beside(lab, case, name, theirs | {"compile": name == "torch compiled"})
+    lab.ask("ours", {"do": "forget", "case": case})
+    weights.unlink(missing_ok=True)
+
+
+def _beside(lab: Lab, case: str, name: str, request: Mapping[str, Any]) -> None:
+    """A worker of PyTorch in turns with ours; it is ended afterwards, for its memory."""
+    prepared = lab.ask(name, request, limits=LIMITS)
+    lab.keep(prepared, case=case, implementation=name, phase="prepare", size=case)
+    if prepared.ok:
+        losses = lab.ask(name, {"do": "losses", "case": case, "steps": lab.sizes.agreement}, limits=LIMITS)
+        lab.keep(losses, case=f"{case}: losses", implementation=name)
+        _train_turns(lab, case, {OURS: ("ours", case), name: (name, case)})
+    lab.close(name)
 
 
 def training_rest(lab: Lab) -> None:
@@ -63,11 +70,11 @@ def training_rest(lab: Lab) -> None:
             "remat": remat,
             "attention": which,
         }
-        found = lab.ask("ours", request, needs=wanted, limits={"compile": 60.0, "run": 30.0})
-        lab.keep(found, case=name, implementation="gqa_jax", phase="prepare", size=size, remat=remat, attention_asked=attention)
+        found = lab.ask("ours", request, needs=wanted, limits=LIMITS)
+        lab.keep(found, case=name, implementation=OURS, phase="prepare", size=size, remat=remat, attention_asked=attention)
         if not found.ok:
             continue
-        seconds = _train_turns(lab, name, {"gqa_jax": ("ours", name)}, sizes, needs=wanted)
+        seconds = _train_turns(lab, name, {OURS: ("ours", name)}, size=size, needs=wanted)
         if size == sizes.main and seconds and (best is None or seconds < best[0]):
             best = seconds, (size, remat, which)
         lab.ask("ours", {"do": "forget", "case": name})
@@ -81,11 +88,11 @@ def training_rest(lab: Lab) -> None:
             "remat": remat,
             "attention": attention,
         }
-        if lab.ask("ours", request, limits={"compile": 60.0, "run": 30.0}).ok:
+        if lab.ask("ours", request, limits=LIMITS).ok:
             found = lab.ask(
-                "ours", {"do": "profile", "case": "best", "folder": str((lab.out / "profile").resolve())}, limits={"run": 60.0}
+                "ours", {"do": "profile", "case": "best", "folder": str((lab.out / "profile").resolve())}, limits=LIMITS
             )
-            lab.keep(found, case=f"profile of {size} {remat} {attention}", implementation="gqa_jax")
+            lab.keep(found, case=f"profile of {size} {remat} {attention}", implementation=OURS)
             lab.ask("ours", {"do": "forget", "case": "best"})
 
 
@@ -103,7 +110,7 @@ def small_cells(lab: Lab) -> None:
             continue
         request = {"do": "measure", "case": sizes.small, "steps": 10 * sizes.steps}
         measured = lab.side_by_side({cell: (cell, request, []) for cell in cells})
-        tokens = what["micro_batch"] * what["context_length"]
+        tokens = _tokens(what)
         if all(one.ok for one in measured.values()):
             rate = sum(tokens / median(one.result["seconds"]) for one in measured.values())
             lab.row(case=f"{k} processes", processes=k, status="ok", tokens_per_second=rate)
@@ -119,38 +126,50 @@ def _main_attention(lab: Lab) -> str:
 
 
 def _train_turns(
-    lab: Lab, case: str, who: Mapping[str, tuple[str, str]], sizes: Sizes, *, needs: Sequence[str] = ()
-) -> float | None:  # fmt: skip
-    """Steps in turns; a row for each with seconds a step and tokens a second. The seconds of the first."""
-    asked = {
-        name: (worker, {"do": "measure", "case": prepared, "steps": sizes.steps}, list(needs))
-        for name, (worker, prepared) in who.items()
-    }
+    lab: Lab, case: str, who: Mapping[str, tuple[str, str]], *, size: str | None = None, needs: Sequence[str] = ()
+) -> float | None:
+    """Steps in turns: a row for each with seconds of a step and tokens a second. Returns the seconds of the first.
+
+    `who`: name -> (worker, case there). `size` is the training's name, where the case has another one.
+    """
+    steps = {"do": "measure", "steps": lab.sizes.steps, "blocked": False}
+    asked = {name: (worker, steps | {"case": there}, list(needs)) for name, (worker, there) in who.items()}
     found = lab.turns(asked, turns=3)
-    size = case.split(" ")[0]
-    what = sizes.training[size]
-    tokens = what["micro_batch"] * what["context_length"]
+    tokens = _tokens(lab.sizes.training[size or case])
     first = next(iter(found.values()), [])
     for name, seconds in found.items():
         if seconds:
-            ratio = {} if name == "gqa_jax" else {"gqa_jax_is": median([s / o for s, o in zip(seconds, first, strict=False)])}
-            lab.row(case=case, implementation=name, status="ok", phase="measure", seconds_step=median(seconds), turns=seconds,
-                    tokens_per_second=tokens / median(seconds), tokens=tokens, **ratio)  # fmt: skip
+            row = {
+                "seconds_step": median(seconds),
+                "turns": seconds,
+                "tokens": tokens,
+                "tokens_per_second": tokens / median(seconds),
+            }
+            if name != OURS:
+                row["gqa_jax_is"] = median([theirs / ours for theirs, ours in zip(seconds, first, strict=False)])
+            lab.row(case=case, implementation=name, status="ok", reason="", phase="measure", size=size or case, **row)
     return median(first) if first else None
+
+
+def _tokens(training: Mapping[str, Any]) -> int:
+    """Of a step."""
+    return training["micro_batch"] * training["context_length"]
 
 
 def resume(lab: Lab) -> None:
     """Is a step the same each time, and a run that another process resumes? With and without deterministic operations."""
-    sizes = lab.sizes
-    what = sizes.training[sizes.small]
+    sizes, processes = lab.sizes, ("first", "second")
+    what = {**sizes.training[sizes.small], "accumulation_steps": 1, "remat": "attention_only"}
     lab.close()
     settings = [(name, setting) for name in RESUMED for setting in (SETTINGS if lab.mode == "device" else SETTINGS[:1])]
-    processes = ("first", "second") if lab.mode != "compile_only" else ("first",)
 
     def request(name: str) -> dict[str, Any]:
-        which = _main_attention(lab) if name == "cudnn" else name
-        shape = {"model": what["model"], "context_length": what["context_length"], "batch": what["micro_batch"]}
-        return {"do": "prepare", "attention_name": which, **shape}
+        return {"do": "prepare", "case": sizes.small, **what, "attention": _main_attention(lab) if name == "cudnn" else name}
+
+    if lab.mode == "compile_only":
+        for name in RESUMED:
+            lab.keep(lab.ask("ours", request(name)), case=f"{sizes.small} {name}", attention_asked=name)
+        return
 
     requests = {}
     for (name, setting), process in itertools.product(settings, processes):
@@ -164,11 +183,8 @@ def resume(lab: Lab) -> None:
         if (bad := next((answer for answer in answers if not answer.ok), None)) is not None:
             lab.keep(bad, case=case, attention=name, setting=setting)
             continue
-        if lab.mode == "compile_only":
-            lab.keep(answers[0], case=case, attention=name, setting=setting)
-            continue
         first, second = (f"resume {name} {setting} {process}" for process in processes)
-        repeated = lab.ask(first, {"do": "repeat", "times": sizes.repeats})
+        repeated = lab.ask(first, {"do": "repeat", "case": sizes.small, "times": sizes.repeats})
         half, whole = sizes.agreement // 2, sizes.agreement
         folders = {part: str((lab.out / "resume" / f"{name}-{setting}-{part}").resolve()) for part in ("whole", "half")}
         trained = {}
@@ -176,7 +192,9 @@ def resume(lab: Lab) -> None:
             ("whole", first, "whole", 0, whole), ("half", first, "half", 0, half),
             ("same process", first, "half", half, whole), ("second process", second, "half", half, whole),
         ):  # fmt: skip
-            trained[key] = lab.ask(worker, {"do": "train", "folder": folders[folder], "first": begin, "last": end})
+            trained[key] = lab.ask(
+                worker, {"do": "train", "case": sizes.small, "folder": folders[folder], "first": begin, "last": end}
+            )
         failed = next((one for one in (repeated, *trained.values()) if not one.ok), None)
         if failed is not None:
             lab.keep(failed, case=case, attention=name, setting=setting)
