@@ -52,7 +52,7 @@ class Resume:
         return {"sha256": hashes, "distinct": len(set(hashes)), "seconds": seconds[1:] or seconds}
 
     def train(self, phase: Callable, *, case: str, folder: str, first: int, last: int) -> dict[str, Any]:
-        """Steps `first` + 1 to `last`: from step 0 fresh, saved at the end; otherwise from the checkpoint of `first` in `folder`.
+        """Steps `first` + 1 to `last`: from step 0 fresh, saved at the end; else from the checkpoint of `first` in `folder`.
 
         Returns the hash of the last parameters and the loss of the last step. Raises ValueError where there is no checkpoint.
         """
