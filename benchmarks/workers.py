@@ -65,7 +65,8 @@ class Worker:
                 start_new_session=True,  # a group of its own: its children end with it
             )
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     @property
     def alive(self) -> bool:
@@ -142,6 +143,9 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._reader.join(1.0)  # nobody is left who writes
 
     def __enter__(self) -> Worker:
         return self
@@ -150,8 +154,7 @@ class Worker:
         self.close()
 
     def _read(self) -> None:
-        stream = self._process.stdout
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), self._process.stdout as stream:
             while line := stream.readline(LONGEST_LINE):
                 self._lines.put(line)
         self._lines.put(None)
