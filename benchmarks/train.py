@@ -132,7 +132,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "compile s": lambda r: f"{r['seconds_compile']:.1f}",
         f"{OURS} is": lambda r: "{median:.2f}x ({low:.2f} to {high:.2f})".format(**r["ratio"]) if r.get("ratio") else "",
     }
-    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     measured = [r for r in rows if "tokens_per_second" in r]
     cells = {name: [cell(r) for r in measured] for name, cell in columns.items()}
     shown = [name for name in columns if any(cells[name])]
