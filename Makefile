@@ -47,7 +47,7 @@ lint: setup
 
 bench: setup
 	$(PYTHON) benchmarks/data.py
-	$(PYTHON) benchmarks/train_cpu.py
+	$(PYTHON) -m benchmarks.train
 	$(PYTHON) -m benchmarks.attention
 	$(PYTHON) -m benchmarks.launch
 	$(PYTHON) -m benchmarks.laws

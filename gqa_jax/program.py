@@ -156,6 +156,11 @@ def fresh_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The training step, compiled: (state, batch) -> (state, metrics). The state given is used up."""
+    return lower_step(config, mesh).compile()
+
+
+def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step, traced and written as the program that the compiler reads."""
     tx = optimizer.adamw(config.optimizer, config.n_steps)
     state = abstract_state(config, mesh)
     everywhere = sharding.replicated(mesh)
@@ -165,7 +170,7 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     )
     step = jax.jit(partial(train_step, config, tx, mesh), donate_argnums=0, out_shardings=out_shardings)
     with jax.set_mesh(mesh):  # kernels, and the choice of one, go by the mesh
-        return step.lower(state, abstract_batch(config, mesh)).compile()
+        return step.lower(state, abstract_batch(config, mesh))
 
 
 def evaluation_losses(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
