@@ -103,14 +103,14 @@ SIZES = {
         correct_kinds=KINDS,
         decode=((1, 128),),
         decode_heads=((2, 1),),
-        training={"470M": _TINY, "1.2B": _TINY, "3M": _TINY},
-        main="470M",
-        small="3M",
+        training={"tiny": _TINY},
+        main="tiny",
+        small="tiny",
         repeats=3,
         processes=(1, 2),
         steps=1,
         agreement=2,
-        variants=(("470M", "none", "cudnn"), ("470M", "attention_only", "pallas_triton")),
+        variants=(("tiny", "none", "cudnn"), ("tiny", "attention_only", "pallas_triton")),
     ),
 }
 SIZES["compile_only"] = SIZES["device"]
