@@ -15,6 +15,7 @@ from rich.table import Table
 
 from gqa_jax import costs
 from gqa_jax.config import ConfigError
+from gqa_jax.hardware import Price
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell
@@ -81,7 +82,7 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
     return view
 
 
-def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, float], efficiency: float) -> pd.DataFrame:
+def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Price], efficiency: float) -> pd.DataFrame:
     """One row per cell and slice: the columns of `table`, and
 
     topology; fits; mesh, remat, accumulation_steps, context_attention: the execution chosen, or what comes closest;
@@ -123,7 +124,7 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, flo
                 "hours": hours,
                 "limited_by": chosen.limited_by,
                 "chip_hours": hours * one.slice.n_chips,
-                "price_usd": None if price is None else hours * one.slice.n_chips * price,
+                "price_usd": None if price is None else hours * one.slice.n_chips * price.usd_per_hour,
             }
         else:
             row["would_fit"] = fit.advice(one)
@@ -189,6 +190,12 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
     for row in totals(frame).itertuples():
         sums.add_row(row.where, f"{row.cells} of {cells}", _number(row.hours), _number(row.chip_hours), _number(row.price_usd))
     return [view, sums]
+
+
+def origins(fits: Sequence[Fit], prices: Mapping[str, Price]) -> str:
+    """Whose prices the chips of those slices have, where and since when."""
+    named = {name: prices[name].origin if name in prices else "no price" for name in (one.slice.chip.name for one in fits)}
+    return "; ".join(f"{name}: {origin}" for name, origin in named.items())
 
 
 def write(frame: pd.DataFrame, path: str) -> None:
