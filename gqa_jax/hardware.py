@@ -42,6 +42,15 @@ class Price(NamedTuple):
         return ", ".join(filter(None, (self.vendor, self.region, self.date)))
 
 
+class Measured(NamedTuple):
+    """How near to the planner's bound training came on the chip itself."""
+
+    training: float  # seconds of a step at the roofline (`planner.Estimate.seconds_step`) over those that it took
+    case: str  # model, context, mesh
+    date: str
+    source: str  # the command that measured it, or where its results are kept
+
+
 class Tiles(NamedTuple):
     """How a pass of `gqa_jax.attention.tpu` is cut up. Scores are computed in pieces of `chunk` keys x `strip` queries.
 
@@ -97,6 +106,7 @@ class Chip:
     kinds: tuple[str, ...] = ()  # JAX's names of it: of a TPU whole device kinds, of a GPU words of them
     shapes: tuple[str, ...] = ()  # of slices that can be rented: a TPU's topologies, GPUs of one host
     price: Price | None = None
+    measured: Measured | None = None  # None: never run on; `plan` then gives hours at the roofline
     #: Share of the peak that the attention kernels reach: head size -> (forward, backward). Empty: taken as 1.
     attention_share: tuple[tuple[int, float, float], ...] = ()
     tpu: Tpu | None = None

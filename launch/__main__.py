@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--topology", metavar="NAME[,NAME...]", help="slices that are not here, as below: fits, hours, money")
     command.add_argument("--estimate", action="store_true", help="by arithmetic alone; else every step is compiled (kept)")
     command.add_argument("--prices", metavar="FILE", help='JSON or TOML, US dollars per chip-hour: {"v5e": 1.2}')
-    command.add_argument("--efficiency", type=float, metavar="X", help="share of the roofline that is reached (default: 1)")
+    command.add_argument(
+        "--efficiency", type=float, metavar="X", help="share of the roofline that is reached (default: as measured, else 1)"
+    )
     command.add_argument("--workers", type=int, metavar="N", help="programs compiled at a time (default: one per CPU)")
     command.add_argument("--out", metavar="FILE", help="the table as .parquet or .csv")
     command.epilog = (
@@ -154,7 +156,7 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
     fits = _fits(arguments, chosen)
     if fits is not None:
         table = prices.load(arguments.prices)
-        frame = plan.on_slices(frame, fits, table, arguments.efficiency or 1.0)
+        frame = plan.on_slices(frame, fits, table, arguments.efficiency)
     if arguments.out:
         plan.write(frame, arguments.out)
     if arguments.format == "csv":
@@ -163,7 +165,7 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
         print(frame.to_json(orient="records", indent=1))
     elif fits is not None:
         console.print(*plan.slices_screen(frame, f"{the_grid.name}: {len(chosen)} cells"))
-        console.print(f"hours: at least, every phase at its roofline; --efficiency {arguments.efficiency or 1:g}")
+        console.print(f"hours: {plan.rooflines(fits, arguments.efficiency)}", soft_wrap=True)
         console.print(f"USD: {plan.origins(fits, table)}", highlight=False, soft_wrap=True)
     else:
         console.print(plan.screen(frame, f"{the_grid.name}: {len(chosen)} cells in {layout.root}"))

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from gqa_jax import costs
 from gqa_jax.config import ConfigError
-from gqa_jax.hardware import Price
+from gqa_jax.hardware import Chip, Price
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell
@@ -82,14 +82,14 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
     return view
 
 
-def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Price], efficiency: float) -> pd.DataFrame:
+def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Price], efficiency: float | None) -> pd.DataFrame:
     """One row per cell and slice: the columns of `table`, and
 
     topology; fits; mesh, remat, accumulation_steps, context_attention: the execution chosen, or what comes closest;
     batch_per_device: sequences of a micro-batch; bytes_arguments, bytes_temporary: of a device, of bytes_limit that a program
     may use; flops: of a step, all devices; collective_bytes: received per device and step; hours: of the run, at least, over
-    `efficiency`; limited_by; chip_hours; price_usd; proof: compiled or estimate; choice: cheapest, fastest among the slices
-    given; would_fit: where it does not. Empty: not known, or it does not fit.
+    `efficiency`, or where that is None over what was measured on the chip; limited_by; chip_hours; price_usd; proof: compiled or
+    estimate; choice: cheapest, fastest among the slices given; would_fit: where it does not. Empty: not known, or it does not fit.
     """
     about = frame.set_index("cell")
     rows = []
@@ -118,7 +118,7 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
                 "proof": "compiled",
             }
         if one.fits:
-            hours = config.n_steps * chosen.seconds_step / efficiency / 3600
+            hours = config.n_steps * chosen.seconds_step / _reached(one.slice.chip, efficiency) / 3600
             price = prices.get(one.slice.chip.name)
             row |= {
                 "hours": hours,
@@ -190,6 +190,21 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
     for row in totals(frame).itertuples():
         sums.add_row(row.where, f"{row.cells} of {cells}", _number(row.hours), _number(row.chip_hours), _number(row.price_usd))
     return [view, sums]
+
+
+def _reached(chip: Chip, efficiency: float | None) -> float:
+    """Share of the roofline that training is taken to reach on a chip: as given, else as measured, else all of it."""
+    if efficiency is not None:
+        return efficiency
+    return 1.0 if chip.measured is None else chip.measured.training
+
+
+def rooflines(fits: Sequence[Fit], efficiency: float | None) -> str:
+    """What the hours on the chips of those slices are."""
+    text = f"at least, every phase at its roofline; --efficiency {efficiency or 1:g}"
+    chips = {} if efficiency else {one.slice.chip.name: one.slice.chip.measured for one in fits}
+    found = [f"{name}: {m.training:.0%} of it, as measured ({m.case}, {m.date})" for name, m in chips.items() if m]
+    return "; ".join([text, *found])
 
 
 def origins(fits: Sequence[Fit], prices: Mapping[str, Price]) -> str:

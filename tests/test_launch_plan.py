@@ -97,6 +97,23 @@ def test_efficiency_divides_and_prices_are_taken_from_a_file(capsys, tmp_path):
     assert half["choice"] == "cheapest fastest"
 
 
+def test_hours_are_over_what_was_measured_on_the_chip_unless_given(capsys, monkeypatch):
+    (bound,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE)
+    measured = hardware.Measured(0.4, "1.2B, T = 8K, fsdp=16", "2026-12-01", "python -m launch status")
+    where = hardware.find("v5e:4x4")
+    chip = dataclasses.replace(where.chip, measured=measured)
+    monkeypatch.setitem(hardware.SLICES, where.name, dataclasses.replace(where, chip=chip))
+    (reached,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE)
+    assert float(reached["hours"]) == pytest.approx(float(bound["hours"]) / 0.4)
+    (given,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE, "--efficiency", "1")
+    assert given["hours"] == bound["hours"]
+    asked = ["plan", PAPER, "--topology", "v5e:4x4,h100:8", "--estimate", "--where", ONE]
+    assert launch.main(asked) == 0
+    assert "--efficiency 1; v5e: 40% of it, as measured (1.2B, T = 8K, fsdp=16, 2026-12-01)\n" in capsys.readouterr().out
+    assert launch.main([*asked, "--efficiency", "0.5"]) == 0
+    assert "every phase at its roofline; --efficiency 0.5\n" in capsys.readouterr().out
+
+
 def test_whose_prices_they_are_is_said(capsys, tmp_path):
     (tmp_path / "mine.toml").write_text("b200 = 3")
     given = ["--estimate", "--where", ONE, "--prices", str(tmp_path / "mine.toml")]
