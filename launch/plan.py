@@ -88,8 +88,9 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
     topology; fits; mesh, remat, accumulation_steps, context_attention: the execution chosen, or what comes closest;
     batch_per_device: sequences of a micro-batch; bytes_arguments, bytes_temporary: of a device, of bytes_limit that a program
     may use; flops: of a step, all devices; collective_bytes: received per device and step; hours: of the run, at least, over
-    `efficiency`, or where that is None over what was measured on the chip; limited_by; chip_hours; price_usd; proof: compiled or
-    estimate; choice: cheapest, fastest among the slices given; would_fit: where it does not. Empty: not known, or it does not fit.
+    `efficiency`, or where that is None over what was measured on the chip; limited_by; chip_hours; price_usd; proof: compiled
+    or estimate; choice: cheapest, fastest among the slices given; would_fit: where it does not. Empty: not known, or it does
+    not fit.
     """
     about = frame.set_index("cell")
     rows = []
