@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.attention_contenders import Contender, Prepared, TorchContender, Work
-from gqa_jax import devices
+from gqa_jax import hardware
 from gqa_jax.attention import Case, attention
 
 #: Of a block of 128 positions: |got - wanted| / |wanted|. Right kernels stay under a third of it (rounding of what they
@@ -220,7 +220,7 @@ def _figures(seconds: list[float], baseline: list[float] | None, work: Work, top
     low, high = np.percentile(seconds, (25, 75))
     decode = work.direction == "decode"
     amount = decode_bytes(work.case) if decode else flops(work.case, work.direction)
-    peak = None if decode or str(work.case.dtype) != "bfloat16" else devices.peak_flops(work.case.chip)
+    peak = None if decode or str(work.case.dtype) != "bfloat16" else hardware.peak_flops(work.case.chip)
     # within turns: both met the same neighbours and the same clocks
     ratio = statistics.median(b / s for b, s in zip(baseline, seconds, strict=False)) if baseline else None
     return {

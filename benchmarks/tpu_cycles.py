@@ -19,7 +19,10 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-CHIPS = ("v5e", "v5p", "v6e")
+from gqa_jax import hardware
+
+CHIPS = [name for name, chip in hardware.CHIPS.items() if chip.tpu is not None and chip.tpu.tiles]
+SCHEDULED = [name for name in CHIPS if hardware.CHIPS[name].attention_share]  # whose cycles are known
 AREA = 1024 * 1024
 
 
@@ -50,7 +53,7 @@ class Count(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", default="v5e,v5p,v6e", help="of v5e, v5p, v6e (default: all)")
+    parser.add_argument("--chips", default=",".join(SCHEDULED), help=f"of {', '.join(CHIPS)} (default: %(default)s)")
     parser.add_argument("--head_dims", default="64,128")
     parser.add_argument("--splash", action="store_true", help="jax's splash attention too, unfused, in blocks of 1024")
     parser.add_argument("--length", type=int, default=8192)

@@ -14,13 +14,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from gqa_jax import costs, devices
+from gqa_jax import costs, hardware
 from gqa_jax.config import CONTEXT_ATTENTION, ConfigError, TrainConfig
-from gqa_jax.devices import Chip
+from gqa_jax.hardware import Chip
 from gqa_jax.mesh import PARAMETERS, MeshShape
 
 CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS
-TILED = ("v4", "v5e", "v5p", "v6e")  # chips that hold arrays in tiles
 # The compiled program may need so many times the estimate: of 40 compiled for TPUs none needed more than 1.08 times, of 7 for
 # GPUs (attention by pallas_triton) 1.11 times; tests/test_planner.py has them.
 MARGIN, MARGIN_GPU = 1.1, 1.2
@@ -88,7 +87,7 @@ def resolve(config: TrainConfig, device_kind: str, n_devices: int, n_processes: 
     those of several processes; nothing computed again, no accumulation. Elsewhere the best of `choose`. Raises ConfigError for
     a mesh that is not of `n_devices`, and where none suits.
     """
-    chip = devices.chip_of(device_kind)
+    chip = hardware.chip_of(device_kind)
     if chip is not None:
         return choose(config, chip, n_devices)[0].execution.resolved(config)
     if config.mesh is not None and config.mesh_shape.n_devices not in (1, n_devices):
@@ -246,7 +245,7 @@ class _Share:
 
 def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
     """What `execution` of `config` needs on every chip, and its time."""
-    share = _Share(config, execution, chip.name in TILED)
+    share = _Share(config, execution, chip.tpu is not None)
     arguments, temporary = _memory(share)
     flops = costs.train_flops(config.model, config.context_length, config.batch_tokens, "exact")
     phases, collectives, again = _phases(share, chip)

@@ -1,8 +1,8 @@
 """What the compiler says that a training step needs, on devices that are not here: `python -m gqa_jax.proof`.
 
-A job is a resolved configuration and the name of a slice (`gqa_jax.slices`). `Provers` compiles jobs in processes of their own,
-so that importing this module imports no jax, and a compiler that dies takes nothing along. Answers are kept by content under
-$GQA_JAX_CACHE/plans: the same program is compiled once, whatever the cell is called.
+A job is a resolved configuration and the name of a slice (`gqa_jax.hardware`). `Provers` compiles jobs in processes of their
+own, so that importing this module imports no jax, and a compiler that dies takes nothing along. Answers are kept by content
+under $GQA_JAX_CACHE/plans: the same program is compiled once, whatever the cell is called.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from gqa_jax import slices, storage
+from gqa_jax import hardware, storage
 from gqa_jax.config import TrainConfig
 
 #: Files of the package that the compiled step is made from; the rest changes no program.
 SOURCES = (
-    "attention/*.py", "collectives.py", "config.py", "loss.py", "mesh.py", "model.py", "optimizer.py", "parallel.py",
-    "program.py", "proof.py", "sharding.py", "topologies.py",
+    "attention/*.py", "collectives.py", "config.py", "hardware.py", "loss.py", "mesh.py", "model.py", "optimizer.py",
+    "parallel.py", "program.py", "proof.py", "sharding.py", "topologies.py",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 #: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
@@ -129,7 +129,7 @@ class Provers:
 
         Raises ValueError without a compiler.
         """
-        slices.find(topology).require_compiler()
+        hardware.find(topology).require_compiler()
         return self._pool.submit(self._prove, config, topology, exact)
 
     def _prove(self, config: TrainConfig, topology: str, exact: bool) -> Proof:
@@ -146,7 +146,7 @@ class Provers:
         code = process.wait()
         self._own.process = None
         error = "stopped" if self._stopped else f"the compiler ended with exit code {code}"
-        return Proof(topology, False, slices.find(topology).chip.memory_bytes, error=error)
+        return Proof(topology, False, hardware.find(topology).chip.memory_bytes, error=error)
 
     def _process(self) -> subprocess.Popen:
         process = getattr(self._own, "process", None)
@@ -224,7 +224,7 @@ def compile_proof(config: TrainConfig, topology: str, exact: bool = False) -> Pr
     """
     import jax
 
-    where = slices.find(topology)
+    where = hardware.find(topology)
     if exact or not where.is_tpu:
         return _compiled(config, topology, "O2")
     with _level(jax, "O1"):
@@ -259,7 +259,7 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
 
     from gqa_jax import program, topologies
 
-    limit = slices.find(topology).chip.memory_bytes
+    limit = hardware.find(topology).chip.memory_bytes
     started = time.monotonic()
     try:
         mesh = topologies.mesh(topology, config.mesh_shape)

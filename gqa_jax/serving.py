@@ -3,7 +3,7 @@
 A request of T tokens is a prompt of (1 - s) T tokens and s T generated ones (s = `decode_share`); B requests (`batch`) are
 served together. Each phase takes as long as the slowest of three things that a device does at once:
 
-    compute    FLOPs / (n e F)        F peak FLOP/s, W bytes/s of memory, X bytes/s to other devices (`gqa_jax.devices`),
+    compute    FLOPs / (n e F)        F peak FLOP/s, W bytes/s of memory, X bytes/s to other devices (`gqa_jax.hardware`),
     memory     bytes / (n e W)        n devices, e the share of these that is reached (`efficiency`)
     exchange   bytes / (e X)
 
@@ -34,8 +34,7 @@ import numpy as np
 from gqa_jax import costs
 from gqa_jax.config import closest
 from gqa_jax.costs import HasShape
-from gqa_jax.devices import CHIPS, Chip
-from gqa_jax.prices import PRICES
+from gqa_jax.hardware import CHIPS, Chip
 
 CONVENTION = "exact"
 _ACTIVATION_BYTES = 2  # of a value exchanged: bfloat16
@@ -64,14 +63,14 @@ class Phase(NamedTuple):
 class Serving:
     """How a model is served. Raises ValueError for what can't be: the value, what is allowed."""
 
-    device: str | Chip  # a name of `gqa_jax.devices.CHIPS`, or numbers of your own
+    device: str | Chip  # a name of `gqa_jax.hardware.CHIPS`, or numbers of your own
     n_devices: int = 1  # that share one copy of the model
     batch: float = 1  # sequences decoded together, over all devices
     decode_share: float = 0.1  # of the tokens of a request, generated; 0: prefill only, 1: generated from nothing
     param_dtype: str = "bfloat16"
     cache_dtype: str = "bfloat16"
     efficiency: float = 1.0  # share of the peaks that is reached
-    usd_per_hour: float | None = None  # of one device; None: the dated list price of `gqa_jax.prices`
+    usd_per_hour: float | None = None  # of one device; None: the dated list price of `gqa_jax.hardware`
 
     def __post_init__(self):
         if not isinstance(self.device, Chip) and self.device not in CHIPS:
@@ -87,7 +86,7 @@ class Serving:
         for name in ("param_dtype", "cache_dtype"):
             costs.dtype_bytes(getattr(self, name))
         if self.usd_per_hour is None:
-            if self.chip.name not in PRICES:
+            if self.chip.price is None:
                 raise ValueError(f"device {self.chip.name!r} has no list price: give usd_per_hour")
         elif not 0 <= self.usd_per_hour < math.inf:
             raise ValueError(f"usd_per_hour = {self.usd_per_hour}: must be US dollars, a number of at least 0")
@@ -99,7 +98,7 @@ class Serving:
     @property
     def usd(self) -> float:
         """US dollars for an hour of one device."""
-        return PRICES[self.chip.name].usd_per_hour if self.usd_per_hour is None else self.usd_per_hour
+        return self.chip.price.usd_per_hour if self.usd_per_hour is None else self.usd_per_hour
 
     def prefill(self, shape: HasShape, tokens: Any) -> Phase:
         """Prompts of `tokens` tokens, one per sequence of the batch."""
@@ -166,7 +165,7 @@ class Serving:
     def describe(self) -> dict[str, Any]:
         """The numbers of this module's formulas, for JSON."""
         chip = self.chip
-        listed = PRICES[chip.name] if self.usd_per_hour is None else None
+        listed = chip.price if self.usd_per_hour is None else None
         return {
             "device": chip.name,
             "peak_flops": chip.peak_flops,

@@ -1,53 +1,30 @@
 """Devices that are not here, by name: programs are compiled for them ahead of time, and don't run.
 
 TPU slices need the package libtpu, GPUs jax-cuda13-plugin and jax-cuda13-pjrt: `pip install 'gqa-jax[aot]'`. Compile under
-`jax.set_mesh` of a mesh of these devices: kernels, and the choice of one, go by the mesh. `gqa_jax.slices` lists the names.
+`jax.set_mesh` of a mesh of these devices: kernels, and the choice of one, go by the mesh. `gqa_jax.hardware` lists the names.
 """
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
-from gqa_jax import sharding, slices
-from gqa_jax.devices import ALLOCATOR_FRACTION, CHIPS
+from gqa_jax import hardware, sharding
+from gqa_jax.hardware import ALLOCATOR_FRACTION, CHIPS, Chip, Slice
 from gqa_jax.mesh import MeshShape
-
-TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}  # generation: JAX's device kind
-
-
-class Gpu(NamedTuple):
-    """What XLA asks of a GPU model beside `devices.CHIPS`. Sources: NVIDIA's data sheets and the CUDA C++ programming guide."""
-
-    kind: str  # as JAX names the device
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_memory: int  # bytes of a multiprocessor; a program may have 1 KiB less
-    clock_ghz: float
-    l2_bytes: int
-
-
-GPUS = {
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 233472, 1.98, 50 * 2**20),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 233472, 1.98, 50 * 2**20),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 167936, 1.41, 40 * 2**20),
-    "l4": Gpu("NVIDIA L4", (8, 9), 58, 102400, 2.04, 48 * 2**20),
-    "b200": Gpu("NVIDIA B200", (10, 0), 148, 233472, 1.96, 126 * 2**20),
-}
 
 
 def devices(name: str) -> list[jax.Device]:
-    """Every device of the slice `name` (`gqa_jax.slices`): "v5e:4x4" has 16, "h200:8" 8.
+    """Every device of the slice `name` (`gqa_jax.hardware`): "v5e:4x4" has 16, "h200:8" 8.
 
     Raises ValueError: an unknown name, naming the closest, or a compiler that is not installed, with what to install.
     """
-    found = slices.find(name)
+    found = hardware.find(name)
     found.require_compiler()
-    return _tpu(found.name) if found.is_tpu else _gpu(found.chip.name, found.n_chips)
+    return _tpu(found) if found.is_tpu else _gpu(found.chip, found.n_chips)
 
 
 def mesh(name: str, shape: MeshShape | None = None) -> jax.sharding.Mesh:
@@ -59,11 +36,7 @@ def mesh(name: str, shape: MeshShape | None = None) -> jax.sharding.Mesh:
       ValueError: an unknown name, a compiler that is not installed, with what to install, or a shape of another size.
     """
     if shape is None:
-        if name not in (*TPUS, *GPUS) and ":" not in name:
-            raise ValueError(f"unknown device {name!r}: TPUs are {', '.join(TPUS)}, GPUs {', '.join(GPUS)}")
-        whole = (
-            name if ":" in name else f"{name}:1" if name in GPUS else f"{name}:{'2x2x1' if name in ('v4', 'v5p') else '2x2'}"
-        )
+        whole = name if ":" in name else _host(name)
         return jax.sharding.Mesh(np.array(devices(whole)[:1]), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     found = devices(name)
     if shape.n_devices != len(found):
@@ -71,20 +44,29 @@ def mesh(name: str, shape: MeshShape | None = None) -> jax.sharding.Mesh:
     return sharding.make_mesh(shape, found)
 
 
-def _tpu(name: str) -> list[jax.Device]:
+def _host(name: str) -> str:
+    """The slice of one whole TPU host, or of one GPU."""
+    if name not in CHIPS:
+        tpus, gpus = ([chip.name for chip in CHIPS.values() if (chip.tpu is not None) == is_tpu] for is_tpu in (True, False))
+        raise ValueError(f"unknown device {name!r}: TPUs are {', '.join(tpus)}, GPUs {', '.join(gpus)}")
+    count = 1 if CHIPS[name].tpu is None else hardware.CHIPS_PER_HOST
+    return next(one.name for one in hardware.SLICES.values() if one.chip.name == name and one.n_chips == count)
+
+
+def _tpu(where: Slice) -> list[jax.Device]:
     # libtpu asks Google's metadata server where it runs, and locks the machine's TPUs, unless told not to
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
     ):  # fmt: skip
         os.environ.setdefault(variable, value)
-    # the two cores of a v4 chip work as one device, as they do on Google Cloud; of a v5p they do without being told
-    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-    return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
+    config = where.chip.tpu.libtpu_config
+    options = {} if config is None else {"chip_config_name": config}
+    return topologies.get_topology_desc(topology_name=where.name, platform="tpu", **options).devices
 
 
-def _gpu(name: str, count: int) -> list[jax.Device]:
-    gpu, chip = GPUS[name], CHIPS[name]
-    (major, minor), memory = gpu.capability, gpu.shared_memory
+def _gpu(chip: Chip, count: int) -> list[jax.Device]:
+    gpu = chip.gpu
+    (major, minor), memory = gpu.compute_capability, gpu.shared_memory
     target = f"""
     gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
@@ -96,6 +78,6 @@ def _gpu(name: str, count: int) -> list[jax.Device]:
       cuda_compute_capability {{ major: {major} minor: {minor} }}
     }}
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
-    device_description_str: "{gpu.kind}"
+    device_description_str: "{gpu.device_kind}"
     """
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}").devices

@@ -36,9 +36,9 @@ from ml_collections import config_flags
 
 from gqa_jax import (
     costs,
-    devices,
     distributed,
     evaluation,
+    hardware,
     optimizer,
     planner,
     program,
@@ -402,7 +402,7 @@ class _Run:
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Share of the devices' peak that the model's own FLOPs reach (PaLM, arXiv 2204.02311, Appendix B)."""
-        peak = devices.peak_flops(self.device)
+        peak = hardware.peak_flops(self.device)
         if peak is None:
             return None
         per_token = costs.train_flops(self.config.model, self.config.context_length, 1, convention="exact")
@@ -471,7 +471,7 @@ def _check_memory(config: TrainConfig, mesh: jax.sharding.Mesh, step_fn: jax.sta
 
 def _what_fits(config: TrainConfig, device_kind: str, n_devices: int) -> str:
     """How the run would be carried out in less memory, by the planner's estimate."""
-    chip = devices.chip_of(device_kind)
+    chip = hardware.chip_of(device_kind)
     if chip is None:
         return "raise accumulation_steps, set model.remat to full, or use a mesh of more devices"
     model = dataclasses.replace(config.model, remat=None)

@@ -19,7 +19,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import Progress
 
-from gqa_jax import prices, slices, storage
+from gqa_jax import hardware, prices, storage
 from gqa_jax.config import ConfigError
 from launch import analysis, executor, fit, grid, local, run, screen, state
 from launch.executor import DEAD, RUNNING, Executor, SubmitError
@@ -100,11 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--topology", metavar="NAME[,NAME...]", help="slices that are not here, as below: fits, hours, money")
     command.add_argument("--estimate", action="store_true", help="by arithmetic alone; else every step is compiled (kept)")
     command.add_argument("--prices", metavar="FILE", help='JSON or TOML, US dollars per chip-hour: {"v5e": 1.2}')
-    command.add_argument("--efficiency", type=float, metavar="X", help="share of the roofline that is reached (default: 1)")
+    command.add_argument(
+        "--efficiency", type=float, metavar="X", help="share of the roofline that is reached (default: as measured, else 1)"
+    )
     command.add_argument("--workers", type=int, metavar="N", help="programs compiled at a time (default: one per CPU)")
     command.add_argument("--out", metavar="FILE", help="the table as .parquet or .csv")
-    names = "; ".join(f"{chip}:{', '.join(shapes)}" for chip, shapes in slices.SHAPES.items())
-    command.epilog = f"topologies: {names}. Hours are a lower bound: the roofline of each phase of a step, over --efficiency."
+    command.epilog = (
+        f"topologies: {hardware.listing()}. Hours are a lower bound: the roofline of each phase of a step, over --efficiency."
+    )
     command = add("run", _run, "train the cells that are missing, here or on a cluster, then export; the same command resumes")
     add_where(command)
     add_on(command, "where the grid was last run, else local")
@@ -152,7 +155,8 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
     frame = plan.table(chosen, [by_name[cell.name] for cell in chosen], rate)
     fits = _fits(arguments, chosen)
     if fits is not None:
-        frame = plan.on_slices(frame, fits, prices.load(arguments.prices), arguments.efficiency or 1.0)
+        table = prices.load(arguments.prices)
+        frame = plan.on_slices(frame, fits, table, arguments.efficiency)
     if arguments.out:
         plan.write(frame, arguments.out)
     if arguments.format == "csv":
@@ -161,7 +165,8 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
         print(frame.to_json(orient="records", indent=1))
     elif fits is not None:
         console.print(*plan.slices_screen(frame, f"{the_grid.name}: {len(chosen)} cells"))
-        console.print(f"hours: at least, every phase at its roofline; --efficiency {arguments.efficiency or 1:g}")
+        console.print(f"hours: {plan.rooflines(fits, arguments.efficiency)}", soft_wrap=True)
+        console.print(f"USD: {plan.origins(fits, table)}", highlight=False, soft_wrap=True)
     else:
         console.print(plan.screen(frame, f"{the_grid.name}: {len(chosen)} cells in {layout.root}"))
         source = "given" if arguments.flops_per_second else "reached by the finished cells"
@@ -183,7 +188,7 @@ def _fits(arguments, chosen: list[Cell]) -> list[Fit] | None:
         return None
     if arguments.efficiency is not None and not 0 < arguments.efficiency <= 1:
         raise ConfigError(f"--efficiency {arguments.efficiency}: must be above 0 and at most 1")
-    where = [slices.find(name) for name in dict.fromkeys(arguments.topology.split(","))]
+    where = [hardware.find(name) for name in dict.fromkeys(arguments.topology.split(","))]
     fits = [fit.estimate(cell, one) for cell in chosen for one in where]
     if not arguments.estimate:
         _prove(fits, arguments.workers)
@@ -219,7 +224,7 @@ def _proved(arguments, todo: list[Cell], engine: Executor, console: Console) -> 
 
     Raises ConfigError when a cell does not fit where it would run, before anything is started.
     """
-    where = slices.find(arguments.topology) if arguments.topology else engine.options.slice
+    where = hardware.find(arguments.topology) if arguments.topology else engine.options.slice
     if where is None and isinstance(engine, local.Executor):
         gpus = sum("CUDA_VISIBLE_DEVICES" in environment for slot in engine.slots[:1] for environment in slot.environments)
         where = fit.here(engine.options.gpus_per_cell if gpus else 0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from gqa_jax import hardware
 from gqa_jax.config import ConfigError
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
@@ -97,9 +98,7 @@ def add_objective(command: argparse.ArgumentParser) -> None:
         ("beta", "exponent of FLOPs in z (1/3)"),
     ):
         group.add_argument(f"--{name}", type=float, metavar="X", help=text)
-    group.add_argument(
-        "--device", metavar="NAME", help="of latency, throughput, price, lifetime: v5e, v5p, v6e, h100, h200, a100, ..."
-    )
+    group.add_argument("--device", metavar="NAME", help=f"of latency, throughput, price, lifetime: {', '.join(hardware.CHIPS)}")
     group.add_argument("--n_devices", type=int, metavar="N", help="that share one copy of the model (1)")
     group.add_argument("--batch", type=int, metavar="B", help="sequences decoded together (1)")
     group.add_argument("--decode_share", type=float, metavar="S", help="share of a request's tokens that are generated (0.1)")

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 
 from etils import epath
 
-from gqa_jax import config, slices
+from gqa_jax import config, hardware
 from gqa_jax.config import ConfigError
-from gqa_jax.slices import Slice
+from gqa_jax.hardware import Slice
 from launch.grid import Cell, Layout
 
 ENGINES = ("local", "slurm", "tpu", "sky")  # modules of this package, each with an `Executor`
@@ -64,13 +64,13 @@ class Options:
     """What a cluster file may set, for every engine. Made by `load`, which checks names and types."""
 
     engine: str = "local"
-    topology: str | None = None  # slice of a cell (gqa_jax.slices): what must fit it is proved before anything is submitted
+    topology: str | None = None  # slice of a cell (gqa_jax.hardware): what must fit it is proved before anything is submitted
     environment: dict = dataclasses.field(default_factory=dict)  # variables of the training processes, name -> text
     max_jobs: int = 100  # cells on the engine at a time
 
     def __post_init__(self):
         if self.topology is not None:
-            slices.find(self.topology)
+            hardware.find(self.topology)
         for name, value in self.environment.items():
             if not isinstance(value, str) or not name.replace("_", "").isalnum():
                 raise ConfigError(f"environment.{name} = {value!r}: must be a name and a text")
@@ -80,7 +80,7 @@ class Options:
     @property
     def slice(self) -> Slice | None:
         """All the chips of a cell; None where no topology was named."""
-        return None if self.topology is None else slices.find(self.topology)
+        return None if self.topology is None else hardware.find(self.topology)
 
 
 class Executor(abc.ABC):

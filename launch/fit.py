@@ -10,11 +10,11 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gqa_jax import costs, devices, planner, slices
+from gqa_jax import costs, hardware, planner
 from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.hardware import Slice
 from gqa_jax.planner import Estimate, Execution
 from gqa_jax.proof import Proof, Provers
-from gqa_jax.slices import Slice
 from launch.grid import Cell
 
 ATTEMPTS = 3  # executions that are compiled for a cell before it is said not to fit
@@ -108,7 +108,7 @@ def used(e: Estimate) -> float:
 def advice(fit: Fit) -> str:
     """What would fit, by arithmetic: other settings on this slice, else the smallest larger slice of its chips."""
     free = dataclasses.replace(fit.cell.config, **OPEN, model=dataclasses.replace(fit.cell.config.model, remat=None))
-    for where in (fit.slice, *slices.larger(fit.slice)):
+    for where in (fit.slice, *hardware.larger(fit.slice)):
         for config in (fit.cell.config, free):
             if config == fit.cell.config and where == fit.slice:
                 continue
@@ -161,10 +161,10 @@ def here(gpus: int) -> Slice | None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    chip = devices.chip_of(found.stdout.splitlines()[0]) if found.returncode == 0 and found.stdout else None
+    chip = hardware.chip_of(found.stdout.splitlines()[0]) if found.returncode == 0 and found.stdout else None
     if chip is None:
         return None
-    return dataclasses.replace(slices.find(f"{chip.name}:1"), name=f"{chip.name}:{gpus}", chip=chip, n_chips=gpus)
+    return dataclasses.replace(hardware.find(f"{chip.name}:1"), name=f"{chip.name}:{gpus}", chip=chip, n_chips=gpus)
 
 
 def require_memory(cells: Sequence[Cell], slots: int) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from gqa_jax import costs
 from gqa_jax.config import ConfigError
+from gqa_jax.hardware import Chip, Price
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell
@@ -81,14 +82,15 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
     return view
 
 
-def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, float], efficiency: float) -> pd.DataFrame:
+def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Price], efficiency: float | None) -> pd.DataFrame:
     """One row per cell and slice: the columns of `table`, and
 
     topology; fits; mesh, remat, accumulation_steps, context_attention: the execution chosen, or what comes closest;
     batch_per_device: sequences of a micro-batch; bytes_arguments, bytes_temporary: of a device, of bytes_limit that a program
     may use; flops: of a step, all devices; collective_bytes: received per device and step; hours: of the run, at least, over
-    `efficiency`; limited_by; chip_hours; price_usd; proof: compiled or estimate; choice: cheapest, fastest among the slices
-    given; would_fit: where it does not. Empty: not known, or it does not fit.
+    `efficiency`, or where that is None over what was measured on the chip; limited_by; chip_hours; price_usd; proof: compiled
+    or estimate; choice: cheapest, fastest among the slices given; would_fit: where it does not. Empty: not known, or it does
+    not fit.
     """
     about = frame.set_index("cell")
     rows = []
@@ -117,13 +119,13 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, flo
                 "proof": "compiled",
             }
         if one.fits:
-            hours = config.n_steps * chosen.seconds_step / efficiency / 3600
+            hours = config.n_steps * chosen.seconds_step / _reached(one.slice.chip, efficiency) / 3600
             price = prices.get(one.slice.chip.name)
             row |= {
                 "hours": hours,
                 "limited_by": chosen.limited_by,
                 "chip_hours": hours * one.slice.n_chips,
-                "price_usd": None if price is None else hours * one.slice.n_chips * price,
+                "price_usd": None if price is None else hours * one.slice.n_chips * price.usd_per_hour,
             }
         else:
             row["would_fit"] = fit.advice(one)
@@ -189,6 +191,27 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
     for row in totals(frame).itertuples():
         sums.add_row(row.where, f"{row.cells} of {cells}", _number(row.hours), _number(row.chip_hours), _number(row.price_usd))
     return [view, sums]
+
+
+def _reached(chip: Chip, efficiency: float | None) -> float:
+    """Share of the roofline that training is taken to reach on a chip: as given, else as measured, else all of it."""
+    if efficiency is not None:
+        return efficiency
+    return 1.0 if chip.measured is None else chip.measured.training
+
+
+def rooflines(fits: Sequence[Fit], efficiency: float | None) -> str:
+    """What the hours on the chips of those slices are."""
+    text = f"at least, every phase at its roofline; --efficiency {efficiency or 1:g}"
+    chips = {} if efficiency else {one.slice.chip.name: one.slice.chip.measured for one in fits}
+    found = [f"{name}: {m.training:.0%} of it, as measured ({m.case}, {m.date})" for name, m in chips.items() if m]
+    return "; ".join([text, *found])
+
+
+def origins(fits: Sequence[Fit], prices: Mapping[str, Price]) -> str:
+    """Whose prices the chips of those slices have, where and since when."""
+    named = {name: prices[name].origin if name in prices else "no price" for name in (one.slice.chip.name for one in fits)}
+    return "; ".join(f"{name}: {origin}" for name, origin in named.items())
 
 
 def write(frame: pd.DataFrame, path: str) -> None:

@@ -15,7 +15,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from gqa_jax import devices
+from gqa_jax import hardware
+from gqa_jax.hardware import Price
 from launch import state
 from launch.executor import Executor, training
 from launch.grid import Cell, Layout
@@ -26,7 +27,7 @@ PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "stalled": "red"}
 
 
-def table(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices: Mapping[str, float]) -> Table:
+def table(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices: Mapping[str, Price]) -> Table:
     """A row per cell; columns that nothing is known for are left out."""
     counts = Counter(now.state for now in states)
     spent = money(states, prices)
@@ -45,7 +46,7 @@ def table(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices
 _COLUMNS = ("cell", "state", "step", "tok/s", "ETA", "tries", "beat", "$", "loss", "where")
 
 
-def _row(cell: Cell, now: CellState, prices: Mapping[str, float]) -> dict[str, str]:
+def _row(cell: Cell, now: CellState, prices: Mapping[str, Price]) -> dict[str, str]:
     usd = cost(now, prices)
     alive = now.state in ("running", "stalled")
     return {
@@ -62,21 +63,21 @@ def _row(cell: Cell, now: CellState, prices: Mapping[str, float]) -> dict[str, s
     }
 
 
-def rows(cells: Sequence[Cell], states: Sequence[CellState], prices: Mapping[str, float]) -> list[dict[str, Any]]:
+def rows(cells: Sequence[Cell], states: Sequence[CellState], prices: Mapping[str, Price]) -> list[dict[str, Any]]:
     """What `status --json` prints: a CellState per cell, with its name and US dollars so far (None: no price is known)."""
     pairs = zip(cells, states, strict=True)
     return [{"cell": cell.name} | dataclasses.asdict(now) | {"usd": cost(now, prices)} for cell, now in pairs]
 
 
-def cost(now: CellState, prices: Mapping[str, float]) -> float | None:
+def cost(now: CellState, prices: Mapping[str, Price]) -> float | None:
     """US dollars of the devices that a cell has used; without machines that boot or wait. None: no price is known."""
-    chip = devices.chip_of(now.device) if now.device else None
+    chip = hardware.chip_of(now.device) if now.device else None
     if chip is None or now.device_seconds is None or chip.name not in prices:
         return None
-    return now.device_seconds / 3600 * prices[chip.name]
+    return now.device_seconds / 3600 * prices[chip.name].usd_per_hour
 
 
-def money(states: Sequence[CellState], prices: Mapping[str, float]) -> float | None:
+def money(states: Sequence[CellState], prices: Mapping[str, Price]) -> float | None:
     """US dollars of all, None when no price is known for any."""
     known = [usd for now in states if (usd := cost(now, prices)) is not None]
     return sum(known) if known else None
@@ -131,7 +132,7 @@ def _line(console: Console, text: str) -> None:
 class Watch:
     """What `run` shows between passes: a live table on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, prices: Mapping[str, float]):
+    def __init__(self, console: Console, prices: Mapping[str, Price]):
         self._console, self._prices = console, prices
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._started, self._spoken, self._ended = time.monotonic(), 0.0, 0

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from etils import epath
 
-from gqa_jax import run_folder, slices, storage
+from gqa_jax import hardware, run_folder, storage
 from gqa_jax.config import ConfigError
 from gqa_jax.data import store
 from launch import bundle, executor
@@ -51,15 +51,6 @@ ACTIVE = {
 }
 FAILED = ("FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "FAILED_CONTROLLER")
 ENDED = ("SUCCEEDED", "CANCELLED")
-
-# SkyPilot's names of chips. TPUs: name, cores or chips that it counts per chip, and the system image of their machines.
-GPUS = {"h200": "H200", "h100": "H100", "a100": "A100-80GB", "b200": "B200", "l4": "L4"}
-TPUS = {
-    "v4": ("tpu-v4", 2, "tpu-ubuntu2204-base"),
-    "v5e": ("tpu-v5litepod", 1, "v2-alpha-tpuv5-lite"),
-    "v5p": ("tpu-v5p", 2, "v2-alpha-tpuv5"),
-    "v6e": ("tpu-v6e", 1, "v2-alpha-tpuv6e"),
-}
 
 # Passes on what it reads, and keeps a copy on gs://, written anew each minute and at the end: objects can't be appended to.
 COPY = """
@@ -128,10 +119,10 @@ class Options(executor.Options):
         """Whether a cell runs on a TPU slice."""
         if self.accelerators is not None:
             return self.accelerators.lower().startswith("tpu")
-        return self.topology is not None and slices.find(self.topology).is_tpu
+        return self.topology is not None and hardware.find(self.topology).is_tpu
 
     @property
-    def slice(self) -> slices.Slice | None:
+    def slice(self) -> hardware.Slice | None:
         """None for several machines: no slice of several is listed, and nothing is proved to fit them."""
         return super().slice if self.num_nodes == 1 else None
 
@@ -269,12 +260,12 @@ class Executor(executor.Executor):
         options = self.options
         if options.topology is None or options.accelerators is not None:
             return {"accelerators": options.accelerators}
-        chip, _, count = options.topology.partition(":")
-        if chip in GPUS:
-            return {"accelerators": f"{GPUS[chip]}:{count}"}
-        name, cores, image = TPUS[chip]
-        n_chips = slices.find(options.topology).n_chips
-        return {"accelerators": f"{name}-{cores * n_chips}", "accelerator_args": {"runtime_version": image}}
+        where = hardware.find(options.topology)
+        if where.chip.gpu is not None:
+            return {"accelerators": f"{where.chip.gpu.sky}:{where.n_chips}"}
+        tpu = where.chip.tpu
+        name = f"tpu-{tpu.accelerator}-{tpu.counted * where.n_chips}"
+        return {"accelerators": name, "accelerator_args": {"runtime_version": tpu.image}}
 
     def _setup(self, file: str) -> str:
         """Runs on every host before the first attempt, and again on machines that take its place."""
@@ -299,7 +290,7 @@ class Executor(executor.Executor):
         python = self.options.python or ".venv/bin/python"
         command = executor.bash(executor.training(cell, self.layout, python=python, code="."))
         if self.options.is_tpu:
-            several = self.options.accelerators is not None or slices.find(self.options.topology).n_hosts > 1
+            several = self.options.accelerators is not None or hardware.find(self.options.topology).n_hosts > 1
             command += " --distributed=on" if several else ""
         elif self.options.num_nodes > 1:
             first = f'"$(echo "$SKYPILOT_NODE_IPS" | head -n1):{PORT}"'

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gqa_jax import run_folder, slices, storage
+from gqa_jax import hardware, run_folder, storage
 from gqa_jax.config import ConfigError
 from launch import executor
 from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
@@ -161,7 +161,7 @@ class Options(executor.Options):
         self._check_extra()
 
     @property
-    def slice(self) -> slices.Slice | None:
+    def slice(self) -> hardware.Slice | None:
         """None for several nodes: no slice of several is listed, and nothing is proved to fit them."""
         return super().slice if self.nodes == 1 else None
 
@@ -170,7 +170,7 @@ class Options(executor.Options):
         """GPUs of each node; None: CPUs alone."""
         if self.gpus_per_node is not None or self.topology is None:
             return self.gpus_per_node
-        return slices.find(self.topology).n_chips
+        return hardware.find(self.topology).n_chips
 
     @property
     def directives(self) -> dict[str, Any]:
@@ -191,14 +191,14 @@ class Options(executor.Options):
         return {name: value for name, value in values.items() if value is not None}
 
     def _check_gpus(self) -> None:
-        if self.topology is not None and slices.find(self.topology).is_tpu:
+        if self.topology is not None and hardware.find(self.topology).is_tpu:
             raise ConfigError(f'topology = {self.topology!r}: must be GPUs of a node, as "h200:8"; for TPUs use engine = "tpu"')
         if self.gpus_per_node is None:
             return
         count = str(self.gpus_per_node).rpartition(":")
         if not count[2].isdecimal() or int(count[2]) < 1 or (count[1] and not re.fullmatch(r"[\w.-]+", count[0])):
             raise ConfigError(f'gpus_per_node = {self.gpus_per_node!r}: must be a number from 1 on, or TYPE:NUMBER ("h100:8")')
-        if self.topology is not None and int(count[2]) != slices.find(self.topology).n_chips:
+        if self.topology is not None and int(count[2]) != hardware.find(self.topology).n_chips:
             raise ConfigError(
                 f"gpus_per_node = {self.gpus_per_node!r} with topology = {self.topology!r}, which says what a node has: make "
                 "them agree, or leave one out"

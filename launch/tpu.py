@@ -40,12 +40,6 @@ from launch import bundle, executor
 from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell
 
-RUNTIME_VERSIONS = {
-    "v4": "tpu-ubuntu2204-base",
-    "v5e": "v2-alpha-tpuv5-lite",
-    "v5p": "v2-alpha-tpuv5",
-    "v6e": "v2-alpha-tpuv6e",
-}
 PROVISIONING = ("spot", "guaranteed", "reserved")
 EXAMPLE_PROJECT = "my-project"  # of configs/clusters/tpu.toml
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -80,7 +74,7 @@ class Options(executor.Options):
     slices: int = 1  # of a cell, of that topology each; more than one: joined by the data-centre network (multislice)
     provisioning: str = "spot"  # PROVISIONING: may be preempted; on demand; of a reservation
     reservation: str | None = None  # its name, with provisioning = "reserved"
-    runtime_version: str | None = None  # image of the machines; None: RUNTIME_VERSIONS of the chip
+    runtime_version: str | None = None  # image of the machines; None: that of the chip
     network: str | None = None  # VPC network; None: the project's default
     subnetwork: str | None = None
     external_ips: bool = True  # without them the network needs Cloud NAT for Python packages
@@ -133,7 +127,7 @@ class Options(executor.Options):
     @property
     def image(self) -> str:
         """Runtime version of the machines."""
-        return self.runtime_version or RUNTIME_VERSIONS[self.slice.chip.name]
+        return self.runtime_version or self.slice.chip.tpu.image
 
 
 def _require_texts(name: str, values: Sequence[Any], pattern: str, example: str) -> None:
@@ -145,18 +139,12 @@ def _require_texts(name: str, values: Sequence[Any], pattern: str, example: str)
 def accelerator(topology: executor.Slice) -> tuple[str, str | None]:
     """How the API names a slice: its accelerator type, and the type of the chip where the shape goes beside it.
 
-    v5e and v6e types count chips, and the count says the shape. v4 and v5p types count cores, two a chip, and take the default
-    shape of the count; so these are asked for by chip and shape.
+    The count in the type says the shape of a flat slice (v5e, v6e). Of three dimensions (v4, v5p) it takes the default shape of
+    the count; so these are asked for by chip and shape.
     """
-    chip, count = topology.chip.name, topology.n_chips
-    match chip:
-        case "v5e":
-            return f"v5litepod-{count}", None
-        case "v6e":
-            return f"v6e-{count}", None
-        case "v4" | "v5p":
-            return f"{chip}-{2 * count}", chip.upper()
-    raise ConfigError(f"topology = {topology.name!r}: no accelerator type is known for {chip}")
+    tpu = topology.chip.tpu
+    has_three_dimensions = topology.shape.count("x") == 2
+    return f"{tpu.accelerator}-{tpu.counted * topology.n_chips}", topology.chip.name.upper() if has_three_dimensions else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +181,7 @@ class Executor(executor.Executor):
         zone = self._zones_for(cell.name)[0]
         request, folder = self._request(cell, zone), self.layout.cell(cell.name)
         kind, chip = accelerator(options.slice)
-        shape = options.slice.name.partition(":")[2]
+        shape = options.slice.shape
         argv = [
             "gcloud",
             "compute",
@@ -226,7 +214,7 @@ class Executor(executor.Executor):
         if chip is None:
             node["accelerator_type"] = kind
         else:
-            node["accelerator_config"] = {"type_": chip, "topology": options.slice.name.partition(":")[2]}
+            node["accelerator_config"] = {"type_": chip, "topology": options.slice.shape}
         node["network_config"] = {"enable_external_ips": options.external_ips}
         node["network_config"] |= {name: value for name in ("network", "subnetwork") if (value := getattr(options, name))}
         node["service_account"] = {"scope": [SCOPE]}
@@ -326,7 +314,7 @@ class Executor(executor.Executor):
             bundle.check(bundle.find(options.bundle))
         known = {location.location_id for location in self._locations()}
         kind, chip = accelerator(options.slice)
-        shape = options.slice.name.partition(":")[2]
+        shape = options.slice.shape
         for zone in options.zones:
             if zone not in known:
                 close = config.closest(zone, sorted(known))

@@ -10,8 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import tpu_cycles
-from gqa_jax import attention, topologies
-from gqa_jax.attention import blocks, pallas_tpu
+from gqa_jax import attention, hardware
+from gqa_jax.attention import pallas_tpu
 from gqa_jax.attention.masks import Mask
 from gqa_jax.attention.tpu import Options, Tiles
 from tests import attention_cases as cases
@@ -161,7 +161,8 @@ def test_documents_and_odd_lengths_compile(chip):
 
 
 def test_every_row_of_the_table_compiles_for_its_chip():
-    assert {chip for chip, _, _ in blocks.TPU} == {topologies.TPUS[chip] for chip in CHIPS}
+    # v4 has the tiles of v5p, and is not compiled for by these tests
+    assert {name for name, chip in hardware.CHIPS.items() if chip.tpu is not None and chip.tpu.tiles} == {"v4", *CHIPS}
 
 
 # (chip, head size, pass) -> most cycles for 1024 x 1024 scores of unmasked blocks, of masked ones. jax's splash attention,

@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 
 from benchmarks.report import DRAG
 from gqa_jax import costs, objectives, optimum
-from gqa_jax.devices import CHIPS
+from gqa_jax.hardware import CHIPS
 from gqa_jax.laws import Heads
 from gqa_jax.serving import Serving
 from launch import analysis, report

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import gqa_jax
-from gqa_jax import prices, storage
+from gqa_jax import hardware, storage
 from gqa_jax.metrics import write_json
 from launch import __main__ as launch
 from launch import executor, grid, local, sky
@@ -149,7 +149,7 @@ def test_status_says_what_was_spent_where_a_price_is_known(small, capsys):
         write_json(path, json.loads(path.read_text()) | {"device": "TPU v5 lite", "device_seconds": 7200.0})
     assert run("status", small, "--json") == launch.EXIT_UNFINISHED
     rows = json.loads(capsys.readouterr().out)
-    assert [row["usd"] for row in rows] == [pytest.approx(2 * prices.PRICES["v5e"].usd_per_hour)] * 2 + [None] * 4
+    assert [row["usd"] for row in rows] == [pytest.approx(2 * hardware.CHIPS["v5e"].price.usd_per_hour)] * 2 + [None] * 4
     (layout.root / "prices.json").write_text('{"v5e": 10}')
     assert run("status", small, "--prices", str(layout.root / "prices.json")) == launch.EXIT_UNFINISHED
     assert "$40.00 so far" in capsys.readouterr().out

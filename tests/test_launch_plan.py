@@ -8,7 +8,7 @@ import json
 import pandas as pd
 import pytest
 
-from gqa_jax import prices, slices
+from gqa_jax import hardware
 from gqa_jax.proof import Proof
 from launch import __main__ as launch
 from launch import fit, grid, local
@@ -56,7 +56,7 @@ def compiler(monkeypatch):
 
         def submit(self, config, topology, exact=False):
             asked.append((config, topology, exact))
-            limit = slices.find(topology).chip.memory_bytes
+            limit = hardware.find(topology).chip.memory_bytes
             answer = self.future()
             if self.too_large(config, topology):
                 answer.set_result(Proof(topology, False, limit, bytes_needed=2 * limit, error="RESOURCE_EXHAUSTED"))
@@ -79,9 +79,9 @@ def test_a_row_per_cell_and_slice_with_the_promised_columns(capsys):
     for row, chips in ((v5e, 16), (h200, 8)):
         hours = float(row["hours"])
         assert float(row["chip_hours"]) == pytest.approx(chips * hours)
-        price = prices.PRICES[row["topology"].split(":")[0]].usd_per_hour
+        price = hardware.find(row["topology"]).chip.price.usd_per_hour
         assert float(row["price_usd"]) == pytest.approx(chips * hours * price)
-        assert hours * 3600 * chips >= float(row["train_flops"]) / slices.find(row["topology"]).chip.peak_flops
+        assert hours * 3600 * chips >= float(row["train_flops"]) / hardware.find(row["topology"]).chip.peak_flops
     assert {v5e["choice"], h200["choice"]} == {"cheapest", "fastest"}
 
 
@@ -97,13 +97,39 @@ def test_efficiency_divides_and_prices_are_taken_from_a_file(capsys, tmp_path):
     assert half["choice"] == "cheapest fastest"
 
 
+def test_hours_are_over_what_was_measured_on_the_chip_unless_given(capsys, monkeypatch):
+    (bound,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE)
+    measured = hardware.Measured(0.4, "1.2B, T = 8K, fsdp=16", "2026-12-01", "python -m launch status")
+    where = hardware.find("v5e:4x4")
+    chip = dataclasses.replace(where.chip, measured=measured)
+    monkeypatch.setitem(hardware.SLICES, where.name, dataclasses.replace(where, chip=chip))
+    (reached,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE)
+    assert float(reached["hours"]) == pytest.approx(float(bound["hours"]) / 0.4)
+    (given,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE, "--efficiency", "1")
+    assert given["hours"] == bound["hours"]
+    asked = ["plan", PAPER, "--topology", "v5e:4x4,h100:8", "--estimate", "--where", ONE]
+    assert launch.main(asked) == 0
+    assert "--efficiency 1; v5e: 40% of it, as measured (1.2B, T = 8K, fsdp=16, 2026-12-01)\n" in capsys.readouterr().out
+    assert launch.main([*asked, "--efficiency", "0.5"]) == 0
+    assert "every phase at its roofline; --efficiency 0.5\n" in capsys.readouterr().out
+
+
+def test_whose_prices_they_are_is_said(capsys, tmp_path):
+    (tmp_path / "mine.toml").write_text("b200 = 3")
+    given = ["--estimate", "--where", ONE, "--prices", str(tmp_path / "mine.toml")]
+    assert launch.main(["plan", PAPER, "--topology", "v5e:4x4,v5e:2x2,b200:8", *given]) == 0
+    assert f"USD: v5e: Google Cloud, us-central1, 2026-11; b200: {tmp_path}/mine.toml\n" in capsys.readouterr().out
+
+
 def test_a_chip_without_a_price_has_an_empty_cell(capsys, monkeypatch):
-    monkeypatch.delitem(prices.PRICES, "v5e")
+    monkeypatch.setitem(hardware.CHIPS, "v5e", dataclasses.replace(hardware.CHIPS["v5e"], price=None))
     (row,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE)
     assert row["price_usd"] == ""
     assert row["choice"] == "fastest"
     assert launch.main(["plan", PAPER, "--topology", "v5e:4x4", "--estimate", "--where", ONE]) == 0
-    assert "1 of 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 1" in out
+    assert "USD: v5e: no price" in out
 
 
 def test_what_does_not_fit_says_what_would(capsys):
@@ -112,7 +138,7 @@ def test_what_does_not_fit_says_what_would(capsys):
     assert row["fits"] == "False"
     assert row["hours"] == row["price_usd"] == row["limited_by"] == row["choice"] == ""
     larger = row["would_fit"].split(" with ")[0]
-    assert slices.find(larger).chip.name == "v5e"
+    assert hardware.find(larger).chip.name == "v5e"
     (fits,) = table(capsys, "--topology", larger, "--estimate", "--where", where)
     assert fits["fits"] == "True"
     assert launch.main(["plan", PAPER, "--topology", "v5e:1x1", "--estimate", "--where", where]) == 0
@@ -233,7 +259,7 @@ def test_the_slice_of_a_gpu_machine_is_found_by_its_name(monkeypatch):
 
 def test_a_smaller_share_of_memory_is_a_smaller_limit():
     cell = grid.cells(grid_fakes.small_grid())[0]
-    where = slices.find("a100:1")
+    where = hardware.find("a100:1")
     assert fit.estimate(cell, where).fits
     tight = dataclasses.replace(where, chip=dataclasses.replace(where.chip, memory_bytes=1e5))
     assert not fit.estimate(cell, tight).fits

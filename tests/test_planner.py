@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gqa_jax import costs, planner, slices
+from gqa_jax import costs, hardware, planner
 from gqa_jax.config import ConfigError, TrainConfig
 from gqa_jax.mesh import MeshShape
 from gqa_jax.planner import Execution
@@ -81,7 +81,7 @@ def resolved(size, heads, context, mesh, remat, steps, method):
 @pytest.mark.parametrize("row", COMPILED, ids=lambda row: " ".join(map(str, row[:-1])))
 def test_the_estimate_is_near_the_compiled_memory_and_never_below_with_its_margin(row):
     topology, *what, megabytes = row
-    where, run = slices.find(topology), resolved(*what)
+    where, run = hardware.find(topology), resolved(*what)
     e = planner.estimate(run, Execution.of(run), where.chip)
     estimate = (e.bytes_arguments + e.bytes_temporary) / 1e6
     if where.is_tpu:
@@ -97,16 +97,16 @@ def test_arguments_on_tpus_are_exact_with_their_tiles():
     run = resolved(
         "1.2B", (32, 32), 8, "fsdp=16", "full", 1, "gather"
     )  # hidden size / 16 = 96: padded to 128 in three matrices
-    e = planner.estimate(run, Execution.of(run), slices.find("v5e:4x4").chip)
+    e = planner.estimate(run, Execution.of(run), hardware.find("v5e:4x4").chip)
     assert e.bytes_arguments == pytest.approx(1_022_305_792, abs=2048)
-    gpu = planner.estimate(run, Execution.of(run), slices.find("h200:8").chip)
+    gpu = planner.estimate(run, Execution.of(run), hardware.find("h200:8").chip)
     count = costs.count_params(run.model, "exact")
     parameters = (count.total - count.norms) / 16 + count.norms
     assert gpu.bytes_arguments == pytest.approx(12 * parameters + 2 * 4 * 4 * 8192)
 
 
 def test_flops_are_those_of_the_cost_table_and_recomputation_is_apart():
-    chip = slices.find("v5e:4x4").chip
+    chip = hardware.find("v5e:4x4").chip
     runs = {remat: resolved("1.2B", (8, 1), 8, "fsdp=16", remat, 4, "gather") for remat in planner.SEARCHED_REMAT}
     found = {remat: planner.estimate(run, Execution.of(run), chip) for remat, run in runs.items()}
     assert {e.flops for e in found.values()} == {costs.train_flops(runs["full"].model, 8192, 524_288, "exact")}
@@ -121,7 +121,7 @@ def test_flops_are_those_of_the_cost_table_and_recomputation_is_apart():
 
 def test_time_is_no_less_than_flops_at_the_peak():
     for topology, size in (("v5e:4x4", "1.2B"), ("v6e:4x4", "85M"), ("h200:8", "3M"), ("v5p:2x2x2", "470M")):
-        where = slices.find(topology)
+        where = hardware.find(topology)
         best = planner.choose(config(size), where.chip, where.n_chips)[0]
         assert best.seconds_step >= best.flops / where.n_chips / where.chip.peak_flops
         assert best.limited_by in ("compute", "attention", "memory", "network")
@@ -129,7 +129,7 @@ def test_time_is_no_less_than_flops_at_the_peak():
 
 
 def test_attention_limits_long_contexts_and_small_heads_cost_more_than_their_flops():
-    where = slices.find("v5e:8x8")
+    where = hardware.find("v5e:8x8")
     best = planner.choose(config("1.8B", (8, 1), 512), where.chip, 64)[0]
     assert best.fits
     assert best.limited_by == "attention"
@@ -139,7 +139,7 @@ def test_attention_limits_long_contexts_and_small_heads_cost_more_than_their_flo
 def test_collectives_by_axis_are_what_the_step_moves():
     run = resolved("1.2B", (8, 1), 128, "fsdp=4,context=4", "attention_only", 1, "gather")
     model = run.model
-    moved = planner.estimate(run, Execution.of(run), slices.find("v5e:4x4").chip).collective_bytes
+    moved = planner.estimate(run, Execution.of(run), hardware.find("v5e:4x4").chip).collective_bytes
     matrices = costs.count_params(model, "exact").attention + costs.count_params(model, "exact").ffn
     embedding = model.vocab_size * model.d_model
     assert set(moved) == {"fsdp,context", "context"}
@@ -147,12 +147,12 @@ def test_collectives_by_axis_are_what_the_step_moves():
     keys = model.n_layers * 131_072 * 2 * model.n_kv_heads * model.head_dim  # of the one sequence of a device
     assert moved["context"] == pytest.approx(3 / 4 * keys * (2 + 2 + 4))
     alone = resolved("3M", (8, 1), 8, "data=16", "none", 1, "gather")
-    moved = planner.estimate(alone, Execution.of(alone), slices.find("v5e:4x4").chip).collective_bytes
+    moved = planner.estimate(alone, Execution.of(alone), hardware.find("v5e:4x4").chip).collective_bytes
     assert moved == {"data": pytest.approx(2 * 15 / 16 * 4 * costs.count_params(alone.model, "exact").total)}
 
 
 def test_candidates_keep_what_is_given_and_divide():
-    chip = slices.find("v5e:4x4").chip
+    chip = hardware.find("v5e:4x4").chip
     run = config("85M", (8, 1))
     found = list(planner.candidates(run, chip, 16))
     assert {str(e.mesh) for e in found} >= {"data=16", "fsdp=16", "data=4,fsdp=4", "fsdp=4,context=4", "fsdp=8,tensor=2"}
@@ -163,11 +163,11 @@ def test_candidates_keep_what_is_given_and_divide():
     found = list(planner.candidates(given, chip, 16))
     assert {(str(e.mesh), e.remat, e.accumulation_steps) for e in found} == {("fsdp=8,context=2", "full", 2)}
     assert {e.context_attention for e in found} == {"gather", "ring"}
-    assert "offload" not in {e.remat for e in planner.candidates(run, slices.find("b200:8").chip, 8)}
+    assert "offload" not in {e.remat for e in planner.candidates(run, hardware.find("b200:8").chip, 8)}
 
 
 def test_what_fits_is_ranked_by_time_and_else_by_memory():
-    chip = slices.find("v5e:4x4").chip
+    chip = hardware.find("v5e:4x4").chip
     ranked = planner.choose(config("1.2B", (32, 32)), chip, 16)
     assert all(e.fits for e in ranked)
     cost = [e.seconds_step + e.seconds_hidden / 2 for e in ranked]
@@ -179,7 +179,7 @@ def test_what_fits_is_ranked_by_time_and_else_by_memory():
 
 
 def test_every_cell_of_the_paper_fits_v5e_16_by_arithmetic():
-    chip = slices.find("v5e:4x4").chip
+    chip = hardware.find("v5e:4x4").chip
     for size in SIZES:
         for heads in head_configurations():
             assert planner.choose(config(size, heads, remat="full"), chip, 16)[0].fits
@@ -197,7 +197,7 @@ def test_resolve_on_a_cpu_is_one_device_and_itself_again():
 def test_resolve_on_known_devices_takes_the_best_and_keeps_what_is_given():
     run = planner.resolve(config("1.2B", (32, 32)), "TPU v5 lite", 16)
     assert run.mesh_shape.n_devices == 16
-    assert planner.estimate(run, Execution.of(run), slices.find("v5e:4x4").chip).fits
+    assert planner.estimate(run, Execution.of(run), hardware.find("v5e:4x4").chip).fits
     given = planner.resolve(config("1.2B", mesh="fsdp=16", remat="full"), "TPU v5 lite", 16)
     assert (given.mesh, given.model.remat) == ("fsdp=16", "full")
     assert planner.resolve(given, "TPU v5 lite", 16) == given

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gqa_jax
-from gqa_jax import proof, slices
+from gqa_jax import hardware, proof
 from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.proof import Proof, Provers
 
@@ -34,7 +34,7 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here_once(cache):
         first = provers.submit(tiny(), "v5e:2x2").result()
     assert first.error is None
     assert first.fits
-    assert first.bytes_limit == slices.find("v5e:2x2").chip.memory_bytes
+    assert first.bytes_limit == hardware.find("v5e:2x2").chip.memory_bytes
     assert 0 < first.bytes_arguments < first.bytes_used < 200e6
     assert first.attention == "xla"
     # per layer a gather of weights and one of keys and values each way, and the embedding: more than the three layers
@@ -55,19 +55,19 @@ def test_what_is_too_large_is_said_with_its_bytes(cache):
     with Provers(1) as provers:
         answer = provers.submit(large, "v5e:1x1").result()
     assert not answer.fits
-    assert answer.bytes_needed > slices.find("v5e:1x1").chip.memory_bytes
+    assert answer.bytes_needed > hardware.find("v5e:1x1").chip.memory_bytes
     assert answer.is_final
     assert len(list(cache.glob("*.json"))) == 1
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(slices.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda module: None)
     with Provers(1) as provers, pytest.raises(ValueError, match=r"pip install 'gqa-jax\[aot\]'"):
         provers.submit(tiny(), "v5e:2x2")
 
 
 def test_a_compiler_that_dies_is_an_answer_that_is_not_kept(cache, monkeypatch):
-    monkeypatch.setattr(slices.Slice, "require_compiler", lambda self: None)
+    monkeypatch.setattr(hardware.Slice, "require_compiler", lambda self: None)
     monkeypatch.setattr(proof.sys, "executable", "false")
     with Provers(1) as provers:
         answer = provers.submit(tiny(), "v5e:2x2").result()
@@ -98,7 +98,7 @@ def test_the_key_depends_on_every_source_that_the_step_imports():
     here = Path(gqa_jax.__file__).parent
     hashed = {path for pattern in proof.SOURCES for path in here.glob(pattern)}
     files = {here / Path(*name.split(".")[1:]).with_suffix(".py") for name in imported}
-    beside = {here / f"{name}.py" for name in ("attention", "costs", "devices", "shapes", "slices")}
+    beside = {here / f"{name}.py" for name in ("attention", "costs", "shapes")}
     assert {path for path in files if path.exists()} - beside <= hashed
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from gqa_jax import costs
-from gqa_jax.devices import CHIPS, Chip
-from gqa_jax.prices import PRICES
+from gqa_jax.hardware import CHIPS, Chip
 from gqa_jax.serving import Serving
 
+OWN = Chip("mine", peak_flops=1e12, memory_bytes=1e9, memory_bandwidth=1e9, interconnect=1e9)
 T = 131_072
 LLAMA = costs.Shape(36, 1536, 32, 8, d_ff=4096)  # 1.2B of the paper's Table 5
 FEW = costs.Shape(36, 2048, 8, 1, d_ff=5472)  # its 1.8B with (8,1)
@@ -93,7 +93,7 @@ def test_throughput_and_price_are_one_number():
     serving = Serving("v6e", n_devices=2, batch=8)
     seconds, rate = serving.request_seconds(FEW, T), serving.throughput(FEW, T)
     assert rate == pytest.approx(8 * T / seconds / 2)
-    assert serving.usd_per_million_tokens(FEW, T) == pytest.approx(1e6 / rate * PRICES["v6e"].usd_per_hour / 3600)
+    assert serving.usd_per_million_tokens(FEW, T) == pytest.approx(1e6 / rate * CHIPS["v6e"].price.usd_per_hour / 3600)
     assert dataclasses.replace(serving, usd_per_hour=1.0).usd_per_million_tokens(FEW, T) == pytest.approx(1e6 / rate / 3600)
 
 
@@ -145,7 +145,7 @@ def test_arrays_of_shapes_and_contexts_broadcast_and_sizes_that_no_model_has_pas
         ("efficiency", 0, "efficiency = 0: the share of the peaks"),
         ("efficiency", 1.5, "efficiency = 1.5"),
         ("usd_per_hour", -1, "usd_per_hour = -1: must be US dollars"),
-        ("device", Chip("mine", (), 1e12, 1e9, 1e9, 1e9), "'mine' has no list price: give usd_per_hour"),
+        ("device", OWN, "'mine' has no list price: give usd_per_hour"),
     ],
 )
 def test_what_can_not_serve_is_refused(field, value, message):
@@ -156,13 +156,13 @@ def test_what_can_not_serve_is_refused(field, value, message):
 def test_every_device_has_a_price_and_describes_itself_in_json():
     for name, chip in CHIPS.items():
         found = json.loads(json.dumps(Serving(name).describe()))
-        assert found["usd_per_hour"] == PRICES[name].usd_per_hour
-        assert PRICES[name].date in found["price"]
+        assert found["usd_per_hour"] == chip.price.usd_per_hour
+        assert chip.price.date in found["price"]
         assert (found["peak_flops"], found["memory_bandwidth"]) == (chip.peak_flops, chip.memory_bandwidth)
     assert Serving("h200", usd_per_hour=2.0).describe()["price"] == "as given"
 
 
 def test_a_device_of_your_own():
-    mine = dataclasses.replace(CHIPS["h200"], name="mine", memory_bandwidth=4e12)
+    mine = dataclasses.replace(CHIPS["h200"], name="mine", memory_bandwidth=4e12, price=None)
     ratio = Serving(mine, usd_per_hour=2).decode_step(FEW, T).seconds / Serving("h200").decode_step(FEW, T).seconds
     assert ratio == pytest.approx(4.8 / 4)

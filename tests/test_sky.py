@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from etils import epath
 
-from gqa_jax import slices
+from gqa_jax import hardware
 from gqa_jax.config import ConfigError, TrainConfig
 from launch import bundle, executor, grid, sky
 from launch.executor import DEAD, QUEUED, RUNNING, Job, SubmitError
@@ -579,7 +580,10 @@ class TestSubmission:
         assert f"-e '.[{extras}]'" in task["setup"]
 
     def test_every_topology_has_a_name(self):
-        assert {name.partition(":")[0] for name in slices.SLICES} == {*sky.GPUS, *sky.TPUS}
+        for where in hardware.SLICES.values():
+            found = offline(topology=where.name)._accelerators()
+            assert re.fullmatch(r"tpu-\w+-\d+" if where.is_tpu else rf"[\w-]+:{where.n_chips}", found["accelerators"])
+            assert ("accelerator_args" in found) == where.is_tpu
 
     def test_a_token_store_that_machines_do_not_see(self):
         values = grid_fakes.config()

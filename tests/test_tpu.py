@@ -292,7 +292,7 @@ class TestRequest:
 )
 def test_options_that_cannot_be_used(changes, words, tmp_path):
     values = {name: value for name, value in (OPTIONS | changes).items() if value is not None}
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (ConfigError, or that of slices.find)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (ConfigError, or that of hardware.find)
         executor.make(values, Layout(tmp_path))
     assert words in str(error.value)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
+from gqa_jax import hardware
 from gqa_jax.attention.gradient import Kernel
 from gqa_jax.attention.hopper_backward import backward
 from gqa_jax.attention.hopper_forward import forward
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Tile", "backward", "choose", "forward", "kernel", "obstacle"]
 
-CHIPS = ("H100", "H200", "H800", "H20", "GH200")
+COMPUTE_CAPABILITY = (9, 0)
 HEAD_DIMS = (64, 128)
-MULTIPROCESSORS = 132  # of an H100 SXM and an H200
+MULTIPROCESSORS = hardware.CHIPS["h100"].gpu.multiprocessors  # an H200 has as many
 
 
 class Tile(NamedTuple):
@@ -66,7 +67,8 @@ def kernel(case: Case, scale: float) -> Kernel:
 
 def obstacle(case: Case) -> str | None:
     """Why these kernels can't run a case, or None."""
-    if not case.interpreted and not (case.platform == "gpu" and any(chip in case.chip for chip in CHIPS)):
+    is_hopper = case.platform == "gpu" and hardware.compute_capability(case.chip) == COMPUTE_CAPABILITY
+    if not case.interpreted and not is_hopper:
         return f"it is written for NVIDIA Hopper GPUs (H100, H200, GH200) and this program is for {case.chip!r}"
     if jnp.dtype(case.dtype) != jnp.bfloat16:
         return f"it computes in bfloat16, not {jnp.dtype(case.dtype).name} ('reference' and 'xla' take any floating type)"

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from gqa_jax.attention import blocks
+from gqa_jax import hardware
 from gqa_jax.attention.gradient import Kernel
-from gqa_jax.attention.tpu import Options, Tiles
+from gqa_jax.attention.tpu import Options
 from gqa_jax.attention.tpu_backward import backward
 from gqa_jax.attention.tpu_forward import forward
+from gqa_jax.hardware import Tiles
 
 if TYPE_CHECKING:
     from gqa_jax.attention.implementations import Case
@@ -27,16 +28,15 @@ def obstacle(case: Case) -> str | None:
         return f"it takes bfloat16 and float32, and this is {jnp.dtype(case.dtype).name}"
     if case.head_dim not in HEAD_DIMS:
         return f"it takes head sizes {', '.join(map(str, HEAD_DIMS))}, and this is {case.head_dim}"
-    if case.platform == "tpu" and blocks.tpu(case.chip, case.head_dim, "forward") is None:
-        return f"gqa_jax.attention.blocks has no tiles for {case.chip}"
+    if case.platform == "tpu" and hardware.tiles_of(case.chip, case.head_dim) is None:
+        return f"gqa_jax.hardware has no tiles for {case.chip}"
     return None
 
 
 def choose(case: Case) -> Options:
     """The tuned tiles of this chip; where Pallas interprets on another platform, those of a v5e."""
     chip = case.chip if case.platform == "tpu" else INTERPRETED_AS
-    tiles = {which: blocks.tpu(chip, case.head_dim, which) for which in ("forward", "backward")}
-    return Options(**tiles, cores=case.cores, interpret=case.interpreted)
+    return Options(*hardware.tiles_of(chip, case.head_dim), cores=case.cores, interpret=case.interpreted)
 
 
 def candidates(case: Case, which: str) -> list[Tiles]:

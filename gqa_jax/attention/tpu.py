@@ -21,24 +21,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from gqa_jax.attention.masks import HIDDEN, Mask
+from gqa_jax.hardware import Tiles
 
 LOG2_E = math.log2(math.e)
 LANES = 128
-
-
-class Tiles(NamedTuple):
-    """How a pass is cut up. Scores are computed in pieces of `chunk` keys x `strip` queries, `ahead` of their use.
-
-    A piece's product is issued `ahead` pieces before the softmax that takes it, so that the matrix units never wait;
-    `together` neighbours (strips, or chunks in the backward pass) are interleaved, so that their chains are independent.
-    """
-
-    rows: int  # queries of a tile: heads * tokens, about
-    keys: int  # keys of a block
-    strip: int
-    chunk: int
-    ahead: int
-    together: int
 
 
 class Options(NamedTuple):

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from gqa_jax import costs, objectives, optimum
-from gqa_jax.devices import CHIPS
+from gqa_jax.hardware import CHIPS
 from gqa_jax.laws import Draws
-from gqa_jax.prices import PRICES
 from gqa_jax.serving import Serving
 from launch.report import words
 from launch.report.findings import Study
@@ -55,7 +54,7 @@ def payload(study: Study) -> dict[str, Any]:
         "serving": Serving(DEVICE).describe(),
         "conventions": conventions,
         "flops_rules": {rule: objectives.Flops(flops=rule).label for rule in ("per_token", "half_T", "full_T")},
-        "devices": {name: _device(name) for name in CHIPS if name in PRICES},
+        "devices": {name: _device(name) for name, chip in CHIPS.items() if chip.price is not None},
         "dtype_bytes": costs.DTYPE_BYTES,
         "objectives": {name: kind.describe() for name, kind in kinds.items()} | {asked["cost"]: asked},
         "ranges": {"context": list(CONTEXTS), "loss": _loss_range(study)},

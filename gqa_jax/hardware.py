@@ -1,0 +1,390 @@
+"""Accelerators, a row each: what one computes, holds and exchanges, how it is called and rented, what it costs. Imports no jax.
+
+Everything that is known of a chip is its row of `CHIPS`; a new chip is a new row (docs/adding-a-chip.md).
+
+Sources: TPUs, Google's pages docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (read November 2026), and for v4's links
+arXiv 2304.01433, Table 4; clocks, the table of en.wikipedia.org/wiki/Tensor_Processing_Unit. GPUs, NVIDIA's data sheets of the
+SXM boards, without sparsity, and for `Gpu` the CUDA C++ programming guide. Bandwidths are bytes a second in one direction: half
+of what a page calls bidirectional.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import re
+from typing import NamedTuple
+
+GIB = 2**30
+#: Of a GPU's memory that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75 unless set.
+ALLOCATOR_FRACTION = 0.75
+CHIPS_PER_HOST = 4  # of a TPU slice of several hosts
+
+
+class Price(NamedTuple):
+    """US dollars for an hour of one chip with its share of the host, on demand, without storage and taxes.
+
+    Lists of on-demand prices change and differ by vendor and region: every row of `CHIPS` fills in all fields.
+    """
+
+    usd_per_hour: float
+    vendor: str
+    product: str = ""  # by its whole name
+    region: str = ""
+    date: str = ""  # of the price list; a month: when it was read
+    source: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Who asks for it, where, since when."""
+        return ", ".join(filter(None, (self.vendor, self.region, self.date)))
+
+
+class Measured(NamedTuple):
+    """How near to the planner's bound training came on the chip itself."""
+
+    training: float  # seconds of a step at the roofline (`planner.Estimate.seconds_step`) over those that it took
+    case: str  # model, context, mesh
+    date: str
+    source: str  # the command that measured it, or where its results are kept
+
+
+class Tiles(NamedTuple):
+    """How a pass of `gqa_jax.attention.tpu` is cut up. Scores are computed in pieces of `chunk` keys x `strip` queries.
+
+    A piece's product is issued `ahead` pieces before the softmax that takes it, so that the matrix units never wait;
+    `together` neighbours (strips, or chunks in the backward pass) are interleaved, so that their chains are independent.
+    """
+
+    rows: int  # queries of a tile: heads * tokens, about
+    keys: int  # keys of a block
+    strip: int
+    chunk: int
+    ahead: int
+    together: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """What only a TPU has: Cloud TPU's names of it, and how our attention kernels are cut for it."""
+
+    accelerator: str  # Cloud TPU's accelerator type before its count ("v5litepod-8"); SkyPilot puts "tpu-" before it
+    counted: int  # of a chip in that count: its cores, 2, or the chip itself, 1
+    image: str  # system image of its machines: Cloud TPU's runtime version
+    #: (largest head size, forward, backward), smallest size first: what minimises the cycles of the compiler's static schedule
+    #: (`benchmarks/tpu_cycles.py`), not times on a chip. `python -m benchmarks.attention --tune` measures, and prints new ones.
+    tiles: tuple[tuple[int, Tiles, Tiles], ...] = ()
+    libtpu_config: str | None = None  # libtpu's chip_config_name; None: its own choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What only an NVIDIA GPU has: SkyPilot's name, and what XLA asks of a model that is not here."""
+
+    sky: str  # SkyPilot's name of the accelerator
+    device_kind: str  # as JAX names the board
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int  # bytes of a multiprocessor; a program may have 1 KiB less
+    clock_ghz: float
+    l2_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them; of TPUs v4 and v5p, whose two cores work as one, a chip."""
+
+    name: str
+    peak_flops: float  # dense bfloat16 FLOP/s
+    memory_bytes: float  # that a program may use
+    memory_bandwidth: float  # bytes/s
+    interconnect: float  # bytes/s to its neighbours in a slice or host, over all links at once
+    network: float | None = None  # bytes/s to other slices or hosts; None: not published
+    host_memory_bytes: float | None = None  # of the host that it is rented with, its share; None: nothing is offloaded
+    kinds: tuple[str, ...] = ()  # JAX's names of it: of a TPU whole device kinds, of a GPU words of them
+    shapes: tuple[str, ...] = ()  # of slices that can be rented: a TPU's topologies, GPUs of one host
+    price: Price | None = None
+    measured: Measured | None = None  # None: never run on; `plan` then gives hours at the roofline
+    #: Share of the peak that the attention kernels reach: head size -> (forward, backward). Empty: taken as 1.
+    attention_share: tuple[tuple[int, float, float], ...] = ()
+    tpu: Tpu | None = None
+    gpu: Gpu | None = None
+
+    def is_called(self, device_kind: str) -> bool:
+        """Whether JAX's `device_kind` is this chip."""
+        if self.tpu is not None:
+            return device_kind.lower() in (kind.lower() for kind in self.kinds)
+        return any(_has_word(device_kind, word) for word in self.kinds)
+
+    def attention_shares(self, head_dim: int) -> tuple[float, float]:
+        """Shares of the peak, forward and backward, at a head size: a smaller one takes the time of the next in the table."""
+        for size, forward, backward in self.attention_share:
+            if head_dim <= size or size == self.attention_share[-1][0]:
+                filled = min(1.0, head_dim / size)
+                return forward * filled, backward * filled
+        return 1.0, 1.0
+
+
+def _has_word(text: str, word: str) -> bool:
+    return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
+
+
+def _shares(flops_per_cycle: float, *rows: tuple[int, int, int]) -> tuple[tuple[int, float, float], ...]:
+    """Shares from cycles for 1024 x 1024 scores of a head of size d: 4 d FLOPs a score forward, 10 d backward."""
+    scores = 1024 * 1024
+    return tuple(
+        (d, 4 * d * scores / flops_per_cycle / forward, 10 * d * scores / flops_per_cycle / backward)
+        for d, forward, backward in rows
+    )
+
+
+# Shapes of slices: of TPUs those that Google lists (docs.cloud.google.com/tpu/docs/v5e and so on, read November 2026).
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_HOST = ("1", "2", "4", "8")
+
+# Price lists.
+_SKYPILOT = "https://github.com/skypilot-org/skypilot-catalog catalogs/v8/gcp/vms.csv, commit 006059e0"
+_CYCLENERD = "https://github.com/Cyclenerd/google-cloud-pricing-cost-calculator pricing.yml, commit dac31281"
+_SILYBENCH = "https://github.com/tgarg01/silybench-data prices/gpu_hourly.yaml"
+_TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
+_EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml"
+
+# Tiles for matrix units of 128 x 128 and of 256 x 256.
+_TILES_128 = (
+    128,
+    Tiles(rows=1024, keys=2048, strip=256, chunk=128, ahead=6, together=2),
+    Tiles(rows=1024, keys=1024, strip=256, chunk=128, ahead=3, together=2),
+)
+_TILES_256 = (
+    128,
+    Tiles(rows=1024, keys=2048, strip=256, chunk=256, ahead=5, together=4),
+    Tiles(rows=1024, keys=1024, strip=256, chunk=256, ahead=3, together=2),
+)
+
+# memory_bytes of TPUs is what XLA (libtpu 0.0.51) says it has when a program compiled ahead of time is too large, "exceeds
+# available HBM (15.75G)". Attention: cycles of the compiler's static schedule of our kernels for blocks without a mask (README,
+# "What it costs on a TPU"; `python -m benchmarks.tpu_cycles`), not run on a chip. v4 has no such figures.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "v4",
+            kinds=("TPU v4",),
+            peak_flops=275e12,
+            memory_bytes=30.75 * GIB,
+            memory_bandwidth=1228e9,
+            interconnect=300e9,  # 6 links of 50 GB/s
+            host_memory_bytes=407e9 / 4,
+            shapes=_CUBE,
+            price=Price(12.88 / 4, "Google Cloud", "Cloud TPU v4-8", "us-central2", "2026-11", _SKYPILOT),
+            # Its matrix units are those of a v5p. Its two cores work as one device, as they do on Google Cloud, when libtpu is
+            # told so; those of a v5p always do.
+            tpu=Tpu("v4", counted=2, image="tpu-ubuntu2204-base", tiles=(_TILES_128,), libtpu_config="megacore"),
+        ),
+        Chip(
+            "v5e",
+            kinds=("TPU v5 lite", "TPU v5e"),
+            peak_flops=197e12,
+            memory_bytes=15.75 * GIB,
+            memory_bandwidth=819e9,
+            interconnect=200e9,  # 4 links, 1600 Gbps
+            network=6.4e12 / 8 / 256,  # of a pod of 256
+            host_memory_bytes=48e9,  # ct5lp-hightpu-4t: 192 GB for 4 chips
+            shapes=_FLAT,
+            price=Price(1.20, "Google Cloud", "Cloud TPU v5litepod-1", "us-central1", "2026-11", _SKYPILOT),
+            attention_share=_shares(197e12 / 1.5e9, (64, 3212, 7322), (128, 4239, 10408)),
+            tpu=Tpu("v5litepod", counted=1, image="v2-alpha-tpuv5-lite", tiles=(_TILES_128,)),
+        ),
+        Chip(
+            "v5p",
+            kinds=("TPU v5", "TPU v5p"),
+            peak_flops=459e12,
+            memory_bytes=95.73 * GIB,
+            memory_bandwidth=2765e9,
+            interconnect=600e9,  # 6 links, 4800 Gbps
+            network=50e9 / 8,
+            host_memory_bytes=448e9 / 4,
+            shapes=_CUBE,
+            price=Price(25804.8 / 6144, "Google Cloud", "Cloud TPU v5p-12288", "us-central1", "2026-11", _SKYPILOT),
+            attention_share=_shares(459e12 / 2 / 1.75e9, (64, 3222, 7323), (128, 4242, 10409)),  # of a core
+            tpu=Tpu("v5p", counted=2, image="v2-alpha-tpuv5", tiles=(_TILES_128,)),
+        ),
+        Chip(
+            "v6e",
+            kinds=("TPU v6 lite", "TPU v6e"),
+            peak_flops=918e12,
+            memory_bytes=31.24 * GIB,
+            memory_bandwidth=1640e9,
+            interconnect=400e9,  # 4 links, 3200 Gbps
+            network=25.6e12 / 8 / 256,
+            host_memory_bytes=1536 * GIB / 8,
+            shapes=_FLAT,
+            price=Price(2.70, "Google Cloud", "Cloud TPU v6e-1", "us-central1", "2026-11", _SKYPILOT),
+            attention_share=_shares(918e12 / 1.75e9, (64, 2144, 4055), (128, 2440, 4437)),
+            tpu=Tpu("v6e", counted=1, image="v2-alpha-tpuv6e", tiles=(_TILES_256,)),
+        ),
+        Chip(
+            "h200",
+            kinds=("H200",),
+            peak_flops=989e12,
+            memory_bytes=141e9 * ALLOCATOR_FRACTION,
+            memory_bandwidth=4.8e12,
+            interconnect=450e9,  # NVLink 4
+            network=400e9 / 8,
+            host_memory_bytes=369e9,  # a3-ultragpu-8g: 2,952 GB for 8
+            shapes=_HOST,
+            price=Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
+            gpu=Gpu("H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
+        ),
+        Chip(
+            "h100",
+            kinds=("H100", "GH200"),
+            peak_flops=989e12,
+            memory_bytes=80e9 * ALLOCATOR_FRACTION,
+            memory_bandwidth=3.35e12,
+            interconnect=450e9,
+            network=400e9 / 8,
+            host_memory_bytes=234e9,  # a3-highgpu-8g: 1,872 GB for 8
+            shapes=_HOST,
+            price=Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
+            gpu=Gpu("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
+        ),
+        Chip(
+            "a100",
+            kinds=("A100",),
+            peak_flops=312e12,
+            memory_bytes=80e9 * ALLOCATOR_FRACTION,  # the 80 GB board
+            memory_bandwidth=2.04e12,
+            interconnect=300e9,  # NVLink 3
+            network=200e9 / 8,
+            host_memory_bytes=170e9,  # a2-ultragpu-8g: 1,360 GB for 8
+            shapes=_HOST,
+            price=Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
+            gpu=Gpu(
+                "A100-80GB", "NVIDIA A100-SXM4-80GB", (8, 0), 108, shared_memory=167936, clock_ghz=1.41, l2_bytes=40 * 2**20
+            ),
+        ),
+        Chip(
+            "b200",
+            kinds=("B200",),
+            peak_flops=2250e12,
+            memory_bytes=180e9 * ALLOCATOR_FRACTION,
+            memory_bandwidth=8e12,
+            interconnect=900e9,  # NVLink 5
+            network=400e9 / 8,
+            shapes=_HOST,
+            price=Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "US", "2026-09-20", _EVANGELIST),
+            gpu=Gpu("B200", "NVIDIA B200", (10, 0), 148, shared_memory=233472, clock_ghz=1.96, l2_bytes=126 * 2**20),
+        ),
+        Chip(
+            "l4",
+            kinds=("L4",),
+            peak_flops=121e12,
+            memory_bytes=24e9 * ALLOCATOR_FRACTION,
+            memory_bandwidth=0.3e12,
+            interconnect=32e9,  # PCIe 4.0 x16
+            host_memory_bytes=16e9,  # g2-standard-4
+            shapes=_HOST,
+            price=Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),
+            gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_memory=102400, clock_ghz=2.04, l2_bytes=48 * 2**20),
+        ),
+    )
+}
+
+# Devices without a row, of which kernels know enough.
+SAME_MATRIX_UNITS = {"TPU7x": "v6e"}  # JAX's device kind -> the chip whose tiles suit it
+OTHER_GPUS = {"H800": (9, 0), "H20": (9, 0)}  # word of the device kind -> compute capability
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`, or None where no data sheet is recorded (CPUs)."""
+    chip = next((chip for chip in CHIPS.values() if chip.is_called(device_kind)), None)
+    board = re.search(r"\b(\d+)GB", device_kind)
+    if chip is None or board is None:
+        return chip
+    memory = float(board[1]) * 1e9 * ALLOCATOR_FRACTION  # of a smaller board of the same chip: "NVIDIA A100-SXM4-40GB"
+    return dataclasses.replace(chip, memory_bytes=min(memory, chip.memory_bytes))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device, or None where no data sheet is recorded (CPUs): MFU is then left empty."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.peak_flops
+
+
+def compute_capability(device_kind: str) -> tuple[int, int] | None:
+    """Major and minor number of an NVIDIA GPU by JAX's name of it, or None for what is not one or is not known."""
+    chip = chip_of(device_kind)
+    if chip is not None:
+        return None if chip.gpu is None else chip.gpu.compute_capability
+    return next((known for word, known in OTHER_GPUS.items() if _has_word(device_kind, word)), None)
+
+
+def tiles_of(device_kind: str, head_dim: int) -> tuple[Tiles, Tiles] | None:
+    """Tiles of the forward and the backward attention kernel on a TPU by JAX's name of it; None where there are none."""
+    chip = CHIPS[SAME_MATRIX_UNITS[device_kind]] if device_kind in SAME_MATRIX_UNITS else chip_of(device_kind)
+    rows = () if chip is None or chip.tpu is None else chip.tpu.tiles
+    return next(((forward, backward) for largest, forward, backward in rows if head_dim <= largest), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Chips that are rented together, by name ("v5e:4x4", "v5p:2x2x4", "h200:8"); JAX shows each as one device."""
+
+    name: str
+    chip: Chip
+    n_chips: int
+
+    @property
+    def shape(self) -> str:
+        """Of a TPU slice its topology, "4x4"; of a GPU host how many, "8"."""
+        return self.name.partition(":")[2]
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.chip.tpu is not None
+
+    @property
+    def n_hosts(self) -> int:
+        """Machines, so processes: 4 TPU chips each where there are several; GPUs of one machine."""
+        return max(1, self.n_chips // CHIPS_PER_HOST) if self.is_tpu else 1
+
+    def require_compiler(self) -> None:
+        """Raises ValueError, with what to install, where programs can't be compiled for these chips."""
+        module = "libtpu" if self.is_tpu else "jax_cuda13_plugin"
+        if importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            raise ValueError(f"compiling for {self.name} takes the package {package}: pip install 'gqa-jax[aot]'")
+
+
+SLICES = {
+    f"{chip.name}:{shape}": Slice(f"{chip.name}:{shape}", chip, math.prod(map(int, shape.split("x"))))
+    for chip in CHIPS.values()
+    for shape in chip.shapes
+}
+
+
+def find(name: str) -> Slice:
+    """The slice of that name. Raises ValueError naming the closest."""
+    if name in SLICES:
+        return SLICES[name]
+    chip = CHIPS.get(name.partition(":")[0])
+    if chip is not None:
+        raise ValueError(
+            f"unknown topology {name!r}: of {chip.name} there are {', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
+        )
+    close = difflib.get_close_matches(name, SLICES, n=1)
+    raise ValueError(f"unknown topology {name!r}: " + (f"did you mean {close[0]!r}?" if close else f"there are {listing()}"))
+
+
+def listing() -> str:
+    """The names of all slices, chip by chip."""
+    return "; ".join(f"{chip.name}:{', '.join(chip.shapes)}" for chip in CHIPS.values())
+
+
+def larger(than: Slice) -> list[Slice]:
+    """Slices of the same chip with more of them, smallest first."""
+    return [s for s in SLICES.values() if s.chip.name == than.chip.name and s.n_chips > than.n_chips]
