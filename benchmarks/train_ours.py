@@ -35,9 +35,8 @@ import jax
 import numpy as np
 
 from benchmarks import train_case, workers
-from gqa_jax import attention, costs, optimizer, planner, program, sharding, slices, topologies
+from gqa_jax import attention, costs, hardware, optimizer, planner, program, sharding, topologies
 from gqa_jax.config import TrainConfig, default_config
-from gqa_jax.devices import chip_of
 from gqa_jax.shapes import SIZES
 
 #: Steps of the learning rate's schedule, warm-up and decay included; later ones have the last one's rate.
@@ -297,7 +296,7 @@ class Session:
 
     def _planned(self, config: TrainConfig) -> dict[str, Any] | None:
         """The planner's estimate for the device; None where it has no data sheet, as of CPUs."""
-        chip = chip_of(self._device.device_kind) if self.topology is None else slices.find(self.topology).chip
+        chip = hardware.chip_of(self._device.device_kind) if self.topology is None else hardware.find(self.topology).chip
         if chip is None:
             return None
         found = planner.estimate(config, planner.Execution.of(config), chip)
@@ -321,7 +320,7 @@ def flops_per_step(config: TrainConfig) -> dict[str, float]:
 
 def peak_flops(config: TrainConfig, device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of the device; None where no data sheet is recorded, and for another dtype."""
-    chip = chip_of(device_kind)
+    chip = hardware.chip_of(device_kind)
     return chip.peak_flops if chip is not None and config.model.dtype == "bfloat16" else None
 
 
