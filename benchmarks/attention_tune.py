@@ -83,14 +83,14 @@ def _pallas_gpu() -> Tunable:
 
 
 def _pallas_triton() -> Tunable:
-    from gqa_jax.attention import triton
+    from gqa_jax.attention import pallas_triton, triton
 
-    def candidates(case: Case, part: str) -> list[triton.Tile]:
+    def candidates(case: Case, part: str) -> list[pallas_triton.Tile]:
         sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-        return [triton.Tile(*size) for size in sizes]
+        return [pallas_triton.Tile(*size) for size in sizes]
 
     return Tunable(
-        lambda case: triton.choose(case.length, case.keys, case.group, case.head_dim, case.dtype),
+        lambda case: pallas_triton.choose(case.length, case.keys, case.group, case.head_dim, case.dtype),
         candidates,
         triton.forward,
         triton.backward,

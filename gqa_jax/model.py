@@ -17,8 +17,7 @@ from gqa_jax import attention
 from gqa_jax.config import REMAT_POLICIES, ModelConfig
 from gqa_jax.parallel import ALONE, Part
 
-RESIDUAL = "residual"  # names of what rematerialisation policies may keep
-ATTENTION_RESULTS = ("attention_out", "attention_lse")  # given by gqa_jax.attention
+RESIDUAL = "residual"  # name of the residual stream between layers, which a rematerialisation policy may keep
 
 
 class Block(nnx.Module):
@@ -166,16 +165,20 @@ def _remat(body, policy: str):
         case "full":  # keep the residual stream between layers
             keep = policies.nothing_saveable
         case "attention_only":  # and the results of attention, the dearest to compute again at long contexts
-            keep = policies.save_only_these_names(*ATTENTION_RESULTS)
+            keep = attention.results_saveable
         case "dots":  # keep the results of weight matmuls, compute attention and elementwise again
             keep = policies.dots_with_no_batch_dims_saveable
         case "offload":  # as attention_only, with the residual stream in the host's memory
-            keep = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=list(ATTENTION_RESULTS),
+            stream = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
                 names_which_can_be_offloaded=[RESIDUAL],
                 offload_src="device",
                 offload_dst="pinned_host",
             )
+
+            def keep(prim, *args, **params):
+                return attention.results_saveable(prim, *args, **params) or stream(prim, *args, **params)
+
         case _:
             raise ValueError(f"unknown remat policy {policy!r}: use {', '.join(REMAT_POLICIES)}")
     return jax.checkpoint(body, prevent_cse=False, policy=keep)

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax.attention import oracle, triton, xla
+from gqa_jax.attention import oracle, pallas_triton, triton, xla
+from gqa_jax.attention.capability import compute_capability
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
 from tests import machines
 
-SMALL = triton.Options(*(triton.Tile(rows, keys, 4, 2) for rows, keys in ((64, 32), (32, 16), (32, 64))), interpret=True)
+SMALL = pallas_triton.Options(
+    *(pallas_triton.Tile(rows, keys, 4, 2) for rows, keys in ((64, 32), (32, 16), (32, 64))), interpret=True
+)
 
 
 def problem(n_heads, n_kv, head_dim, length, *, keys=None, batch=1, segments=False, size=1.0, dtype=jnp.bfloat16, **offsets):
@@ -95,7 +98,7 @@ def test_as_close_to_float64_as_xla(n_heads, n_kv, head_dim, length):
 def test_tiles_of_the_table(case):
     case = problem(**{"head_dim": 64, **case})
     _, length, _, group, head_dim = case[0][0].shape
-    check(case, triton.choose(length, length, group, head_dim, case[0][0].dtype, interpret=True))
+    check(case, pallas_triton.choose(length, length, group, head_dim, case[0][0].dtype, interpret=True))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +122,8 @@ def test_masks_and_dtypes(case):
 def test_runs_a_case():
     (q, k, v), _, mask, arguments = problem(8, 2, 64, 50)
     case = Case("cpu", "cpu", 1, 50, 50, 8, 2, 64, q.dtype, interpreted=True)
-    assert triton.obstacle(case) is None
-    out, lse = attend(triton.kernel(case, 0.125), q, k, v, mask)
+    assert pallas_triton.obstacle(case) is None
+    out, lse = attend(pallas_triton.kernel(case, 0.125), q, k, v, mask)
     exact_out, exact_lse = oracle.forward(q, k, v, **arguments)
     np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, atol=2e-2)
     np.testing.assert_allclose(lse, exact_lse, atol=2e-6)
@@ -147,13 +150,13 @@ def test_two_runs_are_bit_equal():
 )
 def test_obstacles(change, reason):
     case = Case("gpu", "NVIDIA A100-SXM4-80GB", 1, 128, 128, 8, 1, 64, jnp.dtype("bfloat16"))
-    assert triton.obstacle(case) is None
-    assert reason in triton.obstacle(case._replace(**change))
+    assert pallas_triton.obstacle(case) is None
+    assert reason in pallas_triton.obstacle(case._replace(**change))
 
 
 def test_capability_is_of_the_longest_name():
-    assert triton.compute_capability("NVIDIA A100-SXM4-80GB") == 8.0  # not an A10, 8.6
-    assert triton.compute_capability("NVIDIA GH200 480GB") == 9.0
+    assert compute_capability("NVIDIA A100-SXM4-80GB") == 8.0  # not an A10, 8.6
+    assert compute_capability("NVIDIA GH200 480GB") == 9.0
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -172,7 +175,7 @@ def test_capability_is_of_the_longest_name():
 def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments):
     mesh = machines.mesh(gpu)
     length, group = 8192, n_heads // n_kv
-    options = triton.choose(length, length, group, head_dim, jnp.bfloat16)
+    options = pallas_triton.choose(length, length, group, head_dim, jnp.bfloat16)
 
     def shape(*dims, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -200,7 +203,7 @@ def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)])
 def test_float32_fits_the_smallest_gpus(head_dim):
     mesh = machines.mesh("l4")
-    options = triton.choose(1000, 1000, 2, head_dim, jnp.float32)
+    options = pallas_triton.choose(1000, 1000, 2, head_dim, jnp.float32)
     kernel = Kernel(triton.forward, triton.backward, 0.1, options)
     sharding = NamedSharding(mesh, PartitionSpec())
     q, k = (

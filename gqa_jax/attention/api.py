@@ -6,6 +6,7 @@ import difflib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gqa_jax.attention import implementations
 from gqa_jax.attention.implementations import Case
@@ -27,14 +28,18 @@ def attention(
     """Causal attention of grouped queries: softmax(scale q k^T) v over the keys that a query sees.
 
     Query t sees key s when q_offset + t >= kv_offset + s and, with segments, when theirs are equal. Keys and values are never
-    repeated. Differentiable in q, k and v, through the log-sum-exp too.
+    repeated. Differentiable in q, k and v, through the log-sum-exp too: once and in reverse. Twice, and in forward mode:
+    `reference`, and `xla` with equal int offsets and T up to 1024.
+
+    Logits must be greater than about -1e20: a key of a smaller one counts as not seen.
 
     Args:
       q: (B, T, N, H) queries, N a multiple of K; head n reads key/value head n // (N / K). Or (B, T, K, G, H).
       k: (B, S, K, H) keys. v: (B, S, K, H) values. All of one dtype: bfloat16 or float32 (others: `reference`, `xla`).
       implementation: a name, or None for the best one for this platform and case (`gqa_jax.attention.implementations`).
-      segment_ids: (B, T) integers, documents of a packed sequence; with S != T or offsets a pair, (B, T) and (B, S).
-      q_offset, kv_offset: positions of the first query and key, Python ints or int32 scalars. S != T needs them.
+      segment_ids: (B, T) integers of 32 bits, documents of a packed sequence; with S != T or offsets a pair, (B, T) and (B, S).
+      q_offset, kv_offset: positions of the first query and key, ints or int32 scalars. S != T needs them. Equal ints are the
+        usual causal mask, of which kernels leave out what is hidden; an array is known only when the program runs.
       scale: of the logits; None is H ** -0.5.
       return_lse: also return the log-sum-exp of each query's logits, natural, (B, T, N) (or (B, T, K, G)), float32:
         parts over disjoint keys merge by it. -inf where a query sees no key; its output is 0.
@@ -46,6 +51,7 @@ def attention(
     Raises:
       ValueError: shapes, dtypes or offsets that don't fit together, an implementation that is unknown or can't run this
         case here, before anything is traced.
+      NotImplementedError: a derivative that the implementation has not, where it is taken.
     """
     check(q, k, v, segment_ids, q_offset, kv_offset, scale)
     batch, length, *heads, head_dim = q.shape
@@ -53,7 +59,7 @@ def attention(
     q_BxTxKxGxH = q if q.ndim == 5 else q.reshape(batch, length, n_kv, q.shape[2] // n_kv, head_dim)
     scale = head_dim**-0.5 if scale is None else float(scale)
     q_segments, kv_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    mask = Mask(q_offset, kv_offset, q_segments, kv_segments)
+    mask = Mask(_position(q_offset), _position(kv_offset), ids_of(q_segments), ids_of(kv_segments))
     case = Case.of(q_BxTxKxGxH, k, mask, return_lse=return_lse)
     run = implementations.get(resolve(implementation, case)).run
     out_BxTxKxGxH, lse_BxKxGxT = run(q_BxTxKxGxH, k, v, mask, scale, case)
@@ -61,6 +67,18 @@ def attention(
     if not return_lse:
         return out
     return out, jnp.transpose(lse_BxKxGxT, (0, 3, 1, 2)).reshape(batch, length, *heads)
+
+
+def _position(offset: int | np.integer | jax.Array) -> int | jax.Array:
+    """An offset as masks have it: what is known while tracing a Python int, the rest int32."""
+    if isinstance(offset, (np.integer, np.ndarray)):
+        return int(offset)
+    return offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
+
+
+def ids_of(segments: jax.Array | None) -> jax.Array | None:
+    """Segment ids, checked, as the int32 that masks have."""
+    return None if segments is None else jnp.asarray(segments, jnp.int32)
 
 
 def check_name(implementation: str | None) -> None:
@@ -135,3 +153,10 @@ def _check_segments(segment_ids, q, k) -> None:
     for ids, shape in zip(pair, expected, strict=True):
         if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids must be integers of shape {shape}; got {ids.dtype} {ids.shape}")
+        if ids.dtype.itemsize < 8:
+            continue
+        # of 64-bit ids the kernels would compare the lower half
+        if not isinstance(ids, np.ndarray):
+            raise ValueError(f"segment_ids must be integers of 32 bits; got {ids.dtype}: number the documents in int32")
+        if ids.min() < -(2**31) or ids.max() >= 2**31:
+            raise ValueError(f"segment_ids must be within int32; got {ids.min()} to {ids.max()}: number the documents from 0")

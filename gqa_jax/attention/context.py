@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gqa_jax.attention import implementations
-from gqa_jax.attention.api import attention, check, resolve
-from gqa_jax.attention.gradient import Kernel, named, rows_of
+from gqa_jax.attention.api import attention, check, ids_of, resolve
+from gqa_jax.attention.gradient import Kernel, named, once, rows_of
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
 from gqa_jax.collectives import reduce_scatter
@@ -111,8 +111,7 @@ def context_attention(
     name = resolve(implementation, case)
     if size == 1:
         return attention(q, k, v, implementation=name, segment_ids=segment_ids, scale=scale)
-    if segment_ids is not None:
-        segment_ids = segment_ids.astype(jnp.int32)
+    segment_ids = ids_of(segment_ids)
     if method == "gather":
         return _gather(q, k, v, segment_ids, axis, size, name, scale)
     kernel_of = functools.partial(implementations.get(name).kernel, scale=head_dim**-0.5 if scale is None else float(scale))
@@ -257,7 +256,9 @@ def _ring(ring: _Ring, q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT):
     return _ring_forward(ring, q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT)[0]
 
 
-def _ring_forward(ring: _Ring, q, k, v, segments):
+def _ring_forward(ring: _Ring, *operands):
+    q, k, v = once(ring.own, *operands[:3])
+    segments = operands[3]
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
 
     def step(state, visitors, alike):
@@ -278,11 +279,12 @@ def _ring_forward(ring: _Ring, q, k, v, segments):
     out, lse = ring.own.forward(q, k, v, Mask(0, 0, segments, segments), ring.own.scale, ring.own.options)
     out, lse = ring.travel(step, (out.astype(accumulate), lse), (jnp.stack([k, v]), segments))
     out, lse = named(out.astype(q.dtype), lse)
-    return out, (q, k, v, segments, out, lse)
+    return out, (*operands, out, lse)
 
 
 def _ring_backward(ring: _Ring, kept, d_out):
     q, k, v, segments, out, lse = kept
+    q, k, v, out, lse, d_out = once(ring.own, q, k, v, out, lse, d_out)
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     lse, delta = rows_of(out, lse, d_out)
 

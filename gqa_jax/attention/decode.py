@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gqa_jax.attention import decode_tpu, decode_triton
+from gqa_jax.attention import decode_tpu, pallas_triton
 from gqa_jax.attention.api import check_heads
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import HIDDEN, UNSEEN
@@ -40,7 +41,7 @@ def decode(
       q: (B, N, H) queries, N a multiple of K; head n reads key/value head n // (N / K). Or (B, K, G, H).
       k_cache, v_cache: (B, S, K, H), of q's dtype. Entries from `length` on may hold anything, NaN too. On TPUs make S a
         multiple of 8: where H is 128 and K less than 8, other caches cost time, and with K = 1 and B > 1 a copy.
-      length: valid entries, an integer or int (B,), possibly traced; a traced one is taken to be within 0 and S.
+      length: valid entries, an integer or int (B,), possibly traced; a `jax.Array` is taken to be within 0 and S.
       implementation: a name, or None for the best one for this platform: "reference", "xla", "pallas_tpu", "pallas_triton".
       scale: of the logits; None is H ** -0.5.
       return_lse: also return the natural log-sum-exp of the logits, (B, N) (or (B, K, G)), float32: results over disjoint
@@ -149,6 +150,8 @@ def _pallas_tpu(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, case: C
 
 
 def _pallas_triton(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, case: Case):
+    from gqa_jax.attention import decode_triton  # deprecated in JAX: only where it runs
+
     options = decode_triton.choose(case)
     return merge(*decode_triton.parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale, options))
 
@@ -157,7 +160,7 @@ DECODERS: dict[str, Implementation] = {
     "reference": Implementation(lambda case: None, _reference),
     "xla": Implementation(lambda case: None, _xla),
     "pallas_tpu": Implementation(decode_tpu.obstacle, _pallas_tpu),
-    "pallas_triton": Implementation(decode_triton.obstacle, _pallas_triton),
+    "pallas_triton": Implementation(pallas_triton.obstacle, _pallas_triton),
 }
 
 
@@ -166,12 +169,12 @@ def _check(q, k_cache, v_cache, length, scale) -> None:
     if q.ndim not in (3, 4) or k_cache.ndim != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(f"decode takes q (B, N, H) or (B, K, G, H) and k_cache, v_cache (B, S, K, H); got {shapes}")
     check_heads(q, k_cache, v_cache, heads_axis=1, grouped=q.ndim == 4, shapes=shapes)
-    if isinstance(length, int):
-        if not 0 <= length <= k_cache.shape[1]:
-            raise ValueError(f"length must be within the cache, 0 to {k_cache.shape[1]}; got {length}")
-    elif jnp.shape(length) not in ((), (q.shape[0],)) or not jnp.issubdtype(jnp.result_type(length), jnp.integer):
+    if jnp.shape(length) not in ((), (q.shape[0],)) or not jnp.issubdtype(jnp.result_type(length), jnp.integer):
         raise ValueError(
             f"length must be an integer or integers ({q.shape[0]},); got {jnp.result_type(length)} {jnp.shape(length)}"
         )
+    # one that is on a device is not waited for
+    if not isinstance(length, jax.Array) and not np.all((np.asarray(length) >= 0) & (np.asarray(length) <= k_cache.shape[1])):
+        raise ValueError(f"length must be within the cache, 0 to {k_cache.shape[1]}; got {length}")
     if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
         raise ValueError(f"scale must be a positive Python number; got {scale!r}")

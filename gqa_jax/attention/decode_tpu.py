@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gqa_jax.attention.masks import HIDDEN, UNSEEN
+from gqa_jax.attention.tracing import in_32_bits
 
 LANES = 128
 
@@ -60,6 +61,7 @@ def obstacle(case) -> str | None:
     return None
 
 
+@in_32_bits
 def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Options):
     """Outputs (P, B, K, G, H) and log-sum-exps (P, B, K, G), float32, of the parts of each sequence."""
     batch, n_kv, group, head_dim = q_BxKxGxH.shape

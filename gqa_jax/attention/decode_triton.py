@@ -16,9 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gqa_jax.attention import triton
 from gqa_jax.attention.masks import HIDDEN, UNSEEN
-from gqa_jax.attention.triton import LOG2_E, padded
+from gqa_jax.attention.pallas_triton import padded
+from gqa_jax.attention.tracing import in_32_bits
+from gqa_jax.attention.triton import LOG2_E
 
 PROGRAMS = 512  # enough to keep the loads of 132 cores in flight
 SMALLEST_PART = 512  # keys; merging costs more than smaller parts save
@@ -42,9 +43,7 @@ def choose(case) -> Options:
     return Options(min(wanted, -(-case.keys // SMALLEST_PART)), block, 4, 2 if row_bytes > 512 else 3, case.interpreted)
 
 
-obstacle = triton.obstacle
-
-
+@in_32_bits
 def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Options):
     """Outputs (P, B, K, G, H) and log-sum-exps (P, B, K, G), float32, of the parts of each sequence."""
     batch, keys, n_kv, head_dim = k_BxSxKxH.shape

@@ -62,7 +62,7 @@ def choose(head_dim: int, length: int, group: int, kv_heads: int = 1, segments: 
 def kernel(case: Case, scale: float) -> Kernel:
     """Both passes, with the tiles for `case`."""
     options = choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads, case.segments)
-    return Kernel(forward, backward, scale, options._replace(interpret=case.interpreted))
+    return Kernel(forward, backward, scale, options._replace(interpret=case.interpreted), name="pallas_gpu")
 
 
 def obstacle(case: Case) -> str | None:

@@ -37,8 +37,10 @@ from gqa_jax.attention.hopper_tiles import (
     tiled,
 )
 from gqa_jax.attention.masks import Mask
+from gqa_jax.attention.tracing import in_32_bits
 
 
+@in_32_bits
 def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask: Mask, scale, options):
     """See `gqa_jax.attention.gradient.Kernel`; `options` as `hopper.choose` returns them."""
     problem = Problem.of(q_BxTxKxGxH, k_BxSxKxH, mask)

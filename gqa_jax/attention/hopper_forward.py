@@ -37,8 +37,10 @@ from gqa_jax.attention.hopper_tiles import (
     zeros_R,
 )
 from gqa_jax.attention.masks import UNSEEN, Mask
+from gqa_jax.attention.tracing import in_32_bits
 
 
+@in_32_bits
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options):
     """See `gqa_jax.attention.gradient.Kernel`; `options` as `hopper.choose` returns them."""
     problem = Problem.of(q_BxTxKxGxH, k_BxSxKxH, mask)

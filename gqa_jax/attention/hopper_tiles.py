@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask) -> Problem:
         batch, length, n_kv, group, head_dim = q_BxTxKxGxH.shape
-        return cls(batch, length, k_BxSxKxH.shape[1], n_kv, group, head_dim, 0 if mask.aligned else None,
+        return cls(batch, length, k_BxSxKxH.shape[1], n_kv, group, head_dim, mask.static_shift,
                    mask.q_segments_BxT is not None)  # fmt: skip
 
     @property
@@ -99,13 +99,15 @@ def pad(x: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
 class Masking(NamedTuple):
     """What the kernels take of a mask, as arrays or as references to them; what is not needed is None."""
 
-    shift: jax.Array | None  # (1,) q_offset - kv_offset, where it isn't known to be 0 while tracing
+    shift: jax.Array | None  # (1,) q_offset - kv_offset, where it isn't known while tracing
     q_segments_BxT: jax.Array | None
     kv_segments_BxS: jax.Array | None
 
     @classmethod
     def of(cls, mask: Mask, key_multiple: int) -> Masking:
-        shift = None if mask.aligned else jnp.reshape(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32), (1,))
+        shift = None
+        if mask.static_shift is None:
+            shift = jnp.reshape(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32), (1,))
         if mask.q_segments_BxT is None:
             return cls(shift, None, None)
         q, kv = (jnp.asarray(x, jnp.int32) for x in (mask.q_segments_BxT, mask.kv_segments_BxS))

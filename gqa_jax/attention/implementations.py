@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention import pallas_tpu, peers, triton, xla
+from gqa_jax.attention import pallas_tpu, pallas_triton, peers, xla
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.masks import Mask
 from gqa_jax.attention.reference import reference
@@ -120,7 +120,7 @@ _ALL: dict[str, Implementation] = {
     "xla": Implementation(lambda case: None, _run_xla, xla.kernel),
     "pallas_tpu": Implementation.of(pallas_tpu.obstacle, pallas_tpu.kernel),
     "pallas_gpu": Implementation.of(lambda case: _hopper().obstacle(case), lambda case, scale: _hopper().kernel(case, scale)),
-    "pallas_triton": Implementation.of(triton.obstacle, triton.kernel),
+    "pallas_triton": Implementation.of(pallas_triton.obstacle, pallas_triton.kernel),
     "cudnn": Implementation(peers.cudnn_obstacle, peers.cudnn),
     "tokamax": Implementation(peers.tokamax_obstacle, peers.tokamax),
 }

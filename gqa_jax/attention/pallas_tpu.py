@@ -54,4 +54,4 @@ def candidates(case: Case, which: str) -> list[Tiles]:
 
 
 def kernel(case: Case, scale: float) -> Kernel:
-    return Kernel(forward, backward, scale, choose(case))
+    return Kernel(forward, backward, scale, choose(case), name="pallas_tpu")

@@ -13,7 +13,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention.triton import compute_capability
+from gqa_jax.attention.capability import compute_capability
 
 TOKAMAX = "0.0.17"  # the first whose tile sizes can be chosen through its public modules
 LARGEST_TPU_BLOCK = 1024

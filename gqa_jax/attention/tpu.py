@@ -206,12 +206,11 @@ class Problem:
 
     def __init__(self, cut: Cut, mask: Mask):
         self.cut = cut
-        shift = mask.q_offset - mask.kv_offset
-        self._shift = shift if isinstance(shift, int) else None
+        self._shift = mask.static_shift
         self.folded = self._shift == 0 and cut.length == cut.keys
         self.scalars, self.segments = [], None
         if self._shift is None:
-            self.scalars.append(jnp.asarray(shift, jnp.int32).reshape(1))
+            self.scalars.append(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32).reshape(1))
         if mask.q_segments_BxT is not None:
             q, q_range = _segments(mask.q_segments_BxT, cut.padded_length, cut.tokens)
             kv, kv_range = _segments(mask.kv_segments_BxS, cut.padded_keys, cut.tiles.keys)

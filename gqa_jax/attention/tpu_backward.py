@@ -23,11 +23,13 @@ from gqa_jax.attention import tpu
 from gqa_jax.attention.gradient import UNSEEN_LSE
 from gqa_jax.attention.masks import Mask
 from gqa_jax.attention.tpu import LOG2_E, Options, Problem, Steps, Visibility, dot, strip_of
+from gqa_jax.attention.tracing import in_32_bits
 
 SLOT, PREVIOUS, UNWRITTEN, WORDS = 0, 1, 2, 4  # scalars kept between steps; UNWRITTEN is one for each of two slots
 PART = 512  # keys of a part of a masked block: parts that no query sees are left out
 
 
+@in_32_bits
 def backward(
     q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask: Mask, scale, options: Options
 ):

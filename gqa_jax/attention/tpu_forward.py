@@ -14,11 +14,13 @@ from jax.experimental.pallas import tpu as pltpu
 from gqa_jax.attention import tpu
 from gqa_jax.attention.masks import UNSEEN, Mask
 from gqa_jax.attention.tpu import LOG2_E, Options, Problem, Share, Steps, Visibility, dot, strip_of
+from gqa_jax.attention.tracing import in_32_bits
 
 SUBLANES = 8
 PART = 512  # keys of a part of a masked block: parts that no query sees are left out
 
 
+@in_32_bits
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
     """See `gqa_jax.attention.gradient.Kernel`."""
     cut = tpu.cut(q_BxTxKxGxH, k_BxSxKxH, options.forward, Share())

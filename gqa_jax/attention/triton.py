@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,87 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gqa_jax.attention.gradient import UNSEEN_LSE, Kernel
+from gqa_jax.attention.gradient import UNSEEN_LSE
 from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
+from gqa_jax.attention.pallas_triton import Options, Tile, padded
+from gqa_jax.attention.tracing import in_32_bits
 
-LARGEST_HEAD = 256
 LOG2_E = math.log2(math.e)
 
 
-class Tile(NamedTuple):
-    """Rows (query, token pairs) by keys, powers of two of at least 16; warps of a program; stages of the copy pipeline."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class Options(NamedTuple):
-    forward: Tile
-    dq: Tile
-    dkv: Tile
-    interpret: bool = False
-
-
-# By bytes of an element and padded head size. 16-bit tiles fit the 99 KB of shared memory of the smallest GPUs (compute
-# capability 8.9) and compile for them and for Hopper without register spills; those of float32, at most a few.
-_TILES = {
-    (2, 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
-    (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 64): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 128): (Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 16, 4, 2)),
-    (4, 256): (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
-}
-
-
-def choose(length: int, keys: int, group: int, head_dim: int, dtype: Any, *, interpret: bool = False) -> Options:
-    """The table's tiles, no larger than the problem."""
-    most_rows, most_keys = padded(length * group), padded(keys)
-    tiles = _TILES[jnp.dtype(dtype).itemsize, max(64, padded(head_dim))]
-    tiles = (tile._replace(rows=min(tile.rows, most_rows), keys=min(tile.keys, most_keys)) for tile in tiles)
-    return Options(*tiles, interpret=interpret)
-
-
-def padded(size: int) -> int:
-    """The power of two that Triton holds `size` in, at least 16, the least that a matrix unit takes."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def compute_capability(chip: str) -> float | None:
-    """Of an NVIDIA GPU by its name as JAX gives it ("NVIDIA H200"); None for what is not one or is not known."""
-    for version in sorted(plgpu.GpuVersion, key=lambda version: -len(version.value)):
-        if version.value in chip:
-            return plgpu.get_gpu_info_from_version(version).compute_capability / 10
-    here = jax.local_devices()[0]  # a model that this JAX has no entry for
-    return float(here.compute_capability) if "NVIDIA" in chip and here.device_kind == chip else None
-
-
-def obstacle(case) -> str | None:
-    """Why these kernels can't run `case` (`gqa_jax.attention.implementations.Case`); None where they can."""
-    if not case.interpreted:
-        if case.platform != "gpu":
-            return f"pallas_triton runs on NVIDIA GPUs, this is {case.platform}"
-        if (compute_capability(case.chip) or 0) < 8:
-            return f"pallas_triton needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later, this is {case.chip}"
-    if case.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"pallas_triton takes bfloat16, float16 and float32, not {case.dtype}"
-    if case.head_dim % 16 or case.head_dim > LARGEST_HEAD:
-        return f"pallas_triton takes head sizes of a multiple of 16 up to {LARGEST_HEAD}, not {case.head_dim}"
-    if max(case.batch, case.n_kv_heads) > 65535:
-        return f"a CUDA grid takes a batch and key/value heads of 65535 at most, not {case.batch} and {case.n_kv_heads}"
-    if max(case.length * case.group, case.keys) >= 2**30:
-        return f"pallas_triton counts rows in 32 bits; {case.length} queries of a group of {case.group} are too many"
-    return None
-
-
-def kernel(case, scale: float) -> Kernel:
-    """Both passes, with the tiles for `case`."""
-    options = choose(case.length, case.keys, case.group, case.head_dim, case.dtype, interpret=case.interpreted)
-    return Kernel(forward, backward, scale, options)
-
-
+@in_32_bits
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
     """See `gqa_jax.attention.gradient.Kernel`."""
     problem = _Problem(q_BxTxKxGxH, k_BxSxKxH, mask, scale, options.forward, options.interpret)
@@ -116,6 +43,7 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
     )(*problem.mask_operands, q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH)
 
 
+@in_32_bits
 def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask, scale, options: Options):
     """See `gqa_jax.attention.gradient.Kernel`."""
     operands = (q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH.astype(q_BxTxKxGxH.dtype))
@@ -157,7 +85,7 @@ class _Problem:
         self.tile, self.interpret = tile, interpret
         self.width = padded(self.head_dim)
         self.scale = scale
-        self.shifted = not mask.aligned
+        self.shift = mask.static_shift
         self.segmented = mask.q_segments_BxT is not None
         self.rows = self.length * self.group
         self.row_tiles, self.key_tiles = -(-self.rows // tile.rows), -(-self.keys // tile.keys)
@@ -171,7 +99,7 @@ class _Problem:
         self.column = jax.ShapeDtypeStruct((self.batch, self.n_kv, self.group, self.length), jnp.float32)
 
         self.mask_operands, self.mask_specs = [], []
-        if self.shifted:
+        if self.shift is None:
             self.mask_operands.append(jnp.asarray(mask.q_offset - mask.kv_offset, jnp.int32).reshape(1))
             self.mask_specs.append(pl.BlockSpec((1,), lambda i, k, b: (0,)))
         if self.segmented:
@@ -187,7 +115,7 @@ class _Problem:
     def split(self, refs):
         """(shift, segments of queries, of keys), each as it is present, and the references of the pass itself."""
         refs = list(refs)
-        shift = refs.pop(0)[0] if self.shifted else 0
+        shift = refs.pop(0)[0] if self.shift is None else self.shift
         segments = (refs.pop(0), refs.pop(0)) if self.segmented else (None, None)
         return shift, *segments, refs
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention.gradient import Kernel
+from gqa_jax.attention.gradient import LONGEST_UNROLLED, Kernel
 from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
 
 if TYPE_CHECKING:
     from gqa_jax.attention.implementations import Case
 
-LONGEST_UNROLLED = 1024
 SMALLEST_UNROLLED_BLOCK = 128  # smaller ones would save little work and cost compile time
 
 
@@ -41,7 +40,8 @@ def choose(batch: int, length: int, n_heads: int) -> Options:
 
 
 def kernel(case: Case, scale: float) -> Kernel:
-    return Kernel(forward, backward, scale, choose(case.batch, case.length, case.n_heads))
+    options = choose(case.batch, case.length, case.n_heads)
+    return Kernel(forward, backward, scale, options, name="xla", forward_mode=True)
 
 
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
