@@ -83,6 +83,12 @@ def mebibytes(value: Any) -> str:
     return figure(value, scale=2**-20)
 
 
+def nats(value: Any) -> str:
+    """A loss, to a tenth of a thousandth."""
+    found = number(value)
+    return "" if found is None else f"{found:.4f}"
+
+
 def tokens(length: Any) -> str:
     """A length as people say it: 16K."""
     found = number(length)
@@ -173,7 +179,7 @@ def cells(record: Mapping[str, Any]) -> dict[Cell, dict[tuple[str, str], Row]]:
         if not all(isinstance(size, int) and size > 0 for size in shape):
             continue
         if row.get("form", "plain") == "plain" and row.get("documents") is None:
-            found.setdefault(Cell(*shape), {})[row["implementation"], row["direction"]] = row
+            found.setdefault(Cell(*shape), {})[str(row["implementation"]), str(row["direction"])] = row
     return found
 
 

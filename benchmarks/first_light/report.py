@@ -18,6 +18,7 @@ from benchmarks.first_light.findings import (
     heads,
     listed,
     mebibytes,
+    nats,
     percent,
     times,
     tokens,
@@ -90,13 +91,13 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(rows: Iterable[Mapping[str, str]], *, left: Sequence[str] = ()) -> str:
+def table(rows: Iterable[Mapping[str, Any]], *, left: Sequence[str] = ()) -> str:
     """Markdown; columns in the order of the first row. Those without any text are left out; those in `left` are words."""
     rows = list(rows)
     names = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
     if not names:
         return ""
-    cells = [[re.sub(r"\s+", " ", row[name]).replace("|", "\\|") for name in names] for row in rows]
+    cells = [[re.sub(r"\s+", " ", str(row[name])).replace("|", "\\|") for name in names] for row in rows]
     marks = ["---" if name in left else "---:" for name in names]
     return "\n".join(f"| {' | '.join(values)} |" for values in (names, marks, *cells))
 
@@ -268,8 +269,8 @@ def _losses(record: Mapping[str, Any]) -> str:
             "losses beside": one.implementation,
             "status": one.status,
             "steps": str(one.steps),
-            "off after the first": figure(one.first),
-            "after the last": figure(one.last),
+            "off after the first": nats(one.first),
+            "after the last": nats(one.last),
             "same tokens": {True: "yes", False: "no", None: "not said"}[one.tokens],
             "within 0.01": "" if one.last is None else "yes" if one.last <= verdicts.LOSS_TOLERANCE else "no",
         }
@@ -339,24 +340,25 @@ def _rate(row: Row) -> float | None:
 
 
 def _resumed(record: Mapping[str, Any]) -> str:
-    words = {True: "equal", False: "not equal"}
+    def equal(value: Any) -> str:
+        return "yes" if value is True else "no" if value is False else ""
+
     rows = [
         {
             "attention": attention,
             "operations": setting,
-            "repeated": f"{row['distinct']} different of {row.get('times', '?')}"
-            if row.get("distinct")
-            else str(row.get("status")),
-            "resumed here": words.get(row.get("same_process"), ""),
-            "in another process": words.get(row.get("second_process"), ""),
-            "loss off": figure(row.get("loss_difference")),
+            "status": row.get("status"),
+            "different results": f"{row['distinct']} in {row.get('times', '?')}" if row.get("distinct") else "",
+            "equal when resumed": equal(row.get("same_process")),
+            "in another process": equal(row.get("second_process")),
+            "loss off": nats(row.get("loss_difference")),
             "ms a step": figure(row.get("seconds_step"), scale=1e3),
-            "time of the default's": times(findings.price(by_setting)) if setting == "deterministic" else "",
+            "of the default's time": times(findings.price(by_setting)) if setting == "deterministic" else "",
         }
         for attention, by_setting in findings.resumed(record).items()
         for setting, row in by_setting.items()
     ]
-    return table(rows, left=("attention", "operations", "repeated", "resumed here", "in another process"))
+    return table(rows, left=("attention", "operations", "status"))
 
 
 def _correctness(record: Mapping[str, Any]) -> str:
@@ -383,7 +385,7 @@ def _correctness(record: Mapping[str, Any]) -> str:
 def _outcome(row: Row) -> str:
     status = row.get("status")
     if status in ("wrong", "hang"):
-        return status
+        return str(status)
     return "right" if status == "ok" else "failed" if findings.failing(row) else "not tried"
 
 
@@ -444,8 +446,8 @@ def _readme(record: Mapping[str, Any]) -> str:
         {
             "what": str(row.get("case", "")),
             "status": ": ".join(str(row[key]) for key in ("status", "reason") if row.get(key)),
-            "loss": figure(row.get("loss")),
-            "loss on the CPU": figure(row.get("loss_cpu")),
+            "loss": nats(row.get("loss")),
+            "loss on the CPU": nats(row.get("loss_cpu")),
             "device": str(row.get("device") or ""),
             "attention": str(row.get("attention") or ""),
             "seconds": figure(row["seconds"].get("run") if isinstance(row.get("seconds"), Mapping) else row.get("seconds")),

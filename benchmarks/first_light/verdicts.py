@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.first_light import findings
-from benchmarks.first_light.findings import Cell, Row, figure, listed, percent, times, tokens
+from benchmarks.first_light.findings import Cell, Row, figure, listed, nats, percent, times, tokens
 from benchmarks.first_light.fleet import KERNELS, RESUMED
 from benchmarks.first_light.supervisor import median
 
@@ -101,7 +101,7 @@ def kernel_rows(record: Mapping[str, Any], kernel: str) -> list[Row]:
 def failures(record: Mapping[str, Any], kernel: str) -> tuple[list[Row], list[str]]:
     """Rows in which a kernel was wrong, hung, or ended in an error; and what it was marked bad for, by part or kind."""
     rows = kernel_rows(record, kernel)
-    refused = {row.get("reason") for row in rows if row.get("status") == "refused"}
+    refused = [row.get("reason") for row in rows if row.get("status") == "refused"]
     bad = findings.part(record, "bad")
     marked = [f"{name}: {reason}" for name, reason in bad.items() if name.split(" ")[0] == kernel]
     return [row for row in rows if findings.failing(row) and row.get("reason") not in refused], marked
@@ -350,10 +350,10 @@ def _resume(record: Mapping[str, Any], attention: str) -> Verdict:
 
 def _bits(row: Row) -> str:
     """What of a step was equal."""
-    repeated = f"{row.get('distinct')} different results of {row.get('times', '?')} equal steps"
+    distinct = "equal bits" if row.get("distinct") == 1 else f"{row.get('distinct')} different results"
     places = {"here": row.get("same_process"), "in another process": row.get("second_process")}
     said = [f"resumed {place} {'equal' if equal else 'not equal'}" for place, equal in places.items()]
-    return ", ".join([repeated, *said])
+    return ", ".join([f"{row.get('times', '?')} equal steps gave {distinct}", *said])
 
 
 # Speed.
@@ -409,13 +409,13 @@ def _losses(record: Mapping[str, Any]) -> Iterator[Verdict]:
                 subject, "trained on other tokens" if one.tokens is False else "nothing says that the tokens were equal"
             )
         elif not one.last <= LOSS_TOLERANCE:
-            why = f"off by {figure(one.last)} nats after {one.steps} equal steps, by {figure(one.first)} after the first"
+            why = f"off by {nats(one.last)} nats after {one.steps} equal steps, by {nats(one.first)} after the first"
             change = Change("benchmarks/train_ours.py, benchmarks/train_torch.py", "find the cause before a speed is quoted")
             yield Verdict(subject, CHANGE, f"disagree by more than {LOSS_TOLERANCE} nats", why, (change,))
         elif one.steps < LOSS_STEPS:
             yield _open(subject, f"{one.steps} steps alone were compared, {LOSS_STEPS} are needed")
         else:
-            yield Verdict(subject, KEEP, f"agree within {LOSS_TOLERANCE} nats", f"{figure(one.last)} after {one.steps} steps")
+            yield Verdict(subject, KEEP, f"agree within {LOSS_TOLERANCE} nats", f"{nats(one.last)} after {one.steps} steps")
 
 
 def _readme(record: Mapping[str, Any]) -> Verdict:
@@ -438,7 +438,7 @@ def _readme(record: Mapping[str, Any]) -> Verdict:
         return _open(subject, f"{findings.step_said(record, '1b')}; {listed(unsure, 5)}")
     losses = [[findings.number(row.get(name)) for name in ("loss", "loss_cpu")] for row in rows.values()]
     off = [abs(here - usual) for here, usual in losses if here is not None and usual is not None]
-    why = f"{len(rows)} cells, losses within {figure(max(off))} of the CPU's, a second run trained nothing" if off else ""
+    why = f"{len(rows)} cells, losses within {nats(max(off))} of the CPU's, a second run trained nothing" if off else ""
     return Verdict(subject, KEEP, "right", why) if off else _open(subject, "no losses of the CPU to compare with")
 
 
