@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,7 @@ def rows():
     found.append({"step": "1b", "case": "run again", "status": "ok", "reason": "", "seconds": {"run": 5.0}})
     for cell in CELLS:
         for direction, shares in (("forward", (0.48, 0.5, 0.47)), ("backward", (0.3, 0.42, 0.4))):
-            by_size = 1.25 if cell[0] == 128 else 1.0
+            by_size = (1.25 if cell[0] == 128 else 1.0) * (0.9 if cell[3] == 4096 else 1.0)
             for name, share in zip(("pallas_gpu", "cudnn", "tokamax"), shares, strict=True):
                 found.append(attention_row(cell, direction, name, by_size * share))
     found.append(attention_row((64, 8, 1, 32_768), "backward", "pallas_gpu", 0.1, documents=4, step="8"))
@@ -488,6 +489,33 @@ def test_lines_for_the_table_of_defaults_can_be_pasted():
     assert verdicts.default_rows(found) == []
 
 
+def test_lines_of_a_rehearsal_are_none():
+    found = record("rehearse")
+    speed_up(faster, 1.5)(found)
+    assert verdicts.default_rows(found) == report.planner_rows(found) == report.chip_rows(found) == []
+    assert len(verdicts.default_rows(found | {"mode": "device"})) == 6
+
+
+def test_a_ratio_is_taken_within_turns_where_there_are_any():
+    slow, fast = {"seconds": 2.0, "turns": [1.0, 2.0, 9.0]}, {"seconds": 1.0, "turns": [0.5, 0.9, 1.0]}
+    assert findings.ratio(fast, slow) == pytest.approx(2 / 0.9)
+    assert findings.ratio({"seconds": 1.0}, slow) == 2.0
+    assert findings.ratio(slow, None) is findings.ratio({"seconds": "nan"}, slow) is None
+
+
+def test_a_kernel_that_hangs_has_no_speed_to_be_deleted_for():
+    found = record()
+    speed_up(faster, 0.9)(found)
+    change(where=at("2", implementation="pallas_gpu", direction="forward"), status="hang", seconds=None)(found)
+    assert "forward, T = 16K, 8/1 heads of 64: hang, so no speed" in verdict(found, "the Hopper kernels")["why"]
+
+
+def test_predictions_are_of_hopper_alone():
+    of_another = verdicts.of(record(device="NVIDIA A100-SXM4-80GB"))
+    assert {one["status"] for one in of_another if one["subject"].startswith("prediction")} == {"not decided"}
+    assert {one["status"] for one in verdicts.of(record(device="NVIDIA H200")) if "prediction" in one["subject"]} == {"hit"}
+
+
 def test_a_length_that_is_lost_parts_the_lines():
     found = record()
     found["rows"] += [attention_row((64, 8, 1, 8192), d, n, 0.4) for d in ("forward", "backward") for n in ("cudnn", "tokamax")]
@@ -600,3 +628,10 @@ def test_numbers_are_written_in_one_way():
 def test_reading_takes_no_jax():
     code = "import sys; from benchmarks.first_light import report; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_files_that_verdicts_name_are_there():
+    root = Path(verdicts.__file__).parents[2]
+    named = [verdicts.TABLE, verdicts.DECODE, *verdicts.LIMITS.values(), *verdicts.TESTS.values()]
+    for name in [*named, *verdicts.HOPPER_FILES.split(", "), "gqa_jax/attention/decode_triton.py", "gqa_jax/planner.py"]:
+        assert (root / name).exists(), name
