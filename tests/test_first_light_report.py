@@ -84,7 +84,7 @@ def rows():
     for name, is_as_fast in (("torch eager", 1.1), ("torch compiled", 0.8)):
         found += [
             {"step": "3", "case": "470M", "implementation": name, "phase": "prepare", "status": "ok", "bytes_peak": 40e9,
-             "seconds_compile": 30.0, "sdpa": "flash", "versions": {"torch": "2.11.0"}},
+             "seconds_compile": 30.0, "sdpa": "flash", "versions": {"torch": "2.11.0", "python": "3.11"}},
             {"step": "3", "case": "470M: losses", "implementation": name, "status": "ok",
              "losses": [loss + 0.004 for loss in losses], "tokens_sha256": "a"},
             {"step": "3", "case": "470M", "implementation": name, "phase": "measure", "status": "ok",
@@ -510,6 +510,14 @@ def test_a_kernel_that_hangs_has_no_speed_to_be_deleted_for():
     assert "forward, T = 16K, 8/1 heads of 64: hang, so no speed" in verdict(found, "the Hopper kernels")["why"]
 
 
+def test_a_card_is_known_without_the_first_step():
+    found = record()
+    found["environment"] = found["card"] = {}
+    assert (findings.device(found), findings.chip(found).name) == (H100, "h100")  # of the README's cells
+    without(at("1b"))(found)
+    assert (findings.device(found), findings.chip(found)) == ("an unknown device", None)
+
+
 def test_predictions_are_of_hopper_alone():
     of_another = verdicts.of(record(device="NVIDIA A100-SXM4-80GB"))
     assert {one["status"] for one in of_another if one["subject"].startswith("prediction")} == {"not decided"}
@@ -560,7 +568,7 @@ def test_training_by_hand():
 def test_figures_of_the_other_tables():
     text = report.markdown(record())
     for line in (
-        "| forward | 16K | 8/1 | 64 | pallas_gpu | 0.579 | 475 |  | 0.96x | 0.002 | 1 |",
+        "| forward | 16K | 8/1 | 64 | pallas_gpu | 0.579 | 475 |  | 0.96x | 0.002 | 1.0 |",
         "| 1 | 128K | 8/1 | pallas_triton | 10 | 2,000 | 3,000 | 66.7% |",
         "| 4 | 500,000 | 2.50x |",
         "| cudnn | deterministic | ok | 1 in 10 | yes | yes | 0.0000 | 12 | 1.20x |",
@@ -570,7 +578,7 @@ def test_figures_of_the_other_tables():
         "| A | ok | 5.0000 | 5.0010 | NVIDIA H100 80GB HBM3 | pallas_triton |",
         "| gemm\\|bf16 | 500 | 50.0% | 6 |",
         "- card: name NVIDIA H100 80GB HBM3, driver_version 580.1",
-        "- versions: ptxas 13.0.88, nvcc 13.0.88, jax 0.11.2, torch 2.11.0",
+        "- versions: ptxas 13.0.88, nvcc 13.0.88, jax 0.11.2, torch 2.11.0, PyTorch's python 3.11",
     ):
         assert line in text
 
@@ -592,13 +600,20 @@ def test_programs_compiled_side_by_side_count_once():
                               "phases": dict(together)})  # fmt: skip
     found["rows"] += [
         {"step": "5", "case": "case 0", "implementation": "pallas_triton", "status": "failed", "reason": "ptxas", "phases": {}},
-        {"step": "3", "case": "470M", "status": "ok", "seconds_lower": 1.0, "seconds_compile": 9.0, "bytes_temporary": 2**30},
+        {
+            "step": "3",
+            "case": "470M",
+            "status": "compiled",
+            "seconds_lower": 1.0,
+            "seconds_compile": 9.0,
+            "bytes_temporary": 2**30,
+        },
     ]
     text = report.markdown(found)
     assert "| 5 | 32 | 80 |" in text
     assert "| 3 | 10 | 100 |" in text
     assert "| 5 | case 0 and 7 more | pallas_gpu | 8 compiled | 32 |" in text
-    assert "| 3 | 470M |  | ok | 10 | 1,024 |" in text
+    assert "| 3 | 470M |  | compiled | 10 | 1,024.0 |" in text
     assert "| 5 | pallas_triton | failed | ptxas | 1 | case 0 |" in text
 
 

@@ -80,7 +80,8 @@ def gigabytes(value: Any) -> str:
 
 
 def mebibytes(value: Any) -> str:
-    return figure(value, scale=2**-20)
+    found = number(value)
+    return "" if found is None else f"{found / 2**20:,.1f}"
 
 
 def nats(value: Any) -> str:
@@ -117,9 +118,10 @@ def part(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def device(record: Mapping[str, Any]) -> str:
-    """The card as JAX names it, else as its driver does; compiled only: what for."""
+    """The card as JAX names it, else as its driver does, else as a row has it; compiled only: what for."""
     target = record.get("target") if record.get("mode") == "compile_only" else None
     found = target or part(record, "environment").get("device") or part(record, "card").get("name")
+    found = found or next((row["device"] for row in rows(record) if row.get("device")), None)
     return str(found or "an unknown device")
 
 
@@ -134,10 +136,13 @@ def date(record: Mapping[str, Any]) -> str:
 
 
 def versions(record: Mapping[str, Any]) -> dict[str, str]:
-    """Of all that took part, by name."""
+    """Of all that took part, by name; PyTorch has a Python of its own."""
     found: dict[str, str] = {}
     for one in (part(record, "environment"), *rows(record)):
-        found |= {name: str(version) for name, version in part(one, "versions").items() if version is not None}
+        known = {name: str(version) for name, version in part(one, "versions").items() if version is not None}
+        if "torch" in known and "python" in known:
+            known["PyTorch's python"] = known.pop("python")
+        found |= known
     return found
 
 
