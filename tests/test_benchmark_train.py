@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import train, train_case, train_ours
 from benchmarks.workers import Worker
-from gqa_jax import model, topologies
+from gqa_jax import hardware, model
 from tests import llama_numpy
 
 LIMITS = {"start": 120, "lower": 120, "compile": 300, "run": 120, "check": 120}
@@ -245,7 +245,7 @@ def test_a_case_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
         refused = worker.ask({"do": "measure", "case": "a", "steps": 1}, limits=LIMITS)
     assert (found["attention"], found["remat"]) == ("cudnn", "dots")
     assert found["compiled"] in ("pallas_triton for cudnn", "cudnn")  # the latter where it is installed
-    assert (found["platform"], found["device"]) == ("gpu", topologies.GPUS["h100"].kind)
+    assert (found["platform"], found["device"]) == ("gpu", hardware.CHIPS["h100"].gpu.device_kind)
     assert found["peak_flops"] == 989e12
     assert found["bytes_arguments"] == pytest.approx(found["planner"]["bytes_arguments"], rel=1e-3)
     assert found["bytes_temporary"] > 0

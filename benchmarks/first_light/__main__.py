@@ -26,8 +26,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.first_light import fleet, report, sizes, steps
+from benchmarks.first_light import fleet, report, sizes, steps, verdicts
 from benchmarks.first_light.supervisor import PATIENCE, SCHEMA, Lab
 
 STOP_AFTER = 540  # seconds, of all steps
@@ -41,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.report is not None:
         try:
-            print(report.markdown(report.read(options.report)))
+            record = report.read(options.report)
         except (OSError, ValueError) as error:
             parser.error(f"--report {options.report}: {error}")
-        return 0
+        return _tell(parser, record, options.keep)
     mode = "rehearse" if options.rehearse else "compile_only" if options.compile_only else "device"
     if mode == "device" and not Path("/dev/nvidiactl").exists() and not Path("/proc/driver/nvidia").exists():
         parser.error("there is no NVIDIA GPU here: --rehearse tries the script on a CPU, --compile_only h100 compiles for one")
@@ -67,7 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileExistsError as error:
         parser.error(str(error))
     lab.run(wanted, PATIENCE[mode] * STOP_AFTER if options.stop_after is None else options.stop_after)
-    print(report.markdown(report.read(lab.path)))
+    lab.record["verdicts"] = verdicts.of(lab.record)
+    lab.save()
+    return _tell(parser, report.read(lab.path), options.keep)
+
+
+def _tell(parser: argparse.ArgumentParser, record: dict[str, Any], folder: Path | None) -> int:
+    """Prints what a run says, and keeps it with the results where that is asked for."""
+    print(report.markdown(record))
+    if folder is not None:
+        try:
+            print("kept:", *report.write(record, folder))
+        except FileExistsError as error:
+            parser.error(f"--keep: {error}")
     return 0
 
 
@@ -85,6 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--stop_after", type=_seconds, metavar="SECONDS", help=f"of all steps (default: {STOP_AFTER} on a device)"
     )
     parser.add_argument("--torch_python", help="a Python that has torch and transformers; default: this one, if it has")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="add what ran, and its report, to the results there")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--rehearse", action="store_true", help="on a CPU, with interpreted kernels and tiny shapes")
     group.add_argument("--compile_only", choices=TARGETS, metavar="|".join(TARGETS), help="compile for one, run nothing")

@@ -112,8 +112,9 @@ def _correct(lab: Lab, kernel: str) -> None:
             for case, values in known.items():
                 lab.keep(compiled, case=case, **values)
             continue
-        for case, reason in compiled.result["reasons"].items():
-            lab.row(case=case, status="failed", reason=reason, **known[case])
+        for status, field in (("refused", "refused"), ("failed", "reasons")):
+            for case, reason in compiled.result[field].items():
+                lab.row(case=case, status=status, reason=reason, **known[case])
         for case in compiled.result["ready"]:
             found = compiled._replace(result={"status": "compiled"})
             if lab.mode != "compile_only":

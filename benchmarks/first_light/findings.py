@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.first_light.supervisor import median
-from gqa_jax.devices import CHIPS, Chip, chip_of
+from gqa_jax.hardware import CHIPS, Chip, chip_of
 
 Row = Mapping[str, Any]
 #: Statuses of what was tried and did not work; the worker's own start is not counted (`failing`).

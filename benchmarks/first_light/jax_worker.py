@@ -27,7 +27,7 @@ from benchmarks.attention_contenders import Contender, Work
 from benchmarks.attention_measure import TOLERANCE, decode_bytes, expected, flops, worst_error
 from benchmarks.first_light.calls import PARTS, RESULTS, SHIFTED, arrays_of, exact_part, judged, lower, part_of, problem_of
 from benchmarks.first_light.target import Shape, Target, compiled_or_why
-from gqa_jax.attention import attention, decode, implementations
+from gqa_jax.attention import attention, decode, implementations, results_saveable
 from gqa_jax.attention.decode import DECODERS
 
 NOMINAL = 3e14  # FLOP/s that choose how many passes a sample has
@@ -181,15 +181,15 @@ class Session:
         """Compiles cases side by side: the implementation, `xla` in the same dtype, and `reference` in float64.
 
         A case has `case` (its name), `shape`, `kind` ("plain", or one of `sizes.KINDS`) and a seed. Returns the names of those
-        that are ready, and reasons of those that are not.
+        that are ready; reasons of those that can't run here, and of those that failed.
         """
-        lowered, reasons = {}, {}
+        lowered, refused, reasons = {}, {}, {}
         for one in cases:
             phase("lower")
             s = Shape(**one["shape"])
             known = {"segments": "segments" in one["kind"], "lse": True, "aligned": one["kind"] not in SHIFTED}
             if (reason := self._obstacle(implementation, s, **known)) is not None:
-                reasons[one["case"]] = reason
+                refused[one["case"]] = reason
                 continue
             problem = problem_of(self.target, s, one["kind"], one["seed"])
             with self.target.tracing():
@@ -210,7 +210,7 @@ class Session:
                     reasons[name] = workers.explain(error)
                     continue
                 self.programs[name] = problem, {key: future.result() for key, future in futures.items()}
-        return {"ready": [name for name in lowered if name in self.programs], "reasons": reasons}
+        return {"ready": [name for name in lowered if name in self.programs], "refused": refused, "reasons": reasons}
 
     def correct(self, phase: Callable, case: str, **_: Any) -> dict[str, Any]:
         """Output, log-sum-exp and three gradients of a compiled case against float64; memory of results was NaN before."""
@@ -328,8 +328,7 @@ def _attend(implementation: str, decoding: bool, length: int, form: str, documen
 
     def scanned(q, k, v):
         """Two layers, the output of one the queries of the next, as in the training step."""
-        names = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-        layer = jax.checkpoint(lambda x, _: (attend(x, k, v), None), prevent_cse=False, policy=names)
+        layer = jax.checkpoint(lambda x, _: (attend(x, k, v), None), prevent_cse=False, policy=results_saveable)
         return jax.lax.scan(layer, q, None, length=2)[0]
 
     return scanned

@@ -176,7 +176,6 @@ def resume(lab: Lab) -> None:
         worker = f"resume {name} {setting} {process}"
         requests[name, setting, process] = worker, request(name), needs(name, "backward")
     ready = lab.side_by_side(requests)
-    step: dict[tuple[str, str], float] = {}
     for name, setting in settings:
         case = f"{sizes.small} {name} {setting}"
         answers = [ready[name, setting, process] for process in processes]
@@ -199,13 +198,18 @@ def resume(lab: Lab) -> None:
         if failed is not None:
             lab.keep(failed, case=case, attention=name, setting=setting)
             continue
-        step[name, setting] = median(repeated.result["seconds"])
         sums = {key: one.result["sha256"] for key, one in trained.items()}
         lab.row(
-            case=case, attention=name, setting=setting, status="ok", distinct=repeated.result["distinct"], times=sizes.repeats,
-            same_process=sums["same process"] == sums["whole"], second_process=sums["second process"] == sums["whole"],
-            seconds_step=step[name, setting], price=step[name, setting] / step.get((name, "default"), step[name, setting]),
+            case=case,
+            attention=name,
+            setting=setting,
+            status="ok",
+            distinct=repeated.result["distinct"],
+            times=sizes.repeats,
+            same_process=sums["same process"] == sums["whole"],
+            second_process=sums["second process"] == sums["whole"],
+            seconds_step=median(repeated.result["seconds"]),
             loss_difference=abs(trained["second process"].result["loss"] - trained["whole"].result["loss"]),
-        )  # fmt: skip
+        )
     lab.close()
     shutil.rmtree(lab.out / "resume", ignore_errors=True)
