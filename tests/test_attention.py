@@ -249,6 +249,7 @@ ids = np.zeros((2, 7), np.int32)
         (lambda q, k, v: (q, k, v), {"segment_ids": ids[:, :5]}, r"segment_ids must be integers of shape \(2, 7\)"),
         (lambda q, k, v: (q, k, v), {"segment_ids": ids.astype(np.float32)}, "segment_ids must be integers"),
         (lambda q, k, v: (q, k, v), {"segment_ids": (ids, None)}, "or a pair of arrays"),
+        (lambda q, k, v: (q, k, v), {"segment_ids": ids + np.int64(2**32)}, "within int32; got 4294967296 to 4294967296"),
         (lambda q, k, v: (q, k[:, :5], v[:, :5]), {"segment_ids": ids, "q_offset": 2}, "must be a pair"),
         (lambda q, k, v: (q, k, v), {"q_offset": 1.5}, "q_offset must be an integer scalar"),
         (lambda q, k, v: (q, k, v), {"kv_offset": np.zeros(2, int)}, "kv_offset must be an integer scalar"),
@@ -262,6 +263,19 @@ ids = np.zeros((2, 7), np.int32)
 def test_bad_input_is_refused_before_tracing(change, how, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *x: attention.attention(*x, **how), *change(*qkv(4, 2)))
+
+
+def test_segment_ids_of_64_bits_are_refused_where_they_are_not_known():
+    q, k, v = qkv(4, 2)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="integers of 32 bits; got int64: number the documents in int32"):
+        jax.eval_shape(lambda ids: attention.attention(q, k, v, segment_ids=ids), jnp.zeros((2, 7), jnp.int64))
+
+
+def test_offsets_of_numpy_are_known_ones():
+    q, k, v = qkv(4, 2, length=9)
+    shapes = [str(jax.make_jaxpr(lambda *x, n=n: attention.attention(*x, q_offset=n, kv_offset=n))(q, k, v))
+              for n in (5, np.int32(5), np.array(5), jnp.int32(5))]  # fmt: skip
+    assert shapes[0] == shapes[1] == shapes[2] != shapes[3]
 
 
 def test_none_takes_what_the_platform_does_best():

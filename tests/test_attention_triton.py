@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax.attention import oracle, pallas_triton, triton, xla
-from gqa_jax.attention.capability import compute_capability
 from gqa_jax.attention.gradient import Kernel, attend
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
@@ -159,11 +158,6 @@ def test_obstacles(change, reason):
     case = Case("gpu", "NVIDIA A100-SXM4-80GB", 1, 128, 128, 8, 1, 64, jnp.dtype("bfloat16"))
     assert pallas_triton.obstacle(case) is None
     assert reason in pallas_triton.obstacle(case._replace(**change))
-
-
-def test_capability_is_of_the_longest_name():
-    assert compute_capability("NVIDIA A100-SXM4-80GB") == 8.0  # not an A10, 8.6
-    assert compute_capability("NVIDIA GH200 480GB") == 9.0
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
