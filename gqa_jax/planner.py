@@ -285,7 +285,8 @@ def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str
     scores = steps * s.tokens * s.layers * 4 * (s.config.context_length / 2) * s.n * s.h  # causal
     logits = steps * s.tokens / mesh.tensor * s.config.model.vocab_size
 
-    # computed again: all but what nothing needs, the FFN's last product; attention too unless its results are kept
+    # computed again: all but what nothing needs, the FFN's last product; attention too unless its results are kept, as those of
+    # all kernels that are chosen by default are (gqa_jax.attention.results_saveable)
     again_products, again_scores = {
         "none": (0, 0),
         "dots": (0, scores),

@@ -36,7 +36,8 @@ def run(forward, backward, options, arrays, mask=None, scale=None):
     def all_of(q, k, v, d_out, traced):
         full = mask._replace(**traced)
         (out, lse), pull = jax.vjp(lambda q, k, v: attend(kernel, q, k, v, full), q, k, v)
-        return out, lse, *pull((d_out, jnp.zeros_like(lse)))
+        # of a row that sees no key a log-sum-exp of -inf has any cotangent, and none may matter
+        return out, lse, *pull((d_out, jnp.where(lse == -jnp.inf, jnp.nan, jnp.zeros_like(lse))))
 
     traced = {name: value for name, value in mask._asdict().items() if value is not None and not isinstance(value, int)}
     return [np.asarray(x) for x in jax.jit(all_of)(q, k, v, d_out, traced)]

@@ -83,6 +83,7 @@ def test_offsets_segments_and_log_sum_exp_against_the_oracle(
     rng = np.random.default_rng(5)
     d_out = rng.normal(size=q5.shape).astype(np.float32)
     d_lse = np.where(np.isfinite(lse), rng.normal(size=lse.shape), 0).astype(np.float32)
+    anything = np.where(np.isfinite(lse), d_lse, np.nan)  # the cotangent of -inf
     offsets = (jnp.int32(q_offset), jnp.int32(kv_offset)) if traced else (q_offset, kv_offset)
 
     def run(q, k, v, q_offset, kv_offset):
@@ -94,7 +95,7 @@ def test_offsets_segments_and_log_sum_exp_against_the_oracle(
     np.testing.assert_allclose(got, out, atol=5e-6)
     np.testing.assert_allclose(np.moveaxis(got_lse, 1, 3), lse, rtol=2e-6, atol=2e-5)
     for mine, exact in zip(
-        pull((d_out, np.moveaxis(d_lse, 3, 1))), oracle.gradients(q5, k, v, d_out, d_lse, **known), strict=True
+        pull((d_out, np.moveaxis(anything, 3, 1))), oracle.gradients(q5, k, v, d_out, d_lse, **known), strict=True
     ):
         np.testing.assert_allclose(mine, exact, rtol=1e-4, atol=2e-4)
 
@@ -248,6 +249,7 @@ ids = np.zeros((2, 7), np.int32)
         (lambda q, k, v: (q, k, v), {"segment_ids": ids[:, :5]}, r"segment_ids must be integers of shape \(2, 7\)"),
         (lambda q, k, v: (q, k, v), {"segment_ids": ids.astype(np.float32)}, "segment_ids must be integers"),
         (lambda q, k, v: (q, k, v), {"segment_ids": (ids, None)}, "or a pair of arrays"),
+        (lambda q, k, v: (q, k, v), {"segment_ids": ids + np.int64(2**32)}, "within int32; got 4294967296 to 4294967296"),
         (lambda q, k, v: (q, k[:, :5], v[:, :5]), {"segment_ids": ids, "q_offset": 2}, "must be a pair"),
         (lambda q, k, v: (q, k, v), {"q_offset": 1.5}, "q_offset must be an integer scalar"),
         (lambda q, k, v: (q, k, v), {"kv_offset": np.zeros(2, int)}, "kv_offset must be an integer scalar"),
@@ -261,6 +263,19 @@ ids = np.zeros((2, 7), np.int32)
 def test_bad_input_is_refused_before_tracing(change, how, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *x: attention.attention(*x, **how), *change(*qkv(4, 2)))
+
+
+def test_segment_ids_of_64_bits_are_refused_where_they_are_not_known():
+    q, k, v = qkv(4, 2)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="integers of 32 bits; got int64: number the documents in int32"):
+        jax.eval_shape(lambda ids: attention.attention(q, k, v, segment_ids=ids), jnp.zeros((2, 7), jnp.int64))
+
+
+def test_offsets_of_numpy_are_known_ones():
+    q, k, v = qkv(4, 2, length=9)
+    shapes = [str(jax.make_jaxpr(lambda *x, n=n: attention.attention(*x, q_offset=n, kv_offset=n))(q, k, v))
+              for n in (5, np.int32(5), np.array(5), jnp.int32(5))]  # fmt: skip
+    assert shapes[0] == shapes[1] == shapes[2] != shapes[3]
 
 
 def test_none_takes_what_the_platform_does_best():

@@ -49,8 +49,12 @@ def test_float32_is_exact_to_float32():
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("offset", [(0, 200), (300, 0)])
 def test_traced_offsets_and_rows_that_see_nothing(offset, cores):
-    mask = Mask(jnp.int32(offset[0]), jnp.int32(offset[1]))
-    check(cases.inputs(2, 1, 64, 300, keys=450), mask=mask, cores=cores)
+    check(cases.inputs(2, 1, 64, 300, keys=450), mask=Mask(*map(jnp.int32, offset)), cores=cores)
+
+
+@pytest.mark.parametrize("offset", [(0, 200), (300, 0)])
+def test_offsets_that_are_known(offset):
+    check(cases.inputs(2, 1, 64, 300, keys=450), mask=Mask(*offset))
 
 
 @pytest.mark.parametrize("tiles", [SMALL, PACKED])
