@@ -296,7 +296,13 @@ CHIPS = {
 
 # Devices without a row, of which kernels know enough.
 SAME_MATRIX_UNITS = {"TPU7x": "v6e"}  # JAX's device kind -> the chip whose tiles suit it
-OTHER_GPUS = {"H800": (9, 0), "H20": (9, 0)}  # word of the device kind -> compute capability
+# Word of the device kind -> compute capability (developer.nvidia.com/cuda/gpus and .../cuda/legacy-gpus).
+OTHER_GPUS = {
+    "P100": (6, 0), "V100": (7, 0), "T4": (7, 5), "A800": (8, 0), "A30": (8, 0), "A10": (8, 6), "A10G": (8, 6), "A40": (8, 6),
+    "RTX 3090": (8, 6), "L40": (8, 9), "L40S": (8, 9), "RTX 4090": (8, 9), "H800": (9, 0), "H20": (9, 0), "GB200": (10, 0),
+    "B300": (10, 3), "GB300": (10, 3), "Thor": (11, 0), "RTX 5090": (12, 0), "RTX PRO 4500": (12, 0), "RTX PRO 5000": (12, 0),
+    "RTX PRO 6000": (12, 0), "GB10": (12, 1),
+}  # fmt: skip
 
 
 def chip_of(device_kind: str) -> Chip | None:
