@@ -381,7 +381,8 @@ def report(found: Mapping[str, Any], console: Console) -> None:
         if "loss_difference" in form:
             console.print(Text(f"{form['form']}: losses of {LOSSES} equal steps within {form['loss_difference']:.1e} of ours"))
         if form["status"] != "ok":
-            console.print(Text(f"{form['form']}: {form['status']}: {form['reason']}"))
+            reason = form["reason"].removeprefix(f"{form['form']}: ")
+            console.print(Text(f"{form['form']}: {form['status']}: {reason}"))
     for form in forms:
         if "versions" in form:
             console.print(Text(f"{form['form']}: {', '.join(f'{name} {v}' for name, v in form['versions'].items())}"))
