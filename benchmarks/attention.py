@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import difflib
 import importlib.util
 import itertools
 import os
@@ -33,6 +32,7 @@ from rich.text import Text
 from benchmarks import attention_contenders, attention_measure, attention_report, attention_tune
 from benchmarks.attention_measure import Ceilings, Limits
 from gqa_jax.attention import Case, implementations
+from gqa_jax.errors import closest
 
 DIRECTIONS = ("forward", "backward", "decode")
 
@@ -183,10 +183,8 @@ def _read_directions(parser, options) -> list[str]:
 def _check_names(parser, option: str, names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
             torch = " (torch needs --torch_python)" if name.startswith("torch") else ""
-            parser.error(f"--{option}: {name!r} is unknown: {hint}{torch}")
+            parser.error(f"--{option}: {name!r} is unknown: {closest(name, known)}{torch}")
 
 
 def _start_torch(parser, options, platform: str):

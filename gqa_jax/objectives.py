@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gqa_jax import costs
-from gqa_jax.config import closest
 from gqa_jax.costs import Convention, HasShape
+from gqa_jax.errors import closest
 from gqa_jax.serving import Serving
 
 TOKENS_PER_PARAM = 20.0  # of the paper's runs (Section 5.1)

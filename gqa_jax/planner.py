@@ -15,8 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gqa_jax import costs, devices
-from gqa_jax.config import CONTEXT_ATTENTION, ConfigError, TrainConfig
+from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig
 from gqa_jax.devices import Chip
+from gqa_jax.errors import ConfigError
 from gqa_jax.mesh import PARAMETERS, MeshShape
 
 CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS

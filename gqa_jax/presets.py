@@ -13,7 +13,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
-from gqa_jax.config import closest
+from gqa_jax.errors import closest
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, fit_by_heads
 from gqa_jax.laws.block import fit_block
 from gqa_jax.laws.points import Runs

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gqa_jax import costs
-from gqa_jax.config import closest
 from gqa_jax.costs import HasShape
 from gqa_jax.devices import CHIPS, Chip
+from gqa_jax.errors import closest
 from gqa_jax.prices import PRICES
 
 CONVENTION = "exact"

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gqa_jax import prices, slices, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import analysis, executor, fit, grid, local, run, screen, state
 from launch.executor import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit

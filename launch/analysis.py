@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
 PRESETS = ("paper", "paper-table4")

@@ -22,7 +22,7 @@ from pathlib import Path
 from etils import epath
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDERS = ("gqa_jax", "launch", "configs")

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from gqa_jax import optimum, plots, results, shape_search
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from gqa_jax.invariance import context_invariance
 from gqa_jax.laws import validation
 from gqa_jax.objectives import Objective

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gqa_jax import costs, devices, planner, slices
-from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.config import TrainConfig
+from gqa_jax.errors import ConfigError
 from gqa_jax.planner import Estimate, Execution
 from gqa_jax.proof import Proof, Provers
 from gqa_jax.slices import Slice

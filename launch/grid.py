@@ -21,8 +21,9 @@ import ml_collections
 from etils import epath
 
 from gqa_jax import costs
-from gqa_jax.config import ConfigError, TrainConfig, closest, default_config, hash_identity
+from gqa_jax.config import TrainConfig, default_config, hash_identity
 from gqa_jax.data import reader, store
+from gqa_jax.errors import ConfigError, closest
 
 
 @dataclasses.dataclass(frozen=True)

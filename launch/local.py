@@ -26,7 +26,7 @@ from typing import Any
 from etils import epath
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import executor
 from launch.executor import RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell, Layout

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gqa_jax import costs, next_runs, optimum
-from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.config import TrainConfig
+from gqa_jax.errors import ConfigError
 from gqa_jax.laws import Heads
 from gqa_jax.next_runs import Candidate, Choice, Question
 from launch import answer, grid, state, studies

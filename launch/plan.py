@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from gqa_jax import costs
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from gqa_jax import storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import executor, local, state
 from launch.executor import DEAD, Executor, Job, SubmitError
 from launch.grid import Cell, Layout

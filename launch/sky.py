@@ -25,8 +25,8 @@ import yaml
 from etils import epath
 
 from gqa_jax import run_folder, slices, storage
-from gqa_jax.config import ConfigError
 from gqa_jax.data import store
+from gqa_jax.errors import ConfigError
 from launch import bundle, executor
 from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_jax import run_folder, slices, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import executor
 from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell

@@ -23,7 +23,8 @@ from typing import Any
 from etils import epath
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError, TrainConfig, differing_fields
+from gqa_jax.config import TrainConfig, differing_fields
+from gqa_jax.errors import ConfigError
 from launch.executor import QUEUED, RUNNING, Job
 from launch.grid import Cell, Layout
 

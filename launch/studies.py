@@ -16,7 +16,7 @@ import pandas as pd
 from etils import epath
 
 from gqa_jax import presets, results, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LawsByHeads, fit_by_heads, points
 from launch import grid
 from launch.grid import Layout
