@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks import attention, timing
-from gqa_jax import errors, loss
+from gqa_jax import errors, formatting, loss
 from gqa_jax.attention import implementations
 
 FIELDS = (
@@ -139,7 +139,7 @@ def _read_sizes(text: str) -> list[tuple[int, int, int]]:
     sizes = []
     for part in filter(None, text.split(",")):
         try:
-            tokens, vocab_size, d_model = map(attention.read_length, part.split("/"))
+            tokens, vocab_size, d_model = map(formatting.read_context, part.split("/"))
         except ValueError:
             raise argparse.ArgumentTypeError(f"{part!r} is not tokens/vocabulary/hidden size such as 2K/50304/1536") from None
         sizes.append((tokens, vocab_size, d_model))

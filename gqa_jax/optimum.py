@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, objectives, shape_search
+from gqa_jax import costs, formatting, objectives, shape_search
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
 from gqa_jax.serving import Serving
 from gqa_jax.shapes import paper_aspect
@@ -627,8 +627,8 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
 def _limit_text(memory_limit: float | Serving | None) -> str:
     if isinstance(memory_limit, Serving):
         count, chip = memory_limit.n_devices, memory_limit.chip
-        return f"the {count * chip.memory_bytes / 1e9:.4g} GB of {count} x {chip.name}"
-    return f"the {(memory_limit or 0) / 1e9:.4g} GB of the limit"
+        return f"the {formatting.gb(count * chip.memory_bytes)} of {count} x {chip.name}"
+    return f"the {formatting.gb(memory_limit or 0)} of the limit"
 
 
 def _heads(row: pd.Series) -> Heads:

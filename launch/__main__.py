@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from gqa_jax import prices, slices, storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.formatting import duration, si
 from launch import analysis, executor, fit, grid, local, run, screen, state
 from launch.executor import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
@@ -166,7 +167,7 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
         console.print(plan.screen(frame, f"{the_grid.name}: {len(chosen)} cells in {layout.root}"))
         source = "given" if arguments.flops_per_second else "reached by the finished cells"
         if rate:
-            console.print(f"time: training FLOPs at {screen.short(rate)}FLOP/s ({source}), one cell after another")
+            console.print(f"time: training FLOPs at {si(rate)}FLOP/s ({source}), one cell after another")
         else:
             console.print("time: not known before a cell has finished here; --flops_per_second X estimates it")
     for name in sorted({cell.config.data.store for cell in chosen if cell.data_fingerprint is None}):
@@ -201,7 +202,7 @@ def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
     def changed(one: Fit, done: int, everything: int) -> None:
         nonlocal spoken
         now = time.monotonic()
-        left = screen.duration((now - started) / done * (everything - done))
+        left = duration((now - started) / done * (everything - done))
         verdict = "fits" if one.fits else "does not fit"
         line = f"{done} of {everything}, {left} left: {one.cell.name} {verdict} {one.slice.name}"
         bar.update(task, completed=done, description=line)
