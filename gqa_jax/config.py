@@ -1,4 +1,4 @@
-"""Configuration of one training run: frozen dataclasses, checked where they are made. Imports no jax.
+"""Configuration of one training run: frozen dataclasses, checked where they are made.
 
 A file of `configs/` makes an `ml_collections.ConfigDict` from `default_config()`; the command line overrides it; then
 `TrainConfig.from_dict` turns it into the dataclass that the rest of the program reads.

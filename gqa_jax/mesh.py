@@ -1,4 +1,4 @@
-"""How many devices share what: the shape of a mesh as four numbers, and which runs it suits. Imports no jax.
+"""How many devices share what: the shape of a mesh as four numbers, and which runs it suits.
 
     data      sequences are spread over it; parameters are copied
     fsdp      sequences are spread over it; parameters, gradients and moments too (ZeRO-3, arXiv 1910.02054)

@@ -1,4 +1,4 @@
-"""What the search minimises: one class per cost, called on shapes and served contexts. Imports no jax.
+"""What the search minimises: one class per cost, called on shapes and served contexts.
 
     objective = objectives.make("latency", device="h200", batch=8)
     objective(shape, 131_072)      # seconds; arrays of shapes and contexts broadcast

@@ -1,4 +1,4 @@
-"""Cost-optimal heads, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1. Imports no jax.
+"""Cost-optimal heads, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1.
 
 1. Fit L(N; H) for every head configuration H (`gqa_jax.laws`). 2. Solve N*(H) for the loss that must be reached (Eq. 8).
 3. Turn N* into a shape (`shape_search`), evaluate a cost at the served context (`objectives`), compare the H (Eq. 9).

@@ -1,4 +1,4 @@
-"""What serving a model costs on a named device, at the roofline: seconds, tokens a second, US dollars, bytes. Imports no jax.
+"""What serving a model costs on a named device, at the roofline: seconds, tokens a second, US dollars, bytes.
 
 A request of T tokens is a prompt of (1 - s) T tokens and s T generated ones (s = `decode_share`); B requests (`batch`) are
 served together. Each phase takes as long as the slowest of three things that a device does at once:

@@ -1,4 +1,4 @@
-"""Files on local disk or on gs://, by the same functions. Imports no jax.
+"""Files on local disk or on gs://, by the same functions.
 
 `path` makes an `etils.epath.Path` of either; gs:// needs gcsfs. An object on gs:// is written whole or not at all and can't be
 appended to; a rename is a copy of everything below. Nothing here remembers what a folder held: a run and who watches it are

@@ -1,7 +1,4 @@
-"""`python -m launch COMMAND GRID`: a grid of training runs, from plan to answer. `--help` lists the commands.
-
-Imports no jax.
-"""
+"""`python -m launch COMMAND GRID`: a grid of training runs, from plan to answer. `--help` lists the commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m launch fit|optimum|next|report`: questions to finished runs, or to the paper's own data. Imports no jax."""
+"""`python -m launch fit|optimum|next|report`: questions to finished runs, or to the paper's own data."""
 
 from __future__ import annotations
 

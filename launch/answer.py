@@ -1,4 +1,4 @@
-"""Tables, laws, the cheapest heads and pictures of a finished grid, and what is printed of them. Imports no jax."""
+"""Tables, laws, the cheapest heads and pictures of a finished grid, and what is printed of them."""
 
 from __future__ import annotations
 

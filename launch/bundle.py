@@ -1,4 +1,4 @@
-"""The code of a run in one file named by its content, for hosts that have no checkout. Imports no jax.
+"""The code of a run in one file named by its content, for hosts that have no checkout.
 
 A bundle is `<sha256>.tar.gz`: gqa_jax, launch, configs, what `pip install` needs, and COMMIT, the commit that they are of. The
 same files of the same commit give the same bytes (with one version of zlib), so a bundle is put somewhere once. Cluster files

@@ -1,4 +1,4 @@
-"""Engines that run cells, behind one interface: local processes, Slurm, Cloud TPU queued resources, SkyPilot. Imports no jax.
+"""Engines that run cells, behind one interface: local processes, Slurm, Cloud TPU queued resources, SkyPilot.
 
 An executor keeps no state of its own. What there is to know is in the run folders and in the engine: `jobs` asks it once, by
 the names of its jobs, which are functions of the grid's folder and the cell. The engine's unique name is the claim on a cell.

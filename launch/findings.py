@@ -1,4 +1,4 @@
-"""Everything that a report shows, from the laws of a grid or of a preset. Imports no jax."""
+"""Everything that a report shows, from the laws of a grid or of a preset."""
 
 from __future__ import annotations
 

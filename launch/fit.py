@@ -1,4 +1,4 @@
-"""Which cells fit which slices, by arithmetic or by compiling them; and whether they fit this machine. Imports no jax."""
+"""Which cells fit which slices, by arithmetic or by compiling them; and whether they fit this machine."""
 
 from __future__ import annotations
 

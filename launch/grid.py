@@ -1,4 +1,4 @@
-"""Grids: which cells there are, what they are called, where they live. Imports no jax.
+"""Grids: which cells there are, what they are called, where they live.
 
 A grid file defines `get_grid()`, which returns a `Grid`: any list of training configurations, made by `product` or by hand. A
 cell may go on from the parameters of another one, its parent (`continued`); it starts when that is done.

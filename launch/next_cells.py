@@ -1,4 +1,4 @@
-"""`python -m launch next`: which runs of a grid to train next, as a grid file. Imports no jax."""
+"""`python -m launch next`: which runs of a grid to train next, as a grid file."""
 
 from __future__ import annotations
 

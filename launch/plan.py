@@ -1,4 +1,4 @@
-"""What a grid will cost before it is started: parameters, tokens, FLOPs, memory and time of every cell. Imports no jax.
+"""What a grid will cost before it is started: parameters, tokens, FLOPs, memory and time of every cell.
 
 On slices that are not here too: which mesh each cell gets there, whether it fits, hours and money.
 """

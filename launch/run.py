@@ -1,4 +1,4 @@
-"""One pass over a grid: what the engine has, what each cell's state is, what is submitted. Imports no jax.
+"""One pass over a grid: what the engine has, what each cell's state is, what is submitted.
 
 Nothing is remembered between passes but in the run folders and the engine, so a launcher may die at any moment, and several
 may work on one grid.

@@ -1,4 +1,4 @@
-"""What `status` and `run` show of a grid. Imports no jax."""
+"""What `status` and `run` show of a grid."""
 
 from __future__ import annotations
 

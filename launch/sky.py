@@ -1,4 +1,4 @@
-"""SkyPilot managed jobs: cells on any cloud that it reaches, a job each, by its `sky` program. Imports no jax.
+"""SkyPilot managed jobs: cells on any cloud that it reaches, a job each, by its `sky` program.
 
 SkyPilot finds the machines, and finds others when these are taken away; it starts a cell again that ends with exit code 75. Its
 names of managed jobs are not unique: who submits looks before and after, and of several jobs of a cell the first is kept.

@@ -1,4 +1,4 @@
-"""State of a cell: a pure function of its run folder, the engine's job and the time. Imports no jax.
+"""State of a cell: a pure function of its run folder, the engine's job and the time.
 
 planned    nothing has happened, or it waits for the cell that it continues
 queued     the engine has it and has not started it

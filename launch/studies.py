@@ -1,7 +1,4 @@
-"""Where an answer comes from: the finished runs of a grid, or the paper's own data; and the laws of each training context.
-
-Imports no jax.
-"""
+"""Where an answer comes from: the finished runs of a grid, or the paper's own data; and the laws of each training context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cloud TPU: a queued resource per cell, by Google's own client. Imports no jax.
+"""Cloud TPU: a queued resource per cell, by Google's own client.
 
 Google's queue finds the machines; `tpu_startup.sh` runs on each of them, trains, and deletes the slice, whatever happens. The
 id of a request is unique in its zone, so a request that is there is the claim on a cell. Of two zones that both have one, the

@@ -1,8 +1,6 @@
 """The style of pictures, names of curves, files."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -19,11 +17,6 @@ from gqa_jax.shapes import head_configurations
 from tests import plot_helpers
 
 ALL = [Heads(*heads) for heads in head_configurations()] + [LLAMA3]
-
-
-def test_no_jax_and_no_pyplot():
-    code = "import gqa_jax.plots, sys; print([m for m in ('jax', 'matplotlib.pyplot') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_every_head_configuration_can_be_told_without_colour():

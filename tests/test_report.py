@@ -300,14 +300,6 @@ class TestWords:
         assert words.counted(1200, "run") == "1,200 runs"
 
 
-def test_no_module_of_it_imports_jax():
-    import subprocess
-    import sys
-
-    code = "import sys, launch.report; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_known_laws_are_what_the_fakes_say():
     fitted = laws.fit_by_heads(report_fakes.loss_table(noise=0.0))
     assert fitted[Heads(8, 1)].b == pytest.approx(report_fakes.LAWS[Heads(8, 1)][1], rel=1e-4)

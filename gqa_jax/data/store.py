@@ -8,7 +8,7 @@
 
 `fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer), not of paths, dates or versions: two
 stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is copied to the
-local disk once, where it is mapped. Imports no jax.
+local disk once, where it is mapped.
 """
 
 from __future__ import annotations

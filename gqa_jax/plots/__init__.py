@@ -1,4 +1,4 @@
-"""Pictures of laws, costs and answers, in one style; readable in black and white. Imports no jax.
+"""Pictures of laws, costs and answers, in one style; readable in black and white.
 
 Every function draws on the axes it is given, or makes its own figure, and returns the axes; `save` writes files.
 """

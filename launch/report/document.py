@@ -1,4 +1,4 @@
-"""The page: findings as parts of text, tables and pictures, and these as one HTML file. Imports no jax."""
+"""The page: findings as parts of text, tables and pictures, and these as one HTML file."""
 
 from __future__ import annotations
 

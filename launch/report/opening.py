@@ -1,4 +1,4 @@
-"""What the page opens with: the first question of the first study, answered. Imports no jax."""
+"""What the page opens with: the first question of the first study, answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the page after the answer and the explorer: their texts, tables and pictures. Imports no jax."""
+"""The parts of the page after the answer and the explorer: their texts, tables and pictures."""
 
 from __future__ import annotations
 

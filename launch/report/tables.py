@@ -1,4 +1,4 @@
-"""The tables of a report, from its findings. Imports no jax."""
+"""The tables of a report, from its findings."""
 
 from __future__ import annotations
 
