@@ -212,7 +212,7 @@ def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
         fit.prove(fits, count, changed, exact)
 
 
-def _proved(arguments, todo: list[Cell], engine: Executor, console: Console) -> dict[str, Cell]:
+def _proved(arguments, todo: list[Cell], engine: Executor) -> dict[str, Cell]:
     """The cells, with the execution that was compiled and fits, by name.
 
     Raises ConfigError when a cell does not fit where it would run, before anything is started.
@@ -231,7 +231,7 @@ def _proved(arguments, todo: list[Cell], engine: Executor, console: Console) -> 
     except ValueError as error:
         if arguments.topology:
             raise
-        console.print(f"whether cells fit {where.name} is estimated: {error}", highlight=False)
+        print(f"launch: whether cells fit {where.name} is estimated: {error}", file=sys.stderr)
     else:
         _prove(fits, None, exact=True)
     fit.require(fits)
@@ -268,7 +268,7 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
         at_a_time = f"{engine.capacity} at a time{'' if here else f' on {engine.engine}'}"
         summary = f"{the_grid.name}: {len(chosen)} cells, {len(todo)} to train, {at_a_time}, in {layout.root}"
         console.print(summary, highlight=False, soft_wrap=True)
-        proved = _proved(arguments, todo, engine, console) if todo else {}
+        proved = _proved(arguments, todo, engine) if todo else {}
         storage.check_writable(layout.root)
         _write_plan(the_grid, cells, layout)
         run.remember(layout, engine)
@@ -334,7 +334,7 @@ def _dry_run(arguments, the_grid: Grid, chosen: list[Cell], layout: Layout, engi
     """What `run` would submit now; asks no engine, so that it also works where there is none."""
     states = _states(chosen, layout, lambda: engine)
     todo = [cell for cell, now in zip(chosen, states, strict=True) if now.runnable]
-    proved = _proved(arguments, todo, engine, console) if todo else {}
+    proved = _proved(arguments, todo, engine) if todo else {}
     submissions = [engine.submission(proved.get(cell.name, cell)) for cell in todo]
     if arguments.json:
         print(json.dumps([dataclasses.asdict(one) for one in submissions], indent=1))
