@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import difflib
 import importlib.util
 import itertools
 import os
@@ -32,7 +31,10 @@ from rich.text import Text
 
 from benchmarks import attention_contenders, attention_measure, attention_report, attention_tune
 from benchmarks.attention_measure import Ceilings, Limits
+from gqa_jax import plots
 from gqa_jax.attention import Case, implementations
+from gqa_jax.errors import closest
+from gqa_jax.formatting import read_context
 
 DIRECTIONS = ("forward", "backward", "decode")
 
@@ -122,15 +124,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def read_length(text: str) -> int:
-    """4096 and "4K" alike; ValueError on anything else."""
-    scale = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
-    digits = text[:-1] if scale > 1 else text
-    if not digits.isdigit() or int(digits) < 1:
-        raise ValueError(f"{text!r} is not a length such as 4096 or 4K")
-    return int(digits) * scale
-
-
 def read_heads(text: str) -> tuple[int, int]:
     """ "8/1" as (8, 1); ValueError on anything else."""
     first, _, second = text.partition("/")
@@ -150,7 +143,7 @@ def _read_list(parser, option: str, text: str, read) -> list:
 
 def _read_cases(parser, options, directions) -> list[tuple[str, Case]]:
     """Passes and cases, in the order in which they are measured: short contexts first, all passes of one shape together."""
-    lengths = sorted(_read_list(parser, "lengths", options.lengths, read_length))
+    lengths = sorted(_read_list(parser, "lengths", options.lengths, read_context))
     heads = _read_list(parser, "heads", options.heads, read_heads)
     head_dims = _read_list(parser, "head_dims", options.head_dims, _positive)
     if not (lengths and heads and head_dims):
@@ -183,10 +176,8 @@ def _read_directions(parser, options) -> list[str]:
 def _check_names(parser, option: str, names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
             torch = " (torch needs --torch_python)" if name.startswith("torch") else ""
-            parser.error(f"--{option}: {name!r} is unknown: {hint}{torch}")
+            parser.error(f"--{option}: {name!r} is unknown: {closest(name, known)}{torch}")
 
 
 def _start_torch(parser, options, platform: str):
@@ -261,7 +252,7 @@ def _run(parser, options, arguments, chip: str, torch, console: Console) -> None
     written = [options.out / "attention.csv"]
     figure = attention_report.picture(rows, title)
     if figure is not None:
-        written += attention_report.plots.save(figure, options.out / "attention")
+        written += plots.save(figure, options.out / "attention")
     console.print(Text(f"wrote {', '.join(map(str, written))}"))
 
 

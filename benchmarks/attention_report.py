@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gqa_jax import plots
+from gqa_jax import formatting
 
 FIELDS = (
     "date", "device", "versions", "command",
@@ -103,7 +103,7 @@ def _table(rows: Sequence[Mapping]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for _, group in groupby(rows, lambda row: row["length"]):
         for i, row in enumerate(group):
-            label = "" if i else f"{plots.context_label(row['length'])} x {row['batch']}"
+            label = "" if i else f"{formatting.context(row['length'])} x {row['batch']}"
             table.add_row(label, row["implementation"], *_cells(row, scale))
         table.add_section()
     return table
@@ -114,10 +114,10 @@ def _cells(row: Mapping, scale: float) -> list[str]:
         return [row["status"], *[""] * 5]
     rate = row["gb_s"] if row["tflops"] is None else row["tflops"]
     return [
-        _figure(1e3 * row["median_s"]),
+        formatting.figure(1e3 * row["median_s"]),
         f"{100 * (row['q75_s'] - row['q25_s']) / row['median_s']:.0f}",
         "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-        _figure(scale * rate),
+        formatting.figure(scale * rate),
         f"{row['percent_of_ceiling']:.1f}",
         "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 2**20:,.1f}",
     ]
@@ -131,13 +131,8 @@ def _unit(rows: Sequence[Mapping]) -> tuple[str, float]:
     return ("GFLOP/s", 1e3) if rates and max(rates) < 1 else ("TFLOP/s", 1)
 
 
-def _figure(value: float) -> str:
-    """Three digits, or all of a whole number."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def _length(row: Mapping) -> str:
-    return plots.context_label(row["length"])
+    return formatting.context(row["length"])
 
 
 def picture(rows: Sequence[Mapping], title: str) -> Figure | None:
@@ -191,7 +186,7 @@ def _panel(ax, rows: Sequence[Mapping], styles: Mapping[str, tuple], scale: floa
     if lengths:
         ax.plot(lengths, tops, color="0.45", linewidth=2.2, marker="_", label=CEILING)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(lengths, [plots.context_label(length) for length in lengths])
+        ax.set_xticks(lengths, [formatting.context(length) for length in lengths])
         ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     ax.grid(True, which="major", linewidth=0.4, color="0.85")

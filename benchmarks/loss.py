@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks import attention, timing
-from gqa_jax import loss
+from gqa_jax import errors, formatting, loss
 from gqa_jax.attention import implementations
 
 FIELDS = (
@@ -139,7 +139,7 @@ def _read_sizes(text: str) -> list[tuple[int, int, int]]:
     sizes = []
     for part in filter(None, text.split(",")):
         try:
-            tokens, vocab_size, d_model = map(attention.read_length, part.split("/"))
+            tokens, vocab_size, d_model = map(formatting.read_context, part.split("/"))
         except ValueError:
             raise argparse.ArgumentTypeError(f"{part!r} is not tokens/vocabulary/hidden size such as 2K/50304/1536") from None
         sizes.append((tokens, vocab_size, d_model))
@@ -166,7 +166,7 @@ def measure(case: Case, repeats: int, deadline: float) -> list[dict]:
             results[name] = jax.device_get(compiled(*arrays))
             runs[name] = lambda compiled=compiled: _seconds(compiled, arrays)
         except Exception as error:  # of any kind, out of memory for one: the other goes on
-            row["reason"] = _reason(error)
+            row["reason"] = errors.named(error, 150)
     if len(results) == len(CONTENDERS):
         error = _difference(*results.values())
         rows["chunked"]["relative_error"] = error
@@ -175,7 +175,7 @@ def measure(case: Case, repeats: int, deadline: float) -> list[dict]:
             del runs["chunked"]
     seconds, failures = timing.interleaved(runs, repeats, longest_s=np.inf, deadline=deadline)
     for name, error in failures.items():
-        rows[name]["reason"] = _reason(error)
+        rows[name]["reason"] = errors.named(error, 150)
     for name, values in seconds.items():
         if values and name not in failures:
             low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
@@ -197,7 +197,7 @@ def memory_row(case: Case, name: str) -> dict:
         given_up = (0,) if direction == "backward" else ()
         used = jax.jit(_step(name, direction), donate_argnums=given_up).lower(*arrays).compile().memory_analysis()
     except Exception as error:
-        return row | {"reason": _reason(error)}
+        return row | {"reason": errors.named(error, 150)}
     above = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     return row | {"temp_bytes": used.temp_size_in_bytes, "above_inputs_bytes": above}
 
@@ -217,10 +217,6 @@ def _difference(a, b) -> float:
     """Largest difference of two results, each array's as a part of its largest value."""
     pairs = zip(*(map(np.float64, jax.tree.leaves(x)) for x in (a, b)), strict=True)
     return float(max(np.max(np.abs(x - y)) / np.max(np.abs(x)) for x, y in pairs))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
 
 
 def write_csv(rows: Sequence[dict], constant: dict[str, str], path: Path) -> None:

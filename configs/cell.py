@@ -4,7 +4,8 @@ python -m gqa_jax.train --config=configs/cell.py:runs/quickstart/cells/CELL/conf
 """
 
 from gqa_jax import storage
-from gqa_jax.config import ConfigError, default_config
+from gqa_jax.config import default_config
+from gqa_jax.errors import ConfigError
 
 
 def get_config(path):

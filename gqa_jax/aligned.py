@@ -1,4 +1,4 @@
-"""Equal training cost instead of equal tokens (arXiv 2503.09579v2, Section 5.6, Figure 4). Imports no jax.
+"""Equal training cost instead of equal tokens (arXiv 2503.09579v2, Section 5.6, Figure 4).
 
 At long contexts fewer heads make training cheaper, too: with C_train held equal they may see more tokens. A model of N
 parameters and heads H gets D = C_train / (training FLOPs per token of its shape), and reaches L(N, D; H) by a law with a term

@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax import distributed, run_folder, storage
-from gqa_jax.config import ConfigError
+from gqa_jax import distributed, errors, run_folder, storage
+from gqa_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Checkpoints:
             try:
                 return _read_metadata(self._folder / str(step))
             except Exception as error:  # orbax has no single class for unreadable files
-                log.warning("checkpoint %s: metadata can't be read (%s)", self._folder / str(step), _first_line(error))
+                log.warning("checkpoint %s: metadata can't be read (%s)", self._folder / str(step), errors.named(error, 200))
         return None
 
     def restore_newest(self, abstract_state: Any) -> Restored | None:
@@ -160,7 +160,7 @@ def _saved_shapes(folder: epath.Path) -> tuple[dict[str, str] | None, str | None
     try:
         return _shapes(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree["params"]), None
     except Exception as error:  # orbax has no single class for unreadable files
-        return None, _first_line(error)
+        return None, errors.named(error, 200)
 
 
 def _shapes(params: Any) -> dict[str, str]:
@@ -180,7 +180,7 @@ def _read(folder: epath.Path, restore: Callable[[], Any], prefix: str = "") -> t
     except jax.errors.JaxRuntimeError:  # of the devices, not of the files
         raise
     except Exception as error:  # orbax has no single class for unreadable files
-        damage = _first_line(error)
+        damage = errors.named(error, 200)
     if damages := distributed.gather(f"reading {folder.name}", damage):
         return None, None, next(iter(damages.values()))
     found = _fetch(checksums(state))
@@ -249,7 +249,3 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def _fetch(values: dict[str, jax.Array]) -> dict[str, int]:
     return {path: int(value) for path, value in jax.device_get(values).items()}
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"

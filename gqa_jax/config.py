@@ -1,4 +1,4 @@
-"""Configuration of one training run: frozen dataclasses, checked where they are made. Imports no jax.
+"""Configuration of one training run: frozen dataclasses, checked where they are made.
 
 A file of `configs/` makes an `ml_collections.ConfigDict` from `default_config()`; the command line overrides it; then
 `TrainConfig.from_dict` turns it into the dataclass that the rest of the program reads.
@@ -7,7 +7,6 @@ A file of `configs/` makes an `ml_collections.ConfigDict` from `default_config()
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -21,16 +20,13 @@ import ml_collections
 from ml_collections import config_dict
 
 from gqa_jax import shapes
+from gqa_jax.errors import ConfigError, closest
 from gqa_jax.mesh import MeshShape
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("wsd", "cosine", "constant")
 REMAT_POLICIES = ("none", "full", "attention_only", "dots", "offload")
 CONTEXT_ATTENTION = ("gather", "ring")
-
-
-class ConfigError(ValueError):
-    """A configuration that can't be used. The message names the field, its value, what is allowed and the fix."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -338,13 +334,6 @@ def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix:
         elif a != b:
             lines.append(f"{prefix}{key}: {a!r} here, {b!r} there")
     return lines
-
-
-def closest(name: str, allowed: typing.Iterable[str]) -> str:
-    """' Did you mean X?' for the closest of `allowed`, or their list when none is close."""
-    allowed = list(allowed)
-    match = difflib.get_close_matches(name, allowed, n=1)
-    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(allowed)}"
 
 
 _hints = functools.cache(typing.get_type_hints)  # a grid makes hundreds of configurations

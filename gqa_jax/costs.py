@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model, to train and to serve: arithmetic on shapes. Imports no jax.
+"""Parameters, FLOPs and memory of a model, to train and to serve: arithmetic on shapes.
 
 Source: arXiv 2503.09579v2, Tables 2, 3 and 8, Equation 5. What counts differs between the paper's equations, its figures
 and the model that is really trained, so every function takes a named `Convention`; none is ever assumed silently to be

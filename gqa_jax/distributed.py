@@ -32,8 +32,9 @@ from etils import epath
 from jax._src import distributed as jax_distributed  # its client is not public; orbax uses it likewise
 from jax.experimental import multihost_utils
 
-from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError, TrainConfig, differing_fields
+from gqa_jax import errors, run_folder, storage
+from gqa_jax.config import TrainConfig, differing_fields
+from gqa_jax.errors import ConfigError
 from gqa_jax.run_folder import ProcessFailed, ProcessLost
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def initialize(
             )
         except (ValueError, RuntimeError) as error:  # no cluster was found, most likely
             raise ConfigError(
-                f"--distributed={mode}: {_first_line(error)} ({where}). Give --coordinator=HOST:PORT, --processes and "
+                f"--distributed={mode}: {errors.first_line(error)} ({where}). Give --coordinator=HOST:PORT, --processes and "
                 "--process, or --distributed=off for one process"
             ) from error
         finally:
@@ -230,7 +231,7 @@ def gather(phase: str, value: Any) -> dict[int, Any]:
     try:
         client.wait_at_barrier(key, PHASE_SECONDS * 1000)
     except RuntimeError as error:
-        raise ProcessLost(f"{phase}: not every process came to this: {_first_line(error)}") from error
+        raise ProcessLost(f"{phase}: not every process came to this: {errors.first_line(error)}") from error
     given = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(f"{key}/")}
     return dict(sorted(given.items()))
 
@@ -401,8 +402,4 @@ class Preemption:
 
 
 def _sentence(error: BaseException) -> str:
-    return str(error).strip() if isinstance(error, ConfigError) else f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+    return str(error).strip() if isinstance(error, ConfigError) else errors.named(error)

@@ -1,4 +1,4 @@
-"""Accelerators, a row each: what one computes, holds and exchanges, how it is called and rented, what it costs. Imports no jax.
+"""Accelerators, a row each: what one computes, holds and exchanges, how it is called and rented, what it costs.
 
 Everything that is known of a chip is its row of `CHIPS`; a new chip is a new row (docs/adding-a-chip.md).
 
@@ -11,11 +11,12 @@ of what a page calls bidirectional.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 import re
 from typing import NamedTuple
+
+from gqa_jax.errors import close
 
 GIB = 2**30
 #: Of a GPU's memory that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75 unless set.
@@ -382,8 +383,8 @@ def find(name: str) -> Slice:
         raise ValueError(
             f"unknown topology {name!r}: of {chip.name} there are {', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
         )
-    close = difflib.get_close_matches(name, SLICES, n=1)
-    raise ValueError(f"unknown topology {name!r}: " + (f"did you mean {close[0]!r}?" if close else f"there are {listing()}"))
+    meant = close(name, SLICES)
+    raise ValueError(f"unknown topology {name!r}: " + (f"did you mean {meant!r}?" if meant else f"there are {listing()}"))
 
 
 def listing() -> str:

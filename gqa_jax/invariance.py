@@ -1,4 +1,4 @@
-"""Does a difference between models depend on the context length? (arXiv 2503.09579v2, Section 5.7, Figures 5 and 6.) No jax.
+"""Does a difference between models depend on the context length? (arXiv 2503.09579v2, Section 5.7, Figures 5 and 6.)
 
 (L(T) - L_base(T)) / L_base(T), of head configurations at one size or of sizes with one head configuration, against T. The paper
 finds it flat beyond T = 8K, within 1 percent: laws fitted at a moderate T then hold for a long one. Here that is a test: a

@@ -1,4 +1,4 @@
-"""How many devices share what: the shape of a mesh as four numbers, and which runs it suits. Imports no jax.
+"""How many devices share what: the shape of a mesh as four numbers, and which runs it suits.
 
     data      sequences are spread over it; parameters are copied
     fsdp      sequences are spread over it; parameters, gradients and moments too (ZeRO-3, arXiv 1910.02054)
@@ -11,8 +11,9 @@ A mesh is written "data=2,fsdp=4,context=8"; an axis that is left out has size 1
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+
+from gqa_jax.errors import closest
 
 AXES = ("data", "fsdp", "tensor", "context")  # from the slowest network to the fastest
 SEQUENCES = ("data", "fsdp")  # axes that the sequences of a batch are spread over
@@ -35,9 +36,9 @@ class MeshShape:
         for term in text.split(","):
             name, _, value = (part.strip() for part in term.partition("="))
             if name not in AXES:
-                close = difflib.get_close_matches(name, AXES, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"axes are {', '.join(AXES)}."
-                raise ValueError(f"mesh {text!r}: {name!r} is no axis: {hint} Write it like data=2,fsdp=4,context=8")
+                raise ValueError(
+                    f"mesh {text!r}: write it like data=2,fsdp=4,context=8; {name!r} is no axis: {closest(name, AXES)}"
+                )
             if name in sizes:
                 raise ValueError(f"mesh {text!r}: {name} is there twice")
             if not value.isdecimal() or int(value) < 1:

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.config import TrainConfig
+from gqa_jax.errors import ConfigError
 from gqa_jax.storage import write_json
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What to train next: the runs that would most reduce the expected regret of the answer, within a budget. Imports no jax.
+"""What to train next: the runs that would most reduce the expected regret of the answer, within a budget.
 
     questions = [Question(loss=2.6, context_served=131_072)]
     gains(laws, questions, candidates)                       # each run alone

@@ -1,4 +1,4 @@
-"""What the search minimises: one class per cost, called on shapes and served contexts. Imports no jax.
+"""What the search minimises: one class per cost, called on shapes and served contexts.
 
     objective = objectives.make("latency", device="h200", batch=8)
     objective(shape, 131_072)      # seconds; arrays of shapes and contexts broadcast
@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gqa_jax import costs
-from gqa_jax.config import closest
 from gqa_jax.costs import Convention, HasShape
+from gqa_jax.errors import closest
 from gqa_jax.serving import Serving
 
 TOKENS_PER_PARAM = 20.0  # of the paper's runs (Section 5.1)

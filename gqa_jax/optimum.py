@@ -1,4 +1,4 @@
-"""Cost-optimal heads, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1. Imports no jax.
+"""Cost-optimal heads, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1.
 
 1. Fit L(N; H) for every head configuration H (`gqa_jax.laws`). 2. Solve N*(H) for the loss that must be reached (Eq. 8).
 3. Turn N* into a shape (`shape_search`), evaluate a cost at the served context (`objectives`), compare the H (Eq. 9).
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, objectives, shape_search
+from gqa_jax import costs, formatting, objectives, shape_search
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
 from gqa_jax.serving import Serving
 from gqa_jax.shapes import paper_aspect
@@ -627,8 +627,8 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
 def _limit_text(memory_limit: float | Serving | None) -> str:
     if isinstance(memory_limit, Serving):
         count, chip = memory_limit.n_devices, memory_limit.chip
-        return f"the {count * chip.memory_bytes / 1e9:.4g} GB of {count} x {chip.name}"
-    return f"the {(memory_limit or 0) / 1e9:.4g} GB of the limit"
+        return f"the {formatting.gb(count * chip.memory_bytes)} of {count} x {chip.name}"
+    return f"the {formatting.gb(memory_limit or 0)} of the limit"
 
 
 def _heads(row: pd.Series) -> Heads:

@@ -1,6 +1,6 @@
 """Which mesh, rematerialisation and accumulation a run gets on the devices there are, what it needs and how long it takes.
 
-Arithmetic on shapes, a fraction of a millisecond a case; imports no jax. Memory is calibrated against programs compiled ahead
+Arithmetic on shapes, a fraction of a millisecond a case. Memory is calibrated against programs compiled ahead
 of time (`gqa_jax.proof`). Time is a lower bound: in each phase of a step the slowest of compute, memory and network, all
 the others hidden behind it.
 """
@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gqa_jax import costs, hardware
-from gqa_jax.config import CONTEXT_ATTENTION, ConfigError, TrainConfig
+from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig
+from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Chip
 from gqa_jax.mesh import PARAMETERS, MeshShape
 

@@ -1,4 +1,4 @@
-"""Laws that need no training: the paper's own data. Imports no jax.
+"""Laws that need no training: the paper's own data.
 
 `paper`: fitted to the 45 losses that can be read off Figures 1 and 2 of arXiv 2503.09579v2: 7 head configurations, and
 Llama 3's rule. `paper-table4`: 21 head configurations, calibrated on those and on the paper's Table 4. `data/presets/README.md`
@@ -13,7 +13,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
-from gqa_jax.config import closest
+from gqa_jax.errors import closest
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, fit_by_heads
 from gqa_jax.laws.block import fit_block
 from gqa_jax.laws.points import Runs

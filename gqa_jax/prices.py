@@ -7,7 +7,7 @@ import math
 import tomllib
 from pathlib import Path
 
-from gqa_jax.config import closest
+from gqa_jax.errors import closest
 from gqa_jax.hardware import CHIPS, Price
 
 

@@ -1,4 +1,4 @@
-"""Tables of a grid: one row per run in `loss`, one per run, served context and cost convention in `cost`. Imports no jax.
+"""Tables of a grid: one row per run in `loss`, one per run, served context and cost convention in `cost`.
 
     df = gqa_jax.load_results("runs/quickstart")        # or "gs://bucket/grids/paper"
 

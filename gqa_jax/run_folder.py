@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import importlib.metadata
 import json
@@ -39,8 +38,9 @@ from typing import Any, TextIO
 
 from etils import epath
 
-from gqa_jax import storage
-from gqa_jax.config import ConfigError, TrainConfig, differing_fields
+from gqa_jax import errors, storage
+from gqa_jax.config import TrainConfig, differing_fields
+from gqa_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def claim(workdir: os.PathLike | str) -> Iterator[None]:
             workdir.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(workdir / ".lock", "a+"))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # not of the configuration
+            if errors.disk_is_full(error):  # not of the configuration
                 raise
             raise ConfigError(f"--workdir={workdir} can't be written: {storage.explain(error)}") from error
         for patience in (0.1, 0.2, 0.4, None):  # `status` holds it for a moment when it looks
@@ -219,14 +219,11 @@ def classify(error: BaseException) -> tuple[str, str]:
     error.
     """
     text = str(error).strip() or type(error).__name__
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e) for e in chain):
+    if any(map(errors.disk_is_full, errors.chain(error))):
         return "disk_full", f"the disk is full ({text}): free space and run the same command again; what was saved is kept"
     if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
         return "out_of_memory", (
-            f"out of memory ({text.splitlines()[0]}): raise accumulation_steps, or set model.remat to full"
+            f"out of memory ({errors.first_line(error) or text}): raise accumulation_steps, or set model.remat to full"
         )
     if isinstance(error, ConfigError):
         return "config", text
@@ -238,7 +235,7 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "infrastructure" if isinstance(error, ProcessLost) else "error", text
     if (sentence := storage.explain_remote(error)) is not None:
         return "infrastructure", f"{sentence}; then run the same command again: it goes on from the last checkpoint"
-    return "error", f"{type(error).__name__}: {text.splitlines()[0]}"
+    return "error", errors.named(error)
 
 
 def environment(device: str, n_devices: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What serving a model costs on a named device, at the roofline: seconds, tokens a second, US dollars, bytes. Imports no jax.
+"""What serving a model costs on a named device, at the roofline: seconds, tokens a second, US dollars, bytes.
 
 A request of T tokens is a prompt of (1 - s) T tokens and s T generated ones (s = `decode_share`); B requests (`batch`) are
 served together. Each phase takes as long as the slowest of three things that a device does at once:
@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gqa_jax import costs
-from gqa_jax.config import closest
 from gqa_jax.costs import HasShape
+from gqa_jax.errors import closest
 from gqa_jax.hardware import CHIPS, Chip
 
 CONVENTION = "exact"

@@ -1,4 +1,4 @@
-"""The shape of a given number of parameters: real-valued for the search, and the closest that can be built. Imports no jax.
+"""The shape of a given number of parameters: real-valued for the search, and the closest that can be built.
 
 Source: arXiv 2503.09579v2, Appendix B.1. `heads` is anything with `n_heads` and `n_kv_heads` (`gqa_jax.laws.Heads`); n_heads
 None is the width's own number d / d_h (Llama-3's rule), real-valued where the width is.

@@ -1,6 +1,6 @@
 """Model shapes: the paper's tables of sizes, and what follows from (layers, hidden size, heads).
 
-Source: arXiv 2503.09579v2, Tables 7 and 9, Appendices B.1 and D. Imports no jax; configurations are read without numpy, so
+Source: arXiv 2503.09579v2, Tables 7 and 9, Appendices B.1 and D. Configurations are read without numpy, so
 only what computes on arrays imports it.
 """
 

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gqa_jax import collectives
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from gqa_jax.mesh import AXES, PARAMETERS, SEQUENCES, MeshShape
 
 # Each axis of a leaf of one layer, by what cuts it: "hidden" (fsdp and context), "tensor", "key_value" (tensor, where it

@@ -1,4 +1,4 @@
-"""Files on local disk or on gs://, by the same functions. Imports no jax.
+"""Files on local disk or on gs://, by the same functions.
 
 `path` makes an `etils.epath.Path` of either; gs:// needs gcsfs. An object on gs:// is written whole or not at all and can't be
 appended to; a rename is a copy of everything below. Nothing here remembers what a folder held: a run and who watches it are
@@ -25,7 +25,8 @@ from typing import Any
 
 from etils import epath
 
-from gqa_jax.config import ConfigError
+from gqa_jax import errors
+from gqa_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -250,10 +251,7 @@ def explain(error: BaseException) -> str | None:
 
 def explain_remote(error: BaseException) -> str | None:
     """One sentence for an error of gs://, or one that it caused, with the fix where there is one; None for any other error."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    return next((sentence for e in chain if (sentence := _of_gcs(e)) is not None), None)
+    return next((sentence for e in errors.chain(error) if (sentence := _of_gcs(e)) is not None), None)
 
 
 def _of_gcs(error: BaseException) -> str | None:
@@ -288,9 +286,9 @@ def _not_reached(why: str) -> str:
 def _of_disk(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno is None:
         return None
+    if errors.disk_is_full(error):
+        return "the disk is full: free space, or use another folder"
     match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            return "the disk is full: free space, or use another folder"
         case errno.EROFS:
             return "the file system is read-only: use another folder"
         case errno.EACCES | errno.EPERM:

@@ -47,8 +47,9 @@ from gqa_jax import (
     storage,
 )
 from gqa_jax.checkpoint import Checkpoints, params_sha256, restore_params
-from gqa_jax.config import ConfigError, TrainConfig, hash_identity
+from gqa_jax.config import TrainConfig, hash_identity
 from gqa_jax.data import reader, store
+from gqa_jax.errors import ConfigError
 from gqa_jax.metrics import Metrics, NoMetrics
 from gqa_jax.program import TrainState
 from gqa_jax.run_folder import DeviceTime, Diverged, Preempted

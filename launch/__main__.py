@@ -1,7 +1,4 @@
-"""`python -m launch COMMAND GRID`: a grid of training runs, from plan to answer. `--help` lists the commands.
-
-Imports no jax.
-"""
+"""`python -m launch COMMAND GRID`: a grid of training runs, from plan to answer. `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gqa_jax import hardware, prices, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
+from gqa_jax.formatting import duration, si
 from launch import analysis, executor, fit, grid, local, run, screen, state
 from launch.executor import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
@@ -171,7 +169,7 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
         console.print(plan.screen(frame, f"{the_grid.name}: {len(chosen)} cells in {layout.root}"))
         source = "given" if arguments.flops_per_second else "reached by the finished cells"
         if rate:
-            console.print(f"time: training FLOPs at {screen.short(rate)}FLOP/s ({source}), one cell after another")
+            console.print(f"time: training FLOPs at {si(rate)}FLOP/s ({source}), one cell after another")
         else:
             console.print("time: not known before a cell has finished here; --flops_per_second X estimates it")
     for name in sorted({cell.config.data.store for cell in chosen if cell.data_fingerprint is None}):
@@ -206,7 +204,7 @@ def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
     def changed(one: Fit, done: int, everything: int) -> None:
         nonlocal spoken
         now = time.monotonic()
-        left = screen.duration((now - started) / done * (everything - done))
+        left = duration((now - started) / done * (everything - done))
         verdict = "fits" if one.fits else "does not fit"
         line = f"{done} of {everything}, {left} left: {one.cell.name} {verdict} {one.slice.name}"
         bar.update(task, completed=done, description=line)
@@ -219,7 +217,7 @@ def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
         fit.prove(fits, count, changed, exact)
 
 
-def _proved(arguments, todo: list[Cell], engine: Executor, console: Console) -> dict[str, Cell]:
+def _proved(arguments, todo: list[Cell], engine: Executor) -> dict[str, Cell]:
     """The cells, with the execution that was compiled and fits, by name.
 
     Raises ConfigError when a cell does not fit where it would run, before anything is started.
@@ -238,7 +236,7 @@ def _proved(arguments, todo: list[Cell], engine: Executor, console: Console) -> 
     except ValueError as error:
         if arguments.topology:
             raise
-        console.print(f"whether cells fit {where.name} is estimated: {error}", highlight=False)
+        print(f"launch: whether cells fit {where.name} is estimated: {error}", file=sys.stderr)
     else:
         _prove(fits, None, exact=True)
     fit.require(fits)
@@ -275,7 +273,7 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
         at_a_time = f"{engine.capacity} at a time{'' if here else f' on {engine.engine}'}"
         summary = f"{the_grid.name}: {len(chosen)} cells, {len(todo)} to train, {at_a_time}, in {layout.root}"
         console.print(summary, highlight=False, soft_wrap=True)
-        proved = _proved(arguments, todo, engine, console) if todo else {}
+        proved = _proved(arguments, todo, engine) if todo else {}
         storage.check_writable(layout.root)
         _write_plan(the_grid, cells, layout)
         run.remember(layout, engine)
@@ -341,7 +339,7 @@ def _dry_run(arguments, the_grid: Grid, chosen: list[Cell], layout: Layout, engi
     """What `run` would submit now; asks no engine, so that it also works where there is none."""
     states = _states(chosen, layout, lambda: engine)
     todo = [cell for cell, now in zip(chosen, states, strict=True) if now.runnable]
-    proved = _proved(arguments, todo, engine, console) if todo else {}
+    proved = _proved(arguments, todo, engine) if todo else {}
     submissions = [engine.submission(proved.get(cell.name, cell)) for cell in todo]
     if arguments.json:
         print(json.dumps([dataclasses.asdict(one) for one in submissions], indent=1))

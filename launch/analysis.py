@@ -1,4 +1,4 @@
-"""`python -m launch fit|optimum|next|report`: questions to finished runs, or to the paper's own data. Imports no jax."""
+"""`python -m launch fit|optimum|next|report`: questions to finished runs, or to the paper's own data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable
 from rich.console import Console
 
 from gqa_jax import hardware
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
+from gqa_jax.formatting import read_context
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
 PRESETS = ("paper", "paper-table4")
@@ -157,12 +158,10 @@ def _aspect(text: str | None):
 
 def _tokens(text: str) -> int:
     """131072, or 128K, or 1M."""
-    units = {"k": 1024, "m": 1024**2}
-    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
     try:
-        return int(number) * unit
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number of tokens, like 131072 or 128K") from None
+        return read_context(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _source(arguments: argparse.Namespace):

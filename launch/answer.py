@@ -1,4 +1,4 @@
-"""Tables, laws, the cheapest heads and pictures of a finished grid, and what is printed of them. Imports no jax."""
+"""Tables, laws, the cheapest heads and pictures of a finished grid, and what is printed of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gqa_jax import optimum, plots, results, storage
+from gqa_jax import formatting, optimum, plots, results, storage
+from gqa_jax.formatting import probability, short, si
 from gqa_jax.laws import validation
 from gqa_jax.optimum import Answer
 from launch import studies
 from launch.grid import Layout
-from launch.screen import short
 from launch.studies import Fits, Fitted, Source
 
 ASTRONOMICAL = 1e18  # a bound that is none
@@ -207,7 +207,7 @@ def map_screen(table: pd.DataFrame, convention: str) -> Table:
         title_justify="left",
     )
     served = sorted(table["context_served"].unique())
-    for name in ("trained at", "loss", *(f"served {plots.context_label(int(c))}" for c in served)):
+    for name in ("trained at", "loss", *(f"served {formatting.context(int(c))}" for c in served)):
         view.add_column(name, justify="right")
     for (context, loss), rows in table.groupby(["context", "loss"], sort=False):
         cells = {row.context_served: _winner(row) for row in rows[rows["rank"] == 1].itertuples()}
@@ -220,12 +220,13 @@ def print_answer(found: Answer, one: Fitted, console: Console) -> None:
     unit = f" {found.objective['unit']}" if found.objective["unit"] else ""
     if one.laws.source:
         console.print(one.laws.source, highlight=False)
-    n = f"{size_text(found.n_params)} parameters{_range(*found.n_params_interval, size_text)}"
-    sure = "" if np.isnan(found.probability) else f"; no other is cheaper with a probability of {share_text(found.probability)}"
+    n = f"{short(found.n_params)} parameters{_range(*found.n_params_interval, short)}"
+    sure = found.probability
+    said = "" if np.isnan(sure) else f"; no other is cheaper with a probability of {probability(sure)}"
     console.print(
-        f"\n[bold]{heads_text(*found.heads)}[/] query and key/value heads, {n}{sure}",
-        f"loss {found.loss:g} served at {found.context_served:,} tokens: {found.objective['label']} {short(found.cost)}{unit}"
-        f"{_range(*found.cost_interval, short)}",
+        f"\n[bold]{heads_text(*found.heads)}[/] query and key/value heads, {n}{said}",
+        f"loss {found.loss:g} served at {found.context_served:,} tokens: {found.objective['label']} {si(found.cost)}{unit}"
+        f"{_range(*found.cost_interval, si)}",
         sep="\n", highlight=False,
     )  # fmt: skip
     if not np.isnan(found.saving_vs_llama3):
@@ -243,7 +244,7 @@ def print_answer(found: Answer, one: Fitted, console: Console) -> None:
         )
     console.print(_candidates_screen(found))
     built = ", ".join(
-        f"{row.n_layers} x {row.d_model} (loss {row.loss:.3f}, {short(row.cost)}{unit})" for row in found.buildable.itertuples()
+        f"{row.n_layers} x {row.d_model} (loss {row.loss:.3f}, {si(row.cost)}{unit})" for row in found.buildable.itertuples()
     )
     console.print(f"closest models, layers x hidden size: {built}", highlight=False)
     for warning in found.warnings:
@@ -271,10 +272,10 @@ def _candidates_screen(found: Answer) -> Table:
             continue
         view.add_row(
             heads_text(row.n_heads, row.n_kv_heads),
-            f"{size_text(row.n_params)}{_range(row.n_params_low, row.n_params_high, size_text)}",
+            f"{short(row.n_params)}{_range(row.n_params_low, row.n_params_high, short)}",
             f"{row.n_layers:.1f} x {row.d_model:.0f}",
-            f"{short(row.cost)}{_range(row.cost_low, row.cost_high, short)}",
-            "" if np.isnan(row.probability) else share_text(row.probability),
+            f"{si(row.cost)}{_range(row.cost_low, row.cost_high, si)}",
+            "" if np.isnan(row.probability) else probability(row.probability),
             "" if np.isnan(row.expected_regret) else f"{row.expected_regret:.2%}",
             "" if np.isnan(row.saving_vs_llama3) else f"{-row.saving_vs_llama3:+.1%}",
             "" if pd.isna(row.note) else row.note.removeprefix("extrapolated: ").removesuffix(" the trained sizes"),
@@ -302,16 +303,6 @@ def heads_text(n_heads: int | None, n_kv_heads: int) -> str:
     return f"({'d/d_h' if n_heads is None or pd.isna(n_heads) else int(n_heads)},{int(n_kv_heads)})"
 
 
-def size_text(n_params: float) -> str:
-    """Parameters: 2.08B."""
-    return short(n_params).replace("G", "B")
-
-
-def share_text(share: float) -> str:
-    """A probability; one that draws can't tell from 0 or 1 is not called so."""
-    return ">99.9%" if share > 0.999 else "<0.1%" if share < 0.001 else f"{share:.1%}"
-
-
 def _range(low: float, high: float, text: Callable[[float], str]) -> str:
     if np.isnan(low) or np.isnan(high):
         return ""
@@ -319,12 +310,12 @@ def _range(low: float, high: float, text: Callable[[float], str]) -> str:
 
 
 def _winner(row) -> str:
-    sure = "" if np.isnan(row.probability) else f" {row.probability:.0%}"
-    return f"{heads_text(row.n_heads, row.n_kv_heads)}{sure} N={size_text(row.n_params)}" + ("" if pd.isna(row.note) else "*")
+    sure = "" if np.isnan(row.probability) else f" {formatting.percent(row.probability)}"
+    return f"{heads_text(row.n_heads, row.n_kv_heads)}{sure} N={short(row.n_params)}" + ("" if pd.isna(row.note) else "*")
 
 
 def _draw(layout: Layout, name: str, one: Fitted) -> None:
-    trained = f"trained at T = {plots.context_label(one.context)}"
+    trained = f"trained at T = {formatting.context(one.context)}"
     ax = plots.loss_vs_params(one.laws, title=f"{name}: loss against size, {trained}")
     plots.save(ax.figure, layout.figures / f"loss-params-t{one.context}")
     for served in _few(one.contexts_served):
@@ -333,7 +324,7 @@ def _draw(layout: Layout, name: str, one: Fitted) -> None:
             one.laws,
             served,
             convention=one.convention,
-            title=f"{name}: loss against cost at {plots.context_label(served)}, {trained}",
+            title=f"{name}: loss against cost at {formatting.context(served)}, {trained}",
         )
         plots.save(ax.figure, layout.figures / f"loss-cost-t{one.context}-served{served}")
 

@@ -1,4 +1,4 @@
-"""The code of a run in one file named by its content, for hosts that have no checkout. Imports no jax.
+"""The code of a run in one file named by its content, for hosts that have no checkout.
 
 A bundle is `<sha256>.tar.gz`: gqa_jax, launch, configs, what `pip install` needs, and COMMIT, the commit that they are of. The
 same files of the same commit give the same bytes (with one version of zlib), so a bundle is put somewhere once. Cluster files
@@ -22,7 +22,7 @@ from pathlib import Path
 from etils import epath
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDERS = ("gqa_jax", "launch", "configs")

@@ -1,4 +1,4 @@
-"""Engines that run cells, behind one interface: local processes, Slurm, Cloud TPU queued resources, SkyPilot. Imports no jax.
+"""Engines that run cells, behind one interface: local processes, Slurm, Cloud TPU queued resources, SkyPilot.
 
 An executor keeps no state of its own. What there is to know is in the run folders and in the engine: `jobs` asks it once, by
 the names of its jobs, which are functions of the grid's folder and the cell. The engine's unique name is the claim on a cell.
@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 
 from etils import epath
 
-from gqa_jax import config, hardware
-from gqa_jax.config import ConfigError
+from gqa_jax import config, errors, hardware
+from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Slice
 from launch.grid import Cell, Layout
 
@@ -215,6 +215,6 @@ def make(values: Mapping[str, Any], layout: Layout) -> Executor:
     """The executor of these options, which name their engine. Raises ConfigError as `load`."""
     engine = values.get("engine")
     if engine not in ENGINES:
-        raise ConfigError(f"engine = {engine!r}: {config.closest(str(engine), ENGINES)}")
+        raise ConfigError(f"engine = {engine!r}: {errors.closest(str(engine), ENGINES)}")
     kind = importlib.import_module(f"launch.{engine}").Executor
     return kind(config.from_mapping(kind.Options, values), layout)

@@ -1,4 +1,4 @@
-"""Everything that a report shows, from the laws of a grid or of a preset. Imports no jax."""
+"""Everything that a report shows, from the laws of a grid or of a preset."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from etils import epath
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from gqa_jax import optimum, plots, results, shape_search
-from gqa_jax.config import ConfigError
+from gqa_jax import formatting, optimum, plots, results, shape_search
+from gqa_jax.errors import ConfigError
 from gqa_jax.invariance import context_invariance
 from gqa_jax.laws import validation
 from gqa_jax.objectives import Objective
@@ -111,7 +111,7 @@ def _pictures(
 ) -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
     """(part of the page, title, caption, what draws it), beside the map and the charts that the page has anyway."""
     laws, rows = one.laws, one.rows
-    at = plots.context_label(context)
+    at = formatting.context(context)
     if np.isfinite(answer.saving_vs_llama3):
         yield (
             "questions",

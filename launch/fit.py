@@ -1,4 +1,4 @@
-"""Which cells fit which slices, by arithmetic or by compiling them; and whether they fit this machine. Imports no jax."""
+"""Which cells fit which slices, by arithmetic or by compiling them; and whether they fit this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gqa_jax import costs, hardware, planner
-from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.config import TrainConfig
+from gqa_jax.errors import ConfigError
+from gqa_jax.formatting import gb, gib
 from gqa_jax.hardware import Slice
 from gqa_jax.planner import Estimate, Execution
 from gqa_jax.proof import Proof, Provers
@@ -145,13 +147,13 @@ def reason(fit: Fit) -> str:
     """Why a cell does not fit a slice, in a few words."""
     if fit.obstacle:
         return fit.obstacle
-    limit = f"{fit.chosen.bytes_limit / 2**30:.2f} GiB"
+    limit = gib(fit.chosen.bytes_limit)
     if fit.proof is None:
-        return f"at least {used(fit.chosen) / 2**30:.2f} GiB estimated, {limit} there"
+        return f"at least {gib(used(fit.chosen))} estimated, {limit} there"
     if fit.proof.bytes_arguments is not None:
-        return f"{fit.proof.bytes_used / 2**30:.2f} GiB compiled, {limit} there"
+        return f"{gib(fit.proof.bytes_used)} compiled, {limit} there"
     if fit.proof.bytes_needed:
-        return f"the compiler needs {fit.proof.bytes_needed / 2**30:.2f} GiB, {limit} are there"
+        return f"the compiler needs {gib(fit.proof.bytes_needed)}, {limit} are there"
     return f"the compiler says: {' '.join(str(fit.proof.error).split())[:300]}"
 
 
@@ -175,8 +177,8 @@ def require_memory(cells: Sequence[Cell], slots: int) -> None:
         if needed > share:
             fewer = f"use --slots {int(slots * share // needed)}, or " if needed <= slots * share else ""
             raise ConfigError(
-                f"{cell.name} does not fit: {STATE_BYTES} bytes a parameter are {needed / 1e9:.1f} GB, and each of "
-                f"{slots} slots has {share / 1e9:.1f} GB; {fewer}find a slice for it: "
+                f"{cell.name} does not fit: {STATE_BYTES} bytes a parameter are {gb(needed)}, and each of "
+                f"{slots} slots has {gb(share)}; {fewer}find a slice for it: "
                 f"python -m launch plan GRID --topology v5e:4x4 --estimate"
             )
 

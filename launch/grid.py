@@ -1,4 +1,4 @@
-"""Grids: which cells there are, what they are called, where they live. Imports no jax.
+"""Grids: which cells there are, what they are called, where they live.
 
 A grid file defines `get_grid()`, which returns a `Grid`: any list of training configurations, made by `product` or by hand. A
 cell may go on from the parameters of another one, its parent (`continued`); it starts when that is done.
@@ -21,8 +21,9 @@ import ml_collections
 from etils import epath
 
 from gqa_jax import costs
-from gqa_jax.config import ConfigError, TrainConfig, closest, default_config, hash_identity
+from gqa_jax.config import TrainConfig, default_config, hash_identity
 from gqa_jax.data import reader, store
+from gqa_jax.errors import ConfigError, closest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The local engine: cells as processes of this machine, each with some of its GPUs or a share of its CPUs. Imports no jax.
+"""The local engine: cells as processes of this machine, each with some of its GPUs or a share of its CPUs.
 
 Children end with the launcher, however it ends; what they had saved is resumed by the same command. A cell is claimed by an
 flock that its processes inherit, so that the kernel drops it with the last of them, and any process can see who runs.
@@ -26,7 +26,7 @@ from typing import Any
 from etils import epath
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import executor
 from launch.executor import RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell, Layout

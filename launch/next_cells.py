@@ -1,4 +1,4 @@
-"""`python -m launch next`: which runs of a grid to train next, as a grid file. Imports no jax."""
+"""`python -m launch next`: which runs of a grid to train next, as a grid file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gqa_jax import costs, next_runs, optimum
-from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.config import TrainConfig
+from gqa_jax.errors import ConfigError
+from gqa_jax.formatting import probability, si
 from gqa_jax.laws import Heads
 from gqa_jax.next_runs import Candidate, Choice, Question
 from launch import answer, grid, state, studies
 from launch.grid import Cell
-from launch.screen import short
 from launch.studies import Fitted, Source
 
 WAITING = ("planned", "preempted", "lost")  # states of cells that can be chosen
@@ -70,7 +71,7 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
     console.print(
         f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {answer.heads_text(*today.heads)}, its "
         f"expected regret is {choice.regret_now:.3%}, the cheapest with a probability of "
-        f"{answer.share_text(choice.probability_now)}",
+        f"{probability(choice.probability_now)}",
         highlight=False,
     )
     for warning in dict.fromkeys([*today.warnings, *choice.warnings]):
@@ -177,7 +178,7 @@ def _screen(choice: Choice) -> Table:
     for name in ("train", "FLOPs", "all so far", "expected regret after", "gain so far", "± error"):
         view.add_column(name, justify="left" if name == "train" else "right", no_wrap=True)
     for row in choice.steps.itertuples():
-        numbers = (short(row.cost), short(row.total_cost), f"{row.regret_after:.3%}", f"{row.total_gain:.3%}")
+        numbers = (si(row.cost), si(row.total_cost), f"{row.regret_after:.3%}", f"{row.total_gain:.3%}")
         view.add_row(row.name, *numbers, f"{row.total_gain_error:.3%}")
     return view
 

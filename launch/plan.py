@@ -1,4 +1,4 @@
-"""What a grid will cost before it is started: parameters, tokens, FLOPs, memory and time of every cell. Imports no jax.
+"""What a grid will cost before it is started: parameters, tokens, FLOPs, memory and time of every cell.
 
 On slices that are not here too: which mesh each cell gets there, whether it fits, hours and money.
 """
@@ -13,13 +13,13 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from gqa_jax import costs
-from gqa_jax.config import ConfigError
+from gqa_jax import costs, formatting
+from gqa_jax.errors import ConfigError
+from gqa_jax.formatting import duration, short, si
 from gqa_jax.hardware import Chip, Price
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell
-from launch.screen import duration, short
 
 
 def table(cells: Sequence[Cell], states: Sequence[state.CellState], flops_per_second: float | None) -> pd.DataFrame:
@@ -62,9 +62,9 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
         ("L x d", ""),
         ("N", ""),
         ("tokens", short(frame["tokens"].sum())),
-        ("FLOPs", short(frame["train_flops"].sum())),
+        ("FLOPs", si(frame["train_flops"].sum())),
         ("memory", ""),
-        ("time", duration(total)),
+        ("time", "" if total is None else duration(total)),
         ("state", ""),
     ):
         view.add_column(name, footer, justify="left" if name in ("cell", "state") else "right", no_wrap=True)
@@ -74,9 +74,9 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
             f"{row.n_layers}x{row.d_model}",
             short(row.params_non_embedding),
             short(row.tokens),
-            short(row.train_flops),
-            f"{short(row.train_bytes)}B",
-            duration(None if pd.isna(row.seconds) else row.seconds),
+            si(row.train_flops),
+            f"{si(row.train_bytes)}B",
+            "" if pd.isna(row.seconds) else duration(row.seconds),
             row.state,
         )
     return view
@@ -230,9 +230,7 @@ def _text(value: str | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    if pd.isna(value):
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return "" if pd.isna(value) else formatting.figure(value)
 
 
 def _gib(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""One pass over a grid: what the engine has, what each cell's state is, what is submitted. Imports no jax.
+"""One pass over a grid: what the engine has, what each cell's state is, what is submitted.
 
 Nothing is remembered between passes but in the run folders and the engine, so a launcher may die at any moment, and several
 may work on one grid.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from gqa_jax import storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import executor, local, state
 from launch.executor import DEAD, Executor, Job, SubmitError
 from launch.grid import Cell, Layout

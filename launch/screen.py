@@ -1,4 +1,4 @@
-"""What `status` and `run` show of a grid. Imports no jax."""
+"""What `status` and `run` show of a grid."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gqa_jax import hardware
+from gqa_jax.formatting import duration
 from gqa_jax.hardware import Price
 from launch import state
 from launch.executor import Executor, training
@@ -54,7 +55,7 @@ def _row(cell: Cell, now: CellState, prices: Mapping[str, Price]) -> dict[str, s
         "state": f"[{COLORS.get(now.state, 'default')}]{now.state}[/]",
         "step": "" if now.step is None else f"{now.step:,}/{cell.config.n_steps:,}",
         "tok/s": "" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}",
-        "ETA": duration(now.eta_seconds) if alive else "",
+        "ETA": duration(now.eta_seconds) if alive and now.eta_seconds is not None else "",
         "tries": "" if now.attempts < 2 else str(now.attempts),
         "beat": duration(now.heartbeat_age) if alive and now.heartbeat_age is not None else "",
         "$": "" if usd is None else f"{usd:,.2f}",
@@ -182,21 +183,3 @@ class Watch:
         left = sum(f * (1 - a) for f, a in zip(flops, share, strict=True))
         elapsed = time.monotonic() - self._started
         return f", {duration(elapsed * left / done)} left" if done > 0 else ""
-
-
-def short(value: float) -> str:
-    """1234567 as "1.23M"."""
-    for unit, symbol in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{symbol}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as "5 s", "3 min", "2.5 h" or "4.1 d"; empty when not known."""
-    if seconds is None:
-        return ""
-    for unit, symbol in ((86400, "d"), (3600, "h")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {symbol}"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

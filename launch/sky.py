@@ -1,4 +1,4 @@
-"""SkyPilot managed jobs: cells on any cloud that it reaches, a job each, by its `sky` program. Imports no jax.
+"""SkyPilot managed jobs: cells on any cloud that it reaches, a job each, by its `sky` program.
 
 SkyPilot finds the machines, and finds others when these are taken away; it starts a cell again that ends with exit code 75. Its
 names of managed jobs are not unique: who submits looks before and after, and of several jobs of a cell the first is kept.
@@ -25,8 +25,8 @@ import yaml
 from etils import epath
 
 from gqa_jax import hardware, run_folder, storage
-from gqa_jax.config import ConfigError
 from gqa_jax.data import store
+from gqa_jax.errors import ConfigError
 from launch import bundle, executor
 from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell

@@ -1,4 +1,4 @@
-"""Slurm: a batch job per cell, on nodes that share a file system with this machine. Imports no jax.
+"""Slurm: a batch job per cell, on nodes that share a file system with this machine.
 
 Slurm starts a cell again after the failure of a node, a preemption, or an end with exit code 75, in the same job. Its job names
 are not unique: of jobs of one name only one runs at a time (singleton), and who submits looks before and after, and keeps the
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_jax import hardware, run_folder, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from launch import executor
 from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell

@@ -1,4 +1,4 @@
-"""State of a cell: a pure function of its run folder, the engine's job and the time. Imports no jax.
+"""State of a cell: a pure function of its run folder, the engine's job and the time.
 
 planned    nothing has happened, or it waits for the cell that it continues
 queued     the engine has it and has not started it
@@ -23,7 +23,8 @@ from typing import Any
 from etils import epath
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError, TrainConfig, differing_fields
+from gqa_jax.config import TrainConfig, differing_fields
+from gqa_jax.errors import ConfigError
 from launch.executor import QUEUED, RUNNING, Job
 from launch.grid import Cell, Layout
 

@@ -1,7 +1,4 @@
-"""Where an answer comes from: the finished runs of a grid, or the paper's own data; and the laws of each training context.
-
-Imports no jax.
-"""
+"""Where an answer comes from: the finished runs of a grid, or the paper's own data; and the laws of each training context."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import pandas as pd
 from etils import epath
 
 from gqa_jax import presets, results, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LawsByHeads, fit_by_heads, points
 from launch import grid
 from launch.grid import Layout

@@ -1,4 +1,4 @@
-"""Cloud TPU: a queued resource per cell, by Google's own client. Imports no jax.
+"""Cloud TPU: a queued resource per cell, by Google's own client.
 
 Google's queue finds the machines; `tpu_startup.sh` runs on each of them, trains, and deletes the slice, whatever happens. The
 id of a request is unique in its zone, so a request that is there is the claim on a cell. Of two zones that both have one, the
@@ -33,9 +33,9 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from gqa_jax import config, storage
-from gqa_jax.config import ConfigError
+from gqa_jax import errors, storage
 from gqa_jax.data import store
+from gqa_jax.errors import ConfigError
 from launch import bundle, executor
 from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell
@@ -105,7 +105,7 @@ class Options(executor.Options):
             if not fits or not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", name):
                 raise ConfigError(f"labels.{name} = {value!r}: names and values have at most 63 of a-z, 0-9, _ and -")
         if self.provisioning not in PROVISIONING:
-            raise ConfigError(f"provisioning = {self.provisioning!r}: {config.closest(self.provisioning, PROVISIONING)}")
+            raise ConfigError(f"provisioning = {self.provisioning!r}: {errors.closest(self.provisioning, PROVISIONING)}")
         if (self.provisioning == "reserved") != (self.reservation is not None):
             raise ConfigError(
                 f'reservation = {self.reservation!r}: its name goes with provisioning = "reserved", and only with it'
@@ -317,7 +317,7 @@ class Executor(executor.Executor):
         shape = options.slice.shape
         for zone in options.zones:
             if zone not in known:
-                close = config.closest(zone, sorted(known))
+                close = errors.closest(zone, sorted(known))
                 raise ConfigError(f"zone {zone} of zones has no Cloud TPU for project {options.project}: {close}")
         has = {zone: self._accelerators(zone) for zone in options.zones}
         for zone in options.zones:
@@ -325,12 +325,12 @@ class Executor(executor.Executor):
                 others = sorted(zone for zone in known - has.keys() if {kind, (chip, shape)} & self._accelerators(zone))
                 others = [zone for zone in options.zones if {kind, (chip, shape)} & has[zone]] + others
                 names = sorted(name for name in has[zone] if isinstance(name, str))
-                where = f"there are some in {', '.join(others)}" if others else config.closest(kind, names)
+                where = f"there are some in {', '.join(others)}" if others else errors.closest(kind, names)
                 raise ConfigError(f"topology = {options.topology!r} is {kind}, which zone {zone} does not have: {where}")
             listed = self._ask(f"images of {zone}", lambda zone=zone: list(self._list("list_runtime_versions", zone)))
             images = {version.version for version in listed}
             if options.image not in images:
-                close = config.closest(options.image, sorted(images))
+                close = errors.closest(options.image, sorted(images))
                 raise ConfigError(f"runtime_version = {options.image!r} is not in zone {zone}: {close}")
 
     def prepare(self) -> None:

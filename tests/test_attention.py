@@ -255,7 +255,7 @@ ids = np.zeros((2, 7), np.int32)
         (lambda q, k, v: (q, k, v), {"kv_offset": np.zeros(2, int)}, "kv_offset must be an integer scalar"),
         (lambda q, k, v: (q, k, v), {"scale": 0}, "scale must be a positive Python number"),
         (lambda q, k, v: (q, k, v), {"implementation": "referense"}, "did you mean 'reference'"),
-        (lambda q, k, v: (q, k, v), {"implementation": "flash"}, "there are: reference, xla"),
+        (lambda q, k, v: (q, k, v), {"implementation": "flash"}, "allowed: reference, xla"),
         (lambda q, k, v: (q, k, v), {"implementation": "pallas_gpu"}, "can't run here: .* These can: reference, xla"),
         (lambda q, k, v: (q, k, v), {"implementation": "cudnn"}, "can't run here: .*NVIDIA GPU"),
     ],

@@ -335,7 +335,7 @@ def test_the_written_out_form_runs_where_it_can():
         (14, {"method": "ring"}, "7 positions are odd"),
         (14, {"method": "gather"}, "7 positions are odd"),
         (16, {"method": "gather", "scale": -1}, "scale must be a positive"),
-        (16, {"method": "ring", "implementation": "rign"}, "unknown: there are: reference, xla"),
+        (16, {"method": "ring", "implementation": "rign"}, "unknown: allowed: reference, xla"),
     ],
 )
 def test_what_is_refused(length, how, message):

@@ -266,3 +266,13 @@ def test_a_grid_of_real_cells_from_run_to_tables(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "attention implementation 'flash' is unknown" in out
     assert len(rows_of(layout.tables / "loss.csv")) == 1
+
+
+def test_without_a_compiler_a_dry_run_is_still_json(small, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    monkeypatch.setattr("launch.slurm.Executor.jobs", lambda _: {})
+    assert run("run", small, "--on", "slurm", "--dry_run", "--json") == launch.EXIT_DONE
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)) == len(small[2])
+    assert "whether cells fit h100:8 is estimated: compiling for h100:8 takes the package" in said.err
+    assert "pip install 'gqa-jax[aot]'" in said.err

@@ -18,7 +18,7 @@ def test_a_mesh_is_read_as_it_is_written():
     ("text", "message"),
     [
         ("fdsp=4", "did you mean 'fsdp'"),
-        ("rows=4", "axes are data, fsdp, tensor, context"),
+        ("rows=4", "allowed: data, fsdp, tensor, context"),
         ("fsdp=4,fsdp=2", "there twice"),
         ("fsdp=0", "at least 1"),
         ("fsdp=x", "fsdp=x must be a whole number"),

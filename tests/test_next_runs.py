@@ -1,8 +1,6 @@
 """What runs are worth: against closed forms, and against truths that are known (`benchmarks/next_runs.py` has more of them)."""
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -262,11 +260,6 @@ def test_too_few_draws_or_runs_are_said():
     )  # fmt: skip
     with pytest.raises(ValueError, match="as many coefficients as runs"):
         gains(fit_by_heads(table), [QUESTION], [Candidate("x", heads, 1e8, 1.0)])
-
-
-def test_it_does_without_jax():
-    code = "import sys, gqa_jax.next_runs; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 SMALL = law_tables.SIZES[1:5]

@@ -1,8 +1,6 @@
 """The style of pictures, names of curves, files."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -12,18 +10,13 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gqa_jax import plots
+from gqa_jax import formatting, plots
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.shapes import head_configurations
 from tests import plot_helpers
 
 ALL = [Heads(*heads) for heads in head_configurations()] + [LLAMA3]
-
-
-def test_no_jax_and_no_pyplot():
-    code = "import gqa_jax.plots, sys; print([m for m in ('jax', 'matplotlib.pyplot') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_every_head_configuration_can_be_told_without_colour():
@@ -108,16 +101,10 @@ def test_ticks_of_a_logarithmic_axis(low, high):
     ax = style.new_axes()
     ax.plot([low, high], [1, 2])
     ax.set_xlim(low, high)
-    style.log_axis(ax.xaxis, text=style.short)
+    style.log_axis(ax.xaxis, text=formatting.short)
     ticks = plot_helpers.texts_of_ticks(ax.xaxis)
     assert 3 <= len(ticks) <= 8
     assert len(set(ticks)) == len(ticks)
-
-
-def test_words():
-    assert [plots.context_label(t) for t in (8192, 131_072, 1000)] == ["8K", "128K", "1000"]
-    assert [style.short(x) for x in (1.234e9, 999.9e6, 2e4, 950.0)] == ["1.23B", "1B", "20k", "950"]
-    assert [style.percent(x) for x in (1.0, 0.996, 0.874, 0.004, 0.0)] == ["100%", ">99%", "87%", "<1%", "0%"]
 
 
 def _picture():

@@ -98,7 +98,7 @@ def test_the_key_depends_on_every_source_that_the_step_imports():
     here = Path(gqa_jax.__file__).parent
     hashed = {path for pattern in proof.SOURCES for path in here.glob(pattern)}
     files = {here / Path(*name.split(".")[1:]).with_suffix(".py") for name in imported}
-    beside = {here / f"{name}.py" for name in ("attention", "costs", "shapes")}
+    beside = {here / f"{name}.py" for name in ("attention", "costs", "errors", "shapes")}
     assert {path for path in files if path.exists()} - beside <= hashed
 
 

@@ -135,11 +135,6 @@ def test_a_program_that_stops_reading_early_ends(store):
     assert (done.returncode, done.stdout) == (0, "(4, 8)\n"), done.stderr
 
 
-def test_importing_the_reader_imports_no_jax():
-    code = "import sys, gqa_jax.data.reader, gqa_jax.data.prepare; sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 def test_budget(store):
     reader = batches(store, epochs=1)
     reader.check_budget(reader.n_steps)

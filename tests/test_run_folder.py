@@ -2,8 +2,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -102,10 +100,3 @@ def test_records_name_the_job(tmp_path, monkeypatch):
 def test_an_exit_that_cannot_be_recorded_is_said(tmp_path, caplog):
     run_folder.record_exit(tmp_path / "none", 1, "error", "why", None)
     assert "exit.json can't be written" in caplog.text
-
-
-def test_no_jax_is_needed():
-    code = (
-        "import sys, gqa_jax.storage, gqa_jax.run_folder, gqa_jax.metrics, gqa_jax.data.store; assert 'jax' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

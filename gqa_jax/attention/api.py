@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ import numpy as np
 from gqa_jax.attention import implementations
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import Mask
+from gqa_jax.errors import closest
 
 
 def attention(
@@ -87,9 +86,7 @@ def check_name(implementation: str | None) -> None:
         return
     names = implementations.names()
     if implementation not in names:
-        close = difflib.get_close_matches(implementation, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
-        raise ValueError(f"attention implementation {implementation!r} is unknown: {hint}")
+        raise ValueError(f"attention implementation {implementation!r} is unknown: {closest(implementation, names)}")
 
 
 def resolve(implementation: str | None, case: Case) -> str:

@@ -9,7 +9,6 @@ Dao et al., "Flash-Decoding for long-context inference" (2023), https://pytorch.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from gqa_jax.attention import decode_tpu, pallas_triton
 from gqa_jax.attention.api import check_heads
 from gqa_jax.attention.implementations import Case
 from gqa_jax.attention.masks import HIDDEN, UNSEEN
+from gqa_jax.errors import closest
 
 XLA_CHUNK = 2048  # keys of a sequence in one step of `xla`
 
@@ -78,9 +78,7 @@ def resolve(implementation: str | None, case: Case) -> str:
         preferred = {"tpu": "pallas_tpu", "gpu": "pallas_triton"}.get(case.platform)
         return preferred if preferred in able else "xla"
     if implementation not in DECODERS:
-        close = difflib.get_close_matches(implementation, DECODERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(DECODERS)}"
-        raise ValueError(f"decode implementation {implementation!r} is unknown: {hint}")
+        raise ValueError(f"decode implementation {implementation!r} is unknown: {closest(implementation, DECODERS)}")
     if implementation not in able:
         obstacle = DECODERS[implementation].obstacle(case)
         raise ValueError(f"decode implementation {implementation!r} can't run here: {obstacle}. These can: {', '.join(able)}")

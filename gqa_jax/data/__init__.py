@@ -1,1 +1,1 @@
-"""Text to a token store (`prepare`), the store (`store`), and the store to batches (`reader`). Imports no jax."""
+"""Text to a token store (`prepare`), the store (`store`), and the store to batches (`reader`)."""

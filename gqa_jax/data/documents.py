@@ -16,7 +16,6 @@ Text is UTF-8 and kept as it is, line ends too; only a byte-order mark at the st
 from __future__ import annotations
 
 import codecs
-import difflib
 import fnmatch
 import gzip
 import io
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from gqa_jax import errors
 from gqa_jax.data import corpus
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -311,8 +311,8 @@ def _file_source(path: Path, name: str) -> Source:
 
 def _neighbour(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f", did you mean {path.parent / close[0]}?" if close else ""
+    close = errors.close(path.name, names)
+    return "" if close is None else f", did you mean {path.parent / close}?"
 
 
 def _reason(error: BaseException) -> str:

@@ -8,13 +8,12 @@
 
 `fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer), not of paths, dates or versions: two
 stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is copied to the
-local disk once, where it is mapped. Imports no jax.
+local disk once, where it is mapped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -30,10 +29,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from gqa_jax import storage
-from gqa_jax.config import closest
+from gqa_jax import errors, storage
 from gqa_jax.data import corpus
 from gqa_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from gqa_jax.errors import closest
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +247,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
 
 def os_sentence(error: OSError, path: Path) -> str:
     """What an error of the operating system means for who writes to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if errors.disk_is_full(error):
         return f"no space left for {error.filename or path}: free some, or choose another disk"
     return f"{error.filename or path}: {error.strerror or error}"
 

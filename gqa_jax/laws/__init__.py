@@ -1,4 +1,4 @@
-"""Scaling laws with their uncertainty, in float64. Imports no jax.
+"""Scaling laws with their uncertainty, in float64.
 
     laws = gqa_jax.laws.fit_by_heads(gqa_jax.load_results("runs/paper"))     # L(N; H) = (a / N)^b + E, one E for all H
     laws[Heads(8, 1)].solve(2.615), laws.size_interval(Heads(8, 1), 2.615), laws.intervals(), laws.draws()

@@ -1,4 +1,4 @@
-"""L(N; H) = (a / N)^b + E, for every head configuration H (arXiv 2503.09579v2, Eq. 7), with its uncertainty. Imports no jax.
+"""L(N; H) = (a / N)^b + E, for every head configuration H (arXiv 2503.09579v2, Eq. 7), with its uncertainty.
 
 E, the entropy of the language, is shared by all H of a context by default: it belongs to the text. A power law with its own E
 per H needs more sizes than small grids have, and its E is poorly determined (R^2 says nothing of it: without any E it is

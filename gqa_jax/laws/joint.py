@@ -1,4 +1,4 @@
-"""One law for all heads, L(N, n_h, n_kv) = E + A(H) (N / N0)^-b(H), for heads that were not trained too. Imports no jax.
+"""One law for all heads, L(N, n_h, n_kv) = E + A(H) (N / N0)^-b(H), for heads that were not trained too.
 
 ln A and b are compact functions of the heads. With u = log2 n_h, v = log2 n_kv, and f_p(n) = (1 - n^-p) / p, which is ln n
 for p = 0, so that `power` is a power plus a constant in n_h and in n_kv:

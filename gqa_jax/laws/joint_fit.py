@@ -1,4 +1,4 @@
-"""The numerical half of `joint`: a global start, weights, and least squares with runs that err together. Imports no jax."""
+"""The numerical half of `joint`: a global start, weights, and least squares with runs that err together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a joint law's ln A and b are made of: compact functions of the heads, with their derivatives. Imports no jax."""
+"""What a joint law's ln A and b are made of: compact functions of the heads, with their derivatives."""
 
 from __future__ import annotations
 

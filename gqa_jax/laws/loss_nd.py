@@ -1,4 +1,4 @@
-"""L(N, D) = E + A / N^alpha + B / D^beta: loss against parameters and training tokens, with its uncertainty. Imports no jax.
+"""L(N, D) = E + A / N^alpha + B / D^beta: loss against parameters and training tokens, with its uncertainty.
 
 Source: Hoffmann et al. 2022 (arXiv 2203.15556), Eq. 2 and Approach 3: Huber's loss of residuals of ln L, delta = 1e-3, summed.
 How it goes wrong: averaged instead of summed it stops early (Besiroglu et al. 2024, arXiv 2404.10102, refitted their data).

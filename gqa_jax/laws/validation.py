@@ -1,4 +1,4 @@
-"""How far laws can be trusted: runs that were held out, repeated runs, and more heads that don't help. Imports no jax.
+"""How far laws can be trusted: runs that were held out, repeated runs, and more heads that don't help.
 
 R^2 says nothing of a law beyond its data: without any E it is above 0.99 on the paper's points. So runs are held out, and
 predicted by three models from the others:

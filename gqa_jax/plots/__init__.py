@@ -1,4 +1,4 @@
-"""Pictures of laws, costs and answers, in one style; readable in black and white. Imports no jax.
+"""Pictures of laws, costs and answers, in one style; readable in black and white.
 
 Every function draws on the axes it is given, or makes its own figure, and returns the axes; `save` writes files.
 """
@@ -10,11 +10,10 @@ from gqa_jax.plots.heads import loss_vs_query_heads
 from gqa_jax.plots.losses import loss_vs_cost, loss_vs_costs, loss_vs_params, table_aspect
 from gqa_jax.plots.maps import optimum_map
 from gqa_jax.plots.shares import flops_shares, memory_shares
-from gqa_jax.plots.style import context_label, head_look, head_text, save
+from gqa_jax.plots.style import head_look, head_text, save
 
 __all__ = [
     "aligned_cost",
-    "context_label",
     "continued_training",
     "cost_by_context",
     "cost_intervals",

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
+from gqa_jax import formatting
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.plots import labels, style, tables
 
@@ -74,7 +75,7 @@ def cost_intervals(candidates: pd.DataFrame, *, label: str = "cost", title: str 
     ax.set_yticks(range(len(frame)), [style.head_text(tables.heads_of(row)) for _, row in frame.iterrows()])
     least = np.nanmin(np.where(np.isfinite(low), low, cost))
     ax.set(ylim=(len(frame) - 0.4, -0.6), xlim=(least / 1.05, top * 1.05))
-    style.log_axis(ax.xaxis, text=style.short)
+    style.log_axis(ax.xaxis, text=formatting.short)
     style.finish(ax, label, "", title, "bars: 95%, with what all heads share")
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
@@ -136,7 +137,7 @@ def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | Non
     for heads, law in laws.items():
         look = style.head_look(heads)
         style.points(ax, law.params, 1e3 * (law.loss - law.predict(law.params)), look, label=style.head_text(heads))
-    style.log_axis(ax.xaxis, text=style.short)
+    style.log_axis(ax.xaxis, text=formatting.short)
     labels.heads_legend(ax, list(laws), lines=False)
     note = f"band: twice the standard deviation of a run, {sigma:.4f} nats" if np.isfinite(sigma) else ""
     return style.finish(
@@ -146,7 +147,7 @@ def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | Non
 
 def _beside(ax: Axes, place: float, probability: float, text: str) -> None:
     """The number at the end of a bar; inside it where there is no room beside it."""
-    words = "   ".join(part for part in (style.percent(probability), text) if part)
+    words = "   ".join(part for part in (formatting.percent(probability), text) if part)
     inside = probability > 0.55
     ax.annotate(
         words, (100 * probability, place), (-5 if inside else 5, 0), textcoords="offset points", va="center",

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from gqa_jax import costs, objectives, optimum, shapes
+from gqa_jax import costs, formatting, objectives, optimum, shapes
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.measures import measure
@@ -71,11 +71,11 @@ def savings(
     ax.set(xlim=(-0.55, len(show) - 0.45), ylim=(0, 1.12 * highest))
     ax.legend(
         [Patch(**other), Patch(facecolor=look.color, **frame)],
-        [f"{style.head_text(each)}, $N$ = {style.short(size.n_params)}" for each, size in ((baseline, theirs), (heads, ours))],
+        [f"{style.head_text(h)}, $N$ = {formatting.short(size.n_params)}" for h, size in ((baseline, theirs), (heads, ours))],
         loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False, fontsize=style.SMALL, labelcolor=style.INK,
     )  # fmt: skip
     counted = f", {convention} convention" if isinstance(convention, str) else ""
-    note = f"loss {loss:g} at {style.context_label(context_served)}{counted}; whiskers: 95%"
+    note = f"loss {loss:g} at {formatting.context(context_served)}{counted}; whiskers: 95%"
     style.finish(ax, "", "cost of inference (%)", title, note)
     ax.grid(visible=False, axis="x")
     ax.tick_params(axis="x", length=0, labelsize=style.TEXT)
@@ -111,8 +111,8 @@ def cost_by_context(
         if size.drawn is not None:
             edges = [_interval(chosen.cost(size.drawn, context)) for context in grid]
             style.band(ax, grid, *np.transpose(edges), look)
-        ends.append(labels.End(grid[-1], y[-1], f"{style.head_text(each)}, {style.short(size.n_params)}", look.color))
-    style.power_of_two_axis(ax.xaxis, contexts_served, style.context_label)
+        ends.append(labels.End(grid[-1], y[-1], f"{style.head_text(each)}, {formatting.short(size.n_params)}", look.color))
+    style.power_of_two_axis(ax.xaxis, contexts_served, formatting.context)
     unit, name = chosen.unit(float(np.sqrt(min(end.y for end in ends) * max(end.y for end in ends))))
     style.log_axis(ax.yaxis, unit, chosen.text)
     labels.label_ends(ax, ends)
@@ -135,13 +135,13 @@ def savings_by_context(frame: pd.DataFrame, *, title: str = "", ax: Axes | None 
     ax = ax or style.new_axes()
     losses = sorted(best["loss"].unique(), reverse=True)
     ends = []
-    for i, (loss, text) in enumerate(zip(losses, style.alike(losses), strict=True)):
+    for i, (loss, text) in enumerate(zip(losses, formatting.alike(losses), strict=True)):
         rows, look = best[best["loss"] == loss].sort_values("context_served"), style.step_look(i, len(losses))
         x, saving = tables.numbers(rows, "context_served"), 100 * tables.numbers(rows, "saving_vs_llama3")
         style.curve(ax, x, saving, look)
         style.points(ax, x, saving, look, label=text)
         ends.append(labels.End(x[-1], saving[-1], text, look.color))
-    style.power_of_two_axis(ax.xaxis, best["context_served"], style.context_label)
+    style.power_of_two_axis(ax.xaxis, best["context_served"], formatting.context)
     labels.label_ends(ax, ends)
     note = "curves: loss to reach (nats per token)"
     return style.finish(ax, "context served (tokens)", "saving against Llama-3's heads (%)", title, note)
@@ -187,7 +187,7 @@ def aligned_cost(
         chosen = measure(cost, convention)
         unit, name = chosen.unit(typical)
         label = f"{chosen.label} ({name})"
-    style.log_axis(ax.xaxis, 1.0 if cost == "cost" else unit, style.short if cost == "cost" else None)
+    style.log_axis(ax.xaxis, 1.0 if cost == "cost" else unit, formatting.short if cost == "cost" else None)
     labels.heads_legend(ax, list(found), markers=False)
     return style.finish(ax, label, "loss (nats per token)", title, "same training cost for all; bands: 95%")
 

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
+from gqa_jax import formatting
 from gqa_jax.invariance import FROM_CONTEXT, Invariance, context_invariance
 from gqa_jax.laws import Heads
 from gqa_jax.plots import labels, style, tables
@@ -66,11 +67,11 @@ def loss_vs_context(
             style.band(ax, tested, line - half, line + half, look)
             end, text = line[-1], f"{text} {test['verdict']}"
         ends.append(labels.End(contexts[-1], end, text, look.color))
-    style.power_of_two_axis(ax.xaxis, found.differences["context"], style.context_label)
+    style.power_of_two_axis(ax.xaxis, found.differences["context"], formatting.context)
     labels.label_ends(ax, ends)
     named = tables.heads_named(found.baseline)
     base = found.baseline if named is None else style.head_text(named)
-    note = f"thick: straight lines from {style.context_label(found.from_context)} on; {style.SURE}"
+    note = f"thick: straight lines from {formatting.context(found.from_context)} on; {style.SURE}"
     return style.finish(ax, "context of training, $T$ (tokens)", f"loss relative to {base} (%)", title, note)
 
 
@@ -110,10 +111,10 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
             if np.isfinite(mean["sem"]):
                 half = stats.norm.ppf((1 + style.LEVEL) / 2) * mean["sem"]
                 ax.axhspan(mean["loss"] - half, mean["loss"] + half, color=look.color, alpha=0.12, linewidth=0)
-    style.log_axis(ax.xaxis, text=style.short)
+    style.log_axis(ax.xaxis, text=formatting.short)
     labels.label_ends(ax, ends)
     note = f"lines across: trained at that context from scratch; {style.SURE}"
-    return style.finish(ax, f"tokens of the continuation at {style.context_label(int(context))}", LOSS, title, note)
+    return style.finish(ax, f"tokens of the continuation at {formatting.context(int(context))}", LOSS, title, note)
 
 
 def _with_heads(table: pd.DataFrame) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from gqa_jax import formatting
 from gqa_jax.laws.query_heads import Curve, QueryHeadsLaw, fit_query_heads
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.losses import LOSS
@@ -49,10 +50,10 @@ def _names(curves: list[Curve]) -> tuple[Any, str]:
     """What a curve is called, by what it differs in from the others, and what that is."""
     sizes, contexts = {curve.size for curve in curves}, {curve.context for curve in curves}
     if len(contexts) == 1:
-        return (lambda curve: curve.size), f"curves: sizes, $T$ = {style.context_label(contexts.pop())}"
+        return (lambda curve: curve.size), f"curves: sizes, $T$ = {formatting.context(contexts.pop())}"
     if len(sizes) == 1:
-        return (lambda curve: style.context_label(curve.context)), f"curves: training contexts, {sizes.pop()}"
-    return (lambda curve: f"{curve.size}, {style.context_label(curve.context)}"), "curves: sizes, training contexts"
+        return (lambda curve: formatting.context(curve.context)), f"curves: training contexts, {sizes.pop()}"
+    return (lambda curve: f"{curve.size}, {formatting.context(curve.context)}"), "curves: sizes, training contexts"
 
 
 def _band(ax: Axes, laws: Any, which: Curve, law: QueryHeadsLaw, grid: np.ndarray, look: style.Look) -> None:

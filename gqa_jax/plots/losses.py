@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from gqa_jax import costs
+from gqa_jax import costs, formatting
 from gqa_jax.laws import Heads, PowerLaw, fit_by_heads, points
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.measures import measure
@@ -52,7 +52,7 @@ def loss_vs_params(
         style.law_band(ax, laws, heads, grid, look)
         style.points(ax, law.params, law.loss, look, error=style.standard_errors(laws, heads), label=style.head_text(heads))
         ends.append(labels.End(grid[-1], float(law.predict(grid[-1])), style.head_text(heads), look.color))
-    style.log_axis(ax.xaxis, text=style.short)
+    style.log_axis(ax.xaxis, text=formatting.short)
     if many:
         labels.heads_legend(ax, list(laws))
     else:
@@ -107,7 +107,7 @@ def loss_vs_cost(
     if legend:
         labels.heads_legend(ax, list(laws))
     counted = f"costs: {convention} convention" if isinstance(convention, str) and isinstance(cost, str) else ""
-    label = f"{chosen.label} at {style.context_label(context_served)}" + (f" ({name})" if name else "")
+    label = f"{chosen.label} at {formatting.context(context_served)}" + (f" ({name})" if name else "")
     return style.finish(ax, label, LOSS, title, counted)
 
 

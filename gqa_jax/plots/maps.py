@@ -9,6 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.patches import Rectangle
 
+from gqa_jax import formatting
 from gqa_jax.laws import Heads
 from gqa_jax.plots import style, tables
 
@@ -54,8 +55,8 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
                 ax.text(column, row, "\u2013", ha="center", va="center", fontsize=style.TEXT, color=style.QUIET)
     _borders(ax, winners, len(losses), len(contexts))
     ax.set(xlim=(-0.5, len(contexts) - 0.5), ylim=(len(losses) - 0.5, -0.5))
-    ax.set_xticks(range(len(contexts)), [style.context_label(int(context)) for context in contexts])
-    ax.set_yticks(range(len(losses)), style.alike(losses))
+    ax.set_xticks(range(len(contexts)), [formatting.context(int(context)) for context in contexts])
+    ax.set_yticks(range(len(losses)), formatting.alike(losses))
     starred = any("note" in best and not pd.isna(note) for note in best.get("note", []))
     note = "; ".join(["(query, key/value) heads"] + ["* outside the sizes trained"] * starred)
     style.finish(ax, "context served (tokens)", "loss to reach (nats per token)", title, note)
@@ -80,8 +81,8 @@ def _cell(ax: Axes, row: int, column: int, answer: pd.Series, certain: bool) -> 
         )
     star = "*" if not pd.isna(answer.get("note", pd.NA)) else ""
     halo = {"boxstyle": "round,pad=0.12", "facecolor": color, "edgecolor": "none"}
-    small = [style.short(answer["n_params"])] if not pd.isna(answer.get("n_params", pd.NA)) else []
-    small += [style.percent(probability)] if probability is not None else []
+    small = [formatting.short(answer["n_params"])] if not pd.isna(answer.get("n_params", pd.NA)) else []
+    small += [formatting.percent(probability)] if probability is not None else []
     ax.text(
         column, row - (0.16 if small else 0), style.head_text(heads) + star, ha="center", va="center", color=style.INK,
         fontsize=style.TEXT, fontweight="bold", bbox=halo,

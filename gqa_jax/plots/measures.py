@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gqa_jax import costs
-from gqa_jax.plots import style
+from gqa_jax import costs, formatting
 
 
 class Measure(NamedTuple):
@@ -43,14 +42,14 @@ def measure(cost: Any, convention: str | costs.Convention) -> Measure:
             ),
             "hardware-aware cost $Z$",
             lambda _: (1.0, ""),
-            style.short,
+            formatting.short,
         )
     raise ValueError(f"cost {cost!r} is unknown: use z, flops, memory, or an objective of gqa_jax.objectives")
 
 
 def _prefix(typical: float) -> tuple[float, str]:
     power = int(np.clip(np.floor(np.log10(typical) / 3), 0, 6))
-    return 1000.0**power, ("", "k", "M", "G", "T", "P", "E")[power]
+    return 1000.0**power, ("", *reversed(formatting.SI))[power]
 
 
 def _bytes(typical: float) -> tuple[float, str]:

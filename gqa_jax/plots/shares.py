@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from gqa_jax import costs
+from gqa_jax import costs, formatting
 from gqa_jax.plots import labels, style
 
 # In the order of the components of costs.ForwardFlops and costs.InferMemory, and as they are stacked from the bottom up.
@@ -67,7 +67,7 @@ def _shares(
     if len(contexts) > 1:
         x = np.geomspace(contexts[0], contexts[-1], 200)
         found = shares(shapes[0], x, convention)
-        style.power_of_two_axis(ax.xaxis, contexts, style.context_label)
+        style.power_of_two_axis(ax.xaxis, contexts, formatting.context)
         xlabel = "context, $T$ (tokens)"
     else:
         sizes = [costs.count_params(shape, convention).non_embedding for shape in shapes]
@@ -76,8 +76,8 @@ def _shares(
         each = [shares(shapes[i], contexts[0], convention) for i in order]
         found = type(each[0])(*(np.array([getattr(one, name) for one in each], np.float64) for name in each[0]._fields))
         ax.set_xlim(x[0], x[-1])
-        style.log_axis(ax.xaxis, text=style.short)
-        xlabel = f"parameters without embeddings, $N$, at {style.context_label(contexts[0])}"
+        style.log_axis(ax.xaxis, text=formatting.short)
+        xlabel = f"parameters without embeddings, $N$, at {formatting.context(contexts[0])}"
     below, ends = np.zeros(len(x)), []
     for name, (label, area) in parts.items():
         share = 100 * np.broadcast_to(getattr(found, name), x.shape)

@@ -186,30 +186,6 @@ def save(figure: Figure, path: os.PathLike | str, formats: Sequence[str] = ("png
 _METADATA: dict[str, dict] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
-def context_label(context: int) -> str:
-    """8192 as "8K"."""
-    return f"{context // 1024}K" if context % 1024 == 0 else f"{context}"
-
-
-def short(value: float) -> str:
-    """1.2e9 as "1.2B": parameters, with three digits."""
-    for unit, symbol in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * unit:
-            return f"{value / unit:.3g}{symbol}"
-    return f"{value:.3g}"
-
-
-def alike(values: Sequence[float]) -> list[str]:
-    """Numbers with as many decimals as the one that needs the most: 3 and 2.35 as "3.00" and "2.35"."""
-    decimals = max(len(f"{value:.6g}".partition(".")[2]) for value in values)
-    return [f"{value:.{decimals}f}" for value in values]
-
-
-def percent(share: float) -> str:
-    """0.87 as "87%"; what is not all or nothing is not called so."""
-    return ">99%" if 0.995 <= share < 1 else "<1%" if 0 < share < 0.005 else f"{100 * share:.0f}%"
-
-
 def _round_numbers(low: float, high: float, steps: Any) -> list[float]:
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     return [float(tick) for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]

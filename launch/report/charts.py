@@ -1,4 +1,4 @@
-"""The explorer's charts as Bokeh models, empty: charts.js fills in rows, numbers and colours. Imports no jax.
+"""The explorer's charts as Bokeh models, empty: charts.js fills in rows, numbers and colours.
 
 charts.js finds what it fills by `name`.
 """

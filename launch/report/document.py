@@ -1,4 +1,4 @@
-"""The page: findings as parts of text, tables and pictures, and these as one HTML file. Imports no jax."""
+"""The page: findings as parts of text, tables and pictures, and these as one HTML file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import bokeh.resources
 import jinja2
 from markupsafe import Markup
 
-from gqa_jax import costs
-from launch.report import charts, sections, words
+from gqa_jax import costs, formatting
+from launch.report import charts, sections
 from launch.report.findings import Findings
 from launch.report.opening import opening
 from launch.report.payload import COSTS, DRAWS, payload
@@ -63,7 +63,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         parts=parts,
         draws=f"{DRAWS:,}",
         head_dim=f"{answering.laws.head_dim:g}",
-        contexts=[(i, f"{words.context(study.laws.context)} tokens") for i, study in enumerate(findings.studies)],
+        contexts=[(i, f"{formatting.context(study.laws.context)} tokens") for i, study in enumerate(findings.studies)],
         costs=[(cost, _CHOICES[cost]) for cost in (*COSTS, *asked)],
         devices=[(name, _device_text(one)) for name, one in studies[0]["devices"].items()],
         limits=[("", "nothing: any memory"), *((name, _limit_text(one)) for name, one in studies[0]["devices"].items())],
@@ -83,7 +83,7 @@ def _device_text(one: dict) -> str:
 
 
 def _limit_text(one: dict) -> str:
-    return f"{one['device']}: {one['memory_bytes'] / 1e9:.1f} GB"
+    return f"{one['device']}: {formatting.gb(one['memory_bytes'])}"
 
 
 def _file(name: str) -> str:

@@ -1,4 +1,4 @@
-"""GRID/report: the page, and its tables as Markdown and LaTeX. Imports no jax."""
+"""GRID/report: the page, and its tables as Markdown and LaTeX."""
 
 from __future__ import annotations
 

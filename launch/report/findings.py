@@ -1,4 +1,4 @@
-"""What a report says: the seam between those who find out and the page. Imports no jax."""
+"""What a report says: the seam between those who find out and the page."""
 
 from __future__ import annotations
 

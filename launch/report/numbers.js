@@ -21,7 +21,7 @@ export const long = (value) => scaled(value, 2);
 /** Shares of draws to a percent: 1,000 draws don't know more. */
 export function percent(share) {
   if (Number.isNaN(share)) return "unknown";
-  return share > 0 && share < 0.005 ? "<1%" : share > 0.995 && share < 1 ? ">99%" : `${decimals[0].format(100 * share)}%`;
+  return share > 0 && share < 0.005 ? "<1%" : share >= 0.995 && share < 1 ? ">99%" : `${decimals[0].format(100 * share)}%`;
 }
 
 /** Shares of a cost, to a tenth of a percent. */

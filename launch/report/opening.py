@@ -1,10 +1,11 @@
-"""What the page opens with: the first question of the first study, answered. Imports no jax."""
+"""What the page opens with: the first question of the first study, answered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from gqa_jax import formatting
 from gqa_jax.laws import LLAMA3
 from launch.report import words
 from launch.report.findings import Findings
@@ -36,7 +37,7 @@ def opening(findings: Findings) -> Opening:
     question, laws, goal = study.questions[0], study.laws, study.objective
     found = question.answer
     cost = words.cost(goal.unit)
-    trained = words.listed([words.context(one.laws.context) for one in findings.studies])
+    trained = words.listed([formatting.context(one.laws.context) for one in findings.studies])
     lead = [f"At {words.long(found.n_params)} parameters. What is kept low is the {goal.label}."]
     extra = words.extra(found.regret_of_runner_up)
     runner_up = "" if found.runner_up is None else words.label(found.runner_up, laws.head_dim)
@@ -55,7 +56,7 @@ def opening(findings: Findings) -> Opening:
     ]
     if runner_up:
         facts.append(Fact("Next", runner_up, f"{extra} extra on average" if extra else "by the fitted laws"))
-    where = f"Served at {words.context(question.context_served)} tokens, a loss of {question.loss:g}"
+    where = f"Served at {formatting.context(question.context_served)} tokens, a loss of {question.loss:g}"
     return Opening(
         " · ".join(filter(None, (findings.name, f"trained at {trained} tokens", findings.made))),
         f"{where} costs least with {words.heads(found.heads, laws.head_dim)}.",

@@ -1,4 +1,4 @@
-"""What the explorer in the page computes with: laws, draws, conventions and devices as JSON. Imports no jax."""
+"""What the explorer in the page computes with: laws, draws, conventions and devices as JSON."""
 
 from __future__ import annotations
 

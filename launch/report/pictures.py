@@ -1,4 +1,4 @@
-"""Pictures of matplotlib as SVG that can stand inside a page beside others. Imports no jax."""
+"""Pictures of matplotlib as SVG that can stand inside a page beside others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the page after the answer and the explorer: their texts, tables and pictures. Imports no jax."""
+"""The parts of the page after the answer and the explorer: their texts, tables and pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from gqa_jax import formatting
 from launch.report import pictures, tables, words
 from launch.report.findings import Findings, Study
 from launch.report.opening import warnings
@@ -103,7 +104,7 @@ def _map(study: Study, index: int) -> Map:
         "The cheapest heads for each loss (nats per token, rows) and context served (tokens, columns), with the share of "
         f"{DRAWS:,} draws in which they are, and N*. Kept low: {study.objective.label}."
     )
-    return Map(f"optimum-t{study.laws.context}", caption, [words.context(int(one)) for one in contexts], rows)
+    return Map(f"optimum-t{study.laws.context}", caption, [formatting.context(int(one)) for one in contexts], rows)
 
 
 def _map_cell(row: Any, study: Study, index: int) -> MapCell:
@@ -140,7 +141,7 @@ def _laws(findings: Findings) -> list[Block]:
         ended = [] if study.laws.status == "CONVERGED" else [f"the fit ended as {study.laws.status}, not CONVERGED"]
         blocks += _warnings("About these laws", warnings(findings, [*ended, *study.laws.warnings]))
     for context, why in findings.unfitted.items():
-        blocks.append(Block("text", f"Trained at {words.context(context)} tokens: no laws, because {words.ended(why)}"))
+        blocks.append(Block("text", f"Trained at {formatting.context(context)} tokens: no laws, because {words.ended(why)}"))
     return blocks
 
 
@@ -176,7 +177,7 @@ def _provenance(findings: Findings) -> list[Block]:
         ("Data", values("data_fingerprint")),
         ("Tokens trained on", total("tokens", words.long)),
         ("Compute of training", total("train_flops", lambda value: f"{words.short(value)} FLOPs")),
-        ("Time in training steps", total("seconds_train", _hours)),
+        ("Time in training steps", total("seconds_train", formatting.duration)),
         ("This page was made", findings.made),
         ("With", ", ".join(f"{name} {version}" for name, version in findings.versions.items())),
     ]
@@ -192,14 +193,10 @@ def _provenance(findings: Findings) -> list[Block]:
     ]
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-
-
 def _heading(findings: Findings, study: Study) -> list[Block]:
     """The training context, where there are several."""
     several = len(findings.studies) > 1
-    return [Block("heading", f"Trained at {words.context(study.laws.context)} tokens")] if several else []
+    return [Block("heading", f"Trained at {formatting.context(study.laws.context)} tokens")] if several else []
 
 
 def _table(table: Table | None) -> list[Block]:

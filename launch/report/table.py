@@ -1,4 +1,4 @@
-"""A table as text: for the page, and as Markdown and LaTeX. Imports no jax."""
+"""A table as text: for the page, and as Markdown and LaTeX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of a report, from its findings. Imports no jax."""
+"""The tables of a report, from its findings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from gqa_jax import costs
+from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads
 from launch.report import words
 from launch.report.findings import Findings, Study
@@ -52,7 +52,7 @@ def candidates(study: Study) -> Table:
     if others:
         notes.append(f"Without numbers: {'; '.join(dict.fromkeys(others))}.")
     caption = (
-        f"Every head configuration at {words.context(question.context_served)} tokens and a loss of {question.loss:g}, "
+        f"Every head configuration at {formatting.context(question.context_served)} tokens and a loss of {question.loss:g}, "
         f"cheapest first by mean extra cost. Ranges hold 95% of {DRAWS:,} draws."
     )
     return Table.of(frame, columns, f"candidates-t{study.laws.context}", caption, notes)
@@ -92,8 +92,8 @@ def losses(context: int, rows: pd.DataFrame) -> Table:
     """Held-out losses of a training context: a row per H, a column per size."""
     sizes = list(rows.sort_values("params_non_embedding")["size"].drop_duplicates())
     caption = (
-        f"Held-out loss after training at {words.context(context)} tokens, nats per token, ± its standard error where it is "
-        "known. Columns are sizes; several losses in a cell are seeds."
+        f"Held-out loss after training at {formatting.context(context)} tokens, nats per token, ± its standard error where it "
+        "is known. Columns are sizes; several losses in a cell are seeds."
     )
     return _by_heads_and_size(rows, sizes, _loss, f"loss-t{context}", caption)
 
@@ -120,8 +120,8 @@ def run_costs(findings: Findings) -> Table | None:
     sizes = list(rows.groupby("size")["m_infer"].min().sort_values().index)
     rule = costs.named_convention(name)
     caption = (
-        f"What the trained models cost to serve at {words.context(context)} tokens: memory ({rule.memory}) · compute (FLOPs of "
-        f"{_FLOPS[rule.flops]}) · Z, counted as {name}. Every context and convention is in tables/cost.csv."
+        f"What the trained models cost to serve at {formatting.context(context)} tokens: memory ({rule.memory}) · compute ("
+        f"FLOPs of {_FLOPS[rule.flops]}) · Z, counted as {name}. Every context and convention is in tables/cost.csv."
     )
     cell = lambda run: " · ".join(map(words.short, (run.m_infer, run.c_infer, run.z)))  # noqa: E731
     return _by_heads_and_size(rows, sizes, cell, f"cost-t{study.laws.context}-served{context}", caption)
@@ -169,7 +169,7 @@ def coefficients(study: Study) -> Table:
         Column("runs", lambda row: str(len(laws[heads_of(row)].loss))),
     ]
     caption = (
-        f"Fitted coefficients of the runs trained at {words.context(laws.context)} tokens; the fit ended as {laws.status}."
+        f"Fitted coefficients of the runs trained at {formatting.context(laws.context)} tokens; the fit ended as {laws.status}."
     )
     if math.isfinite(laws.sigma):
         caption += (
@@ -206,8 +206,8 @@ def sensitivity(study: Study) -> Table | None:
         Column("the first row's heads cost more by", lambda row: words.tenths(row.regret)),
     ]
     caption = (
-        f"What the way of counting changes, at {words.context(question.context_served)} tokens and a loss of {question.loss:g}:"
-        " the heads of the least Z when FLOPs and memory are counted otherwise."
+        f"What the way of counting changes, at {formatting.context(question.context_served)} tokens and a loss of "
+        f"{question.loss:g}: the heads of the least Z when FLOPs and memory are counted otherwise."
     )
     return Table.of(study.sensitivity, columns, f"sensitivity-t{study.laws.context}", caption)
 

@@ -8,56 +8,35 @@ from typing import Any
 
 import pandas as pd
 
+from gqa_jax import formatting
+from gqa_jax.formatting import three
 from gqa_jax.laws import Heads
 
 MINUS, TIMES = "\u2212", "\u00d7"  # signs that look like a hyphen and an x
-UNITS = (
-    (1e21, "Z", " sextillion"),
-    (1e18, "E", " quintillion"),
-    (1e15, "P", " quadrillion"),
-    (1e12, "T", " trillion"),
-    (1e9, "B", " billion"),
-    (1e6, "M", " million"),
-    (1e3, "k", " thousand"),
-)
-
-
-def three(value: float) -> str:
-    """Three significant digits without an exponent: 1,230; 12.3; 0.0123."""
-    if value == 0:
-        return "0"
-    size = math.floor(math.log10(abs(value) * (1 + 5e-4)))
-    return f"{value:,.{max(0, 2 - size)}f}"
+NAMES = (" sextillion", " quintillion", " quadrillion", " trillion", " billion", " million", " thousand")
 
 
 def short(value: float) -> str:
     """2.02B."""
-    return _scaled(value, 1)
+    return _scaled(value, formatting.COUNT)
 
 
 def long(value: float) -> str:
     """2.02 billion."""
-    return _scaled(value, 2)
+    return _scaled(value, NAMES)
 
 
-def _scaled(value: float, ending: int) -> str:
+def _scaled(value: float, endings: Sequence[str]) -> str:
     if missing(value):
         return ""
     if math.isinf(value):
         return "not reached"
-    for unit in UNITS:
-        if value >= 0.9995 * unit[0]:
-            return three(value / unit[0]) + unit[ending]
-    return three(value)
+    return formatting.scaled(value, endings, three)
 
 
 def percent(share: float) -> str:
     """Shares of draws to a percent, which is what 1,000 draws know: 87%, <1%."""
-    if missing(share):
-        return ""
-    if 0 < share < 0.005 or 0.995 < share < 1:
-        return "<1%" if share < 0.5 else ">99%"
-    return f"{100 * share:.0f}%"
+    return "" if missing(share) else formatting.percent(share)
 
 
 def share(value: float) -> str:
@@ -102,11 +81,6 @@ def cost(unit_name: str) -> Callable[[float], str]:
 def unit(name: str) -> str:
     """What follows numbers that don't say their unit themselves: ", FLOPs"; empty for the others."""
     return "" if name in ("", "US dollars", "seconds") else f", {name}"
-
-
-def context(tokens: int) -> str:
-    """128K; 1,000 where it is no multiple of 1024."""
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def listed(texts: Sequence[str]) -> str:

@@ -1,0 +1,95 @@
+"""Numbers for people: how sizes, costs, shares, times and contexts are written on screens, in reports and in pictures.
+
+What is not known or infinite has words of its own in each place, which are not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+SIZES = (1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3)
+COUNT = ("Z", "E", "P", "T", "B", "M", "k")  # letters of counted things: parameters, tokens
+SI = ("Z", "E", "P", "T", "G", "M", "k")  # of amounts of a unit: FLOPs, bytes
+
+
+def scaled(value: float, endings: Sequence[str], text: Callable[[float], str]) -> str:
+    """`value` over the largest of SIZES that it reaches, as `text` writes it, with that one's of `endings`.
+
+    999.6e6 has reached 1e9: three digits would round it to 1,000 million.
+    """
+    for size, ending in zip(SIZES, endings, strict=True):
+        if value >= 0.9995 * size:
+            return text(value / size) + ending
+    return text(value)
+
+
+def short(value: float) -> str:
+    """A count, with three digits at most: 2.08B, 35k, 950."""
+    return scaled(value, COUNT, "{:.3g}".format)
+
+
+def si(value: float) -> str:
+    """An amount of a unit, with three digits at most: 2.08G, before "FLOPs" or "B"."""
+    return scaled(value, SI, "{:.3g}".format)
+
+
+def three(value: float) -> str:
+    """Three significant digits, zeros too, without an exponent: 1,230; 12.0; 0.0123."""
+    if value == 0:
+        return "0"
+    power = math.floor(math.log10(abs(value) * (1 + 5e-4)))
+    return f"{value:,.{max(0, 2 - power)}f}"
+
+
+def figure(value: float) -> str:
+    """Three significant digits at most, or all of a whole number: 0.0235, 12, 1,234."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def alike(values: Sequence[float]) -> list[str]:
+    """Numbers with as many decimals as the one that needs the most: 3 and 2.35 as "3.00" and "2.35"."""
+    decimals = max(len(f"{value:.6g}".partition(".")[2]) for value in values)
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def percent(share: float) -> str:
+    """A share of something counted, 0 to 1, to a percent: 87%. What is not all or nothing is not called so: >99%, <1%."""
+    return ">99%" if 0.995 <= share < 1 else "<1%" if 0 < share < 0.005 else f"{100 * share:.0f}%"
+
+
+def probability(share: float) -> str:
+    """A probability that rests on about 1,000 draws: 87.3%. These can't tell any from 0 or 1: >99.9%, <0.1%."""
+    return ">99.9%" if share > 0.999 else "<0.1%" if share < 0.001 else f"{share:.1%}"
+
+
+def context(tokens: int) -> str:
+    """A context length, tokens: 128K; 1,000 where it is no multiple of 1024."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def read_context(text: str) -> int:
+    """Tokens of "131072", "128K" or "1M" (of 1024 K). Raises ValueError for anything else, and for none."""
+    scale = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    digits = text if scale == 1 else text[:-1]
+    if not (digits.isascii() and digits.isdigit()) or int(digits) < 1:
+        raise ValueError(f"{text!r} is no number of tokens: write it like 131072 or 128K")
+    return int(digits) * scale
+
+
+def duration(seconds: float) -> str:
+    """5 s, 3 min, 2.5 h, 4.1 d."""
+    for unit, symbol in ((86400, "d"), (3600, "h")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {symbol}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def gib(n_bytes: float) -> str:
+    """Memory of a program against that of a device, as compilers say it: 15.75 GiB."""
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def gb(n_bytes: float) -> str:
+    """Memory of a device or a machine, as its data sheet says it, in units of 1e9 bytes: 16.91 GB, 105.8 GB."""
+    return f"{n_bytes / 1e9:.4g} GB"

@@ -1,0 +1,245 @@
+"""Who may import whom: one table of all modules, from arithmetic to programs, and which of them do without jax.
+
+A row imports only rows above it, so there are no circles, and the library never knows the launcher. Where a row names no
+package of jax's family, and no row that it imports does, its modules import none: a notebook on a laptop, the launcher on a
+login node and the planner use them. An import inside a function, or for types alone, is in `lazily`. What is not seen here:
+`launch.executor` finds an engine's module by the name of the engine.
+"""
+
+import ast
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("gqa_jax", "launch", "configs", "benchmarks")
+JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "grain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A module, or a package with all its modules, and what it may import; a name that begins with a dot is of gqa_jax."""
+
+    name: str
+    imports: str = ""  # when it is imported itself
+    lazily: str = ""  # when one of its functions is called
+    outside: str = ""  # of JAX, when it is imported
+
+    def rows(self, lazily: bool = False) -> list[str]:
+        """Names of the rows that it may import."""
+        names = f"{self.imports} {self.lazily if lazily else ''}".split()
+        return [f"gqa_jax{name}" if name.startswith(".") else name for name in names]
+
+
+TABLE = (
+    # Arithmetic and its configuration.
+    Row("gqa_jax.errors"),
+    Row("gqa_jax.formatting"),
+    Row("gqa_jax.hardware", ".errors"),
+    Row("gqa_jax.shapes"),
+    Row("gqa_jax.mesh", ".errors"),
+    Row("gqa_jax.costs", ".shapes"),
+    Row("gqa_jax.config", ".errors .shapes .mesh", lazily=".costs"),
+    Row("gqa_jax.prices", ".errors .hardware"),
+    Row("gqa_jax.storage", ".errors"),
+    # Text, and what trains on it.
+    Row("gqa_jax.data", ".errors .config .storage"),
+    Row("gqa_jax.collectives", outside="jax"),
+    Row("gqa_jax.attention", ".errors .hardware .collectives", outside="jax"),
+    Row("gqa_jax.loss", ".attention", outside="jax"),
+    Row("gqa_jax.sharding", ".errors .mesh .collectives", outside="jax"),
+    Row("gqa_jax.parallel", ".mesh .config .collectives .attention .loss .sharding", outside="jax"),
+    Row("gqa_jax.model", ".config .attention .parallel", outside="flax jax"),
+    Row("gqa_jax.optimizer", ".config", outside="jax optax"),
+    Row("gqa_jax.evaluation"),
+    Row("gqa_jax.program", ".mesh .config .attention .sharding .parallel .model .optimizer", outside="jax optax"),
+    Row("gqa_jax.run_folder", ".errors .config .storage"),
+    Row("gqa_jax.distributed", ".errors .config .storage .run_folder", outside="jax"),
+    Row("gqa_jax.checkpoint", ".errors .storage .run_folder .distributed", outside="jax orbax"),
+    Row("gqa_jax.metrics", ".errors .config .storage .run_folder"),
+    # What a run needs, before it is started.
+    Row("gqa_jax.planner", ".errors .mesh .costs .config .hardware"),
+    Row("gqa_jax.topologies", ".mesh .hardware .sharding", outside="jax"),
+    Row("gqa_jax.proof", ".config .hardware .storage", lazily=".program .topologies"),
+    # The program that trains.
+    Row(
+        "gqa_jax.train",
+        ".errors .costs .config .hardware .storage .data .sharding .optimizer .evaluation .program .run_folder "
+        ".distributed .checkpoint .metrics .planner",
+        outside="jax optax",
+    ),
+    # Losses to laws, laws to answers.
+    Row("gqa_jax.results", ".costs .config .storage .run_folder"),
+    Row("gqa_jax.shape_search", ".shapes .costs"),
+    Row("gqa_jax.laws", ".shapes .shape_search"),
+    Row("gqa_jax.invariance", ".laws"),
+    Row("gqa_jax.presets", ".errors .shapes .laws"),
+    Row("gqa_jax.serving", ".errors .costs .hardware"),
+    Row("gqa_jax.objectives", ".errors .costs .serving"),
+    Row("gqa_jax.optimum", ".formatting .shapes .costs .shape_search .laws .serving .objectives"),
+    Row("gqa_jax.aligned", ".costs .shape_search .laws .objectives .optimum"),
+    Row("gqa_jax.next_runs", ".laws .objectives .optimum"),
+    Row("gqa_jax.plots", ".formatting .shapes .costs .results .shape_search .laws .invariance .objectives .optimum"),
+    Row("gqa_jax", lazily=".results"),
+    # Grids: what a person runs.
+    Row("launch"),
+    Row("launch.grid", ".errors .costs .config .data"),
+    Row("launch.executor", ".errors .config .hardware launch.grid"),
+    Row("launch.bundle", ".errors .storage .run_folder"),
+    Row("launch.local", ".errors .storage .run_folder launch.grid launch.executor"),
+    Row("launch.slurm", ".errors .hardware .storage .run_folder launch.grid launch.executor"),
+    Row("launch.tpu", ".errors .storage .data launch.grid launch.executor launch.bundle"),
+    Row("launch.sky", ".errors .hardware .storage .data .run_folder launch.grid launch.executor launch.bundle"),
+    Row("launch.state", ".errors .config .storage .run_folder launch.grid launch.executor"),
+    Row("launch.run", ".errors .storage launch.grid launch.executor launch.local launch.state"),
+    Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
+    Row("launch.fit", ".errors .formatting .costs .config .hardware .planner .proof launch.grid"),
+    Row("launch.plan", ".errors .formatting .hardware .costs launch.grid launch.state launch.fit"),
+    Row("launch.studies", ".errors .storage .results .laws .presets launch.grid"),
+    Row("launch.answer", ".formatting .storage .results .laws .optimum .plots launch.grid launch.studies"),
+    Row(
+        "launch.next_cells",
+        ".errors .formatting .costs .config .laws .optimum .next_runs launch.grid launch.state launch.studies launch.answer",
+    ),
+    Row("launch.report", ".formatting .costs .hardware .storage .laws .serving .objectives .optimum launch.grid"),
+    Row(
+        "launch.findings",
+        ".errors .formatting .results .shape_search .laws .invariance .objectives .optimum .plots launch.grid "
+        "launch.state launch.studies launch.answer launch.report",
+    ),
+    Row(
+        "launch.analysis",
+        ".errors .formatting .hardware",
+        lazily=".shapes .serving .objectives .optimum launch.studies launch.answer launch.next_cells launch.report "
+        "launch.findings",
+    ),
+    Row(
+        "launch.__main__",
+        ".errors .formatting .hardware .prices .storage launch.grid launch.executor launch.local launch.state "
+        "launch.run launch.screen launch.fit launch.analysis",
+        lazily="launch.plan launch.answer",
+    ),
+    # What is built on both.
+    Row("configs", ".errors .shapes .config .storage launch.grid"),
+    Row(
+        "benchmarks",
+        ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .program "
+        ".checkpoint .planner .topologies .shape_search .laws .presets .objectives .optimum .next_runs .plots launch.grid "
+        "launch.report tests",
+        outside="jax",
+    ),
+)
+ROWS = {row.name: row for row in TABLE}
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Every module of PACKAGES by its name."""
+    found = {}
+    for path in (path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py")):
+        parts = path.relative_to(REPOSITORY).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def row_of(module: str) -> Row | None:
+    """The row of a module: its own, or that of its package, unless the modules of that have rows of their own."""
+    own = ROWS.get(module)
+    package = module.partition(".")[0] if module.startswith(("configs", "benchmarks")) else ".".join(module.split(".")[:2])
+    return own or ROWS.get(package)
+
+
+@functools.cache
+def imports_of(module: str) -> tuple[frozenset[str], frozenset[str]]:
+    """What a module imports when it is imported, and what else in functions or for types: full names of modules."""
+    eager, lazy = set(), set()
+
+    def visit(node: ast.AST, found: set[str]) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            match child:
+                case ast.Import():
+                    found.update(alias.name for alias in child.names)
+                case ast.ImportFrom():
+                    assert child.level == 0, f"{module}: write imports in full"
+                    for alias in child.names:
+                        name = f"{child.module}.{alias.name}"
+                        found.add(name if name in modules() else child.module)
+            visit(child, lazy if inside or types else found)
+
+    visit(ast.parse(modules()[module].read_text()), eager)
+    return frozenset(eager), frozenset(lazy - eager)
+
+
+def of_row(row: Row) -> list[str]:
+    """The modules of a row."""
+    return [module for module in modules() if row_of(module) is row]
+
+
+def rows_in(names: frozenset[str], beside: Row) -> set[str]:
+    """Rows of imported names, without `beside`; "tests" where they are of the tests."""
+    ours = {name for name in names if name.partition(".")[0] in (*PACKAGES, "tests")}
+    return {"tests" if name.partition(".")[0] == "tests" else row_of(name).name for name in ours} - {beside.name}
+
+
+def without_jax() -> list[Row]:
+    """Rows that name no package of JAX, and import no row that does."""
+    free: list[Row] = []
+    for row in TABLE:
+        if not row.outside and all(ROWS[name] in free for name in row.rows() if name in ROWS):
+            free.append(row)
+    return free
+
+
+def test_every_module_is_in_the_table():
+    assert [module for module in modules() if row_of(module) is None] == [], "give it a row, below what it imports"
+    assert len(modules()) > 130
+    assert [row.name for row in TABLE if not of_row(row)] == []
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_a_row_imports_what_it_may(row):
+    eager, lazy, outside = set(), set(), set()
+    for module in of_row(row):
+        now, later = imports_of(module)
+        eager |= rows_in(now, row)
+        lazy |= rows_in(later, row)
+        outside |= {name.partition(".")[0] for name in now} & set(JAX)
+    assert eager <= set(row.rows()), f"{row.name} imports more than its row in tests/test_imports.py says"
+    assert lazy <= set(row.rows(lazily=True)), f"functions of {row.name} import more than its row in tests/test_imports.py says"
+    assert outside <= set(row.outside.split()), f"{row.name} imports more of jax than its row in tests/test_imports.py says"
+    said = {*row.rows(lazily=True), *row.outside.split()}
+    assert said == eager | lazy | outside, f"the row of {row.name} in tests/test_imports.py says what nobody imports any more"
+
+
+def test_a_row_imports_rows_above_it_only():
+    places = {row.name: i for i, row in enumerate(TABLE)}
+    upward = [(row.name, name) for row in TABLE for name in row.rows(lazily=True) if places.get(name, -1) > places[row.name]]
+    assert upward == []
+    library = [row for row in TABLE if row.name.partition(".")[0] == "gqa_jax"]
+    assert TABLE[: len(library)] == tuple(library)  # all of it above launch, configs and benchmarks
+
+
+def test_what_does_without_jax_is_imported_without_it():
+    """In a process of its own, as source says nothing of what other packages import; and without pyplot, which has a state."""
+    names = [module for row in without_jax() if row.name not in ("configs", "benchmarks") for module in of_row(row)]
+    known = ("costs", "shapes", "config", "storage", "run_folder", "metrics", "results", "planner", "proof", "prices",
+             "laws.joint", "data.reader", "data.prepare", "data.store", "optimum", "objectives", "next_runs",
+             "plots.style")  # fmt: skip
+    assert {f"gqa_jax.{name}" for name in known} | {"launch.__main__", "launch.tpu", "launch.report.charts"} <= set(names)
+    assert "gqa_jax.model" not in names
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[2:]:\n"
+        "    importlib.import_module(name)\n"
+        "    if found := [other for other in sys.argv[1].split() if other in sys.modules]:\n"
+        "        sys.exit(f'{name} brings {found}')\n"
+    )
+    unwanted = " ".join((*JAX, "matplotlib.pyplot"))
+    done = subprocess.run([sys.executable, "-c", code, unwanted, *names], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
