@@ -17,6 +17,7 @@ BACKENDS = ("flash", "cudnn")  # of PyTorch
 PARTS = {"forward": ("forward",), "backward": ("forward", "backward"), "decode": ("decode",)}
 RESUMED = ("cudnn", "pallas_triton")  # attention of the runs that are resumed
 SETTINGS = ("default", "deterministic")
+INTERPRETER_THREADS = 16
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -30,20 +31,24 @@ def kinds(mode: str, sizes: Sizes, target: str, torch_python: str | None) -> dic
     here["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     if mode != "device":
         here |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    uncached = here | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # so that each process tunes its own products
     flags = os.environ.get("XLA_FLAGS", "")
 
     def python(module: str, *arguments: str) -> tuple[str, ...]:
         return (sys.executable, "-m", f"benchmarks.{module}", *arguments)
 
+    if mode == "rehearse":
+        # A warpgroup of an interpreted kernel waits for others on a thread of XLA's pool: with one thread per core of a small
+        # machine some were never begun, and one kernel in thirteen waited for ever.
+        here["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={INTERPRETER_THREADS}".strip()
     attention = python("first_light.jax_worker", *options)
     resume = python("first_light.resume_worker", *(("--interpreted",) if mode == "rehearse" else ()))
     ours = python("train_ours", *slice_options)
+    uncached = here | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # so that each process tunes its own products
     found = {name: Kind(attention, here) for name in ("jax", "xla", *KERNELS, *PEERS)}
     for name, setting in itertools.product(RESUMED, SETTINGS):
-        more = f"{flags} {DETERMINISTIC}".strip() if setting == "deterministic" and mode == "device" else flags
+        more = {"XLA_FLAGS": f"{flags} {DETERMINISTIC}".strip()} if setting == "deterministic" and mode == "device" else {}
         for process in ("first", "second"):
-            found[f"resume {name} {setting} {process}"] = Kind(resume, uncached | {"XLA_FLAGS": more})
+            found[f"resume {name} {setting} {process}"] = Kind(resume, uncached | more)
     found["ours"] = Kind(ours, here)
     for k in sizes.processes:
         share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / k:.3f}"}
