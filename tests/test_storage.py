@@ -12,16 +12,16 @@ from pathlib import Path
 import aiohttp
 import gcsfs
 import google.auth.exceptions
-import jax
 import pytest
 from etils import epath
 from gcsfs.retry import HttpError
-from jax.experimental.compilation_cache import compilation_cache
 
 from gqa_jax import metrics, run_folder, storage, train
 from gqa_jax.config import ConfigError
 from tests.test_distributed import Pair, run_commands
 from tests.test_train import LONGER, REPOSITORY, interrupt_after, losses, tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(params=["local", "gs"])
@@ -210,22 +210,6 @@ def test_errors_of_others_are_not_explained():
 
 
 # Whole runs.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs are kept, as on the command line: these runs are of equal shapes."""
-    before = {
-        name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GQA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        train.compilation_cache()
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
