@@ -138,6 +138,7 @@ def trained(folder, sizes, heads, contexts):
     return folder
 
 
+@pytest.mark.slow
 class TestExploreAGrid:
     def test_of_a_few_runs(self, tmp_path):
         """As many as the quickstart has."""
@@ -165,6 +166,7 @@ def fresh(tmp_path_factory):
     return execute(MODEL, tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 class TestOptimumForMyModel:
     def test_says_what_is_committed(self, fresh):
         assert not complaints(fresh)
