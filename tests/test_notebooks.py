@@ -42,7 +42,7 @@ def execute(path, cwd, **environment):
     with tempfile.TemporaryDirectory(prefix="nb") as folder:
         config = Config()
         config.KernelManager.update(transport="ipc", ip=f"{folder}/k", connection_file=f"{folder}/kernel.json")
-        options = {"timeout": 120, "record_timing": False, "resources": {"metadata": {"path": str(cwd)}}, "config": config}
+        options = {"timeout": 600, "record_timing": False, "resources": {"metadata": {"path": str(cwd)}}, "config": config}
         client = NotebookClient(notebook, kernel_name="python3", **options)
         client.execute(env=os.environ | {"IPYTHONDIR": folder} | environment)
     return notebook

@@ -266,13 +266,13 @@ def test_sigterm_then_resume_on_a_bucket(gcs_root, tmp_path, monkeypatch):
     command += [f"--config.{name}={value}" for name, value in fields.items() if value is not None]
     environment = os.environ | {"GQA_JAX_JOB": "engine-7"}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while storage.read_json(f"{gcs_root}/run/heartbeat.json") is None:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=120)[1]
+        error = process.communicate(timeout=600)[1]
     assert process.returncode == 75, error
     assert "Traceback" not in error
     end = storage.read_json(f"{gcs_root}/run/exit.json")
