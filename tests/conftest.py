@@ -1,4 +1,4 @@
-"""Every test runs on CPU with 8 simulated devices; set before jax is imported anywhere."""
+"""Every test runs on CPU with 8 simulated devices; set before jax is imported anywhere. Hooks and fixtures for all."""
 
 import os
 
@@ -6,7 +6,37 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from tests.gcs import gcs_root, gcs_server  # noqa: F401 (fixtures, for all)
+from tests.gcs import gcs_root, gcs_server  # noqa: F401
+from tests.needs import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """A folder of compiled programs for this process alone: JAX writes them in place, and another would read half of one."""
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(programs):
+    """For modules that train the same small model again and again: programs are kept, as on the command line."""
+    options = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0.1}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -1,12 +1,7 @@
-"""Meshes of devices that need not be there; tests that compile for them are skipped where the compiler is not installed."""
+"""Meshes of devices that need not be there. Tests that compile for TPUs are marked `needs("libtpu")`, those that compile for
+GPUs `needs("jax-cuda13-plugin")`.
+"""
 
-import pytest
+from gqa_jax.topologies import mesh
 
-from gqa_jax import hardware, topologies
-
-
-def mesh(name, shape=None):
-    """`gqa_jax.topologies.mesh`, or a skip that says what to install."""
-    module = "libtpu" if hardware.CHIPS[name.partition(":")[0]].gpu is None else "jax_cuda13_plugin"
-    pytest.importorskip(module, reason=f"compiling for {name} ahead of time: pip install 'gqa-jax[aot]'")
-    return topologies.mesh(name, shape)
+__all__ = ["mesh"]

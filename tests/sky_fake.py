@@ -258,7 +258,7 @@ def stop(folder):
     """Ends everything that was started in FOLDER, and waits for it."""
     (folder / "stop").touch()
     controllers = [int(path.read_text()) for path in (folder / "jobs").glob("*.pid")]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while (left := [pid for pid in controllers if lives(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:

@@ -9,7 +9,6 @@ import contextlib
 import getpass
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,14 +17,12 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import pytest
+from tests import needs
 
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")  # of Debian and Ubuntu
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "srun", "setpriv")
 HOST = socket.gethostname().partition(".")[0]
 NODES = (HOST, f"{HOST}-2")  # in the order of Slurm
 GPUS = 8  # of each node, as far as Slurm knows
-SECONDS = 60.0  # that anything may take
+SECONDS = 300.0  # that anything may take, on a machine that does other things too
 
 # KillWait: seconds from SIGTERM to SIGKILL. Partitions: jobs in `high` take the nodes of those in `low`.
 CONFIGURATION = """\
@@ -174,7 +171,8 @@ class Cluster:
     def _start(self, name: str, program: str, *arguments: str) -> None:
         with open(self.folder / f"{name}.output", "ab") as output:
             self._daemons[name] = subprocess.Popen(
-                [_find("setpriv"), "--pdeathsig", "TERM", _find(program), *arguments],  # ends with pytest, however that ends
+                # it ends with pytest, however that ends
+                [needs.program("setpriv"), "--pdeathsig", "TERM", needs.program(program), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -203,8 +201,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running() -> Iterator[Cluster]:
-    """A cluster, until the end of the context. Without Slurm the test is skipped, but fails on CI, where it must be there."""
-    _require()
+    """A cluster, until the end of the context. Tests that start one are marked `needs("slurm")`."""
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
         cluster = Cluster(Path(name))
         try:
@@ -212,29 +209,6 @@ def running() -> Iterator[Cluster]:
             yield cluster
         finally:
             cluster.stop()
-
-
-def _require() -> None:
-    """Sees that Slurm is installed; as root on Debian, installs it."""
-    if not _missing():
-        return
-    reason = f"{', '.join(_missing())} not installed: apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            done = subprocess.run(["apt-get", *arguments], env=env, capture_output=True, text=True, check=False)
-        if not _missing():
-            return
-        reason += f", which failed: {done.stderr[-500:]}"
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-
-
-def _missing() -> list[str]:
-    return [name for name in PROGRAMS if _find(name) is None]
-
-
-def _find(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def _environments() -> Iterator[tuple[int, dict[str, str]]]:

@@ -379,6 +379,7 @@ def schedules(program):
     return [x for x in found if x]
 
 
+@pytest.mark.needs("libtpu")
 def test_128k_tokens_over_8_chips_by_gather():
     program = compiled("gather", 128 * 1024)
     assert schedules(program) == ["all-gather gqa_forward gqa_forward gqa_backward gqa_backward reduce-scatter"]
@@ -386,6 +387,7 @@ def test_128k_tokens_over_8_chips_by_gather():
     assert program.memory_analysis().temp_size_in_bytes <= 3.5 * queries + 2 * keys
 
 
+@pytest.mark.needs("libtpu")
 def test_128k_tokens_over_8_chips_by_ring():
     program = compiled("ring", 128 * 1024)
     *loops, whole = schedules(program)

@@ -212,6 +212,7 @@ def compiled_decode(mesh, n_heads, n_kv, head_dim, keys, batch=1):
         return jax.jit(functools.partial(decode, return_lse=True)).lower(q, cache, cache, length).compile()
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.parametrize(
     ("chip", "n_heads", "n_kv", "head_dim", "keys"),
     [
@@ -228,6 +229,7 @@ def test_compiles_for_tpus_without_a_copy_of_the_cache(chip, n_heads, n_kv, head
     assert compiled.memory_analysis().temp_size_in_bytes < 2**19
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("gpu", "n_heads", "n_kv", "head_dim", "keys"),

@@ -61,7 +61,10 @@ def kernels_of(implementation, length, **how):
     return kernels(gradient.trace(q, k, k, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr.jaxpr)
 
 
-@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_triton", "pallas_gpu"])
+@pytest.mark.parametrize(
+    "implementation",
+    ["pallas_tpu", "pallas_triton", pytest.param("pallas_gpu", marks=pytest.mark.needs("jax-cuda13-plugin"))],
+)
 def test_the_causal_mask_of_a_training_step_is_known_while_it_is_traced(implementation):
     config = step_config(8192, implementation, "attention_only")
     if implementation == "pallas_gpu":  # checkpoint refuses the interpreter of Mosaic GPU
@@ -98,6 +101,7 @@ def cudnn_is_there(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91400)
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.usefixtures("cudnn_is_there")
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_cudnn_runs_once_where_its_results_are_kept(remat):
@@ -109,6 +113,7 @@ def test_cudnn_runs_once_where_its_results_are_kept(remat):
     assert forward == {"none": 1, "attention_only": 1, "offload": 1, "full": 2, "dots": 2}[remat]
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.usefixtures("cudnn_is_there")
 def test_of_cudnn_the_output_and_its_statistics_are_kept_and_nothing_else():
     mesh = machines.mesh("h100")

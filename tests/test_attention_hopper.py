@@ -210,6 +210,7 @@ def dumped(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.parametrize(("n_heads", "n_kv", "head_dim", "length"), SHAPES)
 def test_compiles_for_h200_into_what_it_is_written_as(dumped, n_heads, n_kv, head_dim, length):
     program = compiled_for_h200(n_heads, n_kv, head_dim, length)
@@ -222,6 +223,7 @@ def test_compiles_for_h200_into_what_it_is_written_as(dumped, n_heads, n_kv, hea
     assert program.memory_analysis().temp_size_in_bytes <= 2 * heads_bytes + 4 * row_bytes + partial_sums + padding
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.parametrize(
     "case",
     [

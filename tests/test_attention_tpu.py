@@ -145,12 +145,14 @@ def compiled(chip, n_heads, n_kv, head_dim, length, **how):
         return jax.jit(step).lower(q, k, k, q, ids).compile(), n_heads * length * head_dim * 4
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.parametrize("chip", CHIPS)
 def test_memory_is_linear_at_512k(chip):
     program, unit = compiled(chip, 8, 1, 64, 512 * 1024)
     assert program.memory_analysis().temp_size_in_bytes <= 3 * unit
 
 
+@pytest.mark.needs("libtpu")
 def test_many_heads_at_128k_fit_a_v5e():
     program, unit = compiled("v5e", 32, 32, 64, 128 * 1024)
     memory = program.memory_analysis()
@@ -159,6 +161,7 @@ def test_many_heads_at_128k_fit_a_v5e():
     assert used < 15.75 * 2**30
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.parametrize("chip", CHIPS)
 def test_documents_and_odd_lengths_compile(chip):
     compiled(chip, 6, 2, 128, 5000, segments=True)
@@ -180,12 +183,14 @@ CYCLES = {
 }  # fmt: skip
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.slow
 @pytest.mark.parametrize(("chip", "head_dim"), [("v5p", 64), ("v5e", 128), ("v6e", 128)])
 def test_cycles_of_the_other_chips(chip, head_dim):
     check_cycles(chip, head_dim)
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_cycles(chip):
     check_cycles(chip, 64)

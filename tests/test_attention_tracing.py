@@ -61,7 +61,11 @@ def test_decoding_in_64_bit_mode(implementation, head_dim):
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("implementation", "chip", "mask"),
-    [("pallas_tpu", "v5e", "a traced offset"), ("pallas_triton", "h200", "documents"), ("pallas_gpu", "h200", "documents")],
+    [
+        pytest.param("pallas_tpu", "v5e", "a traced offset", marks=pytest.mark.needs("libtpu")),
+        pytest.param("pallas_triton", "h200", "documents", marks=pytest.mark.needs("jax-cuda13-plugin")),
+        pytest.param("pallas_gpu", "h200", "documents", marks=pytest.mark.needs("jax-cuda13-plugin")),
+    ],
 )
 def test_kernels_compile_in_64_bit_mode(implementation, chip, mask):
     """What Pallas interprets on a CPU in 64 bits, a chip's compiler need not take."""

@@ -160,6 +160,7 @@ def test_obstacles(change, reason):
     assert reason in pallas_triton.obstacle(case._replace(**change))
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("gpu", "n_heads", "n_kv", "head_dim", "segments"),
@@ -200,6 +201,7 @@ def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments
         assert compiled.memory_analysis().temp_size_in_bytes <= 2**14, name  # no copy of anything
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)])
 def test_float32_fits_the_smallest_gpus(head_dim):

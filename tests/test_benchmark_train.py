@@ -12,15 +12,16 @@ from benchmarks import train, train_case, train_ours
 from benchmarks.workers import Worker
 from gqa_jax import hardware, model
 from tests import llama_numpy
+from tests.needs import TORCH_PYTHON
 
 LIMITS = {"start": 120, "lower": 120, "compile": 300, "run": 120, "check": 120}
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "vocab_size": 96}
 CASE = {"model": SHAPE, "context_length": 64, "micro_batch": 2, "accumulation_steps": 2, "dtype": "float32"}
 
 
-def run_worker(tmp_path, module, *arguments):
+def run_worker(tmp_path, module, *arguments, python=sys.executable):
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(train.ROOT)}
-    argv = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    argv = [str(python), "-m", f"benchmarks.{module}", *arguments]
     return Worker(argv, tmp_path / f"{module}.log", env=environment, cwd=train.ROOT)
 
 
@@ -266,8 +267,8 @@ def test_kernels_of_a_gpu_run_here_when_they_are_interpreted(tmp_path, ours):
     assert "pallas_triton runs on NVIDIA GPUs, this is cpu" in refused.reason
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 def test_a_case_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
-    pytest.importorskip("jax_cuda13_plugin", reason="compiling for GPUs ahead of time: pip install 'gqa-jax[aot]'")
     shape = SHAPE | {"head_dim": 64}
     with run_worker(tmp_path, "train_ours", "--compile_only", "h100:1") as worker:
         found = ask(worker, "prepare", model=shape, context_length=256, micro_batch=2, attention="cudnn", remat="dots").result
@@ -282,14 +283,13 @@ def test_a_case_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
     assert (refused.status, refused.reason) == ("failed", "ValueError: programs for h100:1 are compiled, and nothing runs")
 
 
+@pytest.mark.needs("torch")
 def test_pytorch_trains_the_same(ours, tmp_path):
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason="a Python with torch and transformers, to compare with")
     ask(ours, "prepare", **CASE)
     weights = tmp_path / "weights.npz"
     ask(ours, "weights", path=str(weights))
     expected = ask(ours, "losses").result
-    with run_worker(tmp_path, "train_torch", "--device", "cpu") as worker:
+    with run_worker(tmp_path, "train_torch", "--device", "cpu", python=TORCH_PYTHON) as worker:
         found = ask(worker, "prepare", weights=str(weights), **CASE).result
         losses = ask(worker, "losses").result
         assert len(ask(worker, "measure", steps=2).result["seconds"]) == 2

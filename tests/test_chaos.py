@@ -88,7 +88,7 @@ class Attack:
     def launcher_dies(self, root):
         self.launchers[root].kill()
         self.launchers[root].wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while left := ranks(root):
             assert time.monotonic() < deadline, f"left over by a launcher: {left}"
             time.sleep(0.05)

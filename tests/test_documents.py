@@ -175,8 +175,10 @@ def test_hugging_face_dataset(monkeypatch):
         texts("hf:some/set")
 
 
+@pytest.mark.needs("datasets")
 def test_local_folder_by_the_real_library(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

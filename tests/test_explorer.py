@@ -22,6 +22,8 @@ from launch import analysis, report
 from launch.report import words
 from tests import browser, report_fakes
 
+pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
+
 QUERIES = 1000
 RELATIVE = 1e-9
 

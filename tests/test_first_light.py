@@ -11,7 +11,6 @@ import pytest
 from benchmarks.first_light import __main__ as first_light
 from benchmarks.first_light import fleet, sizes, steps, supervisor
 from benchmarks.first_light.supervisor import Kind, Lab, Step
-from tests import machines
 from tests.test_benchmark_workers import CODE, gone
 
 QUICK = {"run": 0.4}
@@ -217,6 +216,18 @@ def test_options_that_can_not_be_are_told_before_anything_starts(tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_check_fails_on_what_is_not_right():
+    steps_done = {"1": {"status": "done"}, "2": {"status": "out of time"}}
+    rows = [
+        {"step": "1", "case": name, "status": name} for name in ("ok", "compiled", "lowered", "refused", "wrong", "left out")
+    ]
+    assert [line.partition(":")[0] for line in first_light._amiss({"steps": steps_done, "rows": rows})] == [
+        "step 2",
+        "step 1, wrong, ",
+        "step 1, left out, ",
+    ]
+
+
 @pytest.mark.slow
 def test_a_rehearsal_of_all_steps(tmp_path, capsys):
     """The same code as on a device, with interpreted kernels: every step is done, and what is there to run is right."""
@@ -232,10 +243,10 @@ def test_a_rehearsal_of_all_steps(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.parametrize("target", first_light.TARGETS[:1])
 def test_a_program_of_every_step_compiles_ahead_of_time(tmp_path, target):
-    machines.mesh(target)  # or a skip
-    assert first_light.main(["--compile_only", target, "--one_of_each", "--out", str(tmp_path)]) == 0
+    assert first_light.main(["--compile_only", target, "--one_of_each", "--check", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "first-light.json").read_text())
     assert {name: step["status"] for name, step in record["steps"].items()} == {step.name: "done" for step in steps.STEPS}
     failed = [row for row in record["rows"] if row["status"] not in ("compiled", "lowered", "ok", "refused", "left out")]

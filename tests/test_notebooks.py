@@ -42,7 +42,7 @@ def execute(path, cwd, **environment):
     with tempfile.TemporaryDirectory(prefix="nb") as folder:
         config = Config()
         config.KernelManager.update(transport="ipc", ip=f"{folder}/k", connection_file=f"{folder}/kernel.json")
-        options = {"timeout": 120, "record_timing": False, "resources": {"metadata": {"path": str(cwd)}}, "config": config}
+        options = {"timeout": 600, "record_timing": False, "resources": {"metadata": {"path": str(cwd)}}, "config": config}
         client = NotebookClient(notebook, kernel_name="python3", **options)
         client.execute(env=os.environ | {"IPYTHONDIR": folder} | environment)
     return notebook
@@ -138,6 +138,7 @@ def trained(folder, sizes, heads, contexts):
     return folder
 
 
+@pytest.mark.slow
 class TestExploreAGrid:
     def test_of_a_few_runs(self, tmp_path):
         """As many as the quickstart has."""
@@ -165,6 +166,7 @@ def fresh(tmp_path_factory):
     return execute(MODEL, tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 class TestOptimumForMyModel:
     def test_says_what_is_committed(self, fresh):
         assert not complaints(fresh)

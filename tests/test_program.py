@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from gqa_jax import model, program, sharding
+from gqa_jax import model, program, sharding, topologies
 from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.mesh import MeshShape
-from tests import machines
 from tests.test_train import tiny
 
 
@@ -192,6 +191,7 @@ def collectives(compiled):
     return list(found.values())
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.slow
 def test_a_step_at_128k_moves_keys_and_values_once_each_way_and_no_queries_and_no_logits():
     """Compiled for 16 chips of a v5e. In the scan over layers, so once a layer; backward gathers again, then scatters."""
@@ -201,7 +201,7 @@ def test_a_step_at_128k_moves_keys_and_values_once_each_way_and_no_queries_and_n
     config.mesh, config.accumulation_steps, config.context_attention = "fsdp=4,context=4", 1, "gather"
     config.model.update(n_layers=3, d_model=256, n_heads=n_heads, n_kv_heads=1, remat="attention_only")
     config = TrainConfig.from_dict(config.to_dict())
-    found = collectives(program.compile_step(config, machines.mesh("v5e:4x4", config.mesh_shape)))
+    found = collectives(program.compile_step(config, topologies.mesh("v5e:4x4", config.mesh_shape)))
     keys_and_values = 2 * length * head_dim
     assert found.count(("all-gather", keys_and_values)) == 2
     assert found.count(("reduce-scatter", keys_and_values // 4)) == 1

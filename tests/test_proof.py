@@ -28,8 +28,8 @@ def tiny(**changes):
     return TrainConfig.from_dict(values | changes)
 
 
+@pytest.mark.needs("libtpu")
 def test_a_step_is_compiled_for_a_slice_that_is_not_here_once(cache):
-    pytest.importorskip("libtpu")
     with Provers(1) as provers:
         first = provers.submit(tiny(), "v5e:2x2").result()
     assert first.error is None
@@ -47,8 +47,8 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here_once(cache):
     assert again == first
 
 
+@pytest.mark.needs("libtpu")
 def test_what_is_too_large_is_said_with_its_bytes(cache):
-    pytest.importorskip("libtpu")
     large = tiny(
         batch_tokens=2**21, context_length=1024, mesh="data=1", model={"remat": "none", "n_layers": 24, "d_model": 1024}
     )
@@ -154,6 +154,7 @@ def test_an_answer_survives_its_file(cache):
     assert proof.cached(tiny(), "v5e:2x2") is None
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "size", "context", "mesh", "gigabytes"),

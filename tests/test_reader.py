@@ -131,7 +131,7 @@ def test_a_program_that_stops_reading_early_ends(store):
         "b = reader.Batches(store.TokenStore.open(sys.argv[1]), context_length=8, batch_size=4, block_tokens=64, seed=0)\n"
         "print(next(iter(reader.read(b, 0, b.n_steps)))['tokens'].shape)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code, store.path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, store.path], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "(4, 8)\n"), done.stderr
 
 

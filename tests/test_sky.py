@@ -16,7 +16,7 @@ from gqa_jax.config import ConfigError, TrainConfig
 from launch import bundle, executor, grid, sky
 from launch.executor import DEAD, QUEUED, RUNNING, Job, SubmitError
 from launch.grid import Layout
-from tests import executor_contract, grid_fakes, sky_fake
+from tests import executor_contract, grid_fakes, needs, sky_fake
 
 FAKE = Path(sky_fake.__file__)
 SHA256 = "0123456789abcdef" * 4
@@ -605,15 +605,13 @@ class TestSubmission:
         }
 
 
+@pytest.mark.needs("skypilot")
 class TestRealSkyPilot:
-    """What the fake has from SkyPilot, held against it, where $GQA_JAX_SKY_PYTHON names its Python. Needs no cloud."""
+    """What the fake has from SkyPilot, held against it (another Python: $GQA_JAX_SKY_PYTHON). Needs no cloud."""
 
     def ask(self, source, folder, *arguments):
-        python = os.environ.get("GQA_JAX_SKY_PYTHON")
-        if python is None:
-            pytest.skip("GQA_JAX_SKY_PYTHON does not name the Python of an environment with SkyPilot")
         done = subprocess.run(
-            [python, "-c", source, *map(os.fspath, arguments)],
+            [needs.SKY_PYTHON, "-c", source, *map(os.fspath, arguments)],
             env=os.environ | {"HOME": os.fspath(folder), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"},
             capture_output=True,
             text=True,

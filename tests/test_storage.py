@@ -12,16 +12,16 @@ from pathlib import Path
 import aiohttp
 import gcsfs
 import google.auth.exceptions
-import jax
 import pytest
 from etils import epath
 from gcsfs.retry import HttpError
-from jax.experimental.compilation_cache import compilation_cache
 
 from gqa_jax import metrics, run_folder, storage, train
 from gqa_jax.config import ConfigError
 from tests.test_distributed import Pair, run_commands
 from tests.test_train import LONGER, REPOSITORY, interrupt_after, losses, tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(params=["local", "gs"])
@@ -212,22 +212,6 @@ def test_errors_of_others_are_not_explained():
 # Whole runs.
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs are kept, as on the command line: these runs are of equal shapes."""
-    before = {
-        name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GQA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        train.compilation_cache()
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A local run that was never interrupted, and its result."""
@@ -282,13 +266,13 @@ def test_sigterm_then_resume_on_a_bucket(gcs_root, tmp_path, monkeypatch):
     command += [f"--config.{name}={value}" for name, value in fields.items() if value is not None]
     environment = os.environ | {"GQA_JAX_JOB": "engine-7"}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while storage.read_json(f"{gcs_root}/run/heartbeat.json") is None:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=120)[1]
+        error = process.communicate(timeout=600)[1]
     assert process.returncode == 75, error
     assert "Traceback" not in error
     end = storage.read_json(f"{gcs_root}/run/exit.json")

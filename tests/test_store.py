@@ -135,7 +135,7 @@ def test_built_in_stores(tmp_path, monkeypatch):
     processes = [context.Process(target=_open_built_in, args=(cache, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
     assert found == ["dad34ccdb04341333c075f22deaa85dab4772e6499cb06b6117942a8900cf1e3"] * 2

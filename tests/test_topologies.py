@@ -3,38 +3,43 @@ import pytest
 from gqa_jax import hardware, topologies
 from gqa_jax.hardware import chip_of
 from gqa_jax.mesh import MeshShape
-from tests import machines
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("v5e", "TPU v5 lite"), ("v5p", "TPU v5"), ("v6e:2x4", "TPU v6 lite"), ("h200", "NVIDIA H200")]
+    ("name", "kind"),
+    [
+        pytest.param("v5e", "TPU v5 lite", marks=pytest.mark.needs("libtpu")),
+        pytest.param("v5p", "TPU v5", marks=pytest.mark.needs("libtpu")),
+        pytest.param("v6e:2x4", "TPU v6 lite", marks=pytest.mark.needs("libtpu")),
+        pytest.param("h200", "NVIDIA H200", marks=pytest.mark.needs("jax-cuda13-plugin")),
+    ],
 )
 def test_a_mesh_of_a_device_that_is_not_here(name, kind):
-    mesh = machines.mesh(name)
+    mesh = topologies.mesh(name)
     assert mesh.devices.flat[0].device_kind == kind
     assert dict(mesh.shape) == {"data": 1}
 
 
+@pytest.mark.needs("libtpu")
 @pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:4x4", "v5p:2x2x4", "v6e:2x4", "v5e:1x1"])
 def test_a_tpu_slice_has_one_device_a_chip(name):
-    pytest.importorskip("libtpu")
     found = topologies.devices(name)
     assert len(found) == hardware.find(name).n_chips
     assert chip_of(found[0].device_kind) == hardware.find(name).chip
     assert len({device.process_index for device in found}) == hardware.find(name).n_hosts
 
 
+@pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.parametrize("name", ["h200:8", "a100:2", "l4:1"])
 def test_a_gpu_host_has_as_many_as_its_name_says(name):
-    pytest.importorskip("jax_cuda13_plugin")
     found = topologies.devices(name)
     assert len(found) == hardware.find(name).n_chips
     assert {device.process_index for device in found} == {0}
     assert chip_of(found[0].device_kind) == hardware.find(name).chip
 
 
+@pytest.mark.needs("libtpu")
 def test_a_mesh_of_a_slice_has_the_axes_of_a_run():
-    pytest.importorskip("libtpu")
     mesh = topologies.mesh("v5e:2x4", MeshShape(fsdp=4, context=2))
     assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 1, "context": 2}
     assert len({device.id for device in mesh.devices.flat}) == 8

@@ -111,7 +111,7 @@ def states(cloud):
         return sorted((name.split("/")[3], r.state.name) for name, r in cloud.requests.items())
 
 
-def wait(condition, seconds=60.0):
+def wait(condition, seconds=300.0):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline
@@ -731,7 +731,7 @@ class TestStartup:
         cell = started(engine, "hang")
         host = cloud.the(engine.job(cell.name)).hosts[0]
         second = subprocess.run(
-            ["bash", host.folder / "startup.sh"], env=host.environment, capture_output=True, text=True, timeout=20, check=True
+            ["bash", host.folder / "startup.sh"], env=host.environment, capture_output=True, text=True, timeout=300, check=True
         )
         assert "another startup script runs" in second.stdout
         assert len(engine.processes(cell.name)) == 2

@@ -19,6 +19,8 @@ from gqa_jax import attention, costs, metrics, model, planner, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
 from gqa_jax.run_folder import Diverged, Preempted
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

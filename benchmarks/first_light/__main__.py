@@ -36,7 +36,7 @@ TARGETS = ("h100", "h200")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when the steps were run, whatever they found; 2 for options that can't be."""
+    """The exit code: 0 when the steps were run, with --check only if all was right; 2 for options that can't be."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = make_parser()
     options = parser.parse_args(arguments)
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = report.read(options.report)
         except (OSError, ValueError) as error:
             parser.error(f"--report {options.report}: {error}")
-        return _tell(parser, record, options.keep)
+        _tell(parser, record, options.keep)
+        return 0
     mode = "rehearse" if options.rehearse else "compile_only" if options.compile_only else "device"
     if mode == "device" and not Path("/dev/nvidiactl").exists() and not Path("/proc/driver/nvidia").exists():
         parser.error("there is no NVIDIA GPU here: --rehearse tries the script on a CPU, --compile_only h100 compiles for one")
@@ -70,10 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lab.run(wanted, PATIENCE[mode] * STOP_AFTER if options.stop_after is None else options.stop_after)
     lab.record["verdicts"] = verdicts.of(lab.record)
     lab.save()
-    return _tell(parser, report.read(lab.path), options.keep)
+    _tell(parser, report.read(lab.path), options.keep)
+    if options.check and (amiss := _amiss(lab.record)):
+        print("\n".join(["not as it should be:", *amiss]), file=sys.stderr)
+        return 1
+    return 0
 
 
-def _tell(parser: argparse.ArgumentParser, record: dict[str, Any], folder: Path | None) -> int:
+def _amiss(record: dict[str, Any]) -> list[str]:
+    """Steps that were not done, and rows that are neither right nor refused with a reason."""
+    steps_amiss = [f"step {name}: {step['status']}" for name, step in record["steps"].items() if step["status"] != "done"]
+    rows = [row for row in record["rows"] if row.get("status") not in ("ok", "compiled", "lowered", "refused")]
+    return steps_amiss + [
+        f"step {row['step']}, {row.get('case')}, {row.get('implementation', '')}: {row.get('status')}: {row.get('reason')}"
+        for row in rows
+    ]
+
+
+def _tell(parser: argparse.ArgumentParser, record: dict[str, Any], folder: Path | None) -> None:
     """Prints what a run says, and keeps it with the results where that is asked for."""
     print(report.markdown(record))
     if folder is not None:
@@ -81,7 +96,6 @@ def _tell(parser: argparse.ArgumentParser, record: dict[str, Any], folder: Path 
             print("kept:", *report.write(record, folder))
         except FileExistsError as error:
             parser.error(f"--keep: {error}")
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--stop_after", type=_seconds, metavar="SECONDS", help=f"of all steps (default: {STOP_AFTER} on a device)"
     )
     parser.add_argument("--torch_python", help="a Python that has torch and transformers; default: this one, if it has")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where anything failed, was wrong or was left out")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="add what ran, and its report, to the results there")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--rehearse", action="store_true", help="on a CPU, with interpreted kernels and tiny shapes")
