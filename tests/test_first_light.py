@@ -2,7 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import tarfile
 import threading
 import time
 
@@ -23,6 +27,7 @@ def lab(tmp_path):
     lab = Lab(tmp_path / "out", "device", sizes.SIZES["rehearse"], kinds, {"date": "today"})
     yield lab
     lab.close()
+    shutil.rmtree(lab.scratch, ignore_errors=True)
 
 
 def read(lab):
@@ -160,6 +165,37 @@ def test_an_earlier_run_is_not_overwritten(lab):
         Lab(lab.out, "device", sizes.SIZES["rehearse"], {}, {})
 
 
+def test_few_files_are_left_and_the_logs_are_in_one(lab):
+    lab.run([Step("1", "dies", 60, lambda lab: lab.ask("a", {"do": "exits"}))], 60)
+    assert sorted(path.name for path in lab.out.iterdir()) == ["first-light.json", "logs.tar.gz"]
+    with tarfile.open(lab.out / "logs.tar.gz") as archive:
+        assert b"no memory left" in archive.extractfile("logs/a.txt").read()
+    assert not lab.scratch.exists()
+
+
+def test_one_that_is_told_to_end_keeps_the_record_and_leaves_no_worker(tmp_path):
+    """As a time limit ends it, in the middle of a step."""
+    code = "import sys; from benchmarks.first_light.__main__ import main; sys.exit(main())"
+    argv = [sys.executable, "-c", code, "--rehearse", "--only", "0", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline().startswith("  0  environment")
+    deadline = time.monotonic() + 60
+    while not (workers := children(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    process.stdout.close()
+    assert workers
+    assert all(gone(pid) for pid in workers)
+    record = json.loads((tmp_path / "out" / "first-light.json").read_text())
+    assert (record["finished"], record["steps"]["0"]["status"]) == (False, "out of time")
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
 def test_json_has_no_nan():
     values = {"a": [float("nan"), -float("inf"), 1.5, None, True, "x"], 3: (float("inf"),)}
     assert supervisor.printable(values) == {"a": ["nan", "-inf", 1.5, None, True, "x"], "3": ["inf"]}
@@ -170,7 +206,7 @@ def test_the_limits_of_the_steps_add_up_to_one_call():
     assert [step.name for step in steps.STEPS] == ["0", "1", "1b", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
 
 
-def test_every_step_asks_workers_that_there_are():
+def test_every_step_asks_workers_that_there_are(tmp_path):
     """In each mode, with a PyTorch: no step names a worker that the fleet lacks, or raises where every answer is an error."""
     for mode in supervisor.PATIENCE:
         asked = []
@@ -191,7 +227,7 @@ def test_every_step_asks_workers_that_there_are():
                 return supervisor.Outcome("failed", {}, "nothing runs", "run", {})
 
         kinds = fleet.kinds(mode, sizes.SIZES[mode], "h100", sys.executable)
-        silent = Silent(first_light.Path("/nowhere/first-light"), mode, sizes.SIZES[mode], kinds, {"target": "h100"})
+        silent = Silent(tmp_path / mode, mode, sizes.SIZES[mode], kinds, {"target": "h100"})
         silent.run(steps.STEPS, 1e6)
         assert {name: step["reason"] for name, step in silent.record["steps"].items() if step["status"] != "done"} == {}
         assert len(asked) > 30

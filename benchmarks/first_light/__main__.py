@@ -21,6 +21,7 @@ import importlib.util
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,9 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lab = Lab(options.out, mode, chosen, kinds, facts)
     except FileExistsError as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: lab.end())
     lab.run(wanted, PATIENCE[mode] * STOP_AFTER if options.stop_after is None else options.stop_after)
     lab.record["verdicts"] = verdicts.of(lab.record)
     lab.save()
+    if lab.ending:
+        return 128 + signal.SIGTERM
     _tell(parser, report.read(lab.path), options.keep)
     if options.check and (amiss := _amiss(lab.record)):
         print("\n".join(["not as it should be:", *amiss]), file=sys.stderr)

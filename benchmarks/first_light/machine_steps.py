@@ -62,7 +62,7 @@ def readme(lab: Lab) -> None:
         lab.row(case="plan", status="compiled" if found.ok else found.status, reason=found.reason)
         return
     run = [sys.executable, "-m", "launch", "run", grid, "--where", CELLS, "--root"]
-    roots = {"here": lab.out / "readme"} | ({"cpu": lab.out / "readme-cpu"} if lab.mode == "device" else {})
+    roots = {"here": lab.scratch / "readme"} | ({"cpu": lab.scratch / "readme-cpu"} if lab.mode == "device" else {})
     env = {"here": lab.environment("jax"), "cpu": lab.environment("jax") | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         futures = {

@@ -1,7 +1,8 @@
 """Runs the steps of first light within their time and keeps what they found, whatever happens to the workers. Imports no jax.
 
 Everything that is known goes into one file, `first-light.json`, which is whole at every moment: it is written anew, beside
-itself, and renamed after every row.
+itself, and renamed after every row. Beside it are few files: what workers said, in one archive, and a profile. Weights,
+checkpoints and runs lie in a temporary folder.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import datetime
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +28,7 @@ from typing import Any, NamedTuple
 from benchmarks.first_light.sizes import Sizes
 from benchmarks.workers import LIMITS, Outcome, Worker
 
-NAME = "first-light.json"
+NAME, LOGS = "first-light.json", "logs.tar.gz"
 SCHEMA = 1
 TURNS = 5  # of what takes part in a comparison
 #: How many times longer than on a device things may take: interpreted kernels, or the compiler on a laptop.
@@ -60,8 +64,12 @@ class Lab:
         if self.path.exists():
             raise FileExistsError(f"{self.path} has an earlier run: give another --out")
         out.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(prefix="first-light-"))
+        (self.scratch / "logs").mkdir()
         self.deadline = math.inf
+        self.ending = False
         self._workers: dict[str, Worker] = {}
+        self._programs: set[subprocess.Popen] = set()
         self._writing = threading.RLock()
         self._step: dict[str, Any] = {}
         self.record: dict[str, Any] = {
@@ -75,8 +83,8 @@ class Lab:
 
     @property
     def left(self) -> float:
-        """Seconds that the step has left."""
-        return self.deadline - time.monotonic()
+        """Seconds that the step has left; none when the run is being ended."""
+        return 0.0 if self.ending else self.deadline - time.monotonic()
 
     def save(self) -> None:
         """Writes the file anew; a reader finds the old one or the new one, never a part."""
@@ -218,7 +226,7 @@ class Lab:
         """
         began = time.monotonic()
         until = min(self.deadline, began + (math.inf if seconds is None else seconds))
-        path = self.out / log
+        path = self.scratch / "logs" / log
         with path.open("wb") as output:
             try:
                 process = subprocess.Popen(
@@ -227,15 +235,17 @@ class Lab:
                 )  # fmt: skip
             except OSError as error:
                 return Outcome("failed", {}, str(error), "start", {})
+            self._programs.add(process)
+            if self.ending:
+                _kill(process)
             try:
                 process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 pass
             finally:  # its children too
                 running = process.poll() is None
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _kill(process)
+                self._programs.discard(process)
         took = {"run": time.monotonic() - began}
         text = path.read_bytes()[-3000:].decode(errors="replace")
         if running:
@@ -251,15 +261,24 @@ class Lab:
             if (worker := self._workers.pop(name, None)) is not None:
                 worker.close()
 
+    def end(self) -> None:
+        """Ends all workers and programs at once, from a signal's handler too: what is asked returns, and no more begins."""
+        self.ending = True
+        for worker in list(self._workers.values()):
+            worker.kill()
+        for process in list(self._programs):
+            _kill(process)
+
     def run(self, steps: Sequence[Step], stop_after: float) -> None:
         """The steps in order. One that raises is recorded, and the next one begins; none begins after `stop_after` seconds."""
         end = time.monotonic() + stop_after
         try:
             for step in steps:
                 self._run(step, end)
-            self.record["finished"] = True
+            self.record["finished"] = not self.ending
         finally:
             self.close()
+            shutil.rmtree(self.scratch, ignore_errors=True)
             self.record["ended"] = _now()
             self.save()
 
@@ -273,7 +292,7 @@ class Lab:
             "reason": "",
         }
         self.record["steps"][step.name] = self._step
-        if began >= end:
+        if self.ending or began >= end:
             self._step |= {"status": "left out", "reason": "no time left", "seconds": 0.0}
             self.save()
             return
@@ -289,14 +308,31 @@ class Lab:
         self._step["seconds"] = round(time.monotonic() - began, 1)
         self.deadline = math.inf
         self.save()
+        self._keep_logs()
         print(f"     {self._step['status']} after {self._step['seconds']} s", flush=True)
+
+    def _keep_logs(self) -> None:
+        """What workers and programs said, as one file beside the record: few files are easily carried away."""
+        temporary = self.out / "logs.tmp"
+        with tarfile.open(temporary, "w:gz") as archive:
+            archive.add(self.scratch / "logs", "logs")
+        temporary.replace(self.out / LOGS)
 
     def _worker(self, name: str) -> Worker:
         if (worker := self._workers.get(name)) is None or not worker.alive:
             kind = self._kinds[name]
-            worker = Worker(kind.argv, self.out / "logs" / f"{name}.txt", env=kind.env)
+            worker = Worker(kind.argv, self.scratch / "logs" / f"{name}.txt", env=kind.env)
             self._workers[name] = worker
+            if self.ending:
+                worker.kill()
         return worker
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a program and its children."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def printable(value: Any) -> Any:

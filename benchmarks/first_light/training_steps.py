@@ -26,7 +26,7 @@ def training_first_look(lab: Lab) -> None:
     lab.keep(found, case=case, implementation=OURS, phase="prepare", size=case)
     if lab.mode == "compile_only":
         return
-    weights = lab.out.resolve() / "weights.npz"
+    weights = lab.scratch / "weights.npz"
     if found.ok:
         found = lab.ask("ours", {"do": "weights", "case": case, "path": str(weights)}, limits=LIMITS)
     losses = lab.ask("ours", {"do": "losses", "case": case, "steps": sizes.agreement}, limits=LIMITS)
@@ -91,9 +91,7 @@ def training_rest(lab: Lab) -> None:
             "attention": attention,
         }
         if lab.ask("ours", request, limits=LIMITS).ok:
-            found = lab.ask(
-                "ours", {"do": "profile", "case": "best", "folder": str((lab.out / "profile").resolve())}, limits=LIMITS
-            )
+            found = lab.ask("ours", {"do": "profile", "case": "best", "folder": str(lab.out.resolve())}, limits=LIMITS)
             lab.keep(found, case=f"profile of {size} {remat} {attention}", implementation=OURS)
             lab.ask("ours", {"do": "forget", "case": "best"})
 
@@ -187,7 +185,7 @@ def resume(lab: Lab) -> None:
         first, second = (f"resume {name} {setting} {process}" for process in processes)
         repeated = lab.ask(first, {"do": "repeat", "case": sizes.small, "times": sizes.repeats})
         half, whole = sizes.agreement // 2, sizes.agreement
-        folders = {part: str((lab.out / "resume" / f"{name}-{setting}-{part}").resolve()) for part in ("whole", "half")}
+        folders = {part: str(lab.scratch / "resume" / f"{name}-{setting}-{part}") for part in ("whole", "half")}
         trained = {}
         for key, worker, folder, begin, end in (
             ("whole", first, "whole", 0, whole), ("half", first, "half", 0, half),
@@ -214,4 +212,4 @@ def resume(lab: Lab) -> None:
             loss_difference=abs(trained["second process"].result["loss"] - trained["whole"].result["loss"]),
         )
     lab.close()
-    shutil.rmtree(lab.out / "resume", ignore_errors=True)
+    shutil.rmtree(lab.scratch / "resume", ignore_errors=True)
