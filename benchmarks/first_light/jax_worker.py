@@ -119,6 +119,8 @@ class Session:
         decoding = direction == "decode"
         if (reason := self._obstacle(implementation, s, decode=decoding, segments=documents is not None)) is not None:
             return {"status": "refused", "reason": reason}
+        if form == "scan" and implementation == "pallas_gpu" and self.target.interpret:
+            return {"status": "refused", "reason": "jax.checkpoint takes no effects, which the interpreter of Mosaic GPU has"}
         with self.target.tracing():
             planned = s.case()
         b, t, n, k, h = s.batch, s.length, s.n_heads, s.n_kv_heads, s.head_dim
