@@ -84,7 +84,7 @@ def test_a_run_writes_its_rows_and_a_picture(tmp_path, capsys):
     [
         ("--heads 3/2", "--heads: '3/2': 3 query heads are not a multiple of 2 key/value heads"),
         ("--heads 8", "--heads: '8' is not query heads/key-value heads, such as 8/1"),
-        ("--lengths 4Q", "--lengths: '4Q' is not a length such as 4096 or 4K"),
+        ("--lengths 4Q", "--lengths: '4Q' is no number of tokens: write it like 131072 or 128K"),
         ("--head_dims 0", "--head_dims: '0' is not a positive whole number"),
         ("--only jax_nn_xl", "--only: 'jax_nn_xl' is unknown: did you mean 'jax_nn_xla'?"),
         ("--baseline nobody --only xla", "--baseline: 'nobody' is unknown: allowed: "),
