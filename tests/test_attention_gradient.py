@@ -136,12 +136,12 @@ def test_of_cudnn_the_output_and_its_statistics_are_kept_and_nothing_else():
 # Rows that see no key.
 
 
-@pytest.mark.parametrize("length", [40, 1100])
-@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu", "pallas_triton"])
+@pytest.mark.parametrize(
+    ("implementation", "length"),
+    [("reference", 40), ("xla", 40), ("xla", 1100), ("pallas_tpu", 40), ("pallas_triton", 40)],
+)
 def test_the_cotangent_of_a_row_that_sees_no_key_reaches_no_gradient(implementation, length):
     """As of a penalty on the log-sum-exp that leaves out what is infinite only after it was squared."""
-    if implementation.startswith("pallas") and length > 40:
-        pytest.skip("one form for all lengths")
     q, k, v, d_out = cases.inputs(2, 1, 16, length, dtype=jnp.float32)
     exact = oracle.gradients(q, k, v, d_out, np.where(np.arange(length) < 3, 0, 1) * np.ones((1, 1, 2, 1)), kv_offset=3)
 

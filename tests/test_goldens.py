@@ -18,10 +18,10 @@ def test_an_answer_is_as_it_was(golden, tmp_path):
 
 @pytest.mark.slow
 def test_training_ends_with_the_same_bits():
-    kept = goldens.kept_bits()
-    if goldens.machine() not in kept:
-        pytest.skip(f"bits of parameters are kept for {'; '.join(kept)}; this is {goldens.machine()}, where they may be others")
-    assert goldens.bits() == kept[goldens.machine()], goldens.MEANING
+    """As those that were kept, where this machine has any; elsewhere they may be others, but the same the second time."""
+    found = goldens.bits()
+    goldens.trained.cache_clear()
+    assert found == (goldens.kept_bits().get(goldens.machine()) or goldens.bits()), goldens.MEANING
 
 
 @pytest.mark.slow
