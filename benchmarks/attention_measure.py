@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def make_work(case: Case, direction: str, ceilings: Ceilings, limits: Limits) ->
     return Work(case, direction, arrays, min(256, max(1, iterations)))
 
 
-def expected(work: Work) -> tuple[jax.Array, ...]:
+def expected(work: Work, compiler_options: Mapping[str, Any] | None = None) -> tuple[jax.Array, ...]:
     """What every contender must compute: `xla`, chunked, of the same data in float32 with exact products."""
 
     def attend(q, k, v):
@@ -92,7 +92,8 @@ def expected(work: Work) -> tuple[jax.Array, ...]:
         return out, *pull(d_out[0])
 
     with jax.default_matmul_precision("highest"):
-        return jax.block_until_ready(jax.jit(step)(*(x.astype(jnp.float32) for x in work.arrays)))
+        step = jax.jit(step, compiler_options=compiler_options)
+        return jax.block_until_ready(step(*(x.astype(jnp.float32) for x in work.arrays)))
 
 
 @jax.jit

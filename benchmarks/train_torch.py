@@ -29,7 +29,8 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks import train_case, workers
 
@@ -39,7 +40,20 @@ REPEATED = ("context_length", "micro_batch", "accumulation_steps", "seed")
 #: Fields of a request to the other worker that say nothing here: shapes and rates are those of the file of weights.
 OURS_ALONE = ("model", "attention", "remat", "dtype", "param_dtype", "learning_rate", "schedule_steps")
 
+#: Causal attention without a mask. Under the name "sdpa" transformers builds a mask of T x T elements when torch.compile
+#: traces: flash attention then refuses, keys and values are repeated, and the compiled model is slower than it could be.
+CAUSAL = "causal_sdpa"
+
 Phase = Callable[[str], None]
+
+
+def _causal(module, query, key, value, attention_mask, **options):
+    if attention_mask is not None:
+        raise RuntimeError(f"transformers {transformers.__version__} gives a mask to attention that needs none")
+    return sdpa_attention_forward(module, query, key, value, None, **options)
+
+
+AttentionInterface.register(CAUSAL, _causal)
 
 
 @dataclasses.dataclass
@@ -99,7 +113,7 @@ def llama_config(recipe: dict[str, Any]) -> LlamaConfig:
         rms_norm_eps=recipe["norm_eps"],
         max_position_embeddings=recipe["context_length"],
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
+        attn_implementation=CAUSAL,
         **({"rope_theta": recipe["rope_theta"]} if old else {"rope_parameters": rope}),
     )
 

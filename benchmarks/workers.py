@@ -29,7 +29,9 @@ from typing import Any, NamedTuple
 LIMITS = {"start": 60.0, "lower": 60.0, "compile": 60.0, "run": 15.0, "check": 15.0}
 TOGETHER = ({"lower", "compile"},)
 LONGEST_LINE = 2**20  # bytes; what is longer is no message
-#: Words of errors after which a CUDA context answers nothing else: the process is of no more use.
+ENDING_S = 5.0  # for a killed process to go: one that waits within a driver stays, and is left behind
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")
+#: Words of errors after which a CUDA context answers nothing else, but for want of memory: the process is of no more use.
 POISONED = ("CUDA_ERROR_", "illegal memory access", "misaligned address", "unspecified launch failure", "illegal instruction")
 
 
@@ -122,7 +124,7 @@ class Worker:
                 case {"result": _}:
                     return end("nonsense", f"its result is {line[:200].decode(errors='replace')!r}")
                 case {"error": str(reason)}:
-                    if any(word in reason for word in POISONED):
+                    if any(word in reason for word in POISONED) and not lacks_memory(reason):
                         self.kill()
                     return end("failed", reason)
                 case _:
@@ -142,7 +144,8 @@ class Worker:
         """Ends the process and all of its children at once, stopped ones too."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_S)
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._reader.join(1.0)  # nobody is left who writes
@@ -178,6 +181,11 @@ def _message(line: bytes) -> Any:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def lacks_memory(reason: str) -> bool:
+    """Whether an error says that there was not memory enough."""
+    return any(word in reason for word in OUT_OF_MEMORY)
 
 
 def explain(error: BaseException) -> str:

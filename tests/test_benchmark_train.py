@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -298,6 +299,29 @@ def test_pytorch_trains_the_same(ours, tmp_path):
     assert losses["tokens_sha256"] == expected["tokens_sha256"]
     assert losses["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert other.reason == "ValueError: micro_batch = 3: the file of weights is of 2"
+
+
+NO_MASK = """
+import torch
+from benchmarks import train_torch
+recipe = dict(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, vocab_size=128, norm_eps=1e-6)
+model = train_torch.build(recipe | {"context_length": 64, "rope_theta": 5e5}, "cpu")
+tokens = torch.randint(128, (2, 64))
+eager = model(input_ids=tokens, use_cache=False).logits
+traced = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, backend="eager", fullgraph=True)
+assert torch.equal(eager, traced(tokens))
+others = torch.cat([tokens[:, :40], 0 * tokens[:, 40:]], dim=1)
+changed = (model(input_ids=others, use_cache=False).logits - eager).abs().amax(dim=(0, 2))
+assert changed[:40].max() == 0 and changed[40:].min() > 0, changed
+"""
+
+
+@pytest.mark.needs("torch")
+def test_pytorch_attends_causally_without_a_mask_compiled_too():
+    """With one, its flash attention refuses, and what we are compared with would be slower than it could be."""
+    environment = os.environ | {"PYTHONPATH": str(train.ROOT)}
+    ran = subprocess.run([TORCH_PYTHON, "-c", NO_MASK], env=environment, cwd=train.ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 def model_parameters():

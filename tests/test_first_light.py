@@ -94,7 +94,7 @@ def test_a_step_that_raises_or_runs_out_of_time_does_not_end_the_others(lab):
     def last(lab):
         lab.keep(lab.ask("a", {"do": "works", "value": 1}), case="last")
 
-    lab.run([Step("1", "fails", 9, fails), Step("2", "slow", 1, slow), Step("3", "last", 60, last)], 60)
+    lab.run([Step("1", "fails", 0, fails), Step("2", "slow", 1, slow), Step("3", "last", 60, last)], 60)
     record = read(lab)
     assert [step["status"] for step in record["steps"].values()] == ["failed", "out of time", "done"]
     assert record["steps"]["1"]["reason"] == "RuntimeError: no such thing"
@@ -125,6 +125,35 @@ def test_a_lost_device_is_blamed_and_the_worker_started_again(lab):
     memory = lab.ask("a", {"do": "raises", "text": "RESOURCE_EXHAUSTED"}, needs=["x forward"])
     assert memory.status == "failed"
     assert list(lab.record["bad"]) == ["x backward"]
+
+
+def test_a_slow_compilation_is_forgiven_once_and_want_of_memory_always(lab):
+    limits = {"lower": 0.1, "compile": 0.1}
+    assert lab.ask("a", {"do": "compiles"}, needs=["x"], limits=limits).status == "hang"
+    assert lab.record["bad"] == {}
+    assert lab.ask("a", {"do": "compiles"}, needs=["x"], limits=limits).status == "hang"
+    assert list(lab.record["bad"]) == ["x"]
+    lost = lab.ask("b", {"do": "raises", "text": "CUDA_ERROR_OUT_OF_MEMORY"}, needs=["y"])
+    assert lost.status == "failed"
+    assert lab.ask("b", {"do": "works", "value": 1}, needs=["y"]).ok
+
+
+def test_a_step_has_what_those_before_left_and_may_begin_beside_one(lab):
+    began = []
+
+    def begin(lab):
+        began.append("later")
+        lab.early["later"] = 5
+
+    steps_of = [
+        Step("1", "first", 30, lambda lab: began.append("first")),
+        Step("2", "later", 30, lambda lab: began.append(lab.early.pop("later")), beside="1", begin=begin),
+    ]
+    lab.run(steps_of, 600)
+    assert began == ["later", "first", 5]
+    limits = [step["limit_s"] for step in read(lab)["steps"].values()]
+    assert limits[0] == 30
+    assert 55 <= limits[1] <= 60
 
 
 def test_turns_go_round_and_lose_only_who_fails(lab):

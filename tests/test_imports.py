@@ -128,8 +128,8 @@ TABLE = (
     Row(
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .program "
-        ".checkpoint .planner .topologies .shape_search .laws .presets .objectives .optimum .next_runs .plots launch.grid "
-        "launch.report tests",
+        ".checkpoint .planner .topologies .results .shape_search .laws .presets .objectives .optimum .next_runs .plots "
+        "launch.grid launch.report tests",
         outside="jax",
     ),
 )

@@ -21,6 +21,7 @@ import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(parser, record, options.keep)
         return 0
     mode = "rehearse" if options.rehearse else "compile_only" if options.compile_only else "device"
-    if mode == "device" and not Path("/dev/nvidiactl").exists() and not Path("/proc/driver/nvidia").exists():
+    if mode == "device" and not any((shutil.which("nvidia-smi"), Path("/dev/nvidiactl").exists())):
         parser.error("there is no NVIDIA GPU here: --rehearse tries the script on a CPU, --compile_only h100 compiles for one")
     try:
         wanted = steps.chosen(options.only)

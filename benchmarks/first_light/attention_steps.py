@@ -11,6 +11,8 @@ from benchmarks.first_light.fleet import BACKENDS, KERNELS, PEERS, needs
 from benchmarks.first_light.sizes import Sizes
 from benchmarks.first_light.supervisor import Lab, median
 
+CHUNK = 4  # cases of correctness that are compiled side by side
+
 
 def smoke(lab: Lab) -> None:
     """Each part of our kernels by itself on one tile, against float64; three workers side by side."""
@@ -20,7 +22,10 @@ def smoke(lab: Lab) -> None:
     def one(kernel: str) -> None:
         for part in parts[kernel]:
             request = {"do": "smoke", "implementation": kernel, "part": part, "shape": shape}
-            found = lab.ask(kernel, request, needs=[f"{kernel} {part}"])
+            wanted = [f"{kernel} {part}"]
+            if part in ("dq", "dkv"):  # their program runs the forward kernel first
+                wanted.insert(0, f"{kernel} forward")
+            found = lab.ask(kernel, request, needs=wanted)
             lab.keep(found, case=f"{kernel} {part}", implementation=kernel, part=part, **shape)
             if found.result.get("status") == "wrong":
                 lab.mark_bad(f"{kernel} {part}", f"wrong in the smoke test: {found.result['reason']}")
@@ -41,13 +46,16 @@ def attention_first_look(lab: Lab) -> None:
 def attention_rest(lab: Lab) -> None:
     """Other lengths, heads and head sizes; in a scan of checkpoints; documents."""
     sizes = lab.sizes
-    for length, heads, head_dim in sizes.rest:
+    small = (2, 1) if lab.mode == "rehearse" else (8, 1)
+    for length, heads, head_dim in sizes.rest[:2]:
         for direction in ("forward", "backward"):
             _compare(lab, direction, length, heads, head_dim)
-    small = (2, 1) if lab.mode == "rehearse" else (8, 1)
-    _compare(lab, "backward", sizes.scan, small, 64, form="scan", others=("cudnn",))
     for documents in sizes.documents[1]:
         _compare(lab, "backward", sizes.documents[0], small, 64, documents=documents, others=())
+    _compare(lab, "backward", sizes.scan, small, 64, form="scan", others=("cudnn",))
+    for length, heads, head_dim in sizes.rest[2:]:
+        for direction in ("forward", "backward"):
+            _compare(lab, direction, length, heads, head_dim)
 
 
 def _compare(
@@ -104,10 +112,15 @@ def correctness(lab: Lab) -> None:
 
 
 def _correct(lab: Lab, kernel: str) -> None:
-    plain = needs(kernel, "backward")
-    for chunk in itertools.batched(_correct_cases(lab.sizes), 8):
-        known = {one["case"]: {"implementation": kernel, "kind": one["kind"], **one["shape"]} for one in chunk}
-        compiled = lab.ask(kernel, {"do": "compile_correct", "implementation": kernel, "cases": list(chunk)}, needs=plain)
+    passes = (
+        "backward" if lab.bad([f"{kernel} backward"]) is None else "forward"
+    )  # where one is bad, the other is still checked
+    for chunk in itertools.batched(_correct_cases(lab.sizes), CHUNK):
+        known = {
+            one["case"]: {"implementation": kernel, "passes": passes, "kind": one["kind"], **one["shape"]} for one in chunk
+        }
+        request = {"do": "compile_correct", "implementation": kernel, "cases": list(chunk), "passes": passes}
+        compiled = lab.ask(kernel, request, needs=needs(kernel, passes))
         if not compiled.ok:
             for case, values in known.items():
                 lab.keep(compiled, case=case, **values)
@@ -118,7 +131,7 @@ def _correct(lab: Lab, kernel: str) -> None:
         for case in compiled.result["ready"]:
             found = compiled._replace(result={"status": "compiled"})
             if lab.mode != "compile_only":
-                found = lab.ask(kernel, {"do": "correct", "case": case}, needs=needs(kernel, "backward", known[case]["kind"]))
+                found = lab.ask(kernel, {"do": "correct", "case": case}, needs=needs(kernel, passes, known[case]["kind"]))
             lab.keep(found, case=case, **known[case])
 
 
@@ -152,22 +165,20 @@ def _correct_cases(sizes: Sizes) -> list[dict[str, Any]]:
 def races(lab: Lab) -> None:
     """The same pass again and again beside copies: all bits equal? And at the longest length against float32."""
     sizes = lab.sizes
-    for length, heads, kernel in itertools.product(sizes.races, sizes.race_heads, KERNELS):
+    for length, heads in itertools.product(sizes.races, sizes.race_heads):
         shape = {"batch": 1, "length": length, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 64}
-        request = {
-            "do": "races",
-            "implementation": kernel,
-            "shape": shape,
-            "runs": sizes.runs,
-            "copy_bytes": sizes.copy_bytes // 8,
-        }
-        found = lab.ask(kernel, request, needs=needs(kernel, "backward"))
-        lab.keep(found, case=f"races {length} {heads[0]}/{heads[1]}", implementation=kernel, **shape)
+        request = {"do": "races", "shape": shape, "runs": sizes.runs, "copy_bytes": sizes.copy_bytes // 8}
+        found = lab.side_by_side(
+            {kernel: (kernel, request | {"implementation": kernel}, needs(kernel, "backward")) for kernel in KERNELS}
+        )
+        for kernel, outcome in found.items():
+            lab.keep(outcome, case=f"races {length} {heads[0]}/{heads[1]}", implementation=kernel, **shape)
 
 
 def decoding(lab: Lab) -> None:
     """One query against a cache: bytes a second beside a copy's."""
     sizes = lab.sizes
+    lab.start("jax", "pallas_triton", "xla")
     made = lab.ask("jax", {"do": "ceiling", "case": "copy", "kind": "copy", "size": sizes.copy_bytes})
     for (batch, length), heads in itertools.product(sizes.decode, sizes.decode_heads):
         shape = {"batch": batch, "length": length, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 64}

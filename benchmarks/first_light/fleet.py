@@ -51,7 +51,7 @@ def kinds(mode: str, sizes: Sizes, target: str, torch_python: str | None) -> dic
             found[f"resume {name} {setting} {process}"] = Kind(resume, uncached | more)
     found["ours"] = Kind(ours, here)
     for k in sizes.processes:
-        share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / k:.3f}"}
+        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / k:.3f}"}
         found |= {f"cell {i + 1} of {k}": Kind(ours, here | share) for i in range(k)}
     if torch_python is not None and mode != "compile_only":
         platform = "gpu" if mode == "device" else "cpu"

@@ -33,6 +33,7 @@ from gqa_jax.attention.decode import DECODERS
 NOMINAL = 3e14  # FLOP/s that choose how many passes a sample has
 NOMINAL_BYTES = 1e12  # bytes/s, likewise, of decoding
 SAMPLE_S = 0.02
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "tokamax", "numpy")
 COMPILERS = 8  # threads that compile side by side
 
 
@@ -44,15 +45,18 @@ class Session:
         self.ready: dict[str, Callable[[], float]] = {}
         self.programs: dict[str, tuple] = {}
 
-    def environment(self, phase: Callable, **_: Any) -> dict[str, Any]:
-        """Versions and the device; a kernel of a line in Mosaic and in Triton, which say whether their compilers work here."""
-        found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "platform": jax.default_backend()}
-        found["versions"] = {
-            name: _version(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "tokamax", "numpy")
+    def about(self, phase: Callable, **_: Any) -> dict[str, Any]:
+        """The device and the versions."""
+        return {
+            "device": jax.devices()[0].device_kind,
+            "platform": jax.default_backend(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"),
         }
-        found["tiny_kernels"] = {name: self._tiny(phase, kernel) for name, kernel in TINY.items()}
-        found["memory_bytes"] = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        return found
+
+    def tiny_kernels(self, phase: Callable, **_: Any) -> dict[str, Any]:
+        """A kernel of a line in Triton and in Mosaic, which say whether their compilers work here: "ok", or why not."""
+        return {name: self._tiny(phase, kernel) for name, kernel in TINY.items()}
 
     def _tiny(self, phase: Callable, kernel: Callable) -> str:
         """ "ok", or why not."""
@@ -96,7 +100,7 @@ class Session:
         with self.target.tracing():
             lowered = {name: jax.jit(part_of(name, part)).lower(*arrays) for name in (implementation, "xla")}
         phase("compile")
-        compiled = {name: program.compile() for name, program in lowered.items()}
+        compiled = {name: self.target.compile(program, tuned=name != "xla") for name, program in lowered.items()}
         if not self.target.here:
             return {"status": "compiled", "temp_bytes": compiled[implementation].memory_analysis().temp_size_in_bytes}
         phase("run")
@@ -153,7 +157,7 @@ class Session:
         wanted = None
         if form == "plain" and documents is None:
             phase("compile")
-            wanted = expected(work)
+            wanted = expected(work, self.target.untuned)
         phase("run")
         prepared = contender.start(work, compiled)
         if wanted is not None:
@@ -179,11 +183,14 @@ class Session:
             self.programs.pop(case, None)
         return {}
 
-    def compile_correct(self, phase: Callable, implementation: str, cases: Sequence[dict], **_: Any) -> dict[str, Any]:
+    def compile_correct(
+        self, phase: Callable, implementation: str, cases: Sequence[dict], passes: str = "backward", **_: Any
+    ) -> dict[str, Any]:
         """Compiles cases side by side: the implementation, `xla` in the same dtype, and `reference` in float64.
 
-        A case has `case` (its name), `shape`, `kind` ("plain", or one of `sizes.KINDS`) and a seed. Returns the names of those
-        that are ready; reasons of those that can't run here, and of those that failed.
+        A case has `case` (its name), `shape`, `kind` ("plain", or one of `sizes.KINDS`) and a seed; `passes` "forward" leaves
+        the gradients out. Returns the names of those that are ready; reasons of those that can't run here, and of those that
+        failed.
         """
         lowered, refused, reasons = {}, {}, {}
         for one in cases:
@@ -193,7 +200,7 @@ class Session:
             if (reason := self._obstacle(implementation, s, **known)) is not None:
                 refused[one["case"]] = reason
                 continue
-            problem = problem_of(self.target, s, one["kind"], one["seed"])
+            problem = problem_of(self.target, s, one["kind"], one["seed"], passes)
             with self.target.tracing():
                 lowered[one["case"]] = problem, {
                     "it": lower(implementation, problem, poisoned=True), "xla": lower("xla", problem),
@@ -201,7 +208,10 @@ class Session:
                 }  # fmt: skip
         with ThreadPoolExecutor(COMPILERS) as pool:
             waiting = {
-                name: (problem, {key: pool.submit(program.compile) for key, program in programs.items()})
+                name: (
+                    problem,
+                    {key: pool.submit(self.target.compile, program, tuned=key == "it") for key, program in programs.items()},
+                )
                 for name, (problem, programs) in lowered.items()
             }
             for name, (problem, futures) in waiting.items():
@@ -232,7 +242,7 @@ class Session:
             warnings.simplefilter("ignore")  # of donated memory that a program had no use for
             got = [np.asarray(x, np.float64) for x in programs["it"](*problem.arrays, *poison)]
         phase("check")
-        return judged(got, usual, exact, problem.dtype, names=RESULTS)
+        return judged(got, usual, exact, problem.dtype, names=RESULTS[: len(problem.results)])
 
     def races(self, phase: Callable, implementation: str, shape: dict, runs: int, copy_bytes: int, **_: Any) -> dict[str, Any]:
         """Forward and backward pass `runs` times beside copies between host and device: are all bits equal?"""
@@ -312,7 +322,7 @@ def _triton(interpret: bool) -> Callable:
     return pl.pallas_call(kernel, out_shape=shape, compiler_params=triton.CompilerParams(), interpret=interpret)
 
 
-TINY = {"mosaic": _mosaic, "triton": _triton}
+TINY = {"triton": _triton, "mosaic": _mosaic}
 
 
 def _attend(implementation: str, decoding: bool, length: int, form: str, documents: int | None) -> Callable:
@@ -343,7 +353,7 @@ def _copying(nbytes: int) -> Iterator[Callable[[], int]]:
 
     def copy() -> None:
         while not stop.is_set():
-            np.asarray(jax.device_put(host) * 1)
+            np.asarray(jax.device_put(host))
             count[0] += 1
 
     thread = threading.Thread(target=copy, daemon=True)
@@ -374,7 +384,7 @@ def main() -> None:
     parser.add_argument("--compile_only")
     options = parser.parse_args()
     session = Session(Target(interpret=options.interpreted, compile_only=options.compile_only))
-    names = ("environment", "ceiling", "smoke", "prepare", "measure", "forget", "compile_correct", "correct", "races")
+    names = ("about", "tiny_kernels", "ceiling", "smoke", "prepare", "measure", "forget", "compile_correct", "correct", "races")
     workers.serve({name: getattr(session, name) for name in names})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import csv
 import re
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 from benchmarks.first_light.fleet import KERNELS, PEERS
 from benchmarks.first_light.supervisor import Lab, median
+from gqa_jax.results import load_results
 
 LOSS_TOLERANCE = 0.02  # nats, between the quickstart's cells here and on the CPU
 CELLS = "size=30k,context=128"
@@ -32,14 +32,12 @@ def environment(lab: Lab) -> None:
                 version = lab.command([path, "--version"], f"{compiler}.txt", seconds=10)
                 release = re.search(r"release [\d.]+, V([\d.]+)", version.result.get("output", ""))
                 lab.record[compiler] = release[1] if release else version.reason
-    found = lab.ask("jax", {"do": "environment"}, needs=["tiny kernels"])
-    lab.record["environment"] = found.result
-    tiny = found.result.get("tiny_kernels", {})
-    lab.row(case="tiny kernels", status=found.status, reason=found.reason, **tiny)
-    for compiler, kernel in zip(("mosaic", "triton"), KERNELS, strict=True):
-        if tiny.get(compiler, "ok") != "ok":
-            for part in ("forward", "dq", "dkv", "backward", "decode"):
-                lab.mark_bad(f"{kernel} {part}", f"a {compiler} kernel of one line: {tiny[compiler]}")
+    about = lab.ask("jax", {"do": "about"})
+    lab.record["environment"] = about.result
+    lab.keep(about, case="environment")
+    tiny = lab.ask("jax", {"do": "tiny_kernels"})
+    lab.record["environment"] = about.result | {"tiny_kernels": tiny.result}
+    lab.row(case="tiny kernels", status=tiny.status, reason=tiny.reason, **tiny.result)
     asked = {}
     for name, kind, size in (("matmul", "matmul", sizes.matmul), ("copy", "copy", sizes.copy_bytes)):
         made = lab.ask("jax", {"do": "ceiling", "case": name, "kind": kind, "size": size})
@@ -53,62 +51,77 @@ def environment(lab: Lab) -> None:
                     rate=1 / median(seconds), rates=[1 / s for s in seconds])  # fmt: skip
 
 
+GRID = "configs/grids/quickstart.py"
+ROAD_S = 90.0  # for the cells of the quickstart, which one GPU trains one after the other
+
+
+def begin_readme(lab: Lab) -> None:
+    """Starts what a user with one GPU runs, and the same on the CPU. It goes on beside steps that time nothing."""
+    if lab.mode == "compile_only":
+        return
+    here = lab.environment("jax")
+    roots = {"here": (lab.scratch / "readme", here)}
+    if lab.mode == "device":
+        roots["cpu"] = lab.scratch / "readme-cpu", here | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    pool = concurrent.futures.ThreadPoolExecutor()
+    lab.early["readme"] = {
+        name: (root, pool.submit(lab.command, _run(root), f"readme-{name}.txt", env=env, seconds=ROAD_S))
+        for name, (root, env) in roots.items()
+    }
+    pool.shutdown(wait=False)
+
+
 def readme(lab: Lab) -> None:
     """The README's road on one GPU: cells of the quickstart, their tables, and a second run that trains nothing."""
-    grid = "configs/grids/quickstart.py"
     if lab.mode == "compile_only":
-        plan = [sys.executable, "-m", "launch", "plan", grid, "--where", CELLS, "--topology", f"{lab.record['target']}:1"]
+        plan = [sys.executable, "-m", "launch", "plan", GRID, "--where", CELLS, "--topology", f"{lab.record['target']}:1"]
         found = lab.command([*plan, "--format", "csv"], "readme-plan.txt", env=lab.environment("jax"))
         lab.row(case="plan", status="compiled" if found.ok else found.status, reason=found.reason)
         return
-    run = [sys.executable, "-m", "launch", "run", grid, "--where", CELLS, "--root"]
-    roots = {"here": lab.scratch / "readme"} | ({"cpu": lab.scratch / "readme-cpu"} if lab.mode == "device" else {})
-    env = {"here": lab.environment("jax"), "cpu": lab.environment("jax") | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        futures = {
-            name: pool.submit(lab.command, [*run, str(root)], f"readme-{name}.txt", env=env[name])
-            for name, root in roots.items()
-        }
-        found = {name: future.result() for name, future in futures.items()}
-    tables = {name: _losses(root) for name, root in roots.items()}
-    for cell, values in tables["here"].items():
-        usual = tables.get("cpu", {}).get(cell)
+    if "readme" not in lab.early:
+        begin_readme(lab)
+    begun = lab.early.pop("readme")
+    ran = {name: future.result() for name, (_, future) in begun.items()}
+    losses = {name: _losses(root) for name, (root, _) in begun.items()}
+    for cell, values in losses["here"].items():
+        usual = losses.get("cpu", {}).get(cell)
         row = {"case": cell, "loss": values["loss"], "device": values["device"], "attention": values["attention"]}
         if usual is None:
-            lab.row(**row, status="ok" if lab.mode == "rehearse" else "no loss of the CPU to compare with")
+            lab.row(**row, status="ok" if lab.mode == "rehearse" else "left out", reason="no loss of the CPU to compare with")
             continue
         off = abs(values["loss"] - usual["loss"])
         right = off <= LOSS_TOLERANCE
         reason = "" if right else f"off by {off:.3f} nats, allowed are {LOSS_TOLERANCE}"
         lab.row(**row, loss_cpu=usual["loss"], status="ok" if right else "wrong", reason=reason)
-    lab.row(
-        case="run",
-        status=found["here"].status,
-        reason=found["here"].reason,
-        cells=len(tables["here"]),
-        seconds=found["here"].seconds,
-    )
-    if found["here"].ok:
-        before = _checkpoints(roots["here"])
-        again = lab.command([*run, str(roots["here"])], "readme-again.txt", env=env["here"])
-        same = _checkpoints(roots["here"]) == before
+    root, first = begun["here"][0], ran["here"]
+    table = root / "tables" / "loss.csv"
+    told = table.exists() and all(values["attention"] in table.read_text() for values in losses["here"].values())
+    status, reason = first.status, first.reason
+    if first.ok and not told:
+        status, reason = "wrong", "tables/loss.csv does not name the device and the attention of the cells"
+    lab.row(case="run", status=status, reason=reason, cells=len(losses["here"]), seconds=first.seconds.get("run"))
+    if first.ok:
+        before = _checkpoints(root)
+        again = lab.command(_run(root), "readme-again.txt", env=lab.environment("jax"))
+        same = _checkpoints(root) == before
         reason = again.reason or ("" if same else "checkpoints changed: something was trained again")
-        lab.row(case="run again", status=again.status if same else "wrong", reason=reason, seconds=again.seconds)
-    for root in roots.values():
+        lab.row(case="run again", status=again.status if same else "wrong", reason=reason, seconds=again.seconds.get("run"))
+    for root, _ in begun.values():
         shutil.rmtree(root, ignore_errors=True)  # the rows have what counts
 
 
+def _run(root: Path) -> list[str]:
+    return [sys.executable, "-m", "launch", "run", GRID, "--where", CELLS, "--root", str(root)]
+
+
 def _losses(root: Path) -> dict[str, dict[str, Any]]:
-    """Cell -> loss, device and attention, by the loss table of a grid; empty where there is none."""
+    """Cell -> loss, device and attention of every cell that has finished, with or without tables."""
     try:
-        with (root / "tables" / "loss.csv").open(newline="") as file:
-            return {
-                row["cell"]: {"loss": float(row["loss"]), "device": row["device"], "attention": row["attention"]}
-                for row in csv.DictReader(file)
-                if row["loss"]
-            }
-    except OSError:
+        found = load_results(root)
+    except FileNotFoundError:
         return {}
+    rows = found[found["loss"].notna()].to_dict("records")
+    return {row["cell"]: {name: row[name] for name in ("loss", "device", "attention")} for row in rows}
 
 
 def _checkpoints(root: Path) -> dict[str, float]:

@@ -16,23 +16,23 @@ from benchmarks.first_light.attention_steps import (
     races,
     smoke,
 )
-from benchmarks.first_light.machine_steps import environment, readme
+from benchmarks.first_light.machine_steps import begin_readme, environment, readme
 from benchmarks.first_light.supervisor import Step
 from benchmarks.first_light.training_steps import resume, small_cells, training_first_look, training_rest
 
 STEPS = (
-    Step("0", "environment and ceilings", 15, environment),
+    Step("0", "environment and ceilings", 30, environment),
     Step("1", "smoke", 40, smoke),
-    Step("1b", "the README's road", 50, readme),
+    Step("1b", "the README's road", 50, readme, beside="1", begin=begin_readme),
     Step("2", "attention, first look", 45, attention_first_look),
-    Step("3", "training, first look", 100, training_first_look),
+    Step("3", "training, first look", 140, training_first_look),
     Step("4", "resume", 45, resume),
-    Step("5", "correctness", 80, correctness),
+    Step("5", "correctness", 65, correctness),
     Step("6", "races", 25, races),
-    Step("7", "training, the rest", 60, training_rest),
-    Step("8", "attention, the rest", 40, attention_rest),
-    Step("9", "decoding", 25, decoding),
-    Step("10", "small cells", 15, small_cells),
+    Step("7", "training, the rest", 45, training_rest),
+    Step("8", "attention, the rest", 30, attention_rest),
+    Step("9", "decoding", 20, decoding),
+    Step("10", "small cells", 5, small_cells),
 )
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.first_light.sizes import Sizes
-from benchmarks.workers import LIMITS, Outcome, Worker
+from benchmarks.workers import ENDING_S, LIMITS, Outcome, Worker, lacks_memory
 
 NAME, LOGS = "first-light.json", "logs.tar.gz"
 SCHEMA = 1
@@ -42,6 +42,8 @@ class Step(NamedTuple):
     title: str
     seconds: int
     run: Callable[[Lab], None]
+    beside: str | None = None  # a step with which it begins already
+    begin: Callable[[Lab], None] | None = None  # what it does then, without waiting
 
 
 class Kind(NamedTuple):
@@ -68,6 +70,8 @@ class Lab:
         (self.scratch / "logs").mkdir()
         self.deadline = math.inf
         self.ending = False
+        self.early: dict[str, Any] = {}  # what steps have begun before their turn
+        self._slow: list[str] = []  # kernels whose compilation was given up
         self._workers: dict[str, Worker] = {}
         self._programs: set[subprocess.Popen] = set()
         self._writing = threading.RLock()
@@ -143,11 +147,22 @@ class Lab:
         outcome = process.ask(request, limits=allowed, deadline=self.deadline)
         if not process.alive:
             self.close(worker)
-        crashed = outcome.status in ("hang", "died") or (outcome.status == "failed" and not process.alive)
-        if crashed and needs and outcome.phase != "start":
+        if needs and self._is_to_blame(needs[-1], outcome, process.alive):
             where = f"step {self._step.get('name')}, {request.get('case', request['do'])}, phase {outcome.phase}"
             self.mark_bad(needs[-1], f"{outcome.status} in {where}: {outcome.reason}")
         return outcome
+
+    def _is_to_blame(self, kernel: str, outcome: Outcome, alive: bool) -> bool:
+        """Whether a kernel is bad after this: it hung while it ran, or took its worker along.
+
+        A compiler that is silent for long compiles others too, and shares the machine: twice, and the kernel is to blame.
+        """
+        if outcome.phase == "start" or lacks_memory(outcome.reason):
+            return False
+        if outcome.status == "hang" and outcome.phase in ("lower", "compile"):
+            self._slow.append(kernel)
+            return self._slow.count(kernel) > 1
+        return outcome.status in ("hang", "died") or (outcome.status == "failed" and not alive)
 
     def side_by_side(
         self, requests: Mapping[str, tuple[str, Mapping[str, Any], Sequence[str]]], **options: Any
@@ -220,12 +235,12 @@ class Lab:
     def command(
         self, argv: Sequence[str], log: str, *, env: Mapping[str, str] | None = None, seconds: float | None = None
     ) -> Outcome:
-        """Runs a program to its end, at most so long as the step has time; its output goes to the file `log`.
+        """Runs a program to its end, at most so long as the step has time, or `seconds`; its output goes to the file `log`.
 
         The result has `exit_code` and the last 3,000 characters of the output.
         """
         began = time.monotonic()
-        until = min(self.deadline, began + (math.inf if seconds is None else seconds))
+        until = self.deadline if seconds is None else began + PATIENCE[self.mode] * seconds
         path = self.scratch / "logs" / log
         with path.open("wb") as output:
             try:
@@ -256,10 +271,10 @@ class Lab:
         )
 
     def close(self, *workers: str) -> None:
-        """Ends workers, which gives back what they hold on the device; without names, all."""
-        for name in workers or list(self._workers):
-            if (worker := self._workers.pop(name, None)) is not None:
-                worker.close()
+        """Ends workers side by side, which gives back what they hold on the device; without names, all."""
+        ended = [worker for name in workers or list(self._workers) if (worker := self._workers.pop(name, None)) is not None]
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(ended))) as pool:
+            list(pool.map(Worker.close, ended))
 
     def end(self) -> None:
         """Ends all workers and programs at once, from a signal's handler too: what is asked returns, and no more begins."""
@@ -270,11 +285,15 @@ class Lab:
             _kill(process)
 
     def run(self, steps: Sequence[Step], stop_after: float) -> None:
-        """The steps in order. One that raises is recorded, and the next one begins; none begins after `stop_after` seconds."""
-        end = time.monotonic() + stop_after
+        """The steps in order, each with the time that those before it left over.
+
+        One that raises is recorded, and the next one begins; none begins after `stop_after` seconds.
+        """
+        end, unused = time.monotonic() + stop_after, 0.0
         try:
             for step in steps:
-                self._run(step, end)
+                early = [other for other in steps if other.begin is not None and other.beside == step.name]
+                unused = self._run(step, end, unused, early)
             self.record["finished"] = not self.ending
         finally:
             self.close()
@@ -282,12 +301,13 @@ class Lab:
             self.record["ended"] = _now()
             self.save()
 
-    def _run(self, step: Step, end: float) -> None:
-        began = time.monotonic()
+    def _run(self, step: Step, end: float, unused: float, early: Sequence[Step]) -> float:
+        """One step; returns the seconds that it and those before it have not used."""
+        began, allowed = time.monotonic(), PATIENCE[self.mode] * step.seconds + unused
         self._step = {
             "name": step.name,
             "title": step.title,
-            "limit_s": PATIENCE[self.mode] * step.seconds,
+            "limit_s": round(allowed),
             "status": "running",
             "reason": "",
         }
@@ -295,11 +315,13 @@ class Lab:
         if self.ending or began >= end:
             self._step |= {"status": "left out", "reason": "no time left", "seconds": 0.0}
             self.save()
-            return
-        self.deadline = min(began + PATIENCE[self.mode] * step.seconds, end)
+            return unused
+        self.deadline = min(began + allowed, end)
         self.save()
-        print(f"{step.name:>3}  {step.title} (at most {PATIENCE[self.mode] * step.seconds} s)", flush=True)
+        print(f"{step.name:>3}  {step.title} (at most {allowed:.0f} s)", flush=True)
         try:
+            for other in early:
+                other.begin(self)
             step.run(self)
             self._step["status"] = "done" if self.left > 0 else "out of time"
         except Exception as error:  # of any kind: what the other steps find is worth more
@@ -310,6 +332,7 @@ class Lab:
         self.save()
         self._keep_logs()
         print(f"     {self._step['status']} after {self._step['seconds']} s", flush=True)
+        return max(0.0, allowed - (time.monotonic() - began))
 
     def _keep_logs(self) -> None:
         """What workers and programs said, as one file beside the record: few files are easily carried away."""
@@ -332,7 +355,8 @@ def _kill(process: subprocess.Popen) -> None:
     """Ends a program and its children."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(ENDING_S)
 
 
 def printable(value: Any) -> Any:

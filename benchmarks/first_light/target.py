@@ -45,6 +45,16 @@ class Target:
             _assume_cudnn()
 
     @property
+    def untuned(self) -> dict[str, Any]:
+        """Options of the compiler for programs that others are compared with, not timed: GPUs try no variants of products."""
+        gpu = self.mesh is not None or jax.default_backend() == "gpu"
+        return {"xla_gpu_autotune_level": 0} if gpu else {}
+
+    def compile(self, lowered: Any, *, tuned: bool) -> Any:
+        """A program compiled, as users have it or `untuned`."""
+        return lowered.compile() if tuned else lowered.compile(self.untuned)
+
+    @property
     def here(self) -> bool:
         """Whether programs can be run."""
         return self.mesh is None

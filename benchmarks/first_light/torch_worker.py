@@ -31,7 +31,7 @@ class Attention:
 
     def prepare(self, phase: Callable, case: str, backend: str, direction: str, shape: dict, **_: Any) -> dict[str, Any]:
         """`shape` has batch, length, n_heads, n_kv_heads, head_dim and dtype."""
-        phase("run")
+        phase("compile")  # the device is opened, libraries are loaded and choose their kernels
         b, t, n, k, h = (shape[name] for name in ("batch", "length", "n_heads", "n_kv_heads", "head_dim"))
         q, kv = (b, t, n, h), (b, t, k, h)
         generator = torch.Generator(self.session.device).manual_seed(0)

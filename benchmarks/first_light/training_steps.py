@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.first_light.fleet import KERNELS, PEERS, RESUMED, SETTINGS, needs
 from benchmarks.first_light.supervisor import Lab, median
+from benchmarks.workers import Outcome
 
 OURS = "gqa_jax"
 #: Seconds of silence of a large model: PyTorch compiles in its first step, and weights of 1.7 GB are written and read.
@@ -16,10 +17,10 @@ LIMITS = {"compile": 100.0, "run": 60.0, "check": 40.0}
 
 
 def training_first_look(lab: Lab) -> None:
-    """One training step of ours and of PyTorch's Llama, same weights, tokens and precision: eager first, then compiled."""
+    """One training step of ours and of PyTorch's Llama, same weights, tokens and precision."""
     sizes, case = lab.sizes, lab.sizes.main
-    lab.close(*KERNELS, *PEERS, "xla", "torch attention")  # their memory
-    lab.start(*(name for name in ("ours", "torch eager", "torch compiled") if lab.has(name)))
+    lab.start(*(name for name in ("ours", "torch compiled", "torch eager") if lab.has(name)))
+    lab.close("jax", *KERNELS, *PEERS, "xla", "torch attention")  # their memory
     request = {"do": "prepare", "case": case, **sizes.training[case], "accumulation_steps": 1}
     request |= {"remat": "attention_only", "attention": _main_attention(lab)}
     found = lab.ask("ours", request, limits=LIMITS)
@@ -29,25 +30,31 @@ def training_first_look(lab: Lab) -> None:
     weights = lab.scratch / "weights.npz"
     if found.ok:
         found = lab.ask("ours", {"do": "weights", "case": case, "path": str(weights)}, limits=LIMITS)
-    losses = lab.ask("ours", {"do": "losses", "case": case, "steps": sizes.agreement}, limits=LIMITS)
-    lab.keep(losses, case=f"{case}: losses", implementation=OURS)
-    if not found.ok or not lab.has("torch eager"):
-        reason = found.reason if not found.ok else "no Python with PyTorch: --torch_python"
-        for name in ("torch eager", "torch compiled"):
+    reason = found.reason if not found.ok else "" if lab.has("torch eager") else "no Python with PyTorch: --torch_python"
+    losses = ("ours", {"do": "losses", "case": case, "steps": sizes.agreement}, [])
+    if reason:
+        lab.keep(lab.ask(*losses[:2], limits=LIMITS), case=f"{case}: losses", implementation=OURS)
+        for name in ("torch compiled", "torch eager"):
             lab.row(case=case, implementation=name, status="left out", reason=reason)
         _train_turns(lab, case, {OURS: ("ours", case)})
     else:
         theirs = {"do": "prepare", "case": case, "weights": str(weights), "autocast": "bfloat16"}
         theirs |= {"sdpa": "flash" if lab.mode == "device" else None}
-        for name in ("torch eager", "torch compiled"):
-            _beside(lab, case, name, theirs | {"compile": name == "torch compiled"})
+        compiled = ("torch compiled", theirs | {"compile": True}, [])
+        # most of its compiling is on the host
+        answers = lab.side_by_side({"losses": losses, "compiled": compiled}, limits=LIMITS)
+        lab.keep(answers["losses"], case=f"{case}: losses", implementation=OURS)
+        _beside(lab, case, "torch compiled", answers["compiled"])
+        _beside(lab, case, "torch eager", lab.ask("torch eager", theirs | {"compile": False}, limits=LIMITS))
+    if found.ok:
+        traced = lab.ask("ours", {"do": "profile", "case": case, "folder": str(lab.out.resolve())}, limits=LIMITS)
+        lab.keep(traced, case=f"profile of {case} {request['remat']} {request['attention']}", implementation=OURS)
     lab.ask("ours", {"do": "forget", "case": case})
     weights.unlink(missing_ok=True)
 
 
-def _beside(lab: Lab, case: str, name: str, request: Mapping[str, Any]) -> None:
-    """A worker of PyTorch in turns with ours; it is ended afterwards, for its memory."""
-    prepared = lab.ask(name, request, limits=LIMITS)
+def _beside(lab: Lab, case: str, name: str, prepared: Outcome) -> None:
+    """A worker of PyTorch that has prepared the case in turns with ours; it is ended afterwards, for its memory."""
     lab.keep(prepared, case=case, implementation=name, phase="prepare", size=case)
     if prepared.ok:
         losses = lab.ask(name, {"do": "losses", "case": case, "steps": lab.sizes.agreement}, limits=LIMITS)
@@ -80,7 +87,7 @@ def training_rest(lab: Lab) -> None:
         if size == sizes.main and seconds and (best is None or seconds < best[0]):
             best = seconds, (size, remat, which)
         lab.ask("ours", {"do": "forget", "case": name})
-    if best is not None and lab.mode != "compile_only":
+    if best is not None and lab.mode != "compile_only":  # the first look has a profile of what it measured
         size, remat, attention = best[1]
         request = {
             "do": "prepare",
@@ -101,6 +108,7 @@ def small_cells(lab: Lab) -> None:
     sizes = lab.sizes
     lab.close()
     what = {**sizes.training[sizes.small], "accumulation_steps": 1, "remat": "none", "attention": _main_attention(lab)}
+    lab.start(*(f"cell {i + 1} of {k}" for k in sizes.processes for i in range(k) if lab.mode == "device"))
     for k in sizes.processes[:1] if lab.mode == "compile_only" else sizes.processes:
         cells = [f"cell {i + 1} of {k}" for i in range(k)]
         found = lab.side_by_side({cell: (cell, {"do": "prepare", "case": sizes.small, **what}, []) for cell in cells})
@@ -161,7 +169,7 @@ def resume(lab: Lab) -> None:
     sizes, processes = lab.sizes, ("first", "second")
     what = {**sizes.training[sizes.small], "accumulation_steps": 1, "remat": "attention_only"}
     lab.close()
-    settings = [(name, setting) for name in RESUMED for setting in (SETTINGS if lab.mode == "device" else SETTINGS[:1])]
+    settings = [(name, setting) for setting in (SETTINGS if lab.mode == "device" else SETTINGS[:1]) for name in RESUMED]
 
     def request(name: str) -> dict[str, Any]:
         return {"do": "prepare", "case": sizes.small, **what, "attention": _main_attention(lab) if name == "cudnn" else name}
@@ -171,13 +179,15 @@ def resume(lab: Lab) -> None:
             lab.keep(lab.ask("ours", request(name)), case=f"{sizes.small} {name}", attention_asked=name)
         return
 
-    requests = {}
-    for (name, setting), process in itertools.product(settings, processes):
-        worker = f"resume {name} {setting} {process}"
-        requests[name, setting, process] = worker, request(name), needs(name, "backward")
-    ready = lab.side_by_side(requests)
+    ready: dict[tuple[str, str, str], Outcome] = {}
     for name, setting in settings:
         case = f"{sizes.small} {name} {setting}"
+        if (name, setting, "first") not in ready:  # those of a setting side by side
+            requests = {
+                (other, setting, process): (f"resume {other} {setting} {process}", request(other), needs(other, "backward"))
+                for other, process in itertools.product(RESUMED, processes)
+            }
+            ready |= lab.side_by_side(requests)
         answers = [ready[name, setting, process] for process in processes]
         if (bad := next((answer for answer in answers if not answer.ok), None)) is not None:
             lab.keep(bad, case=case, attention=name, setting=setting)
