@@ -123,6 +123,8 @@ class Session:
         decoding = direction == "decode"
         if (reason := self._obstacle(implementation, s, decode=decoding, segments=documents is not None)) is not None:
             return {"status": "refused", "reason": reason}
+        if implementation == "tokamax" and not self.target.here:
+            return {"status": "refused", "reason": "tokamax asks the device that is here, not the one that is compiled for"}
         if form == "scan" and implementation == "pallas_gpu" and self.target.interpret:
             return {"status": "refused", "reason": "jax.checkpoint takes no effects, which the interpreter of Mosaic GPU has"}
         with self.target.tracing():
