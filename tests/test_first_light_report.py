@@ -610,8 +610,8 @@ def test_programs_compiled_side_by_side_count_once():
         },
     ]
     text = report.markdown(found)
-    assert "| 5 | 32 | 80 |" in text
-    assert "| 3 | 10 | 100 |" in text
+    assert "| 5 | 32 | 65 |" in text
+    assert "| 3 | 10 | 140 |" in text
     assert "| 5 | case 0 and 7 more | pallas_gpu | 8 compiled | 32 |" in text
     assert "| 3 | 470M |  | compiled | 10 | 1,024.0 |" in text
     assert "| 5 | pallas_triton | failed | ptxas | 1 | case 0 |" in text
