@@ -15,7 +15,7 @@ CHUNK = 4  # cases of correctness that are compiled side by side
 
 
 def smoke(lab: Lab) -> None:
-    """Each part of our kernels by itself on one tile, against float64; three workers side by side."""
+    """Each part of our kernels by itself on one tile, against float64; the kernels side by side."""
     parts = {"pallas_gpu": ("forward", "dq", "dkv"), "pallas_triton": ("forward", "dq", "dkv", "decode")}
     shape = {"batch": 1, "length": 64, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64}
 
@@ -112,9 +112,8 @@ def correctness(lab: Lab) -> None:
 
 
 def _correct(lab: Lab, kernel: str) -> None:
-    passes = (
-        "backward" if lab.bad([f"{kernel} backward"]) is None else "forward"
-    )  # where one is bad, the other is still checked
+    # where the backward pass is bad, the forward one is still checked
+    passes = "backward" if lab.bad([f"{kernel} backward"]) is None else "forward"
     for chunk in itertools.batched(_correct_cases(lab.sizes), CHUNK):
         known = {
             one["case"]: {"implementation": kernel, "passes": passes, "kind": one["kind"], **one["shape"]} for one in chunk
@@ -163,7 +162,7 @@ def _correct_cases(sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def races(lab: Lab) -> None:
-    """The same pass again and again beside copies: all bits equal? And at the longest length against float32."""
+    """The same pass again and again beside copies: all bits equal? (The first look compares 16K tokens with float32.)"""
     sizes = lab.sizes
     for length, heads in itertools.product(sizes.races, sizes.race_heads):
         shape = {"batch": 1, "length": length, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 64}
