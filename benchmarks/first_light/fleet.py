@@ -31,6 +31,8 @@ def kinds(mode: str, sizes: Sizes, target: str, torch_python: str | None) -> dic
     here["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     if mode != "device":
         here |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if mode == "compile_only":  # programs for a device that is not here can be kept, but not read back
+        here["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     flags = os.environ.get("XLA_FLAGS", "")
 
     def python(module: str, *arguments: str) -> tuple[str, ...]:
