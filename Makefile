@@ -76,9 +76,9 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-bench: setup
+bench: setup torch
 	$(PYTHON) benchmarks/data.py
-	$(PYTHON) -m benchmarks.train
+	$(PYTHON) -m benchmarks.train --torch_python .venv-torch/bin/python
 	$(PYTHON) -m benchmarks.attention
 	$(PYTHON) -m benchmarks.launch
 	$(PYTHON) -m benchmarks.laws

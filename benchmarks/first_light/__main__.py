@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _amiss(record: dict[str, Any]) -> list[str]:
     """Steps that were not done, and rows that are neither right nor refused with a reason."""
     steps_amiss = [f"step {name}: {step['status']}" for name, step in record["steps"].items() if step["status"] != "done"]
-    rows = [row for row in record["rows"] if row.get("status") not in ("ok", "compiled", "lowered", "refused")]
+    rows = [row for row in record["rows"] if row.get("status") not in ("ok", "compiled", "refused")]
     return steps_amiss + [
         f"step {row['step']}, {row.get('case')}, {row.get('implementation', '')}: {row.get('status')}: {row.get('reason')}"
         for row in rows

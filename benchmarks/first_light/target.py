@@ -94,16 +94,3 @@ def _assume_cudnn() -> None:
         fused_attention_stablehlo.check_cudnn_version()
     except Exception:  # of whichever kind this JAX raises
         fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN_ASSUMED
-
-
-def compiled_or_why(lowered: Any) -> tuple[Any, str]:
-    """A program compiled; or None and why not, where cuDNN, which is not here, would have to plan its kernels.
-
-    Whatever else the compiler says is raised.
-    """
-    try:
-        return lowered.compile(), ""
-    except Exception as error:
-        if "cudnn" not in str(error).lower():
-            raise
-        return None, f"traced and lowered; cuDNN is not here to plan its kernels ({type(error).__name__})"
