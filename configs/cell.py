@@ -4,7 +4,7 @@ python -m gqa_jax.train --config=configs/cell.py:runs/quickstart/cells/CELL/conf
 """
 
 from gqa_jax import storage
-from gqa_jax.config import default_config
+from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.errors import ConfigError
 
 
@@ -14,5 +14,5 @@ def get_config(path):
     if values is None:
         raise ConfigError(f"{path} is not there: give the config.json of a cell's folder, which `launch run` writes")
     config = default_config()
-    config.update(values)
+    config.update(TrainConfig.from_stored(values).to_dict())
     return config

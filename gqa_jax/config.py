@@ -27,6 +27,9 @@ DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("wsd", "cosine", "constant")
 REMAT_POLICIES = ("none", "full", "attention_only", "dots", "offload")
 CONTEXT_ATTENTION = ("gather", "ring")
+WINDOWS = ("spread", "first")
+WARMUP_FROM = ("one", "zero")
+LARGEST_SEED = 2**63 - 1
 
 
 def _require(condition: bool, message: str) -> None:
@@ -71,6 +74,10 @@ class ModelConfig:
             _check_choice(f"model.{name}", getattr(self, name), allowed)
 
 
+# Rules of the first version, by group and field: what a stored configuration without the field was made with. They are not in an
+# identity, so that what was trained with them keeps its name.
+OLD_RULES: Mapping[str, Mapping[str, str]] = {"evaluation": {"windows": "first"}, "optimizer": {"warmup_from": "zero"}}
+
 # What the arrays of a model depend on. Not here: rope_theta, which a phase at a longer context may raise.
 _PARAMETER_FIELDS = (
     "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "param_dtype",
@@ -99,7 +106,8 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3  # maximum
     schedule: str = "wsd"  # warm-up, constant, cosine decay over the last part; or "cosine", "constant"
-    warmup_fraction: float = 0.1  # of the steps, linear from 0
+    warmup_fraction: float = 0.1  # of the steps, linear
+    warmup_from: str = "one"  # the first step has 1/n of the maximum, as the paper's scheduler; "zero": 0, which trains nothing
     decay_fraction: float = 0.2  # of the steps, at the end (wsd)
     final_lr_fraction: float = 0.1  # of learning_rate, reached at the last step
     b1: float = 0.9
@@ -110,6 +118,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        _check_choice("optimizer.warmup_from", self.warmup_from, WARMUP_FROM)
         for name in ("learning_rate", "clip_norm", "eps"):
             _require(getattr(self, name) > 0, f"optimizer.{name} = {getattr(self, name)}: must be above 0")
         for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
@@ -128,9 +137,11 @@ class EvaluationConfig:
     """Held-out loss: always after the last step, on the same tokens whatever the context length is."""
 
     tokens: int = 1_048_576  # targets; the held-out split must have them
+    windows: str = "spread"  # evenly over the whole held-out split, in units of data.block_tokens; "first": its first tokens
     every_steps: int = 0  # also during training; 0: only at the end
 
     def __post_init__(self):
+        _check_choice("evaluation.windows", self.windows, WINDOWS)
         _require(self.tokens >= 1, f"evaluation.tokens = {self.tokens}: must be at least 1")
         _require(self.every_steps >= 0, f"evaluation.every_steps = {self.every_steps}: must be at least 0 (0: at the end)")
 
@@ -193,7 +204,7 @@ class TrainConfig:
         _require(len(given) == 1, f"give exactly one of tokens, tokens_per_param and steps; here: {given or 'none of them'}")
         (name, value), *_ = given.items()
         _require(value > 0, f"{name} = {value}: must be above 0")
-        _require(self.seed >= 0, f"seed = {self.seed}: must be at least 0")
+        _require(0 <= self.seed <= LARGEST_SEED, f"seed = {self.seed}: must be 0 to {LARGEST_SEED} (2^63 - 1)")
         _require(self.continue_from != "", "continue_from = '': must be a run folder, or None to start from scratch")
         _require(
             self.batch_tokens % self.context_length == 0,
@@ -270,6 +281,26 @@ class TrainConfig:
         """The checked configuration. Raises ConfigError on an unknown key (naming the closest) or a bad value."""
         return from_mapping(cls, values)
 
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration that `to_dict` gave, now or in an earlier version: what a config.json holds.
+
+        A field that is not there did not exist when it was written, and has the value of the rule that was then in force
+        (`OLD_RULES`), not today's default. Raises ConfigError as `from_dict`.
+        """
+        values = dict(values)
+        for group, fields in OLD_RULES.items():
+            if isinstance(values.get(group, {}), Mapping):
+                values[group] = fields | dict(values.get(group, {}))
+        return cls.from_dict(values)
+
+    def rules(self, holdout: str) -> str:
+        """The rules behind the loss of this run, like "hash/spread/one": `holdout` of its token store, windows, warm-up.
+
+        Losses under different rules are not comparable: the text that they are of differs, or the training.
+        """
+        return "/".join((holdout, self.evaluation.windows, self.optimizer.warmup_from))
+
     def check_source(self, source: TrainConfig) -> None:
         """Raises ConfigError unless this run can start from the parameters of `source`, naming the fields that differ."""
         ours, theirs = ({name: getattr(c.model, name) for name in _PARAMETER_FIELDS} for c in (self, source))
@@ -309,6 +340,10 @@ class TrainConfig:
             if not values["data"][name]:
                 del values["data"][name]
         del values["evaluation"]["every_steps"]
+        for group, fields in OLD_RULES.items():
+            for name, old in fields.items():
+                if values[group][name] == old:
+                    del values[group][name]
         values["data"]["fingerprint"] = data_fingerprint
         return values
 

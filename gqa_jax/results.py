@@ -121,7 +121,7 @@ def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = 
         contexts_served = grid_facts(root)["contexts_served"]
     paths = [root / "cells" / name / "config.json" for name in names]
     configs = zip(names, storage.each(_read_json, paths, remote=storage.is_remote(root)), strict=True)
-    rows = [row for name, values in configs for row in _cost_rows(name, TrainConfig.from_dict(values), contexts_served)]
+    rows = [row for name, values in configs for row in _cost_rows(name, TrainConfig.from_stored(values), contexts_served)]
     return typed(pd.DataFrame(rows), COST_COLUMNS)
 
 
@@ -146,7 +146,7 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
     result = run_folder.find_result(folder / "result.json")
     if result is None:
         return None
-    config = TrainConfig.from_dict(_read_json(folder / "config.json"))
+    config = TrainConfig.from_stored(_read_json(folder / "config.json"))
     model = config.model
     return (
         {key: result.get(key) for key in _FROM_RESULT}

@@ -146,7 +146,7 @@ def record_config(workdir: epath.Path, config: TrainConfig) -> None:
         if values is None:
             storage.write_json(path, config.to_dict())
             return
-        theirs = TrainConfig.from_dict(values)
+        theirs = TrainConfig.from_stored(values)
     except ValueError as error:
         raise ConfigError(f"{path} can't be used ({error}): move it away, or use another --workdir") from None
     refuse_other_identity(workdir, *(c.identity("", c.continue_from) for c in (config, theirs)))

@@ -166,7 +166,7 @@ def _source(config: TrainConfig, workdir: epath.Path, fingerprint: str) -> dict[
     def read() -> dict[str, Any]:
         try:
             result, values = run_folder.find_result(folder / "result.json"), storage.read_json(folder / "config.json")
-            source = values and TrainConfig.from_dict(values)
+            source = values and TrainConfig.from_stored(values)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{name}: {error}") from error
         if result is None:

@@ -239,7 +239,7 @@ def _edited(folder: epath.Path, cell: Cell) -> str | None:
         values = json.loads(storage.read_bytes(path) or b"")
         if values == cell.config.to_dict():
             return None
-        theirs = TrainConfig.from_dict(values)
+        theirs = TrainConfig.from_stored(values)
     except ValueError as error:
         return f"{path} can't be used ({error}): move it away, and `run` writes it again"
     try:

@@ -17,6 +17,20 @@ def test_dict_round_trip_through_json():
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_stored_configuration_without_the_rules_of_today_has_the_old_ones():
+    today = make()
+    assert (today.evaluation.windows, today.optimizer.warmup_from) == ("spread", "one")
+    stored = today.to_dict()
+    del stored["evaluation"]["windows"], stored["optimizer"]["warmup_from"]
+    old = TrainConfig.from_stored(stored)
+    assert (old.evaluation.windows, old.optimizer.warmup_from) == ("first", "zero")
+    assert TrainConfig.from_stored(today.to_dict()) == today
+    assert (today.rules("hash"), old.rules("position")) == ("hash/spread/one", "position/first/zero")
+    # A name that a run got before there were these rules, and that it must keep.
+    assert hash_identity(old.identity("x")) == "0626cf7ed0"
+    assert hash_identity(today.identity("x")) != hash_identity(old.identity("x"))
+
+
 def test_d_ff_is_the_closest_multiple_of_32():
     assert [make(model={"d_model": d}).model.d_ff for d in (256, 512, 768, 1024, 1536)] == [672, 1376, 2048, 2720, 4096]
 
@@ -38,6 +52,10 @@ def test_d_ff_is_the_closest_multiple_of_32():
         ({"optimizer": {"warmup_fraction": 0.9}}, "must be at most 1"),
         ({"optimizer": {"b2": 1.0}}, r"must be in \[0, 1\)"),
         ({"checkpoint": {"keep": 1}}, "must be at least 2"),
+        ({"evaluation": {"windows": "sprad"}}, "did you mean 'spread'"),
+        ({"optimizer": {"warmup_from": "two"}}, "optimizer.warmup_from = 'two': "),
+        ({"seed": 2**63}, r"seed = 9223372036854775808: must be 0 to .* \(2\^63 - 1\)"),
+        ({"seed": -1}, "seed = -1: must be 0"),
         ({"tokens": 5}, "exactly one of tokens, tokens_per_param and steps"),
     ],
 )

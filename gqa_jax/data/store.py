@@ -5,6 +5,10 @@
     train.docs.npy        int64 (documents, 2): end of each document in tokens (EOS included), bytes of its text
     validation.bin, validation.docs.npy     the same for the held-out documents
     tokenizer.json        the tokenizer, unless its name says everything (bytes, gpt2)
+    sources.npz           where documents come from, not in stores of the first version: `TokenStore.sources`
+
+header.json says under `holdout` by which rule documents were held out: {"rule": "hash", "every": N}, or nothing where they were
+by their position, as in the first version (`gqa_jax.data.prepare`).
 
 `fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer), not of paths, dates or versions: two
 stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is copied to the
@@ -43,6 +47,8 @@ HEADER = "header.json"
 TOKENIZER = "tokenizer.json"
 PARTS = "parts"  # folder of an unfinished store
 LOCK = ".lock"
+SOURCES = "sources.npz"
+HOLDOUT_RULES = ("hash", "position")
 FILES = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "docs.npy"))  # beside header and tokenizer
 _CONTENT = ("format", "version", "dtype", "vocab_size", "eos_id", "splits")  # with tokenizer.sha256: the fingerprint
 
@@ -100,6 +106,19 @@ class TokenStore:
     def documents(self, split: str) -> np.ndarray:
         """int64 (documents, 2): exclusive end in the split's tokens, EOS included, and bytes of text."""
         return np.load(self._file(split, "docs.npy"))
+
+    @property
+    def holdout_rule(self) -> str:
+        """By which rule documents were held out: one of HOLDOUT_RULES."""
+        return _holdout_rule(self.header)
+
+    def sources(self, split: str) -> tuple[list[str], np.ndarray] | None:
+        """Names of all sources, and int32 (documents,): the index of each document's; None where the store has none."""
+        self._file(split, "bin")
+        if not (file := self.path / SOURCES).exists():
+            return None
+        with np.load(file) as arrays:
+            return arrays["names"].tolist(), arrays[split]
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids. Raises StoreError when tokenizer.json isn't the one recorded."""
@@ -260,6 +279,8 @@ def token_dtype(vocab_size: int) -> str:
 def fingerprint(header: Mapping[str, Any]) -> str:
     """SHA-256 over the fields of a header that say what the content is, as canonical JSON."""
     content = {name: header[name] for name in _CONTENT} | {"tokenizer": header["tokenizer"]["sha256"]}
+    if "holdout" in header:
+        content["holdout"] = header["holdout"]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -303,8 +324,18 @@ def read_header(path: Path | epath.Path) -> dict[str, Any]:
             _ = [header["splits"][split][key] for key in ("tokens", "documents", "bytes", "sha256", "documents_sha256")]
         _ = header["tokenizer"]["name"], np.dtype(header["dtype"])
         expected, found = header["fingerprint"], fingerprint(header)
+        rule = _holdout_rule(header)
     except (KeyError, TypeError) as error:
         raise StoreError(f"{file} lacks or garbles {error}: prepare the store again") from error
     if found != expected:
         raise StoreError(f"{file} was changed: its content gives fingerprint {found[:12]}; prepare the store again")
+    if rule not in HOLDOUT_RULES:
+        raise StoreError(
+            f"{file}: documents were held out by the rule {rule!r}, which this program doesn't know ({', '.join(HOLDOUT_RULES)}): "
+            "use the version that made the store, or prepare it again"
+        )
     return header
+
+
+def _holdout_rule(header: Mapping[str, Any]) -> str:
+    return header["holdout"]["rule"] if "holdout" in header else "position"
