@@ -74,8 +74,8 @@ class ModelConfig:
             _check_choice(f"model.{name}", getattr(self, name), allowed)
 
 
-# Rules of the first version, by group and field: what a stored configuration without the field was made with. They are not in an
-# identity, so that what was trained with them keeps its name.
+# Rules of the first version, by group and field: what a stored configuration without the field was made with. They are not in
+# an identity, so that what was trained with them keeps its name.
 OLD_RULES: Mapping[str, Mapping[str, str]] = {"evaluation": {"windows": "first"}, "optimizer": {"warmup_from": "zero"}}
 
 # What the arrays of a model depend on. Not here: rope_theta, which a phase at a longer context may raise.

@@ -331,8 +331,8 @@ def read_header(path: Path | epath.Path) -> dict[str, Any]:
         raise StoreError(f"{file} was changed: its content gives fingerprint {found[:12]}; prepare the store again")
     if rule not in HOLDOUT_RULES:
         raise StoreError(
-            f"{file}: documents were held out by the rule {rule!r}, which this program doesn't know ({', '.join(HOLDOUT_RULES)}): "
-            "use the version that made the store, or prepare it again"
+            f"{file}: documents were held out by the rule {rule!r}, and this program knows {' and '.join(HOLDOUT_RULES)}: use "
+            "the version that made the store, or prepare it again"
         )
     return header
 
