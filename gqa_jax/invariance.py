@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import contexts
+from gqa_jax.laws import contexts, points
 from gqa_jax.laws.heads import Heads
 
 FROM_CONTEXT = 8192
@@ -111,7 +111,7 @@ def context_invariance(
 def _averaged(rows: pd.DataFrame, compared: str) -> pd.DataFrame:
     """One row per model and context: mean loss over seeds, and its standard error."""
     result = []
-    rows = rows.assign(sem=contexts.column(rows, "loss_sem"), loss=rows["loss"].astype(np.float64))
+    rows = rows.assign(sem=points.column(rows, "loss_sem"), loss=rows["loss"].astype(np.float64))
     for (model, context), seeds in rows.groupby([compared, "context"], sort=False):
         spread = seeds["loss"].std(ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
         held_out = np.sqrt(np.mean(seeds["sem"].to_numpy() ** 2))  # of the same text for all seeds: it does not average out
@@ -153,8 +153,8 @@ def _tests(
     said += [f"{model} is not tested: it has {n} contexts of {from_context:,} tokens or more" for model, n in few.items()]
     long = long[~long["model"].isin(few.index)]
     lines, squares, free = [], 0.0, 0
-    for model, points in long.sort_values("context").groupby("model", sort=False):
-        x, y = np.log2(points["context"].to_numpy(np.float64)), points["difference"].to_numpy()
+    for model, own in long.sort_values("context").groupby("model", sort=False):
+        x, y = np.log2(own["context"].to_numpy(np.float64)), own["difference"].to_numpy()
         u = x - x.mean()
         slope = float(u @ y / (u @ u))
         squares += float(np.sum((y - y.mean() - slope * u) ** 2))
