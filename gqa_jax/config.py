@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -300,6 +301,17 @@ class TrainConfig:
         Losses under different rules are not comparable: the text that they are of differs, or the training.
         """
         return "/".join((holdout, self.evaluation.windows, self.optimizer.warmup_from))
+
+    def heldout(self, data_fingerprint: str) -> str:
+        """Stands for the targets of the evaluation, like "1f2e3d4c5b6a/spread/8x131072": runs with the same have the same.
+
+        Args:
+          data_fingerprint: of the token store that the run reads.
+        """
+        tokens = self.evaluation.tokens
+        unit = tokens if self.evaluation.windows == "first" else math.gcd(tokens, self.data.block_tokens)
+        cut = str(tokens) if unit == tokens else f"{tokens // unit}x{unit}"
+        return f"{data_fingerprint[:12]}/{self.evaluation.windows}/{cut}"
 
     def check_source(self, source: TrainConfig) -> None:
         """Raises ConfigError unless this run can start from the parameters of `source`, naming the fields that differ."""
