@@ -79,6 +79,9 @@ class ModelConfig:
 # an identity, so that what was trained with them keeps its name.
 OLD_RULES: Mapping[str, Mapping[str, str]] = {"evaluation": {"windows": "first"}, "optimizer": {"warmup_from": "zero"}}
 
+# Built-in token stores of that version, and what they are called today: documents were held out by their position.
+OLD_STORES: Mapping[str, str] = {name: f"{name}@position" for name in ("sotu-bytes", "sotu-gpt2")}
+
 # What the arrays of a model depend on. Not here: rope_theta, which a phase at a longer context may raise.
 _PARAMETER_FIELDS = (
     "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "param_dtype",
@@ -287,13 +290,22 @@ class TrainConfig:
         """The configuration that `to_dict` gave, now or in an earlier version: what a config.json holds.
 
         A field that is not there did not exist when it was written, and has the value of the rule that was then in force
-        (`OLD_RULES`), not today's default. Raises ConfigError as `from_dict`.
+        (`OLD_RULES`), not today's default; built-in token stores are those of that time. Raises ConfigError as `from_dict`.
         """
         values = dict(values)
+        data, evaluation = values.get("data"), values.get("evaluation", {})
+        if isinstance(data, Mapping) and isinstance(evaluation, Mapping) and "windows" not in evaluation:
+            values["data"] = {k: OLD_STORES.get(v, v) if k == "store" and isinstance(v, str) else v for k, v in data.items()}
         for group, fields in OLD_RULES.items():
             if isinstance(values.get(group, {}), Mapping):
                 values[group] = fields | dict(values.get(group, {}))
         return cls.from_dict(values)
+
+    def under_old_rules(self) -> TrainConfig:
+        """This run as the first version had it: its rules (`OLD_RULES`), and built-in token stores of its time."""
+        groups = {group: dataclasses.replace(getattr(self, group), **fields) for group, fields in OLD_RULES.items()}
+        data = dataclasses.replace(self.data, store=OLD_STORES.get(self.data.store, self.data.store))
+        return dataclasses.replace(self, **groups, data=data)
 
     def rules(self, holdout: str) -> str:
         """The rules behind the loss of this run, like "hash/spread/one": `holdout` of its token store, windows, warm-up.

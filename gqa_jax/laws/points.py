@@ -84,13 +84,21 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 def require_one_rule(rows: pd.DataFrame) -> None:
     """Raises ValueError where finished runs are under several rules (column `rules`): their losses can't be compared."""
-    counts = rows["rules"].dropna().value_counts(sort=False) if "rules" in rows else ()
-    if len(counts) > 1:
-        said = ", ".join(f"{name}: {count} run{'s' * (count > 1)}" for name, count in counts.sort_index().items())
-        raise ValueError(
-            f"runs under {len(counts)} rules ({said}) are not on one law: their losses are of other held-out text, or of "
-            "another warm-up. Choose with --rules old or --rules new, or take table[table['rules'] == ...]"
-        )
+    if (mixture := several_rules(rows)) is not None:
+        raise ValueError(mixture)
+
+
+def several_rules(rows: pd.DataFrame) -> str | None:
+    """A sentence where finished runs are under several rules, and how to choose; None where they are not."""
+    done = rows[rows["status"] == "done"]
+    counts = done["rules"].dropna().value_counts(sort=False) if "rules" in done else ()
+    if len(counts) < 2:
+        return None
+    said = ", ".join(f"{name}: {count} run{'s' * (count > 1)}" for name, count in counts.sort_index().items())
+    return (
+        f"runs under {len(counts)} rules ({said}) are not on one law: their losses are of other held-out text, or of another "
+        "warm-up. Choose with --rules old or --rules new, or take table[table['rules'] == ...]"
+    )
 
 
 def shared_sem(rows: pd.DataFrame) -> float | None:
