@@ -126,10 +126,7 @@ def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = 
 
 
 def grid_facts(path: os.PathLike | str) -> dict[str, Any]:
-    """grid.json of a grid folder: name, contexts_served, losses, convention, cells.
-
-    And other_cells, where there are: of the same grid under other rules. They are in the tables too.
-    """
+    """grid.json of a grid folder: name, contexts_served, losses, convention, cells."""
     return _read_json(storage.path(path) / "grid.json")
 
 
@@ -141,7 +138,7 @@ def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
 
 def _cell_names(root: epath.Path) -> list[str] | None:
     if (facts := storage.read_json(root / "grid.json")) is not None:
-        return facts["cells"] + facts.get("other_cells", [])
+        return facts["cells"]
     return storage.names(root / "cells") or None
 
 

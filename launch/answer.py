@@ -204,14 +204,16 @@ def loss_screen(loss: pd.DataFrame) -> Table:
             return row.status
         return f"{row.loss:.4f}" + ("" if pd.isna(row.loss_sem) else f" ± {row.loss_sem:.4f}")
 
-    return _by_size(loss, text, f"Held-out loss{under}, nats per token (± standard error {studies.of_documents(loss)})")
+    error = studies.of_documents(loss) or "over documents"
+    return _by_size(loss, text, f"Held-out loss{under}, nats per token (± standard error {error})")
 
 
 def differences_screen(compared: pd.DataFrame) -> Table:
     """`studies.to_best` by context, heads and size."""
 
     def text(row) -> str:
-        return "best" if row.cell == row.best else f"{row.difference:+.4f} ± {row.standard_error:.4f}"
+        error = "" if pd.isna(row.standard_error) else f" ± {row.standard_error:.4f}"
+        return "best" if row.cell == row.best else f"{row.difference:+.4f}{error}"
 
     return _by_size(compared, text, "Above the best heads of the size, nats per token (± standard error, paired by documents)")
 

@@ -15,9 +15,8 @@ from etils import epath
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from gqa_jax import formatting, optimum, plots, results, shape_search
+from gqa_jax import formatting, invariance, optimum, plots, results, shape_search
 from gqa_jax.errors import ConfigError
-from gqa_jax.invariance import context_invariance
 from gqa_jax.laws import validation
 from gqa_jax.objectives import Objective
 from launch import state, studies
@@ -42,8 +41,7 @@ def of(
         fits.at(None)
     made = [_study(one, loss, context, objective, console, aspect) for one in fits.fitted]
     root = source.layout.root if source.layout else None
-    differences = None if root is None else results.load_differences(root)
-    made[0] = _with_contexts(made[0], source, differences, console)
+    made[0] = _with_contexts(made[0], source, console)
     runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
     about = source.laws.source if source.laws is not None else f"{len(runs)} runs of {runs['size'].nunique()} sizes"
     return Findings(
@@ -52,7 +50,7 @@ def of(
         studies=made,
         loss=runs,
         cost=None if root is None else _costs(source),
-        differences=None if differences is None else studies.to_best(runs, differences),
+        differences=None if root is None else _differences(source),
         error=studies.of_documents(runs),
         cells=_unfinished(source),
         unfitted=fits.unfitted,
@@ -181,12 +179,24 @@ def _costs(source: Source) -> pd.DataFrame:
     return table[table["cell"].isin({*source.planned, *source.loss["cell"]})]
 
 
-def _with_contexts(study: Study, source: Source, differences: pd.DataFrame | None, console: Console) -> Study:
+def _differences(source: Source, pairs: list[tuple[str, str]] | None = None) -> pd.DataFrame | None:
+    """Every run against the best of its size, or those of `pairs`; None where only exported tables are there."""
+    try:
+        found = results.load_differences(source.layout.root, pairs)
+    except FileNotFoundError:
+        return None
+    return studies.to_best(source.loss, found) if pairs is None else found
+
+
+def _with_contexts(study: Study, source: Source, console: Console) -> Study:
     """Adds whether differences between heads depend on the training context, where a grid was trained at several."""
     if source.loss.empty or source.loss["context"].nunique() < 2:
         return study
+    baseline = tuple(study.questions[0].answer.heads)
     try:
-        found = context_invariance(source.loss, tuple(study.questions[0].answer.heads), differences=differences)
+        pairs = invariance.pairs(source.loss, baseline)
+        paired = _differences(source, pairs) if source.layout is not None else None
+        found = invariance.context_invariance(source.loss, baseline, differences=paired)
         ax = plots.loss_vs_context(found)
     except ValueError as error:
         console.print(f"no test of context invariance: {error}", highlight=False)

@@ -24,8 +24,8 @@ CHANGED = (
     "losses under both can't be compared"
 )
 SAID = (
-    f"these runs are under the rules of the first version ({FIRST}): their losses are of the beginning of the held-out text, and "
-    "can't be compared with those of today"
+    f"these runs are under the rules of the first version ({FIRST}): their losses are of the beginning of the held-out text, "
+    "and can't be compared with those of today"
 )
 HELP = (
     "old: the grid under the rules of the first version, whose cells have the names that it gave them; new: as the file says, "

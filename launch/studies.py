@@ -143,45 +143,37 @@ def under(loss: pd.DataFrame, asked: str | None, layout: Layout) -> tuple[pd.Dat
 
 
 def of_documents(loss: pd.DataFrame) -> str:
-    """What the standard errors of these losses are over, as words that follow "standard error"."""
+    """What the standard errors of these losses are over, in words that follow "standard error"; empty: it is not known."""
     if "heldout" not in loss or loss["heldout"].isna().all():
-        return "over documents"
-    counts = loss[["eval_documents", "heldout_documents"]].dropna().drop_duplicates()
-    if len(counts) != 1 or loss["heldout"].nunique() != 1:
+        return ""
+    counts = loss[["eval_documents", "heldout_documents", "heldout"]].dropna().drop_duplicates()
+    if len(counts) != 1:
         return "over documents, the same for runs of the same held-out text"
     return f"over {counts.iloc[0, 0]:,} of {counts.iloc[0, 1]:,} documents, common to all runs"
 
 
 def to_best(loss: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """Every finished run against the run of least loss of its size and training context, on the documents of both.
+    """Every run against the best of its size and training context, on the documents of both.
 
     Args:
-      differences: of `gqa_jax.results.load_differences`.
+      loss: the runs that are asked for.
+      differences: of `gqa_jax.results.load_differences`, which chooses the best.
 
     Returns:
-      columns context, size, n_heads, n_kv_heads, head_dim, params_non_embedding, cell, best (the other's name, its own for that
-      itself), difference, standard_error, n_documents; only runs whose difference is known.
+      columns context, size, n_heads, n_kv_heads, head_dim, params_non_embedding, cell, best (name of that run), difference,
+      standard_error (empty: not known), n_documents; the last three are empty for the best themselves. Only runs whose
+      difference is known.
     """
-    known = {}
-    for row in differences.itertuples():
-        known[row.cell, row.other] = row.difference, row.standard_error, row.n_documents
-        known.setdefault((row.other, row.cell), (-row.difference, row.standard_error, row.n_documents))
     fields = ["context", "size", "n_heads", "n_kv_heads", "head_dim", "params_non_embedding", "cell"]
-    rows = []
-    done = loss[(loss["status"] == "done") & loss["loss"].notna()]
-    for _, runs in done.groupby(["context", "size"], sort=False):
-        best = runs.loc[runs["loss"].idxmin(), "cell"]
-        for _, run in runs.iterrows():
-            own = (0.0, 0.0, np.nan) if run["cell"] == best else known.get((run["cell"], best))
-            if own is not None:
-                rows.append({**run[fields], "best": best} | dict(zip(DIFFERENCE, own, strict=True)))
-    frame = pd.DataFrame(rows, columns=[*fields, "best", *DIFFERENCE])
-    return frame[frame.groupby(["context", "size"])["cell"].transform("size") > 1]
+    known = differences[differences["difference"].notna()]
+    rows = loss[fields].merge(known[["cell", "other", *DIFFERENCE]].rename(columns={"other": "best"}), on="cell")
+    best = loss.loc[loss["cell"].isin(rows["best"]), fields].assign(best=lambda frame: frame["cell"])
+    return pd.concat([best, rows], ignore_index=True) if len(rows) else rows
 
 
 def _planned(facts: dict[str, Any], which: str, layout: Layout) -> list[str]:
     """Names of the cells that grid.json has; those under these rules, where it has others too."""
-    names, others = facts.get("cells") or [], facts.get("other_cells")
+    names, others = facts.get("cells") or [], facts.get("old_cells")
     if not others:
         return names
     paths = [layout.cell(name) / "config.json" for name in [*names, *others]]

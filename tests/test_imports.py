@@ -88,6 +88,7 @@ TABLE = (
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.grid", ".errors .costs .config .data"),
+    Row("launch.rules", ".errors .storage launch.grid"),
     Row("launch.executor", ".errors .config .hardware launch.grid"),
     Row("launch.bundle", ".errors .storage .run_folder"),
     Row("launch.local", ".errors .storage .run_folder launch.grid launch.executor"),
@@ -99,11 +100,12 @@ TABLE = (
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planner .proof launch.grid"),
     Row("launch.plan", ".errors .formatting .hardware .costs launch.grid launch.state launch.fit"),
-    Row("launch.studies", ".errors .storage .results .laws .presets launch.grid"),
-    Row("launch.answer", ".formatting .storage .results .laws .optimum .plots launch.grid launch.studies"),
+    Row("launch.studies", ".errors .config .storage .results .laws .presets launch.grid launch.rules"),
+    Row("launch.answer", ".formatting .storage .results .laws .optimum .plots launch.grid launch.rules launch.studies"),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .optimum .next_runs launch.grid launch.state launch.studies launch.answer",
+        ".errors .formatting .costs .config .laws .optimum .next_runs launch.grid launch.rules launch.state launch.studies "
+        "launch.answer",
     ),
     Row("launch.report", ".formatting .costs .hardware .storage .laws .serving .objectives .optimum launch.grid"),
     Row(
@@ -113,13 +115,13 @@ TABLE = (
     ),
     Row(
         "launch.analysis",
-        ".errors .formatting .hardware",
+        ".errors .formatting .hardware launch.rules",
         lazily=".shapes .serving .objectives .optimum launch.studies launch.answer launch.next_cells launch.report "
         "launch.findings",
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .prices .storage launch.grid launch.executor launch.local launch.state "
+        ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executor launch.local launch.state "
         "launch.run launch.screen launch.fit launch.analysis",
         lazily="launch.plan launch.answer",
     ),

@@ -88,12 +88,12 @@ def buildable(study: Study) -> Table | None:
     return Table.of(frame, columns, f"buildable-t{study.laws.context}", caption)
 
 
-def losses(context: int, rows: pd.DataFrame, error: str = "over documents") -> Table:
+def losses(context: int, rows: pd.DataFrame, error: str = "") -> Table:
     """Held-out losses of a training context: a row per H, a column per size. `error`: what standard errors are over."""
     sizes = list(rows.sort_values("params_non_embedding")["size"].drop_duplicates())
     caption = (
         f"Held-out loss after training at {formatting.context(context)} tokens, nats per token, ± its standard error "
-        f"{'where it is known' if error == 'over documents' else error}. Columns are sizes; several losses in a cell are seeds."
+        f"{error or 'where it is known'}. Columns are sizes; several losses in a cell are seeds."
     )
     return _by_heads_and_size(rows, sizes, _loss, f"loss-t{context}", caption)
 
@@ -117,7 +117,8 @@ def differences(context: int, compared: pd.DataFrame | None) -> Table | None:
     )
 
     def text(run: Any) -> str:
-        return "least" if run.cell == run.best else f"{run.difference:.4f} ± {run.standard_error:.4f}"
+        error = "" if words.missing(run.standard_error) else f" ± {run.standard_error:.4f}"
+        return "least" if run.cell == run.best else f"{run.difference:.4f}{error}"
 
     return _by_heads_and_size(rows, sizes, text, f"difference-t{context}", caption)
 
