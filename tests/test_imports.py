@@ -73,7 +73,7 @@ TABLE = (
         outside="jax optax",
     ),
     # Losses to laws, laws to answers.
-    Row("gqa_jax.results", ".costs .config .storage .run_folder"),
+    Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder"),
     Row("gqa_jax.shape_search", ".shapes .costs"),
     Row("gqa_jax.laws", ".shapes .shape_search"),
     Row("gqa_jax.invariance", ".laws"),
