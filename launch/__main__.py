@@ -184,9 +184,11 @@ def _begun(the: Choice, layout: Layout) -> Choice:
     """The cells that the root has been begun with, unless rules are asked for; says what the root holds under others."""
     found = rules.begun_with(the, layout)
     if the.others:
-        which = "" if the.asked else "; they are what this is about" if found is not the else "; this is not about them"
-        offer = "" if the.asked else ": --rules old is, --rules new is about the grid under today's rules"
-        print(f"launch: {the.said(layout)}{which}{offer}", file=sys.stderr)
+        offer = ""
+        if not the.asked:
+            offer = "; taken are these, as with --rules old" if found is not the else "; --rules old takes these"
+            offer += "; --rules new takes the grid under today's rules"
+        print(f"launch: {the.said(layout)}{offer}", file=sys.stderr)
     return found
 
 

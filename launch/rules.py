@@ -58,7 +58,8 @@ class Choice:
         """Which cells of the grid the root holds under the other rules."""
         ended = "finished" if self.finished == len(self.others) else f"{self.finished} finished, others begun"
         whose = "the rules of the first version" if self.rules == NEW else "today's rules"
-        names = ", ".join(cell.name for cell in self.others[:2]) + (", ..." if len(self.others) > 2 else "")
+        more = f" and {len(self.others) - 2} more" if len(self.others) > 2 else ""
+        names = ", ".join(cell.name for cell in self.others[:2]) + more
         count = f"{len(self.others)} cell{'s' * (len(self.others) > 1)}"
         return f"{layout.root} holds {count} of this grid under {whose} ({ended}): {names}"
 
