@@ -51,7 +51,9 @@ def write(layout: Layout, console: Console, asked: str | None = None) -> None:
             for _, rows in loss.groupby("rules"):
                 _print_losses(rows, differences, console)
             console.print(f"[yellow]no laws:[/] {escape(mixture)}", highlight=False, soft_wrap=True)
-            console.print(f"tables in {layout.tables}", soft_wrap=True)
+            there = set(storage.names(layout.tables)) & {"fits.csv", "optimum.csv"}
+            earlier = f"; {' and '.join(sorted(there))} are of an earlier export" if there else ""
+            console.print(f"tables in {layout.tables}{earlier}", highlight=False, soft_wrap=True)
             return
         source = studies.of_grid(os.fspath(layout.root), rules=asked, loss=loss)
         fits = studies.fit(source)

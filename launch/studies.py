@@ -146,10 +146,11 @@ def of_documents(loss: pd.DataFrame) -> str:
     """What the standard errors of these losses are over, in words that follow "standard error"; empty: it is not known."""
     if "heldout" not in loss or loss["heldout"].isna().all():
         return ""
-    counts = loss[["eval_documents", "heldout_documents", "heldout"]].dropna().drop_duplicates()
-    if len(counts) != 1:
+    found = [loss[name].dropna().unique() for name in ("heldout", "eval_documents", "heldout_documents")]
+    texts, evaluated, there = ([str(value) if i == 0 else f"{value:,}" for value in values] for i, values in enumerate(found))
+    if len(texts) > 1 or len(evaluated) != 1 or len(there) > 1:
         return "over documents, the same for runs of the same held-out text"
-    return f"over {counts.iloc[0, 0]:,} of {counts.iloc[0, 1]:,} documents, common to all runs"
+    return f"over {evaluated[0]}{f' of {there[0]}' if there else ''} documents, common to all runs"
 
 
 def to_best(loss: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
