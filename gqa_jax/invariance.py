@@ -163,8 +163,9 @@ def _pair(
     """Gives differences between runs of one text their paired standard errors, in place; says where there are none."""
     known = {}
     if differences is not None:
-        for row in differences.itertuples():
-            known[row.cell, row.other] = known[row.other, row.cell] = row.standard_error
+        errors = points.column(differences, "standard_error")
+        for cell, other, error in zip(differences["cell"], differences["other"], errors, strict=True):
+            known[cell, other] = known[other, cell] = error
     missing = 0
     for i, (own, against) in enumerate(zip(others["cells"], base.loc[others["context"], "cells"], strict=True)):
         errors = np.array([known.get((a, b), np.nan) for a in own for b in against], np.float64)

@@ -3,15 +3,18 @@
 import csv
 import json
 import os
+import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from gqa_jax import results, storage
+from gqa_jax import evaluation, results, storage
 from gqa_jax.config import ConfigError, TrainConfig
 from gqa_jax.data import store
 from gqa_jax.metrics import write_json
 from launch import __main__ as launch
-from launch import grid, local, rules, state
+from launch import grid, local, rules, state, studies
 from launch.grid import Layout
 from tests import first_version, goldens, grid_fakes
 from tests.test_grid import two_phases
@@ -20,6 +23,14 @@ SIX = ["s16d-t32-h1-1-34ba6ee4", "s16d-t32-h2-1-b23d6eeb", "s32d-t32-h1-1-75081e
        "s64d-t32-h1-1-c7320417", "s64d-t32-h2-1-b6dfcedd"]  # fmt: skip
 TEXT = {"rules": "hash/spread/one", "heldout": "1f2e3d4c5b6a/spread/1024", "eval_documents": 11, "heldout_documents": 12,
         "heldout_tokens": 500_000}  # fmt: skip
+
+OWN = """
+import runpy
+from launch.grid import Grid
+
+def get_grid():
+    return Grid("own", [runpy.run_path("config.py")["get_config"]()], [1024])
+"""  # of tests/first_version.py
 
 
 def finish_old(cell, layout):
@@ -136,10 +147,7 @@ def test_folders_of_the_first_version_are_done_and_not_edited(root, tmp_path):
 def test_a_run_of_the_first_version_is_a_cell_of_its_grid(tmp_path, monkeypatch):
     """The configuration, store and run folder that the code of that commit made."""
     monkeypatch.chdir(first_version.unpack(tmp_path))
-    (tmp_path / "own.py").write_text(
-        "import runpy\nfrom launch.grid import Grid\n"
-        "def get_grid(): return Grid('own', [runpy.run_path('config.py')['get_config']()], [1024])\n"
-    )
+    (tmp_path / "own.py").write_text(OWN)
     (cell,) = grid.cells(grid.under_old_rules(grid.load("own.py")))
     assert cell.data_fingerprint == first_version.FINGERPRINT
     layout = Layout(tmp_path / "root")
@@ -304,6 +312,86 @@ class TestExport:
         assert files(root) == before
 
 
+class TestDocuments:
+    """Losses by document of runs of one text, which is hard where it is hard for all."""
+
+    @pytest.fixture
+    def evaluated(self, root):
+        """The grid of today, finished: in a folder of its own."""
+        layout, generator = Layout(root.root.parent / "today"), np.random.default_rng(0)
+        hard = generator.normal(0, 0.3, 11)
+        for cell in new_cells():
+            finish_new(cell, layout)
+            path = layout.cell(cell.name) / "result.json"
+            result = json.loads(path.read_text())
+            loss = 100 * (result["loss"] + hard + generator.normal(0, 0.01, 11))
+            count = np.full(11, 100)
+            documents = evaluation.Documents(
+                np.arange(11, dtype=np.uint64), np.zeros(11, np.int32), np.array(["a"]), count, count, loss
+            )
+            storage.write_bytes(layout.cell(cell.name) / "documents.npz", evaluation.to_bytes(documents))
+            error = evaluation.estimate(loss, count).standard_error
+            write_json(path, result | {"loss": float(loss.sum() / 1100), "loss_sem": error})
+        write_json(layout.root / "grid.json", grid.facts(grid_fakes.small_grid(), new_cells()))
+        return layout
+
+    def test_export_shows_differences_to_the_best_of_a_size_with_their_own_error(self, evaluated, capsys):
+        assert run("export", "--root", str(evaluated.root)) == launch.EXIT_DONE
+        out = capsys.readouterr().out
+        assert "over 11 of 12 documents, common to all runs" in " ".join(out.split())
+        shown = out[out.index("Above the best heads of the size") :]
+        shown = shown[: shown.index("Trained at")]
+        assert shown.count("best") == 4  # the title, and a run of each size
+        known = rows_of(evaluated, "differences")
+        for row in known:
+            assert f"{float(row['difference']):+.4f} ± {float(row['standard_error']):.4f}" in shown
+            assert float(row["standard_error"]) < 0.01 < 0.05 < float(rows_of(evaluated)[0]["loss_sem"])
+        assert len(known) == 3
+        assert {path.name for path in evaluated.tables.iterdir()} == {
+            f"{name}.{kind}" for name in ("loss", "cost", "evaluations", "differences") for kind in ("csv", "parquet")
+        } | {"fits.csv", "optimum.csv"}
+
+    def test_the_report_has_them_too(self, evaluated, capsys):
+        assert launch.main(["report", str(evaluated.root), *ASK]) == 0
+        page = (evaluated.root / "report" / "index.html").read_text()
+        assert "± its standard error over 11 of 12 documents, common to all runs" in page
+        table = (evaluated.root / "report" / "difference-t32.md").read_text()
+        for row in results.load_differences(evaluated.root).itertuples():
+            assert f"{row.difference:.4f} ± {row.standard_error:.4f}" in table
+        assert table.count("| least") + table.count("least |") >= 3
+        assert "11 of 12 documents, 1024 of 500000 tokens: 1f2e3d4c5b6a/spread/1024" in page
+
+    def test_of_runs_without_them_nothing_is_shown(self, root, capsys):
+        assert run("export") == launch.EXIT_DONE
+        assert "Above the best" not in capsys.readouterr().out
+        assert all(row["standard_error"] == "" for row in rows_of(root, "differences"))
+        assert launch.main(["report", "small.py", *ASK]) == 0
+        assert not (root.root / "report" / "difference-t32.md").exists()
+
+    def test_a_folder_of_exported_tables_alone_has_a_report(self, evaluated, capsys):
+        assert run("export", "--root", str(evaluated.root)) == launch.EXIT_DONE
+        (evaluated.root / "grid.json").unlink()
+        shutil.rmtree(evaluated.root / "cells")
+        assert launch.main(["report", str(evaluated.root), *ASK]) == 0
+        assert "common to all runs" in (evaluated.root / "report" / "index.html").read_text()
+
+
+def test_what_errors_are_over_in_words():
+    known = {"heldout": ["a", "a"], "eval_documents": [4, 4], "heldout_documents": [12, 12]}
+
+    def words(**changes):
+        return studies.of_documents(pd.DataFrame(known | changes))
+
+    assert words() == "over 4 of 12 documents, common to all runs"
+    assert words(heldout_documents=[None, None]) == "over 4 documents, common to all runs"
+    assert (
+        words(heldout=["a", "b"])
+        == words(eval_documents=[4, 5])
+        == ("over documents, the same for runs of the same held-out text")
+    )
+    assert words(heldout=[None, None]) == studies.of_documents(pd.DataFrame({"loss": [1.0]})) == ""
+
+
 ASK = ("--context", "8192", "--loss", "1.9")
 
 
@@ -348,8 +436,6 @@ class TestAnswers:
         assert "--rules old is for grids" in capsys.readouterr().err
 
     def test_unfinished_cells_of_a_report_are_those_of_its_rules(self, both):
-        from launch import studies
-
         (both.cell(new_cells()[5].name) / "result.json").unlink()
         (both.cell(SIX[0]) / "result.json").unlink()
         for asked, cells in (("old", SIX), ("new", [cell.name for cell in new_cells()])):
@@ -367,3 +453,20 @@ def test_a_root_on_gs(root, capsys, gcs_root):
     assert [row["cell"] for row in json.loads(capsys.readouterr().out)] == SIX
     assert run("export", "--root", gcs_root) == launch.EXIT_DONE
     assert {"evaluations.csv", "differences.csv", "loss.parquet"} <= set(storage.names(f"{gcs_root}/tables"))
+
+
+def test_a_cell_that_the_first_version_began_is_trained_to_its_end(tmp_path, monkeypatch, capsys):
+    """Ten of its twenty steps were done: with the old rules `run` goes on, to the loss that that version reached."""
+    monkeypatch.chdir(first_version.unpack(tmp_path))
+    (tmp_path / "own.py").write_text(OWN)
+    (cell,) = grid.cells(grid.under_old_rules(grid.load("own.py")))
+    layout = Layout(tmp_path / "root")
+    layout.cell("").mkdir(parents=True)
+    (tmp_path / "begun").rename(layout.cell(cell.name))
+    arguments = ["own.py", "--root", str(layout.root)]
+    assert launch.main(["run", *arguments]) == launch.EXIT_BAD_INPUT
+    assert "(0 finished, others begun)" in capsys.readouterr().err
+    assert launch.main(["run", *arguments, "--rules", "old"]) == launch.EXIT_DONE
+    (row,) = results.load_results(layout.root).to_dict("records")
+    assert row["loss"] == pytest.approx(first_version.LOSS, rel=1e-5)
+    assert (row["rules"], row["attempts"]) == (rules.FIRST, 2)

@@ -143,10 +143,10 @@ def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
 
 
 def sure(shared_sem: float) -> str:
-    """What bars and bands are. An error that all losses have in common is a sentence: it moves all points alike, and no bar."""
-    if not shared_sem > 0:  # nan: it is common, and not known
+    """What bars and bands are. An error that all losses have in common moves all points alike: no bar. nan: it is not known."""
+    if shared_sem == 0:
         return SURE
-    return f"bands: 95%; held-out text: ± {1.96 * shared_sem:.3f} for all alike"
+    return "bands: 95%" + (f"; held-out text: ± {1.96 * shared_sem:.3f} for all alike" if shared_sem > 0 else "")
 
 
 def log_axis(axis: Axis, unit: float = 1.0, text: Callable[[float], str] | None = None) -> None:
