@@ -359,7 +359,7 @@ class TestDocuments:
         for row in results.load_differences(evaluated.root).itertuples():
             assert f"{row.difference:.4f} ± {row.standard_error:.4f}" in table
         assert table.count("| least") + table.count("least |") >= 3
-        assert "11 of 12 documents, 1024 of 500000 tokens: 1f2e3d4c5b6a/spread/1024" in page
+        assert "1024 tokens of 11 of 12 documents (1f2e3d4c5b6a/spread/1024)" in page
 
     def test_of_runs_without_them_nothing_is_shown(self, root, capsys):
         assert run("export") == launch.EXIT_DONE
@@ -367,6 +367,9 @@ class TestDocuments:
         assert all(row["standard_error"] == "" for row in rows_of(root, "differences"))
         assert launch.main(["report", "small.py", *ASK]) == 0
         assert not (root.root / "report" / "difference-t32.md").exists()
+        page = (root.root / "report" / "index.html").read_text()
+        assert "1024 tokens of an unknown number of documents" in page
+        assert rules.FIRST in page
 
     def test_a_folder_of_exported_tables_alone_has_a_report(self, evaluated, capsys):
         assert run("export", "--root", str(evaluated.root)) == launch.EXIT_DONE
@@ -417,7 +420,7 @@ class TestAnswers:
         page = (both.root / "report" / "index.html").read_text()
         assert "hash/spread/one" in page
         assert rules.FIRST not in page
-        assert "11 of 12 documents, 1024 of" in page
+        assert "1024 tokens of 11 of 12 documents (1f2e3d4c5b6a/spread/1024)" in page
         assert "over 11 of 12 documents, common to all runs" in page
         assert f"python -m launch report {which} --rules new" in page
         assert "nothing here rests on them" not in page  # no cell of theirs is unfinished

@@ -170,8 +170,9 @@ def _provenance(findings: Findings) -> list[Block]:
 
     held_out = values("heldout")
     if held_out:
-        documents = f"{values('eval_documents')} of {values('heldout_documents')} documents"
-        held_out = f"{documents}, {values('eval_tokens')} of {values('heldout_tokens')} tokens: {held_out}"
+        there = values("heldout_documents")
+        documents = f"{values('eval_documents') or 'an unknown number of'}{f' of {there}' if there else ''} documents"
+        held_out = f"{values('eval_tokens')} tokens of {documents} ({held_out})"
     pairs = [
         ("Runs", f"{len(loss):,}, of {words.counted(loss['size'].nunique(), 'size')}" if len(loss) else ""),
         ("Trained by commit", values("commit")),
