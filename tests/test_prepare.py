@@ -167,6 +167,14 @@ def test_too_few_documents(tmp_path):
     assert made.tokenizer().decode(made.tokens("validation")) == "two<|endoftext|>"
 
 
+def test_separator_of_lines_that_end_as_on_windows(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\r\n\r\n".join(b"Paragraph %d\r\nof two lines." % i for i in range(40)))
+    command = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "store"), "--tokenizer", "bytes", "--separator", r"\r\n\r\n"]
+    assert prepare.main(command) == 0
+    splits = TokenStore.open(tmp_path / "store").header["splits"]
+    assert sum(split["documents"] for split in splits.values()) == 40
+
+
 def test_unsuitable_folders(lines, tmp_path):
     recipe = prepare.Recipe((str(tmp_path),), tokenizer="bytes")
     with pytest.raises(StoreError, match=r"isn't empty and holds no token store: give a new or an empty folder"):

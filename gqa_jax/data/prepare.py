@@ -30,7 +30,7 @@ from etils import epath
 from gqa_jax import storage
 from gqa_jax.config import differing_fields
 from gqa_jax.data import parts, store
-from gqa_jax.data.documents import Format, InputError, Source, find_sources, read_documents
+from gqa_jax.data.documents import Format, InputError, Reading, Source, find_sources, read_documents
 from gqa_jax.data.store import StoreError, TokenStore
 from gqa_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -88,7 +88,7 @@ def prepare(
         _check_folder(work, recipe.inputs)
     if threads is not None and threads < 1:
         raise TokenizerError(f"--threads {threads}: must be at least 1")
-    sources = find_sources(recipe.inputs, recipe.include, recipe.exclude)
+    sources = find_sources(recipe.inputs, recipe.include, recipe.exclude).sources
     size = bpe_size(recipe.tokenizer)
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.eos, threads) if size is None else None
     request = _request(recipe, sources, tokenizer)
@@ -264,9 +264,9 @@ class _Progress:
 
 def _texts(sources: Sequence[Source], form: Format, bar: _Progress) -> Iterator[str]:
     bar.begin()
-    before = 0
+    before, reading = 0, Reading()
     for source in sources:
-        for document in read_documents(source, form):
+        for document in read_documents(source, form, reading):
             bar.read(before + document.position)
             yield document.text
         before += source.size or 0
@@ -299,11 +299,14 @@ def _training_texts(texts: Iterator[str], holdout_every: int) -> Iterator[str]:
 
 def _request(recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What was asked for, to compare with a finished store: settings, and names and sizes of the inputs."""
+    later = ("source_key", "bad_lines")  # settings that came later are left out where they change nothing
+    form = {key: value for key, value in dataclasses.asdict(recipe.form).items() if key not in later}
+    form |= {key: value for key in later if (value := getattr(recipe.form, key)) != getattr(Format(), key)}
     return {
         "tokenizer": recipe.tokenizer if tokenizer is None else f"{tokenizer.name} {tokenizer.sha256[:12]}",
         "eos": recipe.eos if tokenizer is None else tokenizer.eos_id,
         "holdout_every": recipe.holdout_every,
-        **dataclasses.asdict(recipe.form),
+        **form,
         "files": len(sources),
         "bytes": sum(source.size or 0 for source in sources),
         "inputs": _digest([[source.name, source.size] for source in sources])[:12],
@@ -377,7 +380,7 @@ def _summary(made: TokenStore, out: epath.Path, seconds: float | None) -> str:
 
 
 def _unescaped(separator: str | None) -> str | None:
-    return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+    return separator and separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def _parser() -> argparse.ArgumentParser:
