@@ -60,7 +60,7 @@ def test_cost_table_has_a_row_per_cell_context_and_convention(folder):
 
 
 def test_exported_tables_read_back_the_same(folder, tmp_path_factory):
-    loss = answer.write_tables(Layout(folder), Layout(folder))
+    loss, _ = answer.write_tables(Layout(folder), Layout(folder))
     cost = results.load_costs(folder)
     alone = tmp_path_factory.mktemp("alone")
     (folder / "tables").rename(alone / "tables")
