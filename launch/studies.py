@@ -138,8 +138,8 @@ def under(loss: pd.DataFrame, asked: str | None, layout: Layout) -> tuple[pd.Dat
             there = ", ".join(sorted(loss["rules"].dropna().unique()))
             raise ConfigError(f"--rules {asked}: no run in {layout.root} is under these rules, all are under {there}")
         return rows, asked
-    points.require_one_rule(loss)
-    return loss, ruling.OLD if old.all() else ruling.NEW
+    points.require_one_rule(loss)  # also between training contexts, whose laws are fitted apart
+    return loss, ruling.OLD if old[loss["status"] == "done"].all() else ruling.NEW
 
 
 def of_documents(loss: pd.DataFrame) -> str:

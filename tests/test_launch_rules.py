@@ -305,6 +305,16 @@ class TestExport:
         assert run("export") == launch.EXIT_DONE
         assert "fits.csv and optimum.csv are of an earlier export" in capsys.readouterr().out
 
+    def test_a_run_of_other_rules_that_diverged_is_no_mixture(self, root, capsys):
+        grid_fakes.finish(new_cells()[0], root, "diverged")
+        path = root.cell(new_cells()[0].name) / "result.json"
+        write_json(path, json.loads(path.read_text()) | TEXT)
+        assert run("export") == launch.EXIT_DONE
+        out = capsys.readouterr().out
+        assert "Cheapest heads" in out
+        assert rules.SAID[:60] in out
+        assert len(rows_of(root)) == 7
+
     def test_rules_under_which_nothing_has_finished_are_refused_before_anything_is_written(self, root, capsys):
         before = files(root)
         assert run("export", "--rules", "new") == launch.EXIT_BAD_INPUT
@@ -433,6 +443,19 @@ class TestAnswers:
             assert rules.FIRST not in capsys.readouterr().err
         assert launch.main(["optimum", "runs/small", *ASK, "--rules", "new"]) == launch.EXIT_BAD_INPUT
         assert f"--rules new: no run in runs/small is under these rules, all are under {rules.FIRST}" in capsys.readouterr().err
+
+    def test_contexts_under_rules_of_their_own_are_a_mixture_too(self, both):
+        """A law is of one context, but an answer of a grid is not."""
+        loss = results.load_results(both.root)
+        loss["context"] = loss["context"].where(loss["rules"] == rules.FIRST, 64)
+        with pytest.raises(ValueError, match="runs under 2 rules"):
+            studies.under(loss, None, both)
+        assert len(studies.under(loss, "old", both)[0]) == 6
+
+    def test_costs_of_a_report_are_of_its_runs_alone(self, both, capsys):
+        assert launch.main(["report", "small.py", *ASK, "--rules", "new"]) == 0
+        (table,) = (both.root / "report").glob("cost-*.md")
+        assert table.read_text().count(" · ") == 2 * (6 + 1)  # in the caption, and of each run
 
     def test_presets_are_under_their_own(self, capsys):
         assert launch.main(["optimum", "--preset", "paper", *ASK, "--rules", "old"]) == launch.EXIT_BAD_INPUT
