@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs.train import tiny as configs_train_tiny
-from gqa_jax import checkpoint, distributed, metrics, run_folder, train
+from gqa_jax import checkpoint, distributed, evaluation, metrics, run_folder, train
 from gqa_jax.config import ConfigError, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -403,6 +403,9 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
     assert list(losses(run)) == list(range(1, 61))
     np.testing.assert_allclose(list(losses(run).values()), list(losses(tmp_path / "whole").values()), rtol=1e-5)
     np.testing.assert_allclose(result["loss"], whole["loss"], rtol=1e-5)
+    of, of_whole = (evaluation.from_bytes((folder / "documents.npz").read_bytes()) for folder in (run, tmp_path / "whole"))
+    np.testing.assert_array_equal(of.document, of_whole.document)
+    np.testing.assert_allclose(of.loss, of_whole.loss, rtol=1e-5)
     attempts = [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in sorted(run.glob("metrics/*"))]
     assert [steps[0] for steps in attempts[:2]] == [1, preempted + 1]
     assert attempts[2][0] in {step + 1 for step in range(preempted, 60)}
