@@ -276,9 +276,10 @@ def test_sources_of_evaluated_documents(store, tmp_path):
     of_train = np.zeros(store.header["splits"]["train"]["documents"], np.int32)
     of_validation = np.arange(len(store.documents("validation")), dtype=np.int32) % 3
     np.savez(tmp_path / "store" / SOURCES, names=["web", "books", "code"], train=of_train, validation=of_validation)
-    documents = held_out(TokenStore.open(tmp_path / "store"), 64, windows="first").documents
+    documents = held_out(TokenStore.open(tmp_path / "store"), 4, 2, block_tokens=2).documents
     assert documents.source_names == ["web", "books", "code"]
     np.testing.assert_array_equal(documents.sources, of_validation[documents.numbers])
+    assert documents.sources.tolist() != of_validation[: len(documents.numbers)].tolist()
 
 
 def test_ids_that_the_vocabulary_lacks_are_no_text(store, tmp_path):
