@@ -12,16 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from gqa_jax.data import documents
 from gqa_jax.data.corpus import SOTU_BYTES
-from gqa_jax.data.documents import Format, InputError, find_sources, read_documents
+from gqa_jax.data.documents import Format, InputError, Reading, find_sources, read_documents
 
 TEXTS = ["first", "zweite Zeile\r\nmit ü", "", "漢字\u2028\x85 end"]
 LINES = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
 
 
 def texts(*inputs, include="*", exclude=None, **form):
-    sources = find_sources(inputs, include, exclude)
-    return [document.text for source in sources for document in read_documents(source, Format(**form))]
+    sources = find_sources(inputs, include, exclude).sources
+    return [document.text for source in sources for document in read_documents(source, Format(**form), Reading())]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_json_lines(tmp_path, suffix, pack):
     path = tmp_path / f"a.b{suffix}"
     path.write_bytes(pack(LINES))
     assert texts(path) == TEXTS
-    *_, last = read_documents(find_sources([path])[0], Format())
+    *_, last = read_documents(find_sources([path]).sources[0], Format(), Reading())
     assert last.position <= path.stat().st_size
 
 
@@ -82,7 +83,7 @@ def test_folder_is_sorted_recursive_and_without_hidden_files(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
-    assert [source.name for source in find_sources([tmp_path])] == ["a/b/c.md", "a/z.txt", "a.txt", "b.txt"]
+    assert [source.name for source in find_sources([tmp_path]).sources] == ["a/b/c.md", "a/z.txt", "a.txt", "b.txt"]
     assert texts(tmp_path, include="*.txt") == ["a/z.txt", "a.txt", "b.txt"]
     assert texts(tmp_path, exclude="a/*") == ["a.txt", "b.txt"]
     assert texts(tmp_path / "b.txt", tmp_path / "a.txt") == ["b.txt", "a.txt"]
@@ -90,11 +91,23 @@ def test_folder_is_sorted_recursive_and_without_hidden_files(tmp_path):
         texts(tmp_path, include="*.rs")
 
 
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        (["/data/web", "sotu", "hf:a/b@en:test"], ["web", "sotu", "hf:a/b@en:test"]),
+        (["/data/en/web", "/data/de/web/", "/data/web"], ["en/web", "de/web", "data/web"]),
+        (["x/a.txt", "/a.txt", "./x/a.txt"], ["x/a.txt", "/a.txt", "x/a.txt"]),
+    ],
+)
+def test_origins_are_the_shortest_ends_that_no_other_input_shares(inputs, names):
+    assert documents._origins(inputs) == names
+
+
 def test_sotu():
-    (source,) = find_sources(["sotu"])
-    documents = list(read_documents(source, Format()))
-    assert len(documents) == 233
-    assert documents[-1].position == source.size == SOTU_BYTES
+    (source,) = find_sources(["sotu"]).sources
+    read = list(read_documents(source, Format(), Reading()))
+    assert len(read) == 233
+    assert read[-1].position == source.size == SOTU_BYTES
 
 
 @pytest.mark.parametrize(

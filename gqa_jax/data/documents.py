@@ -24,7 +24,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -41,10 +41,11 @@ class InputError(ValueError):
 
 
 class Document(NamedTuple):
-    """Text of a document, and how many bytes of its source were read up to its end (for a progress bar)."""
+    """A document: its text, how many bytes of its file were read up to its end (for a progress bar), and its source."""
 
     text: str
     position: int
+    source: str  # `Source.origin`, or the value of the field `Format.source_key`
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ class Source:
     name: str  # of the file relative to the input that gave it, or the input itself: the same on every machine
     path: Path | None  # None: a named corpus
     size: int | None  # bytes as stored; None: not known before reading
+    origin: str  # name of the input: the end of its path that no other input shares, the same on every machine
+
+
+class Found(NamedTuple):
+    """What inputs stand for, in order, and what was seen and left out: reason -> paths."""
+
+    sources: list[Source]
+    left_out: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -63,66 +72,106 @@ class Format:
     text_key: str = "text"  # field of JSON lines, column of Parquet and datasets
     separator: str | None = None  # cuts plain files into documents; None: a file is one
     encoding_errors: str = "strict"  # bytes that are no UTF-8: "strict" is an error, "replace" makes them U+FFFD
+    source_key: str | None = None  # field or column that names the source of a document; None: the input is its source
+    bad_lines: str = "error"  # lines and rows that can't be used: "error", or "skip": counted and left out
 
     def __post_init__(self):
         if self.separator == "":
             raise InputError("the separator is empty: give the text that stands between documents, or leave it out")
 
 
-def find_sources(inputs: Sequence[str | os.PathLike], include: str = "*", exclude: str | None = None) -> list[Source]:
+@dataclass
+class Counted:
+    """How much was read of one kind of file."""
+
+    files: int = 0
+    documents: int = 0
+    text_bytes: int = 0  # of the text as UTF-8
+
+
+@dataclass
+class BadLines:
+    """Lines or rows that were left out for one reason."""
+
+    count: int
+    first: str  # file and line or row of the first one
+
+
+@dataclass
+class Reading:
+    """What `read_documents` has met; one object is given for all sources of a reading."""
+
+    kinds: dict[str, Counted] = field(default_factory=dict)  # "JSON lines", "plain text", ...
+    bad_lines: dict[str, BadLines] = field(default_factory=dict)  # by reason
+    notes: list[str] = field(default_factory=list)  # sentences that a person should see
+
+
+def find_sources(inputs: Sequence[str | os.PathLike], include: str = "*", exclude: str | None = None) -> Found:
     """The sources that `inputs` stand for, in their order.
 
     `include` and `exclude` are shell patterns for the paths of files in folders, relative to the folder.
     Raises InputError for an input that is missing, unreadable, or a folder without such files.
     """
     sources = []
-    for entry in inputs:
-        entry = os.fspath(entry)
+    entries = [os.fspath(entry) for entry in inputs]
+    for entry, origin in zip(entries, _origins(entries), strict=True):
         if entry == "sotu":
-            sources.append(Source("sotu", None, corpus.SOTU_BYTES))
+            sources.append(Source("sotu", None, corpus.SOTU_BYTES, origin))
             continue
         if entry.startswith("hf:"):
-            sources.append(Source(entry, None, None))
+            sources.append(Source(entry, None, None, origin))
             continue
         path = Path(entry).expanduser()
         if path.is_dir():
             files = [file for file in _files(path) if _selected(file.relative_to(path), include, exclude)]
             if not files:
                 raise InputError(f"input {entry}: no file in this folder (include {include!r}, exclude {exclude!r})")
-            sources += [_file_source(file, file.relative_to(path).as_posix()) for file in files]
+            sources += [_file_source(file, file.relative_to(path).as_posix(), origin) for file in files]
         elif path.exists():
-            sources.append(_file_source(path, path.name))
+            sources.append(_file_source(path, path.name, origin))
         else:
             raise InputError(f"input {entry}: no such file or folder{_neighbour(path)}; named inputs are sotu and hf:NAME")
     if not sources:
         raise InputError("no input: give files, folders, sotu, or hf:NAME")
-    return sources
+    return Found(sources, {})
 
 
-def read_documents(source: Source, form: Format) -> Iterator[Document]:
-    """Documents of one source in order, empty ones too. Raises InputError on the first that can't be read."""
+def read_documents(source: Source, form: Format, reading: Reading) -> Iterator[Document]:
+    """Documents of one source in order, empty ones too, counted in `reading`.
+
+    Raises InputError, which names file and line or row, on the first that can't be read.
+    """
+    kind, documents = _contents(source, form)
+    counted = reading.kinds.setdefault(kind, Counted())
+    counted.files += 1
+    for text, position in documents:
+        counted.documents += 1
+        counted.text_bytes += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        yield Document(text, position, source.origin)
+
+
+def _contents(source: Source, form: Format) -> tuple[str, Iterator[tuple[str, int]]]:
+    """The kind of a source, and its texts, each with the bytes read up to its end."""
     if source.path is None:
-        yield from _sotu() if source.name == "sotu" else _dataset(source.name, form)
-        return
+        return ("embedded corpus", _sotu()) if source.name == "sotu" else ("dataset", _dataset(source.name, form))
     suffixes = [suffix.lower() for suffix in source.path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet" and not compression:
-        yield from _parquet(source, form)
-    elif kind in LINES_SUFFIXES:
-        yield from _json_lines(source, compression, form)
-    else:
-        yield from _plain(source, compression, form)
+        return "Parquet", _parquet(source, form)
+    if kind in LINES_SUFFIXES:
+        return "JSON lines", _json_lines(source, compression, form)
+    return "plain text", _plain(source, compression, form)
 
 
-def _sotu() -> Iterator[Document]:
+def _sotu() -> Iterator[tuple[str, int]]:
     position = 0
     for address in corpus.load_sotu():
         position += len(address.text.encode("utf-8"))
-        yield Document(address.text, position)
+        yield address.text, position
 
 
-def _dataset(name: str, form: Format) -> Iterator[Document]:
+def _dataset(name: str, form: Format) -> Iterator[tuple[str, int]]:
     try:
         import datasets
     except ImportError:
@@ -136,10 +185,10 @@ def _dataset(name: str, form: Format) -> Iterator[Document]:
     if form.text_key not in rows.column_names:
         raise InputError(f"input {name}: no column {form.text_key!r}; columns: {', '.join(rows.column_names)} (--text_key)")
     for number, row in enumerate(rows.select_columns([form.text_key])):
-        yield Document(_checked_text(row[form.text_key], f"{name} row {number}", form), 0)
+        yield _checked_text(row[form.text_key], f"{name} row {number}", form), 0
 
 
-def _parquet(source: Source, form: Format) -> Iterator[Document]:
+def _parquet(source: Source, form: Format) -> Iterator[tuple[str, int]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -153,12 +202,12 @@ def _parquet(source: Source, form: Format) -> Iterator[Document]:
                 for value in batch.column(0).to_pylist():
                     rows += 1
                     text = _checked_text(value, f"{source.path} row {rows}", form)
-                    yield Document(text, source.size * rows // file.metadata.num_rows)
+                    yield text, source.size * rows // file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{source.path}: not a readable Parquet file: {_reason(error)}") from error
 
 
-def _json_lines(source: Source, compression: str, form: Format) -> Iterator[Document]:
+def _json_lines(source: Source, compression: str, form: Format) -> Iterator[tuple[str, int]]:
     number = 0
     raw, stream = _open(source.path, compression)
     with raw, stream:
@@ -180,16 +229,16 @@ def _json_lines(source: Source, compression: str, form: Format) -> Iterator[Docu
             if not isinstance(value, dict) or form.text_key not in value:
                 keys = f"its fields: {', '.join(value)}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
                 raise InputError(f"{where}: no field {form.text_key!r}; {keys} (--text_key)")
-            yield Document(_checked_text(value[form.text_key], where, form), raw.tell())
+            yield _checked_text(value[form.text_key], where, form), raw.tell()
 
 
-def _plain(source: Source, compression: str, form: Format) -> Iterator[Document]:
+def _plain(source: Source, compression: str, form: Format) -> Iterator[tuple[str, int]]:
     raw, stream = _open(source.path, compression)
     with raw, stream:
         blocks = _decoded(stream, source.path, form.encoding_errors)
         texts = ["".join(blocks)] if form.separator is None else _split(blocks, form.separator)
         for text in texts:
-            yield Document(text, raw.tell())
+            yield text, raw.tell()
 
 
 def _split(blocks: Iterator[str], separator: str) -> Iterator[str]:
@@ -289,6 +338,19 @@ def _guarded(read, path: Path, line: int) -> bytes:
         raise InputError(f"{path}:{line}: damaged or unreadable from here on: {_reason(error)}") from error
 
 
+def _origins(entries: Sequence[str]) -> list[str]:
+    """Names of the inputs as sources: the shortest end of each path, in whole parts, that no other input shares."""
+    parts = {e: Path(os.path.abspath(Path(e).expanduser())).parts for e in entries if e != "sotu" and not e.startswith("hf:")}
+
+    def name(own: tuple[str, ...]) -> str:
+        for length in range(1, len(own)):
+            if all(other == own or other[-length:] != own[-length:] for other in parts.values()):
+                return "/".join(own[-length:])
+        return os.path.join(*own)
+
+    return [name(parts[entry]) if entry in parts else entry for entry in entries]
+
+
 def _files(folder: Path) -> list[Path]:
     try:
         found = [path for path in folder.rglob("*") if path.is_file()]
@@ -303,10 +365,10 @@ def _selected(path: Path, include: str, exclude: str | None) -> bool:
     return fnmatch.fnmatch(name, include) and not (exclude and fnmatch.fnmatch(name, exclude))
 
 
-def _file_source(path: Path, name: str) -> Source:
+def _file_source(path: Path, name: str, origin: str) -> Source:
     if not os.access(path, os.R_OK):
         raise InputError(f"{path}: no permission to read it")
-    return Source(name, path, path.stat().st_size)
+    return Source(name, path, path.stat().st_size, origin)
 
 
 def _neighbour(path: Path) -> str:
