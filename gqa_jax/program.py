@@ -171,7 +171,7 @@ def fresh_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     # Drawing the weights takes a moment, compiling the draws well took seconds on CPU.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
     init = jax.jit(partial(init_state, config, tx), out_shardings=shardings, compiler_options=options)
-    return init(jax.random.key(config.seed))
+    return init(model.seed_key(config.seed))
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:

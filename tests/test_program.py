@@ -193,6 +193,15 @@ def test_fresh_states_are_the_same_bits_on_any_mesh():
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(s.params) for s in states))
 
 
+def test_weights_are_of_the_whole_seed():
+    first, *others = (program.fresh_state(c, mesh_of(c)).params for c in (resolved(seed=s) for s in (5, 2**32 + 5, 2**63 - 1)))
+    drawn = {name: [p["layers"][name] for p in (first, *others)] for name in ("query", "down")}
+    for one, *rest in [*drawn.values(), [p["embedding"] for p in (first, *others)]]:
+        assert not any((one == other).any() for other in rest)
+    expected = model.init_params(resolved().model, jax.random.key(5))
+    np.testing.assert_allclose(first["embedding"], expected["embedding"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
 def test_losses_of_tokens_before_the_first_step_are_the_same_bits(mesh):
     """Where no sum of a token is cut. Over `context` keys meet a query in other chunks: the last bit may differ."""
