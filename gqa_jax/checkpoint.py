@@ -53,7 +53,10 @@ class _Parameters:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: of states that have a `step`, an integer scalar. Use as a context manager: leaving it waits for a save under way."""
+    """The checkpoints of one run folder, of states that have a `step`, an integer scalar.
+
+    Use as a context manager: leaving it waits for a save under way.
+    """
 
     def __init__(self, workdir: epath.PathLike, keep: int):
         """Opens (and makes) `workdir/checkpoints`; the newest `keep` are kept. Leftovers of a killed save are removed."""
@@ -72,7 +75,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Starts saving the state after `step` optimizer steps with JSON-serialisable metadata; returns before it is written.
 
-        The metadata is kept with `step` and `checksums` added. Nothing is done when this step is saved. An error of the save before it (a full disk, say) is raised here or in `wait`.
+        The metadata is kept with `step` and `checksums` added. Nothing is done when this step is saved. An error of the save
+        before it (a full disk, say) is raised here or in `wait`.
         """
         metadata = metadata | {"step": step, "checksums": _fetch(checksums(state))}
         self._manager.save(
@@ -106,8 +110,8 @@ class Checkpoints:
     def restore_newest(self, abstract_state: Any) -> Restored | None:
         """The newest undamaged checkpoint, its arrays placed as the ShapeDtypeStructs (with shardings) of `abstract_state`.
 
-        None when there is none. Damaged ones are logged and moved aside, never deleted. Raises ConfigError when it is of another
-        step than its folder is named for.
+        None when there is none. Damaged ones are logged and moved aside, never deleted. Raises ConfigError when it is of
+        another step than its folder is named for.
         """
         for step in distributed.from_primary("checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True)):
             folder = self._folder / str(step)

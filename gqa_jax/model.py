@@ -190,7 +190,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def seed_key(seed: int) -> jax.Array:
-    """The random key of a seed, 0 to 2^63 - 1, each its own: `jax.random.key` alone reads the lower 32 bits and drops the rest."""
+    """The random key of a seed, 0 to 2^63 - 1, for each another: `jax.random.key` alone drops all but the lower 32 bits."""
     key = jax.random.key(seed % 2**32)
     return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
