@@ -119,6 +119,8 @@ def test_order_of_blocks_is_golden():
     """A change means that everybody's runs read other tokens: a new seed would be needed to tell them apart."""
     assert _block_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert _block_order(8, 1, 2).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
+    assert _block_order(8, 2**32 + 1, 2).tolist() == [1, 6, 0, 3, 2, 4, 5, 7]
+    assert _block_order(8, 2**63 - 1, 2).tolist() == [2, 4, 3, 1, 7, 5, 0, 6]
     np.testing.assert_array_equal(np.sort(_block_order(1000, 5, 7)), np.arange(1000))
 
 

@@ -376,6 +376,23 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(fini
     assert resumed["params_sha256"] == result["params_sha256"]
 
 
+def test_a_renamed_checkpoint_trains_nothing(finished, tmp_path):
+    """It would be taken for the end of the run, with the loss of an earlier step."""
+    folder, _ = finished
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(folder / "config.json", tmp_path)
+    shutil.copytree(folder / "checkpoints" / "8", tmp_path / "checkpoints" / "12")
+    with pytest.raises(
+        ConfigError, match="checkpoints/12 holds the state after step 8, not 12: it was renamed or copied"
+    ) as error:
+        train.train_and_evaluate(tiny(), tmp_path)
+    assert train.exit_code(error.value) == 2
+    assert json.loads((tmp_path / "exit.json").read_text())["class"] == "config"
+    assert metrics.read_metrics(tmp_path) == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]
+    assert not (tmp_path / "damaged-checkpoints").exists()
+
+
 def test_a_non_finite_loss_stops_and_is_a_result(tmp_path):
     config = tiny(optimizer={"learning_rate": 1e30, "warmup_fraction": 0.0, "clip_norm": 1e30})
     with pytest.raises(Diverged, match=r"lower optimizer.learning_rate"):
