@@ -191,21 +191,21 @@ def load_differences(
 
     What makes one text harder than another is the same for both runs and cancels, so the standard error is far below that of
     the losses. Documents are the same where their tokens are, whatever store they come from. Where the losses by document of
-    a run are missing or damaged its differences are empty, and `note` says so.
+    a run are missing or damaged its differences are empty, and `note` says so. Exported tables hold some pairs only.
 
     Args:
       pairs: (cell, other) by name, in any number. None: every run that is done, with `other`; without one, with the run of
         the lowest loss among those of its training context, size and rules (not with itself).
     Raises:
-      FileNotFoundError: no run folders there (exported tables don't hold what this needs).
+      FileNotFoundError: neither run folders nor exported tables are there.
       ValueError: an unknown name, both arguments; a result.json or config.json that can't be read, naming it.
     """
+    if pairs is not None and other is not None:
+        raise ValueError("give pairs, or the one other that all are compared with")
     root = storage.path(path)
     names = _cell_names(root)
     if names is None:
-        raise FileNotFoundError(f"{root} has no cells/: differences are made from the folders of the runs")
-    if pairs is not None and other is not None:
-        raise ValueError("give pairs, or the one other that all are compared with")
+        return typed(_exported_differences(root, pairs, other), DIFFERENCE_COLUMNS)
     if pairs is None:
         pairs = _pairs(load_results(root), other)
     pairs = list(pairs)
@@ -245,6 +245,30 @@ def _exported(root: epath.Path, name: str) -> pd.DataFrame:
     if content is None:
         raise FileNotFoundError(f"{root} is no grid folder: neither cells/ nor tables/{name}.parquet is in it")
     return pd.read_parquet(io.BytesIO(content))
+
+
+def _exported_differences(root: epath.Path, pairs: Iterable[tuple[str, str]] | None, other: str | None) -> pd.DataFrame:
+    """Those of exported tables, which are of some pairs: of others a note says so."""
+    if pairs is None and other is None:
+        return _exported(root, "differences")
+    if pairs is None:
+        pairs = _pairs(load_results(root), other)
+    try:
+        rows = typed(_exported(root, "differences"), DIFFERENCE_COLUMNS).to_dict("records")
+    except FileNotFoundError:  # exported by the first version
+        rows = []
+    found = {(row["cell"], row["other"]): row for row in rows}
+    result = []
+    for cell, against in pairs:
+        row = {"cell": cell, "other": against, "note": "not among the exported differences: needs the folders of the runs"}
+        if (cell, against) in found:
+            row = found[cell, against]
+        elif (there := found.get((against, cell))) is not None:
+            of = {"difference": "difference", "low": "high", "high": "low"}
+            negative = {name: None if pd.isna(there[source]) else -there[source] for name, source in of.items()}
+            row = there | negative | {"cell": cell, "other": against}
+        result.append(row)
+    return pd.DataFrame(result)
 
 
 def _of_first_version(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers as hf
+from scipy import special
 
 from gqa_jax import evaluation
 from gqa_jax.data.prepare import Recipe, prepare
@@ -52,6 +53,11 @@ def test_intervals_of_few_documents_cover_the_truth():
     found = [evaluation.estimate(*clusters(rng, 4, 10)[:2]) for _ in range(2000)]
     assert np.mean([one.low < 0 < one.high for one in found]) == pytest.approx(0.95, abs=0.015)
     assert np.mean([abs(one.value) < 1.96 * one.standard_error for one in found]) < 0.87
+
+
+def test_quantiles_of_students_t():
+    for freedom in (1, 2, 3, 4, 5, 10, 11, 30, 199, 200, 201, 1000, 10**6):
+        assert evaluation.student_t(freedom) == pytest.approx(special.stdtrit(freedom, 0.975), rel=1e-9)
 
 
 def test_one_document_has_no_error_estimate():

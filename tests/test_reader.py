@@ -92,7 +92,8 @@ def test_skipped_tokens_are_those_that_the_steps_before_would_read(store, contex
 def test_segments_count_the_ends_of_documents_before_a_position(store):
     reader = batches(store, 64, document_mask=True)
     most = 0
-    for batch in (reader(0), reader(reader.n_steps - 1), *held_out(store, context_length=64, document_mask=True)):
+    steps = range(0, reader.n_steps, 7)
+    for batch in (*map(reader, steps), *held_out(store, context_length=64, document_mask=True)):
         for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
             expected = [sum(t == store.eos_id for t in tokens[:i]) for i in range(64)]
             np.testing.assert_array_equal(segments, expected)
@@ -119,6 +120,8 @@ def test_order_of_blocks_is_golden():
     """A change means that everybody's runs read other tokens: a new seed would be needed to tell them apart."""
     assert _block_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert _block_order(8, 1, 2).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
+    assert _block_order(8, 2**32 + 1, 2).tolist() == [1, 6, 0, 3, 2, 4, 5, 7]
+    assert _block_order(8, 2**63 - 1, 2).tolist() == [2, 4, 3, 1, 7, 5, 0, 6]
     np.testing.assert_array_equal(np.sort(_block_order(1000, 5, 7)), np.arange(1000))
 
 
@@ -265,8 +268,8 @@ def test_documents_and_bytes_of_evaluation(store, tokens, windows):
         assert documents.text_bytes[i] == ((number[places] == own) & ~is_eos[places]).sum()
         ids = stored[(number == own) & ~is_eos].astype("<u4").tobytes()
         assert documents.hashes[i] == int.from_bytes(hashlib.sha256(ids).digest()[:8], "big")
-    assert documents.sources.tolist() == [-1] * len(documents.numbers)
-    assert documents.source_names == []
+    assert documents.sources.tolist() == [0] * len(documents.numbers)
+    assert documents.source_names == ["a.jsonl"]
     assert (reader.heldout_tokens, reader.heldout_documents) == (len(stored), is_eos.sum())
     assert reader.holdout == store.holdout_rule
 
@@ -276,9 +279,14 @@ def test_sources_of_evaluated_documents(store, tmp_path):
     of_train = np.zeros(store.header["splits"]["train"]["documents"], np.int32)
     of_validation = np.arange(len(store.documents("validation")), dtype=np.int32) % 3
     np.savez(tmp_path / "store" / SOURCES, names=["web", "books", "code"], train=of_train, validation=of_validation)
-    documents = held_out(TokenStore.open(tmp_path / "store"), 64, windows="first").documents
+    documents = held_out(TokenStore.open(tmp_path / "store"), 4, 2, block_tokens=2).documents
     assert documents.source_names == ["web", "books", "code"]
     np.testing.assert_array_equal(documents.sources, of_validation[documents.numbers])
+    assert documents.sources.tolist() != of_validation[: len(documents.numbers)].tolist()
+    (tmp_path / "store" / SOURCES).unlink()  # as in a store of the first version
+    documents = held_out(TokenStore.open(tmp_path / "store")).documents
+    assert documents.sources.tolist() == [-1] * len(documents.numbers)
+    assert documents.source_names == []
 
 
 def test_ids_that_the_vocabulary_lacks_are_no_text(store, tmp_path):
@@ -314,11 +322,12 @@ def test_evaluation_that_does_not_fit(store):
     held_out(store, fitting)
     for windows in ("spread", "first"):
         with pytest.raises(
-            ReaderError, match=rf"held-out tokens; the validation split .* has {available}: use evaluation.tokens <= {fitting}"
+            ReaderError,
+            match=rf"held-out tokens; the validation split .* has {available:,}: use evaluation.tokens <= {fitting}",
         ):
-            held_out(store, 1024, windows=windows)
+            held_out(store, fitting + 32, windows=windows)
         with pytest.raises(ReaderError, match=r"use a shorter context_length, or prepare .* with a smaller --holdout_every"):
-            held_out(store, 1024, 1024, windows=windows, block_tokens=1024)
+            held_out(store, 8192, 8192, windows=windows, block_tokens=8192)
         with pytest.raises(ReaderError, match=r"evaluation.tokens = 100 is not a multiple of context_length = 32: use 96"):
             held_out(store, 100, windows=windows)
     with pytest.raises(ReaderError, match=r"data.block_tokens = 80 is not a multiple of context_length = 32: use 64"):

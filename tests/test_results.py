@@ -215,11 +215,32 @@ def test_long_table_of_evaluations(evaluated, caplog):
         assert list(table["cell"]) == [names[0], names[0], names[1], names[2], names[3], names[3]]
         assert f"{names[2]}/evaluations.json can't be read" in caplog.text
         assert names[1] not in caplog.text
-    table.to_parquet((folder / "tables").mkdir() or folder / "tables" / "evaluations.parquet", index=False)
+
+
+def test_exported_evaluations_and_differences_read_back(evaluated):
+    folder, names = evaluated
+    (folder / "tables").mkdir()
+    before = {name: getattr(gqa_jax, f"load_{name}")(folder) for name in ("results", "evaluations", "differences")}
+    for name, table in before.items():
+        file = {"results": "loss"}.get(name, name)
+        table.to_parquet(folder / "tables" / f"{file}.parquet", index=False)
+    pairs = [(row.cell, row.other) for row in before["differences"].itertuples()]
+    asked = [pairs[0], pairs[1][::-1], (pairs[0][0], pairs[1][0])]
+    of_folders = gqa_jax.load_differences(folder, asked)
     (folder / "cells").rename(folder / "away")
     (folder / "grid.json").unlink()
-    pd.testing.assert_frame_equal(gqa_jax.load_evaluations(folder), table)
-    with pytest.raises(FileNotFoundError, match=r"no cells/: differences are made from the folders of the runs"):
+    pd.testing.assert_frame_equal(gqa_jax.load_evaluations(folder), before["evaluations"])
+    pd.testing.assert_frame_equal(gqa_jax.load_differences(folder), before["differences"])
+    of_tables = gqa_jax.load_differences(folder, asked)
+    pd.testing.assert_frame_equal(of_tables[:2], of_folders[:2])
+    assert of_tables["note"][2] == "not among the exported differences: needs the folders of the runs"
+    assert pd.isna(of_tables["difference"][2])
+    against = gqa_jax.load_differences(folder, other=pairs[0][1])
+    assert list(against["cell"]) == [name for name in names if name != pairs[0][1]]
+    assert against["difference"].notna().tolist() == [cell == pairs[0][0] for cell in against["cell"]]
+    (folder / "tables" / "differences.parquet").unlink()  # as the first version exported
+    assert gqa_jax.load_differences(folder, asked)["note"].str.startswith("not among the exported").all()
+    with pytest.raises(FileNotFoundError, match=r"neither cells/ nor tables/differences\.parquet is in it"):
         gqa_jax.load_differences(folder)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from gqa_jax import run_folder, storage
 from gqa_jax.config import ConfigError, TrainConfig
-from gqa_jax.data import store
 from gqa_jax.run_folder import DeviceTime
 
 
@@ -139,9 +138,8 @@ OLD = {"evaluation": {"tokens": 1024, "windows": "first"}, "optimizer": {"warmup
         ({"optimizer": {"warmup_from": "zero"}}, {}, "other rules: to resume it add --config.optimizer.warmup_from=zero, or"),
     ],
 )
-def test_a_run_under_other_rules_says_how_to_go_on(theirs, ours, words, tmp_path, monkeypatch):
+def test_a_run_under_other_rules_says_how_to_go_on(theirs, ours, words, tmp_path):
     """config.json of the first version has no word of its rules."""
-    monkeypatch.setattr(store, "BUILT_IN", store.BUILT_IN | {"sotu-bytes@position": "bytes"})
     folder, written = storage.path(tmp_path), config(**theirs).to_dict()
     if theirs is OLD:
         del written["evaluation"]["windows"], written["optimizer"]["warmup_from"]
@@ -151,8 +149,7 @@ def test_a_run_under_other_rules_says_how_to_go_on(theirs, ours, words, tmp_path
     run_folder.record_config(folder, config(**theirs))
 
 
-def test_a_checkpoint_of_other_data_names_the_store_of_the_first_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "BUILT_IN", store.BUILT_IN | {"sotu-bytes@position": "bytes"})
+def test_a_checkpoint_of_other_data_names_the_store_of_the_first_version(tmp_path):
     ours, theirs = config(**OLD), config(**OLD)
     for name, fix in (
         (

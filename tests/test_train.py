@@ -152,13 +152,12 @@ def test_a_run_of_the_first_version_is_over_under_its_rules(tmp_path, monkeypatc
     assert "(2 held-out documents)" in train._summary(result, "run")
 
 
-def test_other_data_than_that_of_a_run_that_is_over_is_said(finished, tmp_path, monkeypatch):
+def test_other_data_than_that_of_a_run_that_is_over_is_said(finished, tmp_path):
     """As after an upgrade: the store of that name was another."""
     folder, result = finished
     shutil.copytree(folder, tmp_path / "run")
     path = tmp_path / "run" / "result.json"
     path.write_text(json.dumps(result | {"identity": "0" * 10, "data_fingerprint": "1" * 64}))
-    monkeypatch.setattr(store, "BUILT_IN", store.BUILT_IN | {"sotu-bytes@position": "bytes"})
     message = (
         rf"is of other data \(data\.fingerprint: {result['data_fingerprint'][:12]} here, 111111111111 there; if that run is of "
         r"the first version, add --config\.data\.store=sotu-bytes@position\): use another --workdir"
@@ -171,24 +170,38 @@ def test_other_data_than_that_of_a_run_that_is_over_is_said(finished, tmp_path, 
 
 
 @pytest.mark.parametrize(("split", "place"), [("train", slice(0, 900_000)), ("validation", slice(0, None))])
-def test_a_store_that_turns_out_to_be_damaged_ends_a_run(split, place, tmp_path):
+def test_a_store_that_turns_out_to_be_damaged_ends_a_run(split, place, tmp_path, monkeypatch):
+    """As where it was written to after it was verified."""
     shutil.copytree(store.open_store("sotu-bytes").path, tmp_path / "store")
     tokens = np.memmap(tmp_path / "store" / f"{split}.bin", dtype="<u2", mode="r+")
     tokens[place] = 300  # above the 257 of the store, below the 320 of the model
     tokens.flush()
     opened = store.TokenStore.open(tmp_path / "store")
+    monkeypatch.setattr(store, "open_store", lambda _: opened)
     train_batches, _ = reader.check(tiny(), opened)
     with pytest.raises(ConfigError, match=rf"the {split} split of .* holds the id 300, .* copy the store again"):
-        [*train._read(train_batches, 0, 12)] if split == "train" else train._open_data(tiny(data={"store": str(opened.path)}))
+        [*train._read(train_batches, 0, 12)] if split == "train" else train._open_data(tiny())
 
 
-def test_golden_numbers_of_the_first_steps(finished):
-    """A change here means that model, initialisation, data order, loss or optimizer is another: say so in the commit."""
+FIRST_VERSION = {
+    "data": {"store": "sotu-bytes@position"}, "evaluation": {"windows": "first"}, "optimizer": {"warmup_from": "zero"},
+}  # fmt: skip
+
+
+def test_golden_numbers_of_the_first_steps(finished, tmp_path):
+    """A change here means that model, initialisation, data order, loss or optimizer is another: say so in the commit.
+
+    Those of the first version stay for ever: its cells must have the numbers that they had.
+    """
     folder, _ = finished
     np.testing.assert_allclose(losses(folder)[:3], GOLDEN_LOSSES, rtol=2e-5)
+    result = train.train_and_evaluate(tiny(**FIRST_VERSION), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path)[:3], GOLDEN_LOSSES_OF_FIRST_VERSION, rtol=2e-5)
+    assert (result["rules"], result["identity"]) == ("position/first/zero", "2c8a906034")
 
 
-GOLDEN_LOSSES = [5.7551126, 5.7616167, 5.7449160]
+GOLDEN_LOSSES = [5.7650499, 5.7486348, 5.7291732]
+GOLDEN_LOSSES_OF_FIRST_VERSION = [5.7551126, 5.7616167, 5.7449160]
 
 
 @pytest.mark.parametrize("implementation", ["reference", "pallas_tpu", "pallas_triton"])
@@ -374,6 +387,23 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(fini
     assert "checkpoint of step 8 is damaged" in caplog.text
     assert len(list((tmp_path / "damaged-checkpoints").iterdir())) == 1  # moved aside, not deleted
     assert resumed["params_sha256"] == result["params_sha256"]
+
+
+def test_a_renamed_checkpoint_trains_nothing(finished, tmp_path):
+    """It would be taken for the end of the run, with the loss of an earlier step."""
+    folder, _ = finished
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(folder / "config.json", tmp_path)
+    shutil.copytree(folder / "checkpoints" / "8", tmp_path / "checkpoints" / "12")
+    with pytest.raises(
+        ConfigError, match="checkpoints/12 holds the state after step 8, not 12: it was renamed or copied"
+    ) as error:
+        train.train_and_evaluate(tiny(), tmp_path)
+    assert train.exit_code(error.value) == 2
+    assert json.loads((tmp_path / "exit.json").read_text())["class"] == "config"
+    assert metrics.read_metrics(tmp_path) == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]
+    assert not (tmp_path / "damaged-checkpoints").exists()
 
 
 def test_a_non_finite_loss_stops_and_is_a_result(tmp_path):

@@ -336,7 +336,7 @@ def _block_order(n_blocks: int, seed: int, epoch: int) -> np.ndarray:
 
     By sorting raw Philox output, which numpy keeps the same in all versions; `Generator.permutation` may change (NEP 19).
     """
-    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n_blocks), kind="stable")
+    return np.argsort(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n_blocks), kind="stable")
 
 
 def _batch(windows: np.ndarray, eos: int | None, vocab_size: int, source: str) -> dict[str, np.ndarray]:
