@@ -80,7 +80,7 @@ def test_a_store_without_doubts_is_short(tmp_path, capsys):
     command = ["sotu", "--out", str(tmp_path / "store"), "--tokenizer", "bytes"]
     assert prepare.main(command) == 0
     short = capsys.readouterr().out
-    assert "loses nothing of a sample (64 pieces of documents" in short
+    assert "lossless on a sample (64 pieces of documents" in short
     assert "1 source: sotu (10 of 233 documents held out)" in short
     for word in ("note", "left out:", "bad", "with the text of another", "paragraphs", "LOSES"):
         assert word not in short

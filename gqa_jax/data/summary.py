@@ -149,7 +149,7 @@ def _tokenizer_loss(provenance: Mapping[str, Any]) -> list[str]:
         return []
     size = f"{_counted(sample['pieces'], 'piece')} of documents, {sample['text_bytes'] / 1e6:,.3f} MB"
     if not sample["changed"]:
-        return [f"loses nothing of a sample ({size})"]
+        return [f"lossless on a sample ({size})"]
     before, after = sample["example"]
     return [
         f"LOSES TEXT: of a sample ({size}) {sample['changed'] / sample['pieces']:.1%} of the pieces come back changed, "
