@@ -114,7 +114,8 @@ def test_a_file_that_changes_while_it_is_read(lines, tmp_path, change, spec, mon
     assert not (tmp_path / "store" / "header.json").exists()
 
 
-def test_a_change_is_noticed_before_the_next_file_and_is_the_better_reason(lines, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_change_is_noticed_before_the_next_file_and_is_the_better_reason(lines, tmp_path, fails, monkeypatch):
     real = prepare.read_documents
 
     def reading(source, *arguments):
@@ -125,9 +126,8 @@ def test_a_change_is_noticed_before_the_next_file_and_is_the_better_reason(lines
             raise InputError("in.jsonl:31: not one JSON object a line")
 
     monkeypatch.setattr(prepare, "read_documents", reading)
-    for fails in (False, True):
-        with pytest.raises(InputError, match=r"in\.jsonl has changed while it was read"):
-            prepare.prepare(prepare.Recipe((str(lines), "sotu"), "bytes"), tmp_path / "store")
+    with pytest.raises(InputError, match=r"in\.jsonl has changed while it was read"):
+        prepare.prepare(prepare.Recipe((str(lines), "sotu"), "bytes"), tmp_path / "store")
 
 
 def test_a_file_that_changes_after_it_was_read_or_is_gone(lines, tmp_path, monkeypatch):
