@@ -124,8 +124,8 @@ def _make(
     """Makes the store in a local folder that is locked; `tokenizer` None: trained first."""
     folder = out / store.PARTS
     folder.mkdir(exist_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
+    for leftover in (*folder.glob("*.tmp"), *(out / name for name in store.OPTIONAL)):  # perhaps of another request
+        leftover.unlink(missing_ok=True)
     reading, names = Reading(), {}
     with _Progress(found.sources, enabled=progress) as bar, inputs.InputFiles(found.sources) as files:
         if tokenizer is None:
@@ -448,7 +448,7 @@ def _finished(out: Path | epath.Path, request: dict[str, Any], sources: Sequence
         )
     if changed is None and (newer := _newer(sources, provenance["created"])):
         log.warning("%s was written after %s was made, which keeps no record of its inputs: is it of this text?", newer, out)
-    return store.open_store(out)
+    return store.open_store(out if storage.is_remote(out) else Path(out).absolute())  # never a built-in name
 
 
 def _newer(sources: Sequence[Source], created: str) -> Path | None:
