@@ -53,14 +53,14 @@ def test_a_file_that_was_edited_in_place(lines, command, tmp_path, capsys, monke
 
 
 def test_many_changes_are_counted(tmp_path):
-    for i in range(5):
+    for i in range(7):
         (tmp_path / f"{i}.txt").write_text(f"text {i}")
-    recipe = prepare.Recipe(tuple(str(tmp_path / f"{i}.txt") for i in range(5)), "bytes")
+    recipe = prepare.Recipe(tuple(str(tmp_path / f"{i}.txt") for i in range(7)), "bytes")
     prepare.prepare(recipe, tmp_path / "store")
-    for i in range(5):
+    for i in range(7):
         (tmp_path / f"{i}.txt").write_text(f"TEXT {i}")
         os.utime(tmp_path / f"{i}.txt", ns=(0, 10**18))
-    with pytest.raises(StoreError, match=r"since then \S+0.txt, \S+1.txt, \S+2.txt and 2 more changed"):
+    with pytest.raises(StoreError, match=r"since then \S+0.txt, \S+1.txt, \S+2.txt, \S+3.txt, \S+4.txt, and 2 more changed"):
         prepare.prepare(recipe, tmp_path / "store")
 
 
