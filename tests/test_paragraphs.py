@@ -33,7 +33,7 @@ def test_an_empty_line_ends_a_paragraph_and_without_any_a_line_does():
     (a, b), _ = keys(LINE, other)
     for text in (f"{LINE}\n\n{other}", f"{LINE}\r\n\r\n{other}", f"{LINE}\n\n\n\n{other}\n", f"\n\n{LINE}\n{other}\n\n"):
         assert keys(text) == ([a, b], [2])
-    assert len(keys(f"{LINE}\n{other}\n\nshort")[0]) == 1  # one paragraph of two lines
+    assert keys(f"{LINE}\n{other}\n\nshort") == keys(f"{LINE}\r\n{other}\r\n\r\nshort") == keys(f"{LINE} {other}")
 
 
 def test_short_paragraphs_are_not_looked_at():

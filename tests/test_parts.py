@@ -65,6 +65,12 @@ def test_changed_text_and_damaged_parts_are_encoded_again(tmp_path):
     again, _ = parts.encode_documents(changed, ByteTokenizer(), tmp_path)
     assert [part.encoded for part in again] == [False, True, True, True, False]
 
+    class Other(ByteTokenizer):
+        sha256 = "0" * 64
+
+    others, _ = parts.encode_documents(changed, Other(), tmp_path)
+    assert all(part.encoded for part in others)
+
 
 def test_parts_of_the_first_version_are_not_taken(tmp_path):
     """Their names were of the same length, and they have neither hashes nor paragraphs."""

@@ -118,6 +118,26 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
     assert not (out / "parts").exists()
 
 
+def test_files_of_another_request_that_was_not_finished_do_not_stay(lines, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_header", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(prepare.Recipe((lines,), tokenizer="bpe:300"), tmp_path / "store")
+    assert {"tokenizer.json", "inputs.json"} <= {path.name for path in (tmp_path / "store").iterdir()}
+    recipe = prepare.Recipe(("sotu",), tokenizer="bytes")
+    assert prepare.prepare(recipe, tmp_path / "store").tokenizer().name == "bytes"
+    assert prepare.prepare(recipe, tmp_path / "store")
+
+
+def test_a_folder_with_the_name_of_a_built_in_store(lines, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = prepare.prepare(prepare.Recipe((lines,), "bytes"), "sotu-bytes")
+    assert prepare.prepare(prepare.Recipe((lines,), "bytes"), "sotu-bytes").fingerprint == made.fingerprint
+
+
 def test_killed_while_the_header_is_written(lines, tmp_path, monkeypatch):
     recipe, out = prepare.Recipe((lines,), tokenizer="bpe:300"), tmp_path / "store"
 

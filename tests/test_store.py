@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_a_store_is_verified_once_until_its_files_are_written(copy, reads):
     assert len(reads) == 4
 
 
-def test_a_store_that_was_just_made_is_not_read_again(tmp_path, reads):
+def test_a_store_that_was_just_made_is_not_read_again(tmp_path, reads, monkeypatch):
     (tmp_path / "a.txt").write_text("one two three|four five six|seven eight nine|ten")
     made = prepare(Recipe((str(tmp_path / "a.txt"),), "bytes", form=Format(separator="|")), tmp_path / "store")
     assert open_store(made.path)
@@ -232,6 +233,14 @@ def test_a_store_that_was_just_made_is_not_read_again(tmp_path, reads):
     for _ in range(2):
         assert open_store(made.path)
     assert len(reads) == 2
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GQA_JAX_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert open_store(made.path)
+    assert len(reads) == 3
 
 
 def test_a_damaged_built_in_store_says_how_to_get_another(tmp_path, monkeypatch):

@@ -22,11 +22,12 @@ def command(tmp_path, monkeypatch):
     find, read = prepare.find_sources, prepare.read_documents
 
     def found(*arguments):
-        return Found(find(*arguments).sources, {"hidden": [f".x{i}" for i in range(22)], "README beside data": ["README"]})
+        left_out = {"README beside data": ["README"], "hidden": [f".x{i}" for i in range(22)]}
+        return Found(find(*arguments).sources, left_out | {f"the same file as {i}": [f"{i}b"] for i in range(25)})
 
     def reading(source, form, met: Reading):
         met.bad_lines["not JSON"] = BadLines(3, "books.jsonl:7")
-        met.notes = ["x.txt is UTF-16: read as such"]
+        met.note("UTF-16, read as such", "x.txt")
         return read(source, form, met)
 
     monkeypatch.setattr(prepare, "find_sources", found)
@@ -48,10 +49,10 @@ def test_summary_and_report(command, tmp_path, capsys, monkeypatch):
         "LOSES TEXT: of a sample (",
         "1 document with the text of another, on the side of that one\n",
         f"{held_out} of {held_out} held-out paragraphs (100.0%), in {held_out} of {held_out} documents, are in the training",
-        "left out: 23 paths (22 hidden, 1 README beside data)\n",
+        "left out: 48 paths (22 hidden, 1 README beside data, 1 the same file as 0, 24 for other reasons)\n",
         "3 bad lines left out: see --report\n",
         "note: source letter.jsonl has 1 document: none of it is held out\n",
-        "note: x.txt is UTF-16: read as such\n",
+        "note: x.txt and 1 more: UTF-16, read as such\n",
     ):
         assert f"  {line}" in short
     sample = made.header["provenance"]["tokenizer_sample"]
@@ -66,9 +67,10 @@ def test_summary_and_report(command, tmp_path, capsys, monkeypatch):
     for line in (
         "sources:\n",
         "books.jsonl          61",
-        "JSON lines      2         62",
+        "JSON      2         62",
         "22 hidden:\n    .x0\n",
         "    .x19\n    and 2 more\n",
+        "  7 for other reasons\n",
         "3 bad lines: not JSON; first: books.jsonl:7\n",
         "LOSES TEXT: of a sample (",
         "source letter.jsonl has 1 document: none of it is held out\n",
@@ -80,7 +82,7 @@ def test_a_store_without_doubts_is_short(tmp_path, capsys):
     command = ["sotu", "--out", str(tmp_path / "store"), "--tokenizer", "bytes"]
     assert prepare.main(command) == 0
     short = capsys.readouterr().out
-    assert "loses nothing of a sample (64 pieces of documents" in short
+    assert "lossless on a sample (64 pieces of documents" in short
     assert "1 source: sotu (10 of 233 documents held out)" in short
     for word in ("note", "left out:", "bad", "with the text of another", "paragraphs", "LOSES"):
         assert word not in short

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gqa_jax.data.documents import InputError
+from gqa_jax.data.sources import InputError
 
 TAIL_BLOCK = 131_072  # tokens: the end of a single document is cut on a border of blocks of at most this size
 _NAMED = 3  # sources that a sentence names; of more it says how many

@@ -17,7 +17,7 @@ from pathlib import Path
 from etils import epath
 
 from gqa_jax import storage
-from gqa_jax.data.documents import InputError, Source
+from gqa_jax.data.sources import InputError, Source, reason, shown
 from gqa_jax.data.store import INPUTS, StoreError
 
 _READ_BYTES = 1 << 20
@@ -84,7 +84,7 @@ def changed_since(out: Path | epath.Path, sources: Sequence[Source]) -> list[str
         raise StoreError(
             f"{out / INPUTS} can't be used ({error}): delete it; changes of the inputs then go unnoticed"
         ) from error
-    return [str(source.path) for source, fact in zip(files, facts, strict=True) if _differs(source.path, *fact)]
+    return [shown(source.path) for source, fact in zip(files, facts, strict=True) if _differs(source.path, *fact)]
 
 
 def _differs(path: Path, size: int, mtime_ns: int, sha256: str) -> bool:
@@ -98,7 +98,7 @@ def _state(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: it was there when the inputs were looked for") from error
+        raise InputError(f"{shown(path)}: {reason(error)}: it was there when the inputs were looked for") from error
 
 
 def _identity(state: os.stat_result) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ def _identity(state: os.stat_result) -> tuple[int, ...]:
 
 
 def _changed(path: Path) -> InputError:
-    return InputError(f"{path} has changed while it was read: give the same command again when nothing writes to it")
+    return InputError(f"{shown(path)} has changed while it was read: give the same command again when nothing writes to it")
 
 
 def _sha256(path: Path, stop: threading.Event) -> str:
@@ -116,5 +116,5 @@ def _sha256(path: Path, stop: threading.Event) -> str:
             while (count := file.readinto(block)) and not stop.is_set():
                 digest.update(memoryview(block)[:count])
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{shown(path)}: {reason(error)}") from error
     return digest.hexdigest()

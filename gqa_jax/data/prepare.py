@@ -38,6 +38,7 @@ from gqa_jax import storage
 from gqa_jax.config import differing_fields
 from gqa_jax.data import holdout, inputs, parts, store, summary
 from gqa_jax.data.documents import Format, Found, InputError, Reading, Source, find_sources, read_documents
+from gqa_jax.data.sources import few, shown
 from gqa_jax.data.store import StoreError, TokenStore
 from gqa_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -124,8 +125,8 @@ def _make(
     """Makes the store in a local folder that is locked; `tokenizer` None: trained first."""
     folder = out / store.PARTS
     folder.mkdir(exist_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
+    for leftover in (*folder.glob("*.tmp"), *(out / name for name in store.OPTIONAL)):  # perhaps of another request
+        leftover.unlink(missing_ok=True)
     reading, names = Reading(), {}
     with _Progress(found.sources, enabled=progress) as bar, inputs.InputFiles(found.sources) as files:
         if tokenizer is None:
@@ -345,7 +346,7 @@ def _documents(
                 if index >= MAX_SOURCES and form.source_key is not None:
                     raise InputError(
                         f"--source_key {form.source_key}: more than {MAX_SOURCES:,} values, as {document.source!r} in "
-                        f"{source.name}: give a field that names kinds of text"
+                        f"{shown(source.name)}: give a field that names kinds of text"
                     )
                 yield document.text, index
         except InputError:
@@ -441,14 +442,13 @@ def _finished(out: Path | epath.Path, request: dict[str, Any], sources: Sequence
         )
     changed = inputs.changed_since(out, sources)
     if changed:
-        more = f" and {len(changed) - 3:,} more" if len(changed) > 3 else ""
         raise StoreError(
-            f"{out} holds a finished store of these inputs as they were; since then {', '.join(changed[:3])}{more} changed; "
+            f"{out} holds a finished store of these inputs as they were; since then {few(changed)} changed; "
             "nothing was changed in the store: choose another --out, or delete that folder first"
         )
     if changed is None and (newer := _newer(sources, provenance["created"])):
         log.warning("%s was written after %s was made, which keeps no record of its inputs: is it of this text?", newer, out)
-    return store.open_store(out)
+    return store.open_store(out if storage.is_remote(out) else Path(out).absolute())  # never a built-in name
 
 
 def _newer(sources: Sequence[Source], created: str) -> Path | None:

@@ -252,7 +252,11 @@ def _verified(made: TokenStore) -> TokenStore:
 
 
 def _record_of(made: TokenStore) -> Path:
-    return storage.cache("verified") / f"{hashlib.sha256(os.fsencode(made.path.resolve())).hexdigest()[:32]}.json"
+    try:
+        folder = storage.cache("verified")
+    except RuntimeError:  # no home: as with a cache that can't be written, nothing is remembered
+        folder = Path(os.devnull)
+    return folder / f"{hashlib.sha256(os.fsencode(made.path.resolve())).hexdigest()[:32]}.json"
 
 
 def _state(made: TokenStore) -> dict[str, Any]:

@@ -15,18 +15,20 @@ import numpy as np
 from gqa_jax.data.documents import Found, Reading
 from gqa_jax.data.store import SPLITS, TokenStore
 
-_KEPT = 20  # paths of each reason for leaving files out, and notes, that the header keeps; of all there is the number
-_SHOWN = 3  # sources in the summary
+_KEPT = 20  # reasons for leaving files out, paths of each, and notes, that the header keeps; of all there is the number
+_SHOWN = 3  # sources, and reasons for leaving files out, in the summary
 
 
 def of_inputs(found: Found, reading: Reading) -> dict[str, Any]:
     """For the header's provenance: what was read and what was left out."""
+    reasons = sorted(found.left_out.items(), key=lambda item: -len(item[1]))
     return {
         "kinds": {
             kind: {"files": counted.files, "documents": counted.documents, "bytes": counted.text_bytes}
             for kind, counted in reading.kinds.items()
         },
-        "left_out": {reason: {"files": len(paths), "first": paths[:_KEPT]} for reason, paths in found.left_out.items()},
+        "left_out": {reason: {"files": len(paths), "first": paths[:_KEPT]} for reason, paths in reasons[:_KEPT]},
+        "n_left_out": sum(len(paths) for _, paths in reasons),
         "bad_lines": {reason: {"lines": bad.count, "first": bad.first} for reason, bad in reading.bad_lines.items()},
         "notes": reading.notes[:_KEPT],
         "n_notes": len(reading.notes),
@@ -53,8 +55,10 @@ def short(made: TokenStore, out: os.PathLike, seconds: float | None) -> str:
     if provenance.get("copies") or (provenance.get("paragraphs") or {}).get("copied_paragraphs"):
         lines += [f"  {sentence}" for sentence in _copies(provenance)]
     if left_out := provenance.get("left_out"):
-        reasons = ", ".join(f"{facts['files']:,} {reason}" for reason, facts in left_out.items())
-        lines.append(f"  left out: {_counted(sum(facts['files'] for facts in left_out.values()), 'path')} ({reasons})")
+        reasons = [f"{facts['files']:,} {reason}" for reason, facts in left_out.items()]
+        others = provenance["n_left_out"] - sum(facts["files"] for facts in list(left_out.values())[:_SHOWN])
+        why = ", ".join([*reasons[:_SHOWN], *([f"{others:,} for other reasons"] if others else [])])
+        lines.append(f"  left out: {_counted(provenance['n_left_out'], 'path')} ({why})")
     if bad := provenance.get("bad_lines"):
         lines.append(f"  {_counted(sum(facts['lines'] for facts in bad.values()), 'bad line')} left out: see --report")
     lines += [f"  note: {sentence}" for sentence in _doubts(made)]
@@ -92,6 +96,9 @@ def report(made: TokenStore) -> str:
         sections["left out"] += [f"{facts['files']:,} {reason}:", *(f"  {path}" for path in facts["first"])]
         if facts["files"] > len(facts["first"]):
             sections["left out"].append(f"  and {facts['files'] - len(facts['first']):,} more")
+    others = provenance.get("n_left_out", 0) - sum(facts["files"] for facts in provenance.get("left_out", {}).values())
+    if others:
+        sections["left out"].append(f"{others:,} for other reasons")
     for reason, facts in provenance.get("bad_lines", {}).items():
         sections["left out"].append(f"{_counted(facts['lines'], 'bad line')}: {reason}; first: {facts['first']}")
     if "left_out" not in provenance:
@@ -149,7 +156,7 @@ def _tokenizer_loss(provenance: Mapping[str, Any]) -> list[str]:
         return []
     size = f"{_counted(sample['pieces'], 'piece')} of documents, {sample['text_bytes'] / 1e6:,.3f} MB"
     if not sample["changed"]:
-        return [f"loses nothing of a sample ({size})"]
+        return [f"lossless on a sample ({size})"]
     before, after = sample["example"]
     return [
         f"LOSES TEXT: of a sample ({size}) {sample['changed'] / sample['pieces']:.1%} of the pieces come back changed, "
