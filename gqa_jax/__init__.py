@@ -1,13 +1,14 @@
 """Scaling-law studies of grouped-query attention at long context.
 
-`gqa_jax.load_results(path)` gives a grid's loss table as a pandas DataFrame; everything else is in its module.
+`gqa_jax.load_results(path)` gives a grid's loss table as a pandas DataFrame, `load_evaluations` the losses by source and
+position, `load_differences` those between runs, `load_costs` what serving costs; everything else is in its module.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["load_costs", "load_results"]
+__all__ = ["load_costs", "load_differences", "load_evaluations", "load_results"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,3 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(results, name)
     raise AttributeError(f"module 'gqa_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

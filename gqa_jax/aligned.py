@@ -85,7 +85,8 @@ def equal_training_curves(
     Args: as in `equal_training_cost`. params: the N to look at, without embeddings.
 
     Columns: n_heads, n_kv_heads, n_params, n_layers, d_model, tokens, tokens_per_param, loss, loss_low, loss_high (95% of the
-    draws; nan without), and with `context_served` also c_infer, m_infer and cost. Raises ValueError as there.
+    draws, on the held-out text of the runs; nan without), and with `context_served` also c_infer, m_infer and cost. Raises
+    ValueError as there.
     """
     plan = _Plan.of(laws, budget, train_context, convention, aspect)
     params = np.asarray(params, np.float64).ravel()
@@ -101,7 +102,9 @@ def equal_training_curves(
             {"n_params": params, "n_layers": shape.n_layers, "d_model": shape.d_model, "tokens": tokens}
             | {"tokens_per_param": tokens / params, "loss": laws[heads].predict(params, tokens)}
         )
-        ends = [np.nan, np.nan] if drawn is None else quantiles(drawn.predict(i, params, tokens), _TAILS)
+        ends = [np.nan, np.nan]
+        if drawn is not None:  # on the text of the runs: what all losses have in common would widen all bands alike
+            ends = quantiles(drawn.predict(i, params, tokens) - np.reshape(drawn.shift, (-1, 1)), _TAILS)
         frame["loss_low"], frame["loss_high"] = ends
         if context_served is not None:
             frame["c_infer"] = costs.infer_flops(shape, context_served, convention)

@@ -3,6 +3,8 @@
 Orbax writes each checkpoint into a temporary folder and renames it when it is complete, so a kill during a save leaves the
 one before it. Against damage after that, every checkpoint carries a checksum of each array, computed on the devices; a
 checkpoint that can't be read or doesn't match is reported, moved to `damaged-checkpoints/`, and the one before it is used.
+One that is whole but holds the state after another step than its folder is named for was renamed or copied by somebody: it is
+refused and left where it is.
 
 Every process writes the shards that it holds into the one folder, which all share, and reads those that it needs, so another
 number of processes and another mesh can go on. Except for `Checkpoints.wait` all functions are for all processes together.
@@ -10,6 +12,7 @@ number of processes and another mesh can go on. Except for `Checkpoints.wait` al
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -40,8 +43,20 @@ class Restored(NamedTuple):
     metadata: dict[str, Any]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Parameters:
+    """What is read of another run's state: leaves have the paths that they have in a `TrainState`."""
+
+    step: jax.Array
+    params: Any
+
+
 class Checkpoints:
-    """The checkpoints of one run folder. Use as a context manager: leaving it waits for a save under way."""
+    """The checkpoints of one run folder, of states that have a `step`, an integer scalar.
+
+    Use as a context manager: leaving it waits for a save under way.
+    """
 
     def __init__(self, workdir: epath.PathLike, keep: int):
         """Opens (and makes) `workdir/checkpoints`; the newest `keep` are kept. Leftovers of a killed save are removed."""
@@ -60,9 +75,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Starts saving the state after `step` optimizer steps with JSON-serialisable metadata; returns before it is written.
 
-        Nothing is done when this step is saved. An error of the save before it (a full disk, say) is raised here or in `wait`.
+        The metadata is kept with `step` and `checksums` added. Nothing is done when this step is saved. An error of the save
+        before it (a full disk, say) is raised here or in `wait`.
         """
-        metadata = metadata | {"checksums": _fetch(checksums(state))}
+        metadata = metadata | {"step": step, "checksums": _fetch(checksums(state))}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         )
@@ -73,21 +89,29 @@ class Checkpoints:
         self._manager.check_for_errors()
 
     def newest_metadata(self) -> dict[str, Any] | None:
-        """Metadata of the newest checkpoint whose metadata can be read, None when there is no checkpoint."""
+        """Metadata of the newest checkpoint whose metadata can be read, None when there is no checkpoint.
+
+        Raises ConfigError when it is of another step than its folder is named for (metadata of the first version has no step).
+        """
         return distributed.from_primary("metadata of checkpoints", self._newest_metadata)
 
     def _newest_metadata(self) -> dict[str, Any] | None:
         for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self._folder / str(step)
             try:
-                return _read_metadata(self._folder / str(step))
+                metadata = _read_metadata(folder)
             except Exception as error:  # orbax has no single class for unreadable files
-                log.warning("checkpoint %s: metadata can't be read (%s)", self._folder / str(step), errors.named(error, 200))
+                log.warning("checkpoint %s: metadata can't be read (%s)", folder, errors.named(error, 200))
+                continue
+            _refuse_renamed(folder, metadata)
+            return metadata
         return None
 
     def restore_newest(self, abstract_state: Any) -> Restored | None:
         """The newest undamaged checkpoint, its arrays placed as the ShapeDtypeStructs (with shardings) of `abstract_state`.
 
-        None when there is none. Damaged ones are logged and moved aside, never deleted.
+        None when there is none. Damaged ones are logged and moved aside, never deleted. Raises ConfigError when it is of
+        another step than its folder is named for.
         """
         for step in distributed.from_primary("checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True)):
             folder = self._folder / str(step)
@@ -98,6 +122,7 @@ class Checkpoints:
                 ),
             )
             if damage is None:
+                _refuse_renamed(folder, metadata, state)
                 return Restored(step, state, metadata)
             self._set_aside(step, damage)
         return None
@@ -116,11 +141,13 @@ class Checkpoints:
 def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
     """The newest undamaged checkpoint of another run, which is left as it is; of its state only the parameters.
 
-    Arrays are placed as the ShapeDtypeStructs of `abstract_params`. Raises ConfigError when no checkpoint can be used, or its
-    parameters have other shapes.
+    Arrays are placed as the ShapeDtypeStructs of `abstract_params`. Raises ConfigError when no checkpoint can be used, its
+    parameters have other shapes, or it is of another step than its folder is named for.
     """
     folder = _folder(workdir)
-    wanted = {"params": abstract_params}
+    leaves = jax.tree.leaves(abstract_params)
+    step_like = jax.ShapeDtypeStruct((), jnp.int32, sharding=_replicated(leaves) or leaves[0].sharding)
+    wanted = {"step": step_like, "params": abstract_params}
     arguments = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
@@ -138,12 +165,25 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
                 f"{shapes.get(path, 'not there')}: give the `model` fields of that run"
             )
         if damage is None:
-            params, metadata, damage = _read(at, lambda at=at: restore(at / "state", args=arguments)["params"], ".params")
+            state, metadata, damage = _read(at, lambda at=at: _Parameters(**restore(at / "state", args=arguments)))
             if damage is None:
-                return Restored(step, params, metadata)
+                _refuse_renamed(at, metadata, state, "continue_from: ")
+                return Restored(step, state.params, metadata)
         problems.append(f"that of step {step} is damaged ({damage})")
         log.warning("continue_from: %s is damaged (%s)", at, damage)
     raise ConfigError(f"continue_from: {folder} has no checkpoint to start from: {'; '.join(problems) or 'there is none'}")
+
+
+def _refuse_renamed(folder: epath.Path, metadata: dict[str, Any], state: Any = None, prefix: str = "") -> None:
+    """Raises ConfigError unless metadata and, where given, state are those after the step that the folder is named for."""
+    step = int(folder.name)
+    found = [] if state is None else [int(state.step)]
+    for held in (*found, metadata.get("step", step)):  # that of the first version has none
+        if held != step:
+            raise ConfigError(
+                f"{prefix}{folder} holds the state after step {held}, not {step}: it was renamed or copied: give it back its "
+                "name, or move it away"
+            )
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
@@ -152,7 +192,9 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _finished_steps(folder: epath.Path) -> list[int]:
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    """Steps of the finished checkpoints: of folders whose name is the step and nothing else, unlike "backup_60"."""
+    found = set(ocp.utils.checkpoint_steps(folder)) if folder.exists() else set()
+    return sorted(step for step in found if (folder / str(step)).exists())
 
 
 def _saved_shapes(folder: epath.Path) -> tuple[dict[str, str] | None, str | None]:
@@ -167,10 +209,10 @@ def _shapes(params: Any) -> dict[str, str]:
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _by_path(params).items()}
 
 
-def _read(folder: epath.Path, restore: Callable[[], Any], prefix: str = "") -> tuple[Any, dict[str, Any] | None, str | None]:
+def _read(folder: epath.Path, restore: Callable[[], Any]) -> tuple[Any, dict[str, Any] | None, str | None]:
     """State and metadata of a checkpoint, and on all processes alike what is wrong with it (None: nothing).
 
-    `restore` reads the state, or the part of it that lies below the path `prefix`.
+    `restore` reads the state, or some of its leaves, at their paths.
     """
     state = metadata = damage = None
     try:  # not by the manager, which makes processes that could read wait for those that couldn't
@@ -184,7 +226,7 @@ def _read(folder: epath.Path, restore: Callable[[], Any], prefix: str = "") -> t
     if damages := distributed.gather(f"reading {folder.name}", damage):
         return None, None, next(iter(damages.values()))
     found = _fetch(checksums(state))
-    wrong = [path for path in found if saved.get(prefix + path) != found[path]]
+    wrong = [path for path in found if saved.get(path) != found[path]]
     return state, metadata, f"checksum of {wrong[0]} differs" if wrong else None
 
 

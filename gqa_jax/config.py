@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -77,6 +78,9 @@ class ModelConfig:
 # Rules of the first version, by group and field: what a stored configuration without the field was made with. They are not in
 # an identity, so that what was trained with them keeps its name.
 OLD_RULES: Mapping[str, Mapping[str, str]] = {"evaluation": {"windows": "first"}, "optimizer": {"warmup_from": "zero"}}
+
+# Built-in token stores of that version, and what they are called today: documents were held out by their position.
+OLD_STORES: Mapping[str, str] = {name: f"{name}@position" for name in ("sotu-bytes", "sotu-gpt2")}
 
 # What the arrays of a model depend on. Not here: rope_theta, which a phase at a longer context may raise.
 _PARAMETER_FIELDS = (
@@ -286,13 +290,22 @@ class TrainConfig:
         """The configuration that `to_dict` gave, now or in an earlier version: what a config.json holds.
 
         A field that is not there did not exist when it was written, and has the value of the rule that was then in force
-        (`OLD_RULES`), not today's default. Raises ConfigError as `from_dict`.
+        (`OLD_RULES`), not today's default; built-in token stores are those of that time. Raises ConfigError as `from_dict`.
         """
         values = dict(values)
+        data, evaluation = values.get("data"), values.get("evaluation", {})
+        if isinstance(data, Mapping) and isinstance(evaluation, Mapping) and "windows" not in evaluation:
+            values["data"] = {k: OLD_STORES.get(v, v) if k == "store" and isinstance(v, str) else v for k, v in data.items()}
         for group, fields in OLD_RULES.items():
             if isinstance(values.get(group, {}), Mapping):
                 values[group] = fields | dict(values.get(group, {}))
         return cls.from_dict(values)
+
+    def under_old_rules(self) -> TrainConfig:
+        """This run as the first version had it: its rules (`OLD_RULES`), and built-in token stores of its time."""
+        groups = {group: dataclasses.replace(getattr(self, group), **fields) for group, fields in OLD_RULES.items()}
+        data = dataclasses.replace(self.data, store=OLD_STORES.get(self.data.store, self.data.store))
+        return dataclasses.replace(self, **groups, data=data)
 
     def rules(self, holdout: str) -> str:
         """The rules behind the loss of this run, like "hash/spread/one": `holdout` of its token store, windows, warm-up.
@@ -300,6 +313,17 @@ class TrainConfig:
         Losses under different rules are not comparable: the text that they are of differs, or the training.
         """
         return "/".join((holdout, self.evaluation.windows, self.optimizer.warmup_from))
+
+    def heldout(self, data_fingerprint: str) -> str:
+        """Stands for the targets of the evaluation, like "1f2e3d4c5b6a/spread/8x131072": runs with the same have the same.
+
+        Args:
+          data_fingerprint: of the token store that the run reads.
+        """
+        tokens = self.evaluation.tokens
+        unit = tokens if self.evaluation.windows == "first" else math.gcd(tokens, self.data.block_tokens)
+        cut = str(tokens) if unit == tokens else f"{tokens // unit}x{unit}"
+        return f"{data_fingerprint[:12]}/{self.evaluation.windows}/{cut}"
 
     def check_source(self, source: TrainConfig) -> None:
         """Raises ConfigError unless this run can start from the parameters of `source`, naming the fields that differ."""

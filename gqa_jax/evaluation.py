@@ -1,56 +1,262 @@
-"""Held-out loss with its standard error, in nats per token and bits per byte."""
+"""Held-out loss with its standard error: of all targets, by source, and by how much of the text came before.
+
+A standard error is clustered by document, as losses within one depend on each other, and an interval is Student's t with
+documents - 1 degrees of freedom. Both are of the choice of documents: what another draw of held-out text would change. All runs
+evaluated on the same targets share it, so it says nothing of the difference between two of them: `difference` does.
+
+With few documents, or a few long ones among many, the interval is too narrow still: Cameron and Miller (2015), Section VI, who
+count as few what is below 20 to 50 clusters. Below 10 take it as a lower bound of what is not known.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gqa_jax import errors
+
+if TYPE_CHECKING:
+    from gqa_jax.data.reader import EvalBatches, HeldOutDocuments
+
+NATS, BITS = "nats/token", "bits/byte"
+TASK = "held-out"
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A ratio of sums over documents; what needs two documents is None where there is one."""
+
+    value: float
+    standard_error: float | None
+    low: float | None  # ends of the 95% interval
+    high: float | None
+    n_documents: int
+
+
+class Part(NamedTuple):
+    """A row of the long table of evaluations, of the targets of one source or of one range of positions, or of all."""
+
+    source: str  # "": all
+    position: str  # how many targets came before in the window, as "0", "1", "2-3", "4-7"; "": any
+    metric: str  # loss or bits_per_byte
+    value: float
+    standard_error: float | None
+    n: int  # targets
+    n_documents: int
+    unit: str
+
+
+class Documents(NamedTuple):
+    """What an evaluation found of each document, D of them."""
+
+    document: np.ndarray  # uint64 (D,): hash of its ids
+    source: np.ndarray  # int32 (D,): index in `sources`; -1 where the store keeps none
+    sources: np.ndarray  # str: names
+    tokens: np.ndarray  # int64 (D,): targets
+    text_bytes: np.ndarray  # int64 (D,): bytes of text that these stand for
+    loss: np.ndarray  # float64 (D,): nats, summed over them
+
 
 class Evaluation(NamedTuple):
-    """Result of an evaluation; `loss_sem` is None when the tokens come from fewer than two documents."""
+    """Result of an evaluation; None: needs two documents, or text."""
 
     loss: float  # mean -log p, nats per token
     loss_sem: float | None  # standard error of `loss`, clustered by document
-    bits_per_byte: float
+    loss_low: float | None  # ends of its 95% interval
+    loss_high: float | None
+    bits_per_byte: float | None  # of the text that the ids of the targets decode to
     tokens: int
     documents: int
+    heldout_tokens: int  # of the whole held-out split
+    heldout_documents: int
+    parts: tuple[Part, ...]
+    by_document: Documents
 
 
-def evaluate(
-    token_losses: Callable[[dict[str, np.ndarray]], np.ndarray],
-    batches: Iterable[dict[str, np.ndarray]],
-    document_ids: np.ndarray,
-    n_bytes: float,
-) -> Evaluation:
-    """Averages `token_losses(batch)` -> (B, T) nats over `batches`.
+def evaluate(token_losses: Callable[[dict[str, np.ndarray]], np.ndarray], batches: EvalBatches) -> Evaluation:
+    """Averages `token_losses(batch)` -> (B, T) nats over held-out batches; `token_losses` is the model, with its parameters."""
+    losses = np.concatenate([np.asarray(token_losses(batch), np.float64)[batch["mask"]] for batch in batches])
+    held_out, index = batches.documents, batches.document_index
+    n_documents = len(held_out.numbers)
+    sums = np.bincount(index, weights=losses, minlength=n_documents)
+    parts = [*_parts("", "", sums, held_out.tokens, held_out.text_bytes)]
+    for i, name in enumerate(held_out.source_names):
+        own = held_out.sources == i
+        parts += _parts(name, "", sums[own], held_out.tokens[own], held_out.text_bytes[own])
+    # Exponents of frexp are bit lengths: 0, 1, 2, 2, 3, 3, 3, 3, 4 ... of positions 0, 1, 2 ...
+    bucket = np.frexp(np.arange(batches.context_length))[1].astype(np.int64)
+    n_buckets = int(bucket[-1]) + 1
+    places = np.tile(bucket, batches.tokens // batches.context_length) * n_documents + index
+    shape = (n_buckets, n_documents)
+    bucket_sums = np.bincount(places, weights=losses, minlength=n_buckets * n_documents).reshape(shape)
+    bucket_tokens = np.bincount(places, minlength=n_buckets * n_documents).reshape(shape)
+    for i, name in enumerate(position_buckets(batches.context_length)):
+        there = bucket_tokens[i] > 0
+        parts += _parts("", name, bucket_sums[i][there], bucket_tokens[i][there], None)
+    whole = estimate(sums, held_out.tokens)
+    bits = [part.value for part in parts if (part.source, part.metric) == ("", "bits_per_byte")]
+    return Evaluation(
+        loss=whole.value,
+        loss_sem=whole.standard_error,
+        loss_low=whole.low,
+        loss_high=whole.high,
+        bits_per_byte=bits[0] if bits else None,
+        tokens=losses.size,
+        documents=n_documents,
+        heldout_tokens=batches.heldout_tokens,
+        heldout_documents=batches.heldout_documents,
+        parts=tuple(parts),
+        by_document=_by_document(held_out, sums),
+    )
 
-    Args:
-      token_losses: the model, with its parameters.
-      batches: dicts of `tokens`, `targets` (B, T) and a boolean `mask` (B, T) of the targets that count, in store order.
-      document_ids: document of each counted target, in the same order.
-      n_bytes: bytes of text that the counted targets stand for.
-    """
-    losses = np.concatenate([np.asarray(token_losses(b), np.float64)[b["mask"]] for b in batches])
-    mean, sem, documents = clustered_mean(losses, document_ids)
-    return Evaluation(mean, sem, float(losses.sum() / math.log(2) / n_bytes), losses.size, documents)
+
+def position_buckets(context_length: int) -> list[str]:
+    """Names of the ranges of positions 0 ... context_length - 1, each twice as long as the one before: "0", "1", "2-3" ..."""
+    names = ["0"]
+    for power in range((context_length - 1).bit_length()):
+        first, last = 1 << power, min((2 << power) - 1, context_length - 1)
+        names.append(str(first) if first == last else f"{first}-{last}")
+    return names
 
 
-def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None, int]:
-    """Mean of `values`, its standard error when values of one cluster are dependent, and the number of clusters.
+def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """The ratio sum(sums) / sum(counts) of independent clusters, one element each.
 
     Linearised variance of a ratio estimator with G/(G-1) small-sample factor (Cameron and Miller 2015, "A practitioner's
-    guide to cluster-robust inference", Eq. 11 and Section VI.A): Var = G/(G-1) * sum_g (sum_i in g (v_i - mean))^2 / n^2.
+    guide to cluster-robust inference", Eq. 11 and Section VI.A): Var = G/(G-1) * sum_g (sums_g - ratio counts_g)^2 / n^2, where
+    n = sum(counts). Interval: Student's t with G - 1 degrees of freedom.
     """
-    if values.shape != clusters.shape:
-        raise ValueError(f"one cluster per value: {values.shape} values, {clusters.shape} clusters")
-    mean = float(values.mean())
-    _, index = np.unique(clusters, return_inverse=True)
-    residuals = np.bincount(index, weights=values - mean)
-    n_clusters = len(residuals)
+    if sums.shape != counts.shape:
+        raise ValueError(f"one count per sum: {sums.shape} sums, {counts.shape} counts")
+    total, n_clusters = counts.sum(), len(sums)
+    value = float(sums.sum() / total)
     if n_clusters < 2:
-        return mean, None, n_clusters
-    variance = n_clusters / (n_clusters - 1) * np.sum(np.square(residuals)) / values.size**2
-    return mean, float(np.sqrt(variance)), n_clusters
+        return Estimate(value, None, None, None, n_clusters)
+    with np.errstate(invalid="ignore"):  # a loss that is no longer finite is an answer too
+        variance = n_clusters / (n_clusters - 1) * np.sum(np.square(sums - value * counts)) / float(total) ** 2
+        error = float(np.sqrt(variance))
+    return Estimate(value, error, *interval(value, error, n_clusters), n_clusters)
+
+
+def interval(value: float, standard_error: float, n_clusters: int) -> tuple[float, float]:
+    """Ends of the 95% interval of an estimate from at least two clusters (Student's t)."""
+    half = student_t(n_clusters - 1) * standard_error
+    return value - half, value + half
+
+
+@functools.cache
+def student_t(freedom: int) -> float:
+    """x with P(|t| < x) = 95% for Student's t with whole degrees of freedom, at least 1; to nine digits.
+
+    As `scipy.special.stdtrit(freedom, 0.975)`, without the time that importing it takes, which a short run would feel. By the
+    sums of Abramowitz and Stegun, 26.7.3 and 26.7.4, or where they are long the series 26.7.5.
+    """
+    if freedom > 200:
+        z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+        terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+        return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+    def inside(angle: float) -> float:
+        """P(|t| < sqrt(freedom) tan(angle))."""
+        odd = freedom % 2
+        term, total = (math.cos(angle) if odd else 1.0), 0.0
+        for k in range(odd + 1, freedom, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * k / (k + 1)
+        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < CONFIDENCE else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+class Difference(NamedTuple):
+    """Loss of one run minus that of another, of the documents that both were evaluated on."""
+
+    estimate: Estimate  # nats per token
+    tokens: int
+    left_out: int  # documents of either that the other doesn't have, or not with as many targets
+
+
+def difference(ours: Documents, theirs: Documents) -> Difference | None:
+    """The difference in loss with its standard error, paired by documents: what they share cancels. None without a document.
+
+    Documents are the same where their ids are, and as many targets of them were counted.
+    """
+    keys = (ours.document, ours.tokens), (theirs.document, theirs.tokens)
+    if all(map(np.array_equal, *keys)):
+        a = b = np.arange(len(ours.document))
+    else:
+        mine, others = (_numbered(*pair) for pair in keys)
+        common = [key for key in mine if key in others]
+        a, b = (np.array([numbers[key] for key in common], np.int64) for numbers in (mine, others))
+    if not len(a):
+        return None
+    found = estimate(ours.loss[a] - theirs.loss[b], ours.tokens[a])
+    return Difference(found, int(ours.tokens[a].sum()), len(ours.document) + len(theirs.document) - 2 * len(a))
+
+
+def _numbered(hashes: np.ndarray, tokens: np.ndarray) -> dict[tuple[int, int, int], int]:
+    """Index of each document by its hash, its targets, and how many before it have both, as equal texts do."""
+    seen, result = Counter(), {}
+    for i, key in enumerate(zip(hashes.tolist(), tokens.tolist(), strict=True)):
+        result[*key, seen[key]] = i
+        seen[key] += 1
+    return result
+
+
+def rows(result: Evaluation, *, step: int, context: int, rules: str) -> list[dict[str, Any]]:
+    """The long table of an evaluation (`gqa_jax.results.EVALUATION_COLUMNS`, without the cell)."""
+    about = {"step": step, "task": TASK, "context": context, "rules": rules}
+    return [about | part._asdict() for part in result.parts]
+
+
+def to_bytes(documents: Documents) -> bytes:
+    """Content of documents.npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **documents._asdict())
+    return buffer.getvalue()
+
+
+def from_bytes(content: bytes) -> Documents:
+    """What `to_bytes` was given. Raises ValueError when that can't be read."""
+    try:
+        with np.load(io.BytesIO(content)) as arrays:
+            found = Documents(*(arrays[name] for name in Documents._fields))
+    except Exception as error:  # zipfile and numpy raise many kinds
+        raise ValueError(errors.named(error)) from error
+    sizes = {len(getattr(found, name)) for name in Documents._fields if name != "sources"}
+    if len(sizes) != 1 or not np.isfinite(found.loss).all():
+        raise ValueError("its columns don't fit together")
+    return found
+
+
+def plus_minus(standard_error: float | None) -> str:
+    """What follows a loss on a screen: " ± 0.0310", nothing where the error is not known."""
+    return "" if standard_error is None else f" ± {standard_error:.4f}"
+
+
+def _parts(source: str, position: str, sums: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray | None) -> Iterator[Part]:
+    """Rows of some documents, or of parts of them: sums in nats, targets and bytes of each."""
+    if not len(sums):
+        return
+    measures = [("loss", sums, tokens, NATS)]
+    if text_bytes is not None and text_bytes.sum() > 0:
+        measures.append(("bits_per_byte", sums / math.log(2), text_bytes, BITS))
+    for metric, numerators, counts, unit in measures:
+        found = estimate(numerators, counts)
+        yield Part(source, position, metric, found.value, found.standard_error, int(tokens.sum()), found.n_documents, unit)
+
+
+def _by_document(held_out: HeldOutDocuments, sums: np.ndarray) -> Documents:
+    names = np.array(held_out.source_names, dtype=np.str_)
+    return Documents(held_out.hashes, held_out.sources, names, held_out.tokens, held_out.text_bytes, sums)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import contexts
+from gqa_jax.laws import contexts, points
 from gqa_jax.laws.heads import Heads
 
 FROM_CONTEXT = 8192
@@ -30,7 +30,7 @@ class Invariance:
     Attributes:
       baseline: name of the heads or of the size that all are compared with.
       differences: a row per model and T, also below `from_context`: model, context, loss, baseline_loss, difference (relative),
-        standard_error (of difference: from `loss_sem` and seeds where both losses have them, else the noise of the test).
+        standard_error (of difference: `context_invariance` says from what; else the noise of the test).
       tests: a row per model: model, contexts (number of, from `from_context` on), mean (difference), slope (per doubling of T),
         slope_low, slope_high, p_value (of no slope), p_adjusted (Holm's, for all models), change (slope times the doublings
         that were trained), change_low, change_high, largest_deviation (from the mean), verdict ("flat", "not flat", "open").
@@ -55,6 +55,7 @@ def context_invariance(
     table: pd.DataFrame,
     baseline: tuple | str,
     *,
+    differences: pd.DataFrame | None = None,
     from_context: int = FROM_CONTEXT,
     tolerance: float = TOLERANCE,
     level: float = 0.95,
@@ -68,9 +69,15 @@ def context_invariance(
     "flat": the interval of the change over the contexts that were trained, and every deviation from the mean, lie within the
     tolerance. "not flat": not so, and the slope is not 0 (Holm's p below 1 - level). "open": the data do not say.
 
+    Standard errors of differences: two runs of the same held-out text (column heldout) are off by what they have in common, so
+    theirs is the error of the difference paired by documents, with the spread of seeds where there are. Where runs do not say
+    on which text they were evaluated, it is that of both losses (`loss_sem`, or the spread of seeds) as if independent.
+
     Args:
       table: loss table (`gqa_jax.load_results`) of several contexts: n_heads, n_kv_heads, params_non_embedding, loss, status,
         context, and size (or n_layers and d_model). Seeds are averaged.
+      differences: of the runs of `pairs`, paired by documents (`gqa_jax.results.load_differences`): cell, other,
+        standard_error.
       baseline: heads, such as (8, 8): other heads are compared with them at the same size, of which the table has one; or the
         name of a size: other sizes are compared with it at the same heads, of which the table has one.
       from_context: least T, tokens, that is tested.
@@ -84,6 +91,43 @@ def context_invariance(
         raise ValueError(f"level = {level}: a share between 0 and 1, such as 0.95")
     if not tolerance > 0:
         raise ValueError(f"tolerance = {tolerance}: a relative difference above 0, such as 0.01")
+    rows, name, compared, said = _chosen(table, baseline)
+    shared = points.shared_sem(rows) is not None
+    losses = _averaged(rows, compared, shared)
+    base = losses[losses["model"] == name].set_index("context")
+    others = losses[losses["model"] != name]
+    if others.empty:
+        raise ValueError(f"nothing to compare with {name}: no other model has a finished run")
+    if (lonely := ~others["context"].isin(base.index)).any():
+        missing = ", ".join(f"{c:,}" for c in sorted(others["context"][lonely].unique()))
+        said.append(f"{int(lonely.sum())} losses left out: the baseline {name} has none at T = {missing}")
+    found = _differences(others[~lonely], base)
+    if shared:
+        _pair(found, others[~lonely], base, differences, said)
+    tests, noise, dof = _tests(found, name, from_context, tolerance, level, said)
+    found["standard_error"] = found["standard_error"].fillna(noise)
+    verdict = _verdict(tests, name, from_context, tolerance, level)
+    return Invariance(name, from_context, tolerance, level, found, tests, noise, dof, verdict, tuple(said))
+
+
+def pairs(table: pd.DataFrame, baseline: tuple | str) -> list[tuple[str, str]]:
+    """Names (cell, other) of the runs whose differences `context_invariance` looks at, `other` of the baseline.
+
+    Arguments and errors as there; none where the table has no column cell.
+    """
+    rows, name, compared, _ = _chosen(table, baseline)
+    if "cell" not in rows:
+        return []
+    base = rows[rows[compared] == name]
+    return [
+        (cell, other)
+        for cell, context in rows.loc[rows[compared] != name, ["cell", "context"]].itertuples(index=False)
+        for other in base.loc[base["context"] == context, "cell"]
+    ]
+
+
+def _chosen(table: pd.DataFrame, baseline: tuple | str) -> tuple[pd.DataFrame, str, str, list[str]]:
+    """The runs, the name of the baseline, the column that it is a value of, and what was left out."""
     rows, said = contexts.usable(table)
     of_heads = not isinstance(baseline, str)
     name = str(Heads(*baseline)) if of_heads else baseline
@@ -93,31 +137,49 @@ def context_invariance(
         raise ValueError(f"baseline {name} has no finished run: there are {', '.join(_in_order(rows, compared))}")
     if len(several := _in_order(rows, same)) > 1:
         raise ValueError(f"one {'size' if of_heads else 'head configuration'} at a time: the table has {', '.join(several)}")
-    losses = _averaged(rows, compared)
-    base = losses[losses["model"] == name].set_index("context")
-    others = losses[losses["model"] != name]
-    if others.empty:
-        raise ValueError(f"nothing to compare with {name}: no other model has a finished run")
-    if (lonely := ~others["context"].isin(base.index)).any():
-        missing = ", ".join(f"{c:,}" for c in sorted(others["context"][lonely].unique()))
-        said.append(f"{int(lonely.sum())} losses left out: the baseline {name} has none at T = {missing}")
-    differences = _differences(others[~lonely], base)
-    tests, noise, dof = _tests(differences, name, from_context, tolerance, level, said)
-    differences["standard_error"] = differences["standard_error"].fillna(noise)
-    verdict = _verdict(tests, name, from_context, tolerance, level)
-    return Invariance(name, from_context, tolerance, level, differences, tests, noise, dof, verdict, tuple(said))
+    return rows, name, compared, said
 
 
-def _averaged(rows: pd.DataFrame, compared: str) -> pd.DataFrame:
-    """One row per model and context: mean loss over seeds, and its standard error."""
+def _averaged(rows: pd.DataFrame, compared: str, shared: bool) -> pd.DataFrame:
+    """One row per model and context: cells, mean loss over seeds, and its standard error; where that of the held-out text is
+    `shared` by all, by the spread of seeds alone.
+    """
     result = []
-    rows = rows.assign(sem=contexts.column(rows, "loss_sem"), loss=rows["loss"].astype(np.float64))
+    sem = np.full(len(rows), np.nan) if shared else points.column(rows, "loss_sem")
+    rows = rows.assign(sem=sem, loss=rows["loss"].astype(np.float64))
     for (model, context), seeds in rows.groupby([compared, "context"], sort=False):
         spread = seeds["loss"].std(ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
         held_out = np.sqrt(np.mean(seeds["sem"].to_numpy() ** 2))  # of the same text for all seeds: it does not average out
         error = np.fmax(spread, held_out)
-        result.append({"model": model, "context": int(context), "loss": seeds["loss"].mean(), "error": error})
+        cells = tuple(seeds["cell"]) if "cell" in seeds else ()
+        row = {"model": model, "context": int(context), "cells": cells, "loss": seeds["loss"].mean(), "error": error}
+        result.append(row)
     return pd.DataFrame(result)
+
+
+def _pair(
+    found: pd.DataFrame, others: pd.DataFrame, base: pd.DataFrame, differences: pd.DataFrame | None, said: list[str]
+) -> None:
+    """Gives differences between runs of one text their paired standard errors, in place; says where there are none."""
+    known = {}
+    if differences is not None:
+        errors = points.column(differences, "standard_error")
+        for cell, other, error in zip(differences["cell"], differences["other"], errors, strict=True):
+            known[cell, other] = known[other, cell] = error
+    missing = 0
+    for i, (own, against) in enumerate(zip(others["cells"], base.loc[others["context"], "cells"], strict=True)):
+        errors = np.array([known.get((a, b), np.nan) for a in own for b in against], np.float64)
+        if not errors.size or np.isnan(errors).any():
+            missing += 1
+            continue
+        text = np.sqrt(np.mean(errors**2)) / found["baseline_loss"].iloc[i]  # of one text for all seeds: no average
+        seeds = np.nan_to_num(found["standard_error"].iloc[i])
+        found.iloc[i, found.columns.get_loc("standard_error")] = np.hypot(text, seeds)
+    if missing:
+        said.append(
+            f"{missing} of {len(found)} differences are without a paired error by documents: theirs is the spread of seeds, or "
+            "the noise of the test, as the errors of both losses are those of the same text (give `differences`)"
+        )
 
 
 def _differences(others: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -153,8 +215,8 @@ def _tests(
     said += [f"{model} is not tested: it has {n} contexts of {from_context:,} tokens or more" for model, n in few.items()]
     long = long[~long["model"].isin(few.index)]
     lines, squares, free = [], 0.0, 0
-    for model, points in long.sort_values("context").groupby("model", sort=False):
-        x, y = np.log2(points["context"].to_numpy(np.float64)), points["difference"].to_numpy()
+    for model, own in long.sort_values("context").groupby("model", sort=False):
+        x, y = np.log2(own["context"].to_numpy(np.float64)), own["difference"].to_numpy()
         u = x - x.mean()
         slope = float(u @ y / (u @ u))
         squares += float(np.sum((y - y.mean() - slope * u) ** 2))

@@ -189,6 +189,12 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
 
 
+def seed_key(seed: int) -> jax.Array:
+    """The random key of a seed, 0 to 2^63 - 1, for each another: `jax.random.key` alone drops all but the lower 32 bits."""
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
 def with_params(config: ModelConfig, params: dict) -> Transformer:
     """The model that holds `params`, a nested dict as `init_params` returns; allocates nothing."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))

@@ -339,10 +339,10 @@ class _Simulation:
         return np.exp(_log_likelihood(grid_J, loss_S, sigma_S).T) * np.float32(step / np.sqrt(2 * np.pi))
 
     def _losses(self, run: Candidate) -> tuple[np.ndarray, np.ndarray]:
-        """L_s(N; h) of the run in every draw, and the noise of a run there."""
+        """L_s(N; h) of the run in every draw, evaluated on the text of those that are there, and the noise of a run there."""
         i = self.draws.heads.index(run.heads)
         above_S = np.exp(self.draws.b_SxH[:, i] * (self.draws.log_a_SxH[:, i] - np.log(run.n_params)))
-        return above_S + self.draws.entropy_SxH[:, i], self.draws.sigma_SxH[:, i]
+        return above_S + self.draws.entropy_on_text_SxH[:, i], self.draws.sigma_SxH[:, i]
 
     def _decide(self, regret_C: np.ndarray) -> np.ndarray:
         """Which heads (...Q) have the least regret, of sums (...C) over draws."""

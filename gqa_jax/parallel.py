@@ -4,7 +4,7 @@ The training step is one program that every device runs on its part (`jax.shard_
 meet. Alone, each of them returns what it is given. All collectives of the step are here and in `attention.context`:
 
     weights, forward and again backward     all-gather over fsdp and context, in the compute dtype; gradients reduce-scattered
-                                            in float32, per layer and micro-batch; summed over data once a step
+                                            in float32, per layer and micro-batch; summed over data in float32, once a step
     embedding                               all-gather once a micro-batch; two float32 reduce-scatters (lookup, loss)
     tensor                                  a sum per attention and per feed-forward network each way (arXiv 1909.08053)
     context                                 keys and values of a layer (`attention.context_attention`)
@@ -43,6 +43,7 @@ class Part:
         return jax.tree_util.tree_map_with_path(lambda path, leaf: self._weight(sharding.name_of(path), leaf, dtype), layer)
 
     def _weight(self, name: str, leaf: jax.Array, dtype: Any) -> jax.Array:
+        narrow = jnp.promote_types(leaf.dtype, jnp.float32) != leaf.dtype
         for dimension, axes in enumerate(sharding.cuts(name, self.mesh, self.n_kv_heads)):
             gathered = tuple(axis for axis in axes if axis != "tensor")
             if gathered:
@@ -50,12 +51,12 @@ class Part:
         if name in ("key", "value") and self.n_kv_heads % self.mesh.tensor:
             # Every device has all key/value heads and needs the one that its queries read.
             head = jax.lax.axis_index("tensor") * self.n_kv_heads // self.mesh.tensor
-            leaf = jax.lax.dynamic_slice_in_dim(self.enter(leaf), head, 1, axis=1)
+            leaf = jax.lax.dynamic_slice_in_dim(_enter(leaf, "float32" if narrow else None), head, 1, axis=1)
         return leaf
 
     def enter(self, x: jax.Array) -> jax.Array:
         """x, the same on all devices of `tensor`, into work that they share: gradients of the parts are summed."""
-        return _enter(x) if self.mesh.tensor > 1 else x
+        return _enter(x, None) if self.mesh.tensor > 1 else x
 
     def leave(self, x: jax.Array) -> jax.Array:
         """The sum over `tensor` of what its devices made; its gradient goes to each as it is."""
@@ -196,12 +197,16 @@ def _mean_loss_backward(axes, kept, cotangent):
 _mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 
 
-@jax.custom_vjp
-def _enter(x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _enter(x, sum_dtype):
     return x
 
 
-_enter.defvjp(lambda x: (x, None), lambda _, cotangent: (jax.lax.psum(cotangent, "tensor"),))
+def _enter_backward(sum_dtype, _, cotangent):
+    return (jax.lax.psum(cotangent.astype(sum_dtype or cotangent.dtype), "tensor").astype(cotangent.dtype),)
+
+
+_enter.defvjp(lambda x, _: (x, None), _enter_backward)
 
 
 @jax.custom_vjp

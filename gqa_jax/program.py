@@ -46,8 +46,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on int32 `tokens` and `targets`, and with document masks `segments`, each (A, B, T).
 
-    The gradient is the mean over A micro-batches of B sequences. Returns the new state and the float32 scalars `loss` (nats
-    per token, before the update) and `grad_norm` (before clipping).
+    The gradient is the mean over A micro-batches of B sequences. It is summed over them and over devices in float32, and its
+    norm taken and clipped in float32, whatever the dtype of the parameters. Returns the new state and the float32 scalars
+    `loss` (nats per token, before the update) and `grad_norm` (before clipping).
     """
     params_specs = sharding.specs(state.params, sharding.shape_of(mesh), config.model.n_kv_heads)
     gradients = jax.shard_map(
@@ -65,27 +66,46 @@ def train_step(
 
 
 def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict]:
-    """Of one device: mean loss over the batch of all, and the gradients of the device's shards of the parameters."""
+    """Of one device: mean loss over the batch of all, and the gradients of the device's shards, float32 or wider.
+
+    Matrices in bfloat16 have a gradient in bfloat16 of each micro-batch, as the product that makes it; sums are in float32.
+    """
     part = Part.of(config)
 
-    def share_of_loss(params, micro):
-        embedding_VxD = params["embedding"]
-        whole_VxD = part.whole_embedding(embedding_VxD, jnp.dtype(config.model.dtype))
-        transformer = model.with_params(config.model, params)
+    def share_of_loss(wide_params, micro):
+        whole_VxD = part.whole_embedding(params["embedding"], jnp.dtype(config.model.dtype))
+        transformer = model.with_params(config.model, wide_params)
         hidden_BxTxD = transformer.hidden(micro["tokens"], micro.get("segments"), part, whole_VxD)
-        return part.mean_loss(embedding_VxD, whole_VxD, hidden_BxTxD, micro["targets"])
+        return part.mean_loss(wide_params["embedding"], whole_VxD, hidden_BxTxD, micro["targets"])
 
     def accumulate(carry, micro):
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(share_of_loss)(params, micro)), None
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(share_of_loss)(wide_params, micro)), None
 
+    wide_params = jax.tree_util.tree_map_with_path(_wide_unless_matrix, params)
     steps = config.accumulation_steps
     if steps == 1:
-        share, grads = jax.value_and_grad(share_of_loss)(params, jax.tree.map(lambda x: x[0], batch))
+        share, grads = jax.value_and_grad(share_of_loss)(wide_params, jax.tree.map(lambda x: x[0], batch))
+        grads = jax.tree.map(_wide, grads)
     else:
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params))
         total, _ = jax.lax.scan(accumulate, zero, batch)
         share, grads = jax.tree.map(lambda x: x / steps, total)
     return part.total(share), part.sum_gradients(grads)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """x in float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _wide_unless_matrix(path: tuple, leaf: jax.Array) -> jax.Array:
+    """A parameter as gradients are taken for it: those of embedding and norms are sums over tokens, made in float32.
+
+    A matrix stays as it is: a wide copy of them all would need the memory that narrow ones save. Of the embedding none is
+    made: the model reads `Part.whole_embedding`, and the shard only for its dtype.
+    """
+    name = sharding.name_of(path)
+    return _wide(leaf) if name == "embedding" or name.endswith("_norm") else leaf
 
 
 def token_losses(config: TrainConfig, mesh: Mesh, params: dict, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -151,7 +171,7 @@ def fresh_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     # Drawing the weights takes a moment, compiling the draws well took seconds on CPU.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
     init = jax.jit(partial(init_state, config, tx), out_shardings=shardings, compiler_options=options)
-    return init(jax.random.key(config.seed))
+    return init(model.seed_key(config.seed))
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:

@@ -2,12 +2,17 @@
 
     df = gqa_jax.load_results("runs/quickstart")        # or "gs://bucket/grids/paper"
 
-`LOSS_COLUMNS` and `COST_COLUMNS` are the schema: every column with its type, unit and meaning. What is not known is an
-empty cell, never 0.
+and the long ones: `load_evaluations`, the loss of each run by source and position, and `load_differences`, between two runs.
+
+`LOSS_COLUMNS`, `COST_COLUMNS`, `EVALUATION_COLUMNS` and `DIFFERENCE_COLUMNS` are the schema: every column with its type, unit
+and meaning. What is not known is an empty cell, never 0. Runs of the first version are in the tables, under the rules that were
+theirs (`gqa_jax.config.TrainConfig.rules`).
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
@@ -16,8 +21,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 from etils import epath
 
-from gqa_jax import costs, run_folder, storage
-from gqa_jax.config import TrainConfig
+from gqa_jax import costs, errors, evaluation, run_folder, storage
+from gqa_jax.config import OLD_RULES, TrainConfig
+
+log = logging.getLogger(__name__)
+
+AGAIN = "move its result.json away and run it again: its last checkpoint is evaluated"
 
 
 class Column(NamedTuple):
@@ -56,9 +65,22 @@ LOSS_COLUMNS = (
     Column("batch_tokens", "Int64", "tokens", "tokens per step"),
     Column("learning_rate", "Float64", "", "maximum learning rate"),
     Column("loss", "Float64", "nats/token", "held-out loss after the last step"),
-    Column("loss_sem", "Float64", "nats/token", "standard error of loss, clustered by document"),
-    Column("bits_per_byte", "Float64", "bits/byte", "held-out loss per byte of text"),
+    Column(
+        "loss_sem", "Float64", "nats/token",
+        "standard error of loss by the choice of held-out documents: all runs with the same heldout have it in common, so it "
+        "says nothing of differences between them (load_differences does)",
+    ),
+    Column("loss_low", "Float64", "nats/token", "lower end of the 95% interval of loss (Student's t, documents - 1)"),
+    Column("loss_high", "Float64", "nats/token", "upper end"),
+    Column("bits_per_byte", "Float64", "bits/byte", "held-out loss per byte of the text that the held-out tokens decode to"),
     Column("eval_tokens", "Int64", "tokens", "held-out tokens that loss is a mean of"),
+    Column("eval_documents", "Int64", "", "held-out documents that they are of"),
+    Column("heldout_documents", "Int64", "", "held-out documents there are"),
+    Column("heldout", "string", "", "the text that loss is of: runs with the same have the same held-out tokens"),
+    Column(
+        "rules", "string", "",
+        "how documents were held out, windows of the evaluation, start of the warm-up: what differs in it is not comparable",
+    ),
     Column("train_flops", "Float64", "FLOP", "6 D N + 6 D T L d_h n_h, exact convention"),
     Column("tokens_per_second", "Float64", "tokens/s", "while training, all devices"),
     Column("mfu", "Float64", "", "model FLOPs utilisation, where the device's peak is known"),
@@ -74,7 +96,7 @@ LOSS_COLUMNS = (
     Column("commit", "string", "", "commit of this code; + when files differed from it"),
     Column("data_fingerprint", "string", "", "hash of the token store's content"),
     Column("params_sha256", "string", "", "hash of the final parameters"),
-)
+)  # fmt: skip
 
 COST_COLUMNS = (
     *_MODEL_COLUMNS,
@@ -86,6 +108,34 @@ COST_COLUMNS = (
     Column("z", "Float64", "", "0.9 m_infer^(1/2) + 0.1 c_infer^(1/3) (Eq. 5)"),
     Column("c_train", "Float64", "FLOP", "compute of the training run"),
     Column("m_train", "Float64", "values or bytes", "training memory of one sequence"),
+)
+
+EVALUATION_COLUMNS = (
+    Column("cell", "string", "", "name of the run: its folder under cells/"),
+    Column("step", "Int64", "", "optimizer steps done"),
+    Column("task", "string", "", "what was evaluated: held-out, the text held out of the training"),
+    Column("source", "string", "", "where that text comes from; empty: all of it"),
+    Column("context", "Int64", "tokens", "length of the windows, T"),
+    Column("position", "string", "", "how many tokens came before in the window, as 0, 1, 2-3, 4-7; empty: any"),
+    Column("metric", "string", "", "loss or bits_per_byte"),
+    Column("value", "Float64", "as unit says", "the mean"),
+    Column("standard_error", "Float64", "as unit says", "of value, clustered by document; see loss_sem of the loss table"),
+    Column("n", "Int64", "tokens", "targets that value is a mean of"),
+    Column("n_documents", "Int64", "", "documents that they are of"),
+    Column("unit", "string", "", "nats/token or bits/byte"),
+    Column("rules", "string", "", "as in the loss table"),
+)
+
+DIFFERENCE_COLUMNS = (
+    Column("cell", "string", "", "name of the run"),
+    Column("other", "string", "", "name of the run that it is compared with"),
+    Column("difference", "Float64", "nats/token", "held-out loss of cell minus that of other, over the documents of both"),
+    Column("standard_error", "Float64", "nats/token", "of difference, paired by documents: by their choice, not by seeds"),
+    Column("low", "Float64", "nats/token", "lower end of the 95% interval of difference (Student's t, documents - 1)"),
+    Column("high", "Float64", "nats/token", "upper end"),
+    Column("tokens", "Int64", "tokens", "targets that difference is a mean of"),
+    Column("n_documents", "Int64", "", "documents that they are of"),
+    Column("note", "string", "", "why a number is missing, or which documents are left out"),
 )
 
 
@@ -101,11 +151,7 @@ def load_results(path: os.PathLike | str) -> pd.DataFrame:
     root = storage.path(path)
     names = _cell_names(root)
     if names is None:
-        table = root / "tables" / "loss.parquet"
-        if not table.exists():
-            raise FileNotFoundError(f"{root} is no grid folder: neither cells/ nor tables/loss.parquet is in it")
-        with table.open("rb") as file:
-            return typed(pd.read_parquet(file), LOSS_COLUMNS)
+        return typed(_of_first_version(_exported(root, "loss")), LOSS_COLUMNS)
     rows = storage.each(_loss_row, [root / "cells" / name for name in names], remote=storage.is_remote(root))
     return typed(pd.DataFrame([row for row in rows if row is not None]), LOSS_COLUMNS)
 
@@ -115,8 +161,7 @@ def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = 
     root = storage.path(path)
     names = _cell_names(root)
     if names is None:
-        with (root / "tables" / "cost.parquet").open("rb") as file:
-            return typed(pd.read_parquet(file), COST_COLUMNS)
+        return typed(_exported(root, "cost"), COST_COLUMNS)
     if contexts_served is None:
         contexts_served = grid_facts(root)["contexts_served"]
     paths = [root / "cells" / name / "config.json" for name in names]
@@ -125,8 +170,59 @@ def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = 
     return typed(pd.DataFrame(rows), COST_COLUMNS)
 
 
+def load_evaluations(path: os.PathLike | str) -> pd.DataFrame:
+    """The long table of evaluations of a grid folder, local or gs://, columns `EVALUATION_COLUMNS`.
+
+    Of every run that is done, its last evaluation: all held-out text, each source, each range of positions. A run that kept no
+    more than its loss, as those of the first version, has that. Folders and errors as in `load_results`.
+    """
+    root = storage.path(path)
+    names = _cell_names(root)
+    if names is None:
+        return typed(_exported(root, "evaluations"), EVALUATION_COLUMNS)
+    found = storage.each(_evaluation_rows, [root / "cells" / name for name in names], remote=storage.is_remote(root))
+    return typed(pd.DataFrame([row for rows in found for row in rows]), EVALUATION_COLUMNS)
+
+
+def load_differences(
+    path: os.PathLike | str, pairs: Iterable[tuple[str, str]] | None = None, *, other: str | None = None
+) -> pd.DataFrame:
+    """Differences in held-out loss between runs of a grid folder, local or gs://, paired by documents: `DIFFERENCE_COLUMNS`.
+
+    What makes one text harder than another is the same for both runs and cancels, so the standard error is far below that of
+    the losses. Documents are the same where their tokens are, whatever store they come from. Where the losses by document of
+    a run are missing or damaged its differences are empty, and `note` says so. Exported tables hold some pairs only.
+
+    Args:
+      pairs: (cell, other) by name, in any number. None: every run that is done, with `other`; without one, with the run of
+        the lowest loss among those of its training context, size and rules (not with itself).
+    Raises:
+      FileNotFoundError: neither run folders nor exported tables are there.
+      ValueError: an unknown name, both arguments; a result.json or config.json that can't be read, naming it.
+    """
+    if pairs is not None and other is not None:
+        raise ValueError("give pairs, or the one other that all are compared with")
+    root = storage.path(path)
+    names = _cell_names(root)
+    if names is None:
+        return typed(_exported_differences(root, pairs, other), DIFFERENCE_COLUMNS)
+    if pairs is None:
+        pairs = _pairs(load_results(root), other)
+    pairs = list(pairs)
+    for name in dict.fromkeys(name for pair in pairs for name in pair) if other is None else [other]:
+        if name not in names:
+            raise ValueError(f"{root} has no cell {name!r}: {errors.closest(name, names)}")
+    needed = list(dict.fromkeys(name for pair in pairs for name in pair))
+    read = storage.each(_documents, [root / "cells" / name for name in needed], remote=storage.is_remote(root))
+    by_name = dict(zip(needed, read, strict=True))
+    rows = [{"cell": a, "other": b} | _difference(by_name[a], by_name[b]) for a, b in pairs]
+    return typed(pd.DataFrame(rows), DIFFERENCE_COLUMNS)
+
+
 def grid_facts(path: os.PathLike | str) -> dict[str, Any]:
-    """grid.json of a grid folder: name, contexts_served, losses, convention, cells."""
+    """grid.json of a grid folder: name, contexts_served, losses, convention, cells, and old_cells where there are any: runs
+    that are done under other rules than those of the grid's cells.
+    """
     return _read_json(storage.path(path) / "grid.json")
 
 
@@ -137,9 +233,54 @@ def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
 
 
 def _cell_names(root: epath.Path) -> list[str] | None:
+    """Names of the runs, first those of the grid as it is now; None: there are no run folders."""
     if (facts := storage.read_json(root / "grid.json")) is not None:
-        return facts["cells"]
+        return list(dict.fromkeys([*facts["cells"], *facts.get("old_cells", [])]))
     return storage.names(root / "cells") or None
+
+
+def _exported(root: epath.Path, name: str) -> pd.DataFrame:
+    """A table that `launch export` has written."""
+    content = storage.read_bytes(root / "tables" / f"{name}.parquet")
+    if content is None:
+        raise FileNotFoundError(f"{root} is no grid folder: neither cells/ nor tables/{name}.parquet is in it")
+    return pd.read_parquet(io.BytesIO(content))
+
+
+def _exported_differences(root: epath.Path, pairs: Iterable[tuple[str, str]] | None, other: str | None) -> pd.DataFrame:
+    """Those of exported tables, which are of some pairs: of others a note says so."""
+    if pairs is None and other is None:
+        return _exported(root, "differences")
+    if pairs is None:
+        pairs = _pairs(load_results(root), other)
+    try:
+        rows = typed(_exported(root, "differences"), DIFFERENCE_COLUMNS).to_dict("records")
+    except FileNotFoundError:  # exported by the first version
+        rows = []
+    found = {(row["cell"], row["other"]): row for row in rows}
+    result = []
+    for cell, against in pairs:
+        row = {"cell": cell, "other": against, "note": "not among the exported differences: needs the folders of the runs"}
+        if (cell, against) in found:
+            row = found[cell, against]
+        elif (there := found.get((against, cell))) is not None:
+            of = {"difference": "difference", "low": "high", "high": "low"}
+            negative = {name: None if pd.isna(there[source]) else -there[source] for name, source in of.items()}
+            row = there | negative | {"cell": cell, "other": against}
+        result.append(row)
+    return pd.DataFrame(result)
+
+
+def _of_first_version(table: pd.DataFrame) -> pd.DataFrame:
+    """A loss table with the rules of its runs where it was exported before there were others."""
+    if "rules" in table or not {"data_fingerprint", "eval_tokens"} <= {*table.columns}:
+        return table
+    heldout = [
+        pd.NA if pd.isna(tokens) else f"{fingerprint[:12]}/{OLD_RULES['evaluation']['windows']}/{tokens}"
+        for fingerprint, tokens in zip(table["data_fingerprint"], table["eval_tokens"], strict=True)
+    ]
+    rules = "/".join(("position", OLD_RULES["evaluation"]["windows"], OLD_RULES["optimizer"]["warmup_from"]))
+    return table.assign(heldout=heldout, rules=rules)
 
 
 def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
@@ -150,6 +291,8 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
     model = config.model
     return (
         {key: result.get(key) for key in _FROM_RESULT}
+        | _interval(result)
+        | _rules(result, config)
         | _model_fields(folder.name, config)
         | {
             "d_ff": model.d_ff,
@@ -170,9 +313,91 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
 
 _FROM_RESULT = (
     "status", "params_non_embedding", "params_total", "tokens", "loss", "loss_sem", "bits_per_byte", "eval_tokens",
+    "eval_documents", "heldout_documents",
     "tokens_per_second", "mfu", "seconds_train", "seconds_total", "peak_memory_bytes", "attention", "device", "n_devices",
     "attempts", "commit", "data_fingerprint", "params_sha256",
 )  # fmt: skip
+
+
+def _rules(result: dict[str, Any], config: TrainConfig) -> dict[str, str]:
+    """What a result says of its rules; one of the first version says nothing, and its documents were held out by position."""
+    rules = result.get("rules") or config.rules("position")
+    fingerprint = result.get("data_fingerprint")
+    return {"rules": rules, "heldout": result.get("heldout") or (fingerprint and config.heldout(fingerprint))}
+
+
+def _interval(result: dict[str, Any]) -> dict[str, float | None]:
+    """The 95% interval of a loss, which results of the first version lack."""
+    low, high = result.get("loss_low"), result.get("loss_high")
+    sem, documents = result.get("loss_sem"), result.get("eval_documents")
+    if low is None and sem is not None and (documents or 0) > 1:
+        low, high = evaluation.interval(result["loss"], sem, documents)
+    return {"loss_low": low, "loss_high": high}
+
+
+def _evaluation_rows(folder: epath.Path) -> list[dict[str, Any]]:
+    result = run_folder.find_result(folder / "result.json")
+    if result is None or result["status"] != "done":
+        return []
+    path = folder / run_folder.EVALUATIONS
+    try:
+        kept = storage.read_json(path)
+        if kept is not None:
+            return [{"cell": folder.name} | {key: row[key] for key in _KEPT} for row in kept["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s can't be read (%s): only the loss of all held-out text is in the table; %s", path, error, AGAIN)
+    config = TrainConfig.from_stored(_read_json(folder / "config.json"))
+    about = {"cell": folder.name, "step": result["step"], "task": evaluation.TASK, "source": "", "position": ""}
+    about |= {"context": config.context_length, "n": result.get("eval_tokens"), "n_documents": result.get("eval_documents")}
+    about["rules"] = _rules(result, config)["rules"]
+    values = ("loss", evaluation.NATS, "loss_sem"), ("bits_per_byte", evaluation.BITS, None)
+    return [
+        about | {"metric": name, "value": result[name], "standard_error": error and result.get(error), "unit": unit}
+        for name, unit, error in values
+        if result.get(name) is not None
+    ]
+
+
+_KEPT = tuple(column.name for column in EVALUATION_COLUMNS if column.name != "cell")
+
+
+def _pairs(table: pd.DataFrame, other: str | None) -> list[tuple[str, str]]:
+    """Every run that is done with `other`, or with the best of its kind."""
+    done = table[(table["status"] == "done") & table["loss"].notna()]
+    if other is not None:
+        return [(cell, other) for cell in done["cell"] if cell != other]
+    size = done["size"].where(done["size"].fillna("") != "", done["n_layers"].astype(str) + "x" + done["d_model"].astype(str))
+    best = done["cell"].loc[done.groupby([done["context"], size, done["rules"]])["loss"].transform("idxmin")]
+    return [(cell, against) for cell, against in zip(done["cell"], best, strict=True) if cell != against]
+
+
+def _documents(folder: epath.Path) -> evaluation.Documents | str:
+    """The losses by document of a run, or why there are none."""
+    path = folder / run_folder.DOCUMENTS
+    content = storage.read_bytes(path)
+    if content is None:
+        over = storage.read_bytes(folder / "result.json") is not None
+        return f"{folder.name} has no {path.name}; {AGAIN}" if over else f"{folder.name} has no result yet"
+    try:
+        return evaluation.from_bytes(content)
+    except ValueError as error:
+        return f"{path.name} of {folder.name} can't be read ({error}); {AGAIN}"
+
+
+def _difference(ours: evaluation.Documents | str, theirs: evaluation.Documents | str) -> dict[str, Any]:
+    if missing := [why for why in (ours, theirs) if isinstance(why, str)]:
+        return {"note": "; ".join(missing)}
+    found = evaluation.difference(ours, theirs)
+    if found is None:
+        return {"n_documents": 0, "tokens": 0, "note": "not one document was evaluated alike in both"}
+    value, error, low, high, n_documents = found.estimate
+    note = f"left out: {found.left_out} documents that are not alike in both" if found.left_out else ""
+    if error is None:
+        note = "; ".join(filter(None, ("one document: no standard error", note)))
+    return {
+        "difference": value, "standard_error": error, "low": low, "high": high, "tokens": found.tokens,
+        "n_documents": n_documents, "note": note,
+    }  # fmt: skip
 
 
 def _cost_rows(name: str, config: TrainConfig, contexts_served: Sequence[int]) -> Iterable[dict[str, Any]]:

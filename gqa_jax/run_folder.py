@@ -10,6 +10,8 @@ heartbeat.json        replaced every few seconds while the run is alive: time, p
 checkpoints/          see checkpoint.py; damaged-checkpoints/ holds those that could not be used
 profile/              traces of --profile; tensorboard/ events, if they are asked for
 exit.json             why the newest attempt ended early, if it did: code, class, reason, attempt, time, host, job
+evaluations.json      the last evaluation by source and position: rows of `gqa_jax.load_evaluations`
+documents.npz         the same by document, for differences between runs: `gqa_jax.evaluation.Documents`
 result.json           written last: the run is over
 .lock                 held by the process that trains here, local folders only: pid, host and time of the one that held it last
 
@@ -39,13 +41,15 @@ from typing import Any, TextIO
 from etils import epath
 
 from gqa_jax import errors, storage
-from gqa_jax.config import TrainConfig, differing_fields
+from gqa_jax.config import OLD_RULES, TrainConfig, differing_fields
 from gqa_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED = 0, 1, 2, 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved; start me again
+
+EVALUATIONS, DOCUMENTS = "evaluations.json", "documents.npz"
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gqa-jax")
 
@@ -149,16 +153,55 @@ def record_config(workdir: epath.Path, config: TrainConfig) -> None:
         theirs = TrainConfig.from_stored(values)
     except ValueError as error:
         raise ConfigError(f"{path} can't be used ({error}): move it away, or use another --workdir") from None
-    refuse_other_identity(workdir, *(c.identity("", c.continue_from) for c in (config, theirs)))
+    refuse_other_identity(workdir, *(c.identity("", c.continue_from) for c in (config, theirs)), config)
 
 
-def refuse_other_identity(workdir: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raises ConfigError naming each field in which two identities (`TrainConfig.identity`) differ."""
-    if lines := differing_fields(ours, theirs):
-        raise ConfigError(
-            f"{workdir} holds a run with another configuration: {'; '.join(lines)}. Resume it with the same fields, "
-            "or start this one in another --workdir"
-        )
+def refuse_other_identity(workdir: Path, ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig) -> None:
+    """Raises ConfigError naming each field in which two identities (`TrainConfig.identity`) differ, and how to go on.
+
+    Args:
+      config: the configuration that `ours` is of.
+    """
+    ours, theirs = _with_rules(ours), _with_rules(theirs)
+    lines = differing_fields(ours, theirs)
+    if not lines:
+        return
+    rules = [(group, name) for group, fields in OLD_RULES.items() for name in fields]
+    others = [(group, name) for group, name in rules if ours[group][name] != theirs[group][name]]
+    data = ours["data"]["fingerprint"] != theirs["data"]["fingerprint"]
+    fix = "Resume it with the same fields"
+    if others or data:
+        options = [f"--config.{group}.{name}={theirs[group][name]}" for group, name in others]
+        if all(theirs[group][name] == OLD_RULES[group][name] for group, name in rules):
+            options += _store_of_first_version(config)
+            begun = "That run was begun under the rules of the first version"
+        else:
+            begun = "That run was begun under other rules"
+        if options:
+            fix = f"{begun}: to resume it add {' '.join(options)}"
+            fix += " and the same values of the other fields" * (len(lines) > len(others) + data)
+    raise ConfigError(
+        f"{workdir} holds a run with another configuration: {'; '.join(lines)}. {fix}, or start this one in another --workdir"
+    )
+
+
+def data_of_first_version(config: TrainConfig) -> str:
+    """Words after the fingerprint of data that is not that of a run which is over; empty where nothing is to be said."""
+    options = _store_of_first_version(config)
+    return f"; if that run is of the first version, add {' '.join(options)}" if options else ""
+
+
+def _store_of_first_version(config: TrainConfig) -> list[str]:
+    """The option by which a built-in store is the one of that name in the first version."""
+    from gqa_jax.data import store
+
+    name = f"{config.data.store}@position"
+    return [f"--config.data.store={name}"] if name in store.BUILT_IN else []
+
+
+def _with_rules(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the rules of the first version where it names none."""
+    return identity | {group: fields | identity[group] for group, fields in OLD_RULES.items()}
 
 
 def next_attempt(workdir: epath.Path) -> int:

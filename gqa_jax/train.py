@@ -100,7 +100,7 @@ def train_and_evaluate(
             fingerprint, train_batches, eval_batches = _open_data(config)
             source = _source(config, workdir, fingerprint)
             identity = config.identity(fingerprint, source and source["identity"])
-            if (result := distributed.from_primary("result.json", lambda: _finished(workdir, identity))) is not None:
+            if (result := distributed.from_primary("result.json", lambda: _finished(workdir, config, identity))) is not None:
                 log.info("result.json is there: nothing to do")
                 return result
             device_time = DeviceTime(mesh.devices.flat[0].device_kind, mesh.size, started, before)
@@ -142,6 +142,7 @@ def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBat
         try:
             tokens = store.open_store(config.data.store)
             opened = tokens.fingerprint, *reader.check(config, tokens)
+            _ = opened[-1].documents  # a tokenizer that is gone is an error before training
         except ValueError as error:
             raise ConfigError(str(error)) from error
     expected = distributed.from_primary("fingerprint of the data", lambda: tokens.fingerprint)
@@ -186,7 +187,7 @@ def _source(config: TrainConfig, workdir: epath.Path, fingerprint: str) -> dict[
     return distributed.from_primary("continue_from", read)
 
 
-def _finished(workdir: epath.Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(workdir: epath.Path, config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The result of this very run when it is over, else None, and no exit record of an attempt before.
 
     Raises ConfigError for a broken result, or one of another run.
@@ -199,9 +200,13 @@ def _finished(workdir: epath.Path, identity: dict[str, Any]) -> dict[str, Any] |
     if result is None:
         storage.remove(workdir / "exit.json")
         return None
-    if result["identity"] != hash_identity(identity):
-        raise ConfigError(f"{path} is of another configuration or other data: use another --workdir")
-    return result
+    if result["identity"] == hash_identity(identity):
+        return result
+    ours, theirs = identity["data"]["fingerprint"], result.get("data_fingerprint")
+    what = "another configuration or other data"
+    if theirs and ours != theirs:
+        what = f"other data (data.fingerprint: {ours[:12]} here, {theirs[:12]} there{run_folder.data_of_first_version(config)})"
+    raise ConfigError(f"{path} is of {what}: use another --workdir")
 
 
 @dataclasses.dataclass
@@ -222,6 +227,13 @@ class _Run:
 
     def __call__(self, train_batches: reader.Batches, eval_batches: reader.EvalBatches, profile: bool) -> dict[str, Any]:
         config = self.config
+        self.held_out = {
+            "rules": config.rules(eval_batches.holdout),
+            "holdout": eval_batches.holdout,
+            "heldout": config.heldout(self.data_fingerprint),
+            "heldout_documents": eval_batches.heldout_documents,
+            "heldout_tokens": eval_batches.heldout_tokens,
+        }
         self._announce("devices", 0)
         mesh = self.mesh
         self.device = self.device_time.device
@@ -239,7 +251,7 @@ class _Run:
         self._announce("restore", 0)
         abstract = program.abstract_state(config, mesh)
         if (newest := self.checkpoints.newest_metadata()) is not None:
-            run_folder.refuse_other_identity(self.workdir, self.identity, newest["identity"])
+            run_folder.refuse_other_identity(self.workdir, self.identity, newest["identity"], config)
         restored = self.checkpoints.restore_newest(abstract)
         if restored is None:
             state, self.seconds_train, first_step = self._first_state(abstract), 0.0, 0
@@ -265,7 +277,7 @@ class _Run:
                 inputs = {name: batch[name] for name in program.abstract_batch(config, mesh)}
                 return np.asarray(losses_fn(params, program.place(config, mesh, inputs, every_row, 1)))[:, in_order]
 
-            return evaluation.evaluate(token_losses, eval_batches, eval_batches.document_ids, eval_batches.bytes_of_text)
+            return evaluation.evaluate(token_losses, eval_batches)
 
         self._announce("train", first_step)
         try:
@@ -313,7 +325,7 @@ class _Run:
         profile_at = range(first_step + 2, first_step + 2 + PROFILE_STEPS) if profile else range(0)
         self._clock = time.perf_counter()
 
-        for step, batch in enumerate(reader.read(train_batches, first_step, config.n_steps), first_step + 1):
+        for step, batch in enumerate(_read(train_batches, first_step, config.n_steps), first_step + 1):
             if step in profile_at and step == profile_at.start:
                 remote = storage.is_remote(self.workdir)  # where JAX writes no traces
                 traces = Path(tempfile.mkdtemp(prefix="profile-") if remote else self.workdir / "profile")
@@ -398,7 +410,7 @@ class _Run:
         )
         if not math.isfinite(result.loss):
             raise Diverged(step, "held-out loss", result.loss)
-        log.info("step %d: held-out loss %.4f ± %.4f", step, result.loss, result.loss_sem or math.nan)
+        log.info("step %d: held-out loss %.4f%s", step, result.loss, evaluation.plus_minus(result.loss_sem))
         return result
 
     def _mfu(self, tokens_per_second: float) -> float | None:
@@ -424,9 +436,12 @@ class _Run:
             "status": status,
             "loss": final and final.loss,
             "loss_sem": final and final.loss_sem,
+            "loss_low": final and final.loss_low,
+            "loss_high": final and final.loss_high,
             "bits_per_byte": final and final.bits_per_byte,
             "eval_tokens": final and final.tokens,
             "eval_documents": final and final.documents,
+            **self.held_out,
             "train_loss_last": train_loss,
             "step": step,
             "tokens": tokens,
@@ -446,9 +461,23 @@ class _Run:
         } | self.environment
         if distributed.is_primary():
             self.metrics.flush()
+            if final is not None:
+                about = {"step": step, "context": config.context_length, "rules": result["rules"]}
+                write_json(self.workdir / run_folder.EVALUATIONS, {"rows": evaluation.rows(final, **about)})
+                storage.write_bytes(self.workdir / run_folder.DOCUMENTS, evaluation.to_bytes(final.by_document))
             write_json(self.workdir / "result.json", result)
         self.metrics.heartbeat(status, step, force=True)
         return result
+
+
+def _read(batches: reader.Batches, start_step: int, stop_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """`reader.read`; a store that turns out to be damaged is bad input, where no other process has to hear of it."""
+    try:
+        yield from reader.read(batches, start_step, stop_step)
+    except reader.ReaderError as error:
+        if jax.process_count() > 1:
+            raise
+        raise ConfigError(str(error)) from error
 
 
 def _check_memory(config: TrainConfig, mesh: jax.sharding.Mesh, step_fn: jax.stages.Compiled) -> None:
@@ -585,11 +614,25 @@ def _parse(argv: list[str]) -> TrainConfig:
 def _summary(result: dict[str, Any], workdir: str) -> str:
     if result["status"] != "done":
         return f"{result['status']} at step {result['step']} · {workdir}/result.json"
-    sem = "" if result["loss_sem"] is None else f" ± {result['loss_sem']:.4f}"
+    bits = "" if result["bits_per_byte"] is None else f" · {result['bits_per_byte']:.4f} bits/byte"
     return (
-        f"loss {result['loss']:.4f}{sem} nats/token · {result['bits_per_byte']:.4f} bits/byte · {result['tokens']:,} tokens · "
-        f"{result['tokens_per_second']:,.0f} tokens/s · {workdir}/result.json"
+        f"loss {result['loss']:.4f}{evaluation.plus_minus(result['loss_sem'])} nats/token{_documents(result)}{bits} · "
+        f"{result['tokens']:,} tokens · {result['tokens_per_second']:,.0f} tokens/s · {workdir}/result.json"
     )
+
+
+def _documents(result: dict[str, Any]) -> str:
+    """What the loss is of: " (12 of 12 held-out documents, 95%: 1.661 to 1.797)", as far as a result says it."""
+    documents, of = result.get("eval_documents"), result.get("heldout_documents")
+    if documents is None:
+        return ""
+    of_how_many = "" if of is None else f" of {of:,}"
+    text = f"{documents:,}{of_how_many} held-out document" + "s" * ((of or documents) > 1)
+    low, high = result.get("loss_low"), result.get("loss_high")
+    if low is not None and high > low:
+        decimals = min(4, max(1, 1 - math.floor(math.log10((high - low) / 2))))
+        text += f", 95%: {low:.{decimals}f} to {high:.{decimals}f}"
+    return f" ({text})"
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from rich.progress import Progress
 from gqa_jax import hardware, prices, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import duration, si
-from launch import analysis, executor, fit, grid, local, run, screen, state
+from launch import analysis, executor, fit, grid, local, rules, run, screen, state
 from launch.executor import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
-from launch.grid import Cell, Grid, Layout
+from launch.grid import Cell, Layout
+from launch.rules import Choice
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNFINISHED = 0, 1, 2, 3
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return analysis.ask(arguments, _console())
         the_grid = grid.load(arguments.grid)
         layout = Layout(storage.path(arguments.root or f"runs/{the_grid.name}"))
-        return arguments.act(arguments, the_grid, grid.cells(the_grid), layout, _console())
+        return arguments.act(arguments, rules.choose(the_grid, layout, arguments.rules), layout, _console())
     except SubmitError as error:
         print(f"launch: the engine does not answer: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("grid", metavar="GRID", help="a file of configs/grids/")
         command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
+        command.add_argument("--rules", choices=(rules.OLD, rules.NEW), help=rules.HELP)
         command.set_defaults(act=act)
         return command
 
@@ -143,13 +145,14 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
-def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
+def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
     from launch import plan  # brings pandas, which the other commands need not wait for
 
-    chosen = grid.select(cells, arguments.where)
-    states = _states(cells, layout, lambda: run.recall(layout, None))
-    rate = arguments.flops_per_second or plan.measured_rate(cells, states)
-    by_name = dict(zip((cell.name for cell in cells), states, strict=True))
+    the = _begun(the, layout)
+    chosen = grid.select(the.cells, arguments.where)
+    states = _states(the.cells, layout, lambda: run.recall(layout, None))
+    rate = arguments.flops_per_second or plan.measured_rate(the.cells, states)
+    by_name = dict(zip((cell.name for cell in the.cells), states, strict=True))
     frame = plan.table(chosen, [by_name[cell.name] for cell in chosen], rate)
     fits = _fits(arguments, chosen)
     if fits is not None:
@@ -162,11 +165,11 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
     elif arguments.format == "json":
         print(frame.to_json(orient="records", indent=1))
     elif fits is not None:
-        console.print(*plan.slices_screen(frame, f"{the_grid.name}: {len(chosen)} cells"))
+        console.print(*plan.slices_screen(frame, f"{the.grid.name}: {len(chosen)} cells"))
         console.print(f"hours: {plan.rooflines(fits, arguments.efficiency)}", soft_wrap=True)
         console.print(f"USD: {plan.origins(fits, table)}", highlight=False, soft_wrap=True)
     else:
-        console.print(plan.screen(frame, f"{the_grid.name}: {len(chosen)} cells in {layout.root}"))
+        console.print(plan.screen(frame, f"{the.grid.name}: {len(chosen)} cells in {layout.root}"))
         source = "given" if arguments.flops_per_second else "reached by the finished cells"
         if rate:
             console.print(f"time: training FLOPs at {si(rate)}FLOP/s ({source}), one cell after another")
@@ -175,6 +178,18 @@ def _plan(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console:
     for name in sorted({cell.config.data.store for cell in chosen if cell.data_fingerprint is None}):
         print(f"launch: token store {name} is not prepared yet: the names of its cells will change", file=sys.stderr)
     return EXIT_DONE
+
+
+def _begun(the: Choice, layout: Layout) -> Choice:
+    """The cells that the root has been begun with, unless rules are asked for; says what the root holds under others."""
+    found = rules.begun_with(the, layout)
+    if the.others:
+        offer = ""
+        if not the.asked:
+            offer = "; taken are these, as with --rules old" if found is not the else "; --rules old takes these"
+            offer += "; --rules new takes the grid under today's rules"
+        print(f"launch: {the.said(layout)}{offer}", file=sys.stderr)
+    return found
 
 
 def _fits(arguments, chosen: list[Cell]) -> list[Fit] | None:
@@ -243,7 +258,12 @@ def _proved(arguments, todo: list[Cell], engine: Executor) -> dict[str, Cell]:
     return {one.cell.name: dataclasses.replace(one.cell, settings=fit.settings(one)) for one in fits}
 
 
-def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
+def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
+    if the.others and not the.asked:
+        raise ConfigError(
+            f"{the.said(layout)}. {rules.CHANGED}. --rules old goes on with them: nothing that is finished is trained again. "
+            "--rules new trains the grid under today's rules beside them, which stay in the tables. Or give another --root"
+        )
     engine = run.recall(layout, arguments.on)
     if arguments.slots is not None:
         if not isinstance(engine, local.Executor):
@@ -253,7 +273,7 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
         engine = local.Executor(dataclasses.replace(engine.options, slots=arguments.slots), layout)
     if arguments.json and not arguments.dry_run:
         raise ConfigError("--json needs --dry_run; what runs is shown by `python -m launch status GRID --json`")
-    chosen = grid.select(cells, arguments.where)
+    chosen = grid.select(the.cells, arguments.where)
     for cell in chosen:
         if cell.data_fingerprint is None:
             raise ConfigError(
@@ -262,7 +282,7 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
             )
     _check_parents(chosen, layout)
     if arguments.dry_run:
-        return _dry_run(arguments, the_grid, chosen, layout, engine, console)
+        return _dry_run(arguments, the, chosen, layout, engine, console)
     here = isinstance(engine, local.Executor)
     with contextlib.ExitStack() as stack:
         stack.enter_context(local.only_launcher(layout, patience=0.0 if here else run.PATIENCE_SECONDS))
@@ -271,11 +291,12 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
         before = run.look(chosen, layout, engine)
         todo = [cell for cell, now in zip(chosen, before.states, strict=True) if now.runnable]
         at_a_time = f"{engine.capacity} at a time{'' if here else f' on {engine.engine}'}"
-        summary = f"{the_grid.name}: {len(chosen)} cells, {len(todo)} to train, {at_a_time}, in {layout.root}"
+        summary = f"{the.grid.name}: {len(chosen)} cells, {len(todo)} to train, {at_a_time}, in {layout.root}"
         console.print(summary, highlight=False, soft_wrap=True)
+        _print_others(the, layout, console)
         proved = _proved(arguments, todo, engine) if todo else {}
         storage.check_writable(layout.root)
-        _write_plan(the_grid, cells, layout)
+        _write_plan(the, layout)
         run.remember(layout, engine)
         if todo:
             engine.prepare()
@@ -285,14 +306,12 @@ def _run(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: 
         ready = [proved.get(cell.name, cell) for cell in chosen]
         with screen.Watch(console, prices.load()) as watch:
             last = run.repeat(ready, layout, engine, arguments.watch, watch.update)
-        return _end(arguments, chosen, cells, layout, engine, last, console)
+        return _end(arguments, the, chosen, layout, engine, last, console)
 
 
-def _end(
-    arguments, chosen: list[Cell], cells: list[Cell], layout: Layout, engine: Executor, last: run.Pass, console: Console
-) -> int:
+def _end(arguments, the: Choice, chosen: list[Cell], layout: Layout, engine: Executor, last: run.Pass, console: Console) -> int:
     """What `run` says and writes after its last pass."""
-    screen.print_failures(chosen, last.states, layout, engine, arguments.grid, console)
+    screen.print_failures(chosen, last.states, layout, engine, arguments.grid, console, the.option)
     failed = any(now.state in state.BAD for now in last.states)
     if last.active:
         console.print(
@@ -302,8 +321,8 @@ def _end(
             soft_wrap=True,
         )
         return EXIT_FAILED if failed else EXIT_DONE
-    if any(now.state == "done" for now in (last.states if chosen == cells else run.look(cells, layout, engine).states)):
-        _write_answer(layout, console)
+    if any(s.state == "done" for s in (last.states if chosen == the.cells else run.look(the.cells, layout, engine).states)):
+        _write_answer(layout, console, arguments.rules)
     return EXIT_DONE if all(now.state == "done" for now in last.states) else EXIT_FAILED
 
 
@@ -317,7 +336,10 @@ def _states(cells: Sequence[Cell], layout: Layout, engine: Callable[[], Executor
 
 
 def _root(arguments) -> str:
-    return f" --root {shlex.quote(arguments.root)}" if arguments.root else ""
+    """What a command line needs beside the grid to be about the same cells."""
+    return (f" --root {shlex.quote(arguments.root)}" if arguments.root else "") + (
+        f" --rules {arguments.rules}" if arguments.rules else ""
+    )
 
 
 def _check_parents(chosen: Sequence[Cell], layout: Layout) -> None:
@@ -335,7 +357,7 @@ def _check_parents(chosen: Sequence[Cell], layout: Layout) -> None:
         )
 
 
-def _dry_run(arguments, the_grid: Grid, chosen: list[Cell], layout: Layout, engine: Executor, console: Console) -> int:
+def _dry_run(arguments, the: Choice, chosen: list[Cell], layout: Layout, engine: Executor, console: Console) -> int:
     """What `run` would submit now; asks no engine, so that it also works where there is none."""
     states = _states(chosen, layout, lambda: engine)
     todo = [cell for cell, now in zip(chosen, states, strict=True) if now.runnable]
@@ -344,7 +366,7 @@ def _dry_run(arguments, the_grid: Grid, chosen: list[Cell], layout: Layout, engi
     if arguments.json:
         print(json.dumps([dataclasses.asdict(one) for one in submissions], indent=1))
         return EXIT_DONE
-    title = f"{the_grid.name}: {len(todo)} of {len(chosen)} cells would be submitted to {engine.engine}, in {layout.root}"
+    title = f"{the.grid.name}: {len(todo)} of {len(chosen)} cells would be submitted to {engine.engine}, in {layout.root}"
     console.print(title, highlight=False, soft_wrap=True)
     for one in submissions:
         print(one.command)
@@ -355,34 +377,35 @@ def _dry_run(arguments, the_grid: Grid, chosen: list[Cell], layout: Layout, engi
     return EXIT_DONE
 
 
-def _status(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
-    chosen = grid.select(cells, arguments.where)
+def _status(arguments, the: Choice, layout: Layout, console: Console) -> int:
+    the = _begun(the, layout)
+    chosen = grid.select(the.cells, arguments.where)
     engine = run.recall(layout, arguments.on)
     table = prices.load(arguments.prices)
     now = run.look(chosen, layout, engine)
     if arguments.json:
         print(json.dumps(screen.rows(chosen, now.states, table), indent=1))
     else:
-        console.print(screen.table(chosen, now.states, the_grid.name, table))
-        screen.print_failures(chosen, now.states, layout, engine, arguments.grid, console)
+        console.print(screen.table(chosen, now.states, the.grid.name, table))
+        screen.print_failures(chosen, now.states, layout, engine, arguments.grid, console, the.option)
         now.held = state.held_back(chosen, now.states)
         screen.print_pass(now, console)
-        if strangers := set(storage.names(layout.root / "cells")) - {cell.name for cell in cells}:
-            console.print(f"{len(strangers)} folders in {layout.root}/cells are of no cell of this grid (it was changed since)")
+        _print_strangers(the, layout, console)
     kinds = {s.state for s in now.states}
     if kinds & set(state.BAD):
         return EXIT_FAILED
     return EXIT_DONE if kinds == {"done"} else EXIT_UNFINISHED
 
 
-def _logs(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
+def _logs(arguments, the: Choice, layout: Layout, console: Console) -> int:
+    the = _begun(the, layout)
     engine = run.recall(layout, arguments.on)
     if arguments.cell is None:
-        for cell in cells:
+        for cell in the.cells:
             for path in engine.logs(cell.name):
                 print(path)
         return EXIT_DONE
-    (cell,) = _named([arguments.cell], cells)
+    (cell,) = _named([arguments.cell], the.cells)
     shown: dict[str, int] = {}
     while True:
         active = arguments.follow and _is_active(engine, cell.name)  # before reading: what it printed last is shown too
@@ -421,9 +444,10 @@ def _print_from(path: epath.Path, shown: dict[str, int]) -> None:
         sys.stdout.write(text.decode(errors="replace"))
 
 
-def _cancel(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
+def _cancel(arguments, the: Choice, layout: Layout, console: Console) -> int:
+    the = _begun(the, layout)
     engine = run.recall(layout, arguments.on)
-    chosen = _named(arguments.cells, cells) if arguments.cells else grid.select(cells, arguments.where)
+    chosen = _named(arguments.cells, the.cells) if arguments.cells else grid.select(the.cells, arguments.where)
     jobs = engine.jobs()
     active = [cell.name for cell in chosen if (job := jobs.get(cell.name)) is not None and job.state != DEAD]
     run.cancel(active, layout, engine)
@@ -433,10 +457,11 @@ def _cancel(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, consol
     return EXIT_DONE
 
 
-def _retry(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
+def _retry(arguments, the: Choice, layout: Layout, console: Console) -> int:
+    the = _begun(the, layout)
     engine = run.recall(layout, None)
     with run.only_pass(layout, False):
-        chosen = _named(arguments.cells, cells) if arguments.cells else cells
+        chosen = _named(arguments.cells, the.cells) if arguments.cells else the.cells
         count = 0
         for cell, now in zip(chosen, run.look(chosen, layout, engine).states, strict=True):
             if now.state not in ("failed", "diverged"):
@@ -466,26 +491,46 @@ def _set_aside(folder: epath.Path, now: state.CellState) -> epath.Path:
     return aside
 
 
-def _export(arguments, the_grid: Grid, cells: list[Cell], layout: Layout, console: Console) -> int:
-    states = run.look(cells, layout, run.recall(layout, None)).states
-    if not any(s.state in state.FINAL for s in states):
-        raise ConfigError(f"no cell of {the_grid.name} has finished in {layout.root}: run it first")
+def _export(arguments, the: Choice, layout: Layout, console: Console) -> int:
+    the = _begun(the, layout)
+    states = run.look(the.cells, layout, run.recall(layout, None)).states
+    if not any(s.state in state.FINAL for s in states) and (the.asked or not the.finished):
+        raise ConfigError(f"no cell of {the.grid.name} has finished in {layout.root}: run it first")
     with local.only_launcher(layout):
-        _write_plan(the_grid, cells, layout)
-        _write_answer(layout, console)
+        _write_plan(the, layout)
+        _write_answer(layout, console, arguments.rules)
     missing = sum(s.state not in state.FINAL for s in states)
     if missing:
-        console.print(f"{missing} of {len(cells)} cells are not finished and not in the tables")
+        console.print(f"{missing} of {len(the.cells)} cells are not finished and not in the tables")
+    _print_strangers(the, layout, console)
     return EXIT_DONE
 
 
-def _write_answer(layout: Layout, console: Console) -> None:
+def _print_strangers(the: Choice, layout: Layout, console: Console) -> None:
+    """Folders that no table has."""
+    if count := len(the.strangers):
+        console.print(
+            f"{count} folders in {layout.root}/cells are of no cell of this grid (it was changed since), and in no table, like "
+            f"{the.strangers[0]}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _print_others(the: Choice, layout: Layout, console: Console) -> None:
+    """What `run` leaves alone."""
+    if the.others:
+        console.print(f"{the.said(layout)}: they stay as they are, and in the tables", highlight=False, soft_wrap=True)
+    _print_strangers(the, layout, console)
+
+
+def _write_answer(layout: Layout, console: Console, asked: str | None) -> None:
     from launch import answer  # brings scipy and matplotlib: a second that the other commands need not wait
 
-    answer.write(layout, console)
+    answer.write(layout, console, asked)
 
 
-def _write_plan(the_grid: Grid, cells: Sequence[Cell], layout: Layout) -> None:
+def _write_plan(the: Choice, layout: Layout) -> None:
     """config.json of every cell and grid.json, before anything starts."""
     there = set(storage.names(layout.root / "cells"))
 
@@ -495,8 +540,8 @@ def _write_plan(the_grid: Grid, cells: Sequence[Cell], layout: Layout) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             storage.write_json(folder / "config.json", cell.config.to_dict())
 
-    storage.each(write, cells, remote=storage.is_remote(layout.root))
-    storage.write_json(layout.root / "grid.json", grid.facts(the_grid, cells))
+    storage.each(write, the.cells, remote=storage.is_remote(layout.root))
+    storage.write_json(layout.root / "grid.json", grid.facts(the.grid, the.cells, the.others))
 
 
 def _named(names: Sequence[str], cells: Sequence[Cell]) -> list[Cell]:

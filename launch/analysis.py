@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from gqa_jax import hardware
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import read_context
+from launch import rules
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
 PRESETS = ("paper", "paper-table4")
@@ -25,6 +27,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "grid", metavar="GRID", nargs=None if needs_grid else "?", help="a grid file, or the folder it was run in"
         )
         command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
+        command.add_argument("--rules", choices=(rules.OLD, rules.NEW), help=rules.ROWS)
         if not needs_grid:
             command.add_argument("--preset", choices=PRESETS, help="the paper's own data instead of a grid: no training")
         command.set_defaults(ask=ask)
@@ -80,6 +83,8 @@ def ask(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError("give a GRID, or --preset paper for the paper's own data")
     if getattr(arguments, "preset", None) is not None and (arguments.grid is not None or arguments.root is not None):
         raise ConfigError(f"--preset {arguments.preset} or a GRID: not both")
+    if getattr(arguments, "preset", None) is not None and arguments.rules is not None:
+        raise ConfigError(f"--rules {arguments.rules} is for grids: the paper's data are under its own rules")
     return arguments.ask(arguments, console)
 
 
@@ -167,11 +172,12 @@ def _tokens(text: str) -> int:
 def _source(arguments: argparse.Namespace):
     from launch import studies
 
-    return (
-        studies.of_preset(arguments.preset)
-        if getattr(arguments, "preset", None)
-        else studies.of_grid(arguments.grid, arguments.root)
-    )
+    if getattr(arguments, "preset", None):
+        return studies.of_preset(arguments.preset)
+    source = studies.of_grid(arguments.grid, arguments.root, rules=arguments.rules)
+    if source.rules == rules.OLD and not source.asked:
+        print(f"launch: {rules.SAID}", file=sys.stderr)
+    return source
 
 
 def _fit(arguments: argparse.Namespace, console: Console) -> int:

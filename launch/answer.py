@@ -7,19 +7,21 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from etils import epath
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
 from gqa_jax.formatting import probability, short, si
-from gqa_jax.laws import validation
+from gqa_jax.laws import points, validation
 from gqa_jax.optimum import Answer
-from launch import studies
+from launch import rules, studies
 from launch.grid import Layout
 from launch.studies import Fits, Fitted, Source
 
@@ -37,25 +39,42 @@ def outputs(layout: Layout) -> Iterator[Layout]:
         storage.upload(Path(folder), layout.root)
 
 
-def write(layout: Layout, console: Console) -> None:
-    """Tables, laws, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer."""
+def write(layout: Layout, console: Console, asked: str | None = None) -> None:
+    """Tables, laws, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer.
+
+    asked: the rules (`launch.rules`) that the laws are of. Tables have all runs, whatever rules they are under; without `asked`
+    there are no laws of runs under several.
+    """
     with outputs(layout) as out:
-        source = studies.of_grid(os.fspath(layout.root), loss=write_tables(layout, out))
+        loss, differences = write_tables(layout, out)
+        if asked is None and (mixture := points.several_rules(loss)) is not None:
+            for _, rows in loss.groupby("rules"):
+                _print_losses(rows, differences, console)
+            console.print(f"[yellow]no laws:[/] {escape(mixture)}", highlight=False, soft_wrap=True)
+            there = set(storage.names(layout.tables)) & {"fits.csv", "optimum.csv"}
+            earlier = f"; {' and '.join(sorted(there))} are of an earlier export" if there else ""
+            console.print(f"tables in {layout.tables}{earlier}", highlight=False, soft_wrap=True)
+            return
+        source = studies.of_grid(os.fspath(layout.root), rules=asked, loss=loss)
         fits = studies.fit(source)
         tables = write_fits(fits, out)
         for one in fits.fitted:
             _draw(out, source.name, one)
-    _print(source, fits, tables, console)
+    _print(source, fits, tables, differences, console)
+    if left := len(loss) - len(source.loss):
+        console.print(f"{left} runs under other rules are in the tables, and in no law", highlight=False)
     console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
 
 
-def write_tables(layout: Layout, out: Layout) -> pd.DataFrame:
-    """Writes tables/loss and tables/cost as CSV and Parquet; returns the loss table."""
-    loss, cost = results.load_results(layout.root), results.load_costs(layout.root)
-    for name, table in (("loss", loss), ("cost", cost)):
+def write_tables(layout: Layout, out: Layout) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Writes tables/loss, cost, evaluations and differences as CSV and Parquet; returns the first and the last."""
+    root = layout.root
+    loss, differences = results.load_results(root), results.load_differences(root)
+    written = {"loss": loss, "cost": results.load_costs(root), "evaluations": results.load_evaluations(root)}
+    for name, table in (written | {"differences": differences}).items():
         write_table(out.tables / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
         write_table(out.tables / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
-    return loss
+    return loss, differences
 
 
 def write_table(path: epath.PathLike, write: Callable[[Path], None]) -> None:
@@ -106,7 +125,15 @@ def map_table(one: Fitted) -> pd.DataFrame:
     )
 
 
-def _print(source: Source, fits: Fits, tables: tuple[pd.DataFrame, pd.DataFrame] | None, console: Console) -> None:
+def _print(
+    source: Source,
+    fits: Fits,
+    tables: tuple[pd.DataFrame, pd.DataFrame] | None,
+    differences: pd.DataFrame,
+    console: Console,
+) -> None:
+    if source.rules == rules.OLD and not source.asked:
+        console.print(rules.SAID, highlight=False, soft_wrap=True)
     if len(commits := source.loss["commit"].dropna().unique()) > 1:
         names = ", ".join(commit[:12] + "+" * commit.endswith("+") for commit in commits)
         console.print(f"[yellow]warning:[/] cells were trained by {len(commits)} commits: {names}")
@@ -114,10 +141,16 @@ def _print(source: Source, fits: Fits, tables: tuple[pd.DataFrame, pd.DataFrame]
         console.print(f"context {context}: no fit: {why}")
     if tables is None:
         return
-    console.print(loss_screen(source.loss))
+    _print_losses(source.loss, differences, console)
     for one in sorted(fits.fitted, key=lambda one: one.context):
         print_laws(one, tables[0][tables[0]["context"] == one.context], console)
     console.print(map_screen(tables[1], source.convention))
+
+
+def _print_losses(loss: pd.DataFrame, differences: pd.DataFrame, console: Console) -> None:
+    console.print(loss_screen(loss))
+    if len(compared := studies.to_best(loss, differences)):
+        console.print(differences_screen(compared))
 
 
 def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
@@ -164,21 +197,41 @@ def without_checks(missing: Sequence[str]) -> list[str]:
 
 
 def loss_screen(loss: pd.DataFrame) -> Table:
-    """Losses by context, heads and size."""
-    view = Table(
-        title="Held-out loss, nats per token (± standard error over documents)", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    pivot = {}
-    for row in loss.itertuples():
-        text = (
-            row.status if pd.isna(row.loss) else f"{row.loss:.4f}" + ("" if pd.isna(row.loss_sem) else f" ± {row.loss_sem:.4f}")
-        )
-        pivot.setdefault((row.context, row.n_heads, row.n_kv_heads), {})[row.size] = text
-    sizes = list(dict.fromkeys(loss.sort_values("params_non_embedding")["size"]))
+    """Losses by context, heads and size; what ± is, and which rules they are under where a row says."""
+    ruled = loss["rules"].dropna().unique() if "rules" in loss else ()
+    under = f" under {ruled[0]}" if len(ruled) == 1 else ""
+
+    def text(row) -> str:
+        if pd.isna(row.loss):
+            return row.status
+        return f"{row.loss:.4f}" + ("" if pd.isna(row.loss_sem) else f" ± {row.loss_sem:.4f}")
+
+    error = studies.of_documents(loss) or "over documents"
+    return _by_size(loss, text, f"Held-out loss{under}, nats per token (± standard error {error})")
+
+
+def differences_screen(compared: pd.DataFrame) -> Table:
+    """`studies.to_best` by context, heads and size."""
+
+    def text(row) -> str:
+        error = "" if pd.isna(row.standard_error) else f" ± {row.standard_error:.4f}"
+        return "best" if row.cell == row.best else f"{row.difference:+.4f}{error}"
+
+    return _by_size(compared, text, "Above the best heads of the size, nats per token (± standard error, paired by documents)")
+
+
+def _by_size(rows: pd.DataFrame, text: Callable[[Any], str], title: str) -> Table:
+    """A row per context and heads, a column per size; several runs of both in a cell."""
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    pivot: dict[tuple, dict[str, list[str]]] = {}
+    for row in rows.itertuples():
+        by_size = pivot.setdefault((row.context, row.n_heads, row.n_kv_heads), {})
+        by_size.setdefault(row.size, []).append(text(row))
+    sizes = list(dict.fromkeys(rows.sort_values("params_non_embedding")["size"]))
     for name in ("context", "heads", *sizes):
         view.add_column(name, justify="right")
     for (context, n_heads, n_kv), by_size in sorted(pivot.items()):
-        view.add_row(f"{context:,}", f"({n_heads},{n_kv})", *(by_size.get(size, "") for size in sizes))
+        view.add_row(f"{context:,}", f"({n_heads},{n_kv})", *(", ".join(by_size.get(size, ())) for size in sizes))
     return view
 
 

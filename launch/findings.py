@@ -15,9 +15,8 @@ from etils import epath
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from gqa_jax import formatting, optimum, plots, results, shape_search
+from gqa_jax import formatting, invariance, optimum, plots, results, shape_search
 from gqa_jax.errors import ConfigError
-from gqa_jax.invariance import context_invariance
 from gqa_jax.laws import validation
 from gqa_jax.objectives import Objective
 from launch import state, studies
@@ -41,16 +40,18 @@ def of(
     if not fits.fitted:
         fits.at(None)
     made = [_study(one, loss, context, objective, console, aspect) for one in fits.fitted]
+    root = source.layout.root if source.layout else None
     made[0] = _with_contexts(made[0], source, console)
     runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
     about = source.laws.source if source.laws is not None else f"{len(runs)} runs of {runs['size'].nunique()} sizes"
-    root = source.layout.root if source.layout else None
     return Findings(
         name=source.name,
         about=about,
         studies=made,
         loss=runs,
-        cost=None if root is None else results.load_costs(root),
+        cost=None if root is None else _costs(source),
+        differences=None if root is None else _differences(source),
+        error=studies.of_documents(runs),
         cells=_unfinished(source),
         unfitted=fits.unfitted,
         ask=f"python -m launch optimum {source.argument}",
@@ -138,7 +139,8 @@ def _pictures(
             yield (
                 "laws",
                 "How well E is known",
-                "Likelihood profile of E: every other coefficient at its best for that E.",
+                "Likelihood profile of E: every other coefficient at its best for that E."
+                + (f" The held-out text adds ± {laws.shared_sem:.4f}, to all losses alike." if laws.shared_sem > 0 else ""),
                 lambda: plots.profile(*block.entropy_profile(), dof=block.dof),
             )
         if not rows.empty:
@@ -171,12 +173,30 @@ def _pictures(
     )
 
 
+def _costs(source: Source) -> pd.DataFrame:
+    """The cost table of the cells that the source is about."""
+    table = results.load_costs(source.layout.root)
+    return table[table["cell"].isin({*source.planned, *source.loss["cell"]})]
+
+
+def _differences(source: Source, pairs: list[tuple[str, str]] | None = None) -> pd.DataFrame | None:
+    """Every run against the best of its size, or those of `pairs`; None where only exported tables are there."""
+    try:
+        found = results.load_differences(source.layout.root, pairs)
+    except FileNotFoundError:
+        return None
+    return studies.to_best(source.loss, found) if pairs is None else found
+
+
 def _with_contexts(study: Study, source: Source, console: Console) -> Study:
     """Adds whether differences between heads depend on the training context, where a grid was trained at several."""
     if source.loss.empty or source.loss["context"].nunique() < 2:
         return study
+    baseline = tuple(study.questions[0].answer.heads)
     try:
-        found = context_invariance(source.loss, tuple(study.questions[0].answer.heads))
+        pairs = invariance.pairs(source.loss, baseline)
+        paired = _differences(source, pairs) if source.layout is not None else None
+        found = invariance.context_invariance(source.loss, baseline, differences=paired)
         ax = plots.loss_vs_context(found)
     except ValueError as error:
         console.print(f"no test of context invariance: {error}", highlight=False)

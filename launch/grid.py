@@ -47,6 +47,7 @@ class Cell:
     continues: str | None = None  # hash of the parent's identity
     settings: tuple[str, ...] = ()  # flags of its training process: how it is carried out, as was proved to fit
     number: int = 0  # of its configuration among those of the grid
+    holdout: str | None = None  # rule by which documents of its token store are held out; None: it is not prepared yet
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -227,9 +228,9 @@ def cells(grid: Grid) -> list[Cell]:
 def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | None, number: int) -> Cell:
     if tokens is not None:
         reader.check(config, tokens)
-    fingerprint = tokens.fingerprint if tokens else None
+    fingerprint, holdout = (tokens.fingerprint, tokens.holdout_rule) if tokens else (None, None)
     if parent is None:
-        return Cell(config, fingerprint, number=number)
+        return Cell(config, fingerprint, number=number, holdout=holdout)
     config = dataclasses.replace(config, continue_from=f"../{parent.name}")  # folders of cells lie side by side
     config.check_source(parent.config)
     if fingerprint != parent.data_fingerprint:
@@ -237,12 +238,33 @@ def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | N
             f"data.store = {config.data.store} is not the store of {parent.name}, which it continues "
             f"({parent.config.data.store}): use that one"
         )
-    return Cell(config, fingerprint, parent.name, hash_identity(parent.identity), number=number)
+    return Cell(config, fingerprint, parent.name, hash_identity(parent.identity), number=number, holdout=holdout)
 
 
 def reference(config: TrainConfig) -> str:
     """Stands for a configuration of the same grid in `continue_from`, until `cells` knows what its folder is called."""
     return f"cell {hash_identity(config.identity(config.data.store, config.continue_from), 16)}"
+
+
+def under_old_rules(grid: Grid) -> Grid:
+    """The grid as the first version had it: its cells have the names that that version gave them.
+
+    Every configuration is under its rules (`TrainConfig.under_old_rules`); a store of one's own is the one that is there.
+
+    Raises ConfigError for a configuration that can't be used.
+    """
+    waiting, made = {}, {}
+    for number, values in enumerate(grid.configs):
+        with _blame(grid, number):
+            waiting[number] = values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict())
+    renamed: dict[str | None, str | None] = {None: None}  # what stands for a configuration, by what stood for it
+    while ready := [number for number, config in waiting.items() if config.continue_from in renamed]:
+        for number in ready:
+            config = waiting.pop(number)
+            made[number] = dataclasses.replace(config, continue_from=renamed[config.continue_from]).under_old_rules()
+            renamed[reference(config)] = reference(made[number])
+    made |= waiting  # these continue what is not in the grid, as `cells` says
+    return dataclasses.replace(grid, configs=[made[number] for number in range(len(grid.configs))])
 
 
 @contextlib.contextmanager
@@ -256,18 +278,26 @@ def _blame(grid: Grid, number: int) -> Iterator[None]:
 def part(path: os.PathLike | str, names: Sequence[str], seeds: Mapping[str, Sequence[int]] | None = None) -> Grid:
     """The cells of those names (and their parents) of another grid file, and cells of it with other `seeds`.
 
+    A name may be of a cell under the rules of the first version (`under_old_rules`), which is then part of the grid.
+
     Raises ConfigError for a name that the file has no cell of: it was changed since.
     """
     whole = load(os.fspath(path))
     by_name = {cell.name: cell for cell in cells(whole)}
     seeds = dict(seeds or {})
+    configs_of = dict.fromkeys(by_name, whole.configs)
+    if any(name not in by_name for name in [*names, *seeds]):
+        old = under_old_rules(whole)
+        with contextlib.suppress(ConfigError):  # then there is no such cell
+            by_name |= (others := {cell.name: cell for cell in cells(old) if cell.name not in by_name})
+            configs_of |= dict.fromkeys(others, old.configs)
     if unknown := [name for name in [*names, *seeds] if name not in by_name]:
         raise ConfigError(f"{path} has no cell {unknown[0]} (any more): {closest(unknown[0], by_name)}")
     wanted = set(names)
     for name in names:
         while (parent := by_name[name].parent) is not None:
             wanted.add(name := parent)
-    configs: list[ml_collections.ConfigDict | TrainConfig] = [whole.configs[by_name[n].number] for n in by_name if n in wanted]
+    configs: list[ml_collections.ConfigDict | TrainConfig] = [configs_of[n][by_name[n].number] for n in by_name if n in wanted]
     for name, others in seeds.items():
         configs += [dataclasses.replace(by_name[name].config, seed=seed) for seed in others]
     return dataclasses.replace(whole, configs=configs)
@@ -289,15 +319,19 @@ def select(all_cells: Sequence[Cell], where: str | None) -> list[Cell]:
     return chosen
 
 
-def facts(grid: Grid, all_cells: Sequence[Cell]) -> dict[str, Any]:
-    """grid.json: what the tables need to know of the grid beside its cells (`gqa_jax.results.grid_facts`)."""
-    return {
+def facts(grid: Grid, all_cells: Sequence[Cell], others: Sequence[Cell] = ()) -> dict[str, Any]:
+    """grid.json: what the tables need to know of the grid beside its cells (`gqa_jax.results.grid_facts`).
+
+    others: cells of the grid under other rules, which stay in the tables (as `old_cells`).
+    """
+    found = {
         "name": grid.name,
         "contexts_served": list(grid.contexts_served),
         "losses": list(grid.losses),
         "convention": grid.convention,
         "cells": [cell.name for cell in all_cells],
     }
+    return found | ({"old_cells": [cell.name for cell in others]} if others else {})
 
 
 def _open(name: str) -> store.TokenStore | None:

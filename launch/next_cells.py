@@ -20,7 +20,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import probability, si
 from gqa_jax.laws import Heads
 from gqa_jax.next_runs import Candidate, Choice, Question
-from launch import answer, grid, state, studies
+from launch import answer, grid, rules, state, studies
 from launch.grid import Cell
 from launch.studies import Fitted, Source
 
@@ -50,7 +50,8 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
     out = Path(arguments.out or f"{arguments.grid.removesuffix('.py')}-next.py")
     if out.exists():
         raise ConfigError(f"{out} is there: run it, remove it, or give another name with --out FILE")
-    cells = grid.cells(grid.load(arguments.grid))
+    the_grid = grid.load(arguments.grid)
+    cells = grid.cells(grid.under_old_rules(the_grid) if source.rules == rules.OLD else the_grid)
     fits = studies.fit(source)
     if not fits.fitted:
         why = "; ".join(f"trained at {context}: {reason}" for context, reason in fits.unfitted.items())
@@ -81,7 +82,9 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
         return 0
     console.print(_screen(choice))
     console.print(choice.stopped, highlight=False)
-    command = f"python -m launch run {shlex.quote(os.fspath(out))} --root {shlex.quote(os.fspath(source.layout.root))}"
+    command = (
+        f"python -m launch run {shlex.quote(os.fspath(out))} --root {shlex.quote(os.fspath(source.layout.root))}{source.option}"
+    )
     text = grid_file(arguments, source, cells, possible, choice, out, command)
     with open(out, "x") as file:
         file.write(text)

@@ -85,9 +85,18 @@ def money(states: Sequence[CellState], prices: Mapping[str, Price]) -> float | N
 
 
 def print_failures(
-    cells: Sequence[Cell], states: Sequence[CellState], layout: Layout, engine: Executor, grid: str, console: Console
+    cells: Sequence[Cell],
+    states: Sequence[CellState],
+    layout: Layout,
+    engine: Executor,
+    grid: str,
+    console: Console,
+    option: str = "",
 ) -> None:
-    """One paragraph a cause: how many cells, what, the file to read, the command that repeats one here."""
+    """One paragraph a cause: how many cells, what, the file to read, the command that repeats one here.
+
+    option: what commands need beside the grid, to be about these cells.
+    """
     causes = defaultdict(list)
     for cell, now in zip(cells, states, strict=True):
         if now.state in state.BAD:
@@ -100,10 +109,10 @@ def print_failures(
         _line(console, f"[red]{name}[/]: {first.name}{others}: {escape(str(cause))}")
         _line(console, f"  read    {escape(str(files[-1] if files else layout.cell(first.name)))}")
         if kind == "stalled":
-            _line(console, f"  end it  python -m launch cancel {shlex.quote(grid)} {first.name}")
+            _line(console, f"  end it  python -m launch cancel {shlex.quote(grid)}{option} {first.name}")
             continue
         _line(console, f"  repeat  {escape(shlex.join(training(first, layout)))}")
-        _line(console, f"  again   python -m launch retry {shlex.quote(grid)}, then run")
+        _line(console, f"  again   python -m launch retry {shlex.quote(grid)}{option}, then run")
     for line in state.waiting([cell.name for cell in cells], states):
         _line(console, escape(line))
 

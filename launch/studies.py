@@ -13,13 +13,16 @@ import pandas as pd
 from etils import epath
 
 from gqa_jax import presets, results, storage
+from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LawsByHeads, fit_by_heads, points
 from launch import grid
+from launch import rules as ruling
 from launch.grid import Layout
 
 PAPER_LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)  # rows of its Table 4
 PAPER_CONTEXTS = (8192, 16_384, 32_768, 65_536, 131_072)  # and its columns
+DIFFERENCE = ("difference", "standard_error", "n_documents")  # columns of `gqa_jax.results.load_differences`
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,13 @@ class Source:
     layout: Layout | None = None  # of a grid
     laws: LawsByHeads | None = None  # of a preset: not fitted here
     planned: Sequence[str] = ()  # names of the grid's cells
+    rules: str | None = None  # of its cells: launch.rules.OLD or NEW
+    asked: bool = False  # for those, of a grid that may have others too
+
+    @property
+    def option(self) -> str:
+        """What a command line needs beside the grid to be about the same runs."""
+        return f" --rules {self.rules}" if self.asked else ""
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,16 @@ def of_preset(name: str) -> Source:
     return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", f"--preset {name}", laws=laws)
 
 
-def of_grid(path: str, root: str | None = None, *, loss: pd.DataFrame | None = None) -> Source:
+def of_grid(path: str, root: str | None = None, *, rules: str | None = None, loss: pd.DataFrame | None = None) -> Source:
     """The runs of a grid: its file, and the folder it was run in; or that folder itself, local or gs://.
 
-    `loss`: its loss table, where that has been read already.
+    Args:
+      rules: launch.rules.OLD or NEW, of a grid that has runs of both.
+      loss: its loss table, where that has been read already.
 
-    Raises ConfigError: neither is there, or nothing has finished.
+    Raises:
+      ConfigError: neither is there, nothing has finished, or nothing under these rules.
+      ValueError: without `rules`, runs under several.
     """
     if path.endswith(".py"):
         name = grid.load(path).name
@@ -103,12 +117,71 @@ def of_grid(path: str, root: str | None = None, *, loss: pd.DataFrame | None = N
         raise ConfigError(f"{error}: run the grid first, python -m launch run {shlex.quote(path)}") from error
     if loss.empty:
         raise ConfigError(f"no cell of {facts.get('name', name)} has finished in {layout.root}: run it first")
-    argument = shlex.quote(path) + (f" --root {shlex.quote(root)}" if root else "")
+    loss, which = under(loss, rules, layout)
+    argument = shlex.quote(path) + (f" --root {shlex.quote(root)}" if root else "") + (f" --rules {rules}" if rules else "")
     served = facts.get("contexts_served") or sorted({int(c) for c in loss["context"].unique()} | set(PAPER_CONTEXTS))
     return Source(
         facts.get("name", name), loss, served, facts.get("losses") or (), facts.get("convention", "figures"), argument, layout,
-        planned=facts.get("cells") or (),
+        planned=_planned(facts, which, layout), rules=which, asked=rules is not None,
     )  # fmt: skip
+
+
+def under(loss: pd.DataFrame, asked: str | None, layout: Layout) -> tuple[pd.DataFrame, str]:
+    """The rows of a loss table under the rules asked for, and which these are; without any all, which must be under one.
+
+    Raises ConfigError where no run is under them, ValueError where runs are under several rules and none were asked for.
+    """
+    old = loss["rules"].eq(ruling.FIRST).fillna(False).astype(bool)
+    if asked is not None:
+        rows = loss[old if asked == ruling.OLD else ~old]
+        if rows.empty:
+            there = ", ".join(sorted(loss["rules"].dropna().unique()))
+            raise ConfigError(f"--rules {asked}: no run in {layout.root} is under these rules, all are under {there}")
+        return rows, asked
+    points.require_one_rule(loss)  # also between training contexts, whose laws are fitted apart
+    return loss, ruling.OLD if old[loss["status"] == "done"].all() else ruling.NEW
+
+
+def of_documents(loss: pd.DataFrame) -> str:
+    """What the standard errors of these losses are over, in words that follow "standard error"; empty: it is not known."""
+    if "heldout" not in loss or loss["heldout"].isna().all():
+        return ""
+    found = [loss[name].dropna().unique() for name in ("heldout", "eval_documents", "heldout_documents")]
+    texts, evaluated, there = ([str(value) if i == 0 else f"{value:,}" for value in values] for i, values in enumerate(found))
+    if len(texts) > 1 or len(evaluated) != 1 or len(there) > 1:
+        return "over documents, the same for runs of the same held-out text"
+    return f"over {evaluated[0]}{f' of {there[0]}' if there else ''} documents, common to all runs"
+
+
+def to_best(loss: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
+    """Every run against the best of its size and training context, on the documents of both.
+
+    Args:
+      loss: the runs that are asked for.
+      differences: of `gqa_jax.results.load_differences`, which chooses the best.
+
+    Returns:
+      columns context, size, n_heads, n_kv_heads, head_dim, params_non_embedding, cell, best (name of that run), difference,
+      standard_error (empty: not known), n_documents; the last three are empty for the best themselves. Only runs whose
+      difference is known.
+    """
+    fields = ["context", "size", "n_heads", "n_kv_heads", "head_dim", "params_non_embedding", "cell"]
+    known = differences[differences["difference"].notna()]
+    rows = loss[fields].merge(known[["cell", "other", *DIFFERENCE]].rename(columns={"other": "best"}), on="cell")
+    best = loss.loc[loss["cell"].isin(rows["best"]), fields].assign(best=lambda frame: frame["cell"])
+    return pd.concat([best, rows], ignore_index=True) if len(rows) else rows
+
+
+def _planned(facts: dict[str, Any], which: str, layout: Layout) -> list[str]:
+    """Names of the cells that grid.json has; those under these rules, where it has others too."""
+    names, others = facts.get("cells") or [], facts.get("old_cells")
+    if not others:
+        return names
+    paths = [layout.cell(name) / "config.json" for name in [*names, *others]]
+    stored = storage.each(storage.read_json, paths, remote=storage.is_remote(layout.root))
+    configs = [values and TrainConfig.from_stored(values) for values in stored]
+    pairs = zip([*names, *others], configs, strict=True)
+    return [name for name, config in pairs if config and (config == config.under_old_rules()) == (which == ruling.OLD)]
 
 
 def fit(source: Source, **options: Any) -> Fits:

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +12,46 @@ from gqa_jax.checkpoint import Checkpoints, _sums, checksums, params_sha256, res
 from gqa_jax.config import ConfigError
 
 
-def state(scale=1.0):
-    return {"step": jnp.int32(3), "w": scale * jnp.arange(12.0).reshape(3, 4), "half": jnp.ones(5, jnp.bfloat16)}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """As `program.TrainState`."""
+
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+
+
+def state(step):
+    """That after `step` steps: no two steps have the same."""
+    params = {"w": step * jnp.arange(12.0).reshape(3, 4), "half": jnp.full(5, step, jnp.bfloat16)}
+    return State(jnp.int32(step), params, (jax.tree.map(lambda x: 2 * x, params),))
 
 
 def abstract():
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+
+
+def saved(folder, *steps):
+    """Checkpoints of a run, and a description of its parameters."""
+    with Checkpoints(folder, keep=3) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state(step), {"seconds_train": step / 2})
+            checkpoints.wait()
+    return abstract().params
 
 
 def test_state_and_metadata_come_back_bit_for_bit(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.restore_newest(abstract()) is None
-        checkpoints.save(7, state(), {"seconds_train": 1.5})
+        checkpoints.save(7, state(7), {"seconds_train": 1.5})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         restored = checkpoints.restore_newest(abstract())
         assert checkpoints.newest_metadata()["seconds_train"] == 1.5
-    assert restored.step == 7
+    assert restored.step == restored.metadata["step"] == 7
     assert restored.metadata["seconds_train"] == 1.5
-    for name, value in state().items():
-        np.testing.assert_array_equal(restored.state[name], value)
-        assert restored.state[name].dtype == value.dtype
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state(7))
+    assert [x.dtype for x in jax.tree.leaves(restored.state)] == [x.dtype for x in jax.tree.leaves(state(7))]
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -42,20 +64,94 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_a_checkpoint_whose_arrays_changed_is_set_aside(tmp_path, caplog):
     """Orbax restores such a checkpoint without a word: only the checksum knows."""
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
-        checkpoints.save(1, state(1.0), {})
-        checkpoints.wait()
-        checkpoints.save(2, state(2.0), {})
-        checkpoints.wait()
-        checkpoints.save(3, state(3.0), {})
+    saved(tmp_path, 1, 2, 3)
     folder = tmp_path / "checkpoints"
     (folder / "3" / "state").rename(tmp_path / "other")
     (folder / "2" / "state").rename(folder / "3" / "state")  # complete, readable, and not what step 3 saved
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         restored = checkpoints.restore_newest(abstract())
     assert restored.step == 1
-    assert "step 3 is damaged (checksum of ['w'] differs)" in caplog.text
+    assert "step 3 is damaged (checksum of .opt_state[0]['half'] differs)" in caplog.text
     assert sorted(p.name.split("-")[0] for p in (tmp_path / "damaged-checkpoints").iterdir()) == ["2", "3"]
+
+
+def of_the_first_version(folder):
+    """Makes the metadata of a checkpoint what it was before it named its step."""
+    file = folder / "metadata" / "metadata"
+    values = json.loads(file.read_text())
+    del values["step"]
+    file.write_text(json.dumps(values))
+
+
+def renamed_from_five(folder):
+    """A run whose only checkpoint, of step 5, is now called 6."""
+    saved(folder, 5)
+    (folder / "checkpoints" / "5").rename(folder / "checkpoints" / "6")
+
+
+def copied_from_four(folder):
+    """A run with checkpoints 4 and 6, and that of step 4 a second time as 8."""
+    saved(folder, 4, 6)
+    shutil.copytree(folder / "checkpoints" / "4", folder / "checkpoints" / "8")
+
+
+def with_metadata_of_four(folder):
+    """A run whose checkpoint 6 has the arrays of step 6 and the metadata of step 4."""
+    saved(folder, 4, 6)
+    at = folder / "checkpoints"
+    sums = json.loads((at / "6" / "metadata" / "metadata").read_text())["checksums"]
+    values = json.loads((at / "4" / "metadata" / "metadata").read_text())
+    (at / "6" / "metadata" / "metadata").write_text(json.dumps(values | {"checksums": sums}))
+
+
+@pytest.mark.parametrize(
+    ("make", "named", "held"), [(renamed_from_five, 6, 5), (copied_from_four, 8, 4), (with_metadata_of_four, 6, 4)]
+)
+def test_a_renamed_or_copied_checkpoint_is_refused_and_left_where_it_is(tmp_path, make, named, held):
+    make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    message = rf"checkpoints/{named} holds the state after step {held}, not {named}: it was renamed or copied: give it back its"
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        with pytest.raises(ConfigError, match=message):
+            checkpoints.newest_metadata()
+        with pytest.raises(ConfigError, match=message):
+            checkpoints.restore_newest(abstract())
+    with pytest.raises(ConfigError, match=rf"^continue_from: .*{message}"):
+        restore_params(tmp_path, abstract().params)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("make", "named"), [(renamed_from_five, 6), (copied_from_four, 8)])
+def test_a_renamed_checkpoint_of_the_first_version_is_known_by_its_state(tmp_path, make, named):
+    make(tmp_path)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        of_the_first_version(folder)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.newest_metadata()["seconds_train"] > 0
+        with pytest.raises(ConfigError, match=f"checkpoints/{named} holds the state after step"):
+            checkpoints.restore_newest(abstract())
+    with pytest.raises(ConfigError, match=f"checkpoints/{named} holds the state after step"):
+        restore_params(tmp_path, abstract().params)
+
+
+def test_a_checkpoint_of_the_first_version_is_read(tmp_path):
+    saved(tmp_path, 5)
+    of_the_first_version(tmp_path / "checkpoints" / "5")
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.newest_metadata()["seconds_train"] == 2.5
+        assert checkpoints.restore_newest(abstract()).step == 5
+    assert restore_params(tmp_path, abstract().params).step == 5
+
+
+def test_a_folder_with_more_than_a_step_in_its_name_is_no_checkpoint(tmp_path, caplog):
+    """Orbax reads "old_9" and "07" as steps."""
+    saved(tmp_path, 5)
+    for name in ("old_9", "07"):
+        shutil.copytree(tmp_path / "checkpoints" / "5", tmp_path / "checkpoints" / name)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.restore_newest(abstract()).step == 5
+    assert restore_params(tmp_path, abstract().params).step == 5
+    assert not caplog.text
 
 
 def test_checksums_see_any_element_and_any_exchange_and_no_sharding():
@@ -68,37 +164,18 @@ def test_checksums_see_any_element_and_any_exchange_and_no_sharding():
     assert int(checksums({"x": spread})["['x']"]) == base
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    step: jax.Array
-    params: dict
-    opt_state: tuple
-
-
-def saved(folder):
-    """Two checkpoints of a run, and a description of its parameters."""
-    params = state()
-    with Checkpoints(folder, keep=2) as checkpoints:
-        for step in (1, 2):
-            values = jax.tree.map(lambda x, step=step: x * step, params)
-            checkpoints.save(step, State(jnp.int32(step), values, (values, values)), {"seconds_train": 1.5})
-            checkpoints.wait()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-
-
 def test_parameters_of_another_run_are_those_of_its_newest_undamaged_checkpoint(tmp_path, caplog):
-    wanted = saved(tmp_path)
+    wanted = saved(tmp_path, 1, 2)
     step, params, metadata = restore_params(tmp_path, wanted)
     assert step == 2
-    jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(lambda x: 2 * x, state()))
-    assert metadata["seconds_train"] == 1.5
+    jax.tree.map(np.testing.assert_array_equal, params, state(2).params)
+    assert metadata["seconds_train"] == 1.0
 
     (tmp_path / "checkpoints" / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     step, params, _ = restore_params(tmp_path, wanted)
     assert step == 1
-    jax.tree.map(np.testing.assert_array_equal, params, state())
+    jax.tree.map(np.testing.assert_array_equal, params, state(1).params)
     assert "checkpoints/2 is damaged" in caplog.text
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -114,16 +191,16 @@ def test_parameters_of_another_run_are_those_of_its_newest_undamaged_checkpoint(
 
 def test_parameters_whose_arrays_changed_are_not_used(tmp_path):
     """Orbax restores such a checkpoint without a word: only the checksum knows."""
-    wanted = saved(tmp_path)
+    wanted = saved(tmp_path, 1, 2)
     folder = tmp_path / "checkpoints"
     (folder / "2" / "state").rename(tmp_path / "away")
     (folder / "1" / "state").rename(folder / "2" / "state")
-    with pytest.raises(ConfigError, match=r"step 2 is damaged \(checksum of \['half'\] differs\)"):
+    with pytest.raises(ConfigError, match=r"step 2 is damaged \(checksum of \.params\['half'\] differs\)"):
         restore_params(tmp_path, wanted)
 
 
 def test_parameters_of_another_model_are_refused(tmp_path):
-    wanted = saved(tmp_path)
+    wanted = saved(tmp_path, 1, 2)
     with pytest.raises(ConfigError, match=r"is of another model: \['w'\] is float32\[3, 4\], here float32\[4, 3\]"):
         restore_params(tmp_path, wanted | {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32, sharding=wanted["w"].sharding)})
     with pytest.raises(ConfigError, match=r"\['half'\] is bfloat16\[5\], here not there"):

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs.train import tiny as configs_train_tiny
-from gqa_jax import checkpoint, distributed, metrics, run_folder, train
+from gqa_jax import checkpoint, distributed, evaluation, metrics, run_folder, train
 from gqa_jax.config import ConfigError, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -275,7 +275,8 @@ def state_of(mesh, scale, values):
         "embedding": leaf((16, 8), (None, (first, second))),
         "layers": {"up": leaf((3, 8, 16), (None, first, second)), "norm": leaf((3, 8), (), jnp.bfloat16)},
     }
-    return State(step=leaf((), (), jnp.int32), params=params, opt_state=(jax.tree.map(lambda x: x, params),))
+    step = jnp.int32(scale) if values else leaf((), (), jnp.int32)
+    return State(step=step, params=params, opt_state=(jax.tree.map(lambda x: x, params),))
 
 
 def test_checkpoints_go_from_one_process_to_two_and_back_on_other_meshes(listeners, tmp_path, caplog):
@@ -304,7 +305,7 @@ checkpoint._read_metadata = read
 with checkpoint.Checkpoints(run, keep=4) as checkpoints:
     newest = checkpoints.newest_metadata()["seconds_train"]
     restored = checkpoints.restore_newest(state_of(mesh, 0, False))
-    checkpoints.save(5, restored.state, {{}})
+    checkpoints.save(5, dataclasses.replace(restored.state, step=restored.state.step + 3), {{}})
 _, params, _ = checkpoint.restore_params(run, state_of(mesh, 0, False).params)
 other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 hashes = [state_of(mesh, 2, True).params, state_of(other, 2, True).params, restored.state.params, params]
@@ -327,7 +328,7 @@ say(
         restored = checkpoints.restore_newest(state_of(mesh, 0, False))
     assert restored.step == 5
     assert "damaged" not in caplog.text
-    jax.tree.map(np.testing.assert_array_equal, restored.state, expected)
+    jax.tree.map(np.testing.assert_array_equal, restored.state, dataclasses.replace(expected, step=5))
     assert restored.state.params["embedding"].sharding.mesh == mesh
 
 
@@ -403,6 +404,9 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
     assert list(losses(run)) == list(range(1, 61))
     np.testing.assert_allclose(list(losses(run).values()), list(losses(tmp_path / "whole").values()), rtol=1e-5)
     np.testing.assert_allclose(result["loss"], whole["loss"], rtol=1e-5)
+    of, of_whole = (evaluation.from_bytes((folder / "documents.npz").read_bytes()) for folder in (run, tmp_path / "whole"))
+    np.testing.assert_array_equal(of.document, of_whole.document)
+    np.testing.assert_allclose(of.loss, of_whole.loss, rtol=1e-5)
     attempts = [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in sorted(run.glob("metrics/*"))]
     assert [steps[0] for steps in attempts[:2]] == [1, preempted + 1]
     assert attempts[2][0] in {step + 1 for step in range(preempted, 60)}

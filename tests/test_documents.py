@@ -1,116 +1,34 @@
-"""Inputs to documents: every format, order, and a sentence with file and line for what can't be read."""
+"""Documents of plain files and of the corpus, their sources, and what is counted on the way."""
 
 import gzip
 import json
-import lzma
-import os
-import sys
-import types
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from gqa_jax.data.corpus import SOTU_BYTES
-from gqa_jax.data.documents import Format, InputError, find_sources, read_documents
-
-TEXTS = ["first", "zweite Zeile\r\nmit ü", "", "漢字\u2028\x85 end"]
-LINES = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
-
-
-def texts(*inputs, include="*", exclude=None, **form):
-    sources = find_sources(inputs, include, exclude)
-    return [document.text for source in sources for document in read_documents(source, Format(**form))]
-
-
-@pytest.mark.parametrize(
-    ("suffix", "pack"),
-    [
-        (".jsonl", lambda data: data),
-        (".ndjson", lambda data: b"\xef\xbb\xbf" + data + b"\n"),  # byte-order mark, blank line
-        (".json.gz", gzip.compress),
-        (".jsonl.xz", lzma.compress),
-        (".jsonl.zst", lambda data: zstandard.compress(data[:50]) + zstandard.compress(data[50:])),  # two frames
-    ],
-)
-def test_json_lines(tmp_path, suffix, pack):
-    path = tmp_path / f"a.b{suffix}"
-    path.write_bytes(pack(LINES))
-    assert texts(path) == TEXTS
-    *_, last = read_documents(find_sources([path])[0], Format())
-    assert last.position <= path.stat().st_size
-
-
-def test_zst_with_a_long_window(tmp_path):
-    parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
-    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # as zstd --long=30 from a pipe
-    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(LINES) + compressor.flush())
-    assert texts(tmp_path) == TEXTS
-
-
-def test_parquet(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"body": [*TEXTS, None], "n": range(5)}), path, row_group_size=2)
-    assert texts(path, text_key="body") == [*TEXTS, ""]
-    with pytest.raises(InputError, match=r"a.parquet: no column 'text'; columns: body, n \(--text_key\)"):
-        texts(path)
-    with pytest.raises(InputError, match=r"a.parquet row 1: 'n' is a int, not text"):
-        texts(path, text_key="n")
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(InputError, match=r"a.parquet: not a readable Parquet file"):
-        texts(path, text_key="body")
+from gqa_jax.data.documents import Format, InputError, Reading, find_sources, read_documents
+from tests.reading import read, texts
 
 
 def test_plain_files_are_kept_as_they_are(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\xef\xbb\xbf")
     (tmp_path / "b.py.gz").write_bytes(gzip.compress(b"def f(): ...\n"))
-    assert texts(tmp_path) == ["one\r\ntwo\n", "def f(): ...\n"]
+    assert texts(tmp_path) == ["one\r\ntwo\n\ufeff", "def f(): ...\n"]
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
-@pytest.mark.parametrize("separator", ["|", "<>", "aab", "\n\n"])
+@pytest.mark.parametrize("separator", ["|", "<>", "aab", "\n\n", None])
 def test_separator(tmp_path, monkeypatch, block, separator):
     monkeypatch.setattr("gqa_jax.data.documents._READ_BYTES", block)
     text = "üaaab<>x|aabaab\n\n\ny<<>>a|"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    assert texts(tmp_path, separator=separator) == text.split(separator)
+    assert texts(tmp_path, separator=separator) == ([text] if separator is None else text.split(separator))
 
 
-def test_folder_is_sorted_recursive_and_without_hidden_files(tmp_path):
-    for name in ("b.txt", "a/z.txt", "a/b/c.md", "a.txt", ".git/config", ".hidden"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    assert [source.name for source in find_sources([tmp_path])] == ["a/b/c.md", "a/z.txt", "a.txt", "b.txt"]
-    assert texts(tmp_path, include="*.txt") == ["a/z.txt", "a.txt", "b.txt"]
-    assert texts(tmp_path, exclude="a/*") == ["a.txt", "b.txt"]
-    assert texts(tmp_path / "b.txt", tmp_path / "a.txt") == ["b.txt", "a.txt"]
-    with pytest.raises(InputError, match=r"no file in this folder \(include '\*.rs'"):
-        texts(tmp_path, include="*.rs")
-
-
-def test_sotu():
-    (source,) = find_sources(["sotu"])
-    documents = list(read_documents(source, Format()))
-    assert len(documents) == 233
-    assert documents[-1].position == source.size == SOTU_BYTES
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{broken\n", r"a.jsonl:2: not one JSON object a line"),
-        (b"[1]\n", r"a.jsonl:2: no field 'text'; it is a list"),
-        (b'{"body": "x", "id": 1}\n', r"a.jsonl:2: no field 'text'; its fields: body, id \(--text_key\)"),
-        (b'{"text": 5}\n', r"a.jsonl:2: 'text' is a int, not text"),
-        (b'{"text": "\xff"}\n', r"a.jsonl:2: byte 10 is no UTF-8; --encoding_errors=replace"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n' + line)
-    with pytest.raises(InputError, match=message):
-        texts(tmp_path)
+def test_separator_of_lines_that_end_as_on_windows():
+    found = texts("tests/data/inputs/crlf.txt", separator="\r\n\r\n")
+    assert len(found) == 40
+    assert found[1] == "paragraph 1 of a text"
 
 
 def test_bytes_that_are_no_utf8(tmp_path):
@@ -118,68 +36,84 @@ def test_bytes_that_are_no_utf8(tmp_path):
     with pytest.raises(InputError, match=r"latin.txt:3: not UTF-8 text \(byte 0xe9\): leave the file out \(--exclude\)"):
         texts(tmp_path)
     assert texts(tmp_path, encoding_errors="replace") == ["one\ntwo\ncaf\ufffd\n"]
+    (tmp_path / "latin.txt").write_bytes("cut off ü".encode()[:-1])
+    with pytest.raises(InputError, match=r"latin.txt:1: not UTF-8 text \(byte 0xc3\)"):
+        texts(tmp_path)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("zst", zstandard.compress), ("xz", lzma.compress)])
-def test_damaged_archives_are_errors(tmp_path, suffix, pack):
-    path = tmp_path / f"a.jsonl.{suffix}"
-    whole = pack(LINES * 1000)
-    for damaged in (whole[:-15], b"nonsense that is long enough to be a header"):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match=rf"a.jsonl.{suffix}:\d+: damaged or unreadable from here on"):
-            texts(path)
+def test_sotu():
+    (source,) = find_sources(["sotu"]).sources
+    found = list(read_documents(source, Format(), Reading()))
+    assert len(found) == 233
+    assert found[-1].position == source.size == SOTU_BYTES
+    assert {document.source for document in found} == {"sotu"}
 
 
-def test_missing_and_unreadable_inputs(tmp_path, monkeypatch):
-    (tmp_path / "corpus.txt").write_text("x")
-    with pytest.raises(InputError, match=r"no such file or folder, did you mean .*corpus.txt\?"):
-        texts(tmp_path / "corpsu.txt")
-    with pytest.raises(InputError, match="named inputs are sotu and hf:NAME"):
-        texts("stou")
-    with pytest.raises(InputError, match="no input: give files"):
-        texts()
+def test_counts_of_a_reading(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ü"}\n{"text": 5}\n{"text": ""}\n', encoding="utf-8")
+    (tmp_path / "b.json").write_text('["漢字"]\n5', encoding="utf-8")
+    for name in ("c.txt", "d", "e.md"):
+        (tmp_path / name).write_text("äx", encoding="utf-16")
+    (tmp_path / "f.txt").write_bytes(b"")
+    _, reading = read(tmp_path, "sotu", bad_lines="skip")
+    assert {kind: (found.files, found.documents, found.text_bytes) for kind, found in reading.kinds.items()} == {
+        "JSON": (2, 2, 2),
+        "plain text": (4, 4, 9),
+        "embedded corpus": (1, 233, SOTU_BYTES),
+    }
+    assert {reason: (bad.count, bad.first) for reason, bad in reading.bad_lines.items()} == {
+        "'text' is a number": (1, f"{tmp_path}/a.jsonl:2"),
+        "no object": (2, f"{tmp_path}/b.json:1"),
+    }
+    assert reading.notes == [
+        f"{tmp_path}/b.json: none of its lines or rows can be used",
+        f"{tmp_path}/c.txt and 2 more: UTF-16, read as such",
+        f"{tmp_path}/f.txt: empty",
+    ]
+    # What was taken so far is counted when a reader stops early, as the training of a BPE does.
+    reading = Reading()
+    documents = read_documents(find_sources([tmp_path / "a.jsonl"]).sources[0], Format(), reading)
+    next(documents)
+    documents.close()
+    assert reading.kinds["JSON"].documents == 1
+
+
+def test_text_bytes_of_long_texts(tmp_path):
+    text = "漢ü x" * 100_000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert read(tmp_path)[1].kinds["plain text"].text_bytes == len(text.encode())
+
+
+def test_source_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    values = ["en", "de", 7, 1.5, True, "en"]
+    path.write_text("".join(json.dumps({"text": f"{i}", "from": value}) + "\n" for i, value in enumerate(values)))
+    assert [document.source for document in read(path)[0]] == ["a.jsonl"] * 6
+    assert [document.source for document in read(path, source_key="from")[0]] == ["en", "de", "7", "1.5", "True", "en"]
+    for fields, message, reason in (
+        ({}, r"no field 'from'; its fields: text \(--source_key\)", "no field 'from'"),
+        ({"from": None}, r"'from' is null and names no source \(--source_key\)", "'from' is null"),
+        ({"from": " "}, r"'from' is empty and names no source", "'from' is empty"),
+        ({"from": ["en"]}, r"'from' is a list and names no source", "'from' is a list"),
+        ({"from": "x" * 300}, r"'from' is longer than 200 characters", "'from' is longer than 200 characters"),
+    ):
+        path.write_text('{"text": "a", "from": "en"}\n' + json.dumps({"text": "b", **fields}) + "\n")
+        with pytest.raises(InputError, match=rf"a.jsonl:2: {message}"):
+            read(path, source_key="from")
+        assert list(read(path, source_key="from", bad_lines="skip")[1].bad_lines) == [reason]
+    path.write_text('["only a text"]')
+    with pytest.raises(InputError, match=r"a.jsonl:1, element 1: a text without fields, and no 'from'"):
+        read(path, source_key="from")
+    (tmp_path / "b.txt").write_text("text")
+    for entry in (tmp_path / "b.txt", "sotu"):
+        with pytest.raises(InputError, match=r"(b.txt|sotu): plain text has no fields, and no 'from' .*leave --source_key out"):
+            read(entry, source_key="from")
+
+
+def test_formats_that_make_no_sense():
     with pytest.raises(InputError, match="separator is empty"):
-        texts(tmp_path, separator="")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
-    with pytest.raises(InputError, match=r"corpus.txt: no permission to read it"):
-        texts(tmp_path / "corpus.txt")
-
-
-class Rows(list):
-    """As much of `datasets.Dataset` as is used."""
-
-    column_names = ("text", "url")
-
-    def select_columns(self, names):
-        return [{name: row[name] for name in names} for row in self]
-
-
-def test_hugging_face_dataset(monkeypatch):
-    asked = []
-
-    def load_dataset(path, name, split):
-        asked.append((path, name, split))
-        if path == "gone":
-            raise FileNotFoundError("Dataset 'gone' doesn't exist on the Hub")
-        return Rows({"text": text, "url": ""} for text in ["one", None, "three"])
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert texts("hf:some/set", "hf:some/set@en:test") == ["one", "", "three"] * 2
-    assert asked == [("some/set", None, "train"), ("some/set", "en", "test")]
-    with pytest.raises(InputError, match="no column 'body'; columns: text, url"):
-        texts("hf:some/set", text_key="body")
-    with pytest.raises(InputError, match=r"hf:gone: datasets.load_dataset failed: Dataset 'gone' doesn't exist"):
-        texts("hf:gone")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install 'gqa_jax\[datasets\]'"):
-        texts("hf:some/set")
-
-
-@pytest.mark.needs("datasets")
-def test_local_folder_by_the_real_library(tmp_path, monkeypatch):
-    import datasets
-
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    assert texts(f"hf:{tmp_path / 'set'}") == ["one", "two"]
+        Format(separator="")
+    with pytest.raises(InputError, match="--bad_lines=ignore: must be error or skip"):
+        Format(bad_lines="ignore")
+    with pytest.raises(InputError, match="--encoding_errors=ignore: must be strict or replace"):
+        Format(encoding_errors="ignore")

@@ -55,9 +55,9 @@ TABLE = (
     Row("gqa_jax.parallel", ".mesh .config .collectives .attention .loss .sharding", outside="jax"),
     Row("gqa_jax.model", ".config .attention .parallel", outside="flax jax"),
     Row("gqa_jax.optimizer", ".config", outside="jax optax"),
-    Row("gqa_jax.evaluation"),
+    Row("gqa_jax.evaluation", ".errors", lazily=".data"),
     Row("gqa_jax.program", ".mesh .config .attention .sharding .parallel .model .optimizer", outside="jax optax"),
-    Row("gqa_jax.run_folder", ".errors .config .storage"),
+    Row("gqa_jax.run_folder", ".errors .config .storage", lazily=".data"),
     Row("gqa_jax.distributed", ".errors .config .storage .run_folder", outside="jax"),
     Row("gqa_jax.checkpoint", ".errors .storage .run_folder .distributed", outside="jax orbax"),
     Row("gqa_jax.metrics", ".errors .config .storage .run_folder"),
@@ -73,7 +73,7 @@ TABLE = (
         outside="jax optax",
     ),
     # Losses to laws, laws to answers.
-    Row("gqa_jax.results", ".costs .config .storage .run_folder"),
+    Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder"),
     Row("gqa_jax.shape_search", ".shapes .costs"),
     Row("gqa_jax.laws", ".shapes .shape_search"),
     Row("gqa_jax.invariance", ".laws"),
@@ -88,6 +88,7 @@ TABLE = (
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.grid", ".errors .costs .config .data"),
+    Row("launch.rules", ".errors .storage launch.grid"),
     Row("launch.executor", ".errors .config .hardware launch.grid"),
     Row("launch.bundle", ".errors .storage .run_folder"),
     Row("launch.local", ".errors .storage .run_folder launch.grid launch.executor"),
@@ -99,11 +100,12 @@ TABLE = (
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planner .proof launch.grid"),
     Row("launch.plan", ".errors .formatting .hardware .costs launch.grid launch.state launch.fit"),
-    Row("launch.studies", ".errors .storage .results .laws .presets launch.grid"),
-    Row("launch.answer", ".formatting .storage .results .laws .optimum .plots launch.grid launch.studies"),
+    Row("launch.studies", ".errors .config .storage .results .laws .presets launch.grid launch.rules"),
+    Row("launch.answer", ".formatting .storage .results .laws .optimum .plots launch.grid launch.rules launch.studies"),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .optimum .next_runs launch.grid launch.state launch.studies launch.answer",
+        ".errors .formatting .costs .config .laws .optimum .next_runs launch.grid launch.rules launch.state launch.studies "
+        "launch.answer",
     ),
     Row("launch.report", ".formatting .costs .hardware .storage .laws .serving .objectives .optimum launch.grid"),
     Row(
@@ -113,13 +115,13 @@ TABLE = (
     ),
     Row(
         "launch.analysis",
-        ".errors .formatting .hardware",
+        ".errors .formatting .hardware launch.rules",
         lazily=".shapes .serving .objectives .optimum launch.studies launch.answer launch.next_cells launch.report "
         "launch.findings",
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .prices .storage launch.grid launch.executor launch.local launch.state "
+        ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executor launch.local launch.state "
         "launch.run launch.screen launch.fit launch.analysis",
         lazily="launch.plan launch.answer",
     ),

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from gqa_jax.invariance import context_invariance
+from gqa_jax.invariance import context_invariance, pairs
 from gqa_jax.laws.heads import Heads
 
 CONTEXTS = (1024, 2048, 8192, 16384, 32768, 65536, 131072)
@@ -122,6 +122,73 @@ def test_standard_errors_come_from_the_runs_where_they_have_them():
     own = seeds[(seeds["context"] == 1024) & (seeds["n_kv_heads"] == 1) & (seeds["n_heads"] == 8)]["loss"]
     assert first["loss"] == pytest.approx(own.mean())
     assert first["standard_error"] > own.std() / np.sqrt(3) / first["baseline_loss"]
+
+
+TEXT = {"heldout": "1f2e3d4c5b6a/spread/131072", "loss_sem": 0.03}
+
+
+def of_one_text(seeds=1, **columns):
+    """Runs with names, evaluated on one text, with an error by documents far above their differences."""
+    frame = pd.concat([table(noise=0.002, seed=s, seeds=s) for s in range(seeds)], ignore_index=True)
+    return frame.assign(cell=[f"run{i}" for i in range(len(frame))], **TEXT | columns)
+
+
+def paired(data, error, baseline=(8, 8)):
+    """As `gqa_jax.results.load_differences`, whose columns hold empty cells."""
+    found = pd.DataFrame(pairs(data, baseline), columns=["cell", "other"])
+    return found.assign(standard_error=pd.array([error] * len(found), dtype="Float64"))
+
+
+def test_differences_of_one_text_have_errors_paired_by_documents():
+    data = of_one_text()
+    result = context_invariance(data, (8, 8), differences=paired(data, 0.004))
+    frame = result.differences
+    np.testing.assert_allclose(frame["standard_error"], 0.004 / frame["baseline_loss"])
+    assert result.warnings == ()
+    other_way = paired(data, 0.004).rename(columns={"cell": "other", "other": "cell"})
+    same = context_invariance(data, (8, 8), differences=other_way)
+    np.testing.assert_array_equal(same.differences["standard_error"], frame["standard_error"])
+
+
+def test_pairs_are_those_of_the_same_context():
+    data = of_one_text()
+    found = pairs(data, (8, 8))
+    assert len(found) == 2 * len(CONTEXTS)
+    by_name = data.set_index("cell")
+    assert all(by_name.loc[a, "context"] == by_name.loc[b, "context"] for a, b in found)
+    assert {by_name.loc[b, "n_kv_heads"] for _, b in found} == {8}
+    assert pairs(data.drop(columns="cell"), (8, 8)) == []
+
+
+def test_seeds_add_their_spread_to_the_error_of_the_text_which_they_share():
+    data = of_one_text(seeds=3)
+    frame = context_invariance(data, (8, 8), differences=paired(data, 0.004)).differences
+    row = frame.iloc[0]
+    own, base = (
+        data[(data["context"] == row["context"]) & (data["n_heads"] == n) & (data["n_kv_heads"] == k)]["loss"]
+        for n, k in ((1, 1), (8, 8))
+    )
+    assert row["model"] == "(1,1)"
+    ratio = own.mean() / base.mean()
+    spread = ratio * np.hypot(own.std() / np.sqrt(3) / own.mean(), base.std() / np.sqrt(3) / base.mean())
+    assert row["standard_error"] == pytest.approx(np.hypot(0.004 / base.mean(), spread))
+
+
+@pytest.mark.parametrize("differences", [None, "empty", "some"])
+def test_without_them_the_errors_of_one_text_are_not_taken_for_independent(differences):
+    data = of_one_text()
+    given = None if differences is None else paired(data, None if differences == "empty" else 0.004)
+    if differences == "some":
+        given = given.iloc[:-1]
+    result = context_invariance(data, (8, 8), differences=given)
+    count = 1 if differences == "some" else 2 * len(CONTEXTS)
+    assert (result.differences["standard_error"] == result.noise).sum() == count
+    assert result.differences["standard_error"].max() < 0.005  # two errors of 0.03 would be .016
+    assert f"{count} of {2 * len(CONTEXTS)} differences are without a paired error by documents" in result.warnings[0]
+    seeds = of_one_text(seeds=3)
+    frame = context_invariance(seeds, (8, 8)).differences
+    assert frame["standard_error"].max() < 0.005
+    assert frame["standard_error"].nunique() == len(frame)  # each by its own seeds
 
 
 def test_what_is_left_out_is_said():

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from gqa_jax import results
+from gqa_jax import next_runs, results
 from gqa_jax.metrics import write_json
 from launch import grid
 from launch.__main__ import main
@@ -137,3 +138,38 @@ def test_a_part_of_a_grid_that_changed_since_is_refused(wide):
     with pytest.raises(grid.ConfigError, match=r"wide.py has no cell s16d-x \(any more\)"):
         grid.part("wide.py", ["s16d-x"])
     assert [cell.name for cell in grid.cells(grid.part("wide.py", [cells[2].name]))] == [cells[2].name]
+
+
+@pytest.mark.parametrize("asked", [(), ("--rules", "old")])
+def test_of_runs_of_the_first_version_it_chooses_cells_of_their_names(tmp_path, monkeypatch, capsys, asked):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wide.py").write_text(FILE)
+    whole = grid.under_old_rules(grid.load("wide.py"))
+    cells, layout = grid.cells(whole), Layout(tmp_path / "runs" / "wide")
+    for number, cell in enumerate(cells):
+        if cell.config.model.d_model < 192:
+            finish(cell, layout, number)
+    layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(whole, cells)))
+    monkeypatch.setattr(next_runs, "choose", two_of_them)
+    assert main([*ASK, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "12 runs; 15 could be trained" in out  # three sizes that are missing, and twelve seeds
+    chosen = grid.cells(grid.load("wide-next.py"))
+    done = set(results.load_results(layout.root)["cell"])
+    new = [cell for cell in chosen if cell.name not in done]
+    assert len(chosen) == len(done) + 2  # what is finished stays in the tables
+    assert new[0].name in {cell.name for cell in cells}
+    assert new[1].config.seed == 1
+    assert all(cell.config.evaluation.windows == "first" for cell in chosen)
+    command = next(line for line in out.splitlines() if line.startswith("wide-next.py: "))
+    assert ("--rules old" in command) == bool(asked)
+    assert main(["run", "wide-next.py", "--root", str(layout.root), "--dry_run"]) == 0  # nothing of it is in the way
+    assert "2 of 14 cells would be submitted" in capsys.readouterr().out
+
+
+def two_of_them(laws, questions, candidates, budget, **how):
+    """As `next_runs.choose`, without a simulation: a cell that is missing, and a seed."""
+    runs = [next(one for one in candidates if ("with seed" in one.name) == seed) for seed in (False, True)]
+    row = dict.fromkeys(next_runs.STEPS, 0.0)
+    steps = pd.DataFrame([row | {"name": run.name, "cost": run.cost} for run in runs])
+    return next_runs.Choice(steps, 0.1, 0.05, 0.05, 0.01, 0.5, 0.6, 2.0, budget, "so it was asked", ())

@@ -120,3 +120,12 @@ def test_initialisation_is_a_function_of_the_key_and_layers_differ():
     assert not np.array_equal(one["layers"]["query"][0], one["layers"]["query"][1])
     assert float(one["layers"]["up"].std()) == pytest.approx(tiny().init_std, rel=0.1)
     assert float(one["layers"]["down"].std()) == pytest.approx(tiny().init_std / 2, rel=0.1)  # sqrt(2 L) = 2
+
+
+def test_every_seed_has_a_key_of_its_own_and_small_ones_the_key_of_jax():
+    """`jax.random.key` gives 2^32 + s the key of s."""
+    small, large = (0, 1, 5, 2**31, 2**32 - 1), (2**32, 2**32 + 1, 2**33 + 1, 2**62 + 5, 2**63 - 1)
+    data = {seed: tuple(jax.random.key_data(model.seed_key(seed)).tolist()) for seed in (*small, *large)}
+    assert all(data[seed] == tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in small)
+    assert len(set(data.values())) == len(data)
+    assert data[2**32] == (928981903, 3453687069)  # runs keep their weights

@@ -1,9 +1,12 @@
 """Parts: resumable, checked, and assembled by document."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from gqa_jax.data import parts
+from gqa_jax.data import holdout, paragraphs, parts, roundtrip
+from gqa_jax.data.documents import InputError
 from gqa_jax.data.tokenizer import ByteTokenizer, TokenizerError
 
 
@@ -23,10 +26,12 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(parts, "CHUNK_CHARS", 20)
 
 
-DOCUMENTS = [f"text number {i}" for i in range(9)]
+DOCUMENTS = [(f"text number {i}", i % 2) for i in range(9)]
+TEXTS = [text for text, _ in DOCUMENTS]
 
 
-def test_killed_at_any_document_and_started_again(tmp_path):
+def test_killed_at_any_document_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(roundtrip, "sample", lambda *_: roundtrip.Sample())  # encodes some texts twice
     whole = tmp_path / "whole"
     whole.mkdir()
     expected, _ = parts.encode_documents(DOCUMENTS, ByteTokenizer(), whole)
@@ -56,23 +61,46 @@ def test_changed_text_and_damaged_parts_are_encoded_again(tmp_path):
     data[200] ^= 1  # in the tokens
     first[1].path.write_bytes(data)
     first[2].path.write_bytes(first[2].path.read_bytes()[:100])
-    changed = [*DOCUMENTS[:6], "text number X", *DOCUMENTS[7:]]
+    changed = [*DOCUMENTS[:6], ("text number X", 0), *DOCUMENTS[7:]]
     again, _ = parts.encode_documents(changed, ByteTokenizer(), tmp_path)
     assert [part.encoded for part in again] == [False, True, True, True, False]
 
+    class Other(ByteTokenizer):
+        sha256 = "0" * 64
+
+    others, _ = parts.encode_documents(changed, Other(), tmp_path)
+    assert all(part.encoded for part in others)
+
+
+def test_parts_of_the_first_version_are_not_taken(tmp_path):
+    """Their names were of the same length, and they have neither hashes nor paragraphs."""
+    prefix = f"1 {ByteTokenizer.sha256} {ByteTokenizer.eos_id} ".encode()
+    lengths = np.array([13, 13], "<i8").tobytes()
+    digest = hashlib.sha256(prefix + b"".join(text.encode() for text in TEXTS[:2]) + lengths).hexdigest()
+    old = tmp_path / f"000000-{digest[:32]}.npz"
+    np.savez(old, tokens=np.arange(28, dtype=np.uint16), counts=np.array([14, 14]), text_bytes=np.array([13, 13]))
+    (part,), _ = parts.encode_documents(DOCUMENTS[:2], ByteTokenizer(), tmp_path)
+    assert part.encoded
+    assert part.path != old
+    part.path.write_bytes(old.read_bytes())  # what if the name were the same: something is missing
+    (again,), _ = parts.encode_documents(DOCUMENTS[:2], ByteTokenizer(), tmp_path)
+    assert again.encoded
+
 
 def test_empty_documents_are_counted_and_left_out(tmp_path):
-    done, empty = parts.encode_documents(["a", "", " \n\t", "b"], ByteTokenizer(), tmp_path)
+    done, empty = parts.encode_documents([("a", 0), ("", 1), (" \n\t", 2), ("b", 3)], ByteTokenizer(), tmp_path)
     assert empty == 2
     assert [part.documents for part in done] == [2]
-    assert parts.encode_documents([""], ByteTokenizer(), tmp_path) == ([], 1)
+    assert done[0].sources.tolist() == [0, 3]
+    assert parts.encode_documents([("", 0)], ByteTokenizer(), tmp_path) == ([], 1)
 
 
 def test_half_surrogate_pairs_become_replacement_characters(tmp_path):
-    (part,), _ = parts.encode_documents(["a\ud83d", "ok"], ByteTokenizer(), tmp_path)
+    (part,), _ = parts.encode_documents([("a\ud83d", 0), ("ok", 0)], ByteTokenizer(), tmp_path)
     with np.load(part.path) as arrays:
         assert arrays["tokens"].tolist() == [*"a\ufffd".encode(), 256, *b"ok", 256]
         assert arrays["text_bytes"].tolist() == [4, 2]
+        assert arrays["hashes"].tolist() == [holdout.hash_of("a\ufffd".encode()), holdout.hash_of(b"ok")]
 
 
 def test_ids_outside_the_vocabulary_are_an_error(tmp_path):
@@ -103,17 +131,80 @@ def test_full_disk_leaves_finished_parts(tmp_path, monkeypatch):
     assert set(names) == {".npz"}
 
 
-@pytest.mark.parametrize("holdout_every", [2, 3, 5])
-def test_assembly_holds_out_by_document(tmp_path, holdout_every):
+def _assembled(folder, documents, split, names=("b", "a")):
     tokenizer = ByteTokenizer()
-    done, _ = parts.encode_documents(DOCUMENTS, tokenizer, tmp_path)
-    facts = parts.assemble(done, tmp_path, tokenizer, holdout_every)
-    held_out = [i for i in range(9) if i % holdout_every == holdout_every // 2]
-    for split, chosen in (("validation", held_out), ("train", sorted({*range(9)} - {*held_out}))):
+    (folder / "parts").mkdir()
+    done, _ = parts.encode_documents(documents, tokenizer, folder / "parts")
+    return parts.assemble(done, parts.read_index(done), split, names, folder, tokenizer)
+
+
+@pytest.mark.parametrize("gathered", [1, 20, 1 << 24])  # tokens at once
+@pytest.mark.parametrize("order", [[2, 5, 8], [8, 2, 5], [0, 8, 1, 7, 2, 6, 3, 5]])
+def test_assembly_puts_documents_where_the_split_says(tmp_path, order, gathered, monkeypatch):
+    monkeypatch.setattr(parts, "GATHER_TOKENS", gathered)
+    held_out = np.isin(np.arange(9), order)
+    facts, _ = _assembled(tmp_path, DOCUMENTS, holdout.Split(held_out, np.array(order), []))
+    with np.load(tmp_path / "sources.npz") as arrays:
+        sources = dict(arrays)
+    assert sources["names"].tolist() == ["a", "b"]
+    for split, chosen in (("validation", order), ("train", [i for i in range(9) if i not in order])):
         tokens = np.fromfile(tmp_path / f"{split}.bin", "<u2")
-        assert tokenizer.decode(tokens) == "".join(DOCUMENTS[i] + "<|endoftext|>" for i in chosen)
+        assert ByteTokenizer().decode(tokens) == "".join(TEXTS[i] + "<|endoftext|>" for i in chosen)
+        assert hashlib.sha256(tokens.tobytes()).hexdigest() == facts[split]["sha256"]
         index = np.load(tmp_path / f"{split}.docs.npy")
         assert (tokens[index[:, 0] - 1] == 256).all()
         assert facts[split]["tokens"] == len(tokens) == index[-1, 0]
         assert facts[split]["documents"] == len(index) == len(chosen)
         assert facts[split]["bytes"] == index[:, 1].sum() == len(tokens) - len(chosen)
+        assert sources[split].tolist() == [1 - DOCUMENTS[i][1] for i in chosen]  # names are sorted
+    assert sorted(path.suffix for path in (tmp_path / "parts").iterdir()) == [".npz"] * 5
+
+
+def test_paragraphs_on_both_sides_are_counted_over_all_parts(tmp_path):
+    shared, other = "These words are in both splits, and there are enough of them to be looked for at all. ", "x" * 100
+    texts = [shared, other, f"{shared.upper()}\n\n{'y' * 80}\n\n{'z' * 80}", f"{'w' * 80}", f"{'v' * 80}\n\nshort\n\n{shared}"]
+    held_out = np.array([False, False, True, True, True])
+    split = holdout.Split(held_out, np.flatnonzero(held_out), [])
+    _, found = _assembled(tmp_path, [(text, 0) for text in texts], split, ["a"])
+    assert found == {"paragraphs": 6, "copied_paragraphs": 2, "documents": 3, "documents_with_copies": 2}
+    assert paragraphs.MIN_CHARS == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "every", "start", "first_bytes"),
+    [
+        ("a" * 1000, 10, 896, 896),  # 100 tokens: blocks of 64; 900 is within the 15th
+        ("a" * 1000, 2, 256, 256),  # 500 tokens: blocks of 256; 500 is within the 2nd
+        ("ü" * 10, 4, 12, 12),  # 5 tokens: blocks of 4; 15 is within the 4th
+        ("ab", 20, 1, 1),
+    ],
+)
+def test_the_end_of_a_single_document(tmp_path, text, every, start, first_bytes):
+    tokenizer = ByteTokenizer()
+    (part,), _ = parts.encode_documents([(text, 0)], tokenizer, tmp_path)
+    facts = parts.assemble_tail(part, "a", tmp_path, tokenizer, every)
+    ids = [*text.encode()]
+    for split, own in (("train", ids[:start]), ("validation", ids[start:])):
+        assert np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist() == [*own, 256]
+        assert np.load(tmp_path / f"{split}.docs.npy").tolist() == [[len(own) + 1, facts[split]["bytes"]]]
+        assert facts[split]["documents"] == 1
+    assert facts["train"]["bytes"] == first_bytes
+    assert facts["train"]["bytes"] + facts["validation"]["bytes"] == len(text.encode())
+    with np.load(tmp_path / "sources.npz") as arrays:
+        assert (arrays["names"].tolist(), arrays["train"].tolist(), arrays["validation"].tolist()) == (["a"], [0], [0])
+
+
+def test_a_document_that_is_too_short_for_an_end(tmp_path):
+    (part,), _ = parts.encode_documents([("a", 0)], ByteTokenizer(), tmp_path)
+    with pytest.raises(InputError, match="1 document of 1 token: too short to hold out its end"):
+        parts.assemble_tail(part, "a", tmp_path, ByteTokenizer(), 20)
+
+
+def test_samples_of_all_parts_are_joined(tmp_path):
+    class Lower(ByteTokenizer):
+        def encode_batch(self, texts):
+            return super().encode_batch([text.lower() for text in texts])
+
+    done, _ = parts.encode_documents([*DOCUMENTS, ("Text", 0)], Lower(), tmp_path)
+    found = parts.read_sample(done)
+    assert found == roundtrip.Sample(10, 1, sum(map(len, TEXTS)) + 4, 1, ("Text", "text"))

@@ -1,10 +1,12 @@
 """Loss against the training context (Figures 5, 6 and 15)."""
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 
 from gqa_jax import plots
-from gqa_jax.invariance import context_invariance
+from gqa_jax.invariance import context_invariance, pairs
 from gqa_jax.laws import Heads
 from gqa_jax.plots import style
 from tests import plot_helpers
@@ -107,6 +109,33 @@ def test_continued_runs_of_several_heads():
     ax = plots.continued_training(plot_helpers.table(continued() + other))
     assert set(plot_helpers.points(ax)) == {"(8,1)", "(32,8)"}
     assert ax.lines[0].get_color() == style.head_look(Heads(8, 1)).color
+
+
+def bars(ax):
+    """Error bars: collections of vertical lines."""
+    return [each for each in ax.collections if isinstance(each, LineCollection) and np.isfinite(each.get_segments()).any()]
+
+
+def test_runs_of_one_text_have_no_bars_of_their_own():
+    rows = runs(size="470M", params_non_embedding=4e8)
+    continued = rows.assign(continue_from="x", tokens=2e9, context=65_536).iloc[:4]
+    continued["cell"] = ["a", "b", "c", "d"]
+    own = plots.continued_training(continued)
+    assert bars(own)
+    shared = plots.continued_training(continued.assign(heldout="a/spread/1024"))
+    assert not bars(shared)
+    assert any("held-out text: ± 0.002 for all alike" in text for text in plot_helpers.texts(shared))
+    with pytest.raises(ValueError, match="runs under 2 rules"):
+        plots.continued_training(continued.assign(rules=["hash/spread/one", "position/first/zero"] * 2))
+
+
+def test_differences_of_one_text_are_drawn_with_paired_errors(table):
+    table = table.assign(heldout="a/spread/1024", loss_sem=0.03)
+    known = pd.DataFrame(pairs(table, Heads(8, 8)), columns=["cell", "other"]).assign(standard_error=0.002)
+    ax = plots.loss_vs_context(table, Heads(8, 8), differences=known)
+    lengths = [np.ptp(segment[:, 1]) for each in bars(ax) for segment in each.get_segments()]
+    losses = table.set_index("cell").loc[known["other"], "loss"].astype(float)
+    np.testing.assert_allclose(sorted(lengths), sorted(2 * 1.96 * 100 * 0.002 / losses))
 
 
 def test_what_can_not_be_drawn():

@@ -4,10 +4,13 @@ import dataclasses
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 
 from gqa_jax import costs, laws, objectives, plots, presets
 from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.plots import style
 from gqa_jax.plots.measures import measure
 from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import Aspect
@@ -50,6 +53,20 @@ def test_bands_are_those_of_the_laws(paper):
     n = len(low)
     np.testing.assert_allclose(edge_Px2[1 : n + 1, 1], low)
     np.testing.assert_allclose(edge_Px2[n + 2 : 2 * n + 2, 1][::-1], high)
+
+
+def test_the_error_of_a_common_text_is_a_sentence_and_no_bar(table):
+    few = table[table["n_kv_heads"] == 1].assign(loss_sem=0.03)
+    for heldout, drawn in ((None, True), ("a/spread/1024", False)):
+        rows = few.assign(heldout=pd.array([heldout] * len(few), dtype="string"))
+        fitted = laws.fit_by_heads(rows)
+        for ax in (plots.loss_vs_params(fitted), plots.loss_vs_cost(rows, fitted, 8192)):
+            bars = [each for each in ax.collections if isinstance(each, LineCollection)]
+            assert any(np.isfinite(each.get_segments()).any() for each in bars) == drawn
+            assert any("held-out text: ± 0.059 for all alike" in text for text in plot_helpers.texts(ax)) != drawn
+    unknown = plots.loss_vs_params(laws.fit_by_heads(rows.assign(loss_sem=np.nan)))
+    assert any(text.endswith("; bands: 95%") for text in plot_helpers.texts(unknown))
+    assert style.sure(0.0) == style.SURE
 
 
 def test_a_plain_dict_of_laws_has_no_bands(paper):

@@ -1,6 +1,7 @@
 """The command line: stores from text, resumed after SIGKILL, never overwritten, with sentences for bad input."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -29,13 +30,23 @@ def lines(tmp_path):
     return str(path)
 
 
+@pytest.mark.parametrize("rule", store.HOLDOUT_RULES)
 @pytest.mark.parametrize("spec", ["bytes", "gpt2", "bpe:300"])
-def test_store_is_the_tokenized_text(lines, tmp_path, spec, capsys):
+def test_store_is_the_tokenized_text(lines, tmp_path, spec, rule, capsys):
     out = tmp_path / "store"
-    assert prepare.main([lines, "--out", str(out), "--tokenizer", spec, "--holdout_every", "10"]) == 0
+    command = [lines, "--out", str(out), "--tokenizer", spec, "--holdout_every", "4", "--holdout_rule", rule]
+    assert prepare.main(command) == 0
     made = TokenStore.open(out, verify=True)
     tokenizer = made.tokenizer()
-    for split, chosen in (("validation", TEXTS[5::10]), ("train", [text for i, text in enumerate(TEXTS) if i % 10 != 5])):
+    if rule == "position":
+        held_out, order = [i % 4 == 2 for i in range(40)], TEXTS[2::4]
+    else:
+        hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) for text in TEXTS]
+        held_out = [number < 2**64 / 4 for number in hashes]
+        order = [text for _, text, held in sorted(zip(hashes, TEXTS, held_out, strict=True)) if held]
+        assert 5 < len(order) < 15
+    trained = [text for text, held in zip(TEXTS, held_out, strict=True) if not held]
+    for split, chosen in (("validation", order), ("train", trained)):
         ids = [np.append(ids, tokenizer.eos_id) for ids in tokenizer.encode_batch(chosen)]
         np.testing.assert_array_equal(made.tokens(split), np.concatenate(ids))
         np.testing.assert_array_equal(made.documents(split)[:, 0], np.cumsum([len(document) for document in ids]))
@@ -43,6 +54,8 @@ def test_store_is_the_tokenized_text(lines, tmp_path, spec, capsys):
     assert made.header["provenance"]["empty_documents"] == 1
     assert {path.name for path in out.iterdir()} - {"tokenizer.json"} == {
         *(f"{split}.{suffix}" for split in store.SPLITS for suffix in ("bin", "docs.npy")),
+        "sources.npz",
+        "inputs.json",
         "header.json",
         ".lock",
     }
@@ -105,6 +118,26 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
     assert not (out / "parts").exists()
 
 
+def test_files_of_another_request_that_was_not_finished_do_not_stay(lines, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_header", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(prepare.Recipe((lines,), tokenizer="bpe:300"), tmp_path / "store")
+    assert {"tokenizer.json", "inputs.json"} <= {path.name for path in (tmp_path / "store").iterdir()}
+    recipe = prepare.Recipe(("sotu",), tokenizer="bytes")
+    assert prepare.prepare(recipe, tmp_path / "store").tokenizer().name == "bytes"
+    assert prepare.prepare(recipe, tmp_path / "store")
+
+
+def test_a_folder_with_the_name_of_a_built_in_store(lines, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = prepare.prepare(prepare.Recipe((lines,), "bytes"), "sotu-bytes")
+    assert prepare.prepare(prepare.Recipe((lines,), "bytes"), "sotu-bytes").fingerprint == made.fingerprint
+
+
 def test_killed_while_the_header_is_written(lines, tmp_path, monkeypatch):
     recipe, out = prepare.Recipe((lines,), tokenizer="bpe:300"), tmp_path / "store"
 
@@ -133,7 +166,7 @@ def test_two_at_once(lines, tmp_path):
         (["nothing.txt"], "input nothing.txt: no such file or folder"),
         (["TEXT", "--holdout_every", "1"], "--holdout_every 1: must be at least 2"),
         (
-            ["TEXT", "--holdout_every", "100"],
+            ["TEXT", "--holdout_every", "100", "--holdout_rule", "position"],
             "40 documents are too few to hold out every 100th: use --holdout_every=79 or less",
         ),
         (["TEXT", "--tokenizer", "bpe:12"], "N of bpe:N must be at least 257"),
@@ -152,19 +185,148 @@ def test_bad_requests(lines, tmp_path, capsys, arguments, message):
 
 
 def test_suggested_holdout_works(lines, tmp_path):
-    assert prepare.prepare(prepare.Recipe((lines,), "bytes", holdout_every=79), tmp_path / "store")
+    assert prepare.prepare(prepare.Recipe((lines,), "bytes", holdout_every=79, holdout_rule="position"), tmp_path / "store")
+    # By hash there are always some.
+    made = prepare.prepare(prepare.Recipe((lines,), "bytes", holdout_every=10**6), tmp_path / "other")
+    assert made.header["splits"]["validation"]["documents"] == 1
+
+
+def test_unknown_rules():
+    with pytest.raises(InputError, match="--holdout_rule 'moon': must be hash or position"):
+        prepare.Recipe(("sotu",), holdout_rule="moon")
 
 
 def test_too_few_documents(tmp_path):
-    (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(InputError, match=r"no text in the input: 0 documents \(1 empty ones\)"):
-        prepare.prepare(prepare.Recipe((str(tmp_path / "a.txt"),), "bytes"), tmp_path / "store")
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
-    recipe = {"inputs": (str(tmp_path / "a.txt"),), "tokenizer": "bytes", "holdout_every": 2}
+    def made(rule, text, separator=None, every=2):
+        (tmp_path / "a.txt").write_text(text)
+        form = Format(separator=separator)
+        recipe = prepare.Recipe((str(tmp_path / "a.txt"),), "bytes", holdout_every=every, form=form, holdout_rule=rule)
+        return prepare.prepare(recipe, tmp_path / f"store-{rule}")
+
+    for rule in store.HOLDOUT_RULES:
+        with pytest.raises(InputError, match=r"no text in the input: 0 documents \(1 empty ones\)"):
+            made(rule, " \n")
     with pytest.raises(InputError, match=r"1 document: .*--separator cuts a file into documents"):
-        prepare.prepare(prepare.Recipe(**recipe), tmp_path / "store")
-    made = prepare.prepare(prepare.Recipe(**recipe, form=Format(separator="\n\n")), tmp_path / "store")
-    assert made.tokenizer().decode(made.tokens("validation")) == "two<|endoftext|>"
+        made("position", "one\n\ntwo\n\nthree")
+    split = made("position", "one\n\ntwo\n\nthree", "\n\n")
+    assert split.tokenizer().decode(split.tokens("validation")) == "two<|endoftext|>"
+
+    with pytest.raises(InputError, match="3 documents, all of them the same text: what is held out would be trained on too"):
+        made("hash", "one|one|one", "|")
+    with pytest.raises(InputError, match="1 document of 1 token: too short to hold out its end"):
+        made("hash", "a")
+    below = [text for text in map(str, range(20)) if hashlib.sha256(text.encode()).digest()[0] < 128]
+    with pytest.raises(InputError, match=r"all of them with hashes in the lowest 1/2: .* or more") as error:
+        made("hash", "|".join(below), "|")
+    suggested = int(re.search(r"=(\d+)", str(error.value))[1])
+    assert made("hash", "|".join(below), "|", every=suggested).header["splits"]["train"]["documents"] >= 1
+
+
+def test_the_end_of_a_single_document_is_held_out(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(400)))
+    for spec in ("bytes", "gpt2", "bpe:270"):
+        out = tmp_path / spec
+        assert prepare.main([str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", spec]) == 0
+        assert "note: 1 document: its end is held out" in capsys.readouterr().out
+        made = TokenStore.open(out, verify=True)
+        texts = [made.tokenizer().decode(made.tokens(split)[:-1]) for split in store.SPLITS]
+        assert "".join(texts) == (tmp_path / "a.txt").read_text()
+        assert [made.documents(split)[0, 1] for split in store.SPLITS] == [len(text) for text in texts]
+        tokens = [made.header["splits"][split]["tokens"] - 1 for split in store.SPLITS]
+        block = 1 << (sum(tokens) // 20).bit_length() - 1
+        assert tokens[0] % block == 0
+        assert sum(tokens) // 20 <= tokens[1] <= sum(tokens) // 20 + block
+
+
+DOMAINS = {
+    "arxiv": "theorem lemma proof " * 3,
+    "books": "once upon a time " * 3,
+    "code": "def f(x): return x\n" * 3,
+    "web": "click here to buy " * 3,
+}
+
+
+def _held_out(made):
+    """Texts of the held-out documents in their order."""
+    return made.tokenizer().decode(made.tokens("validation")).split("<|endoftext|>")[:-1]
+
+
+def test_every_domain_is_held_out_whatever_the_order(tmp_path):
+    """A folder for each, and one file with the domains in turn, of which by position only one is held out."""
+    for name, text in DOMAINS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jsonl").write_text("".join(json.dumps({"text": f"{text}{i}"}) + "\n" for i in range(200)))
+    orders = [sorted(DOMAINS), sorted(DOMAINS, reverse=True), ["code", "arxiv", "web", "books"]]
+    made = []
+    for i, order in enumerate(orders):
+        recipe = prepare.Recipe(tuple(str(tmp_path / name) for name in order), "bytes")
+        made.append(prepare.prepare(recipe, tmp_path / f"store{i}"))
+    first = made[0]
+    names, sources = first.sources("validation")
+    assert names == sorted(DOMAINS)
+    for name, count in zip(names, np.bincount(sources), strict=True):
+        assert 3 <= count <= 20, name
+    for text, source in zip(_held_out(first), sources, strict=True):
+        assert text.startswith(DOMAINS[names[source]])
+    assert (np.diff(sources) >= 0).all()
+    for other in made[1:]:
+        np.testing.assert_array_equal(other.tokens("validation"), first.tokens("validation"))
+        np.testing.assert_array_equal(other.documents("validation"), first.documents("validation"))
+        np.testing.assert_array_equal(other.sources("validation")[1], sources)
+        assert other.header["splits"]["train"]["bytes"] == first.header["splits"]["train"]["bytes"]
+
+    lines = [json.dumps({"text": f"{text}{i}", "domain": name}) + "\n" for i in range(200) for name, text in DOMAINS.items()]
+    (tmp_path / "turns.jsonl").write_text("".join(lines))
+    recipe = prepare.Recipe((str(tmp_path / "turns.jsonl"),), "bytes")
+    assert sorted(_held_out(prepare.prepare(recipe, tmp_path / "turns"))) == sorted(_held_out(first))
+    by_key = prepare.prepare(
+        prepare.Recipe((str(tmp_path / "turns.jsonl"),), "bytes", form=Format(source_key="domain")), tmp_path / "by-key"
+    )
+    np.testing.assert_array_equal(by_key.tokens("validation"), first.tokens("validation"))
+    assert by_key.sources("validation")[0] == names
+    np.testing.assert_array_equal(by_key.sources("validation")[1], sources)
+
+
+def test_a_source_key_of_too_many_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_SOURCES", 3)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i}", "url": f"u{i}"}) + "\n" for i in range(5)))
+    recipe = prepare.Recipe((str(tmp_path / "a.jsonl"),), "bytes", form=Format(source_key="url"))
+    with pytest.raises(InputError, match=r"--source_key url: more than 3 values, as 'u3' in a.jsonl: give a field that"):
+        prepare.prepare(recipe, tmp_path / "store")
+
+
+def test_sources_without_text_are_said(tmp_path, capsys):
+    for name in ("full", "blank"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40)))
+    (tmp_path / "blank" / "a.txt").write_text(" \n")
+    command = [str(tmp_path / "blank"), str(tmp_path / "full"), "--out", str(tmp_path / "store"), "--tokenizer", "bytes"]
+    assert prepare.main(command) == 0
+    assert "note: source blank has no text\n" in capsys.readouterr().out
+    assert TokenStore.open(tmp_path / "store").sources("train")[0] == ["full"]
+
+
+@pytest.mark.parametrize("rule", store.HOLDOUT_RULES)
+def test_a_bpe_is_not_trained_on_what_is_held_out(tmp_path, rule):
+    """Of three sources the second has none below the limit and gives its lowest; the third has one text."""
+    limit = 2**64 / 20
+    texts = [f"text {i}" for i in range(200)]
+    high = [text for text in texts if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) >= limit]
+    contents = {"a": texts[:100], "b": high[100:130], "c": [high[140]]}
+    for name, own in contents.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
+    recipe = prepare.Recipe(tuple(str(tmp_path / f"{name}.jsonl") for name in contents), "bytes", holdout_rule=rule)
+    documents = [(text, i) for i, own in enumerate(contents.values()) for text in own]
+    made = prepare.prepare(recipe, tmp_path / "store")
+    trained = sorted(prepare._training_texts(iter([("", 0), *documents]), recipe))
+    assert trained == sorted(made.tokenizer().decode(made.tokens("train")).split("<|endoftext|>")[:-1])
+    assert "b.jsonl" in made.sources("validation")[0]
+
+    for few in ([("one", 0), ("two", 1)], [("one", 0), ("one", 0), ("two", 1), ("two", 1)]):  # the lowest of the store
+        hashed = prepare.Recipe(("sotu",), "bytes", holdout_every=10**9)
+        assert set(prepare._training_texts(iter(few), hashed)) == {"one"}
+    assert list(prepare._training_texts(iter([("a" * 100, 0)]), hashed)) == ["a" * 99]
+    assert list(prepare._limited(iter("abcdef"), 3)) == ["a", "b", "c"]
 
 
 def test_unsuitable_folders(lines, tmp_path):

@@ -1,10 +1,13 @@
 """One program on any mesh: the same losses, everything sharded, the collectives that were meant and no others."""
 
+import dataclasses
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -101,9 +104,102 @@ def test_accumulation_and_remat_give_the_same_losses(alone):
         np.testing.assert_allclose(rows, alone[2, False][:4], rtol=1e-5)
 
 
+# What an optimizer would do nothing with but keep: the state after a step is the gradient.
+KEEP = optax.GradientTransformation(lambda _: (), lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads))
+
+
+def gradients(config):
+    """A function (params, batch) -> gradients as an optimizer is given them, and their norm."""
+    mesh = mesh_of(config)
+    step = jax.jit(functools.partial(program.train_step, config, KEEP, mesh))
+
+    def of(params, batch):
+        with jax.set_mesh(mesh):
+            state, metrics = step(program.TrainState(jnp.int32(0), params, ()), placed(config, mesh, batch))
+        return jax.device_get(state.opt_state), metrics["grad_norm"]
+
+    return of
+
+
+def differences(found, expected):
+    """Of each gradient, the norm of what it has otherwise, relative to its own."""
+    return jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b), found, expected)
+
+
+def apart(found, expected):
+    """The largest, over parameters, of the norm of what a gradient has otherwise, relative to its own."""
+    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b), found, expected)
+    return max(jax.tree.leaves(relative))
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def narrow(request):
+    """Parameters in bfloat16, computed with in either dtype, 64 sequences, and the mean of the gradients of each alone."""
+    model = {"param_dtype": "bfloat16", "dtype": request.param, "n_kv_heads": 1}
+    config = dataclasses.replace(resolved(model=model), batch_tokens=64 * 64)
+    params = jax.device_get(program.fresh_state(config, mesh_of(config)).params)
+    (batch,) = batches(config, 1)
+    alone = gradients(dataclasses.replace(config, batch_tokens=64))
+    each = [alone(params, {name: x[i : i + 1] for name, x in batch.items()})[0] for i in range(64)]
+    return config, params, batch, jax.tree.map(lambda *grads: np.mean(np.asarray(grads, np.float64), axis=0), *each)
+
+
+def test_gradients_of_parameters_in_bfloat16_are_summed_over_micro_batches_in_float32(narrow):
+    """Summed in bfloat16 they are off by some hundredths: a small gradient is lost beside a large sum."""
+    config, params, batch, mean = narrow
+    found, norm = gradients(dataclasses.replace(config, accumulation_steps=64))(params, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+    assert apart(found, mean) < 1e-6
+    assert float(norm) == pytest.approx(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(mean))), rel=1e-6)
+
+
+@pytest.mark.parametrize("narrow", ["float32"], indirect=True)
+@pytest.mark.parametrize(
+    ("mesh", "tolerance"),
+    [
+        ("data=8", 1e-6),
+        ("fsdp=8", 2**-8),  # the sum over devices is rounded once to the dtype of the matrix
+        ("data=2,tensor=4", 2**-8),
+    ],
+)
+def test_gradients_of_parameters_in_bfloat16_are_summed_over_devices_in_float32(narrow, mesh, tolerance):
+    config, params, batch, mean = narrow
+    on = dataclasses.replace(config, mesh=mesh, accumulation_steps=8)
+    state, placement = program.TrainState(jnp.int32(0), params, ()), placed(on, mesh_of(on), batch)
+    jaxpr = jax.make_jaxpr(functools.partial(program.train_step, on, KEEP, mesh_of(on)))(state, placement)
+    sums = re.findall(r":(\w+)\[[\d,]*\] = (?:psum|reduce_scatter)\[", str(jaxpr))  # computed in float32: all others are too
+    assert set(sums) == {"f32"}
+    assert apart(gradients(on)(params, batch)[0], mean) < tolerance
+
+
+def test_gradients_of_parameters_in_bfloat16_and_their_norm_are_float32(narrow):
+    """Of a batch without micro-batches. In bfloat16 norms are on a grid of 1 in 128 to 256: of ten batches many are equal."""
+    config, params, _, _ = narrow
+    one = dataclasses.replace(config, batch_tokens=512)
+    step = gradients(one)
+    found = [step(params, batch) for batch in batches(one, 10)]
+    grads = jax.tree.leaves_with_path(found[0][0])
+    assert {leaf.dtype for _, leaf in grads} == {np.dtype(np.float32)}
+    rounded = {sharding.name_of(path) for path, leaf in grads if (leaf == leaf.astype(jnp.bfloat16)).all()}
+    assert not rounded & {"embedding", "final_norm", "attention_norm", "ffn_norm"}  # sums over tokens
+    expected = np.sqrt(sum(np.sum(np.square(leaf.astype(np.float64))) for _, leaf in grads))
+    assert float(found[0][1]) == pytest.approx(expected, rel=1e-6)
+    assert {norm.dtype for _, norm in found} == {np.dtype(np.float32)}
+    assert sum(float(norm) == float(norm.astype(jnp.bfloat16)) for _, norm in found) < 3
+
+
 def test_fresh_states_are_the_same_bits_on_any_mesh():
     states = [program.fresh_state(c, mesh_of(c)) for c in (resolved(), resolved("fsdp=4,context=2"))]
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(s.params) for s in states))
+
+
+def test_weights_are_of_the_whole_seed():
+    first, *others = (program.fresh_state(c, mesh_of(c)).params for c in (resolved(seed=s) for s in (5, 2**32 + 5, 2**63 - 1)))
+    drawn = {name: [p["layers"][name] for p in (first, *others)] for name in ("query", "down")}
+    for one, *rest in [*drawn.values(), [p["embedding"] for p in (first, *others)]]:
+        assert not any((one == other).any() for other in rest)
+    expected = model.init_params(resolved().model, jax.random.key(5))
+    np.testing.assert_allclose(first["embedding"], expected["embedding"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])

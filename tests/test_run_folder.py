@@ -1,13 +1,14 @@
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 
 import pytest
 
 from gqa_jax import run_folder, storage
-from gqa_jax.config import ConfigError
+from gqa_jax.config import ConfigError, TrainConfig
 from gqa_jax.run_folder import DeviceTime
 
 
@@ -100,3 +101,64 @@ def test_records_name_the_job(tmp_path, monkeypatch):
 def test_an_exit_that_cannot_be_recorded_is_said(tmp_path, caplog):
     run_folder.record_exit(tmp_path / "none", 1, "error", "why", None)
     assert "exit.json can't be written" in caplog.text
+
+
+def config(**changes):
+    """A configuration with today's rules, on a built-in store."""
+    values = {"context_length": 32, "batch_tokens": 256, "steps": 4, "evaluation": {"tokens": 1024}}
+    return TrainConfig.from_dict(values | changes)
+
+
+OLD = {"evaluation": {"tokens": 1024, "windows": "first"}, "optimizer": {"warmup_from": "zero"}}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        (
+            OLD,
+            {},
+            "optimizer.warmup_from: 'one' here, 'zero' there. That run was begun under the rules of the first version: to "
+            "resume it add --config.evaluation.windows=first --config.optimizer.warmup_from=zero "
+            "--config.data.store=sotu-bytes@position, or start this one in another --workdir",
+        ),
+        (
+            OLD,
+            {"data": {"store": "my/store"}, "seed": 1},
+            "to resume it add --config.evaluation.windows=first --config.optimizer.warmup_from=zero and the same values of the "
+            "other fields, or",
+        ),
+        (OLD, OLD | {"seed": 1}, "seed: 1 here, 0 there. Resume it with the same fields, or start"),
+        (
+            {},
+            OLD,
+            "That run was begun under other rules: to resume it add --config.evaluation.windows=spread "
+            "--config.optimizer.warmup_from=one, or",
+        ),
+        ({"optimizer": {"warmup_from": "zero"}}, {}, "other rules: to resume it add --config.optimizer.warmup_from=zero, or"),
+    ],
+)
+def test_a_run_under_other_rules_says_how_to_go_on(theirs, ours, words, tmp_path):
+    """config.json of the first version has no word of its rules."""
+    folder, written = storage.path(tmp_path), config(**theirs).to_dict()
+    if theirs is OLD:
+        del written["evaluation"]["windows"], written["optimizer"]["warmup_from"]
+    storage.write_json(folder / "config.json", written)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        run_folder.record_config(folder, config(**ours))
+    run_folder.record_config(folder, config(**theirs))
+
+
+def test_a_checkpoint_of_other_data_names_the_store_of_the_first_version(tmp_path):
+    ours, theirs = config(**OLD), config(**OLD)
+    for name, fix in (
+        (
+            "sotu-bytes",
+            "was begun under the rules of the first version: to resume it add --config.data.store=sotu-bytes@position, or",
+        ),
+        ("sotu-bytes@position", "Resume it with the same fields, or"),
+    ):
+        ours = config(**OLD, data={"store": name})
+        with pytest.raises(ConfigError, match=rf"data\.fingerprint: 'new' here, 'old' there\. .*{re.escape(fix)}"):
+            run_folder.refuse_other_identity(tmp_path, ours.identity("new"), theirs.identity("old"), ours)
+    run_folder.refuse_other_identity(tmp_path, ours.identity("old"), theirs.identity("old"), ours)

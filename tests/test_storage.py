@@ -236,6 +236,8 @@ def test_a_run_on_a_bucket_is_the_same_run(finished, finished_remote):
     assert losses(folder) == losses(local)
     assert len(metrics.read_metrics(folder)) == 13
     assert storage.read_json(f"{folder}/result.json") == result
+    for name in ("evaluations.json", "documents.npz"):
+        assert storage.read_bytes(f"{folder}/{name}") == (local / name).read_bytes()
     assert set(storage.names(folder)) == {*storage.names(local), "tensorboard", "profile"} - {".lock"}
     assert storage.names(f"{folder}/checkpoints") == storage.names(f"{local}/checkpoints")
     assert storage.names(f"{folder}/metrics") == [f"attempt-000-{part:05d}.jsonl" for part in range(4)]

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from gqa_jax.data.store import StoreError, TokenStore, open_store
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i} ü"}) + "\n" for i in range(10)))
-    return prepare(Recipe(inputs=(str(folder / "a.jsonl"),), tokenizer="bytes", holdout_every=5), folder / "store")
+    recipe = Recipe(inputs=(str(folder / "a.jsonl"),), tokenizer="bytes", holdout_every=5, holdout_rule="position")
+    return prepare(recipe, folder / "store")
 
 
 @pytest.fixture
@@ -40,13 +43,55 @@ def test_content(made):
     assert not (made.path / "parts").exists()
 
 
-def test_fingerprint_is_of_the_content(made, tmp_path):
-    """A golden value: a change means that stores, cells' names and documented losses of others no longer match."""
-    assert made.fingerprint == "54c73f88db0a3019a88c1bcaa1015ebe76a30025acde84651ed4d593af8bcb8d"
-    (tmp_path / "b.txt").write_text("|".join(f"document {i} ü" for i in range(10)))
-    recipe = Recipe((str(tmp_path / "b.txt"),), tokenizer="bytes", holdout_every=5, form=Format(separator="|"))
-    other = prepare(recipe, tmp_path / "elsewhere")
-    assert other.fingerprint == made.fingerprint
+@pytest.mark.parametrize(
+    ("rule", "fingerprint"),
+    [
+        ("position", "54c73f88db0a3019a88c1bcaa1015ebe76a30025acde84651ed4d593af8bcb8d"),
+        ("hash", "4e55632291e6245747e9d7d90315c1ca55da0646174cc6766427f2bf730f5a84"),
+    ],
+)
+def test_fingerprint_is_of_the_content(tmp_path, rule, fingerprint):
+    """Golden values: a change means that stores, cells' names and documented losses of others no longer match."""
+    texts = [f"document {i} ü" for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "b.txt").write_text("|".join(texts))
+    for name in ("a.jsonl", "b.txt"):
+        recipe = Recipe((str(tmp_path / name),), "bytes", holdout_every=5, form=Format(separator="|"), holdout_rule=rule)
+        assert prepare(recipe, tmp_path / f"store-{name}").fingerprint == fingerprint
+
+
+def test_rules_are_in_the_header_and_unknown_ones_are_refused(made, tmp_path):
+    assert made.holdout_rule == "position"
+    assert "holdout" not in made.header
+    (tmp_path / "a.txt").write_text("one two three|four five six|seven eight nine|ten")
+    hashed = prepare(Recipe((str(tmp_path / "a.txt"),), "bytes", form=Format(separator="|")), tmp_path / "store")
+    assert hashed.holdout_rule == "hash"
+    assert hashed.header["holdout"] == {"rule": "hash", "every": 20}
+    header = dict(hashed.header)
+    del header["fingerprint"]
+    token_store.write_header(hashed.path, header | {"holdout": {"rule": "moon", "every": 20}})
+    with pytest.raises(StoreError, match="held out by the rule 'moon', and this program knows hash and position: use"):
+        TokenStore.open(hashed.path)
+    (hashed.path / "header.json").write_text(json.dumps(hashed.header | {"holdout": {"rule": "hash", "every": 10}}))
+    with pytest.raises(StoreError, match=r"header.json was changed"):
+        TokenStore.open(hashed.path)
+
+
+def test_sources_that_are_damaged_or_do_not_match(copy):
+    names, sources = TokenStore.open(copy).sources("train")
+    assert names == ["a.jsonl"]
+    assert sources.tolist() == [0] * 8
+    content = (copy / "sources.npz").read_bytes()
+    for change in (content[:-30], content[:60] + bytes([content[60] ^ 1]) + content[61:]):
+        (copy / "sources.npz").write_bytes(change)
+        with pytest.raises(StoreError, match=r"sources\.npz is damaged"):
+            TokenStore.open(copy).sources("train")
+    np.savez(copy / "sources.npz", names=np.array(["a"]), train=np.zeros(7, np.int32), validation=np.array([0, 1]))
+    for split in token_store.SPLITS:
+        with pytest.raises(StoreError, match=r"sources\.npz doesn't match the header"):
+            TokenStore.open(copy).sources(split)
+    (copy / "sources.npz").unlink()
+    assert TokenStore.open(copy).sources("train") is None
 
 
 def test_open_checks_and_verifies(copy):
@@ -108,9 +153,13 @@ def test_files_that_do_not_match(copy):
         TokenStore.open(copy)
 
 
+def _bpe_recipe(folder):
+    return Recipe((str(folder / "a.txt"),), "bpe:260", holdout_every=2, form=Format(separator="|"), holdout_rule="position")
+
+
 def test_another_tokenizer_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one two three|four five six|seven eight nine|ten")
-    recipe = Recipe((str(tmp_path / "a.txt"),), tokenizer="bpe:260", holdout_every=2, form=Format(separator="|"))
+    recipe = _bpe_recipe(tmp_path)
     made = prepare(recipe, tmp_path / "store")
     assert made.tokenizer().decode(made.tokens("validation")) == "four five six<|endoftext|>ten<|endoftext|>"
     (made.path / "tokenizer.json").write_text((made.path / "tokenizer.json").read_text() + "\n")
@@ -128,7 +177,8 @@ def _open_built_in(folder, results):
 
 
 def test_built_in_stores(tmp_path, monkeypatch):
-    """Two processes at once get one store; the golden fingerprint is that of documented losses."""
+    """Two processes at once get one store; the golden fingerprints are those of documented losses, by both rules."""
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path))
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     cache = tmp_path / "stores"
@@ -138,10 +188,98 @@ def test_built_in_stores(tmp_path, monkeypatch):
     found = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
-    assert found == ["dad34ccdb04341333c075f22deaa85dab4772e6499cb06b6117942a8900cf1e3"] * 2
-    assert len(list(cache.iterdir())) == 1
+    assert found == ["6ca46a422137f3432736016655f101e6cf7dc8815976235576e9c8d8d7ffc8a1"] * 2
+    assert [path.name for path in cache.iterdir()] == ["sotu-bytes-hash-1-02db5c5d"]
+    assert open_store("sotu-bytes").header["splits"]["validation"]["documents"] == 10
+    first = open_store("sotu-bytes@position")
+    assert first.fingerprint == "dad34ccdb04341333c075f22deaa85dab4772e6499cb06b6117942a8900cf1e3"
+    assert first.path.name == "sotu-bytes-1-02db5c5d"
+    assert first.header["splits"]["validation"]["documents"] == 12
+    assert {name.partition("@")[0] for name in token_store.BUILT_IN} == {"sotu-bytes", "sotu-gpt2"}
+
+
+@pytest.fixture
+def reads(monkeypatch, tmp_path):
+    """Folders of which every byte is read, and a cache of its own."""
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "verification"))
+    found, real = [], TokenStore._check_contents
+    monkeypatch.setattr(TokenStore, "_check_contents", lambda self: found.append(self.path) or real(self))
+    return found
+
+
+def test_a_store_is_verified_once_until_its_files_are_written(copy, reads):
+    for _ in range(2):
+        assert open_store(copy).path == copy
+    assert reads == [copy]
+    data = bytearray((copy / "train.bin").read_bytes())
+    data[0] ^= 1
+    (copy / "train.bin").write_bytes(data)  # the same size
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"train.bin is damaged \(its SHA-256"):
+            open_store(copy)
+    data[0] ^= 1
+    (copy / "train.bin").write_bytes(data)
+    assert open_store(copy)
+    assert len(reads) == 4
+
+
+def test_a_store_that_was_just_made_is_not_read_again(tmp_path, reads, monkeypatch):
+    (tmp_path / "a.txt").write_text("one two three|four five six|seven eight nine|ten")
+    made = prepare(Recipe((str(tmp_path / "a.txt"),), "bytes", form=Format(separator="|")), tmp_path / "store")
+    assert open_store(made.path)
+    assert not reads
+    shutil.rmtree(tmp_path / "verification")
+    (tmp_path / "verification").write_text("")  # a cache that can't be written
+    for _ in range(2):
+        assert open_store(made.path)
+    assert len(reads) == 2
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GQA_JAX_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert open_store(made.path)
+    assert len(reads) == 3
+
+
+def test_a_damaged_built_in_store_says_how_to_get_another(tmp_path, monkeypatch):
     monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path))
-    assert open_store("sotu-bytes").header["splits"]["validation"]["documents"] == 12
+    folder = open_store("sotu-bytes").path
+    tokens = np.memmap(folder / "train.bin", dtype="<u2", mode="r+")
+    tokens[:1_000_000] = 300
+    tokens.flush()
+    with pytest.raises(StoreError, match=rf"train.bin is damaged .*; delete {folder}, and it is made again"):
+        open_store("sotu-bytes")
+    copy = shutil.copytree(folder, tmp_path / "copy")  # with times of modification
+    with pytest.raises(StoreError, match=r"train\.bin is damaged"):
+        open_store(copy)
+
+
+def _open_slowly(folder, results):
+    real = TokenStore._check_contents
+
+    def check(self):
+        results.put("read")
+        time.sleep(0.5)
+        real(self)
+
+    TokenStore._check_contents = check
+    results.put(open_store(folder).fingerprint)
+
+
+def test_processes_that_open_a_store_at_once_wait_for_one_of_them(copy, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "verification"))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_open_slowly, args=(copy, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in range(4)]
+    for process in processes:
+        process.join()
+    assert sorted(found) == sorted(["read", *[made.fingerprint] * 3])
+    assert results.empty()
 
 
 def test_unknown_names(tmp_path, made, monkeypatch):
@@ -159,7 +297,7 @@ def test_unknown_names(tmp_path, made, monkeypatch):
 def remote(made, gcs_root, tmp_path, monkeypatch):
     """A copy of `made` on gs://, and nothing in the cache."""
     monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
-    for name in (*token_store.FILES, "header.json"):
+    for name in (*token_store.FILES, token_store.SOURCES, token_store.INPUTS, "header.json"):
         storage.upload(made.path / name, f"{gcs_root}/store/{name}")
     return f"{gcs_root}/store"
 
@@ -172,6 +310,8 @@ def test_a_store_on_a_bucket_is_copied_once(remote, made, tmp_path, monkeypatch)
     for split in token_store.SPLITS:
         np.testing.assert_array_equal(opened.tokens(split), made.tokens(split))
         np.testing.assert_array_equal(opened.documents(split), made.documents(split))
+        np.testing.assert_array_equal(opened.sources(split)[1], made.sources(split)[1])
+    assert (opened.path / "inputs.json").read_bytes() == (made.path / "inputs.json").read_bytes()
     assert sorted(path.name for path in opened.path.parent.iterdir()) == [".lock", made.fingerprint]
 
     read = []
@@ -200,7 +340,7 @@ def test_a_copy_that_was_interrupted_is_begun_again(remote, tmp_path, monkeypatc
 def test_a_store_on_a_bucket_brings_its_tokenizer(gcs_root, tmp_path, monkeypatch):
     monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("one two three|four five six|seven eight nine|ten")
-    recipe = Recipe((str(tmp_path / "a.txt"),), tokenizer="bpe:260", holdout_every=2, form=Format(separator="|"))
+    recipe = _bpe_recipe(tmp_path)
     made = prepare(recipe, tmp_path / "store")
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     storage.upload(made.path, gcs_root)

@@ -204,3 +204,82 @@ def test_bpe_errors():
             tk.bpe_size(spec)
     assert tk.bpe_size("bpe:4_096") == 4096
     assert tk.bpe_size("gpt2") is None
+
+
+TEXT = "naïve  café 漢字, it's 9\n\t😀\u200d\ufffd!"
+
+
+def with_byte_fallback():
+    """As Llama 2's: a few entries, and one for every byte; a space before the first word that decoding takes away."""
+    words = {"\u2581": 256, "\u2581caf": 257, "it": 258, "</s>": 259, "<unk>": 260, "\ufffd": 261}
+    tokenizer = hf.Tokenizer(
+        hf.models.BPE({f"<0x{i:02X}>": i for i in range(256)} | words, [], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="first")
+    steps = hf.decoders
+    tokenizer.decoder = steps.Sequence(
+        [steps.Replace("\u2581", " "), steps.ByteFallback(), steps.Fuse(), steps.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return tk.HuggingFaceTokenizer(tokenizer.to_str().encode(), "fallback")
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "bpe", "fallback"])
+def test_bytes_of_a_prefix_are_those_that_it_decodes_to(name, gpt2):
+    """Also where a token ends within a character; what stands before a border of characters decodes to those bytes."""
+    made = {
+        "bytes": tk.ByteTokenizer,
+        "gpt2": lambda: gpt2,
+        "bpe": lambda: tk.train_bpe([load_sotu()[0].text], 300),
+        "fallback": with_byte_fallback,
+    }
+    tokenizer = made[name]()
+    (ids,) = tokenizer.encode_batch([TEXT])
+    document = np.array([*ids, tokenizer.eos_id], np.uint16)
+    ends = np.arange(len(document) + 1)
+    found = tokenizer.bytes_at(document, ends)
+    assert (found.dtype, found[0], found[-2], found[-1]) == (np.int64, 0, len(TEXT.encode()), len(TEXT.encode()))
+    borders = {len(TEXT[:i].encode()) for i in range(len(TEXT) + 1)}
+    assert len(borders & {*found.tolist()}) > 12
+    for end in ends[:-1]:
+        if found[end] in borders:
+            assert tokenizer.decode(document[:end]).encode() == TEXT.encode()[: found[end]]
+    assert (np.diff(found) >= 0).all()
+    if name == "fallback":
+        single = document[:-1] < 256
+        assert (np.diff(found)[:-1][single] == 1).all()
+        assert 20 < single.sum() < len(single)
+    np.testing.assert_array_equal(tokenizer.bytes_at(document, [5, 2, 5]), found[[5, 2, 5]])
+
+
+def test_bytes_of_gpt2_are_exact_at_every_token(gpt2):
+    (ids,) = gpt2.encode_batch([TEXT])
+    expected = np.cumsum([len(gpt2.encoding.decode_single_token_bytes(id_)) for id_ in ids.tolist()])
+    np.testing.assert_array_equal(gpt2.bytes_at(ids, np.arange(len(ids)) + 1), expected)
+    assert gpt2.bytes_at(ids, [len(ids)]) == len(TEXT.encode())
+
+
+def test_bytes_of_entries_that_are_not_written_in_bytes(tmp_path):
+    """Entries added to a byte-level tokenizer: special ones stand for nothing, others for their own text."""
+    tokenizer = hf.Tokenizer.from_str(tk.train_bpe([load_sotu()[0].text], 300).json.decode())
+    tokenizer.add_tokens(["two words", "漢字"])
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tk.load_tokenizer(str(tmp_path))
+    (ids,) = tokenizer.encode_batch(["two wordsé漢字."])
+    assert {300, 301} < set(ids.tolist())
+    mask = tokenizer._tokenizer.token_to_id("<mask>")
+    ids = np.array([*ids, mask, tokenizer.eos_id])
+    assert tokenizer.bytes_at(ids, [1, len(ids) - 3, len(ids)]).tolist() == [9, 17, 18]
+    assert tokenizer.decode(ids[:-2]) == "two wordsé漢字."
+
+
+def test_bytes_of_a_tokenizer_that_loses_text_are_those_of_what_is_left(file):
+    """Without a decoder Hugging Face writes spaces between entries; they count, as they are in what is decoded."""
+    tokenizer = tk.load_tokenizer(file("</s>", "[UNK]"))
+    (ids,) = tokenizer.encode_batch(["a zzz b"])
+    ids = [*ids, tokenizer.eos_id]
+    assert ids == [0, 7, 1, 3]
+    assert tokenizer.bytes_at(np.array(ids), np.arange(5)).tolist() == [0, 1, 1, 3, 3]
+    ordinary = tk.load_tokenizer(file("[UNK]"), eos="b")  # no special token ends a document
+    assert ordinary.bytes_at(np.array([0, 0, 1]), [2, 3]).tolist() == [3, 3]

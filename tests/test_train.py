@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import random
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqa_jax import attention, costs, metrics, model, planner, train
+from gqa_jax import attention, costs, evaluation, metrics, model, planner, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
+from gqa_jax.data import reader, store
 from gqa_jax.run_folder import Diverged, Preempted
+from tests import first_version
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -59,20 +63,145 @@ def test_a_run_leaves_result_metrics_and_environment(finished):
     assert result["tokens"] == 12 * 256
     assert result["attention"] == "xla"
     assert 4 < result["loss"] < 6  # 320 ids: log 320 = 5.77 before training
-    assert result["loss_sem"] is None  # 1,024 bytes are of one document
+    assert (result["rules"], result["holdout"]) == (
+        f"{result['holdout']}/spread/one",
+        store.open_store("sotu-bytes").holdout_rule,
+    )
+    assert result["heldout"] == f"{result['data_fingerprint'][:12]}/spread/16x64"
+    assert 1 < result["eval_documents"] <= result["heldout_documents"]
+    assert result["heldout_tokens"] == len(store.open_store("sotu-bytes").tokens("validation"))
+    assert result["loss_low"] < result["loss"] - 2 * result["loss_sem"] < result["loss"]
+    assert result["loss_high"] - result["loss"] == pytest.approx(result["loss"] - result["loss_low"])
     assert result["mfu"] is None  # no peak is known of a CPU
     assert [row["step"] for row in metrics.read_metrics(folder) if row["kind"] == "train"] == list(range(1, 13))
     assert losses(folder)[-1] < losses(folder)[0]
     assert json.loads((folder / "environment.json").read_text())["versions"]["jax"] == jax.__version__
 
 
-def test_golden_numbers_of_the_first_steps(finished):
-    """A change here means that model, initialisation, data order, loss or optimizer is another: say so in the commit."""
+def test_a_run_leaves_its_evaluation_by_part_and_by_document(finished):
+    folder, result = finished
+    rows = json.loads((folder / "evaluations.json").read_text())["rows"]
+    assert rows[0]["value"] == result["loss"]
+    assert rows[0]["standard_error"] == result["loss_sem"]
+    assert {(row["step"], row["context"], row["rules"]) for row in rows} == {(12, 32, result["rules"])}
+    positions = [row for row in rows if row["position"]]
+    assert [row["position"] for row in positions] == ["0", "1", "2-3", "4-7", "8-15", "16-31"]
+    assert sum(row["n"] for row in positions) == result["eval_tokens"] == 1024
+    of = evaluation.from_bytes((folder / "documents.npz").read_bytes())
+    assert len(of.document) == result["eval_documents"]
+    assert of.loss.sum() / of.tokens.sum() == pytest.approx(result["loss"])
+    assert of.loss.sum() / np.log(2) / of.text_bytes.sum() == pytest.approx(result["bits_per_byte"])
+
+
+def test_a_standard_error_that_is_not_known_is_left_out(tmp_path, caplog):
+    """Of a single document: no "nan" in the log, the result or the summary."""
+    config = tiny(steps=2, evaluation={"windows": "first"}, data={"store": "sotu-bytes"})
+    with caplog.at_level("INFO", logger="gqa_jax.train"):
+        result = train.train_and_evaluate(config, tmp_path)
+    assert (result["eval_documents"], result["loss_sem"], result["loss_low"]) == (1, None, None)
+    assert f"step 2: held-out loss {result['loss']:.4f}\n" in caplog.text
+    summary = train._summary(result, "run")
+    assert summary.startswith(
+        f"loss {result['loss']:.4f} nats/token (1 of {result['heldout_documents']} held-out documents) · "
+        f"{result['bits_per_byte']:.4f} bits/byte · 512 tokens"
+    )
+    assert "nan" not in summary + caplog.text + (tmp_path / "evaluations.json").read_text()
+
+
+def test_a_summary_says_what_the_loss_is_of():
+    result = {
+        "status": "done", "loss": 1.729, "loss_sem": 0.031, "loss_low": 1.6608, "loss_high": 1.7972, "bits_per_byte": 2.4944,
+        "eval_documents": 12, "heldout_documents": 12, "tokens": 1_048_576, "tokens_per_second": 12345.6, "step": 9,
+    }  # fmt: skip
+    rest = " · 2.4944 bits/byte · 1,048,576 tokens · 12,346 tokens/s · runs/x/result.json"
+    assert train._summary(result, "runs/x") == (
+        "loss 1.7290 ± 0.0310 nats/token (12 of 12 held-out documents, 95%: 1.661 to 1.797)" + rest
+    )
+    single = result | {"eval_documents": 1, "heldout_documents": 1, "loss_sem": None, "loss_low": None, "loss_high": None}
+    assert train._summary(single, "runs/x") == "loss 1.7290 nats/token (1 of 1 held-out document)" + rest
+    first_version = {key: result[key] for key in result if key not in ("loss_low", "loss_high", "heldout_documents")}
+    assert train._summary(first_version, "runs/x") == "loss 1.7290 ± 0.0310 nats/token (12 held-out documents)" + rest
+    textless = result | {"bits_per_byte": None, "loss_low": 1.0, "loss_high": 31.0}
+    assert "12 of 12 held-out documents, 95%: 1.0 to 31.0) · 1,048,576 tokens" in train._summary(textless, "runs/x")
+
+
+def test_a_run_of_the_first_version_is_over_under_its_rules(tmp_path, monkeypatch):
+    """The same command says under which options; with them there is nothing to do, and nothing in the folder changes."""
+    folder = first_version.unpack(tmp_path)
+    monkeypatch.chdir(folder)
+    config = TrainConfig.from_dict(runpy.run_path("config.py")["get_config"]().to_dict())
+    options = r"add --config\.evaluation\.windows=first --config\.optimizer\.warmup_from=zero, or start this one in another"
+    for run in ("run", "begun"):
+        with pytest.raises(ConfigError, match=rf"begun under the rules of the first version: to resume it {options}"):
+            train.train_and_evaluate(config, run)
+    old = dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, windows="first"),
+        optimizer=dataclasses.replace(config.optimizer, warmup_from="zero"),
+    )
+
+    def files():
+        return {
+            path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file() and path.name != ".lock"
+        }
+
+    before = files()
+    result = train.train_and_evaluate(old, "run")
+    assert (result["loss"], result["identity"]) == (first_version.LOSS, first_version.IDENTITY)
+    assert before == files()
+    assert "(2 held-out documents)" in train._summary(result, "run")
+
+
+def test_other_data_than_that_of_a_run_that_is_over_is_said(finished, tmp_path):
+    """As after an upgrade: the store of that name was another."""
+    folder, result = finished
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    path.write_text(json.dumps(result | {"identity": "0" * 10, "data_fingerprint": "1" * 64}))
+    message = (
+        rf"is of other data \(data\.fingerprint: {result['data_fingerprint'][:12]} here, 111111111111 there; if that run is of "
+        r"the first version, add --config\.data\.store=sotu-bytes@position\): use another --workdir"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(tiny(), tmp_path / "run")
+    path.write_text(json.dumps(result | {"identity": "0" * 10}))
+    with pytest.raises(ConfigError, match="is of another configuration or other data: use another --workdir"):
+        train.train_and_evaluate(tiny(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("split", "place"), [("train", slice(0, 900_000)), ("validation", slice(0, None))])
+def test_a_store_that_turns_out_to_be_damaged_ends_a_run(split, place, tmp_path, monkeypatch):
+    """As where it was written to after it was verified."""
+    shutil.copytree(store.open_store("sotu-bytes").path, tmp_path / "store")
+    tokens = np.memmap(tmp_path / "store" / f"{split}.bin", dtype="<u2", mode="r+")
+    tokens[place] = 300  # above the 257 of the store, below the 320 of the model
+    tokens.flush()
+    opened = store.TokenStore.open(tmp_path / "store")
+    monkeypatch.setattr(store, "open_store", lambda _: opened)
+    train_batches, _ = reader.check(tiny(), opened)
+    with pytest.raises(ConfigError, match=rf"the {split} split of .* holds the id 300, .* copy the store again"):
+        [*train._read(train_batches, 0, 12)] if split == "train" else train._open_data(tiny())
+
+
+FIRST_VERSION = {
+    "data": {"store": "sotu-bytes@position"}, "evaluation": {"windows": "first"}, "optimizer": {"warmup_from": "zero"},
+}  # fmt: skip
+
+
+def test_golden_numbers_of_the_first_steps(finished, tmp_path):
+    """A change here means that model, initialisation, data order, loss or optimizer is another: say so in the commit.
+
+    Those of the first version stay for ever: its cells must have the numbers that they had.
+    """
     folder, _ = finished
     np.testing.assert_allclose(losses(folder)[:3], GOLDEN_LOSSES, rtol=2e-5)
+    result = train.train_and_evaluate(tiny(**FIRST_VERSION), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path)[:3], GOLDEN_LOSSES_OF_FIRST_VERSION, rtol=2e-5)
+    assert (result["rules"], result["identity"]) == ("position/first/zero", "2c8a906034")
 
 
-GOLDEN_LOSSES = [5.7551126, 5.7616167, 5.7449160]
+GOLDEN_LOSSES = [5.7650499, 5.7486348, 5.7291732]
+GOLDEN_LOSSES_OF_FIRST_VERSION = [5.7551126, 5.7616167, 5.7449160]
 
 
 @pytest.mark.parametrize("implementation", ["reference", "pallas_tpu", "pallas_triton"])
@@ -258,6 +387,23 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(fini
     assert "checkpoint of step 8 is damaged" in caplog.text
     assert len(list((tmp_path / "damaged-checkpoints").iterdir())) == 1  # moved aside, not deleted
     assert resumed["params_sha256"] == result["params_sha256"]
+
+
+def test_a_renamed_checkpoint_trains_nothing(finished, tmp_path):
+    """It would be taken for the end of the run, with the loss of an earlier step."""
+    folder, _ = finished
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(folder / "config.json", tmp_path)
+    shutil.copytree(folder / "checkpoints" / "8", tmp_path / "checkpoints" / "12")
+    with pytest.raises(
+        ConfigError, match="checkpoints/12 holds the state after step 8, not 12: it was renamed or copied"
+    ) as error:
+        train.train_and_evaluate(tiny(), tmp_path)
+    assert train.exit_code(error.value) == 2
+    assert json.loads((tmp_path / "exit.json").read_text())["class"] == "config"
+    assert metrics.read_metrics(tmp_path) == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]
+    assert not (tmp_path / "damaged-checkpoints").exists()
 
 
 def test_a_non_finite_loss_stops_and_is_a_result(tmp_path):

@@ -2,318 +2,227 @@
 
 | input | documents |
 |---|---|
-| `*.jsonl`, `*.ndjson`, `*.json` | one a line, field `text_key` |
-| `*.parquet` | one a row, column `text_key` |
-| any other file | the whole file, or its parts between `separator` |
-| `*.gz`, `*.zst`, `*.xz` | as the name without that suffix says |
-| folder | its files, recursively, sorted by path; hidden ones are left out |
+| `*.jsonl`, `*.ndjson`, `*.json` | an object a line, one array of objects or texts, objects over lines: field `text_key` |
+| `*.csv`, `*.tsv` | one a row below the header, column `text_key` |
+| Parquet | one a row, column `text_key` |
+| any other file | JSON lines when its first line is one with that field; else all of it, or its parts between `separator` |
+| gzip, zstd, xz, bzip2 | what they hold |
+| folder | its files, recursively, sorted by path; hidden ones are left out, and README, LICENSE and the like beside data |
 | `sotu` | the embedded corpus, `gqa_jax.data.corpus` |
 | `hf:NAME[@CONFIG][:SPLIT]` | rows of a Hugging Face dataset, column `text_key`; split `train` |
 
-Text is UTF-8 and kept as it is, line ends too; only a byte-order mark at the start of a file is dropped.
+The first bytes of a file decide what it is (`gqa_jax.data.kinds`), its name only what they leave open. Text is UTF-8, or UTF-16
+or UTF-32 with a byte-order mark, and is kept as it is, line ends too; only a byte-order mark at the start is dropped.
 """
 
 from __future__ import annotations
 
 import codecs
-import fnmatch
-import gzip
-import io
-import json
-import lzma
-import os
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from gqa_jax import errors
 from gqa_jax.data import corpus
+from gqa_jax.data.json_rows import json_rows
+from gqa_jax.data.kinds import LARGEST, Opened, bad_utf8, opened
+from gqa_jax.data.records import DAMAGED, Bad, Format, Rows, usable
+from gqa_jax.data.sources import Found, InputError, Source, find_sources, reason
+from gqa_jax.data.streams import DAMAGE
+from gqa_jax.data.tables import dataset_rows, parquet_rows, table_rows
 
-LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-COMPRESSIONS = (".gz", ".zst", ".xz")
+__all__ = ["Document", "Format", "Found", "InputError", "Reading", "Source", "find_sources", "read_documents"]
+
 _READ_BYTES = 1 << 20
-
-
-class InputError(ValueError):
-    """An input that can't be read. The message names the file, the line where there is one, and what to do."""
+_PIECE_CHARS = 1 << 16
+_new_tuple = tuple.__new__
 
 
 class Document(NamedTuple):
-    """Text of a document, and how many bytes of its source were read up to its end (for a progress bar)."""
+    """A document: its text, how many bytes of its file were read up to its end (for a progress bar), and its source."""
 
     text: str
     position: int
+    source: str  # `Source.origin`, or the value of the field `Format.source_key`
 
 
-@dataclass(frozen=True)
-class Source:
-    """One file or named corpus."""
+@dataclass
+class Counted:
+    """How much was read of one kind of file."""
 
-    name: str  # of the file relative to the input that gave it, or the input itself: the same on every machine
-    path: Path | None  # None: a named corpus
-    size: int | None  # bytes as stored; None: not known before reading
-
-
-@dataclass(frozen=True)
-class Format:
-    """How sources become documents."""
-
-    text_key: str = "text"  # field of JSON lines, column of Parquet and datasets
-    separator: str | None = None  # cuts plain files into documents; None: a file is one
-    encoding_errors: str = "strict"  # bytes that are no UTF-8: "strict" is an error, "replace" makes them U+FFFD
-
-    def __post_init__(self):
-        if self.separator == "":
-            raise InputError("the separator is empty: give the text that stands between documents, or leave it out")
+    files: int = 0
+    documents: int = 0
+    text_bytes: int = 0  # of the text as UTF-8
 
 
-def find_sources(inputs: Sequence[str | os.PathLike], include: str = "*", exclude: str | None = None) -> list[Source]:
-    """The sources that `inputs` stand for, in their order.
+@dataclass
+class BadLines:
+    """Lines or rows that were left out for one reason."""
 
-    `include` and `exclude` are shell patterns for the paths of files in folders, relative to the folder.
-    Raises InputError for an input that is missing, unreadable, or a folder without such files.
-    """
-    sources = []
-    for entry in inputs:
-        entry = os.fspath(entry)
-        if entry == "sotu":
-            sources.append(Source("sotu", None, corpus.SOTU_BYTES))
-            continue
-        if entry.startswith("hf:"):
-            sources.append(Source(entry, None, None))
-            continue
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            files = [file for file in _files(path) if _selected(file.relative_to(path), include, exclude)]
-            if not files:
-                raise InputError(f"input {entry}: no file in this folder (include {include!r}, exclude {exclude!r})")
-            sources += [_file_source(file, file.relative_to(path).as_posix()) for file in files]
-        elif path.exists():
-            sources.append(_file_source(path, path.name))
+    count: int
+    first: str  # file and line or row of the first one
+
+
+@dataclass
+class Reading:
+    """What `read_documents` has met; one object is given for all sources of a reading."""
+
+    kinds: dict[str, Counted] = field(default_factory=dict)  # "JSON", "plain text", ...
+    bad_lines: dict[str, BadLines] = field(default_factory=dict)  # by reason
+    _noted: dict[str, list] = field(default_factory=dict)  # what -> path of the first file, number of others
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that a person should see, each about one file or more: "a.txt and 2 more: UTF-16, read as such"."""
+        return [f"{first}{f' and {more:,} more' if more else ''}: {what}" for what, (first, more) in self._noted.items()]
+
+    def note(self, what: str, path: str) -> None:
+        if what in self._noted:
+            self._noted[what][1] += 1
         else:
-            raise InputError(f"input {entry}: no such file or folder{_neighbour(path)}; named inputs are sotu and hf:NAME")
-    if not sources:
-        raise InputError("no input: give files, folders, sotu, or hf:NAME")
-    return sources
+            self._noted[what] = [path, 0]
+
+    def skipped(self, bad: Bad, where: str) -> None:
+        self.bad_lines.setdefault(bad.reason, BadLines(0, where)).count += 1
 
 
-def read_documents(source: Source, form: Format) -> Iterator[Document]:
-    """Documents of one source in order, empty ones too. Raises InputError on the first that can't be read."""
+def read_documents(source: Source, form: Format, reading: Reading) -> Iterator[Document]:
+    """Documents of one source in order, empty ones too, counted in `reading`.
+
+    Raises InputError, which names file and line or row, on the first that can't be read; with bad_lines "skip" lines and rows
+    that can't be used are counted and left out, and it is only raised where the rest of a file is lost.
+    """
     if source.path is None:
-        yield from _sotu() if source.name == "sotu" else _dataset(source.name, form)
+        if source.name == "sotu":
+            _check_plain("sotu", form)
+            yield from _whole_texts(_sotu(), "embedded corpus", source, reading)
+        else:
+            yield from _rows(dataset_rows(source.name, form), "dataset", f"{source.name} row ", source, form, reading)
         return
-    suffixes = [suffix.lower() for suffix in source.path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    kind = suffixes[-1] if suffixes else ""
-    if kind == ".parquet" and not compression:
-        yield from _parquet(source, form)
-    elif kind in LINES_SUFFIXES:
-        yield from _json_lines(source, compression, form)
-    else:
-        yield from _plain(source, compression, form)
+    with opened(source, form.text_key, form.encoding_errors, reading.note) as file:
+        if file.kind == "plain text":
+            _check_plain(file.path, form)
+            yield from _whole_texts(_plain(file, form, reading), file.kind, source, reading)
+        elif file.kind == "JSON":
+            yield from _rows(json_rows(file, form), file.kind, f"{file.path}:", source, form, reading)
+        else:
+            is_parquet = file.kind == "Parquet"
+            rows = parquet_rows(file, form, source.size) if is_parquet else table_rows(file, form)
+            yield from _rows(rows, file.kind, f"{file.path} row ", source, form, reading)
 
 
-def _sotu() -> Iterator[Document]:
+def _rows(batches: Iterator[Rows], kind: str, where: str, source: Source, form: Format, reading: Reading) -> Iterator[Document]:
+    """Documents of rows with fields; `where` stands before the number of a row in messages."""
+    counted = _begun(kind, reading)
+    key, origin, of_field = form.text_key, source.origin, form.source_key is not None
+    begin, skipped = counted.documents, 0
+    for rows, places, position in batches:
+        documents = text_bytes = 0  # in this batch: a count in a variable is faster than one in an object
+        try:
+            for row, place in zip(rows, places, strict=True):
+                text, name = row.get(key) if type(row) is dict else row, origin
+                if of_field or type(text) is not str:
+                    result = usable(row, form, origin)
+                    if type(result) is Bad:
+                        if form.bad_lines == "error":
+                            others = "; --bad_lines=skip leaves such ones out" if documents or counted.documents > begin else ""
+                            raise InputError(f"{where}{place}: {result.message}{others}")
+                        reading.skipped(result, f"{where}{place}")
+                        skipped += 1
+                        continue
+                    text, name = result
+                documents += 1
+                text_bytes += len(text) if text.isascii() else _text_bytes(text)
+                yield _new_tuple(Document, (text, position, name))  # Document(...) takes twice as long
+        finally:
+            counted.documents += documents
+            counted.text_bytes += text_bytes
+    if skipped and counted.documents == begin:
+        reading.note("none of its lines or rows can be used", where.removesuffix(":").removesuffix(" row "))
+
+
+def _whole_texts(texts: Iterable[tuple[str, int]], kind: str, source: Source, reading: Reading) -> Iterator[Document]:
+    counted = _begun(kind, reading)
+    for text, position in texts:
+        counted.documents += 1
+        counted.text_bytes += len(text) if text.isascii() else _text_bytes(text)
+        yield Document(text, position, source.origin)
+
+
+def _begun(kind: str, reading: Reading) -> Counted:
+    counted = reading.kinds.setdefault(kind, Counted())
+    counted.files += 1
+    return counted
+
+
+def _text_bytes(text: str) -> int:
+    # Half a surrogate pair counts as the U+FFFD that stands for it in a store: three bytes.
+    if len(text) <= _PIECE_CHARS:
+        return len(text.encode("utf-8", "surrogatepass"))
+    pieces = (text[i : i + _PIECE_CHARS] for i in range(0, len(text), _PIECE_CHARS))  # memory that is used again is fast
+    return sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces)
+
+
+def _check_plain(path: str, form: Format) -> None:
+    if form.source_key is not None:
+        raise InputError(
+            f"{path}: plain text has no fields, and no {form.source_key!r} that could name a source: leave --source_key out "
+            "(each input is a source then), or give JSON lines, Parquet, CSV or TSV"
+        )
+
+
+def _sotu() -> Iterator[tuple[str, int]]:
     position = 0
     for address in corpus.load_sotu():
         position += len(address.text.encode("utf-8"))
-        yield Document(address.text, position)
+        yield address.text, position
 
 
-def _dataset(name: str, form: Format) -> Iterator[Document]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"input {name} needs the library datasets: pip install 'gqa_jax[datasets]'") from None
-    path, _, split = name.removeprefix("hf:").partition(":")
-    path, _, config = path.partition("@")
-    try:
-        rows = datasets.load_dataset(path, config or None, split=split or "train")
-    except Exception as error:  # missing, gated, offline, ambiguous config: datasets' own message says which
-        raise InputError(f"input {name}: datasets.load_dataset failed: {error}") from error
-    if form.text_key not in rows.column_names:
-        raise InputError(f"input {name}: no column {form.text_key!r}; columns: {', '.join(rows.column_names)} (--text_key)")
-    for number, row in enumerate(rows.select_columns([form.text_key])):
-        yield Document(_checked_text(row[form.text_key], f"{name} row {number}", form), 0)
+def _plain(file: Opened, form: Format, reading: Reading) -> Iterator[tuple[str, int]]:
+    """Texts of a plain file, and the bytes read up to each."""
+    progress = [0]  # bytes of text taken from the stream
+    for text in _split(_decoded(file, form.encoding_errors, progress, reading), form.separator, file.path):
+        yield text, file.position(progress[0])
 
 
-def _parquet(source: Source, form: Format) -> Iterator[Document]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(source.path) as file:
-            names = file.schema_arrow.names
-            if form.text_key not in names:
-                raise InputError(f"{source.path}: no column {form.text_key!r}; columns: {', '.join(names)} (--text_key)")
-            rows = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[form.text_key]):
-                for value in batch.column(0).to_pylist():
-                    rows += 1
-                    text = _checked_text(value, f"{source.path} row {rows}", form)
-                    yield Document(text, source.size * rows // file.metadata.num_rows)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{source.path}: not a readable Parquet file: {_reason(error)}") from error
-
-
-def _json_lines(source: Source, compression: str, form: Format) -> Iterator[Document]:
-    number = 0
-    raw, stream = _open(source.path, compression)
-    with raw, stream:
-        while line := _guarded(stream.readline, source.path, number + 1):
-            number += 1
-            where = f"{source.path}:{number}"
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.isspace():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8", form.encoding_errors))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{where}: byte {error.start} is no UTF-8; --encoding_errors=replace accepts it") from error
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(
-                    f"{where}: not one JSON object a line ({error}): repair it, or leave the file out (--exclude)"
-                ) from error
-            if not isinstance(value, dict) or form.text_key not in value:
-                keys = f"its fields: {', '.join(value)}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
-                raise InputError(f"{where}: no field {form.text_key!r}; {keys} (--text_key)")
-            yield Document(_checked_text(value[form.text_key], where, form), raw.tell())
-
-
-def _plain(source: Source, compression: str, form: Format) -> Iterator[Document]:
-    raw, stream = _open(source.path, compression)
-    with raw, stream:
-        blocks = _decoded(stream, source.path, form.encoding_errors)
-        texts = ["".join(blocks)] if form.separator is None else _split(blocks, form.separator)
-        for text in texts:
-            yield Document(text, raw.tell())
-
-
-def _split(blocks: Iterator[str], separator: str) -> Iterator[str]:
+def _split(blocks: Iterator[str], separator: str | None, path: str) -> Iterator[str]:
     """The parts of the joined blocks between separators; holds one part and one block, and looks at each text once."""
-    overlap = len(separator) - 1  # a separator may lie across blocks
-    parts, tail = [], ""
+    overlap = 0 if separator is None else len(separator) - 1  # a separator may lie across blocks
+    parts, tail, size = [], "", 0
     for block in blocks:
-        first, *others = (tail + block).split(separator)
+        first, *others = [tail + block] if separator is None else (tail + block).split(separator)
         parts.append(first)
         for other in others:
             yield "".join(parts)
             parts = [other]
+        size = len(others[-1]) if others else size + len(block)
+        if size > LARGEST:
+            raise InputError(f"{path}: a document of more than {LARGEST:,} characters: cut the file with --separator")
         tail = parts[-1][len(parts[-1]) - overlap :] if len(parts[-1]) > overlap else parts[-1]
         parts[-1] = parts[-1][: len(parts[-1]) - len(tail)]
     yield "".join(parts) + tail
 
 
-def _decoded(stream: IO[bytes], path: Path, errors: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
-    lines, last = 1, False
+def _decoded(file: Opened, errors: str, progress: list[int], reading: Reading) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    lines, chars, replaced, last = 1, 0, 0, False
     while not last:
-        block = _guarded(lambda: stream.read(_READ_BYTES), path, lines)
+        try:
+            block = file.stream.read(_READ_BYTES)
+        except DAMAGE as error:
+            raise InputError(f"{file.path}:{lines}: {DAMAGED}: {reason(error)}") from error
         last = not block
+        progress[0] += len(block)
         try:
             text = decoder.decode(block, final=last)
         except UnicodeDecodeError as error:
             line = lines + error.object[: error.start].count(b"\n")
             raise InputError(
-                f"{path}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}): leave the file out (--exclude), "
-                "or accept replacement characters with --encoding_errors=replace"
+                f"{file.path}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}): "
+                f"{bad_utf8(error.object, error.start)}"
             ) from error
         lines += text.count("\n")
+        if errors == "replace":
+            chars, replaced = chars + len(text), replaced + text.count("\ufffd")
         yield text
-
-
-def _checked_text(value: object, where: str, form: Format) -> str:
-    """A text field's value: null is an empty document, anything else than a string an error."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {form.text_key!r} is a {type(value).__name__}, not text (--text_key)")
-    return value
-
-
-def _open(path: Path, compression: str) -> tuple[IO[bytes], IO[bytes]]:
-    """The file itself (its position is the progress) and the stream of its uncompressed content."""
-    try:
-        raw = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: {_reason(error)}") from error
-    if compression == ".gz":
-        return raw, gzip.GzipFile(fileobj=raw)
-    if compression == ".xz":
-        return raw, lzma.LZMAFile(raw)
-    if compression == ".zst":
-        return raw, io.BufferedReader(_ZstdStream(raw), _READ_BYTES)
-    return raw, raw
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompresses every frame of a .zst file and notices its early end (zstandard's stream_reader stops silently)."""
-
-    def __init__(self, raw: IO[bytes]):
-        import zstandard
-
-        self._raw = raw
-        self._error = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # as written by zstd --long=31
-        self._frame, self._input, self._output = None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._output:
-            self._input = self._input or self._raw.read(_READ_BYTES // 8)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("compressed file ended before the end of its last frame")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            try:
-                self._output, self._input = memoryview(self._frame.decompress(self._input)), b""
-            except self._error as error:
-                raise OSError(str(error)) from error
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._output))
-        buffer[:count], self._output = self._output[:count], self._output[count:]
-        return count
-
-
-def _guarded(read, path: Path, line: int) -> bytes:
-    try:
-        return read()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{path}:{line}: damaged or unreadable from here on: {_reason(error)}") from error
-
-
-def _files(folder: Path) -> list[Path]:
-    try:
-        found = [path for path in folder.rglob("*") if path.is_file()]
-    except OSError as error:
-        raise InputError(f"input {folder}: {_reason(error)}") from error
-    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return sorted(visible, key=lambda path: path.relative_to(folder).parts)
-
-
-def _selected(path: Path, include: str, exclude: str | None) -> bool:
-    name = path.as_posix()
-    return fnmatch.fnmatch(name, include) and not (exclude and fnmatch.fnmatch(name, exclude))
-
-
-def _file_source(path: Path, name: str) -> Source:
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path}: no permission to read it")
-    return Source(name, path, path.stat().st_size)
-
-
-def _neighbour(path: Path) -> str:
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = errors.close(path.name, names)
-    return "" if close is None else f", did you mean {path.parent / close}?"
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if replaced > chars / 10:
+        reading.note("more than a tenth of its characters is U+FFFD: no UTF-8, perhaps no text", file.path)

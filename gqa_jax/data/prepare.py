@@ -1,8 +1,13 @@
 """Text to a token store: `python -m gqa_jax.data.prepare --help`.
 
 Documents are read in order and tokenized in chunks by several threads (`gqa_jax.data.parts`). A run that was killed and is
-started again reads its inputs again, but encodes only what isn't encoded yet; header.json is written last. Document i, empty
-ones not counted, is held out when i % holdout_every == holdout_every // 2.
+started again reads its inputs again, but encodes only what isn't encoded yet; header.json is written last. When all is read it
+is decided which documents are held out (`gqa_jax.data.holdout`), by a hash of their text or, as in the first version, by their
+position. What was seen on the way stands in the header (`gqa_jax.data.summary`): what of the inputs was left out, what the
+tokenizer loses, which paragraphs of held-out documents are in the training split too.
+
+A finished store is never changed. The command that made it finds it: the first version's too, which is by position, and whose
+request is compared by the settings that it knew. Inputs that have changed since are an error (`gqa_jax.data.inputs`).
 
 A store for gs:// is made in the cache on the local disk (`gqa_jax.data.store.cache_folder`) and copied when it is finished,
 header.json last.
@@ -11,6 +16,7 @@ header.json last.
 from __future__ import annotations
 
 import argparse
+import calendar
 import contextlib
 import dataclasses
 import hashlib
@@ -25,12 +31,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.config import differing_fields
-from gqa_jax.data import parts, store
-from gqa_jax.data.documents import Format, InputError, Source, find_sources, read_documents
+from gqa_jax.data import holdout, inputs, parts, store, summary
+from gqa_jax.data.documents import Format, Found, InputError, Reading, Source, find_sources, read_documents
+from gqa_jax.data.sources import few, shown
 from gqa_jax.data.store import StoreError, TokenStore
 from gqa_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -45,6 +53,7 @@ from gqa_jax.data.tokenizer import (
 log = logging.getLogger(__name__)
 
 BPE_TRAINING_CHARS = 256_000_000  # a BPE is trained on the first documents up to this much text, held-out ones left out
+MAX_SOURCES = 10_000  # values of --source_key: a loss is told for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +67,11 @@ class Recipe:
     form: Format = dataclasses.field(default_factory=Format)
     include: str = "*"  # shell patterns for files in folders
     exclude: str | None = None
+    holdout_rule: str = "hash"  # or "position", that of the first version: `gqa_jax.data.holdout`
 
     def __post_init__(self):
+        if self.holdout_rule not in store.HOLDOUT_RULES:
+            raise InputError(f"--holdout_rule {self.holdout_rule!r}: must be {' or '.join(store.HOLDOUT_RULES)}")
         if self.holdout_every < 2:
             raise InputError(f"--holdout_every {self.holdout_every}: must be at least 2 (every second document); default 20")
         if bpe_size(self.tokenizer) is not None and self.eos is not None:
@@ -88,39 +100,44 @@ def prepare(
         _check_folder(work, recipe.inputs)
     if threads is not None and threads < 1:
         raise TokenizerError(f"--threads {threads}: must be at least 1")
-    sources = find_sources(recipe.inputs, recipe.include, recipe.exclude)
+    found = find_sources(recipe.inputs, recipe.include, recipe.exclude)
     size = bpe_size(recipe.tokenizer)
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.eos, threads) if size is None else None
-    request = _request(recipe, sources, tokenizer)
+    request = _request(recipe, found.sources, tokenizer)
     work.mkdir(parents=True, exist_ok=True)
     with store.locked(work, wait):
         if remote and store.exists(out):
             shutil.rmtree(work, ignore_errors=True)  # what was begun here, and the folder of the lock
-            return _finished(storage.path(out), request)
+            return _finished(storage.path(out), request, found.sources)
         if (work / store.HEADER).exists():
             shutil.rmtree(work / store.PARTS, ignore_errors=True)  # of a run that was killed after its last act but one
-            made = _finished(work, request)
+            made = _finished(work, request, found.sources)
         else:
             if remote:
                 log.info("preparing in %s", work)
-            made = _make(recipe, work, sources, tokenizer, request, progress)
-        return _publish(made, storage.path(out)) if remote else made
+            made = _make(recipe, work, found, tokenizer, request, progress)
+        return _publish(made, storage.path(out), found.sources) if remote else made
 
 
 def _make(
-    recipe: Recipe, out: Path, sources: Sequence[Source], tokenizer: Tokenizer | None, request: dict[str, Any], progress: bool
+    recipe: Recipe, out: Path, found: Found, tokenizer: Tokenizer | None, request: dict[str, Any], progress: bool
 ) -> TokenStore:
     """Makes the store in a local folder that is locked; `tokenizer` None: trained first."""
     folder = out / store.PARTS
     folder.mkdir(exist_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
-    with _Progress(sources, enabled=progress) as bar:
+    for leftover in (*folder.glob("*.tmp"), *(out / name for name in store.OPTIONAL)):  # perhaps of another request
+        leftover.unlink(missing_ok=True)
+    reading, names = Reading(), {}
+    with _Progress(found.sources, enabled=progress) as bar, inputs.InputFiles(found.sources) as files:
         if tokenizer is None:
-            tokenizer = _trained_bpe(recipe, bpe_size(recipe.tokenizer), _texts(sources, recipe.form, bar), folder, request)
-        done, empty = parts.encode_documents(_texts(sources, recipe.form, bar), tokenizer, folder, bar.encoded)
-    _check_documents(sum(part.documents for part in done), empty, recipe.holdout_every)
-    splits = parts.assemble(done, out, tokenizer, recipe.holdout_every)
+            texts = _training_texts(_documents(found.sources, recipe.form, bar, files, Reading(), {}), recipe)
+            tokenizer = _trained_bpe(recipe, texts, folder, request)
+        documents = _documents(found.sources, recipe.form, bar, files, reading, names)
+        done, empty = parts.encode_documents(documents, tokenizer, folder, bar.encoded)
+        if not done:
+            raise InputError(f"no text in the input: 0 documents ({empty} empty ones)")
+        files.write_record(out)
+    splits, facts = _assembled(recipe, done, list(names), out, tokenizer)
     if tokenizer.json is not None:
         (out / store.TOKENIZER).write_bytes(tokenizer.json)
     header = {
@@ -132,15 +149,47 @@ def _make(
         "provenance": {
             "request": request,
             "empty_documents": empty,
-            "sources": [{"name": source.name, "bytes": source.size} for source in sources[:100]],
-            "n_sources": len(sources),
+            "sources": [{"name": source.name, "bytes": source.size} for source in found.sources[:100]],
+            "n_sources": len(found.sources),
+            **summary.of_inputs(found, reading),
+            **facts,
+            "tokenizer_sample": parts.read_sample(done).as_dict(),
             "versions": _versions("gqa-jax", "tiktoken", "tokenizers", "pyarrow", "datasets"),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
+    if recipe.holdout_rule != "position":
+        header["holdout"] = {"rule": recipe.holdout_rule, "every": recipe.holdout_every}
     store.write_header(out, header)
     shutil.rmtree(folder)
-    return TokenStore.open(out)
+    made = TokenStore.open(out)
+    store.remember(made)
+    return made
+
+
+def _assembled(
+    recipe: Recipe, done: Sequence[parts.Part], names: list[str], out: Path, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The splits of the store, decided and written; returns the header's entry, and what else is to be said of documents."""
+    index = parts.read_index(done)
+    has_text = np.bincount(index.sources, minlength=len(names)) > 0
+    doubts = [f"source {name} has no text" for name, has in zip(names, has_text, strict=True) if not has]
+    names = [name for name, has in zip(names, has_text, strict=True) if has]
+    index = index._replace(sources=(np.cumsum(has_text) - 1)[index.sources])
+    documents, every = len(index.hashes), recipe.holdout_every
+    overlap = None
+    if recipe.holdout_rule == "hash" and documents == 1:
+        splits = parts.assemble_tail(done[0], names[0], out, tokenizer, every)
+        doubts.append("1 document: its end is held out, which is more like the rest of it than other documents are")
+    else:
+        if recipe.holdout_rule == "position":
+            split = holdout.by_position(documents, every)
+        else:
+            split = holdout.by_hash(index.hashes, index.sources, names, every)
+        splits, overlap = parts.assemble(done, index, split, names, out, tokenizer)
+        doubts += split.doubts
+    copies = documents - len(np.unique(index.hashes))
+    return splits, {"doubts": doubts, "paragraphs": overlap, "copies": copies}
 
 
 def _work_folder(out: str | os.PathLike) -> Path:
@@ -150,16 +199,16 @@ def _work_folder(out: str | os.PathLike) -> Path:
 
 def _check_remote(out: epath.Path) -> None:
     """Raises ConfigError or StoreError, before anything is encoded, when the store could not be copied to `out`."""
-    if others := set(storage.names(out)) - {*store.FILES, store.HEADER, store.TOKENIZER}:
+    if others := set(storage.names(out)) - {*store.FILES, *store.OPTIONAL, store.HEADER}:
         raise StoreError(f"--out {out} isn't empty and holds no token store ({min(others)}): give a new or an empty folder")
     storage.check_writable(out)
 
 
-def _publish(made: TokenStore, out: epath.Path) -> TokenStore:
+def _publish(made: TokenStore, out: epath.Path, sources: Sequence[Source]) -> TokenStore:
     """Copies a finished store to gs://; it stays here as the copy that training would make."""
     if store.exists(out):  # made by another machine meanwhile
-        return _finished(out, made.header["provenance"]["request"])
-    files = [name for name in (*store.FILES, store.TOKENIZER) if (made.path / name).exists()]
+        return _finished(out, made.header["provenance"]["request"], sources)
+    files = [name for name in (*store.FILES, *store.OPTIONAL) if (made.path / name).exists()]
     size = sum((made.path / name).stat().st_size for name in files)
     log.info("copying %.2f GB to %s", size / 1e9, out)
     for name in (*files, store.HEADER):
@@ -169,7 +218,8 @@ def _publish(made: TokenStore, out: epath.Path) -> TokenStore:
         shutil.rmtree(made.path)
     else:
         made.path.rename(kept)
-    return TokenStore.open(kept)
+        store.remember(TokenStore.open(kept))
+    return store.open_store(kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,7 +240,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokenizer=options.tokenizer,
             eos=options.eos,
             holdout_every=options.holdout_every,
-            form=Format(options.text_key, _unescaped(options.separator), options.encoding_errors),
+            holdout_rule=options.holdout_rule,
+            form=Format(
+                text_key=options.text_key,
+                separator=_unescaped(options.separator),
+                encoding_errors=options.encoding_errors,
+                source_key=options.source_key,
+                bad_lines=options.bad_lines,
+            ),
             include=options.include,
             exclude=options.exclude,
         )
@@ -206,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("prepare: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     if not options.quiet:
-        print(_summary(made, out, None if was_there else time.perf_counter() - begin))
+        print(summary.short(made, out, None if was_there else time.perf_counter() - begin))
+    if options.report:
+        print(summary.report(made))
     return 0
 
 
@@ -262,62 +321,140 @@ class _Progress:
         self._bar.update(self._task, description="encoding", counts=counts)
 
 
-def _texts(sources: Sequence[Source], form: Format, bar: _Progress) -> Iterator[str]:
+def _documents(
+    sources: Sequence[Source],
+    form: Format,
+    bar: _Progress,
+    files: inputs.InputFiles,
+    reading: Reading,
+    names: dict[str, int],
+) -> Iterator[tuple[str, int]]:
+    """Text and index of the source of every document; `names` gets the sources' names, in the order of the indices.
+
+    Raises InputError for what can't be read, a file that changes meanwhile, and too many sources.
+    """
     bar.begin()
     before = 0
     for source in sources:
-        for document in read_documents(source, form):
-            bar.read(before + document.position)
-            yield document.text
+        files.begin(source)
+        if form.source_key is None:
+            names.setdefault(source.origin, len(names))  # also of a source without a document
+        try:
+            for document in read_documents(source, form, reading):
+                bar.read(before + document.position)
+                index = names.setdefault(document.source, len(names))
+                if index >= MAX_SOURCES and form.source_key is not None:
+                    raise InputError(
+                        f"--source_key {form.source_key}: more than {MAX_SOURCES:,} values, as {document.source!r} in "
+                        f"{shown(source.name)}: give a field that names kinds of text"
+                    )
+                yield document.text, index
+        except InputError:
+            files.check(source)  # a change is the better reason
+            raise
+        files.check(source)
         before += source.size or 0
     bar.end()
 
 
-def _trained_bpe(
-    recipe: Recipe, size: int, texts: Iterator[str], folder: Path, request: dict[str, Any]
-) -> HuggingFaceTokenizer:
-    """The BPE of this request: found from an earlier run, or trained on the documents that aren't held out."""
+def _trained_bpe(recipe: Recipe, texts: Iterator[str], folder: Path, request: dict[str, Any]) -> HuggingFaceTokenizer:
+    """The BPE of this request: found from an earlier run, or trained on texts that aren't held out."""
     path = folder / f"bpe-{_digest(request)[:32]}.json"
     if path.exists():
         return HuggingFaceTokenizer(path.read_bytes(), recipe.tokenizer, END_OF_TEXT)
-    tokenizer = train_bpe(_training_texts(texts, recipe.holdout_every), size)
+    tokenizer = train_bpe(_limited(texts, BPE_TRAINING_CHARS), bpe_size(recipe.tokenizer))
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(tokenizer.json)
     os.replace(temporary, path)
     return tokenizer
 
 
-def _training_texts(texts: Iterator[str], holdout_every: int) -> Iterator[str]:
-    chars = 0
-    for i, text in enumerate(text for text in texts if text and not text.isspace()):
-        if i % holdout_every != holdout_every // 2:
-            yield text
-            chars += len(text)
-        if chars >= BPE_TRAINING_CHARS:
+def _limited(texts: Iterator[str], chars: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        chars -= len(text)
+        if chars <= 0:
             return
 
 
+def _training_texts(documents: Iterator[tuple[str, int]], recipe: Recipe) -> Iterator[str]:
+    """Texts that aren't held out, for a tokenizer that is trained before all documents are known.
+
+    By position these are exactly those of the training split. By hash, documents below the limit are left out exactly. So are
+    those of a source's or the store's lowest hash where none is below, unless another source has the same text. Of a single
+    document it is the beginning up to where about the tail is cut.
+    """
+    filled = ((text, source) for text, source in documents if text and not text.isspace())
+    every = recipe.holdout_every
+    if recipe.holdout_rule == "position":
+        yield from (text for i, (text, _) in enumerate(filled) if i % every != every // 2)
+        return
+    lowest: dict[int, tuple[int, str]] = {}  # of sources that have none below the limit so far: kept back
+    below, several = set(), set()  # sources with documents below the limit, and with different texts
+    count, last = 0, ""
+    for text, source in filled:
+        last, data = parts.utf8(text)
+        count += 1
+        own = (holdout.hash_of(data), last)
+        if own[0] <= holdout.limit(every):
+            below.add(source)
+            if source in lowest:
+                yield lowest.pop(source)[1]
+        elif source in below:
+            yield last
+        elif own[0] != lowest.setdefault(source, own)[0]:
+            several.add(source)
+            yield max(own, lowest[source])[1]
+            lowest[source] = min(own, lowest[source])
+    if count == 1:
+        yield last[: len(last) * (every - 1) // every]
+        return
+    one_text = sorted(own for source, own in lowest.items() if source not in several)
+    yield from (text for _, text in one_text[0 if below or several else 1 :])
+
+
 def _request(recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What was asked for, to compare with a finished store: settings, and names and sizes of the inputs."""
+    """What was asked for, to compare with a finished store: settings, names and sizes of the inputs, names of sources."""
+    origins = list(dict.fromkeys(source.origin for source in sources))
     return {
         "tokenizer": recipe.tokenizer if tokenizer is None else f"{tokenizer.name} {tokenizer.sha256[:12]}",
         "eos": recipe.eos if tokenizer is None else tokenizer.eos_id,
         "holdout_every": recipe.holdout_every,
+        "holdout_rule": recipe.holdout_rule,
         **dataclasses.asdict(recipe.form),
         "files": len(sources),
         "bytes": sum(source.size or 0 for source in sources),
         "inputs": _digest([[source.name, source.size] for source in sources])[:12],
+        "sources": ", ".join(origins) if len(origins) <= 10 else f"{len(origins)} sources, {_digest(origins)[:12]}",
     }
 
 
-def _finished(out: Path | epath.Path, request: dict[str, Any]) -> TokenStore:
-    """The finished store in `out`, when it is of this request; its header is looked at first."""
-    if differing := differing_fields(request, store.read_header(out)["provenance"]["request"]):
+def _finished(out: Path | epath.Path, request: dict[str, Any], sources: Sequence[Source]) -> TokenStore:
+    """The finished store in `out`, when it is of this request and its inputs are what they were; its header comes first."""
+    provenance = store.read_header(out)["provenance"]
+    # The first version knew fewer settings: it did what the default of each says, held out by position, and named no sources.
+    earlier = {name: getattr(Format(), name) for name in ("source_key", "bad_lines")}
+    earlier |= {name: request[name] for name in ("holdout_rule", "sources")}
+    if differing := differing_fields(request, earlier | provenance["request"]):
         raise StoreError(
             f"{out} holds a finished store of another request ({'; '.join(differing)}); nothing was changed: "
             "choose another --out, or delete that folder first"
         )
-    return store.open_store(out)
+    changed = inputs.changed_since(out, sources)
+    if changed:
+        raise StoreError(
+            f"{out} holds a finished store of these inputs as they were; since then {few(changed)} changed; "
+            "nothing was changed in the store: choose another --out, or delete that folder first"
+        )
+    if changed is None and (newer := _newer(sources, provenance["created"])):
+        log.warning("%s was written after %s was made, which keeps no record of its inputs: is it of this text?", newer, out)
+    return store.open_store(out if storage.is_remote(out) else Path(out).absolute())  # never a built-in name
+
+
+def _newer(sources: Sequence[Source], created: str) -> Path | None:
+    """A file that was written after `created`, as the header says it."""
+    seconds = calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ")) + 1
+    return next((source.path for source in sources if source.path and source.path.stat().st_mtime > seconds), None)
 
 
 def _check_folder(out: Path, inputs: Sequence[str]) -> None:
@@ -332,19 +469,6 @@ def _check_folder(out: Path, inputs: Sequence[str]) -> None:
         and not any((out / name).exists() for name in (store.HEADER, store.PARTS, store.LOCK))
     ):
         raise StoreError(f"--out {out} isn't empty and holds no token store: give a new or an empty folder")
-
-
-def _check_documents(documents: int, empty: int, holdout_every: int) -> None:
-    if documents == 0:
-        raise InputError(f"no text in the input: 0 documents ({empty} empty ones)")
-    if documents < 2:
-        raise InputError("1 document: a store needs at least 2, one of them held out; --separator cuts a file into documents")
-    if documents <= holdout_every // 2:
-        fitting = min(holdout_every, 2 * documents - 1)
-        raise InputError(
-            f"{documents} documents are too few to hold out every {holdout_every}th: "
-            f"use --holdout_every={fitting} or less, or cut files into documents with --separator"
-        )
 
 
 def _stderr_console() -> Any:
@@ -365,19 +489,8 @@ def _versions(*names: str) -> dict[str, str]:
     return found
 
 
-def _summary(made: TokenStore, out: epath.Path, seconds: float | None) -> str:
-    lines = [f"{out}: " + ("is there already, nothing to do" if seconds is None else f"made in {seconds:.1f} s")]
-    for split, facts in made.header["splits"].items():
-        size = f"{facts['bytes'] / 1e6:,.2f} MB of text"
-        lines.append(f"  {split:10} {facts['tokens']:>15,} tokens {facts['documents']:>11,} documents {size:>20}")
-    empty = made.header["provenance"]["empty_documents"]
-    lines.append(f"  tokenizer {made.header['tokenizer']['name']}, {made.vocab_size:,} ids as {made.header['dtype']}")
-    lines.append(f"  {empty:,} empty documents left out; fingerprint {made.fingerprint[:16]}")
-    return "\n".join(lines)
-
-
 def _unescaped(separator: str | None) -> str | None:
-    return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+    return separator and separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -410,6 +523,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--holdout_every", type=int, default=20, metavar="N", help="hold out one document of N for evaluation (default: 20)"
     )
+    parser.add_argument(
+        "--holdout_rule",
+        choices=store.HOLDOUT_RULES,
+        default="hash",
+        help="which: by a hash of the text (default), or by position, the rule of the first version",
+    )
+    parser.add_argument(
+        "--source_key",
+        metavar="KEY",
+        help="field or column that names the source of a document (default: the INPUT is its source); losses are told for each",
+    )
     parser.add_argument("--include", default="*", metavar="PATTERN", help="only these files of folders, as in '*.txt'")
     parser.add_argument("--exclude", metavar="PATTERN", help="not these files of folders")
     parser.add_argument(
@@ -418,7 +542,18 @@ def _parser() -> argparse.ArgumentParser:
         default="strict",
         help="bytes that are no UTF-8: an error (strict, default), or replacement characters",
     )
+    parser.add_argument(
+        "--bad_lines",
+        choices=("error", "skip"),
+        default="error",
+        help="lines and rows that can't be used: an error (default), or left out and counted",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="of the tokenizer (default: every CPU)")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="print what is known of the store: sources, kinds of files, what was left out, what the tokenizer loses, copies",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return parser
 

@@ -11,13 +11,17 @@ Legend: B sequences of the whole batch, R sequences of it that this process read
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gqa_jax.config import TrainConfig
+from gqa_jax.config import WINDOWS, TrainConfig
 from gqa_jax.data.store import TokenStore
+from gqa_jax.errors import closest
 
 
 class ReaderError(ValueError):
@@ -53,10 +57,7 @@ class Batches:
           ReaderError: sizes that don't divide, a split shorter than a block.
         """
         if context_length < 1 or block_tokens % context_length:
-            raise ReaderError(
-                f"data.block_tokens = {block_tokens} is not a multiple of context_length = {context_length}: "
-                f"use {max(1, round(block_tokens / context_length)) * context_length}"
-            )
+            raise _not_a_multiple(block_tokens, context_length)
         if skip_tokens % context_length:
             raise ReaderError(
                 f"data.skip_tokens = {skip_tokens} is not a multiple of context_length = {context_length}: "
@@ -77,7 +78,7 @@ class Batches:
         self.seed = seed
         self.epochs = epochs
         self.skip_tokens = skip_tokens
-        self._source = f"{split} split of {store.path}"
+        self._vocab_size, self._source = store.vocab_size, f"{split} split of {store.path}"
         self._windows_per_epoch = self.n_blocks * (block_tokens // context_length)
         self._eos = store.eos_id if document_mask else None
         self._rows = np.arange(batch_size)
@@ -120,7 +121,10 @@ class Batches:
         )
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """`tokens`, `targets` (and `segments`) of a step, int32 (R, T). Raises ReaderError beyond the last epoch."""
+        """`tokens`, `targets` (and `segments`) of a step, int32 (R, T).
+
+        Raises ReaderError beyond the last epoch, and for an id that the vocabulary of the store doesn't have.
+        """
         if not 0 <= step < self.n_steps:
             self.check_budget(step + 1)
             raise ReaderError(f"step {step}: must be at least 0")
@@ -131,11 +135,28 @@ class Batches:
         for epoch in np.unique(epochs).tolist():  # more than one only in a batch across the border
             here = epochs == epoch
             blocks[here] = _block_order(self.n_blocks, self.seed, epoch)[blocks[here]]
-        return _batch(self._windows[blocks * self.block_tokens + within * self.context_length], self._eos)
+        windows = self._windows[blocks * self.block_tokens + within * self.context_length]
+        return _batch(windows, self._eos, self._vocab_size, self._source)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutDocuments:
+    """The held-out documents that have targets of an evaluation, D of them in the order of the split, and what is of each."""
+
+    numbers: np.ndarray  # int64 (D,): index in the split
+    tokens: np.ndarray  # int64 (D,): its targets
+    text_bytes: np.ndarray  # int64 (D,): bytes of UTF-8 that these targets decode to
+    hashes: np.ndarray  # uint64 (D,): of all its ids, the same in any store made with the same tokenizer
+    sources: np.ndarray  # int32 (D,): index in `source_names`; -1 where the store keeps none
+    source_names: list[str]
 
 
 class EvalBatches:
-    """Held-out batches: the first `tokens` targets of a split in order, stride T, the same targets at every T.
+    """Held-out batches: `tokens` targets of a split, the same ones at every T that divides `tokens` and `block_tokens`.
+
+    "spread": in units of u = gcd(tokens, block_tokens) targets, k = tokens / u of them. Of the n targets of the split, unit j
+    begins with target j u + floor((2j + 1) (n - k u) / (2k)), so that the gaps between units are equal and half as large at
+    both ends. "first": the first targets of the split. Both are cut into windows of T inputs with stride T.
 
     A sequence of dicts of `tokens`, `targets` (and, with a document mask, `segments`), int32 (B, T), and `mask`, bool (B, T):
     False in rows that only fill up the last batch. Every process reads them whole: there are few.
@@ -148,15 +169,29 @@ class EvalBatches:
         tokens: int,
         context_length: int,
         batch_size: int,
+        block_tokens: int,
+        windows: str = "spread",
         split: str = "validation",
         document_mask: bool = False,
     ):
-        """`tokens` is a multiple of T; the rest as in `Batches`. Raises ReaderError."""
+        """Checks the reading; the rest as in `Batches`.
+
+        Args:
+          tokens: targets, a multiple of T.
+          block_tokens: unit of the shuffle, a multiple of T; the same in all runs that are compared.
+          windows: "spread" or "first".
+        Raises:
+          ReaderError: sizes that don't divide, a split with too few tokens.
+        """
+        if windows not in WINDOWS:
+            raise ReaderError(f"evaluation.windows = {windows!r}: {closest(windows, WINDOWS)}")
         if tokens < 1 or tokens % context_length:
             raise ReaderError(
                 f"evaluation.tokens = {tokens} is not a multiple of context_length = {context_length}: "
                 f"use {max(1, round(tokens / context_length)) * context_length}"
             )
+        if windows == "spread" and (block_tokens < 1 or block_tokens % context_length):
+            raise _not_a_multiple(block_tokens, context_length)
         stored = store.tokens(split)
         if len(stored) <= tokens:
             fitting = (len(stored) - 1) // context_length * context_length
@@ -168,20 +203,67 @@ class EvalBatches:
         self.tokens = tokens
         self.context_length = context_length
         self.batch_size = batch_size
+        #: Targets that lie side by side.
+        self.unit = tokens if windows == "first" else math.gcd(tokens, block_tokens)
+        #: int64 (tokens / unit,): token of the split that each unit's inputs begin with.
+        self.starts = _starts(tokens // self.unit, self.unit, 0 if windows == "first" else len(stored) - 1 - tokens)
+        #: All tokens and documents of the split, evaluated or not.
+        self.heldout_tokens, self.heldout_documents = len(stored), store.header["splits"][split]["documents"]
+        #: Rule by which documents were held out.
+        self.holdout = store.holdout_rule
+        self._store, self._split = store, split
+        self._vocab_size, self._source = store.vocab_size, f"{split} split of {store.path}"
         self._eos = store.eos_id if document_mask else None
         self._windows = np.lib.stride_tricks.sliding_window_view(stored, context_length + 1)
-        documents = store.documents(split)
-        ends, text_bytes = documents[:, 0], documents[:, 1]
-        # Target i is token i + 1 of the split.
-        self.document_ids = np.searchsorted(ends, np.arange(1, tokens + 1), side="right")
-        covered = np.bincount(self.document_ids)
-        lengths = np.diff(ends, prepend=0)[: len(covered)]
-        self.bytes_of_text = float(np.sum(text_bytes[: len(covered)] * covered / lengths))
 
-    #: int64 (tokens,): index in the split of the document that each target belongs to, in the order of masked-in targets.
-    document_ids: np.ndarray
-    #: Bytes of UTF-8 that the targets stand for: exact for whole documents, by tokens for one that is cut.
-    bytes_of_text: float
+    @functools.cached_property
+    def document_index(self) -> np.ndarray:
+        """int64 (tokens,): index in `documents` of the document of each target, in the order of masked-in targets."""
+        return np.cumsum(np.diff(self._numbers, prepend=self._numbers[0]) != 0)
+
+    @functools.cached_property
+    def documents(self) -> HeldOutDocuments:
+        """What is known of the documents of the targets; read once, whole documents. The tokenizer is that of the store.
+
+        Raises ReaderError: an id that the vocabulary doesn't have, or the tokenizer is gone.
+        """
+        tokens, index = np.asarray(self._store.tokens(self._split)), self.document_index
+        numbers = self._numbers[np.diff(index, prepend=-1) != 0]
+        # Targets side by side in one document are a stretch; a document that several units cut has several.
+        begins = np.flatnonzero((np.diff(self._positions, prepend=-1) != 1) | (np.diff(index, prepend=-1) != 0))
+        lasts = np.append(begins[1:], self.tokens) - 1
+        stretches = np.stack([self._positions[begins], self._positions[lasts] + 1], axis=1)
+        try:
+            tokenizer = self._store.tokenizer()
+        except (ValueError, OSError) as error:
+            raise ReaderError(f"bits per byte need the tokenizer of {self._store.path}: {error}") from error
+        text_bytes, hashes = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.uint64)
+        own = np.searchsorted(index[begins], np.arange(len(numbers) + 1))
+        for i, number in enumerate(numbers.tolist()):
+            start = int(self._ends[number - 1]) if number else 0
+            ids = tokens[start : self._ends[number]]
+            _check_ids(ids, self._vocab_size, self._source)
+            counted = tokenizer.bytes_at(ids, (stretches[own[i] : own[i + 1]] - start).ravel())
+            text_bytes[i] = (counted[1::2] - counted[0::2]).sum()
+            digest = hashlib.sha256(ids[ids != self._store.eos_id].astype("<u4").tobytes()).digest()
+            hashes[i] = int.from_bytes(digest[:8], "big")
+        names, sources = self._store.sources(self._split) or ([], np.full(len(self._ends), -1, np.int32))
+        return HeldOutDocuments(numbers, np.bincount(index), text_bytes, hashes, sources[numbers], names)
+
+    @functools.cached_property
+    def _positions(self) -> np.ndarray:
+        """int64 (tokens,): where in the split each target is, in the order of masked-in targets."""
+        return (self.starts[:, None] + np.arange(1, self.unit + 1)).ravel()
+
+    @functools.cached_property
+    def _numbers(self) -> np.ndarray:
+        """int64 (tokens,): index in the split of the document of each target."""
+        return np.searchsorted(self._ends, self._positions, side="right")
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        """int64 (documents,): end of each document of the split in tokens."""
+        return self._store.documents(self._split)[:, 0]
 
     def __len__(self) -> int:
         return -(-self.tokens // (self.batch_size * self.context_length))
@@ -191,11 +273,18 @@ class EvalBatches:
             raise IndexError(f"evaluation batch {i} of {len(self)}")
         windows = i * self.batch_size + np.arange(self.batch_size)
         mask = windows < self.tokens // self.context_length
-        batch = _batch(self._windows[np.where(mask, windows, 0) * self.context_length], self._eos)
+        units, within = np.divmod(np.where(mask, windows, 0) * self.context_length, self.unit)
+        batch = _batch(self._windows[self.starts[units] + within], self._eos, self._vocab_size, self._source)
         return batch | {"mask": np.repeat(mask[:, None], self.context_length, axis=1)}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[i] for i in range(len(self)))
+
+
+def _starts(n: int, unit: int, free: int) -> np.ndarray:
+    """int64 (n,): where units of `unit` begin that lie in order with `free` tokens of gaps between and around them."""
+    units = np.arange(n)
+    return units * unit + (2 * units + 1) * free // (2 * n)
 
 
 def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]:
@@ -224,6 +313,8 @@ def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]
         tokens=config.evaluation.tokens,
         context_length=config.context_length,
         batch_size=config.micro_batch,
+        block_tokens=config.data.block_tokens,
+        windows=config.evaluation.windows,
         document_mask=config.data.document_mask,
     )
     return train, held_out
@@ -245,16 +336,33 @@ def _block_order(n_blocks: int, seed: int, epoch: int) -> np.ndarray:
 
     By sorting raw Philox output, which numpy keeps the same in all versions; `Generator.permutation` may change (NEP 19).
     """
-    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n_blocks), kind="stable")
+    return np.argsort(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n_blocks), kind="stable")
 
 
-def _batch(windows: np.ndarray, eos: int | None) -> dict[str, np.ndarray]:
+def _batch(windows: np.ndarray, eos: int | None, vocab_size: int, source: str) -> dict[str, np.ndarray]:
     """(R, T + 1) of the store's type to int32 inputs and targets (R, T), and document numbers unless `eos` is None.
 
     The EOS belongs to the document that it ends, the token after it begins the next.
     """
+    _check_ids(windows, vocab_size, source)
     batch = {"tokens": windows[:, :-1].astype(np.int32), "targets": windows[:, 1:].astype(np.int32)}
     if eos is not None:
         ends = batch["tokens"] == eos
         batch["segments"] = np.cumsum(ends, axis=1, dtype=np.int32) - ends
     return batch
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, source: str) -> None:
+    """Raises ReaderError for an id that the vocabulary doesn't have: some would be read as others, some as no number."""
+    if ids.size and (largest := int(ids.max())) >= vocab_size:
+        raise ReaderError(
+            f"the {source} holds the id {largest}, and its vocabulary has {vocab_size} entries: the file is damaged; copy the "
+            "store again, or prepare it again"
+        )
+
+
+def _not_a_multiple(block_tokens: int, context_length: int) -> ReaderError:
+    return ReaderError(
+        f"data.block_tokens = {block_tokens} is not a multiple of context_length = {context_length}: "
+        f"use {max(1, round(block_tokens / context_length)) * context_length}"
+    )

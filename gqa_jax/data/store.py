@@ -6,13 +6,17 @@
     validation.bin, validation.docs.npy     the same for the held-out documents
     tokenizer.json        the tokenizer, unless its name says everything (bytes, gpt2)
     sources.npz           where documents come from, not in stores of the first version: `TokenStore.sources`
+    inputs.json           the files that it was made of, so that a change is noticed (`gqa_jax.data.inputs`); optional too
 
 header.json says under `holdout` by which rule documents were held out: {"rule": "hash", "every": N}, or nothing where they were
-by their position, as in the first version (`gqa_jax.data.prepare`).
+by their position, as in the first version (`gqa_jax.data.holdout`). What `prepare` saw and did is under `provenance`.
 
-`fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer), not of paths, dates or versions: two
-stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is copied to the
-local disk once, where it is mapped.
+`fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer, hold-out rule), not of paths, dates or
+versions: two stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is
+copied to the local disk once, where it is mapped.
+
+`open_store` reads every byte of a store, and compares it with the header, once for as long as its files keep their sizes and
+times of modification; what it has read is remembered in the cache (`gqa_jax.storage.cache`, folder `verified`).
 """
 
 from __future__ import annotations
@@ -48,12 +52,22 @@ TOKENIZER = "tokenizer.json"
 PARTS = "parts"  # folder of an unfinished store
 LOCK = ".lock"
 SOURCES = "sources.npz"
+INPUTS = "inputs.json"
 HOLDOUT_RULES = ("hash", "position")
-FILES = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "docs.npy"))  # beside header and tokenizer
+FILES = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "docs.npy"))  # beside the header
+OPTIONAL = (TOKENIZER, SOURCES, INPUTS)  # files that a store may have or not
 _CONTENT = ("format", "version", "dtype", "vocab_size", "eos_id", "splits")  # with tokenizer.sha256: the fingerprint
 
-#: Stores that `open_store` makes on first use from the embedded corpus: name -> tokenizer.
-BUILT_IN = {"sotu-bytes": "bytes", "sotu-gpt2": "gpt2"}
+_SAID_BYTES = 4 << 30  # verifying a store of this size takes some seconds: a line in the log says what is waited for
+
+#: Stores that `open_store` makes on first use from the embedded corpus: name -> tokenizer and hold-out rule. Those by position
+#: are the stores that the first version made under the names without the rule.
+BUILT_IN = {
+    "sotu-bytes": ("bytes", "hash"),
+    "sotu-gpt2": ("gpt2", "hash"),
+    "sotu-bytes@position": ("bytes", "position"),
+    "sotu-gpt2@position": ("gpt2", "position"),
+}
 
 
 class StoreError(ValueError):
@@ -80,8 +94,7 @@ class TokenStore:
         for split in SPLITS:
             store._check_sizes(split)
         if verify:
-            for split in SPLITS:
-                store._check_content(split)
+            store._check_contents()
         return store
 
     @property
@@ -113,12 +126,22 @@ class TokenStore:
         return _holdout_rule(self.header)
 
     def sources(self, split: str) -> tuple[list[str], np.ndarray] | None:
-        """Names of all sources, and int32 (documents,): the index of each document's; None where the store has none."""
+        """Names of all sources, and int32 (documents,): the index of each document's; None where the store has none.
+
+        Raises StoreError for a damaged file.
+        """
         self._file(split, "bin")
         if not (file := self.path / SOURCES).exists():
             return None
-        with np.load(file) as arrays:
-            return arrays["names"].tolist(), arrays[split]
+        try:
+            with file.open("rb") as stream, np.load(stream) as arrays:  # a zip file: reading checks its CRC-32
+                names, indices = arrays["names"].tolist(), arrays[split]
+        except Exception as error:  # zipfile and numpy raise many kinds
+            raise StoreError(f"{file} is damaged ({error}): copy or prepare the store again") from error
+        documents = self.header["splits"][split]["documents"]
+        if indices.shape != (documents,) or not 0 <= indices.min() <= indices.max() < len(names):
+            raise StoreError(f"{file} doesn't match the header: copy or prepare the store again")
+        return names, indices
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids. Raises StoreError when tokenizer.json isn't the one recorded."""
@@ -153,6 +176,10 @@ class TokenStore:
         if documents.shape != (facts["documents"], 2) or documents[-1, 0] != facts["tokens"]:
             raise StoreError(f"{self._file(split, 'docs.npy')} doesn't match the header: copy or prepare the store again")
 
+    def _check_contents(self) -> None:
+        for split in SPLITS:
+            self._check_content(split)
+
     def _check_content(self, split: str) -> None:
         facts, file = self.header["splits"][split], self._file(split, "bin")
         with file.open("rb") as stream:
@@ -168,10 +195,11 @@ def open_store(name_or_path: str | os.PathLike, cache_dir: str | os.PathLike | N
 
     Built-in stores and copies of those on gs:// are kept in `cache_dir`, else $GQA_JAX_CACHE/stores, else
     ~/.cache/gqa_jax/stores; a process that asks for one while another makes it waits. Of a store on gs:// that was copied
-    before, only header.json is read.
+    before, only header.json is read. The first time, and when its files were written since, all of a store is read and
+    verified; that takes about a second a GB, and other processes wait for it.
 
-    Raises StoreError for a name that is none of these, a copy that isn't what the header says, or an unwritable cache;
-    ConfigError for gs:// without gcsfs.
+    Raises StoreError for a name that is none of these, a store or copy that isn't what the header says, or an unwritable
+    cache; ConfigError for gs:// without gcsfs.
     """
     name = os.fspath(name_or_path)
     if storage.is_remote(name):
@@ -179,18 +207,78 @@ def open_store(name_or_path: str | os.PathLike, cache_dir: str | os.PathLike | N
     if name not in BUILT_IN:
         if os.sep not in name and not Path(name).exists():
             raise StoreError(f"token store {name!r}: no such folder, and no built-in name; {closest(name, BUILT_IN)}")
-        return TokenStore.open(name)
-    # Format and text are in the folder's name, so that an upgrade of either makes a new one.
-    folder = cache_folder(cache_dir) / f"{name}-{VERSION}-{corpus.SOTU_SHA256[:8]}"
+        return _verified(TokenStore.open(name))
+    tokenizer, rule = BUILT_IN[name]
+    # Rule, format and text are in the folder's name, so that a change of any makes a new one; the first rule was not named.
+    words = [name.partition("@")[0], *([] if rule == "position" else [rule]), str(VERSION), corpus.SOTU_SHA256[:8]]
+    folder = cache_folder(cache_dir) / "-".join(words)
     if (folder / HEADER).exists():
-        return TokenStore.open(folder)
+        try:
+            return _verified(TokenStore.open(folder))
+        except StoreError as error:
+            raise StoreError(f"{error}; delete {folder}, and it is made again") from error
     from gqa_jax.data import prepare  # the writer imports this module; only a first use needs it here
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return prepare.prepare(prepare.Recipe(inputs=("sotu",), tokenizer=BUILT_IN[name]), folder, wait=True)
+        return prepare.prepare(prepare.Recipe(inputs=("sotu",), tokenizer=tokenizer, holdout_rule=rule), folder, wait=True)
     except OSError as error:
         raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
+
+
+def remember(made: TokenStore) -> None:
+    """Takes a local store as verified, which was just written, or read and compared: `open_store` won't read it again."""
+    _remember(_record_of(made), _state(made))
+
+
+def _verified(made: TokenStore) -> TokenStore:
+    """The store, when every byte is what its header says. Raises StoreError."""
+    record, state = _record_of(made), _state(made)
+    if _is_recorded(record, state):
+        return made
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that can't be written: then each process reads for itself
+            record.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(record.with_suffix(".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_recorded(record, state):  # by another process, which was waited for
+            return made
+        size = sum(bytes_ for bytes_, _ in state["files"].values())
+        if size >= _SAID_BYTES:
+            log.info("token store %s: reading %.1f GB once, to compare it with its header", made.path, size / 1e9)
+        made._check_contents()
+        _remember(record, state)
+    return made
+
+
+def _record_of(made: TokenStore) -> Path:
+    try:
+        folder = storage.cache("verified")
+    except RuntimeError:  # no home: as with a cache that can't be written, nothing is remembered
+        folder = Path(os.devnull)
+    return folder / f"{hashlib.sha256(os.fsencode(made.path.resolve())).hexdigest()[:32]}.json"
+
+
+def _state(made: TokenStore) -> dict[str, Any]:
+    """What tells whether a store is still the one that was verified."""
+    stats = {name: (made.path / name).stat() for name in FILES}
+    return {
+        "path": str(made.path.resolve()),
+        "fingerprint": made.fingerprint,
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+
+
+def _is_recorded(record: Path, state: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # no record that can be read is none
+        return storage.read_json(record) == state
+    return False
+
+
+def _remember(record: Path, state: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a cache that can't be written: the store is read again next time
+        record.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_json(record, state)
 
 
 def exists(name: str | os.PathLike) -> bool:
@@ -227,7 +315,7 @@ def _open_remote(source: epath.Path, cache: Path) -> TokenStore:
             if storage.explain_remote(error) is not None:
                 raise StoreError(f"token store {error}") from error
             raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
-    return TokenStore.open(folder)
+    return _verified(TokenStore.open(folder))
 
 
 def _copy(source: epath.Path, header: Mapping[str, Any], folder: Path) -> None:
@@ -241,15 +329,18 @@ def _copy(source: epath.Path, header: Mapping[str, Any], folder: Path) -> None:
     for name in FILES:
         if not storage.download(source / name, temporary / name):
             raise StoreError(f"token store {source}: {name} is missing: copy the store there again, or prepare it again")
-    has_tokenizer = storage.download(source / TOKENIZER, temporary / TOKENIZER)
+    for name in OPTIONAL:
+        storage.download(source / name, temporary / name)
     write_header(temporary, header)
     try:
         made = TokenStore.open(temporary, verify=True)
-        if has_tokenizer:
+        if (temporary / TOKENIZER).exists():
             made.tokenizer()
+        made.sources("train")
     except StoreError as error:
         raise StoreError(f"token store {source} isn't what its header says, as copied: {error}") from error
     temporary.rename(folder)
+    remember(TokenStore.open(folder))
     log.info("token store %s: copied and verified in %.1f s", source, time.monotonic() - begin)
 
 

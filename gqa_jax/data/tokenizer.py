@@ -9,7 +9,9 @@ Modified MIT License, Copyright (c) 2019 OpenAI. Ids follow from them: 256 byte 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,6 +65,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; the end of a document is written as its special token."""
 
+    def bytes_at(self, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Bytes of UTF-8 that the first `end` ids stand for, for each of `ends`, int64; a special token stands for none.
+
+        `ids` are those of one document from its beginning, 1-D. What they decode to is counted, not the text that they were
+        made of: a tokenizer may have lost some of it. A token that ends within a character counts the bytes of its part.
+        """
+
 
 class ByteTokenizer:
     """Bytes of UTF-8 as ids 0 to 255, and 256 for the end of a document."""
@@ -81,6 +90,9 @@ class ByteTokenizer:
         documents = np.split(ids, np.flatnonzero(ids == self.eos_id))
         texts = [part[part != self.eos_id].astype(np.uint8).tobytes().decode("utf-8", "replace") for part in documents]
         return END_OF_TEXT.join(texts)
+
+    def bytes_at(self, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> np.ndarray:
+        return _counted(np.arange(self.vocab_size) != self.eos_id, ids, ends)
 
 
 class GPT2Tokenizer:
@@ -121,6 +133,14 @@ class GPT2Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.encoding.decode(np.asarray(ids).tolist())
 
+    def bytes_at(self, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> np.ndarray:
+        return _counted(self._bytes_of_id, ids, ends)
+
+    @functools.cached_property
+    def _bytes_of_id(self) -> np.ndarray:
+        lengths = [len(self.encoding.decode_single_token_bytes(id_)) for id_ in range(self.eos_id)]
+        return np.array([*lengths, 0])
+
 
 class HuggingFaceTokenizer:
     """A tokenizer in the format of Hugging Face `tokenizers` (`tokenizer.json`), with its end-of-document token."""
@@ -152,6 +172,55 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    def bytes_at(self, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> np.ndarray:
+        if self._bytes_of_id is not None:
+            return _counted(self._bytes_of_id, ids, ends)
+        prefixes = (np.asarray(ids[:end]) for end in np.asarray(ends))
+        return np.array([self._bytes_of_prefix(prefix[prefix != self.eos_id]) for prefix in prefixes], np.int64)
+
+    def _bytes_of_prefix(self, ids: np.ndarray) -> int:
+        """By decoding: what a token adds depends on those before it, as where a decoder writes spaces between words."""
+        if not len(ids):
+            return 0
+        # Tokens that are a byte each, as <0xE6>: cut within a character they would all decode to replacement characters.
+        is_byte = self._is_byte[ids]
+        single = len(ids) if is_byte.all() else int(np.argmin(is_byte[::-1]))
+        text = self._tokenizer.decode(ids[: len(ids) - single].tolist(), skip_special_tokens=True)
+        return len(text.encode("utf-8")) + single
+
+    @functools.cached_property
+    def _bytes_of_id(self) -> np.ndarray | None:
+        """Bytes of every id, int64 (vocab_size,), where each stands for the same bytes everywhere: byte-level; else None.
+
+        As the decoder: an entry stands for a byte with each character, unless one of them is not in the alphabet of bytes.
+        """
+        if self._decoders != ["ByteLevel"]:
+            return None
+        added = self._tokenizer.get_added_tokens_decoder()
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, id_ in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            text = added[id_].content if id_ in added else token
+            special = id_ == self.eos_id or (id_ in added and added[id_].special)
+            lengths[id_] = 0 if special else len(text) if _BYTE_OF.keys() >= set(text) else len(text.encode("utf-8"))
+        return lengths
+
+    @functools.cached_property
+    def _is_byte(self) -> np.ndarray:
+        """Which ids are a byte each, bool (vocab_size,)."""
+        result = np.zeros(self.vocab_size, bool)
+        if "ByteFallback" in self._decoders:
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            result[[id_ for token, id_ in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", token)]] = True
+        return result
+
+    @functools.cached_property
+    def _decoders(self) -> list[str]:
+        """Kinds of the steps from tokens to text."""
+        if self._tokenizer.decoder is None:
+            return []
+        state = json.loads(self._tokenizer.decoder.__getstate__())
+        return [step["type"] for step in state.get("decoders", [state]) if step["type"] != "Fuse"]
 
 
 def load_tokenizer(spec: str, eos: str | None = None, threads: int | None = None) -> Tokenizer:
@@ -226,16 +295,30 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's vocabulary without its special token: bytes of each entry -> id, which is also the rank of its merge."""
+def _byte_alphabet() -> dict[str, int]:
+    """Byte of each character in which byte-level tokenizers write their entries, in GPT-2's order of bytes.
+
+    Characters that can be seen: bytes that can't stand as the characters from U+0100 on.
+    """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
-    # The merges are written in characters that can be seen: other bytes stand as the characters from U+0100 on.
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _counted(bytes_of_id: np.ndarray, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> np.ndarray:
+    """`Tokenizer.bytes_at` where every id stands for `bytes_of_id` bytes, wherever it is."""
+    return np.concatenate([[0], np.cumsum(bytes_of_id[ids], dtype=np.int64)])[np.asarray(ends, np.int64)]
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's vocabulary without its special token: bytes of each entry -> id, which is also the rank of its merge."""
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(_BYTE_OF.values())}
     _version, *merges = read_embedded(GPT2_FILE, GPT2_SHA256).decode("utf-8").splitlines()
     for merge in merges:
-        ranks[bytes(byte_of[character] for character in merge.replace(" ", ""))] = len(ranks)
+        ranks[bytes(_BYTE_OF[character] for character in merge.replace(" ", ""))] = len(ranks)
     return ranks
 
 

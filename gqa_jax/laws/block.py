@@ -1,5 +1,9 @@
 """Laws exp(alpha - b x) + E that share an E: their fit and their likelihood profiles, x = ln(N / N0) with N0 amid the data.
 
+Losses of runs that were evaluated on the same text are all off by one common amount against the text at large (`shared_sem`).
+So E, and with it every loss and N*, is uncertain by it whatever loss is asked for, while differences between runs are not: it
+widens the intervals of E, of N* and of a loss, in quadrature, and is in no weight and no residual.
+
 For a given E the curves are independent, and for given E and b the amplitude is linear: so the global minimum is found by a
 grid, without a start value (variable projection), and profiles need no search over the coefficients of other curves.
 """
@@ -42,6 +46,7 @@ class Block:
     fit: least_squares.Fit  # of (E, alpha_1, b_1, ...)
     given_entropy: float | None
     known_sigma: float | None = None  # instead of the residuals'
+    shared_sem: float = 0.0  # standard error that all losses have in common, nats per token
 
     @property
     def entropy(self) -> float:
@@ -128,8 +133,11 @@ class Block:
         grid, squares_ExG = self.entropy_grid
         return grid, np.maximum(squares_ExG.sum(-1) - self.fit.objective, 0.0) / self.sigma**2
 
-    def entropy_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Profile-likelihood interval of E; a bound of 0 or the lowest loss is itself; nan without degrees of freedom."""
+    def entropy_interval(self, level: float = 0.95, *, on_this_text: bool = False) -> tuple[float, float]:
+        """Profile-likelihood interval of E; a bound of 0 or the lowest loss is itself; nan without degrees of freedom.
+
+        `on_this_text`: without the error that all losses have in common.
+        """
         if self.given_entropy is not None:
             return self.given_entropy, self.given_entropy
         if not np.isfinite(self.sigma):
@@ -141,13 +149,19 @@ class Block:
 
         limit = least_squares.threshold(self.sigma, self.dof, level)
         low, high = least_squares.crossings(rise, self.entropy, max(self._entropy_error, 1e-5), limit)
-        return max(0.0, low), min(self.lowest, high)
+        low, high = max(0.0, low), min(self.lowest, high)
+        if on_this_text or not self.shared_sem > 0:
+            return low, high
+        common = least_squares.common_error(self.shared_sem, level)
+        low, high = least_squares.widened(self.entropy, (low, high), common, common)
+        return max(0.0, low), high
 
     def interval(self, heads: Heads, kind: str, at: float = np.nan, level: float = 0.95) -> tuple[float, float]:
         """Profile-likelihood interval of one quantity of H; (nan, nan) without degrees of freedom.
 
         kind: "a" (ln a), "b", "size" (ln N* for the loss `at`), "loss" (L at N = `at`), "amplitude" (L - E there). All other
-        coefficients, E and those of other H included, take their best values along the profile.
+        coefficients, E and those of other H included, take their best values along the profile. Those of "size" and "loss" have
+        the error that all losses have in common.
         """
         if not np.isfinite(self.sigma):
             return np.nan, np.nan
@@ -162,7 +176,7 @@ class Block:
         center = {
             "a": alpha / b,
             "b": b,
-            "size": (alpha - np.log(at - self.entropy)) / b if kind == "size" else np.nan,
+            "size": _size(alpha, b, at - self.entropy) if kind == "size" else np.nan,
             "loss": np.exp(alpha - b * log_at) + self.entropy,
             "amplitude": np.exp(alpha - b * log_at),
         }[kind]
@@ -182,6 +196,11 @@ class Block:
 
         limit = least_squares.threshold(self.sigma, self.dof, level)
         low, high = least_squares.crossings(rise, float(center), self._error(i, kind, at, log_at), limit)
+        if kind in ("size", "loss") and self.shared_sem > 0:
+            common = least_squares.common_error(self.shared_sem, level)
+            ends = [_size(alpha, b, at - self.entropy + x) for x in (common, -common)] if kind == "size" else []
+            below, above = (center - ends[0], ends[1] - center) if ends else (common, common)
+            low, high = least_squares.widened(float(center), (low, high), below, above)
         shift = np.log(self.center) if kind in ("a", "size") else 0.0
         return low + shift, high + shift
 
@@ -244,8 +263,14 @@ def fit_block(
     log: bool = False,
     huber_delta: float | None = None,
     known_sigma: float | None = None,
+    shared_sem: float | None = None,
 ) -> Block:
-    """The laws of some H with one E. `known_sigma`: noise of a run that is known, instead of the residuals'."""
+    """The laws of some H with one E.
+
+    Args:
+      known_sigma: noise of a run that is known, instead of the residuals'.
+      shared_sem: `points.shared_sem` of the runs.
+    """
     params, loss, sem, there = points.stack(list(groups.values()))
     center = float(np.exp(np.mean(np.log(params[there]))))
     x = np.log(params / center)
@@ -265,7 +290,7 @@ def fit_block(
         weight = np.zeros_like(weight)
         weight[there] = fit.weights
         fit = dataclasses.replace(fit, objective=float(np.sum(weight * _residual(fit.theta, x, loss) ** 2)))
-    return Block(tuple(groups), tuple(groups.values()), center, x, loss, weight, fit, entropy, known_sigma)
+    return Block(tuple(groups), tuple(groups.values()), center, x, loss, weight, fit, entropy, known_sigma, shared_sem or 0.0)
 
 
 def conditional(
@@ -377,6 +402,11 @@ def _between_runs(fit: least_squares.Fit, x: np.ndarray, loss: np.ndarray, sem: 
         middle = (low + high) / 2
         low, high = (middle, high) if np.sum(squares / (middle + variance)) > fit.dof else (low, middle)
     return high
+
+
+def _size(alpha: float, b: float, above: float) -> float:
+    """ln(N* / N0) of a law that must reach `above` over E; inf where that is not above 0."""
+    return float((alpha - np.log(above)) / b) if above > 0 else np.inf
 
 
 def _sum_of_squares_given_b(

@@ -92,6 +92,14 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         return sum(block.fit.dof for block in self.blocks)
 
     @property
+    def shared_sem(self) -> float:
+        """Standard error that all losses, and so E, have in common, of the held-out text, nats per token; nan: not known.
+
+        0 where the runs do not say on which text they were evaluated: then their own standard errors are weights.
+        """
+        return self.blocks[0].shared_sem
+
+    @property
     def residuals(self) -> pd.DataFrame:
         """One row per run: n_heads, n_kv_heads, params, loss, fitted, residual, and z, the residual in standard deviations."""
         rows = [
@@ -151,14 +159,18 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         return float(np.exp(low)), float(np.exp(high))
 
     def band(self, heads: Heads, params: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Interval of the curve of H at each N, from the draws. nan without degrees of freedom."""
+        """Interval of the curve of H at each N, from the draws. nan without degrees of freedom.
+
+        Of the loss on the held-out text of the runs: the error that all losses have in common would move all curves alike.
+        """
         params = np.atleast_1d(np.asarray(params, np.float64))
         if not np.isfinite(self.sigma):
             return np.full(params.shape, np.nan), np.full(params.shape, np.nan)
         drawn = self.draws()
         i = drawn.heads.index(heads)
         loss_SxN = (
-            np.exp(drawn.b_SxH[:, i, None] * (drawn.log_a_SxH[:, i, None] - np.log(params))) + drawn.entropy_SxH[:, i, None]
+            np.exp(drawn.b_SxH[:, i, None] * (drawn.log_a_SxH[:, i, None] - np.log(params)))
+            + drawn.entropy_on_text_SxH[:, i, None]
         )
         low, high = np.quantile(loss_SxN, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
@@ -176,19 +188,21 @@ def fit_by_heads(
 
     Args:
       table: columns n_heads (empty: d / d_h), n_kv_heads, params_non_embedding, loss, status, context; and where there are
-        loss_sem, seed, d_model, head_dim, vocab_size, tokens, continue_from, cell. Rows that are not done, not finite or that
-        continue others are left out, and said in `warnings`. Several seeds of a size are points of their own.
+        loss_sem, heldout, rules, seed, d_model, head_dim, vocab_size, tokens, continue_from, cell. Rows that are not done, not
+        finite or that continue others are left out, and said in `warnings`. Several seeds of a size are points of their own.
       shared_entropy: one E for all H (default), or one per H.
       entropy: E, given instead of fitted.
       log: residuals of ln L instead of L, by weights 1 / L^2: to first order the same.
       huber_delta: residuals beyond it, nats per token, count linearly (Huber, summed).
 
-    Weights: where every run has its standard error (loss_sem) and they differ, 1 / (tau^2 + sem^2), tau the spread of runs
-    (seeds) that makes the residuals as large as they are (Paule and Mandel); otherwise equal.
+    Weights: equal where runs say on which text they were evaluated (heldout): their standard errors are that text's, which they
+    have in common (`LawsByHeads.shared_sem`), so that it goes into E. Elsewhere, where every run has its standard error
+    (loss_sem) and they differ, 1 / (tau^2 + sem^2), tau the spread of runs (seeds) that makes the residuals as large as they
+    are (Paule and Mandel); otherwise equal.
 
     Raises:
-      ValueError: no finished run, more than one context, the same run twice, fewer than three sizes of an H or sizes within a
-        factor of 4, losses that don't fall with size, or an E at or above a loss.
+      ValueError: no finished run, more than one context, runs under several rules, the same run twice, fewer than three sizes
+        of an H or sizes within a factor of 4, losses that don't fall with size, or an E at or above a loss.
     """
     rows, said = points.usable(table)
     groups = points.by_heads(rows)
@@ -199,7 +213,8 @@ def fit_by_heads(
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token")
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
-    blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta) for part in parts]
+    shared = points.shared_sem(rows)
+    blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared_sem=shared) for part in parts]
     said += points.warnings(groups, rows)
     return LawsByHeads(
         blocks,

@@ -15,7 +15,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     A size is named by the column size, else by its layers and width ("24x1280").
 
     Raises:
-      ValueError: as `points.usable`, or a table that does not say what size a run has.
+      ValueError: as `points.usable`, for all contexts together, or a table that does not say what size a run has.
     """
     if missing := [name for name in ("context", "status", "loss") if name not in table.columns]:
         raise ValueError(f"the table has no column {', '.join(missing)}: give the loss table of gqa_jax.load_results")
@@ -32,13 +32,9 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if not kept:
         raise ValueError("no finished run to fit: every row is diverged or missing")
     rows = pd.concat(kept)
+    points.require_one_rule(rows)
     heads = [Heads(None if pd.isna(h) else int(h), int(k)) for h, k in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
     return rows.assign(size_name=_sizes(rows), heads=pd.Series(heads, rows.index, dtype=object)), said
-
-
-def column(rows: pd.DataFrame, name: str) -> np.ndarray:
-    """A column as float64; nan where it is empty or not there."""
-    return rows[name].to_numpy(np.float64, na_value=np.nan) if name in rows else np.full(len(rows), np.nan)
 
 
 def _sizes(rows: pd.DataFrame) -> pd.Series:

@@ -10,6 +10,10 @@ pooling E has its profile likelihood, and beta, tau don't exist. Priors: flat in
 `bootstrap`: every run's loss is drawn anew from its fitted law with the pooled noise, whose size varies as its degrees of
 freedom allow, and all coefficients are fitted again.
 
+Losses of runs that were evaluated on the same text are all off by one common amount against the text at large: so every draw
+has a shift, Normal(0, shared_sem^2), that is the same for all H, whatever loss is asked for. N* of all H move with it; which H
+is the cheapest hardly does.
+
 Measured (tests/test_laws_draws.py): both have intervals of the stated coverage; the stated probability that an H is the
 cheapest is calibrated by the pooled posterior, while without pooling the probabilities are too sure where H are close.
 """
@@ -48,6 +52,12 @@ class Draws:
     sigma_SxH: np.ndarray  # noise of a run, nats per token
     method: str
     notes: tuple[str, ...] = ()  # how an H came in that has no law of its own
+    shift_S: np.ndarray | float = 0.0  # of every E: the error that all losses have in common, which is in entropy_SxH
+
+    @property
+    def entropy_on_text_SxH(self) -> np.ndarray:
+        """E of the held-out text that the runs were evaluated on, and another run would be: without the common error."""
+        return self.entropy_SxH - np.reshape(self.shift_S, (-1, 1))
 
     def log_size(self, loss: float) -> np.ndarray:
         """ln N*_SxH that reaches `loss`; inf in draws whose E is not below it."""
@@ -93,7 +103,8 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
             entropy, log_a, b = (np.column_stack([m, c]) for m, c in zip((entropy, log_a, b), extra, strict=True))
             sigma = np.column_stack([sigma, sigma[:, 0]])
             notes.append(note)
-    return Draws(heads, entropy, log_a, b, sigma, method, tuple(notes))
+    shift = least_squares.common_shift(laws.shared_sem, count, seed)
+    return Draws(heads, entropy + shift[:, None], log_a, b, sigma, method, tuple(notes), shift)
 
 
 @dataclasses.dataclass(frozen=True)

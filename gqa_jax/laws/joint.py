@@ -60,7 +60,7 @@ class JointLaw:
       tau: standard deviation of a head configuration's own offset from the law, in ln(L - E); heads_dof: what it is known from.
       runs: one row per run: n_heads, n_kv_heads as in the table, query_heads (a number also for d / d_h), params, loss, weight,
         and above, L - E by plain least squares, which scales the heads' offset.
-      context, head_dim, vocab_size, size_convention, aspect, warnings: as in `LawsByHeads`.
+      context, head_dim, vocab_size, size_convention, aspect, shared_sem, warnings: as in `LawsByHeads`.
     """
 
     terms: Terms
@@ -75,6 +75,7 @@ class JointLaw:
     size_convention: str
     aspect: Aspect
     warnings: tuple[str, ...] = ()
+    shared_sem: float = 0.0
 
     @property
     def coefficients(self) -> pd.Series:
@@ -137,7 +138,10 @@ class JointLaw:
         return self.terms.loss(self.fit.theta, where)[0].reshape(shape)[()]
 
     def standard_error(self, n_heads: Any, n_kv_heads: Any, params: Any) -> Any:
-        """Of `predict` for heads that were not trained: linearised, their own offset (tau) included, the noise of a run not."""
+        """Of `predict` for heads that were not trained: linearised, their own offset (tau) included, the noise of a run not.
+
+        On the held-out text of the runs: the error that all losses have in common is not in it.
+        """
         where, shape = self._where(n_heads, n_kv_heads, params)
         value, jacobian = self.terms.loss(self.fit.theta, where)
         variance = np.einsum("np,pq,nq->n", jacobian, self.fit.covariance, jacobian)
@@ -196,7 +200,9 @@ class JointLaw:
         log_a_SxH = np.log(self.center) + (alpha_SxH + own_SxH) / b_SxH
         entropy_SxH = np.repeat(self.terms.entropy_of(theta)[:, None], len(heads), axis=1)
         sigma_SxH = np.full(b_SxH.shape, self.sigma)
-        return Draws(heads, entropy_SxH, log_a_SxH, b_SxH, sigma_SxH, method="bootstrap", notes=tuple(notes))
+        shift_S = least_squares.common_shift(self.shared_sem, count, seed)
+        entropy_SxH = entropy_SxH + shift_S[:, None]
+        return Draws(heads, entropy_SxH, log_a_SxH, b_SxH, sigma_SxH, "bootstrap", tuple(notes), shift_S)
 
     def size_interval(self, heads: Heads | tuple, loss: float, level: float = 0.95) -> tuple[float, float]:
         """Interval of N*, the size that reaches `loss` with H, from 1,000 draws; inf above where they do not bound it.
@@ -209,9 +215,9 @@ class JointLaw:
         return float(np.exp(low)), float(np.exp(high))
 
     def band(self, heads: Heads | tuple, params: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Interval of the curve of H at each N, from 1,000 draws."""
+        """Interval of the curve of H at each N, on the held-out text of the runs, from 1,000 draws."""
         params, drawn = np.atleast_1d(np.asarray(params, np.float64)), self.draws(heads=[heads])
-        loss_SxN = np.exp(drawn.b_SxH * (drawn.log_a_SxH - np.log(params))) + drawn.entropy_SxH
+        loss_SxN = np.exp(drawn.b_SxH * (drawn.log_a_SxH - np.log(params))) + drawn.entropy_on_text_SxH
         low, high = np.quantile(loss_SxN, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
 
@@ -224,13 +230,18 @@ class JointLaw:
         return pd.DataFrame(rows, self.terms.names, ["value", "low", "high"])
 
     def _interval(self, i: int, level: float = 0.95) -> tuple[float, float]:
-        """Profile-likelihood interval of coefficient i."""
+        """Profile-likelihood interval of coefficient i; that of E has the error that all losses have in common."""
         if not (error := np.sqrt(self.fit.covariance[i, i])) > 0:
             return np.nan, np.nan
         limit = least_squares.threshold(self.sigma, self.dof, level)
         low, high = least_squares.crossings(self._rise(i), self.fit.theta[i], error, limit)
         lower, upper = self._bounds
-        return max(low, lower[i]), min(high, upper[i])
+        low, high = max(low, lower[i]), min(high, upper[i])
+        if i > 0 or self.terms.entropy is not None or not self.shared_sem > 0:
+            return low, high
+        common = least_squares.common_error(self.shared_sem, level)
+        low, high = least_squares.widened(self.fit.theta[0], (low, high), common, common)
+        return max(low, lower[0]), high
 
     def _rise(self, i: int) -> Callable[[np.ndarray], np.ndarray]:
         """How far the sum of squares rises when coefficient i is held at each of some values and the others follow."""
@@ -370,6 +381,7 @@ def fit_rows(
         vocab_size=points.only(rows, "vocab_size", 50_304.0),
         size_convention="exact" if "params_total" in rows else "figures",
         aspect=points.aspect(rows) or paper_aspect(),
+        shared_sem=points.shared_sem(rows) or 0.0,
     )
 
 

@@ -213,6 +213,22 @@ def threshold(sigma: float, dof: float, level: float) -> float:
     return sigma**2 * float(stats.f.ppf(level, 1, dof) if np.isfinite(dof) else stats.chi2.ppf(level, 1))
 
 
+def widened(center: float, ends: tuple[float, float], below: float, above: float) -> tuple[float, float]:
+    """An interval with an independent error added in quadrature: `below` and `above` are how far that alone reaches."""
+    low, high = ends
+    return float(center - np.hypot(center - low, below)), float(center + np.hypot(high - center, above))
+
+
+def common_error(shared_sem: float, level: float) -> float:
+    """How far the standard error that all losses have in common reaches (Normal); 0 where it is not known."""
+    return float(stats.norm.ppf((1 + level) / 2) * np.nan_to_num(shared_sem))
+
+
+def common_shift(shared_sem: float, count: int, seed: int) -> np.ndarray:
+    """(count,) draws of the error that all losses have in common; from numbers of its own, so that nothing else changes."""
+    return np.nan_to_num(shared_sem) * np.random.default_rng([seed, 2]).normal(size=count)
+
+
 def crossings(statistic: Callable[[np.ndarray], np.ndarray], center: float, scale: float, limit: float) -> tuple[float, float]:
     """Where `statistic`, least and 0 at `center`, rises through `limit` on both sides; -inf or inf where it never does.
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import loss_nd_fit, points
+from gqa_jax.laws import least_squares, loss_nd_fit, points
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.loss_nd_fit import LARGEST_RATE, SMALLEST_RATE, DrawsND, Problem
 from gqa_jax.laws.points import only
@@ -194,6 +194,11 @@ class LossNDByHeads(Mapping[Heads, LossND]):
         return self.problem.fit.sigma
 
     @property
+    def shared_sem(self) -> float:
+        """As `LawsByHeads.shared_sem`: in the intervals and draws of E."""
+        return self.problem.shared_sem
+
+    @property
     def dof(self) -> int:
         """Runs minus fitted coefficients."""
         return self.problem.fit.dof
@@ -284,6 +289,7 @@ def fit_loss_nd_by_heads(
                 f"heads {name}: one size has finished, an alpha of its own needs 2 or more; or alpha_by_heads=False"
             )
     problem = loss_nd_fit.fit(heads, n, d, y, np.ones_like(y), group, alpha_by_heads, log, huber_delta)
+    problem = dataclasses.replace(problem, shared_sem=points.shared_sem(rows) or 0.0)
     return LossNDByHeads(
         problem,
         context=int(rows["context"].iloc[0]),
@@ -291,7 +297,7 @@ def fit_loss_nd_by_heads(
         vocab_size=only(rows, "vocab_size", 50_304.0),
         size_convention="exact" if "params_total" in rows else "figures",
         aspect=points.aspect(rows),
-        warnings=[*said, *_doubts(problem)],
+        warnings=[*said, *points.about_text(rows), *_doubts(problem)],
     )
 
 
@@ -324,7 +330,8 @@ def _doubts(problem: Problem) -> list[str]:
     if (spread := loss_nd_fit.spread(problem.params, problem.tokens, problem.group)) < NARROW_SPREAD:
         found.append(f"tokens spread by a factor of {spread:.2g} about their trend in N only: A and B are hardly told apart")
     if np.isfinite(fit.sigma) and fit.status != "SINGULAR":
-        width = 2 * stats.t.ppf(0.975, fit.dof) * np.sqrt(fit.covariance[0, 0])
+        own = stats.t.ppf(0.975, fit.dof) * np.sqrt(fit.covariance[0, 0])
+        width = 2 * np.hypot(own, least_squares.common_error(problem.shared_sem, 0.95))
         if width > WIDE_ENTROPY:
             found.append(f"E is known to about {width:.2f} nats only (95%, linearised): losses near it are guesses")
     return found

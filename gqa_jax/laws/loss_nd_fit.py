@@ -37,6 +37,7 @@ class DrawsND:
     beta: np.ndarray  # (S,)
     log_a_SxH: np.ndarray  # ln A
     alpha_SxH: np.ndarray
+    shift: np.ndarray | float = 0.0  # (S,) of E: the error that all losses have in common, which is in entropy
 
     def predict(self, index: int, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """loss_SxM of the H at `index`, for params and tokens of shape (M,), or (S, M) where each draw has its own."""
@@ -61,6 +62,7 @@ class Problem:
     log: bool
     huber_delta: float | None
     fit: least_squares.Fit
+    shared_sem: float = 0.0  # standard error that all losses, and so E, have in common: `points.shared_sem`
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -129,7 +131,10 @@ class Problem:
         return least_squares.refit(model, y, start, weights=weights, lower=lower, upper=upper, **options)
 
     def interval(self, name: str, index: int, level: float) -> tuple[float, float]:
-        """Profile-likelihood interval of A, B, E, alpha or beta; an end at a bound of E is the bound, else 0 or inf."""
+        """Profile-likelihood interval of A, B, E, alpha or beta; an end at a bound of E is the bound, else 0 or inf.
+
+        That of E has the error that all losses have in common.
+        """
         place = {"E": 0, "B": 1, "beta": 2, "A": 3 + index, "alpha": self._alpha(index)}[name]
         if (place, level) not in self._kept:
             self._kept[place, level] = self._profile(place, level)
@@ -163,10 +168,15 @@ class Problem:
         scale = error if np.isfinite(error) and error > 0 else 0.01 * max(abs(center[place]), 0.1)
         limit = least_squares.threshold(self.fit.sigma, self.fit.dof, level)
         low, high = least_squares.crossings(rise, center[place], scale, limit)
-        return max(low, lower[place]), min(high, upper[place])
+        low, high = max(low, lower[place]), min(high, upper[place])
+        if place > 0 or not self.shared_sem > 0:
+            return low, high
+        common = least_squares.common_error(self.shared_sem, level)
+        low, high = least_squares.widened(center[0], (low, high), common, common)
+        return max(low, lower[0]), high
 
     def draws(self, count: int, seed: int, method: str | None) -> DrawsND:
-        """Refits of data drawn anew; kept, so that asking again costs nothing.
+        """Refits of data drawn anew; kept, so that asking again costs nothing. E has the error that all losses have in common.
 
         method: "noise": the fitted law and normal noise of the residuals' spread, itself uncertain (default of least squares);
         "runs": runs drawn with replacement within each H (default of Huber's loss, whose noise is not normal).
@@ -191,7 +201,10 @@ class Problem:
             theta = np.concatenate([self.refit(self.fit.theta, y[part], weights=weights[part])[0] for part in parts])
             full = theta @ self.uncentred.T
             rates = full[:, self._alpha(np.arange(len(self.heads)))]
-            self._kept[key] = DrawsND(full[:, 0], full[:, 1], full[:, 2], full[:, 3 : 3 + len(self.heads)], rates)
+            shift = least_squares.common_shift(self.shared_sem, count, seed)
+            self._kept[key] = DrawsND(
+                full[:, 0] + shift, full[:, 1], full[:, 2], full[:, 3 : 3 + len(self.heads)], rates, shift
+            )
         return self._kept[key]
 
     def held_out(self) -> pd.DataFrame:

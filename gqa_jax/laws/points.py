@@ -22,7 +22,7 @@ class Runs:
 
     params: np.ndarray  # N without embeddings
     loss: np.ndarray
-    sem: np.ndarray  # standard error of loss; nan where it is not known
+    sem: np.ndarray  # standard error of loss; nan where it is not known, or common to all runs (`shared_sem`)
     d_model: np.ndarray  # nan where it is not known
 
     @property
@@ -38,7 +38,8 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The rows of ONE training context that are finished, finite and trained from scratch, by size; and what was left out.
 
     Raises:
-      ValueError: columns that are missing, no finished run, several contexts, the same run twice, or losses that can't be.
+      ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), the same run
+        twice, or losses that can't be.
     """
     needed = ["n_heads", "n_kv_heads", "params_non_embedding", "loss", "status", "context"]
     if missing := [name for name in needed if name not in table.columns]:
@@ -61,6 +62,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         raise ValueError(f"one training context at a time: the table has {', '.join(str(c) for c in contexts)}")
     if "continue_from" in rows and not rows["continue_from"].notna().all():  # runs of another kind: one law can't hold for both
         rows = leave_out(rows, rows["continue_from"].notna(), "they continue other runs")
+    require_one_rule(rows)
     if (low := rows["loss"].astype(np.float64)).le(0).any():
         raise ValueError(f"a loss of {low.min():g} nats per token can't be: losses are above 0")
     if rows["params_non_embedding"].isna().any() or (rows["params_non_embedding"].astype(np.float64) <= 0).any():
@@ -80,11 +82,68 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return rows.sort_values("params_non_embedding", kind="stable"), said
 
 
+def require_one_rule(rows: pd.DataFrame) -> None:
+    """Raises ValueError where finished runs are under several rules (column `rules`): their losses can't be compared."""
+    if (mixture := several_rules(rows)) is not None:
+        raise ValueError(mixture)
+
+
+def several_rules(rows: pd.DataFrame) -> str | None:
+    """A sentence where finished runs are under several rules, and how to choose; None where they are not."""
+    done = rows[rows["status"] == "done"]
+    counts = done["rules"].dropna().value_counts(sort=False) if "rules" in done else ()
+    if len(counts) < 2:
+        return None
+    said = ", ".join(f"{name}: {count} run{'s' * (count > 1)}" for name, count in counts.sort_index().items())
+    return (
+        f"runs under {len(counts)} rules ({said}) are not on one law: their losses are of other held-out text, or of another "
+        "warm-up. Choose with --rules old or --rules new, or take table[table['rules'] == ...]"
+    )
+
+
+def shared_sem(rows: pd.DataFrame) -> float | None:
+    """The standard error that all losses have in common, nats per token: of the held-out text, over documents.
+
+    Runs that were evaluated on the same text (column `heldout`) are off by one common amount against the text at large: by as
+    much as their `loss_sem`, of which this is the root mean square. It says nothing of how far runs may differ from each other,
+    so it is no weight. None where a row does not say on which text: then each `loss_sem` is that of its own run. nan where no
+    run has one.
+    """
+    if "heldout" not in rows or rows.empty or rows["heldout"].isna().any():
+        return None
+    known = column(rows, "loss_sem")
+    known = known[np.isfinite(known)]
+    return float(np.sqrt(np.mean(known**2))) if known.size else np.nan
+
+
+def about_text(rows: pd.DataFrame) -> list[str]:
+    """What the held-out text does to every answer, in sentences; none where the rows do not say on which text they are."""
+    if (sem := shared_sem(rows)) is None:
+        return []
+    documents = [int(n) for n in rows["eval_documents"].dropna().unique()] if "eval_documents" in rows else []
+    count = f" by {documents[0]} document{'' if documents == [1] else 's'}" if len(documents) == 1 else ""
+    if np.isnan(sem):
+        found = [
+            f"how far the held-out text is from others is not known{count}: the intervals of E and N* are of this text alone"
+        ]
+    else:
+        found = [
+            f"E and all losses have the standard error of the held-out text in common, ± {sem:.4f} nats per token{count}: "
+            "intervals of E and N* have it; between heads it cancels"
+        ]
+    if len(texts := rows["heldout"].unique()) > 1:
+        found.append(
+            f"runs were evaluated on {len(texts)} held-out texts ({', '.join(sorted(texts))}): heads may differ by their text; "
+            "evaluate them alike"
+        )
+    return found
+
+
 def by_heads(rows: pd.DataFrame) -> dict[Heads, Runs]:
     """Runs of every H of `usable` rows; an empty n_heads stands for d / d_h."""
-    groups = {}
+    groups, own = {}, shared_sem(rows) is None
     for (n_heads, n_kv), chosen in rows.groupby(["n_heads", "n_kv_heads"], dropna=False):
-        groups[Heads(None if pd.isna(n_heads) else int(n_heads), int(n_kv))] = _runs(chosen)
+        groups[Heads(None if pd.isna(n_heads) else int(n_heads), int(n_kv))] = runs_of(chosen, own)
     return groups
 
 
@@ -95,7 +154,7 @@ def llama3(rows: pd.DataFrame) -> Runs | None:
     follows = (rows["n_heads"] * rows["head_dim"] == rows["d_model"]) & (rows["n_kv_heads"] == LLAMA3.n_kv_heads)
     if not (follows := follows.fillna(False).astype(bool)).any():
         return None
-    runs = _runs(rows[follows])
+    runs = runs_of(rows[follows], shared_sem(rows) is None)
     return runs if runs.n_sizes >= MIN_SIZES and runs.span >= MIN_SPAN else None
 
 
@@ -131,7 +190,7 @@ def _problem(runs: Runs) -> str | None:
 
 def warnings(groups: Mapping[Heads, Runs], rows: pd.DataFrame) -> list[str]:
     """What makes a law of these runs doubtful, whatever the fit says."""
-    found = []
+    found = about_text(rows)
     if any(runs.n_sizes == MIN_SIZES for runs in groups.values()):
         found.append(f"{MIN_SIZES} sizes of an H: its curvature rests on one point")
     span = min(runs.span for runs in groups.values())
@@ -181,8 +240,12 @@ def stack(groups: Sequence[Runs]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return (*(np.stack([pad(getattr(runs, name)) for runs in groups]) for name in ("params", "loss", "sem")), there)
 
 
-def _runs(rows: pd.DataFrame) -> Runs:
-    def column(name: str) -> np.ndarray:
-        return rows[name].to_numpy(np.float64, na_value=np.nan) if name in rows else np.full(len(rows), np.nan)
+def runs_of(rows: pd.DataFrame, own_sem: bool, size: str = "params_non_embedding") -> Runs:
+    """The runs of some rows by the column `size`; without standard errors where they are not each run's own."""
+    sem = column(rows, "loss_sem") if own_sem else np.full(len(rows), np.nan)
+    return Runs(column(rows, size), column(rows, "loss"), sem, column(rows, "d_model"))
 
-    return Runs(column("params_non_embedding"), column("loss"), column("loss_sem"), column("d_model"))
+
+def column(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """A column as float64; nan where it is empty or not there."""
+    return rows[name].to_numpy(np.float64, na_value=np.nan) if name in rows else np.full(len(rows), np.nan)

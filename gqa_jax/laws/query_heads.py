@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import contexts, least_squares
+from gqa_jax.laws import contexts, least_squares, points
 from gqa_jax.laws.block import SMALLEST_B, Block, fit_block
 from gqa_jax.laws.points import Runs
 
@@ -65,11 +65,13 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
       blocks: curves that share a c, fitted together; their coefficients are (c, then ln a at the mean ln n_h and -b per curve).
       sigma: standard deviation of a run's loss about its curve, pooled, nats per token; nan without degrees of freedom.
       dof: runs minus fitted coefficients.
+      shared_sem: standard error that all losses, and so c, have in common: as in `LawsByHeads`.
       warnings: sentences that every answer from these laws must carry.
     """
 
     def __init__(self, blocks: Sequence[Block], n_kv_heads: int, constant: str | float, warnings: Sequence[str]):
         self.n_kv_heads, self.constant = n_kv_heads, constant
+        self.shared_sem = blocks[0].shared_sem
         self.dof = sum(block.fit.dof for block in blocks)
         squares = sum(block.fit.sigma**2 * block.fit.dof for block in blocks if block.fit.dof > 0)
         self.sigma = float(np.sqrt(squares / self.dof)) if self.dof > 0 else np.nan
@@ -143,13 +145,15 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
         """Profile-likelihood interval of the curve's loss at each n_h, as two arrays; nan without degrees of freedom.
 
         Given c the curve is nearly linear in (ln a, b), so its interval is closed form there; the ends are the outermost over
-        all c within their own interval, each with the room that its sum of squares leaves.
+        all c within their own interval, each with the room that its sum of squares leaves. On the held-out text of the runs:
+        the error that all losses have in common is not in it.
         """
         block, i = self._find(curve := Curve(*curve))
         n_heads = np.atleast_1d(np.asarray(n_heads, np.float64))
         if not np.isfinite(self.sigma):
             return np.full(n_heads.shape, np.nan), np.full(n_heads.shape, np.nan)
-        c_E = np.unique(np.append(np.linspace(*block.entropy_interval(level), _CONSTANTS), block.entropy))
+        ends = block.entropy_interval(level, on_this_text=True)
+        c_E = np.unique(np.append(np.linspace(*ends, _CONSTANTS), block.entropy))
         log_a_ExG, b_ExG, squares_ExG = block.conditional(np.minimum(c_E, block.lowest * (1 - 1e-4)))
         rise_E = squares_ExG.sum(-1) - block.fit.objective
         room_E = np.maximum(least_squares.threshold(self.sigma, self.dof, level) - rise_E, 0.0)
@@ -180,7 +184,8 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
                 kept[curve] = Runs(*(getattr(runs, field.name)[smaller] for field in dataclasses.fields(Runs)))
         rows = []
         enough = all(runs.n_sizes >= (2 if isinstance(self.constant, float) else MIN_HEAD_COUNTS) for runs in kept.values())
-        predicted = {curve: law for block in _fit(kept, self.constant) for curve, law in _laws(block).items()} if enough else {}
+        blocks = _fit(kept, self.constant, self.shared_sem) if enough else []
+        predicted = {curve: law for block in blocks for curve, law in _laws(block).items()}
         for curve, law in self.items():
             most = law.n_heads.max()
             loss = float(law.loss[law.n_heads == most].mean())
@@ -245,8 +250,9 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         )
     constant = _checked(constant, float(rows["loss"].astype(np.float64).min()))
     rows = rows.assign(scale=rows.groupby("size_name")["params_non_embedding"].transform("max"))  # smaller sizes first
+    shared = points.shared_sem(rows)
     groups = {
-        Curve(size, int(context)): _runs(chosen)
+        Curve(size, int(context)): points.runs_of(chosen.sort_values("n_heads", kind="stable"), shared is None, "n_heads")
         for (_, size, context), chosen in rows.groupby(["scale", "size_name", "context"])
     }
     needed = 2 if isinstance(constant, float) else MIN_HEAD_COUNTS
@@ -259,14 +265,15 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         means = [runs.loss[runs.params == n].mean() for n in np.unique(runs.params)]
         if (np.diff(means) > 0).any():
             said.append(f"{curve}: the loss is not monotone in heads ({', '.join(f'{x:.4f}' for x in means)})")
-    return LawsByQueryHeads(_fit(groups, constant), int(kinds[0]), constant, said)
+    said += points.about_text(rows)
+    return LawsByQueryHeads(_fit(groups, constant, shared), int(kinds[0]), constant, said)
 
 
-def _fit(groups: Mapping[Curve, Runs], constant: str | float) -> list[Block]:
+def _fit(groups: Mapping[Curve, Runs], constant: str | float, shared_sem: float | None) -> list[Block]:
     if isinstance(constant, float):
-        return [fit_block(groups, entropy=constant)]
+        return [fit_block(groups, entropy=constant, shared_sem=shared_sem)]
     parts = [groups] if constant == "shared" else [{curve: runs} for curve, runs in groups.items()]
-    return [fit_block(part) for part in parts]
+    return [fit_block(part, shared_sem=shared_sem) for part in parts]
 
 
 def _laws(block: Block) -> dict[Curve, QueryHeadsLaw]:
@@ -280,11 +287,6 @@ def _laws(block: Block) -> dict[Curve, QueryHeadsLaw]:
         rest, spread = np.sum(law.residuals**2), np.sum((runs.loss - runs.loss.mean()) ** 2)
         laws[curve] = dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
     return laws
-
-
-def _runs(rows: pd.DataFrame) -> Runs:
-    rows = rows.sort_values("n_heads", kind="stable")
-    return Runs(*(contexts.column(rows, name) for name in ("n_heads", "loss", "loss_sem", "d_model")))
 
 
 def _checked(constant: str | float, lowest: float) -> str | float:

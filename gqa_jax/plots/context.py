@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from gqa_jax import formatting
-from gqa_jax.invariance import FROM_CONTEXT, Invariance, context_invariance
-from gqa_jax.laws import Heads
+from gqa_jax import formatting, results
+from gqa_jax.invariance import FROM_CONTEXT, Invariance, context_invariance, pairs
+from gqa_jax.laws import Heads, points
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.losses import LOSS
 
@@ -21,6 +21,7 @@ def loss_vs_context(
     source: Invariance | pd.DataFrame | os.PathLike | str,
     baseline: Heads | str | None = None,
     *,
+    differences: pd.DataFrame | None = None,
     from_context: int = FROM_CONTEXT,
     title: str = "",
     ax: Axes | None = None,
@@ -28,12 +29,13 @@ def loss_vs_context(
     """Relative loss difference (L(T) - L_base(T)) / L_base(T) against the training context T, as Figures 5 and 6.
 
     Thick lines and their bands of 95% are those of the test from `from_context` on; its verdict stands beside them. Bars are
-    95% of the runs' standard errors.
+    95% of the standard errors of the differences.
 
     Args:
       source: of `gqa_jax.invariance.context_invariance`; or a loss table or a grid folder, which is then tested.
       baseline: with a table: heads, for a series per head configuration at its one size (Figure 5); or the name of a size, for
         a series per size at its one head configuration (Figure 6).
+      differences: with a loss table: as of `context_invariance`; those of a grid folder are read from it.
     Raises:
       ValueError: a table without a baseline, or one that can't be tested: fewer than three contexts from `from_context` on,
         no run of the baseline, runs that differ in more than the series and T.
@@ -43,7 +45,10 @@ def loss_vs_context(
     elif baseline is None:
         raise ValueError("a loss table needs a baseline: heads such as Heads(8, 8), or the name of a size")
     else:
-        found = context_invariance(tables.loss_table(source), baseline, from_context=from_context)
+        table = tables.loss_table(source)
+        if differences is None and not isinstance(source, pd.DataFrame):
+            differences = results.load_differences(source, pairs(table, baseline))
+        found = context_invariance(table, baseline, differences=differences, from_context=from_context)
     ax = ax or style.new_axes()
     ax.axhline(0, color="0.6", linewidth=0.7)
     tests = found.tests.set_index("model")
@@ -79,7 +84,8 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
     """Loss of runs that continue a shorter context, against the tokens of the continuation (Figure 15, Appendix J).
 
     Lines across are the runs that were trained at the long context from scratch, with 95% of their standard error: what the
-    continued ones approach. Seeds of those are averaged.
+    continued ones approach. Seeds of those are averaged. Runs that were evaluated on one text have its error in common: it is
+    no bar then, but a note.
 
     Args:
       table: loss table, or a grid folder, with continued runs (column continue_from) of one context; of several sizes or of
@@ -88,6 +94,10 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
       ValueError: no continued run is done, or they differ in more than that.
     """
     table = _with_heads(tables.loss_table(table))
+    points.require_one_rule(table)
+    shared = points.shared_sem(table)
+    if shared is not None:
+        table = table.assign(loss_sem=np.nan)
     continued = table[table["continue_from"].notna()]
     if continued.empty:
         raise ValueError("nothing to draw: no finished run continues another (column continue_from)")
@@ -113,7 +123,7 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
                 ax.axhspan(mean["loss"] - half, mean["loss"] + half, color=look.color, alpha=0.12, linewidth=0)
     style.log_axis(ax.xaxis, text=formatting.short)
     labels.label_ends(ax, ends)
-    note = f"lines across: trained at that context from scratch; {style.SURE}"
+    note = f"lines across: trained at that context from scratch; {style.sure(shared or 0.0)}"
     return style.finish(ax, f"tokens of the continuation at {formatting.context(int(context))}", LOSS, title, note)
 
 

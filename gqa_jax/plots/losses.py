@@ -57,7 +57,8 @@ def loss_vs_params(
         labels.heads_legend(ax, list(laws))
     else:
         labels.label_ends(ax, ends)
-    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}; {style.SURE}")
+    sure = style.sure(getattr(laws, "shared_sem", 0.0))
+    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}; {sure}")
 
 
 def loss_vs_cost(
@@ -88,7 +89,7 @@ def loss_vs_cost(
     laws = fit_by_heads(table) if laws is None else laws
     chosen = measure(cost, convention)
     ax = ax or style.new_axes(width=6.2)
-    lowest, highest = np.inf, 0.0
+    lowest, highest, shared = np.inf, 0.0, points.shared_sem(table)
     for heads, law in laws.items():
         look, rows = style.head_look(heads), _rows(table, heads)
         x = chosen.cost(_shapes(rows), context_served)
@@ -100,13 +101,16 @@ def loss_vs_cost(
         grid = chosen.cost(shapes, context_served)
         style.curve(ax, grid, law.predict(sizes), look)
         style.law_band(ax, laws, heads, sizes, look, at=grid)
-        style.points(ax, x, rows["loss"], look, error=tables.numbers(rows, "loss_sem"), label=style.head_text(heads))
+        error = tables.numbers(rows, "loss_sem") if shared is None else None
+        style.points(ax, x, rows["loss"], look, error=error, label=style.head_text(heads))
         lowest, highest = min(lowest, grid[0], *x), max(highest, grid[-1], *x)
     unit, name = chosen.unit(np.sqrt(lowest * highest))
     style.log_axis(ax.xaxis, unit, chosen.text)
     if legend:
         labels.heads_legend(ax, list(laws))
     counted = f"costs: {convention} convention" if isinstance(convention, str) and isinstance(cost, str) else ""
+    if shared is not None and shared > 0:
+        counted = "; ".join(filter(None, (counted, style.sure(shared))))
     label = f"{chosen.label} at {formatting.context(context_served)}" + (f" ({name})" if name else "")
     return style.finish(ax, label, LOSS, title, counted)
 

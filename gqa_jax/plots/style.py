@@ -135,11 +135,18 @@ def law_band(ax: Axes, laws: Any, key: Any, x: np.ndarray, look: Look, *, at: An
 
 
 def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
-    """Of the runs that a law was fitted to, in their order, where laws know them."""
+    """Of the runs that a law was fitted to, in their order, where laws know them; nan: none of their own."""
     for block in getattr(laws, "blocks", ()):
         if key in block.heads:
             return block.runs[block.heads.index(key)].sem
     return None
+
+
+def sure(shared_sem: float) -> str:
+    """What bars and bands are. An error that all losses have in common moves all points alike: no bar. nan: it is not known."""
+    if shared_sem == 0:
+        return SURE
+    return "bands: 95%" + (f"; held-out text: ± {1.96 * shared_sem:.3f} for all alike" if shared_sem > 0 else "")
 
 
 def log_axis(axis: Axis, unit: float = 1.0, text: Callable[[float], str] | None = None) -> None:

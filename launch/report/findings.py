@@ -58,6 +58,8 @@ class Findings:
     studies: Sequence[Study]  # one per training context; the first answers
     loss: pd.DataFrame  # the loss table (gqa_jax.results.LOSS_COLUMNS)
     cost: pd.DataFrame | None = None  # the cost table (gqa_jax.results.COST_COLUMNS)
+    differences: pd.DataFrame | None = None  # every run against the best of its size (launch.studies.to_best)
+    error: str = ""  # what the standard errors of losses are over (launch.studies.of_documents)
     cells: pd.DataFrame | None = None  # columns cell, state, cause of the cells that are not done; None: nothing was planned
     unfitted: Mapping[int, str] = field(default_factory=dict)  # training contexts without laws, and why
     ask: str = "python -m launch optimum GRID"  # the command that the explorer completes

@@ -126,7 +126,8 @@ def _runs(findings: Findings) -> list[Block]:
         said = [f"{count:,} {status}" for status, count in findings.loss["status"].value_counts().items()]
         blocks.append(Block("text", f"{words.counted(len(findings.loss), 'run')} with a result: {words.listed(said)}."))
         for context, rows in findings.loss.groupby("context"):
-            blocks += _table(tables.losses(int(context), rows))
+            blocks += _table(tables.losses(int(context), rows, findings.error))
+            blocks += _table(tables.differences(int(context), findings.differences))
             for study in findings.studies:
                 blocks += _pictures(study, "runs") if study.laws.context == context else []
     return blocks + _table(tables.unfinished(findings))
@@ -167,6 +168,11 @@ def _provenance(findings: Findings) -> list[Block]:
         known = loss[name].dropna() if name in loss else []
         return text(float(known.sum())) if len(known) else ""
 
+    held_out = values("heldout")
+    if held_out:
+        there = values("heldout_documents")
+        documents = f"{values('eval_documents') or 'an unknown number of'}{f' of {there}' if there else ''} documents"
+        held_out = f"{values('eval_tokens')} tokens of {documents} ({held_out})"
     pairs = [
         ("Runs", f"{len(loss):,}, of {words.counted(loss['size'].nunique(), 'size')}" if len(loss) else ""),
         ("Trained by commit", values("commit")),
@@ -175,6 +181,8 @@ def _provenance(findings: Findings) -> list[Block]:
         ("jax", values("jax")),
         ("flax", values("flax")),
         ("Data", values("data_fingerprint")),
+        ("Rules", values("rules")),
+        ("Held-out text", held_out),
         ("Tokens trained on", total("tokens", words.long)),
         ("Compute of training", total("train_flops", lambda value: f"{words.short(value)} FLOPs")),
         ("Time in training steps", total("seconds_train", formatting.duration)),

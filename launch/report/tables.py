@@ -88,12 +88,12 @@ def buildable(study: Study) -> Table | None:
     return Table.of(frame, columns, f"buildable-t{study.laws.context}", caption)
 
 
-def losses(context: int, rows: pd.DataFrame) -> Table:
-    """Held-out losses of a training context: a row per H, a column per size."""
+def losses(context: int, rows: pd.DataFrame, error: str = "") -> Table:
+    """Held-out losses of a training context: a row per H, a column per size. `error`: what standard errors are over."""
     sizes = list(rows.sort_values("params_non_embedding")["size"].drop_duplicates())
     caption = (
-        f"Held-out loss after training at {formatting.context(context)} tokens, nats per token, ± its standard error where it "
-        "is known. Columns are sizes; several losses in a cell are seeds."
+        f"Held-out loss after training at {formatting.context(context)} tokens, nats per token, ± its standard error "
+        f"{error or 'where it is known'}. Columns are sizes; several losses in a cell are seeds."
     )
     return _by_heads_and_size(rows, sizes, _loss, f"loss-t{context}", caption)
 
@@ -103,6 +103,24 @@ def _loss(run: Any) -> str:
         return str(run.status)
     error = "" if words.missing(getattr(run, "loss_sem", None)) else f" ± {run.loss_sem:.4f}"
     return f"{run.loss:.4f}{error}"
+
+
+def differences(context: int, compared: pd.DataFrame | None) -> Table | None:
+    """Losses above the least of their size (`launch.studies.to_best`): a row per H, a column per size; None of none."""
+    rows = compared[compared["context"] == context] if compared is not None and len(compared) else ()
+    if not len(rows):
+        return None
+    sizes = list(rows.sort_values("params_non_embedding")["size"].drop_duplicates())
+    caption = (
+        f"How far the losses at {formatting.context(context)} tokens are above the least of their size, nats per token, ± the "
+        "standard error of that difference, paired by documents: what the held-out text does to all runs alike is not in it."
+    )
+
+    def text(run: Any) -> str:
+        error = "" if words.missing(run.standard_error) else f" ± {run.standard_error:.4f}"
+        return "least" if run.cell == run.best else f"{run.difference:.4f}{error}"
+
+    return _by_heads_and_size(rows, sizes, text, f"difference-t{context}", caption)
 
 
 def run_costs(findings: Findings) -> Table | None:

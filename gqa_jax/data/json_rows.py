@@ -1,0 +1,169 @@
+"""JSON to rows: one value a line, the elements of one array, or objects that are written over several lines."""
+
+from __future__ import annotations
+
+import decimal
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from gqa_jax.data.kinds import LARGEST, Opened, bad_utf8
+from gqa_jax.data.records import BATCH_BYTES, DAMAGED, Bad, Format, Rows
+from gqa_jax.data.sources import InputError, reason
+from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, put_back
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
+    """One value a line; or the elements of one array; or objects that are written over several lines."""
+    begin = file.stream.peek(1).lstrip()
+    stream = file.stream
+    if begin.startswith(b"[") or (begin.startswith(b"{") and not _is_json(begin.partition(b"\n")[0])):
+        data, is_whole = _layout(file)
+        if is_whole:
+            yield from _values(file, data, form)
+            return
+        stream = put_back(data, stream)
+    number = read = 0
+    rows, places, enough = [], [], BATCH_BYTES
+    errors = form.encoding_errors
+    try:
+        for line in iter(functools.partial(stream.readline, LARGEST), b""):
+            number += 1
+            read += len(line)
+            try:
+                value = json.loads(line.decode("utf-8", errors))
+            except (ValueError, RecursionError):
+                if line.isspace():
+                    continue
+                if len(line) == LARGEST:
+                    raise InputError(f"{file.path}:{number}: a line of more than {LARGEST:,} bytes") from None
+                value = _parsed(line, errors)
+            rows.append(value)
+            places.append(number)
+            if read >= enough:
+                yield rows, places, file.position(read)
+                rows, places, enough = [], [], read + BATCH_BYTES
+    except DAMAGE as error:
+        yield rows, places, file.position(read)
+        raise InputError(f"{file.path}:{number + 1}: {DAMAGED}: {reason(error)}") from error
+    yield rows, places, file.position(read)
+
+
+def _parsed(line: bytes, errors: str) -> Any:
+    """The value of a line that is no JSON at first sight: a mark within, a large integer; or what is wrong with it."""
+    try:
+        text = line.decode("utf-8", errors).removeprefix("\ufeff")
+        return _LARGE_INTEGERS.decode(text)
+    except UnicodeDecodeError as error:
+        return Bad("no UTF-8", f"byte {error.start} is no UTF-8: {bad_utf8(line, error.start)}")
+    except RecursionError:
+        return Bad("nested too deep", "lists or objects within each other, too deep to be read")
+    except ValueError as error:
+        return Bad("no JSON", f"not one JSON object a line ({error}): repair it, or leave the file out (--exclude)")
+
+
+def _integer(digits: str) -> int | decimal.Decimal:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python turns into an int
+        return decimal.Decimal(digits)
+
+
+_LARGE_INTEGERS = json.JSONDecoder(parse_int=_integer)
+
+
+def _is_json(line: bytes) -> bool:
+    return not isinstance(_parsed(line, "replace"), Bad)
+
+
+def _layout(file: Opened) -> tuple[bytes, bool]:
+    """As much of a JSON file as tells how it is written, and whether that is as a whole: not a value a line."""
+    data, is_whole = b"", None
+    try:
+        while True:
+            more = file.stream.read(max(len(data), BUFFER_BYTES))
+            data += more
+            if is_whole is None:
+                is_whole = _is_whole(data.decode("utf-8", "replace"), ended=not more)
+            if is_whole is False or (is_whole and not more):
+                return data, is_whole
+            if len(data) > LARGEST:
+                raise InputError(
+                    f"{file.path}: JSON of more than {LARGEST:,} bytes in one piece: make it one object a line (jq -c '.[]')"
+                )
+    except DAMAGE as error:
+        line = data.count(b"\n") + 1
+        raise InputError(f"{file.path}:{line}: {DAMAGED}: {reason(error)}") from error
+
+
+def _is_whole(text: str, ended: bool) -> bool | None:
+    """Whether JSON is one array, or begins with an object over several lines; None: more of it must be seen."""
+    begin = _SPACE.match(text).end()
+    is_array = text[begin : begin + 1] == "["
+    first = _SPACE.match(text, begin + 1).end() if is_array else begin
+    if is_array and text[first : first + 1] == "]":
+        end = first
+    else:
+        try:
+            _, end = _LARGE_INTEGERS.raw_decode(text, first)
+        except json.JSONDecodeError as error:
+            is_cut = error.pos > len(text) - 100 or error.msg.startswith("Unterminated string")
+            return None if is_cut and not ended else False
+        except (ValueError, RecursionError):
+            return False
+    if not is_array:
+        return "\n" in text[begin:end]
+    end = _SPACE.match(text, end).end()
+    if end == len(text) and not ended:
+        return None
+    if text[end : end + 1] not in (",", "]"):
+        return False
+    # Lists, one a line, are no array; the first of them must be whole, and followed by something.
+    line, _, others = text[begin:].partition("\n")
+    if not _is_json(line.encode("utf-8", "surrogatepass")):
+        return True
+    return False if others.strip() else True if ended else None
+
+
+def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
+    """Elements of an array, or objects one after the other."""
+    try:
+        text = data.decode("utf-8", form.encoding_errors)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file.path}:{line}: not UTF-8 text: {bad_utf8(data, error.start)}") from error
+    read = file.position(len(data))
+    position = _SPACE.match(text).end()
+    is_array = text[position] == "["
+    position = _SPACE.match(text, position + is_array).end()
+    line, counted = 1, 0
+    for number in itertools.count(1):
+        line, counted = line + text.count("\n", counted, position), position
+        place = f"{line}, element {number}" if is_array else line
+        mark = text[position : position + 1]
+        if is_array and mark == "]" and number == 1:
+            break
+        try:
+            value, position = _LARGE_INTEGERS.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file.path}:{place}: damaged JSON ({error.msg} at line {error.lineno}): repair it") from error
+        except RecursionError:
+            raise InputError(f"{file.path}:{place}: lists or objects within each other, too deep to be read") from None
+        yield [value], [place], read
+        position = _SPACE.match(text, position).end()
+        mark = text[position : position + 1]
+        if not is_array and not mark:
+            return
+        if is_array and mark == "]":
+            break
+        if is_array and mark != ",":
+            raise InputError(f"{file.path}:{place}: damaged JSON (no comma or ] after it, cut off?): repair it")
+        if is_array:
+            position = _SPACE.match(text, position + 1).end()
+    if _SPACE.match(text, position + 1).end() != len(text):
+        raise InputError(f"{file.path}:{place}: damaged JSON (something follows the end of the array): repair it")

@@ -1,0 +1,229 @@
+"""What a file is, by its first bytes; its name decides only where these leave it open.
+
+A file is unpacked (gzip, zstd, xz, bzip2, in each other too), turned into UTF-8 when it begins with the mark of UTF-16 or
+UTF-32, and is then JSON, a table with a header (CSV, TSV), Parquet, or plain text. What holds no text is an error that says
+what it is.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple
+
+from gqa_jax.data.sources import JSON_SUFFIXES, TABLE_SUFFIXES, InputError, Source, reason, shown, suffixes
+from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, PACKINGS, Recoded, Stream, Unpacked, put_back
+
+LARGEST = 1 << 31  # bytes of what is held in memory whole: a document, a line, a JSON array
+_HEAD_BYTES = 1 << 16  # that are looked at
+_MOST_PACKINGS = 4
+_FEW_BAD = 0.1  # share of characters that may be no UTF-8 where replacing them still leaves a text
+
+_MARKS = {  # of an encoding, the longer ones first
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+_LEAVE = "leave it out (--exclude)"
+_FROM_ARROW = "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))"
+_NO_TEXT = (  # first bytes of what holds no text, or none that can be read here: what it is, what to do
+    (rb"PK\x03\x04", "a zip archive", "unpack it first"),
+    (rb"PK\x05\x06", "an empty zip archive", _LEAVE),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
+    (rb"Rar!\x1a\x07", "a rar archive", "unpack it first"),
+    (rb"\x04\x22\x4d\x18", "compressed by lz4", "unpack it first (lz4 -d)"),
+    (rb"\x1f\x9d", "compressed by compress (.Z)", "unpack it first (gunzip)"),
+    (rb"%PDF-", "a PDF", f"turn it into text first (pdftotext), or {_LEAVE}"),
+    (rb"\x7fELF", "a program (ELF)", _LEAVE),
+    (rb"ARROW1\0\0", "an Arrow file", _FROM_ARROW),
+    (
+        rb"\xff\xff\xff\xff..\0\0",
+        "an Arrow stream",
+        "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))",
+    ),
+    (rb"SQLite format 3\0", "an SQLite database", f"export its text first, or {_LEAVE}"),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", f"export its text first, or {_LEAVE}"),
+    (rb"Obj\x01", "an Avro file", "write it as Parquet or JSON lines first"),
+    (rb"\x89PNG\r\n", "an image (PNG)", _LEAVE),
+    (rb"\xff\xd8\xff", "an image (JPEG)", _LEAVE),
+    (rb"GIF87a", "an image (GIF)", _LEAVE),
+    (rb"GIF89a", "an image (GIF)", _LEAVE),
+    (rb"II\*\0", "an image (TIFF)", _LEAVE),
+    (rb"MM\0\*", "an image (TIFF)", _LEAVE),
+    (rb"\x93NUMPY", "a NumPy array", _LEAVE),
+    (rb"PARE", "an encrypted Parquet file", "decrypt it first"),
+    (rb"version https://git-lfs\.github\.com/spec/", "the pointer to a file in Git LFS, and not that file", "git lfs pull"),
+)
+_STARTS_NO_TEXT = re.compile(b"|".join(b"(" + begin + b")" for begin, _, _ in _NO_TEXT), re.DOTALL)
+_CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
+
+
+class Opened(NamedTuple):
+    """An open file: what it is, and its content."""
+
+    path: str  # for messages
+    kind: str  # "JSON", "CSV", "TSV", "Parquet" or "plain text"
+    raw: IO[bytes]  # as stored
+    stream: io.BufferedReader  # of Parquet as stored, else unpacked, as UTF-8 but for bytes that are none
+    position: Callable[[int], int]  # bytes as stored that were read, given the bytes that came out of `stream`
+    delimiter: str  # of the columns of a table, by the name of the file
+
+
+@contextlib.contextmanager
+def opened(source: Source, text_key: str, encoding_errors: str, note: Callable[[str, str], None]) -> Iterator[Opened]:
+    """The file of a source, open. `note(what, path)` is called for what a person should know of it.
+
+    Raises InputError for what can't be read, and at the end when the file has changed meanwhile.
+    """
+    path = shown(source.path)
+    try:
+        raw = source.path.open("rb", buffering=0)
+    except OSError as error:
+        raise InputError(f"{path}: {reason(error)}") from error
+    with raw:
+        begin = os.fstat(raw.fileno())
+        if begin.st_size != source.size:
+            raise InputError(
+                f"{path}: changed after the inputs were listed ({source.size:,} bytes then, {begin.st_size:,} now): run again"
+            )
+        yield _opened(path, source, raw, text_key, encoding_errors, note)
+        end = os.fstat(raw.fileno())
+        if (begin.st_size, begin.st_mtime_ns) != (end.st_size, end.st_mtime_ns):
+            raise InputError(f"{path}: changed while it was read: run again when nothing writes to it")
+
+
+def bad_utf8(data: bytes, start: int) -> str:
+    """What to do about data whose byte `start` is no UTF-8, by how many around it are none."""
+    around = data[max(0, start - 4096) : start + 4096].decode("utf-8", "replace")
+    if around.count("\ufffd") <= max(1, _FEW_BAD * len(around)):
+        return "leave the file out (--exclude), or accept replacement characters with --encoding_errors=replace"
+    return "it is in another encoding (convert it: iconv -f ENCODING -t UTF-8), or no text (leave it out: --exclude)"
+
+
+def _opened(
+    path: str, source: Source, raw: IO[bytes], text_key: str, encoding_errors: str, note: Callable[[str, str], None]
+) -> Opened:
+    suffix, packings = suffixes(source.path.name)
+    stream = io.BufferedReader(raw, min(BUFFER_BYTES, source.size + 1))
+    lowest, found = None, []  # the stream that takes what is stored, packings
+    try:
+        while packing := next((name for name, first in PACKINGS.items() if first.match(stream.peek(1))), None):
+            found.append(packing)
+            if len(found) > _MOST_PACKINGS:
+                raise InputError(f"{path}: packed more than {_MOST_PACKINGS} times ({', '.join(found)}): unpack it first")
+            lowest, stream = _put_upon(lowest, Unpacked(stream, packing))
+        head = stream.peek(1)[:_HEAD_BYTES]
+        _check_packing(path, head, found, packings, note)
+        if mark := next((mark for mark in _MARKS if head.startswith(mark)), None):
+            note(f"{_name(_MARKS[mark])}, read as such", path)
+            stream.read(len(mark))
+            lowest, stream = _put_upon(lowest, Recoded(stream, _MARKS[mark], encoding_errors))
+            head = stream.peek(1)[:_HEAD_BYTES]
+        if head.startswith(codecs.BOM_UTF8):
+            stream.read(len(codecs.BOM_UTF8))
+            head = head[len(codecs.BOM_UTF8) :]
+        kind = _kind(path, head, suffix, found)
+        if kind not in ("Parquet", "JSON") and head.lstrip().startswith(b"{"):
+            first = stream.read(len(head) - len(head.lstrip())) + stream.readline(LARGEST)
+            stream = put_back(first, stream)
+            if _has_text(first, text_key):
+                note("JSON lines, read as such", path)
+                kind = "JSON"
+    except DAMAGE as error:
+        raise InputError(f"{path}:1: damaged or unreadable from here on: {reason(error)}") from error
+    if not source.size:
+        note("empty", path)
+    if kind == "Parquet" and suffix != ".parquet":
+        note("Parquet, read as such", path)
+    position = (lambda read: lowest.taken) if lowest else (lambda read: read)
+    return Opened(path, kind, raw, stream, position, TABLE_SUFFIXES.get(suffix, ","))
+
+
+def _put_upon(lowest: Stream | None, upper: Stream) -> tuple[Stream, io.BufferedReader]:
+    return lowest or upper, io.BufferedReader(upper, BUFFER_BYTES)
+
+
+def _name(encoding: str) -> str:
+    return encoding[:-3].upper()  # without the order of bytes
+
+
+def _check_packing(path: str, head: bytes, found: list[str], said: list[str], note: Callable[[str, str], None]) -> None:
+    """A file whose name says that it is packed, and whose first bytes deny it."""
+    if not said or found == said[: len(found)] != []:
+        return
+    if found:
+        note(f"{', then '.join(found)} and not {said[0]} as the name says, read as such", path)
+    elif len(head) < 8:
+        raise InputError(f"{path}: {len(head)} bytes are no {said[0]} file, cut off? get it again, or {_LEAVE}")
+    else:
+        note(f"no {said[0]} file as the name says, read as it is", path)
+
+
+def _kind(path: str, head: bytes, suffix: str, packings: list[str]) -> str:
+    """The kind of a file by the first bytes of its unpacked content in UTF-8. Raises InputError for what is no text."""
+    if head.startswith(b"PAR1") and (suffix == ".parquet" or b"\0" in head or not _is_utf8(head)):
+        if packings:
+            raise InputError(f"{path}: Parquet within {packings[0]}, which can't be read in pieces: unpack it first")
+        return "Parquet"
+    if start := _STARTS_NO_TEXT.match(head):
+        _, what, advice = _NO_TEXT[start.lastindex - 1]
+        raise InputError(f"{path}: {what}: {advice}")
+    if suffix == ".parquet":
+        begin = f"it begins with {head[:20]!r}" if head else "it is empty"
+        raise InputError(f"{path}: not a readable Parquet file: {begin}: get it again, rename it, or {_LEAVE}")
+    if head[257:262] == b"ustar":
+        raise InputError(f"{path}: a tar archive: unpack it first (tar -xf)")
+    is_json = suffix in JSON_SUFFIXES
+    if b"\0" in head and not _is_text(head):
+        if encoding := _unmarked(head):
+            raise InputError(
+                f"{path}: looks like {encoding} without a byte-order mark: convert it first (iconv -f {encoding} -t UTF-8), "
+                f"or {_LEAVE}"
+            )
+        # Lines of JSON with zeros among them, as a power cut leaves them, are judged line by line.
+        if not is_json or not (head.lstrip().startswith((b"{", b"[")) or b'\n{"' in head):
+            raise InputError(f"{path}: no text but binary data (a zero byte at {head.index(0):,}): {_LEAVE}")
+    if suffix in TABLE_SUFFIXES:
+        return "CSV" if TABLE_SUFFIXES[suffix] == "," else "TSV"
+    return "JSON" if is_json else "plain text"
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether bytes with zeros among them are text all the same: UTF-8 with few control characters."""
+    return _is_utf8(head) and len(head) - len(head.translate(None, _CONTROLS)) <= len(head) / 10
+
+
+def _unmarked(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 without a mark: the high bytes of most or many characters are zero, and those alone."""
+    for width, bits in ((4, 32), (2, 16)):
+        whole = head[: len(head) // width * width]
+        for order, high, low in (("LE", width - 1, 0), ("BE", 0, width - 1)):
+            zeros, others = whole[high::width].count(0), whole[low::width].count(0)
+            enough = len(whole) // width * (0.9 if width == 4 else 0.05)
+            if whole and zeros >= enough and others <= zeros / 20:
+                with contextlib.suppress(UnicodeDecodeError):
+                    codecs.getincrementaldecoder(f"utf-{bits}-{order}")().decode(whole)
+                    return f"UTF-{bits}{order}"
+    return None
+
+
+def _has_text(line: bytes, text_key: str) -> bool:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get(text_key), str)

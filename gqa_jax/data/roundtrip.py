@@ -1,0 +1,75 @@
+"""What a tokenizer loses of a text: pieces from all over it are encoded, decoded, and compared.
+
+A byte-level tokenizer loses nothing. Others write entries they don't have as an unknown token or leave them out, fold case,
+normalise characters or white space: a loss per byte of such a text is not one of the text that was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from gqa_jax.data.tokenizer import Tokenizer
+
+PIECES = 64  # of every chunk of documents (16 million characters)
+PIECE_CHARS = 1024
+_SHOWN = 24  # characters of an example
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Pieces of documents, short ones whole, and how what they decode to differs from the text that was encoded."""
+
+    pieces: int = 0
+    changed: int = 0  # pieces that don't come back as they were
+    text_bytes: int = 0
+    lost_bytes: int = 0  # of characters that don't come back; order is not looked at
+    example: tuple[str, str] | None = None  # a piece of text, and what came back in its place
+
+    def __add__(self, other: Sample) -> Sample:
+        return Sample(
+            self.pieces + other.pieces,
+            self.changed + other.changed,
+            self.text_bytes + other.text_bytes,
+            self.lost_bytes + other.lost_bytes,
+            self.example or other.example,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def sample(texts: Sequence[str], tokenizer: Tokenizer) -> Sample:
+    """What the tokenizer loses of pieces at even distances in the texts, each of them valid Unicode."""
+    ends = list(accumulate(len(text) for text in texts))
+    starts = {}  # as a set, but in order
+    for i in range(PIECES):
+        position = (2 * i + 1) * ends[-1] // (2 * PIECES)
+        document = bisect_right(ends, position)
+        offset = position - (ends[document] - len(texts[document]))
+        starts[document, offset if offset >= PIECE_CHARS else 0] = None
+    pieces = [texts[document][start : start + PIECE_CHARS] for document, start in starts]
+    return _compared(pieces, [tokenizer.decode(ids) for ids in tokenizer.encode_batch(pieces)])
+
+
+def _compared(texts: Sequence[str], decoded: Sequence[str]) -> Sample:
+    changed = [(before, after) for before, after in zip(texts, decoded, strict=True) if before != after]
+    lost = sum(_bytes_of(Counter(before) - Counter(after)) for before, after in changed)
+    example = _difference(*changed[0]) if changed else None
+    return Sample(len(texts), len(changed), sum(len(text.encode("utf-8")) for text in texts), lost, example)
+
+
+def _bytes_of(characters: Counter[str]) -> int:
+    return sum(len(character.encode("utf-8")) * count for character, count in characters.items())
+
+
+def _difference(before: str, after: str) -> tuple[str, str]:
+    """Both texts from a little before where they begin to differ."""
+    same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    start = max(0, same - _SHOWN // 3)
+    return before[start : start + _SHOWN], after[start : start + _SHOWN]

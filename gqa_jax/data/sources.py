@@ -1,0 +1,345 @@
+"""Inputs of `prepare` to files, in an order that never changes: everything that can be reached is found once, or named.
+
+Links are followed, to folders too. A folder or file that is reached by several names is taken once: by the name in the input
+that came first, and within one input by a name whose suffix says what it is, then by one that is no link. So a folder of the
+Hugging Face hub, whose snapshots are links into its blobs, gives each file once and by its own name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from gqa_jax import errors
+from gqa_jax.data import corpus
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # suffix -> what stands between columns
+DATA_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
+NAMED_IN_AN_ERROR = 5  # of many files with one fault
+
+_BESIDE_DATA = re.compile(r"(readme|licen[cs]e|copying|notice)s?([^a-z].*)?|dataset_infos?\.json")
+_HUB_CACHE = {"blobs", "refs", "snapshots"}
+
+
+class InputError(ValueError):
+    """An input that can't be read. The message names the file, the line or row where there is one, and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file or named corpus."""
+
+    name: str  # of the file relative to the input that gave it, or the input itself: the same on every machine
+    path: Path | None  # None: a named corpus
+    size: int | None  # bytes as stored; None: not known before reading
+    origin: str  # name of the input: the end of its path that no other input shares, the same on every machine
+
+
+class Found(NamedTuple):
+    """What inputs stand for, in order, and what was seen and left out: reason -> paths."""
+
+    sources: list[Source]
+    left_out: dict[str, list[str]]
+
+
+def find_sources(inputs: Sequence[str | os.PathLike], include: str = "*", exclude: str | None = None) -> Found:
+    """The sources that `inputs` stand for, in their order; files of a folder sorted by path.
+
+    `include` and `exclude` are shell patterns for the paths of files in folders, relative to the folder.
+    Raises InputError for an input that is missing, a folder without such files, and, naming all, for what can't be read:
+    links to nothing, files and folders without permission, pipes, devices.
+    """
+    entries = [os.fspath(entry) for entry in inputs]
+    if not entries:
+        raise InputError("no input: give files, folders, sotu, or hf:NAME")
+    search = _Search(include, exclude)
+    for index, entry in enumerate(entries):
+        if not _is_named(entry):
+            search.look_at(index, entry)
+    search.check()
+    origins = _origins(entries)
+    of_input: list[list[Source]] = [[] for _ in entries]
+    for file in search.chosen():
+        of_input[file.index].append(Source(file.name, file.path, file.size, origins[file.index]))
+    known = set()
+    for index, entry in enumerate(entries):
+        if entry in known:
+            search.leave_out(f"the same input as {entry}", entry)
+        elif _is_named(entry):
+            known.add(entry)
+            of_input[index].append(Source(entry, None, corpus.SOTU_BYTES if entry == "sotu" else None, origins[index]))
+    left_out = {why: sorted(paths) for why, paths in search.left_out.items()}
+    return Found([source for sources in of_input for source in sources], left_out)
+
+
+def suffixes(name: str) -> tuple[str, list[str]]:
+    """What a name says of its content, as in ("jsonl", ["gzip"]) of a.jsonl.gz: suffix in small letters, and its packings."""
+    parts, packings = [f".{part}" for part in name.lower().split(".")[1:]], []
+    while parts and parts[-1] in COMPRESSIONS:
+        packings.append(COMPRESSIONS[parts.pop()])
+    return parts[-1] if parts else "", packings
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path on one line of valid Unicode: what can't be printed is escaped."""
+    text = os.fspath(path)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def few(names: Sequence[str], separator: str = ", ", most: int = NAMED_IN_AN_ERROR) -> str:
+    """The first names, cut where they are long, and how many more there are."""
+    begin = [name if len(name) <= 300 else f"{name[:300]}..." for name in names[:most]]
+    return separator.join(begin) + (f"{separator}and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def reason(error: BaseException) -> str:
+    """The words of an error in which the system's own come first."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class _File:
+    """A regular file that was found."""
+
+    index: int  # of its input
+    parts: tuple[str, ...]  # of its name
+    path: Path
+    size: int
+    identity: tuple[int, ...]  # device and inode, the same for every name of one file
+    is_link: bool
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.parts)
+
+    def preference(self) -> tuple:
+        """The smallest of the names of one file is taken."""
+        suffix, packings = suffixes(self.parts[-1])
+        known = bool(packings) or suffix in (*DATA_SUFFIXES, ".txt", ".md")
+        return self.index, 0 if known else 1 if suffix else 2, self.is_link, self.parts
+
+
+@dataclass
+class _Search:
+    """A walk through all inputs."""
+
+    include: str
+    exclude: str | None
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    files: list[_File] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # path and why
+    empty: list[str] = field(default_factory=list)  # folders that gave nothing
+    folders: dict[tuple[int, ...], str] = field(default_factory=dict)  # identity -> path by which it was read
+
+    def leave_out(self, why: str, path: str | os.PathLike) -> None:
+        self.left_out.setdefault(why, []).append(shown(path))
+
+    def look_at(self, index: int, entry: str) -> None:
+        """Finds the files of one input."""
+        if not entry:
+            raise InputError("an input is empty: give a file or folder; . is the folder you are in")
+        try:
+            path = Path(entry).expanduser()
+            found = path.stat()
+        except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nobody
+            path = Path(entry)
+            if os.path.islink(entry):
+                self.unreadable.append(f"{shown(entry)}: {_dangling(entry)}")
+            elif isinstance(error, PermissionError):
+                self.unreadable.append(f"{shown(entry)}: no permission to reach it")
+            else:
+                raise InputError(
+                    f"input {shown(entry)}: no such file or folder{_neighbour(path)}; named inputs are sotu and hf:NAME"
+                ) from None
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            self._file(index, (path.name,), path, found, path.is_symlink())
+        elif other := self.folders.get(_identity(found)):
+            self.leave_out(f"the same folder as {other}", path)
+        else:
+            before = len(self.files), len(self.unreadable)
+            self._folder(index, path, _identity(found))
+            self._leave_out_readmes(before[0])
+            if before == (len(self.files), len(self.unreadable)):
+                self.empty.append(shown(entry))
+
+    def check(self) -> None:
+        """Raises InputError when something can't be read, or a folder had nothing."""
+        if self.unreadable:
+            several = f"{len(self.unreadable):,} files or folders can't be read: " if len(self.unreadable) > 1 else ""
+            raise InputError(
+                f"{several}{few(self.unreadable, '; ')}. Repair that (a link to nothing: delete it; no permission: "
+                "chmod -R u+rX), or leave it out with --exclude"
+            )
+        if self.empty:
+            why = "".join(f"; {few(paths)}: {reason}" for reason, paths in self.left_out.items())
+            raise InputError(
+                f"input {self.empty[0]}: no file in this folder (include {self.include!r}, exclude {self.exclude!r}){why}"
+            )
+
+    def chosen(self) -> list[_File]:
+        """Each file once, sorted by input and path."""
+        best: dict[tuple[int, ...], _File] = {}
+        for file in sorted(self.files, key=_File.preference):
+            if (other := best.setdefault(file.identity, file)) is not file:
+                self.leave_out(f"the same file as {shown(other.path)}", file.path)
+        return sorted(best.values(), key=lambda file: (file.index, file.parts))
+
+    def _folder(self, index: int, root: Path, identity: tuple[int, ...]) -> None:
+        # What is really there comes first and links to folders later, so that a link is never taken for the folder itself.
+        folders, links = [(root, ())], []
+        self.folders[identity] = shown(root)
+        while folders or links:
+            if not folders:
+                links.sort(key=lambda link: link[1], reverse=True)
+                path, parts, identity = links.pop()
+                if other := self.folders.get(identity):
+                    self.leave_out(f"the same folder as {other}", path)
+                    continue
+                self.folders[identity] = shown(path)
+                folders.append((path, parts))
+            folder, parts = folders.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    entries = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                if not self._is_left_out(parts, folder, is_folder=True):
+                    self.unreadable.append(f"{shown(folder)}: {_refusal(error)}")
+                continue
+            is_hub_cache = {entry.name for entry in entries} >= _HUB_CACHE
+            for entry in entries:
+                path, own = folder / entry.name, (*parts, entry.name)
+                if entry.name.startswith("."):
+                    self.leave_out("hidden", f"{path}/" if entry.is_dir(follow_symlinks=False) else path)
+                elif is_hub_cache and entry.name != "snapshots":
+                    self.leave_out("in a cache of the Hugging Face hub, whose snapshots name its files", path)
+                else:
+                    self._entry(index, own, path, entry, folders, links)
+
+    def _entry(
+        self, index: int, parts: tuple[str, ...], path: Path, entry: os.DirEntry, folders: list[tuple], links: list[tuple]
+    ) -> None:
+        """One entry of a folder: a file is taken, a folder put into `folders`, a link to one into `links`."""
+        is_link = entry.is_symlink()
+        try:
+            found = entry.stat()
+        except OSError as error:
+            if not self._is_left_out(parts, path):
+                why = _dangling(path) if is_link and not isinstance(error, PermissionError) else _refusal(error)
+                self.unreadable.append(f"{shown(path)}: {why}")
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            if not self._is_left_out(parts, path):
+                self._file(index, parts, path, found, is_link)
+        elif not is_link:
+            if other := self.folders.get(_identity(found)):  # a mount of a folder in itself
+                self.leave_out(f"the same folder as {other}", path)
+            else:
+                self.folders[_identity(found)] = shown(path)
+                folders.append((path, parts))
+        elif _is_above(path):
+            self.leave_out("a link to a folder that it lies in", path)
+        else:
+            links.append((path, parts, _identity(found)))
+
+    def _file(self, index: int, parts: tuple[str, ...], path: Path, found: os.stat_result, is_link: bool) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            self.unreadable.append(f"{shown(path)}: {_special(found.st_mode)}, which can't be read twice: write it to a file")
+        elif not os.access(path, os.R_OK):
+            self.unreadable.append(f"{shown(path)}: no permission to read it")
+        else:
+            # A file system without inodes has 0: then every name is a file of its own.
+            identity = _identity(found) if found.st_ino else (index, len(self.files))
+            self.files.append(_File(index, parts, path, found.st_size, identity, is_link))
+
+    def _is_left_out(self, parts: tuple[str, ...], path: Path, is_folder: bool = False) -> bool:
+        """Whether the patterns leave a file out, or a folder that can't be looked into; it is noted then."""
+        names = ["/".join(parts), "/".join(parts) + "/"][: 1 + is_folder]
+        if self.exclude and any(fnmatch.fnmatch(name, self.exclude) for name in names):
+            self.leave_out(f"left out by --exclude {shown(self.exclude)}", path)
+            return True
+        if not is_folder and not fnmatch.fnmatch(names[0], self.include):
+            self.leave_out(f"not selected by --include {shown(self.include)}", path)
+            return True
+        return False
+
+    def _leave_out_readmes(self, first: int) -> None:
+        """Leaves out what describes data, among the files from `first` on, in folders that hold data, themselves or below."""
+        files = self.files[first:]
+        describing = [file for file in files if _describes_data(file.parts[-1])]
+        data = {
+            file.parts[:depth]
+            for file in files
+            if suffixes(file.parts[-1])[0] in DATA_SUFFIXES and not _describes_data(file.parts[-1])
+            for depth in range(len(file.parts))
+        }
+        aside = {file.identity for file in describing if file.parts[:-1] in data}  # by whatever name
+        for file in files:
+            if file.identity in aside:
+                self.leave_out("README, licence or description beside data", file.path)
+        self.files[first:] = [file for file in files if file.identity not in aside]
+
+
+def _is_named(entry: str) -> bool:
+    return entry == "sotu" or entry.startswith("hf:")
+
+
+def _describes_data(name: str) -> bool:
+    """Whether a file beside data is about them, by its name; README.jsonl is data itself."""
+    is_data = suffixes(name)[0] in DATA_SUFFIXES and not name.lower().startswith("dataset_info")
+    return not is_data and _BESIDE_DATA.fullmatch(name.lower()) is not None
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino
+
+
+def _is_above(link: Path) -> bool:
+    """Whether a link leads to a folder that it lies in itself."""
+    target, holder = os.path.realpath(link), os.path.realpath(link.parent)
+    return f"{holder}/".startswith(f"{target.rstrip('/')}/")
+
+
+def _dangling(link: str | os.PathLike) -> str:
+    return f"a link to {shown(os.readlink(link))}, which leads to nothing"
+
+
+def _refusal(error: OSError) -> str:
+    return "no permission to read it" if isinstance(error, PermissionError) else reason(error)
+
+
+def _special(mode: int) -> str:
+    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    return next((word for test, word in kinds.items() if test(mode)), "no regular file")
+
+
+def _origins(entries: Sequence[str]) -> list[str]:
+    """Names of the inputs as sources: the shortest end of each path, in whole parts, that no other input shares."""
+    parts = {e: Path(os.path.abspath(os.path.expanduser(e))).parts for e in entries if not _is_named(e)}
+    ends: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for own in parts.values():
+        for length in range(1, len(own) + 1):
+            ends.setdefault(own[-length:], set()).add(own)
+
+    def name(own: tuple[str, ...]) -> str:
+        length = next((n for n in range(1, len(own)) if len(ends[own[-n:]]) == 1), len(own))
+        return shown(os.path.join(*own[-length:])) if own[1:] else own[0]
+
+    return [name(parts[entry]) if entry in parts else entry for entry in entries]
+
+
+def _neighbour(path: Path) -> str:
+    try:
+        names = os.listdir(path.parent)
+    except (OSError, ValueError):
+        return ""
+    close = errors.close(path.name, names)
+    return "" if close is None else f", did you mean {shown(path.parent / close)}?"

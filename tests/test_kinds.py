@@ -1,0 +1,238 @@
+"""First bytes decide what a file is, whatever its name says."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from gqa_jax.data import documents, json_rows, kinds, streams
+from gqa_jax.data.documents import Format, InputError, Reading, find_sources, read_documents
+from tests.reading import read, texts
+
+TEXT = "first line\nzweite Zeile mit ü\n" * 400
+LINES = "".join(json.dumps({"text": f"line {i} ü"}) + "\n" for i in range(300)).encode()
+PACKINGS = {
+    "gz": gzip.compress,
+    "zst": zstandard.compress,
+    "zstd": zstandard.compress,
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+}
+
+
+def write(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("suffix", PACKINGS)
+def test_packed_files(tmp_path, suffix):
+    pack = PACKINGS[suffix]
+    path = write(tmp_path, f"a.jsonl.{suffix}", pack(LINES[:1000]) + pack(b"") + pack(LINES[1000:]))  # three members
+    found, reading = read(path)
+    assert [document.text for document in found] == [f"line {i} ü" for i in range(300)]
+    assert found[-1].position == path.stat().st_size
+    assert reading.notes == []
+    assert texts(write(tmp_path, "no suffix", pack(LINES))) == [f"line {i} ü" for i in range(300)]
+    assert texts(write(tmp_path, "a.txt", pack(TEXT.encode()))) == [TEXT]
+    assert texts(write(tmp_path, "a.txt.gz.xz", lzma.compress(pack(TEXT.encode())))) == [TEXT]
+    assert texts(write(tmp_path, "empty.txt", pack(b""))) == [""]
+
+
+@pytest.mark.parametrize("suffix", PACKINGS)
+def test_damage_of_packed_files_is_no_silent_loss(tmp_path, suffix):
+    whole = PACKINGS[suffix](LINES * 30)
+    # An end that is cut off within a member; other bytes after it. xz and bzip2 would leave those out in silence.
+    for damaged in (whole[:-9], whole[: len(whole) // 2], whole[:10], whole + b"other bytes", whole + whole[:7]):
+        for bad_lines in ("error", "skip"):
+            with pytest.raises(InputError, match=rf"a.jsonl.{suffix}:\d+: damaged or unreadable from here on"):
+                texts(write(tmp_path, f"a.jsonl.{suffix}", damaged), bad_lines=bad_lines)
+    flipped = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(LINES) if "zst" in suffix else whole)
+    flipped[len(flipped) // 2] ^= 0x10
+    with pytest.raises(InputError, match=rf"a.txt.{suffix}:\d+: (damaged|not UTF-8)"):
+        texts(write(tmp_path, f"a.txt.{suffix}", bytes(flipped)))
+    assert texts(write(tmp_path, f"padded.{suffix}", whole + bytes(512)))[0] == "line 0 ü"
+
+
+def test_documents_before_the_damage_come_first(tmp_path):
+    path = write(tmp_path, "a.jsonl.gz", gzip.compress(LINES)[:-4])
+    found = read_documents(find_sources([path]).sources[0], Format(), Reading())
+    assert [next(found).text for _ in range(300)][-1] == "line 299 ü"
+    with pytest.raises(InputError, match=r"a.jsonl.gz:301: damaged"):
+        next(found)
+
+
+def test_zstd_with_a_long_window_and_a_skippable_frame(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # as zstd --long=30 from a pipe
+    data = compressor.compress(LINES) + compressor.flush()
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"pzst"
+    assert len(texts(write(tmp_path, "a.jsonl.zst", skippable + data))) == 300
+
+
+def test_packed_too_often(tmp_path):
+    data = b"x"
+    for _ in range(6):
+        data = gzip.compress(data)
+    with pytest.raises(InputError, match="packed more than 4 times"):
+        texts(write(tmp_path, "a", data))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_utf16_and_utf32(tmp_path, encoding):
+    name = encoding[:-3].upper()
+    found, reading = read(write(tmp_path, "a.txt", ("\ufeff" + TEXT).encode(encoding)))
+    assert [document.text for document in found] == [TEXT]
+    assert reading.notes == [f"{tmp_path}/a.txt: {name}, read as such"]
+    assert texts(write(tmp_path, "a.jsonl.gz", gzip.compress(("\ufeff" + LINES.decode()).encode(encoding))))[-1] == "line 299 ü"
+    assert texts(write(tmp_path, "a.csv", "\ufeffid\ttext\n1\tü\n".encode(encoding))) == ["ü"]  # as Excel writes it
+    half = ("\ufeff" + TEXT).encode(encoding)[:-1]
+    with pytest.raises(InputError, match=r"a.txt:\d+: damaged .* not valid utf-"):
+        texts(write(tmp_path, "a.txt", half))
+    assert texts(write(tmp_path, "a.txt", half), encoding_errors="replace") == [TEXT[:-1] + "\ufffd"]
+    for suffix in ("txt", "jsonl", "csv"):
+        unmarked = (LINES.decode() if suffix == "jsonl" else TEXT).encode(encoding)
+        for errors in ("strict", "replace"):
+            with pytest.raises(
+                InputError, match=rf"looks like {name}[LB]E without a byte-order mark: .*iconv -f {name}[LB]E -t"
+            ):
+                texts(write(tmp_path, f"a.{suffix}", unmarked), encoding_errors=errors)
+
+
+def test_utf16_file_of_a_bug_report(tmp_path):
+    (text,) = texts("tests/data/inputs/utf16.txt")
+    assert text.startswith("hello wörld\nhello")
+
+
+def zipped():
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.txt", TEXT)
+        return file.getvalue()
+
+
+def arrow(new):
+    table = pa.table({"text": ["a", "b"]})
+    with pa.BufferOutputStream() as file:
+        with new(file, table.schema) as writer:
+            writer.write_table(table)
+        return file.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (zipped(), "a zip archive: unpack it first"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", r"a PDF: turn it into text first \(pdftotext\)"),
+        (b"\x7fELF\x02\x01\x01" + bytes(9), r"a program \(ELF\): leave it out"),
+        (arrow(pa.ipc.new_file), "an Arrow file: write it as Parquet"),
+        (arrow(pa.ipc.new_stream), "an Arrow stream: write it as Parquet"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), r"an image \(PNG\): leave it out"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", r"an image \(JPEG\)"),
+        (b"SQLite format 3\0" + bytes(80), "an SQLite database"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n",
+            r"pointer to a file in Git LFS.*: git lfs pull",
+        ),
+        (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(248), "a tar archive: unpack it"),
+        (b"MZ\x90\x00\x03\x00\x00\x00\x04", r"no text but binary data \(a zero byte at 3\): leave it out"),
+        (gzip.compress(b"\x7fELF\x02\x01\x01"), "a program"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.jsonl", "x.csv"])
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_what_is_no_text_is_named_and_never_replaced(tmp_path, data, message, name, errors):
+    with pytest.raises(InputError, match=rf"/{name}: .*{message}") as raised:
+        texts(write(tmp_path, name, data), encoding_errors=errors)
+    assert "--encoding_errors" not in str(raised.value)
+
+
+def test_text_that_looks_odd_is_text(tmp_path):
+    for text in (
+        "BZh is how it begins",
+        "PAR1",
+        "PK",
+        "GIF",
+        "a\0b and some more text",
+        "",
+        "\x1f",
+        "PDF-1.4",
+        "ORC",
+        "{",
+        "[1",
+    ):
+        assert texts(write(tmp_path, "a.txt", text.encode())) == [text]
+
+
+def test_advice_for_another_encoding_makes_no_noise(tmp_path):
+    few, many = "naïve café, and then more of it\n".encode("latin-1"), ("Привет, мир\n" * 9).encode("cp1251")
+    with pytest.raises(InputError, match=r"a.txt:1: not UTF-8 text \(byte 0xef\): leave .*--encoding_errors=replace"):
+        texts(write(tmp_path, "a.txt", few))
+    with pytest.raises(InputError, match=r"a.txt:1: not UTF-8 text .*iconv -f ENCODING -t UTF-8\), or no text") as raised:
+        texts(write(tmp_path, "a.txt", many))
+    assert "replace" not in str(raised.value)
+    assert "more than a tenth of its characters is U+FFFD" in read(tmp_path / "a.txt", encoding_errors="replace")[1].notes[0]
+
+
+def test_names_that_first_bytes_deny(tmp_path):
+    assert texts(write(tmp_path, "a.jsonl.gz", LINES))[0] == "line 0 ü"  # unpacked by a browser
+    assert read(tmp_path)[1].notes == [f"{tmp_path}/a.jsonl.gz: no gzip file as the name says, read as it is"]
+    write(tmp_path, "a.jsonl.gz", zstandard.compress(LINES))
+    assert read(tmp_path)[1].notes == [f"{tmp_path}/a.jsonl.gz: zstd and not gzip as the name says, read as such"]
+    for data in (b"", b"\x1f"):
+        with pytest.raises(InputError, match=r"a.jsonl.gz: \d bytes are no gzip file, cut off\?"):
+            texts(write(tmp_path, "a.jsonl.gz", data))
+    (tmp_path / "a.jsonl.gz").unlink()
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.jsonl")
+    found, reading = read(tmp_path)
+    assert [document.text for document in found] == ["one"]
+    assert reading.notes == [f"{tmp_path}/a.jsonl: Parquet, read as such"]
+    with pytest.raises(InputError, match="Parquet within gzip, which can't be read in pieces: unpack it first"):
+        texts(write(tmp_path, "a.parquet.gz", gzip.compress((tmp_path / "a.jsonl").read_bytes())))
+    for data, begin in ((LINES, "it begins with b'{"), (b"", "it is empty"), (b"<html>", "it begins with b'<html>'")):
+        with pytest.raises(InputError, match=f"a.parquet: not a readable Parquet file: {begin}"):
+            texts(write(tmp_path, "a.parquet", data))
+
+
+def test_json_lines_under_another_name(tmp_path):
+    for name in ("a", "a.txt", "a.log", "a.csv"):
+        found, reading = read(write(tmp_path, name, b"\n " + LINES))
+        assert len(found) == 300
+        assert reading.notes == [f"{tmp_path}/{name}: JSON lines, read as such"]
+        assert reading.kinds["JSON"].files == 1
+    long = json.dumps({"text": "x" * 3 * streams.BUFFER_BYTES})
+    assert len(texts(write(tmp_path, "long", f"{long}\n{long}".encode()))) == 2
+    for data in (b'{"body": "x"}\n', b'{"text": 5}\n', b"{% template %}\n", b'{\n"text": "x"}', b"{" * 5000):
+        assert texts(write(tmp_path, "a.txt", data)) == [data.decode()]
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    path = write(tmp_path, "a.jsonl", LINES)
+    (source,) = find_sources([path]).sources
+    found = read_documents(source, Format(), Reading())
+    next(found)
+    with path.open("ab") as file:
+        file.write(LINES)
+    with pytest.raises(InputError, match=r"a.jsonl: changed while it was read: run again when nothing writes to it"):
+        list(found)
+    with pytest.raises(InputError, match=r"a.jsonl: changed after the inputs were listed \([\d,]+ bytes then, [\d,]+ now\)"):
+        list(read_documents(source, Format(), Reading()))
+
+
+def test_what_must_be_held_whole_has_a_limit(tmp_path, monkeypatch):
+    for module in (kinds, documents, json_rows):
+        monkeypatch.setattr(module, "LARGEST", 1000)
+    with pytest.raises(InputError, match=r"a.txt: a document of more than 1,000 characters: cut the file with --separator"):
+        texts(write(tmp_path, "a.txt", b"x " * 501))
+    assert len(texts(write(tmp_path, "a.txt", b"x " * 5000), separator=" ")) == 5001
+    with pytest.raises(InputError, match=r"a.jsonl:2: a line of more than 1,000 bytes"):
+        texts(write(tmp_path, "a.jsonl", b'{"text": "x"}\n{"text": "' + b"x" * 1000 + b'"}\n'))
+    with pytest.raises(InputError, match=r"a.json: JSON of more than 1,000 bytes in one piece: make it one object a line"):
+        texts(write(tmp_path, "a.json", json.dumps(["x" * 99] * 11, indent=1).encode()))
