@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gqa_jax import costs, hardware
-from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig
+from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig, divisors
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Chip
 from gqa_jax.mesh import PARAMETERS, MeshShape
@@ -129,7 +129,7 @@ def candidates(config: TrainConfig, chip: Chip, n_devices: int) -> Iterator[Exec
     policies = (config.model.remat,) if config.model.remat else SEARCHED_REMAT
     if config.model.remat is None and chip.host_memory_bytes is None:
         policies = tuple(policy for policy in policies if policy != "offload")
-    accumulations = [config.accumulation_steps] if config.accumulation_steps else _divisors(config.batch_size)
+    accumulations = [config.accumulation_steps] if config.accumulation_steps else divisors(config.batch_size)
     for shape in meshes(config, n_devices):
         methods = (
             (config.context_attention,) if config.context_attention else CONTEXT_ATTENTION[: 2 if shape.context > 1 else 1]
@@ -147,9 +147,9 @@ def meshes(config: TrainConfig, n_devices: int) -> Iterator[MeshShape]:
             raise ConfigError(_mesh_of_another_size(config, n_devices))
         yield config.mesh_shape
         return
-    for tensor in _divisors(n_devices):
-        for context in _divisors(n_devices // tensor):
-            for data in _divisors(n_devices // tensor // context):
+    for tensor in divisors(n_devices):
+        for context in divisors(n_devices // tensor):
+            for data in divisors(n_devices // tensor // context):
                 shape = MeshShape(data, n_devices // tensor // context // data, tensor, context)
                 if shape.obstacle(config.model, config.context_length, config.micro_batch) is None:
                     yield shape
@@ -169,10 +169,6 @@ def _no_mesh(config: TrainConfig, n_devices: int) -> str:
         f"no mesh of {n_devices} devices suits batches of {config.batch_size} sequences of {config.context_length} tokens; "
         f"{str(plain)!r}, for one: {plain.obstacle(config.model, config.context_length, config.micro_batch)}"
     )
-
-
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
 
 
 @dataclasses.dataclass(frozen=True)

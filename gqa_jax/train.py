@@ -35,6 +35,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from gqa_jax import (
+    command_line,
     costs,
     distributed,
     evaluation,
@@ -499,7 +500,7 @@ def exit_code(error: BaseException) -> int:
     return run_folder.EXIT_FAILED
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; --config.KEY=VALUE overrides one of its fields.")
+config_flags.DEFINE_config_file(command_line.FLAG, None, "Configuration file; --config.KEY=VALUE overrides one of its fields.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://: made if it isn't there, resumed if it is.")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, f"Trace {PROFILE_STEPS} steps into WORKDIR/profile, for TensorBoard or Perfetto."
@@ -567,12 +568,7 @@ def compilation_cache() -> None:
 def _parse(argv: list[str]) -> TrainConfig:
     """The configuration of the command line. Raises ConfigError with one sentence for whatever is wrong with it."""
     app.define_help_flags()
-    try:
-        rest = flags.FLAGS(argv)[1:]
-        values = None if _CONFIG.value is None else _CONFIG.value.to_dict()
-    except Exception as error:  # of flags, of a locked ConfigDict that refuses a key or a value, of the file itself
-        text = " ".join(str(error).replace("\\n", " ").split())
-        raise ConfigError(f"the command line or the configuration file can't be used: {text}") from error
+    values, rest = command_line.parse(argv)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: options start with --")
     if values is None:

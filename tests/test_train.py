@@ -395,8 +395,9 @@ def command_line(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.model.n_layer=3"], 'Did you mean "n_layers"'),
-        (["--config.model.n_layers=three"], "n_layers"),
+        (["--config.learning_rate=1e-3"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.model.n_layers=three"], "model.n_layers = 'three': must be int"),
+        (["--config.seed=18446744073709551616"], "seed = 18446744073709551616: must be 0 to 9223372036854775807"),
         (["--config.model.n_kv_heads=3"], "is not a multiple of model.n_kv_heads = 3"),
         (["--config=configs/train/tinny.py"], "No such file or directory: 'configs/train/tinny.py'"),
         (["--workdirs=x"], "workdir"),
