@@ -60,8 +60,11 @@ def test_the_same_budget_is_replaced_without_a_word(caplog):
     assert caplog.messages == []
 
 
-def test_two_budgets_of_the_command_line_are_refused():
+def test_two_budgets_of_the_command_line_are_refused(caplog):
     assert "give exactly one of tokens, tokens_per_param and steps" in refused(SMALL, "steps=20", "tokens=100")
+    with caplog.at_level(logging.INFO):
+        assert "'steps': 250" in refused(TINY, "tokens=100", "tokens_per_param=2")
+    assert caplog.messages == []  # which of them would replace the file's?
     assert "give exactly one of tokens, tokens_per_param and steps; here: none of them" in refused(TINY, "steps=None")
 
 
