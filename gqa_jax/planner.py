@@ -24,6 +24,7 @@ CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS
 # The compiled program may need so many times the estimate: of 40 compiled for TPUs none needed more than 1.08 times, of 7 for
 # GPUs (attention by pallas_triton) 1.11 times; tests/test_planner.py has them.
 MARGIN, MARGIN_GPU = 1.1, 1.2
+SUM_BYTES = 4  # of a value of gradients that are summed, over micro-batches and devices: gqa_jax.program does it in float32
 HOST_BANDWIDTH = 16e9  # bytes/s between a device and its host's memory (TPU hosts: jax-ml.github.io/scaling-book/tpus)
 ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
 SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
@@ -316,7 +317,7 @@ def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str
             ("context", keys * ((s.activation if gathers_again or ring else 0) + 4)),
         ],
         "loss": [(embedding_axes, embedding * (s.activation + 8)), ("tensor", 2 * stream)],
-        "optimizer": [("data", 2 * s.parameters * s.parameter * lacking(mesh.data))],
+        "optimizer": [("data", 2 * s.parameters * SUM_BYTES * lacking(mesh.data))],
     }
     for axes, value in itertools.chain.from_iterable(network.values()):
         if value:
@@ -340,7 +341,8 @@ def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str
         phase("forward", projections + ffn, scores / forward_share, layer_bytes, offloaded / 2),
         phase("backward", 2 * (projections + ffn) + again_products, backward_scores, 2 * layer_bytes, offloaded / 2),
         phase("loss", 6 * s.d * logits, 0, 14 * logits),  # written and read in float32, their gradients in bfloat16
-        phase("optimizer", 0, 0, 8 * s.parameters * s.parameter),  # four read, three written, the gradients' norm
+        # parameters and moments read and written; gradients read for their norm and again
+        phase("optimizer", 0, 0, s.parameters * (6 * s.parameter + 2 * SUM_BYTES)),
     ]
     return phases, dict(collectives), again_products + again_scores
 
@@ -399,9 +401,12 @@ def _memory(share: _Share) -> tuple[float, float]:
         else:
             working += s.tokens * 4 * (heads + 2 * keys)
     of_layers = _parameter_bytes(s.shapes[1:], s.parameter, s.tiled)
-    weights = s.layers * s.layer_weights / mesh.parameters * a + s.layer_weights * (a + 4)
+    # A copy of all weights in the dtype of the computation, unless they have it.
+    cast = 0 if s.config.model.param_dtype == s.config.model.dtype else a
+    weights = s.layers * s.layer_weights / mesh.parameters * cast + s.layer_weights * (a + 4)
     embedding = s.embedding * (a + 4)
     chunk = min(s.tokens / mesh.tensor, 2 ** int(math.log2(CHUNK_LOGITS / s.config.model.vocab_size)))
     loss = chunk * s.config.model.vocab_size * 4 + s.tokens * s.d * a
-    sums = parameters if execution.accumulation_steps > 1 else 0  # of the micro-batches before
+    # of the micro-batches before: float32, whatever the parameters are
+    sums = _parameter_bytes(s.shapes, SUM_BYTES, s.tiled) if execution.accumulation_steps > 1 else 0
     return arguments, s.kept + embedding + sums + max(working + of_layers + weights, loss)
