@@ -97,6 +97,7 @@ def train_and_evaluate(
             config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()), jax.process_count())
             mesh = sharding.make_mesh(config.mesh_shape)
             attention_of(config)  # one that can't run fails here, before anything is opened
+            _warn_of_narrow_parameters(config)
             log.info("data: opening %s", config.data.store)
             fingerprint, train_batches, eval_batches = _open_data(config)
             source = _source(config, workdir, fingerprint)
@@ -135,6 +136,14 @@ def attention_of(config: TrainConfig) -> str:
         return program.attention_of(config)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
+
+
+def _warn_of_narrow_parameters(config: TrainConfig) -> None:
+    if config.model.param_dtype == "bfloat16":
+        log.warning(
+            "model.param_dtype = bfloat16: updates smaller than about 1/256 of a parameter are lost, and scales of norms, "
+            "which begin at 1, stay on a grid of 1/256: use float32 for losses that are compared"
+        )
 
 
 def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBatches]:

@@ -98,6 +98,8 @@ COMPILED_NARROW = [
     ("v5e:4x4", "1.2B", (8, 1), 8, "fsdp=16", "full", 1, "gather", 5_832),
     ("v5e:4x4", "1.2B", (16, 16), 8, "data=4,fsdp=4", "full", 2, "gather", 5_927),
     ("v5e:4x4", "1.2B", (16, 16), 8, "data=4,fsdp=4", "full", 1, "gather", 7_658),
+    ("v5e:4x4", "200M", (32, 32), 8, "data=16", "full", 1, "gather", 5_551),
+    ("v5e:4x4", "680M", (32, 1), 8, "fsdp=4,tensor=4", "attention_only", 2, "gather", 8_276),
 ]
 
 
