@@ -21,7 +21,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from gqa_jax import shapes
-from gqa_jax.errors import ConfigError, closest
+from gqa_jax.errors import ConfigError, close, closest
 from gqa_jax.mesh import MeshShape
 
 DTYPES = ("float32", "bfloat16")
@@ -31,6 +31,7 @@ CONTEXT_ATTENTION = ("gather", "ring")
 WINDOWS = ("spread", "first")
 WARMUP_FROM = ("one", "zero")
 LARGEST_SEED = 2**63 - 1
+BUDGETS = ("tokens", "tokens_per_param", "steps")  # a run is given exactly one of them
 
 
 def _require(condition: bool, message: str) -> None:
@@ -60,14 +61,24 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, f"model.{name} = {value!r}: must be an integer of at least 1")
+            allowed = isinstance(value, int) and 1 <= value < 2**31
+            _require(allowed, f"model.{name} = {value!r}: must be an integer of at least 1, and below 2^31")
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", shapes.ffn_width(self.d_model))
-        _require(self.d_ff >= 1, f"model.d_ff = {self.d_ff}: must be at least 1, or None for 8 d_model / 3")
+        _require(
+            1 <= self.d_ff < 2**31,
+            f"model.d_ff = {self.d_ff}: must be at least 1 and below 2^31, or None for 8 d_model / 3",
+        )
         _require(
             self.n_heads % self.n_kv_heads == 0,
             f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = {self.n_kv_heads}: every key/value head "
-            f"serves the same number of query heads; use n_kv_heads from {_divisors(self.n_heads)}",
+            f"serves the same number of query heads; use n_kv_heads from {divisors(self.n_heads)}",
+        )
+        largest = self.d_model * max(self.vocab_size, self.n_layers * max(self.n_heads * self.head_dim, self.d_ff))
+        _require(
+            largest < 2**50,
+            f"model: {self.n_layers} layers of d_model = {self.d_model}, {self.n_heads} heads of {self.head_dim}, d_ff = "
+            f"{self.d_ff}, vocab_size = {self.vocab_size}: one array would have {largest:.3g} values; use a smaller model",
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even, RoPE rotates pairs")
         _require(self.init_std > 0, f"model.init_std = {self.init_std}: must be above 0")
@@ -203,11 +214,11 @@ class TrainConfig:
             if name == "accumulation_steps" and value is None:
                 continue
             _require(isinstance(value, int) and value >= 1, f"{name} = {value!r}: must be an integer of at least 1")
-        budget = {name: getattr(self, name) for name in ("tokens", "tokens_per_param", "steps")}
+        budget = {name: getattr(self, name) for name in BUDGETS}
         given = {name: value for name, value in budget.items() if value is not None}
         _require(len(given) == 1, f"give exactly one of tokens, tokens_per_param and steps; here: {given or 'none of them'}")
         (name, value), *_ = given.items()
-        _require(value > 0, f"{name} = {value}: must be above 0")
+        _require(0 < value < 2**63, f"{name} = {value}: must be above 0, and below 2^63")
         _require(0 <= self.seed <= LARGEST_SEED, f"seed = {self.seed}: must be 0 to {LARGEST_SEED} (2^63 - 1)")
         _require(self.continue_from != "", "continue_from = '': must be a run folder, or None to start from scratch")
         _require(
@@ -218,7 +229,7 @@ class TrainConfig:
         _require(
             self.batch_size % (self.accumulation_steps or 1) == 0,
             f"accumulation_steps = {self.accumulation_steps} does not divide the {self.batch_size} sequences of a batch "
-            f"(batch_tokens / context_length): use one of {_divisors(self.batch_size)}",
+            f"(batch_tokens / context_length): use one of {divisors(self.batch_size)}",
         )
         _require(
             self.data.block_tokens % self.context_length == 0,
@@ -412,31 +423,69 @@ def _config_dict_of(cls: type) -> ml_collections.ConfigDict:
     return result.lock()
 
 
-def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """A dataclass from nested mappings. Raises ConfigError: a key it lacks, naming the closest; a value of another type."""
-    hints = _hints(cls)
-    known = {spec.name for spec in dataclasses.fields(cls)}
+def from_mapping(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from nested mappings.
+
+    Raises ConfigError: a key it lacks, naming the closest of any group; a value of another type; a number that is not finite.
+    """
+    return _from_mapping(cls, values, "", cls)
+
+
+def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str, whole: type) -> Any:
     arguments = {}
     for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"unknown configuration key {prefix + name!r}: {closest(name, known)}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            _require(isinstance(value, Mapping), f"{prefix}{name} = {value!r}: must be a group of fields")
-            value = from_mapping(hint, value, f"{prefix}{name}.")
+        path = f"{prefix}{name}"
+        allowed = field_types(whole).get(path)
+        if allowed is None:
+            raise ConfigError(unknown_key(path, whole))
+        if dataclasses.is_dataclass(allowed[0]):
+            _require(isinstance(value, Mapping), f"{path} = {value!r}: must be a group of fields")
+            value = _from_mapping(allowed[0], value, f"{path}.", whole)
         else:
-            allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             if float in allowed and type(value) is int:
                 value = float(value)
-            _require(
-                type(value) in allowed, f"{prefix}{name} = {value!r}: must be {' or '.join(_type_name(t) for t in allowed)}"
-            )
+            _require(type(value) in allowed, wrong_type(path, value, whole))
+            _require(type(value) is not float or math.isfinite(value), f"{path} = {value}: must be a finite number")
         arguments[name] = value
     return cls(**arguments)
 
 
-def _type_name(hint: type) -> str:
-    return "None" if hint is types.NoneType else hint.__name__
+@functools.cache
+def field_types(cls: type, prefix: str = "") -> Mapping[str, tuple[type, ...]]:
+    """What each field may be, by its path: "model.d_ff" -> (int, NoneType); "model" -> its dataclass."""
+    found = {}
+    for spec in dataclasses.fields(cls):
+        hint, path = _hints(cls)[spec.name], f"{prefix}{spec.name}"
+        found[path] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if dataclasses.is_dataclass(hint):
+            found |= field_types(hint, f"{path}.")
+    return types.MappingProxyType(found)
+
+
+def unknown_key(path: str, cls: type) -> str:
+    """The sentence about a key that `cls` and its groups don't have: names the same key of another group, or the closest."""
+    group, _, name = path.rpartition(".")
+    by_name: dict[str, list[str]] = {}
+    for known in field_types(cls):
+        by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    own = [known for known in field_types(cls) if known.rpartition(".")[0] == group]
+    names = [known.rpartition(".")[2] for known in own]
+    if name in by_name:
+        found = by_name[name]
+    elif group and not own:
+        return unknown_key(group, cls) if group not in field_types(cls) else f"{path!r}: {group!r} is no group of fields"
+    elif (meant := close(name, names)) is not None:
+        found = [own[names.index(meant)]]
+    else:
+        found = by_name.get(close(name, by_name) or "", [])
+    meaning = f"did you mean {' or '.join(map(repr, found))}?" if found else f"allowed: {', '.join(names)}"
+    return f"unknown configuration key {path!r}: {meaning}"
+
+
+def wrong_type(path: str, value: Any, cls: type) -> str:
+    """The sentence about a value that the field of `cls` at `path` can't have, naming what it can be."""
+    allowed = ("None" if kind is types.NoneType else kind.__name__ for kind in field_types(cls)[path])
+    return f"{path} = {value!r}: must be {' or '.join(allowed)}"
 
 
 def _check_choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -444,8 +493,10 @@ def _check_choice(name: str, value: str | None, allowed: tuple[str | None, ...])
         raise ConfigError(f"{name} = {value!r}: {closest(str(value), map(str, allowed))}")
 
 
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
+def divisors(n: int) -> list[int]:
+    """Ascending. Of numbers that nobody means, above 10^12, only those of a factor up to a million: an error doesn't hang."""
+    small = [i for i in range(1, min(math.isqrt(n), 10**6) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
 
 
 def _nearest_multiple(value: int, unit: int) -> int:

@@ -77,10 +77,11 @@ class Metrics:
         self._device_time, self._origin = device_time, run_folder.origin()
         remote = storage.is_remote(workdir)
         self._side_writers: dict[str, Any] = {}
+        run_id = run_folder.run_id(self._workdir, attempt)
         if config.logging.tensorboard:
             self._side_writers["TensorBoard"] = _TensorBoard(self._workdir / "tensorboard")
         if config.logging.wandb_project:
-            self._start_wandb(config)
+            self._start_wandb(config, run_id)
         self._files = (_RemoteFiles if remote else _LocalFiles)(self._workdir, attempt)
         self._heartbeat_time = -math.inf
         self._progress = _progress_bar() if config.logging.progress and sys.stderr.isatty() else None
@@ -99,7 +100,7 @@ class Metrics:
                 raise
             log.warning("the last metric rows can't be written: %s", error)  # what ended the run matters more
 
-    def _start_wandb(self, config: TrainConfig) -> None:
+    def _start_wandb(self, config: TrainConfig, run_id: str) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -110,7 +111,7 @@ class Metrics:
             run = wandb.init(
                 project=config.logging.wandb_project,
                 name=self._workdir.name,
-                id=self._workdir.name,
+                id=run_id,
                 resume="allow",
                 dir=tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(self._workdir) else str(self._workdir),
                 config=config.to_dict(),

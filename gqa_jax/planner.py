@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gqa_jax import costs, hardware
-from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig
+from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig, divisors
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Chip
 from gqa_jax.mesh import PARAMETERS, MeshShape
@@ -24,6 +24,7 @@ CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS
 # The compiled program may need so many times the estimate: of 40 compiled for TPUs none needed more than 1.08 times, of 7 for
 # GPUs (attention by pallas_triton) 1.11 times; tests/test_planner.py has them.
 MARGIN, MARGIN_GPU = 1.1, 1.2
+SUM_BYTES = 4  # of a value of gradients that are summed, over micro-batches and devices: gqa_jax.program does it in float32
 HOST_BANDWIDTH = 16e9  # bytes/s between a device and its host's memory (TPU hosts: jax-ml.github.io/scaling-book/tpus)
 ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
 SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
@@ -129,7 +130,7 @@ def candidates(config: TrainConfig, chip: Chip, n_devices: int) -> Iterator[Exec
     policies = (config.model.remat,) if config.model.remat else SEARCHED_REMAT
     if config.model.remat is None and chip.host_memory_bytes is None:
         policies = tuple(policy for policy in policies if policy != "offload")
-    accumulations = [config.accumulation_steps] if config.accumulation_steps else _divisors(config.batch_size)
+    accumulations = [config.accumulation_steps] if config.accumulation_steps else divisors(config.batch_size)
     for shape in meshes(config, n_devices):
         methods = (
             (config.context_attention,) if config.context_attention else CONTEXT_ATTENTION[: 2 if shape.context > 1 else 1]
@@ -147,9 +148,9 @@ def meshes(config: TrainConfig, n_devices: int) -> Iterator[MeshShape]:
             raise ConfigError(_mesh_of_another_size(config, n_devices))
         yield config.mesh_shape
         return
-    for tensor in _divisors(n_devices):
-        for context in _divisors(n_devices // tensor):
-            for data in _divisors(n_devices // tensor // context):
+    for tensor in divisors(n_devices):
+        for context in divisors(n_devices // tensor):
+            for data in divisors(n_devices // tensor // context):
                 shape = MeshShape(data, n_devices // tensor // context // data, tensor, context)
                 if shape.obstacle(config.model, config.context_length, config.micro_batch) is None:
                     yield shape
@@ -169,10 +170,6 @@ def _no_mesh(config: TrainConfig, n_devices: int) -> str:
         f"no mesh of {n_devices} devices suits batches of {config.batch_size} sequences of {config.context_length} tokens; "
         f"{str(plain)!r}, for one: {plain.obstacle(config.model, config.context_length, config.micro_batch)}"
     )
-
-
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +317,7 @@ def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str
             ("context", keys * ((s.activation if gathers_again or ring else 0) + 4)),
         ],
         "loss": [(embedding_axes, embedding * (s.activation + 8)), ("tensor", 2 * stream)],
-        "optimizer": [("data", 2 * s.parameters * s.parameter * lacking(mesh.data))],
+        "optimizer": [("data", 2 * s.parameters * SUM_BYTES * lacking(mesh.data))],
     }
     for axes, value in itertools.chain.from_iterable(network.values()):
         if value:
@@ -344,7 +341,8 @@ def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str
         phase("forward", projections + ffn, scores / forward_share, layer_bytes, offloaded / 2),
         phase("backward", 2 * (projections + ffn) + again_products, backward_scores, 2 * layer_bytes, offloaded / 2),
         phase("loss", 6 * s.d * logits, 0, 14 * logits),  # written and read in float32, their gradients in bfloat16
-        phase("optimizer", 0, 0, 8 * s.parameters * s.parameter),  # four read, three written, the gradients' norm
+        # parameters and moments read and written; gradients read for their norm and again
+        phase("optimizer", 0, 0, s.parameters * (6 * s.parameter + 2 * SUM_BYTES)),
     ]
     return phases, dict(collectives), again_products + again_scores
 
@@ -403,9 +401,12 @@ def _memory(share: _Share) -> tuple[float, float]:
         else:
             working += s.tokens * 4 * (heads + 2 * keys)
     of_layers = _parameter_bytes(s.shapes[1:], s.parameter, s.tiled)
-    weights = s.layers * s.layer_weights / mesh.parameters * a + s.layer_weights * (a + 4)
+    # A copy of all weights in the dtype of the computation, unless they have it.
+    cast = 0 if s.config.model.param_dtype == s.config.model.dtype else a
+    weights = s.layers * s.layer_weights / mesh.parameters * cast + s.layer_weights * (a + 4)
     embedding = s.embedding * (a + 4)
     chunk = min(s.tokens / mesh.tensor, 2 ** int(math.log2(CHUNK_LOGITS / s.config.model.vocab_size)))
     loss = chunk * s.config.model.vocab_size * 4 + s.tokens * s.d * a
-    sums = parameters if execution.accumulation_steps > 1 else 0  # of the micro-batches before
+    # of the micro-batches before: float32, whatever the parameters are
+    sums = _parameter_bytes(s.shapes, SUM_BYTES, s.tiled) if execution.accumulation_steps > 1 else 0
     return arguments, s.kept + embedding + sums + max(working + of_layers + weights, loss)

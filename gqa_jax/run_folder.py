@@ -1,6 +1,7 @@
 """The folder of one run, local or on gs://: who may write it, what was recorded of its configuration, environment and end.
 
 config.json           the resolved configuration, written once
+id.json               id: what services (W&B) know the run by, drawn once; of a run of the first version the folder's name
 environment.json      versions, devices and commit of the newest attempt
 attempts/NNN.json     attempt, time, first_step (steps done before it), host, job, device, n_devices, n_processes: written once
                       per attempt, when its checkpoint was restored
@@ -31,6 +32,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import socket
 import subprocess
 import time
@@ -210,6 +212,25 @@ def next_attempt(workdir: epath.Path) -> int:
     patterns = r"attempt-(\d+)(?:-\d+)?\.jsonl", r"(\d+)\.json"
     found = [re.fullmatch(pattern, name) for pattern, names in zip(patterns, files, strict=True) for name in names]
     return max((int(match[1]) for match in found if match), default=-1) + 1
+
+
+def run_id(workdir: epath.Path, attempt: int) -> str:
+    """What services know this run by: drawn by attempt 0 and kept in id.json, so that folders of one name are not one run.
+
+    A run that was begun without it, by the first version, was known by the name of its folder and keeps that. Raises
+    ConfigError when id.json can't be used.
+    """
+    path = workdir / "id.json"
+    try:
+        values = storage.read_json(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if values is None:
+        values = {"id": secrets.token_hex(8) if attempt == 0 else workdir.name}
+        storage.write_json(path, values)
+    if not isinstance(values.get("id"), str) or not values["id"]:
+        raise ConfigError(f"{path} has no id: move it away; W&B then knows this run by the name of its folder")
+    return values["id"]
 
 
 def device_seconds(workdir: epath.Path) -> float:

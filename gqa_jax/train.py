@@ -35,6 +35,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from gqa_jax import (
+    command_line,
     costs,
     distributed,
     evaluation,
@@ -96,6 +97,7 @@ def train_and_evaluate(
             config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()), jax.process_count())
             mesh = sharding.make_mesh(config.mesh_shape)
             attention_of(config)  # one that can't run fails here, before anything is opened
+            _warn_of_narrow_parameters(config)
             log.info("data: opening %s", config.data.store)
             fingerprint, train_batches, eval_batches = _open_data(config)
             source = _source(config, workdir, fingerprint)
@@ -134,6 +136,14 @@ def attention_of(config: TrainConfig) -> str:
         return program.attention_of(config)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
+
+
+def _warn_of_narrow_parameters(config: TrainConfig) -> None:
+    if config.model.param_dtype == "bfloat16":
+        log.warning(
+            "model.param_dtype = bfloat16: updates smaller than about 1/256 of a parameter are lost, and scales of norms, "
+            "which begin at 1, stay on a grid of 1/256: use float32 for losses that are compared"
+        )
 
 
 def _open_data(config: TrainConfig) -> tuple[str, reader.Batches, reader.EvalBatches]:
@@ -528,7 +538,7 @@ def exit_code(error: BaseException) -> int:
     return run_folder.EXIT_FAILED
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; --config.KEY=VALUE overrides one of its fields.")
+config_flags.DEFINE_config_file(command_line.FLAG, None, "Configuration file; --config.KEY=VALUE overrides one of its fields.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://: made if it isn't there, resumed if it is.")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, f"Trace {PROFILE_STEPS} steps into WORKDIR/profile, for TensorBoard or Perfetto."
@@ -596,12 +606,7 @@ def compilation_cache() -> None:
 def _parse(argv: list[str]) -> TrainConfig:
     """The configuration of the command line. Raises ConfigError with one sentence for whatever is wrong with it."""
     app.define_help_flags()
-    try:
-        rest = flags.FLAGS(argv)[1:]
-        values = None if _CONFIG.value is None else _CONFIG.value.to_dict()
-    except Exception as error:  # of flags, of a locked ConfigDict that refuses a key or a value, of the file itself
-        text = " ".join(str(error).replace("\\n", " ").split())
-        raise ConfigError(f"the command line or the configuration file can't be used: {text}") from error
+    values, rest = command_line.parse(argv)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: options start with --")
     if values is None:

@@ -1,8 +1,17 @@
 import json
+import math
 
 import pytest
 
-from gqa_jax.config import ConfigError, TrainConfig, default_config, differing_fields, hash_identity
+from gqa_jax.config import (
+    ConfigError,
+    TrainConfig,
+    default_config,
+    differing_fields,
+    divisors,
+    hash_identity,
+    unknown_key,
+)
 
 
 def make(**changes):
@@ -65,8 +74,49 @@ def test_bad_values_name_the_field_the_value_and_the_fix(changes, message):
 def test_unknown_keys_name_the_closest():
     values = make().to_dict()
     values["model"]["n_head"] = 3
-    with pytest.raises(ConfigError, match=r"'model.n_head': did you mean 'n_heads'"):
+    with pytest.raises(ConfigError, match=r"'model.n_head': did you mean 'model.n_heads'"):
         TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "meaning"),
+    [
+        ("learning_rate", "did you mean 'optimizer.learning_rate'?"),
+        ("model.learning_rate", "did you mean 'optimizer.learning_rate'?"),
+        ("optimiser.learning_rate", "did you mean 'optimizer.learning_rate'?"),
+        ("optimiser.rate", "unknown configuration key 'optimiser': did you mean 'optimizer'?"),
+        ("every_steps", "did you mean 'evaluation.every_steps' or 'checkpoint.every_steps' or 'logging.every_steps'?"),
+        ("model.step", "did you mean 'steps'?"),
+        ("seeed", "did you mean 'seed'?"),
+        ("model.foo", "unknown configuration key 'model.foo': allowed: n_layers, d_model, n_heads, "),
+        ("foo", "unknown configuration key 'foo': allowed: context_length, batch_tokens, "),
+        ("seed.x", "'seed.x': 'seed' is no group of fields"),
+    ],
+)
+def test_an_unknown_key_names_the_closest_of_any_group(path, meaning):
+    assert meaning in unknown_key(path, TrainConfig)
+
+
+def test_numbers_that_no_run_can_have_are_refused_at_once():
+    for changes, message in (
+        ({"optimizer": {"learning_rate": math.inf}}, r"optimizer.learning_rate = inf: must be a finite number"),
+        ({"model": {"rope_theta": math.nan}}, r"model.rope_theta = nan: must be a finite number"),
+        ({"steps": None, "tokens_per_param": 1e308}, r"tokens_per_param = 1e\+308: must be above 0, and below 2\^63"),
+        ({"model": {"n_layers": 10**12}}, r"model.n_layers = 1000000000000: must be an integer .* below 2\^31"),
+        ({"model": {"n_layers": 2**30, "d_model": 2**20}}, r"one array would have .* values; use a smaller model"),
+        (
+            {"model": {"n_heads": 2**30, "n_kv_heads": 3}},
+            r"serves the same number of query heads; use n_kv_heads from \[1, 2, 4",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(**changes)
+
+
+def test_divisors_are_all_and_those_of_a_huge_number_take_no_time():
+    for n in (1, 2, 12, 36, 97, 1_000_003 * 2):
+        assert divisors(n) == [i for i in range(1, n + 1) if n % i == 0]
+    assert divisors(2**80)[:3] == [1, 2, 4]
 
 
 def test_wrong_types_are_refused():

@@ -66,9 +66,10 @@ TABLE = (
     Row("gqa_jax.topologies", ".mesh .hardware .sharding", outside="jax"),
     Row("gqa_jax.proof", ".config .hardware .storage", lazily=".program .topologies"),
     # The program that trains.
+    Row("gqa_jax.command_line", ".errors .config"),
     Row(
         "gqa_jax.train",
-        ".errors .costs .config .hardware .storage .data .sharding .optimizer .evaluation .program .run_folder "
+        ".errors .command_line .costs .config .hardware .storage .data .sharding .optimizer .evaluation .program .run_folder "
         ".distributed .checkpoint .metrics .planner",
         outside="jax optax",
     ),

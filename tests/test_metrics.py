@@ -1,12 +1,16 @@
 import json
 import logging
 import math
+import re
+import sys
 import time
+import types
 
 import pytest
 
 from gqa_jax import metrics, storage
 from gqa_jax.config import TrainConfig, default_config
+from gqa_jax.errors import ConfigError
 
 
 def config(**logging_fields):
@@ -74,6 +78,66 @@ def test_wandb_that_is_not_installed_is_an_error_with_the_fix(tmp_path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         metrics.Metrics(tmp_path, 0, config(wandb_project="p"))
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A W&B that keeps what runs are begun with."""
+    module = types.ModuleType("wandb")
+    module.begun = []
+
+    def init(**options):
+        module.begun.append(options)
+        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def start(folder, attempt, **fields):
+    """An attempt of the run in `folder`, with its first row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with metrics.Metrics(folder, attempt, config(**fields)) as writer:
+        writer.write("train", 1, {"loss": 1.0})
+
+
+def test_runs_in_folders_of_one_name_are_two_runs_of_wandb_each_resumed_as_itself(tmp_path, wandb):
+    for folder in ("a/run", "b/run"):
+        start(tmp_path / folder, 0, wandb_project="p")
+    start(tmp_path / "a/run", 1, wandb_project="p")
+    first, second, resumed = wandb.begun
+    assert first["id"] == resumed["id"] != second["id"]
+    assert all(re.fullmatch("[0-9a-f]{16}", options["id"]) for options in wandb.begun)
+    assert {options["name"] for options in wandb.begun} == {"run"}
+    assert {options["resume"] for options in wandb.begun} == {"allow"}
+
+
+def test_a_run_that_comes_to_wandb_later_is_itself_too(tmp_path, wandb):
+    """Its folder was begun without W&B: it is not one of the first version."""
+    for folder in ("a/run", "b/run"):
+        start(tmp_path / folder, 0)
+        start(tmp_path / folder, 1, wandb_project="p")
+    assert len({options["id"] for options in wandb.begun} - {"run"}) == 2
+
+
+def test_a_run_of_the_first_version_keeps_its_id(tmp_path, wandb):
+    """The folder's name, even where it is then moved."""
+    start(tmp_path / "run", 0)
+    (tmp_path / "run" / "id.json").unlink()
+    start(tmp_path / "run", 1, wandb_project="p")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    start(tmp_path / "moved", 2, wandb_project="p")
+    assert [options["id"] for options in wandb.begun] == ["run", "run"]
+
+
+@pytest.mark.parametrize(("content", "message"), [("{}", "id.json has no id: move it away"), ("[", "id.json can't be read")])
+def test_an_id_that_can_not_be_read_is_an_error_with_the_fix(tmp_path, wandb, content, message):
+    start(tmp_path, 0)
+    (tmp_path / "id.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, 1, wandb_project="p")
+    assert wandb.begun == []
 
 
 def test_heartbeat_is_replaced_and_throttled(tmp_path):

@@ -91,6 +91,56 @@ def test_the_estimate_is_near_the_compiled_memory_and_never_below_with_its_margi
         assert not e.fits
 
 
+# As COMPILED, of parameters in bfloat16.
+COMPILED_NARROW = [
+    ("v5e:4x4", "150M", (32, 8), 8, "data=16", "full", 2, "gather", 3_464),
+    ("v5e:4x4", "150M", (32, 8), 8, "data=16", "full", 1, "gather", 3_897),
+    ("v5e:4x4", "1.2B", (8, 1), 8, "fsdp=16", "full", 1, "gather", 5_832),
+    ("v5e:4x4", "1.2B", (16, 16), 8, "data=4,fsdp=4", "full", 2, "gather", 5_927),
+    ("v5e:4x4", "1.2B", (16, 16), 8, "data=4,fsdp=4", "full", 1, "gather", 7_658),
+    ("v5e:4x4", "200M", (32, 32), 8, "data=16", "full", 1, "gather", 5_551),
+    ("v5e:4x4", "680M", (32, 1), 8, "fsdp=4,tensor=4", "attention_only", 2, "gather", 8_276),
+]
+
+
+def narrow(run):
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, param_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("row", COMPILED_NARROW, ids=lambda row: " ".join(map(str, row[:-1])))
+def test_the_estimate_for_parameters_in_bfloat16_is_near_the_compiled_memory(row):
+    topology, *what, megabytes = row
+    run = narrow(resolved(*what))
+    e = planner.estimate(run, Execution.of(run), hardware.find(topology).chip)
+    estimate = (e.bytes_arguments + e.bytes_temporary) / 1e6
+    assert estimate == pytest.approx(megabytes, rel=0.15)
+    assert estimate * planner.MARGIN > megabytes
+
+
+def test_sums_of_gradients_are_float32_whatever_the_parameters_are():
+    """Over micro-batches in memory, over devices on the network."""
+    chip = hardware.find("h200:8").chip  # without tiles: bytes of values
+    once, twice = (
+        dataclasses.replace(resolved("85M", (8, 1), 8, "data=8", "full", n, "gather"), batch_tokens=2**19 * n) for n in (1, 2)
+    )
+    count = costs.count_params(once.model, "exact").total
+    for change in (lambda run: run, narrow):
+        one, two = (planner.estimate(change(run), Execution.of(run), chip) for run in (once, twice))
+        assert two.bytes_temporary - one.bytes_temporary == pytest.approx(4 * count)
+        assert two.collective_bytes["data"] == pytest.approx(2 * 7 / 8 * 4 * count)
+    wide, small = (planner.estimate(run, Execution.of(once), chip) for run in (once, narrow(once)))
+    assert wide.bytes_arguments - small.bytes_arguments == pytest.approx(6 * count)  # of 12
+
+
+def test_weights_are_copied_only_into_another_dtype():
+    chip = hardware.find("h200:8").chip
+    run = resolved("85M", (8, 1), 8, "data=8", "full", 2, "gather")
+    layers = costs.count_params(run.model, "exact")
+    temporary = [planner.estimate(one, Execution.of(one), chip).bytes_temporary for one in (run, narrow(run))]
+    matrices = layers.attention + layers.ffn
+    assert temporary[0] - temporary[1] == pytest.approx((2 + 2) * matrices, rel=0.01)  # the copy, and gradients of the layers
+
+
 def test_arguments_on_tpus_are_exact_with_their_tiles():
     run = resolved(
         "1.2B", (32, 32), 8, "fsdp=16", "full", 1, "gather"

@@ -224,6 +224,21 @@ def test_attention_that_cannot_run_here_is_refused_before_data_is_opened(tmp_pat
         train.train_and_evaluate(config, tmp_path / "run")
 
 
+def test_parameters_in_bfloat16_are_warned_of_and_train(finished, tmp_path, caplog):
+    """And are resumed: their optimizer state is in bfloat16 too."""
+    config = tiny(model={"param_dtype": "bfloat16"}, accumulation_steps=4)
+    whole = train.train_and_evaluate(config, tmp_path / "whole")
+    assert caplog.text.count("updates smaller than about 1/256 of a parameter are lost") == 1
+    assert whole["loss"] == pytest.approx(finished[1]["loss"], rel=0.02)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part", ignore=shutil.ignore_patterns("12", "result.json"))
+    assert train.train_and_evaluate(config, tmp_path / "part")["params_sha256"] == whole["params_sha256"]
+    rows = [row["grad_norm"] for row in metrics.read_metrics(tmp_path / "whole") if row["kind"] == "train"]
+    assert sum(norm == float(jnp.bfloat16(norm)) for norm in rows) < 3
+    caplog.clear()
+    train.train_and_evaluate(tiny(steps=1), tmp_path / "wide")
+    assert "param_dtype" not in caplog.text
+
+
 def test_a_finished_run_is_not_trained_again(finished):
     folder, result = finished
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*.jsonl"))
@@ -523,8 +538,9 @@ def command_line(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.model.n_layer=3"], 'Did you mean "n_layers"'),
-        (["--config.model.n_layers=three"], "n_layers"),
+        (["--config.learning_rate=1e-3"], "did you mean 'optimizer.learning_rate'?"),
+        (["--config.model.n_layers=three"], "model.n_layers = 'three': must be int"),
+        (["--config.seed=18446744073709551616"], "seed = 18446744073709551616: must be 0 to 9223372036854775807"),
         (["--config.model.n_kv_heads=3"], "is not a multiple of model.n_kv_heads = 3"),
         (["--config=configs/train/tinny.py"], "No such file or directory: 'configs/train/tinny.py'"),
         (["--workdirs=x"], "workdir"),
