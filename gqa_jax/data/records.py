@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gqa_jax.data.kinds import bad_utf8
-from gqa_jax.data.sources import InputError, few
+from gqa_jax.data.sources import InputError, few, shown
 
 BATCH_BYTES = 1 << 18  # of rows that are given at once: they stay in a cache
 SOURCE_CHARS = 200  # of the name of a source, at most
@@ -102,7 +102,7 @@ def option(key: str, form: Format) -> str:
 
 
 def _names(names: Iterable[Any]) -> str:
-    return few([str(name)[:60] for name in names], most=20) or "none"
+    return few([shown(str(name)[:60]) for name in names], most=20) or "none"
 
 
 def _type(value: Any) -> str:

@@ -89,7 +89,7 @@ def suffixes(name: str) -> tuple[str, list[str]]:
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path on one line of valid Unicode: what can't be printed is escaped."""
+    """A path, or another text, on one line of valid Unicode: what can't be printed is escaped."""
     text = os.fspath(path)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -101,8 +101,8 @@ def few(names: Sequence[str], separator: str = ", ", most: int = NAMED_IN_AN_ERR
 
 
 def reason(error: BaseException) -> str:
-    """The words of an error in which the system's own come first."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    """The words of an error on one line; where it is the system's, those of the system."""
+    return shown((getattr(error, "strerror", None) or str(error)).strip()) or type(error).__name__
 
 
 @dataclass(frozen=True)
