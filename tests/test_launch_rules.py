@@ -422,21 +422,13 @@ class TestAnswers:
         said = capsys.readouterr().err
         assert f"runs under 2 rules (hash/spread/one: 6 runs, {rules.FIRST}: 6 runs)" in said
         assert "--rules old or --rules new" in said
-        for command in (("fit", which), ("optimum", which, *ASK), ("report", which, *ASK)):
+        for command in (("fit", which), ("optimum", which, *ASK)):
             for asked in ("old", "new"):
                 assert launch.main([*command, "--rules", asked]) == 0, command
-                page = capsys.readouterr()
-                assert "rules of the first version" not in page.err
-        page = (both.root / "report" / "index.html").read_text()
-        assert "hash/spread/one" in page
-        assert rules.FIRST not in page
-        assert "1024 tokens of 11 of 12 documents (1f2e3d4c5b6a/spread/1024)" in page
-        assert "over 11 of 12 documents, common to all runs" in page
-        assert f"python -m launch report {which} --rules new" in page
-        assert "nothing here rests on them" not in page  # no cell of theirs is unfinished
+                assert "rules of the first version" not in capsys.readouterr().err
 
     def test_of_old_runs_alone_it_is_said_once(self, root, capsys):
-        for command in (("fit", "small.py"), ("optimum", "runs/small", *ASK), ("report", "small.py", *ASK)):
+        for command in (("fit", "small.py"), ("optimum", "runs/small", *ASK)):
             assert launch.main([*command]) == 0
             assert capsys.readouterr().err.count(rules.FIRST) == 1
             assert launch.main([*command, "--rules", "old"]) == 0
@@ -452,10 +444,17 @@ class TestAnswers:
             studies.under(loss, None, both)
         assert len(studies.under(loss, "old", both)[0]) == 6
 
-    def test_costs_of_a_report_are_of_its_runs_alone(self, both, capsys):
+    def test_a_report_is_of_its_runs_alone(self, both, capsys):
         assert launch.main(["report", "small.py", *ASK, "--rules", "new"]) == 0
         (table,) = (both.root / "report").glob("cost-*.md")
         assert table.read_text().count(" · ") == 2 * (6 + 1)  # in the caption, and of each run
+        page = (both.root / "report" / "index.html").read_text()
+        assert "hash/spread/one" in page
+        assert rules.FIRST not in page
+        assert "1024 tokens of 11 of 12 documents (1f2e3d4c5b6a/spread/1024)" in page
+        assert "over 11 of 12 documents, common to all runs" in page
+        assert "python -m launch report small.py --rules new" in page
+        assert "nothing here rests on them" not in page  # no cell of theirs is unfinished
 
     def test_presets_are_under_their_own(self, capsys):
         assert launch.main(["optimum", "--preset", "paper", *ASK, "--rules", "old"]) == launch.EXIT_BAD_INPUT
