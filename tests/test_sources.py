@@ -75,6 +75,7 @@ def test_what_can_be_reached_twice_is_read_once(tmp_path):
     (tmp_path / "in" / "deep" / "same.txt").symlink_to("../a.txt")
     (tmp_path / "out" / "back").symlink_to("../in")
     (tmp_path / "in" / "out").symlink_to("../out")
+    (tmp_path / "in" / "outer").symlink_to("../out")
     os.link(tmp_path / "in" / "z.txt", tmp_path / "in" / "y.txt")
     found = find_sources([tmp_path / "in"])
     assert [source.name for source in found.sources] == ["a.txt", "deep/b.txt", "out/c.txt", "y.txt"]
@@ -82,6 +83,7 @@ def test_what_can_be_reached_twice_is_read_once(tmp_path):
         f"the same folder as {tmp_path}/in/deep": [f"{tmp_path}/in/Again"],
         "a link to a folder that it lies in": [f"{tmp_path}/in/deep/round", f"{tmp_path}/in/up"],
         f"the same folder as {tmp_path}/in": [f"{tmp_path}/in/out/back"],
+        f"the same folder as {tmp_path}/in/out": [f"{tmp_path}/in/outer"],
         f"the same file as {tmp_path}/in/a.txt": [f"{tmp_path}/in/deep/same.txt"],
         f"the same file as {tmp_path}/in/y.txt": [f"{tmp_path}/in/z.txt"],
     }
