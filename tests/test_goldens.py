@@ -40,9 +40,10 @@ def test_cells_of_the_quickstart_are_trained_to_the_same_losses(tmp_path, monkey
     assert not found, f"{goldens.MEANING}:\n" + "\n".join(found)
 
 
-def test_a_finished_grid_says_that_it_is_finished(tmp_path):
-    """Its folder was written by the code of November 2026; nothing of it is trained again."""
-    goldens.finished(tmp_path)
+@pytest.mark.parametrize("version", [goldens.NOW, goldens.FIRST_VERSION])
+def test_a_finished_grid_says_that_it_is_finished(version, tmp_path):
+    """Nothing of it is trained again, also where the code of November 2026 has written it."""
+    goldens.finished(tmp_path, version)
     said = goldens.printed(tmp_path, "status", "configs/grids/quickstart.py", "--root", "ROOT", "--json")
     assert [row["state"] for row in json.loads(said)] == ["done"] * 18
 

@@ -24,6 +24,7 @@ Dates, folders, versions, hashes of the code and the speed of the machine are ta
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -174,7 +175,7 @@ def screens(folder: Path, *commands: str) -> str:
 
 
 def identities(_: Path) -> str:
-    """Names of the cells of configs/grids and hashes of their identities; of configs/train the hashes."""
+    """Names of the cells of configs/grids and hashes of their identities, today and in the first version; of configs/train."""
     import runpy
 
     from gqa_jax.config import TrainConfig, hash_identity
@@ -182,9 +183,11 @@ def identities(_: Path) -> str:
 
     found: dict[str, Any] = {}
     for name in GRIDS:
-        cells = grid.cells(grid.load(os.fspath(REPOSITORY / f"configs/grids/{name}.py")))
-        found[name] = {cell.name: hash_identity(cell.identity) for cell in cells}
-        found[f"{name}: identity of the last"] = cells[-1].identity
+        today = grid.load(os.fspath(REPOSITORY / f"configs/grids/{name}.py"))
+        for rules, one in (("", today), (", rules of the first version", grid.under_old_rules(today))):
+            cells = grid.cells(one)
+            found[name + rules] = {cell.name: hash_identity(cell.identity) for cell in cells}
+            found[f"{name}{rules}: identity of the last"] = cells[-1].identity
     for path in sorted((REPOSITORY / "configs/train").glob("*.py")):
         config = TrainConfig.from_dict(runpy.run_path(os.fspath(path))["get_config"]().to_dict())
         found[f"train/{path.stem}"] = hash_identity(config.identity("unprepared"))
@@ -234,7 +237,7 @@ def optimum(preset: str) -> Callable[[Path], str]:
 
 def optimum_quickstart(folder: Path) -> str:
     finished(folder)
-    asked = (("32K", "2.1", "128"), ("128K", "2.0", "512"))
+    asked = (("32K", "2.1", "128"), ("128K", "2.1", "512"))
     return json.dumps(
         [
             json.loads(
@@ -376,13 +379,20 @@ def dry_run(engine: str) -> Callable[[Path], str]:
 # A grid that has finished
 
 
-def finished(folder: Path) -> Path:
-    """Makes `folder`/ROOT: the quickstart as the code of November 2026 left it, its configurations, results and grid.json."""
+NOW, FIRST_VERSION = "quickstart.json.xz", "quickstart-first-version.json.xz"
+
+
+def finished(folder: Path, version: str = NOW) -> Path:
+    """Makes `folder`/ROOT: a trained quickstart, its configurations, results, evaluations and grid.json.
+
+    NOW is of today's rules. FIRST_VERSION is as the code of November 2026 left it, before there were others: it is never
+    written again.
+    """
     root = folder / "ROOT"
-    for name, content in json.loads(lzma.decompress((FOLDER / "quickstart.json.xz").read_bytes())).items():
+    for name, content in json.loads(lzma.decompress((FOLDER / version).read_bytes())).items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1))
+        path.write_bytes(base64.b64decode(content) if path.suffix == ".npz" else json.dumps(content, indent=1).encode())
     return root
 
 
@@ -390,12 +400,13 @@ def keep_finished(root: Path) -> None:
     """Keeps a trained quickstart for `finished`, without what names its machine."""
     content: dict[str, Any] = {"grid.json": json.loads((root / "grid.json").read_text())}
     for folder in sorted((root / "cells").iterdir()):
-        for name in ("config.json", "result.json"):
+        for name in ("config.json", "result.json", "evaluations.json"):
             values = json.loads((folder / name).read_text())
             for measured in ("hostname", "host"):
                 values.pop(measured, None)
             content[f"cells/{folder.name}/{name}"] = values
-    (FOLDER / "quickstart.json.xz").write_bytes(lzma.compress(json.dumps(content, indent=1).encode(), preset=9))
+        content[f"cells/{folder.name}/documents.npz"] = base64.b64encode((folder / "documents.npz").read_bytes()).decode()
+    (FOLDER / NOW).write_bytes(lzma.compress(json.dumps(content, indent=1).encode(), preset=9))
 
 
 def compare_quickstart(root: Path) -> list[str]:
