@@ -14,7 +14,7 @@ from typing import IO, Any
 
 DAMAGE = (OSError, EOFError)  # what reading one of these streams raises
 BUFFER_BYTES = 1 << 18  # of a stream; larger reads go past its buffer
-_PACKED_BYTES = 1 << 14  # unpacked at once: a few bytes can become a million times as many
+_PACKED_BYTES = 1 << 15  # unpacked at once: a few bytes can become a million times as many
 
 PACKINGS = {  # first bytes
     "gzip": re.compile(rb"\x1f\x8b"),
