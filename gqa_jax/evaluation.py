@@ -10,10 +10,8 @@ count as few what is below 20 to 50 clusters. Below 10 take it as a lower bound 
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,36 +145,10 @@ def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
 
 def interval(value: float, standard_error: float, n_clusters: int) -> tuple[float, float]:
     """Ends of the 95% interval of an estimate from at least two clusters (Student's t)."""
-    half = student_t(n_clusters - 1) * standard_error
+    from scipy import special  # takes a moment to import, which what only reads tables need not wait for
+
+    half = float(special.stdtrit(n_clusters - 1, (1 + CONFIDENCE) / 2)) * standard_error
     return value - half, value + half
-
-
-@functools.cache
-def student_t(freedom: int) -> float:
-    """x with P(|t| < x) = 95% for Student's t with whole degrees of freedom, at least 1; to nine digits.
-
-    As `scipy.special.stdtrit(freedom, 0.975)`, without the time that importing it takes, which a short run would feel. By the
-    sums of Abramowitz and Stegun, 26.7.3 and 26.7.4, or where they are long the series 26.7.5.
-    """
-    if freedom > 200:
-        z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-        terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-        return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
-
-    def inside(angle: float) -> float:
-        """P(|t| < sqrt(freedom) tan(angle))."""
-        odd = freedom % 2
-        term, total = (math.cos(angle) if odd else 1.0), 0.0
-        for k in range(odd + 1, freedom, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * k / (k + 1)
-        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < CONFIDENCE else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
 
 
 class Difference(NamedTuple):
