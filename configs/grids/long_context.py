@@ -7,7 +7,7 @@ FLOPs (Figure 1), trains 1.7 times and infers 1.6 times as fast (Table 5). The l
 (Table 9); of the second the paper says no more than 1e-5: here constant after 10% of warm-up, for the fresh moments. A second
 phase starts when its first is done, and reads the tokens after those. Needs a pod; `plan` needs a laptop.
 
-    python -m gqa_jax.data.prepare --out stores/slimpajama-gpt2 --tokenizer gpt2 --text_key text SlimPajama/*.jsonl.zst
+    python -m gqa_jax.data.prepare --out stores/slimpajama-gpt2 --tokenizer gpt2 SlimPajama/
     python -m launch plan configs/grids/long_context.py
     python -m launch run configs/grids/long_context.py
 """

@@ -5,7 +5,7 @@ Beside these 168 cells, the contexts of its figures: 3M to 1.2B are not all trai
 and 1.2B with n_h = 1 ... 32 and n_kv = 1. Tokens are the paper's per size, whatever H and T are. Needs a pod;
 `plan` needs a laptop.
 
-    python -m gqa_jax.data.prepare --out stores/slimpajama-gpt2 --tokenizer gpt2 --text_key text SlimPajama/*.jsonl.zst
+    python -m gqa_jax.data.prepare --out stores/slimpajama-gpt2 --tokenizer gpt2 SlimPajama/
     python -m launch plan configs/grids/paper.py
 """
 

@@ -1,7 +1,8 @@
 """The whole method in a few minutes on a laptop: 3 sizes x 2 contexts x 3 head configurations on the State of the Union.
 
 Byte-level models of 30K to 0.2M parameters: too small to say anything about large ones, large enough to see every step of
-the search. Two CPU cores, under five minutes, no download.
+the search. Two CPU cores, two to three minutes, no download. Expected: 1.88 to 2.32 nats per byte, each on the same 131,072
+targets from all 10 held-out documents, and within 0.003 of the loss on all of their text; README.md has the 18 losses.
 
     python -m launch run configs/grids/quickstart.py
 """
