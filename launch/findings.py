@@ -140,7 +140,7 @@ def _pictures(
                 "laws",
                 "How well E is known",
                 "Likelihood profile of E: every other coefficient at its best for that E."
-                + (f" The held-out text adds ± {laws.shared_sem:.4f}, to all losses alike." if laws.shared_sem > 0 else ""),
+                + (f" The held-out text adds ± {laws.shared.sem:.4f}, to all losses alike." if laws.shared.sem > 0 else ""),
                 lambda: plots.profile(*block.entropy_profile(), dof=block.dof),
             )
         if not rows.empty:

@@ -1,6 +1,6 @@
 """Laws exp(alpha - b x) + E that share an E: their fit and their likelihood profiles, x = ln(N / N0) with N0 amid the data.
 
-Losses of runs that were evaluated on the same text are all off by one common amount against the text at large (`shared_sem`).
+Losses of runs that were evaluated on the same text are all off by one common amount against the text at large (`SharedError`).
 So E, and with it every loss and N*, is uncertain by it whatever loss is asked for, while differences between runs are not: it
 widens the intervals of E, of N* and of a loss, in quadrature, and is in no weight and no residual.
 
@@ -22,6 +22,7 @@ from scipy import interpolate
 from gqa_jax.laws import least_squares, points
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.law import PowerLaw
+from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.laws.points import Runs
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Block:
     fit: least_squares.Fit  # of (E, alpha_1, b_1, ...)
     given_entropy: float | None
     known_sigma: float | None = None  # instead of the residuals'
-    shared_sem: float = 0.0  # standard error that all losses have in common, nats per token
+    shared: SharedError = SharedError()  # noqa: RUF009 (frozen): the error that all losses have in common
 
     @property
     def entropy(self) -> float:
@@ -150,9 +151,9 @@ class Block:
         limit = least_squares.threshold(self.sigma, self.dof, level)
         low, high = least_squares.crossings(rise, self.entropy, max(self._entropy_error, 1e-5), limit)
         low, high = max(0.0, low), min(self.lowest, high)
-        if on_this_text or not self.shared_sem > 0:
+        if on_this_text or not self.shared.sem > 0:
             return low, high
-        common = least_squares.common_error(self.shared_sem, level)
+        common = self.shared.reach(level)
         low, high = least_squares.widened(self.entropy, (low, high), common, common)
         return max(0.0, low), high
 
@@ -196,8 +197,8 @@ class Block:
 
         limit = least_squares.threshold(self.sigma, self.dof, level)
         low, high = least_squares.crossings(rise, float(center), self._error(i, kind, at, log_at), limit)
-        if kind in ("size", "loss") and self.shared_sem > 0:
-            common = least_squares.common_error(self.shared_sem, level)
+        if kind in ("size", "loss") and self.shared.sem > 0:
+            common = self.shared.reach(level)
             ends = [_size(alpha, b, at - self.entropy + x) for x in (common, -common)] if kind == "size" else []
             below, above = (center - ends[0], ends[1] - center) if ends else (common, common)
             low, high = least_squares.widened(float(center), (low, high), below, above)
@@ -263,13 +264,13 @@ def fit_block(
     log: bool = False,
     huber_delta: float | None = None,
     known_sigma: float | None = None,
-    shared_sem: float | None = None,
+    shared: SharedError = SharedError(),  # noqa: B008 (frozen)
 ) -> Block:
     """The laws of some H with one E.
 
     Args:
       known_sigma: noise of a run that is known, instead of the residuals'.
-      shared_sem: `points.shared_sem` of the runs.
+      shared: `points.shared_error` of the runs.
     """
     params, loss, sem, there = points.stack(list(groups.values()))
     center = float(np.exp(np.mean(np.log(params[there]))))
@@ -290,7 +291,7 @@ def fit_block(
         weight = np.zeros_like(weight)
         weight[there] = fit.weights
         fit = dataclasses.replace(fit, objective=float(np.sum(weight * _residual(fit.theta, x, loss) ** 2)))
-    return Block(tuple(groups), tuple(groups.values()), center, x, loss, weight, fit, entropy, known_sigma, shared_sem or 0.0)
+    return Block(tuple(groups), tuple(groups.values()), center, x, loss, weight, fit, entropy, known_sigma, shared)
 
 
 def conditional(

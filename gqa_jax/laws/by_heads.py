@@ -17,6 +17,7 @@ from gqa_jax.laws import points
 from gqa_jax.laws.block import Block, fit_block
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.law import PowerLaw
+from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.laws.points import Runs
 from gqa_jax.shapes import Aspect, paper_aspect
 
@@ -92,12 +93,12 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         return sum(block.fit.dof for block in self.blocks)
 
     @property
-    def shared_sem(self) -> float:
-        """Standard error that all losses, and so E, have in common, of the held-out text, nats per token; nan: not known.
+    def shared(self) -> SharedError:
+        """The error that all losses, and so E, have in common, of the held-out text; its `sem` is nan where it is not known.
 
         0 where the runs do not say on which text they were evaluated: then their own standard errors are weights.
         """
-        return self.blocks[0].shared_sem
+        return self.blocks[0].shared
 
     @property
     def residuals(self) -> pd.DataFrame:
@@ -196,7 +197,7 @@ def fit_by_heads(
       huber_delta: residuals beyond it, nats per token, count linearly (Huber, summed).
 
     Weights: equal where runs say on which text they were evaluated (heldout): their standard errors are that text's, which they
-    have in common (`LawsByHeads.shared_sem`), so that it goes into E. Elsewhere, where every run has its standard error
+    have in common (`LawsByHeads.shared`), so that it goes into E. Elsewhere, where every run has its standard error
     (loss_sem) and they differ, 1 / (tau^2 + sem^2), tau the spread of runs (seeds) that makes the residuals as large as they
     are (Paule and Mandel); otherwise equal.
 
@@ -213,8 +214,8 @@ def fit_by_heads(
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token")
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
-    shared = points.shared_sem(rows)
-    blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared_sem=shared) for part in parts]
+    shared = points.shared_error(rows)
+    blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
     said += points.warnings(groups, rows)
     return LawsByHeads(
         blocks,

@@ -11,11 +11,8 @@ pooling E has its profile likelihood, and beta, tau don't exist. Priors: flat in
 freedom allow, and all coefficients are fitted again.
 
 Losses of runs that were evaluated on the same text are all off by one common amount against the text at large: so every draw
-has a shift, Normal(0, shared_sem^2), that is the same for all H, whatever loss is asked for. N* of all H move with it; which H
-is the cheapest hardly does.
-
-Measured (tests/test_laws_draws.py): both have intervals of the stated coverage; the stated probability that an H is the
-cheapest is calibrated by the pooled posterior, while without pooling the probabilities are too sure where H are close.
+has a shift (`SharedError.draws`) that is the same for all H, whatever loss is asked for. N* of all H move with it; which H is
+the cheapest hardly does.
 """
 
 from __future__ import annotations
@@ -103,7 +100,7 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
             entropy, log_a, b = (np.column_stack([m, c]) for m, c in zip((entropy, log_a, b), extra, strict=True))
             sigma = np.column_stack([sigma, sigma[:, 0]])
             notes.append(note)
-    shift = least_squares.common_shift(laws.shared_sem, count, seed)
+    shift = laws.blocks[0].shared.draws(count, seed)
     return Draws(heads, entropy + shift[:, None], log_a, b, sigma, method, tuple(notes), shift)
 
 

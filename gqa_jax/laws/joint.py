@@ -44,6 +44,7 @@ from gqa_jax.laws.draws import Draws
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint_terms import Terms, Where
 from gqa_jax.laws.law import PowerLaw
+from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.shapes import Aspect, paper_aspect
 
 MIN_HEADS = {"quadratic": 3, "power": 5}  # head configurations; with them runs are more than coefficients
@@ -60,7 +61,7 @@ class JointLaw:
       tau: standard deviation of a head configuration's own offset from the law, in ln(L - E); heads_dof: what it is known from.
       runs: one row per run: n_heads, n_kv_heads as in the table, query_heads (a number also for d / d_h), params, loss, weight,
         and above, L - E by plain least squares, which scales the heads' offset.
-      context, head_dim, vocab_size, size_convention, aspect, shared_sem, warnings: as in `LawsByHeads`.
+      context, head_dim, vocab_size, size_convention, aspect, shared, warnings: as in `LawsByHeads`.
     """
 
     terms: Terms
@@ -75,7 +76,7 @@ class JointLaw:
     size_convention: str
     aspect: Aspect
     warnings: tuple[str, ...] = ()
-    shared_sem: float = 0.0
+    shared: SharedError = SharedError()  # noqa: RUF009 (frozen)
 
     @property
     def coefficients(self) -> pd.Series:
@@ -200,7 +201,7 @@ class JointLaw:
         log_a_SxH = np.log(self.center) + (alpha_SxH + own_SxH) / b_SxH
         entropy_SxH = np.repeat(self.terms.entropy_of(theta)[:, None], len(heads), axis=1)
         sigma_SxH = np.full(b_SxH.shape, self.sigma)
-        shift_S = least_squares.common_shift(self.shared_sem, count, seed)
+        shift_S = self.shared.draws(count, seed)
         entropy_SxH = entropy_SxH + shift_S[:, None]
         return Draws(heads, entropy_SxH, log_a_SxH, b_SxH, sigma_SxH, "bootstrap", tuple(notes), shift_S)
 
@@ -237,9 +238,9 @@ class JointLaw:
         low, high = least_squares.crossings(self._rise(i), self.fit.theta[i], error, limit)
         lower, upper = self._bounds
         low, high = max(low, lower[i]), min(high, upper[i])
-        if i > 0 or self.terms.entropy is not None or not self.shared_sem > 0:
+        if i > 0 or self.terms.entropy is not None or not self.shared.sem > 0:
             return low, high
-        common = least_squares.common_error(self.shared_sem, level)
+        common = self.shared.reach(level)
         low, high = least_squares.widened(self.fit.theta[0], (low, high), common, common)
         return max(low, lower[0]), high
 
@@ -381,7 +382,7 @@ def fit_rows(
         vocab_size=points.only(rows, "vocab_size", 50_304.0),
         size_convention="exact" if "params_total" in rows else "figures",
         aspect=points.aspect(rows) or paper_aspect(),
-        shared_sem=points.shared_sem(rows) or 0.0,
+        shared=points.shared_error(rows),
     )
 
 

@@ -219,14 +219,22 @@ def widened(center: float, ends: tuple[float, float], below: float, above: float
     return float(center - np.hypot(center - low, below)), float(center + np.hypot(high - center, above))
 
 
-def common_error(shared_sem: float, level: float) -> float:
-    """How far the standard error that all losses have in common reaches (Normal); 0 where it is not known."""
-    return float(stats.norm.ppf((1 + level) / 2) * np.nan_to_num(shared_sem))
+@dataclasses.dataclass(frozen=True)
+class SharedError:
+    """The error that all losses have in common, being of one held-out text: Student's t by the number of its documents."""
 
+    sem: float = 0.0  # standard error, nats per token; nan: not known
+    freedom: float = np.inf  # documents - 1
 
-def common_shift(shared_sem: float, count: int, seed: int) -> np.ndarray:
-    """(count,) draws of the error that all losses have in common; from numbers of its own, so that nothing else changes."""
-    return np.nan_to_num(shared_sem) * np.random.default_rng([seed, 2]).normal(size=count)
+    def reach(self, level: float) -> float:
+        """How far it reaches to either side at that confidence; 0 where it is not known."""
+        return float(stats.t.ppf((1 + level) / 2, self.freedom) * np.nan_to_num(self.sem))
+
+    def draws(self, count: int, seed: int) -> np.ndarray:
+        """(count,) draws; from numbers of their own, so that nothing else changes."""
+        generator = np.random.default_rng([seed, 2])
+        t_S = generator.standard_t(self.freedom, count) if np.isfinite(self.freedom) else generator.normal(size=count)
+        return np.nan_to_num(self.sem) * t_S
 
 
 def crossings(statistic: Callable[[np.ndarray], np.ndarray], center: float, scale: float, limit: float) -> tuple[float, float]:

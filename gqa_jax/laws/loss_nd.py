@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import least_squares, loss_nd_fit, points
+from gqa_jax.laws import loss_nd_fit, points
 from gqa_jax.laws.heads import Heads
+from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.laws.loss_nd_fit import LARGEST_RATE, SMALLEST_RATE, DrawsND, Problem
 from gqa_jax.laws.points import only
 from gqa_jax.shapes import Aspect, paper_aspect
@@ -194,9 +195,9 @@ class LossNDByHeads(Mapping[Heads, LossND]):
         return self.problem.fit.sigma
 
     @property
-    def shared_sem(self) -> float:
-        """As `LawsByHeads.shared_sem`: in the intervals and draws of E."""
-        return self.problem.shared_sem
+    def shared(self) -> SharedError:
+        """As `LawsByHeads.shared`: in the intervals and draws of E."""
+        return self.problem.shared
 
     @property
     def dof(self) -> int:
@@ -289,7 +290,7 @@ def fit_loss_nd_by_heads(
                 f"heads {name}: one size has finished, an alpha of its own needs 2 or more; or alpha_by_heads=False"
             )
     problem = loss_nd_fit.fit(heads, n, d, y, np.ones_like(y), group, alpha_by_heads, log, huber_delta)
-    problem = dataclasses.replace(problem, shared_sem=points.shared_sem(rows) or 0.0)
+    problem = dataclasses.replace(problem, shared=points.shared_error(rows))
     return LossNDByHeads(
         problem,
         context=int(rows["context"].iloc[0]),
@@ -331,7 +332,7 @@ def _doubts(problem: Problem) -> list[str]:
         found.append(f"tokens spread by a factor of {spread:.2g} about their trend in N only: A and B are hardly told apart")
     if np.isfinite(fit.sigma) and fit.status != "SINGULAR":
         own = stats.t.ppf(0.975, fit.dof) * np.sqrt(fit.covariance[0, 0])
-        width = 2 * np.hypot(own, least_squares.common_error(problem.shared_sem, 0.95))
+        width = 2 * np.hypot(own, problem.shared.reach(0.95))
         if width > WIDE_ENTROPY:
             found.append(f"E is known to about {width:.2f} nats only (95%, linearised): losses near it are guesses")
     return found

@@ -17,6 +17,7 @@ from scipy import optimize
 
 from gqa_jax.laws import least_squares
 from gqa_jax.laws.heads import Heads
+from gqa_jax.laws.least_squares import SharedError
 
 MIN_RUNS = 6
 MIN_VALUES = 3  # of N, and of D: with two of them an exponent and E can't be told apart
@@ -62,7 +63,7 @@ class Problem:
     log: bool
     huber_delta: float | None
     fit: least_squares.Fit
-    shared_sem: float = 0.0  # standard error that all losses, and so E, have in common: `points.shared_sem`
+    shared: SharedError = SharedError()  # noqa: RUF009 (frozen): the error that all losses have in common
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -169,9 +170,9 @@ class Problem:
         limit = least_squares.threshold(self.fit.sigma, self.fit.dof, level)
         low, high = least_squares.crossings(rise, center[place], scale, limit)
         low, high = max(low, lower[place]), min(high, upper[place])
-        if place > 0 or not self.shared_sem > 0:
+        if place > 0 or not self.shared.sem > 0:
             return low, high
-        common = least_squares.common_error(self.shared_sem, level)
+        common = self.shared.reach(level)
         low, high = least_squares.widened(center[0], (low, high), common, common)
         return max(low, lower[0]), high
 
@@ -201,7 +202,7 @@ class Problem:
             theta = np.concatenate([self.refit(self.fit.theta, y[part], weights=weights[part])[0] for part in parts])
             full = theta @ self.uncentred.T
             rates = full[:, self._alpha(np.arange(len(self.heads)))]
-            shift = least_squares.common_shift(self.shared_sem, count, seed)
+            shift = self.shared.draws(count, seed)
             self._kept[key] = DrawsND(
                 full[:, 0] + shift, full[:, 1], full[:, 2], full[:, 3 : 3 + len(self.heads)], rates, shift
             )

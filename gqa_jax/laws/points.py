@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax.laws.heads import LLAMA3, Heads
+from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.shapes import Aspect
 
 MIN_SIZES = 3
@@ -114,6 +115,14 @@ def shared_sem(rows: pd.DataFrame) -> float | None:
     known = column(rows, "loss_sem")
     known = known[np.isfinite(known)]
     return float(np.sqrt(np.mean(known**2))) if known.size else np.nan
+
+
+def shared_error(rows: pd.DataFrame) -> SharedError:
+    """`shared_sem` with the degrees of freedom of the fewest documents of a run; 0 where each run's own is its weight."""
+    sem = shared_sem(rows)
+    documents = column(rows, "eval_documents")
+    known = documents[np.isfinite(documents)]
+    return SharedError(sem or 0.0, known.min() - 1 if known.size and known.min() > 1 else np.inf)
 
 
 def about_text(rows: pd.DataFrame) -> list[str]:

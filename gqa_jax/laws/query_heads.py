@@ -17,6 +17,7 @@ import pandas as pd
 
 from gqa_jax.laws import contexts, least_squares, points
 from gqa_jax.laws.block import SMALLEST_B, Block, fit_block
+from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.laws.points import Runs
 
 MIN_HEAD_COUNTS = 3
@@ -65,13 +66,13 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
       blocks: curves that share a c, fitted together; their coefficients are (c, then ln a at the mean ln n_h and -b per curve).
       sigma: standard deviation of a run's loss about its curve, pooled, nats per token; nan without degrees of freedom.
       dof: runs minus fitted coefficients.
-      shared_sem: standard error that all losses, and so c, have in common: as in `LawsByHeads`.
+      shared: the error that all losses, and so c, have in common.
       warnings: sentences that every answer from these laws must carry.
     """
 
     def __init__(self, blocks: Sequence[Block], n_kv_heads: int, constant: str | float, warnings: Sequence[str]):
         self.n_kv_heads, self.constant = n_kv_heads, constant
-        self.shared_sem = blocks[0].shared_sem
+        self.shared = blocks[0].shared
         self.dof = sum(block.fit.dof for block in blocks)
         squares = sum(block.fit.sigma**2 * block.fit.dof for block in blocks if block.fit.dof > 0)
         self.sigma = float(np.sqrt(squares / self.dof)) if self.dof > 0 else np.nan
@@ -184,7 +185,7 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
                 kept[curve] = Runs(*(getattr(runs, field.name)[smaller] for field in dataclasses.fields(Runs)))
         rows = []
         enough = all(runs.n_sizes >= (2 if isinstance(self.constant, float) else MIN_HEAD_COUNTS) for runs in kept.values())
-        blocks = _fit(kept, self.constant, self.shared_sem) if enough else []
+        blocks = _fit(kept, self.constant, self.shared) if enough else []
         predicted = {curve: law for block in blocks for curve, law in _laws(block).items()}
         for curve, law in self.items():
             most = law.n_heads.max()
@@ -250,9 +251,9 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         )
     constant = _checked(constant, float(rows["loss"].astype(np.float64).min()))
     rows = rows.assign(scale=rows.groupby("size_name")["params_non_embedding"].transform("max"))  # smaller sizes first
-    shared = points.shared_sem(rows)
+    shared, own = points.shared_error(rows), points.shared_sem(rows) is None
     groups = {
-        Curve(size, int(context)): points.runs_of(chosen.sort_values("n_heads", kind="stable"), shared is None, "n_heads")
+        Curve(size, int(context)): points.runs_of(chosen.sort_values("n_heads", kind="stable"), own, "n_heads")
         for (_, size, context), chosen in rows.groupby(["scale", "size_name", "context"])
     }
     needed = 2 if isinstance(constant, float) else MIN_HEAD_COUNTS
@@ -269,11 +270,11 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
     return LawsByQueryHeads(_fit(groups, constant, shared), int(kinds[0]), constant, said)
 
 
-def _fit(groups: Mapping[Curve, Runs], constant: str | float, shared_sem: float | None) -> list[Block]:
+def _fit(groups: Mapping[Curve, Runs], constant: str | float, shared: SharedError) -> list[Block]:
     if isinstance(constant, float):
-        return [fit_block(groups, entropy=constant, shared_sem=shared_sem)]
+        return [fit_block(groups, entropy=constant, shared=shared)]
     parts = [groups] if constant == "shared" else [{curve: runs} for curve, runs in groups.items()]
-    return [fit_block(part, shared_sem=shared_sem) for part in parts]
+    return [fit_block(part, shared=shared) for part in parts]
 
 
 def _laws(block: Block) -> dict[Curve, QueryHeadsLaw]:

@@ -57,7 +57,7 @@ def loss_vs_params(
         labels.heads_legend(ax, list(laws))
     else:
         labels.label_ends(ax, ends)
-    sure = style.sure(getattr(laws, "shared_sem", 0.0))
+    sure = style.sure(laws)
     return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}; {sure}")
 
 

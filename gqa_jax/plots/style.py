@@ -142,11 +142,12 @@ def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
     return None
 
 
-def sure(shared_sem: float) -> str:
+def sure(laws: Any) -> str:
     """What bars and bands are. An error that all losses have in common moves all points alike: no bar. nan: it is not known."""
-    if shared_sem == 0:
+    shared = getattr(laws, "shared", None)
+    if shared is None or shared.sem == 0:
         return SURE
-    return "bands: 95%" + (f"; held-out text: ± {1.96 * shared_sem:.3f} for all alike" if shared_sem > 0 else "")
+    return "bands: 95%" + (f"; held-out text: ± {shared.reach(0.95):.3f} for all alike" if shared.sem > 0 else "")
 
 
 def log_axis(axis: Axis, unit: float = 1.0, text: Callable[[float], str] | None = None) -> None:
