@@ -270,7 +270,7 @@ def _open_slowly(folder, results):
 
 def test_processes_that_open_a_store_at_once_wait_for_one_of_them(copy, made, tmp_path, monkeypatch):
     monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "verification"))
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_open_slowly, args=(copy, results)) for _ in range(3)]
     for process in processes:
