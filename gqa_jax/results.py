@@ -116,7 +116,7 @@ EVALUATION_COLUMNS = (
     Column("task", "string", "", "what was evaluated: held-out, the text held out of the training"),
     Column("source", "string", "", "where that text comes from; empty: all of it"),
     Column("context", "Int64", "tokens", "length of the windows, T"),
-    Column("position", "string", "", "how many tokens came before in the window, as 0, 1, 2-3, 4-7; empty: any"),
+    Column("position", "string", "", "how many targets came before in the window, as 0, 1, 2-3, 4-7; empty: any"),
     Column("metric", "string", "", "loss or bits_per_byte"),
     Column("value", "Float64", "as unit says", "the mean"),
     Column("standard_error", "Float64", "as unit says", "of value, clustered by document; see loss_sem of the loss table"),
@@ -190,7 +190,8 @@ def load_differences(
     """Differences in held-out loss between runs of a grid folder, local or gs://, paired by documents: `DIFFERENCE_COLUMNS`.
 
     What makes one text harder than another is the same for both runs and cancels, so the standard error is far below that of
-    the losses. Documents are the same where their tokens are, whatever store they come from. Where the losses by document of
+    the losses. Documents are the same where their tokens are, whatever store they come from, and the same targets of them were
+    read: runs with other evaluation.tokens, data.block_tokens or windows share few or none. Where the losses by document of
     a run are missing or damaged its differences are empty, and `note` says so. Exported tables hold some pairs only.
 
     Args:

@@ -268,6 +268,10 @@ def test_documents_and_bytes_of_evaluation(store, tokens, windows):
         assert documents.text_bytes[i] == ((number[places] == own) & ~is_eos[places]).sum()
         ids = stored[(number == own) & ~is_eos].astype("<u4").tobytes()
         assert documents.hashes[i] == int.from_bytes(hashlib.sha256(ids).digest()[:8], "big")
+        inside = places[number[places] == own] - np.flatnonzero(number == own)[0]
+        breaks = np.flatnonzero(np.diff(inside) > 1)
+        ends = np.sort([inside[0], *inside[breaks] + 1, *inside[breaks + 1], inside[-1] + 1])
+        assert documents.targets[i] == int.from_bytes(hashlib.sha256(ends.astype("<i8").tobytes()).digest()[:8], "big")
     assert documents.sources.tolist() == [0] * len(documents.numbers)
     assert documents.source_names == ["a.jsonl"]
     assert (reader.heldout_tokens, reader.heldout_documents) == (len(stored), is_eos.sum())

@@ -184,8 +184,9 @@ def add_evaluation(folder, name, by_document):
 def documents(loss, hashes=(1, 2, 3, 4)):
     tokens = np.array([10, 20, 30, 40])
     return evaluation.Documents(
-        np.array(hashes, np.uint64), np.zeros(4, np.int32), np.array(["web"]), tokens, tokens, np.array(loss) * tokens
-    )
+        document=np.array(hashes, np.uint64), source=np.zeros(4, np.int32), sources=np.array(["web"]), tokens=tokens,
+        targets=np.zeros(4, np.uint64), text_bytes=tokens, loss=np.array(loss) * tokens,
+    )  # fmt: skip
 
 
 @pytest.fixture

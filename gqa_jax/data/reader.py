@@ -2,7 +2,7 @@
 
 Each epoch shuffles blocks of `block_tokens` targets by (seed, epoch) and cuts every block into windows of T inputs with
 stride T, window i giving inputs x[iT : iT + T] and targets x[iT + 1 : iT + T + 1]. Every token of a block is a target exactly
-exactly once, and tokens and targets come in the same order at every T that divides block_tokens, for any mesh, number of
+once, and tokens and targets come in the same order at every T that divides block_tokens, for any mesh, number of
 processes and accumulation. The paper instead drops a remainder per 1,000 documents, so that its token set changes with T.
 
 Legend: B sequences of the whole batch, R sequences of it that this process reads, T context length in tokens.
@@ -145,6 +145,7 @@ class HeldOutDocuments:
 
     numbers: np.ndarray  # int64 (D,): index in the split
     tokens: np.ndarray  # int64 (D,): its targets
+    targets: np.ndarray  # uint64 (D,): hash of which of its tokens these are
     text_bytes: np.ndarray  # int64 (D,): bytes of UTF-8 that these targets decode to
     hashes: np.ndarray  # uint64 (D,): of all its ids, the same in any store made with the same tokenizer
     sources: np.ndarray  # int32 (D,): index in `source_names`; -1 where the store keeps none
@@ -237,18 +238,28 @@ class EvalBatches:
             tokenizer = self._store.tokenizer()
         except (ValueError, OSError) as error:
             raise ReaderError(f"bits per byte need the tokenizer of {self._store.path}: {error}") from error
-        text_bytes, hashes = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.uint64)
+        text_bytes = np.empty(len(numbers), np.int64)
+        hashes, targets = np.empty(len(numbers), np.uint64), np.empty(len(numbers), np.uint64)
         own = np.searchsorted(index[begins], np.arange(len(numbers) + 1))
         for i, number in enumerate(numbers.tolist()):
             start = int(self._ends[number - 1]) if number else 0
             ids = tokens[start : self._ends[number]]
             _check_ids(ids, self._vocab_size, self._source)
-            counted = tokenizer.bytes_at(ids, (stretches[own[i] : own[i + 1]] - start).ravel())
+            within = (stretches[own[i] : own[i + 1]] - start).ravel()
+            counted = tokenizer.bytes_at(ids, within)
             text_bytes[i] = (counted[1::2] - counted[0::2]).sum()
-            digest = hashlib.sha256(ids[ids != self._store.eos_id].astype("<u4").tobytes()).digest()
-            hashes[i] = int.from_bytes(digest[:8], "big")
+            hashes[i] = _hash(ids[ids != self._store.eos_id].astype("<u4"))
+            targets[i] = _hash(within.astype("<i8"))
         names, sources = self._store.sources(self._split) or ([], np.full(len(self._ends), -1, np.int32))
-        return HeldOutDocuments(numbers, np.bincount(index), text_bytes, hashes, sources[numbers], names)
+        return HeldOutDocuments(
+            numbers=numbers,
+            tokens=np.bincount(index),
+            targets=targets,
+            text_bytes=text_bytes,
+            hashes=hashes,
+            sources=sources[numbers],
+            source_names=names,
+        )
 
     @functools.cached_property
     def _positions(self) -> np.ndarray:
@@ -279,6 +290,11 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[i] for i in range(len(self)))
+
+
+def _hash(values: np.ndarray) -> int:
+    """The first 8 bytes, big-endian, of the SHA-256 of an array."""
+    return int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:8], "big")
 
 
 def _starts(n: int, unit: int, free: int) -> np.ndarray:
