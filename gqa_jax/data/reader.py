@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gqa_jax.config import WINDOWS, TrainConfig
-from gqa_jax.data.store import TokenStore
+from gqa_jax.data.store import BUILT_IN, TokenStore
 from gqa_jax.errors import closest
 
 
@@ -174,6 +174,7 @@ class EvalBatches:
         windows: str = "spread",
         split: str = "validation",
         document_mask: bool = False,
+        prepared: bool = True,
     ):
         """Checks the reading; the rest as in `Batches`.
 
@@ -181,6 +182,7 @@ class EvalBatches:
           tokens: targets, a multiple of T.
           block_tokens: unit of the shuffle, a multiple of T; the same in all runs that are compared.
           windows: "spread" or "first".
+          prepared: whether the store was made by `prepare`, so that more can be held out: said where it has too few tokens.
         Raises:
           ReaderError: sizes that don't divide, a split with too few tokens.
         """
@@ -197,9 +199,11 @@ class EvalBatches:
         if len(stored) <= tokens:
             fitting = (len(stored) - 1) // context_length * context_length
             fix = f"use evaluation.tokens <= {fitting}" if fitting > 0 else "use a shorter context_length"
+            if prepared:
+                fix += ", or prepare the store with a smaller --holdout_every"
             raise ReaderError(
                 f"evaluation.tokens = {tokens:,} needs {tokens + 1:,} held-out tokens; the {split} split of {store.path} has "
-                f"{len(stored):,}: {fix}, or prepare the store with a smaller --holdout_every"
+                f"{len(stored):,}: {fix}"
             )
         self.tokens = tokens
         self.context_length = context_length
@@ -332,6 +336,7 @@ def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]
         block_tokens=config.data.block_tokens,
         windows=config.evaluation.windows,
         document_mask=config.data.document_mask,
+        prepared=config.data.store not in BUILT_IN,
     )
     return train, held_out
 
