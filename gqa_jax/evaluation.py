@@ -58,6 +58,7 @@ class Documents(NamedTuple):
     source: np.ndarray  # int32 (D,): index in `sources`; -1 where the store keeps none
     sources: np.ndarray  # str: names
     tokens: np.ndarray  # int64 (D,): targets
+    targets: np.ndarray  # uint64 (D,): hash of where in the document these are
     text_bytes: np.ndarray  # int64 (D,): bytes of text that these stand for
     loss: np.ndarray  # float64 (D,): nats, summed over them
 
@@ -156,19 +157,20 @@ class Difference(NamedTuple):
 
     estimate: Estimate  # nats per token
     tokens: int
-    left_out: int  # documents of either that the other doesn't have, or not with as many targets
+    left_out: int  # documents of either that the other doesn't have, or not with the same targets
 
 
 def difference(ours: Documents, theirs: Documents) -> Difference | None:
     """The difference in loss with its standard error, paired by documents: what they share cancels. None without a document.
 
-    Documents are the same where their ids are, and as many targets of them were counted.
+    Documents are the same where their ids are, and the same targets of them were counted: losses of one part of a document say
+    little of another part.
     """
-    keys = (ours.document, ours.tokens), (theirs.document, theirs.tokens)
+    keys = [(one.document, one.tokens, one.targets) for one in (ours, theirs)]
     if all(map(np.array_equal, *keys)):
         a = b = np.arange(len(ours.document))
     else:
-        mine, others = (_numbered(*pair) for pair in keys)
+        mine, others = (_numbered(*key) for key in keys)
         common = [key for key in mine if key in others]
         a, b = (np.array([numbers[key] for key in common], np.int64) for numbers in (mine, others))
     if not len(a):
@@ -177,10 +179,10 @@ def difference(ours: Documents, theirs: Documents) -> Difference | None:
     return Difference(found, int(ours.tokens[a].sum()), len(ours.document) + len(theirs.document) - 2 * len(a))
 
 
-def _numbered(hashes: np.ndarray, tokens: np.ndarray) -> dict[tuple[int, int, int], int]:
-    """Index of each document by its hash, its targets, and how many before it have both, as equal texts do."""
+def _numbered(*columns: np.ndarray) -> dict[tuple[int, ...], int]:
+    """Index of each document by what it has in the columns, and how many before it have the same, as equal texts do."""
     seen, result = Counter(), {}
-    for i, key in enumerate(zip(hashes.tolist(), tokens.tolist(), strict=True)):
+    for i, key in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
         result[*key, seen[key]] = i
         seen[key] += 1
     return result
@@ -203,9 +205,12 @@ def from_bytes(content: bytes) -> Documents:
     """What `to_bytes` was given. Raises ValueError when that can't be read."""
     try:
         with np.load(io.BytesIO(content)) as arrays:
-            found = Documents(*(arrays[name] for name in Documents._fields))
+            missing = [name for name in Documents._fields if name not in arrays]
+            found = None if missing else Documents(*(arrays[name] for name in Documents._fields))
     except Exception as error:  # zipfile and numpy raise many kinds
         raise ValueError(errors.named(error)) from error
+    if found is None:
+        raise ValueError(f"it has no {', '.join(missing)}")
     sizes = {len(getattr(found, name)) for name in Documents._fields if name != "sources"}
     if len(sizes) != 1 or not np.isfinite(found.loss).all():
         raise ValueError("its columns don't fit together")
@@ -231,4 +236,12 @@ def _parts(source: str, position: str, sums: np.ndarray, tokens: np.ndarray, tex
 
 def _by_document(held_out: HeldOutDocuments, sums: np.ndarray) -> Documents:
     names = np.array(held_out.source_names, dtype=np.str_)
-    return Documents(held_out.hashes, held_out.sources, names, held_out.tokens, held_out.text_bytes, sums)
+    return Documents(
+        document=held_out.hashes,
+        source=held_out.sources,
+        sources=names,
+        tokens=held_out.tokens,
+        targets=held_out.targets,
+        text_bytes=held_out.text_bytes,
+        loss=sums,
+    )

@@ -11,6 +11,7 @@ theirs (`gqa_jax.config.TrainConfig.rules`).
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -116,7 +117,7 @@ EVALUATION_COLUMNS = (
     Column("task", "string", "", "what was evaluated: held-out, the text held out of the training"),
     Column("source", "string", "", "where that text comes from; empty: all of it"),
     Column("context", "Int64", "tokens", "length of the windows, T"),
-    Column("position", "string", "", "how many tokens came before in the window, as 0, 1, 2-3, 4-7; empty: any"),
+    Column("position", "string", "", "how many targets came before in the window, as 0, 1, 2-3, 4-7; empty: any"),
     Column("metric", "string", "", "loss or bits_per_byte"),
     Column("value", "Float64", "as unit says", "the mean"),
     Column("standard_error", "Float64", "as unit says", "of value, clustered by document; see loss_sem of the loss table"),
@@ -142,7 +143,8 @@ DIFFERENCE_COLUMNS = (
 def load_results(path: os.PathLike | str) -> pd.DataFrame:
     """The loss table of a grid folder, local or gs://: one row per run that has a result, columns `LOSS_COLUMNS`.
 
-    Reads the run folders; a folder that holds exported tables only gives those.
+    Reads the run folders; a folder that holds exported tables only gives those. Of a grid folder the runs are those that its
+    grid.json names; a warning tells of others that have finished.
 
     Raises:
       FileNotFoundError: neither is there.
@@ -190,7 +192,8 @@ def load_differences(
     """Differences in held-out loss between runs of a grid folder, local or gs://, paired by documents: `DIFFERENCE_COLUMNS`.
 
     What makes one text harder than another is the same for both runs and cancels, so the standard error is far below that of
-    the losses. Documents are the same where their tokens are, whatever store they come from. Where the losses by document of
+    the losses. Documents are the same where their tokens are, whatever store they come from, and the same targets of them were
+    read: runs with other evaluation.tokens, data.block_tokens or windows share few or none. Where the losses by document of
     a run are missing or damaged its differences are empty, and `note` says so. Exported tables hold some pairs only.
 
     Args:
@@ -233,10 +236,33 @@ def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
 
 
 def _cell_names(root: epath.Path) -> list[str] | None:
-    """Names of the runs, first those of the grid as it is now; None: there are no run folders."""
-    if (facts := storage.read_json(root / "grid.json")) is not None:
-        return list(dict.fromkeys([*facts["cells"], *facts.get("old_cells", [])]))
-    return storage.names(root / "cells") or None
+    """Names of the runs, first those of the grid as it is now; None: there are no run folders.
+
+    Warns of finished runs that grid.json does not name, as when the grid was changed since: they are in no table.
+    """
+    there = storage.names(root / "cells")
+    if (facts := storage.read_json(root / "grid.json")) is None:
+        return there or None
+    named = list(dict.fromkeys([*facts["cells"], *facts.get("old_cells", [])]))
+    strangers = sorted({*there} - {*named})
+    paths = [root / "cells" / name / "result.json" for name in strangers]
+    contents = storage.each(storage.read_bytes, paths, remote=storage.is_remote(root))
+    finished = tuple(name for name, content in zip(strangers, contents, strict=True) if content is not None)
+    if finished:
+        _warn_of_strangers(os.fspath(root), finished)
+    return named
+
+
+@functools.lru_cache
+def _warn_of_strangers(root: str, names: tuple[str, ...]) -> None:
+    """Once for the same runs: the tables of a grid are read one after another."""
+    runs, are = ("runs", "are") if len(names) > 1 else ("run", "is")
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    log.warning(
+        "%d finished %s in %s/cells %s not of grid.json, so not in the tables: %s. If the grid was changed since, all runs are "
+        "read once %s/grid.json is moved away",
+        len(names), runs, root, are, ", ".join(names[:2]) + more, root,
+    )  # fmt: skip
 
 
 def _exported(root: epath.Path, name: str) -> pd.DataFrame:

@@ -190,7 +190,7 @@ def _source(config: TrainConfig, workdir: epath.Path, fingerprint: str) -> dict[
         if result["data_fingerprint"] != fingerprint:
             raise ConfigError(
                 f"{name} was trained on other data: data.fingerprint: {fingerprint[:12]} here, "
-                f"{result['data_fingerprint'][:12]} there. Use the same token store"
+                f"{result['data_fingerprint'][:12]} there. Use the same token store{run_folder.data_of_first_version(config)}"
             )
         return result
 

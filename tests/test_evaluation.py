@@ -1,5 +1,6 @@
 """Held-out loss: its error by documents, its parts, bits per byte by what ids decode to, differences between runs."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -219,11 +220,12 @@ def test_text_of_no_bytes_has_no_bits_per_byte(batches):
     assert {part.metric for part in result.parts} == {"loss"}
 
 
-def documents(hashes, tokens, loss):
+def documents(hashes, tokens, loss, targets=0):
     n = len(hashes)
     return evaluation.Documents(
-        np.array(hashes, np.uint64), np.full(n, -1, np.int32), np.array([], np.str_), np.array(tokens), np.array(tokens),
-        np.array(loss, float),
+        document=np.array(hashes, np.uint64), source=np.full(n, -1, np.int32), sources=np.array([], np.str_),
+        tokens=np.array(tokens), targets=np.broadcast_to(np.array(targets, np.uint64), n), text_bytes=np.array(tokens),
+        loss=np.array(loss, float),
     )  # fmt: skip
 
 
@@ -261,6 +263,28 @@ def test_a_difference_between_stores_is_of_the_documents_that_both_have():
     assert evaluation.difference(ours, documents([1], [4], [2.0])) is None
 
 
+def test_documents_are_compared_where_the_same_of_their_targets_were_counted(tmp_path):
+    """Not where only as many were: units twice as long read other parts of a document, here as long in all."""
+    texts = [f"{i:02d} of the addresses " * 23 for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    store = prepare(Recipe((str(tmp_path / "a.jsonl"),), tokenizer="bytes", holdout_every=4), tmp_path / "store")
+
+    def evaluated(**changes):
+        settings = {"tokens": 768, "context_length": 8, "batch_size": 7, "block_tokens": 16} | changes
+        return evaluation.evaluate(losses_of, EvalBatches(store, **settings)).by_document
+
+    ours = evaluated()
+    same = evaluation.difference(ours, evaluated(context_length=16))
+    assert (same.tokens, same.left_out, same.estimate.n_documents) == (768, 0, len(ours.document))
+    others = evaluated(block_tokens=32)
+    counts = [set(zip(one.document.tolist(), one.tokens.tolist(), strict=True)) for one in (ours, others)]
+    assert counts[0] == counts[1]
+    assert evaluation.difference(ours, others) is None
+
+    found = evaluation.difference(documents([1, 2], [4, 5], [2.0, 3.0], [7, 8]), documents([2, 1], [5, 4], [1.0, 1.0], [9, 7]))
+    assert (found.estimate.value, found.tokens, found.left_out) == (0.25, 4, 2)
+
+
 def test_documents_of_a_run_are_read_as_they_were_written(batches):
     found = evaluation.evaluate(losses_of, batches).by_document
     content = evaluation.to_bytes(found)
@@ -268,6 +292,10 @@ def test_documents_of_a_run_are_read_as_they_were_written(batches):
     for name, column in evaluation.from_bytes(content)._asdict().items():
         np.testing.assert_array_equal(column, getattr(found, name))
         assert column.dtype == getattr(found, name).dtype
+    without = io.BytesIO()  # as files of before there were `targets`
+    np.savez(without, **{name: column for name, column in found._asdict().items() if name != "targets"})
+    with pytest.raises(ValueError, match="it has no targets"):
+        evaluation.from_bytes(without.getvalue())
     flipped = bytearray(content)
     flipped[len(flipped) // 2] ^= 1
     short = evaluation.to_bytes(found._replace(loss=found.loss[1:]))

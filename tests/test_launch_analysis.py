@@ -28,6 +28,15 @@ def small(tmp_path, monkeypatch):
     return file, layout, cells
 
 
+def test_finished_runs_that_are_left_out_are_told_of(small, caplog):
+    _, layout, cells = small
+    facts = json.loads((layout.root / "grid.json").read_text())
+    (layout.root / "grid.json").write_text(json.dumps(facts | {"cells": facts["cells"][1:]}))
+    main(["fit", str(layout.root)])
+    (message,) = caplog.messages
+    assert f"not in the tables: {cells[0].name}. If" in message
+
+
 class TestOptimum:
     def test_answers_from_the_papers_data(self, capsys):
         assert main(ASK) == 0

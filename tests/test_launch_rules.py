@@ -337,8 +337,9 @@ class TestDocuments:
             loss = 100 * (result["loss"] + hard + generator.normal(0, 0.01, 11))
             count = np.full(11, 100)
             documents = evaluation.Documents(
-                np.arange(11, dtype=np.uint64), np.zeros(11, np.int32), np.array(["a"]), count, count, loss
-            )
+                document=np.arange(11, dtype=np.uint64), source=np.zeros(11, np.int32), sources=np.array(["a"]), tokens=count,
+                targets=np.zeros(11, np.uint64), text_bytes=count, loss=loss,
+            )  # fmt: skip
             storage.write_bytes(layout.cell(cell.name) / "documents.npz", evaluation.to_bytes(documents))
             error = evaluation.estimate(loss, count).standard_error
             write_json(path, result | {"loss": float(loss.sum() / 1100), "loss_sem": error})

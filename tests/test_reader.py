@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.data.prepare import Recipe, prepare
-from gqa_jax.data.reader import Batches, EvalBatches, ReaderError, _block_order, _starts, read
+from gqa_jax.data.reader import Batches, EvalBatches, ReaderError, _block_order, _starts, check, read
 from gqa_jax.data.store import SOURCES, TokenStore
 
 BLOCK = 64
@@ -268,6 +269,10 @@ def test_documents_and_bytes_of_evaluation(store, tokens, windows):
         assert documents.text_bytes[i] == ((number[places] == own) & ~is_eos[places]).sum()
         ids = stored[(number == own) & ~is_eos].astype("<u4").tobytes()
         assert documents.hashes[i] == int.from_bytes(hashlib.sha256(ids).digest()[:8], "big")
+        inside = places[number[places] == own] - np.flatnonzero(number == own)[0]
+        breaks = np.flatnonzero(np.diff(inside) > 1)
+        ends = np.sort([inside[0], *inside[breaks] + 1, *inside[breaks + 1], inside[-1] + 1])
+        assert documents.targets[i] == int.from_bytes(hashlib.sha256(ends.astype("<i8").tobytes()).digest()[:8], "big")
     assert documents.sources.tolist() == [0] * len(documents.numbers)
     assert documents.source_names == ["a.jsonl"]
     assert (reader.heldout_tokens, reader.heldout_documents) == (len(stored), is_eos.sum())
@@ -314,6 +319,17 @@ def test_a_tokenizer_that_is_gone_is_said(tmp_path):
     (made.path / "tokenizer.json").unlink()
     with pytest.raises(ReaderError, match=r"bits per byte need the tokenizer of .*store: "):
         _ = held_out(made, 64).documents
+
+
+@pytest.mark.parametrize("name", ["sotu-bytes", "sotu-bytes@position", "data"])
+def test_a_built_in_store_is_not_to_be_prepared_otherwise(store, name):
+    changes = {"context_length": 32, "batch_tokens": 64, "accumulation_steps": 1, "tokens": 64, "evaluation.tokens": 32_000}
+    changes |= {"data.store": name, "data.block_tokens": BLOCK, "model.vocab_size": 320}
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ReaderError, match=r"held-out tokens; .*: use evaluation\.tokens <= \d+") as raised:
+        check(TrainConfig.from_dict(config.to_dict()), store)
+    assert str(raised.value).endswith(", or prepare the store with a smaller --holdout_every") == (name == "data")
 
 
 def test_evaluation_that_does_not_fit(store):

@@ -40,6 +40,40 @@ def test_loss_table_obeys_its_schema(folder):
             "device"} <= set(table.columns)  # fmt: skip
 
 
+def leave_out(folder, *names):
+    """As when the grid was changed, and run again, since these cells were."""
+    facts = storage.read_json(folder / "grid.json")
+    write_json(folder / "grid.json", facts | {"cells": [name for name in facts["cells"] if name not in names]})
+
+
+def test_finished_runs_that_the_grid_does_not_name_are_told_of(folder, caplog):
+    *finished, unfinished = storage.read_json(folder / "grid.json")["cells"]
+    (folder / "cells" / ".DS_Store").write_text("")
+    leave_out(folder, unfinished)
+    assert len(gqa_jax.load_results(folder)) == 5
+    assert caplog.messages == []  # it is in no table in any case
+    leave_out(folder, finished[1])
+    assert finished[1] not in set(gqa_jax.load_results(folder)["cell"])
+    for load in (gqa_jax.load_results, gqa_jax.load_costs, gqa_jax.load_evaluations, gqa_jax.load_differences):
+        load(folder)
+    (message,) = caplog.messages
+    assert message.startswith(f"1 finished run in {folder}/cells is not of grid.json, so not in the tables: {finished[1]}. If")
+    leave_out(folder, *finished[:3])
+    gqa_jax.load_evaluations(folder)
+    gqa_jax.load_results(folder)
+    first, second = sorted(finished[:3])[:2]
+    (_, message) = caplog.messages
+    assert message.startswith(f"3 finished runs in {folder}/cells are not of grid.json, so not in the tables: ")
+    assert f": {first}, {second} and 1 more. If" in message
+    facts = storage.read_json(folder / "grid.json")
+    write_json(folder / "grid.json", facts | {"old_cells": finished[:3]})
+    assert len(gqa_jax.load_results(folder)) == 5
+    (folder / "grid.json").unlink()
+    (folder / "cells" / ".DS_Store").unlink()
+    assert len(gqa_jax.load_results(folder)) == 5
+    assert len(caplog.messages) == 2
+
+
 def test_missing_numbers_are_empty_and_never_zero(folder):
     table = gqa_jax.load_results(folder)
     assert table["mfu"].isna().all()
@@ -184,8 +218,9 @@ def add_evaluation(folder, name, by_document):
 def documents(loss, hashes=(1, 2, 3, 4)):
     tokens = np.array([10, 20, 30, 40])
     return evaluation.Documents(
-        np.array(hashes, np.uint64), np.zeros(4, np.int32), np.array(["web"]), tokens, tokens, np.array(loss) * tokens
-    )
+        document=np.array(hashes, np.uint64), source=np.zeros(4, np.int32), sources=np.array(["web"]), tokens=tokens,
+        targets=np.zeros(4, np.uint64), text_bytes=tokens, loss=np.array(loss) * tokens,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -311,13 +346,16 @@ def test_missing_and_damaged_losses_by_document_are_said(evaluated):
     assert not pd.isna(one["difference"])
 
 
-def test_evaluations_on_a_bucket_read_the_same(evaluated, gcs_root):
+def test_evaluations_on_a_bucket_read_the_same(evaluated, gcs_root, caplog):
     folder, names = evaluated
+    leave_out(folder, names[1])
     storage.upload(folder, gcs_root)
     pd.testing.assert_frame_equal(gqa_jax.load_evaluations(gcs_root), gqa_jax.load_evaluations(folder))
     pd.testing.assert_frame_equal(
         gqa_jax.load_differences(gcs_root, other=names[0]), gqa_jax.load_differences(folder, other=names[0])
     )
+    for message, root in zip(caplog.messages, (gcs_root, folder), strict=True):
+        assert message.startswith(f"1 finished run in {root}/cells is not of grid.json, so not in the tables: {names[1]}. If")
 
 
 def test_functions_are_exported():

@@ -2,7 +2,7 @@
 
 Each epoch shuffles blocks of `block_tokens` targets by (seed, epoch) and cuts every block into windows of T inputs with
 stride T, window i giving inputs x[iT : iT + T] and targets x[iT + 1 : iT + T + 1]. Every token of a block is a target exactly
-exactly once, and tokens and targets come in the same order at every T that divides block_tokens, for any mesh, number of
+once, and tokens and targets come in the same order at every T that divides block_tokens, for any mesh, number of
 processes and accumulation. The paper instead drops a remainder per 1,000 documents, so that its token set changes with T.
 
 Legend: B sequences of the whole batch, R sequences of it that this process reads, T context length in tokens.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gqa_jax.config import WINDOWS, TrainConfig
-from gqa_jax.data.store import TokenStore
+from gqa_jax.data.store import BUILT_IN, TokenStore
 from gqa_jax.errors import closest
 
 
@@ -145,6 +145,7 @@ class HeldOutDocuments:
 
     numbers: np.ndarray  # int64 (D,): index in the split
     tokens: np.ndarray  # int64 (D,): its targets
+    targets: np.ndarray  # uint64 (D,): hash of which of its tokens these are
     text_bytes: np.ndarray  # int64 (D,): bytes of UTF-8 that these targets decode to
     hashes: np.ndarray  # uint64 (D,): of all its ids, the same in any store made with the same tokenizer
     sources: np.ndarray  # int32 (D,): index in `source_names`; -1 where the store keeps none
@@ -173,6 +174,7 @@ class EvalBatches:
         windows: str = "spread",
         split: str = "validation",
         document_mask: bool = False,
+        prepared: bool = True,
     ):
         """Checks the reading; the rest as in `Batches`.
 
@@ -180,6 +182,7 @@ class EvalBatches:
           tokens: targets, a multiple of T.
           block_tokens: unit of the shuffle, a multiple of T; the same in all runs that are compared.
           windows: "spread" or "first".
+          prepared: whether the store was made by `prepare`, so that more can be held out: said where it has too few tokens.
         Raises:
           ReaderError: sizes that don't divide, a split with too few tokens.
         """
@@ -196,9 +199,11 @@ class EvalBatches:
         if len(stored) <= tokens:
             fitting = (len(stored) - 1) // context_length * context_length
             fix = f"use evaluation.tokens <= {fitting}" if fitting > 0 else "use a shorter context_length"
+            if prepared:
+                fix += ", or prepare the store with a smaller --holdout_every"
             raise ReaderError(
                 f"evaluation.tokens = {tokens:,} needs {tokens + 1:,} held-out tokens; the {split} split of {store.path} has "
-                f"{len(stored):,}: {fix}, or prepare the store with a smaller --holdout_every"
+                f"{len(stored):,}: {fix}"
             )
         self.tokens = tokens
         self.context_length = context_length
@@ -237,18 +242,28 @@ class EvalBatches:
             tokenizer = self._store.tokenizer()
         except (ValueError, OSError) as error:
             raise ReaderError(f"bits per byte need the tokenizer of {self._store.path}: {error}") from error
-        text_bytes, hashes = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.uint64)
+        text_bytes = np.empty(len(numbers), np.int64)
+        hashes, targets = np.empty(len(numbers), np.uint64), np.empty(len(numbers), np.uint64)
         own = np.searchsorted(index[begins], np.arange(len(numbers) + 1))
         for i, number in enumerate(numbers.tolist()):
             start = int(self._ends[number - 1]) if number else 0
             ids = tokens[start : self._ends[number]]
             _check_ids(ids, self._vocab_size, self._source)
-            counted = tokenizer.bytes_at(ids, (stretches[own[i] : own[i + 1]] - start).ravel())
+            within = (stretches[own[i] : own[i + 1]] - start).ravel()
+            counted = tokenizer.bytes_at(ids, within)
             text_bytes[i] = (counted[1::2] - counted[0::2]).sum()
-            digest = hashlib.sha256(ids[ids != self._store.eos_id].astype("<u4").tobytes()).digest()
-            hashes[i] = int.from_bytes(digest[:8], "big")
+            hashes[i] = _hash(ids[ids != self._store.eos_id].astype("<u4"))
+            targets[i] = _hash(within.astype("<i8"))
         names, sources = self._store.sources(self._split) or ([], np.full(len(self._ends), -1, np.int32))
-        return HeldOutDocuments(numbers, np.bincount(index), text_bytes, hashes, sources[numbers], names)
+        return HeldOutDocuments(
+            numbers=numbers,
+            tokens=np.bincount(index),
+            targets=targets,
+            text_bytes=text_bytes,
+            hashes=hashes,
+            sources=sources[numbers],
+            source_names=names,
+        )
 
     @functools.cached_property
     def _positions(self) -> np.ndarray:
@@ -279,6 +294,11 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[i] for i in range(len(self)))
+
+
+def _hash(values: np.ndarray) -> int:
+    """The first 8 bytes, big-endian, of the SHA-256 of an array."""
+    return int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:8], "big")
 
 
 def _starts(n: int, unit: int, free: int) -> np.ndarray:
@@ -316,6 +336,7 @@ def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]
         block_tokens=config.data.block_tokens,
         windows=config.evaluation.windows,
         document_mask=config.data.document_mask,
+        prepared=config.data.store not in BUILT_IN,
     )
     return train, held_out
 
