@@ -42,7 +42,7 @@ def test_a_file_that_was_edited_in_place(lines, command, tmp_path, capsys, monke
     lines.write_text(good.replace("good", "evil"))  # as many bytes
     os.utime(lines, ns=(0, 10**18))
     assert prepare.main(command) == 2
-    assert f"as they were; since then {lines} changed; nothing was changed in the store: choose" in capsys.readouterr().err
+    assert f"as they were; since then {lines} has changed; nothing was changed in the store: choose" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
     lines.write_text(good)  # another time, the same text
     assert prepare.main(command) == 0
@@ -60,11 +60,22 @@ def test_many_changes_are_counted(tmp_path):
     for i in range(7):
         (tmp_path / f"{i}.txt").write_text(f"TEXT {i}")
         os.utime(tmp_path / f"{i}.txt", ns=(0, 10**18))
-    with pytest.raises(StoreError, match=r"since then \S+0.txt, \S+1.txt, \S+2.txt, \S+3.txt, \S+4.txt, and 2 more changed"):
+    with pytest.raises(StoreError, match=r"since then \S+0.txt has changed, .*\S+4.txt has changed, and 2 more;"):
         prepare.prepare(recipe, tmp_path / "store")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"files": [{"name": "in.jsonl"}]}', '{"files": []}'])
+def test_files_that_came_and_went_are_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.txt").write_text(f"text of {name}")
+    recipe = prepare.Recipe((str(tmp_path / "in"),), "bytes")
+    prepare.prepare(recipe, tmp_path / "store")
+    (tmp_path / "in" / "b.txt").rename(tmp_path / "in" / "c.txt")
+    with pytest.raises(StoreError, match=r"since then \S+c\.txt is new, b\.txt is gone; nothing was changed in the store"):
+        prepare.prepare(recipe, tmp_path / "store")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": [{"name": "in.jsonl"}]}'])
 def test_an_unusable_record(command, tmp_path, content, capsys):
     assert prepare.main(command) == 0
     (tmp_path / "store" / "inputs.json").write_text(content)
@@ -173,4 +184,4 @@ def test_the_record_goes_with_the_store_to_a_bucket(lines, tmp_path, gcs_root, m
     lines.write_text(lines.read_text().replace("good", "evil"))
     os.utime(lines, ns=(0, 10**18))
     assert prepare.main(command) == 2
-    assert f"since then {lines} changed" in capsys.readouterr().err
+    assert f"since then {lines} has changed" in capsys.readouterr().err

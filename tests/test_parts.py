@@ -194,6 +194,18 @@ def test_the_end_of_a_single_document(tmp_path, text, every, start, first_bytes)
         assert (arrays["names"].tolist(), arrays["train"].tolist(), arrays["validation"].tolist()) == (["a"], [0], [0])
 
 
+def test_bytes_of_both_ends_are_in_proportion_to_what_they_decode_to(tmp_path):
+    """Where the tokenizer writes more than there was, as spaces between its tokens, the first end must not take all bytes."""
+
+    class Spaced(ByteTokenizer):
+        def bytes_at(self, ids, ends):
+            return 3 * super().bytes_at(ids, ends)
+
+    (part,), _ = parts.encode_documents([("a" * 1000, 0)], Spaced(), tmp_path)
+    facts = parts.assemble_tail(part, "a", tmp_path, Spaced(), 10)
+    assert [facts[split]["bytes"] for split in ("train", "validation")] == [896, 104]
+
+
 def test_a_document_that_is_too_short_for_an_end(tmp_path):
     (part,), _ = parts.encode_documents([("a", 0)], ByteTokenizer(), tmp_path)
     with pytest.raises(InputError, match="1 document of 1 token: too short to hold out its end"):

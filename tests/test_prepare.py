@@ -89,7 +89,7 @@ def test_finished_store_is_not_overwritten(lines, tmp_path, capsys):
     assert "nothing was changed: choose another --out, or delete that folder first" in message
     Path(lines).write_text(Path(lines).read_text() + '{"text": "more"}\n')
     assert prepare.main(command) == 2
-    assert "bytes:" in capsys.readouterr().err
+    assert f"since then {lines} has changed; nothing was changed" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
@@ -227,7 +227,10 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path, capsys):
     for spec in ("bytes", "gpt2", "bpe:270"):
         out = tmp_path / spec
         assert prepare.main([str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", spec]) == 0
-        assert "note: 1 document: its end is held out" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "note: 1 document: its end is held out" in said
+        assert "held out is the end of its one document: " in said
+        assert "1 source: a.txt (the end of its 1 document held out)\n" in said
         made = TokenStore.open(out, verify=True)
         texts = [made.tokenizer().decode(made.tokens(split)[:-1]) for split in store.SPLITS]
         assert "".join(texts) == (tmp_path / "a.txt").read_text()
@@ -273,7 +276,8 @@ def test_every_domain_is_held_out_whatever_the_order(tmp_path):
         np.testing.assert_array_equal(other.tokens("validation"), first.tokens("validation"))
         np.testing.assert_array_equal(other.documents("validation"), first.documents("validation"))
         np.testing.assert_array_equal(other.sources("validation")[1], sources)
-        assert other.header["splits"]["train"]["bytes"] == first.header["splits"]["train"]["bytes"]
+        assert other.fingerprint == first.fingerprint  # of train too
+        assert other.header["provenance"]["request"] == first.header["provenance"]["request"]
 
     lines = [json.dumps({"text": f"{text}{i}", "domain": name}) + "\n" for i in range(200) for name, text in DOMAINS.items()]
     (tmp_path / "turns.jsonl").write_text("".join(lines))
@@ -304,6 +308,63 @@ def test_sources_without_text_are_said(tmp_path, capsys):
     assert prepare.main(command) == 0
     assert "note: source blank has no text\n" in capsys.readouterr().out
     assert TokenStore.open(tmp_path / "store").sources("train")[0] == ["full"]
+
+
+def test_a_bpe_of_an_input_that_was_edited_since_is_not_taken(lines, tmp_path, monkeypatch):
+    """After a run that was stopped when it was trained; the edited file has the same name and size."""
+    recipe, out = prepare.Recipe((str(lines),), "bpe:270", holdout_every=5), tmp_path / "store"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(parts, "encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(recipe, out)
+    assert len(list((out / "parts").glob("bpe-*.json"))) == 1
+    Path(lines).write_text(Path(lines).read_text().replace("a", "u"))
+    made = prepare.prepare(recipe, out)
+    assert made.fingerprint == prepare.prepare(recipe, tmp_path / "fresh").fingerprint
+
+
+def test_what_can_be_said_no_more_is_a_sentence(lines, tmp_path, capsys):
+    command = [str(lines), "--out", str(tmp_path / "store"), "--tokenizer", "bytes"]
+    assert prepare.main(command) == 0
+    header = tmp_path / "store" / "header.json"
+    for damage, message in (
+        (lambda: (tmp_path / "store" / "sources.npz").write_bytes(b"PK"), "sources.npz is damaged"),
+        (lambda: (tmp_path / "store" / "train.bin").write_bytes(b""), "header says"),
+        (lambda: _without_every(header), "lacks or garbles 'every'"),
+    ):
+        capsys.readouterr()
+        damage()
+        assert prepare.main([*command, "--report"]) == 2
+        assert message in (said := capsys.readouterr().err)
+        assert "Traceback" not in said
+    lost = tmp_path / "lost"
+    assert prepare.main([str(lines), "--out", str(lost), "--tokenizer", "bytes"]) == 0
+    ids = np.fromfile(lost / "train.bin", "<u2")
+    ids[3] ^= 1
+    ids.tofile(lost / "train.bin")
+    capsys.readouterr()
+    assert prepare.main([str(lines), "--out", str(lost), "--tokenizer", "bytes"]) == 2
+    assert f"to make it again delete {lost} first, then give the same command" in capsys.readouterr().err
+
+
+def _without_every(header):
+    values = json.loads(header.read_text())
+    del values["holdout"]["every"]
+    header.write_text(json.dumps(values))
+
+
+def test_a_reader_of_the_report_that_has_seen_enough(lines, tmp_path):
+    command = [sys.executable, "-m", "gqa_jax.data.prepare", str(lines), "--out", str(tmp_path / "store"), "--report"]
+    with subprocess.Popen([*command, "--tokenizer", "bytes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        assert (run.wait(60), run.stderr.read()) == (0, "")
+
+
+def test_lines_that_are_all_bad_are_told_of(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("[1]\n" * 3)
+    command = [str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "store"), "--tokenizer", "bytes", "--bad_lines", "skip"]
+    assert prepare.main(command) == 2
+    assert re.search(r"0 documents \(0 empty ones\); 3 bad lines: .* \(\S*a\.jsonl:1\)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("rule", store.HOLDOUT_RULES)

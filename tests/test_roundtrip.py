@@ -37,6 +37,18 @@ def test_a_tokenizer_that_drops_characters():
     assert "w" not in after
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_tokenizer_that_marks_words_by_their_space_loses_nothing(scheme):
+    """A piece that began with a space would come back without it."""
+    words = [f"word{i}" for i in range(4000)]
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": True}
+    alphabet = sorted({"\u2581", *"".join(words)})
+    model = {"type": "BPE", "vocab": {"</s>": 0} | {letter: i for i, letter in enumerate(alphabet, 1)}, "merges": []}
+    content = FEW_LETTERS | {"decoder": metaspace, "pre_tokenizer": metaspace, "model": model}
+    found = roundtrip.sample([" ".join(words)], HuggingFaceTokenizer(json.dumps(content).encode(), "words"))
+    assert (found.pieces > 8, found.changed, found.example) == (True, 0, None)
+
+
 def test_pieces_are_taken_from_all_over_the_text():
     class Failing(ByteTokenizer):
         def encode_batch(self, texts):

@@ -45,9 +45,9 @@ def test_summary_and_report(command, tmp_path, capsys, monkeypatch):
     held_out = made.header["splits"]["validation"]["documents"]
     for line in (
         "held out by hash of the text, one document of 20: ",
-        f"2 sources: books.jsonl ({held_out} of 61 documents held out), letter.jsonl (0 of 1 documents held out)\n",
+        f"2 sources: books.jsonl ({held_out} of 61 documents held out), letter.jsonl (0 of 1 document held out)\n",
         "LOSES TEXT: of a sample (",
-        "1 document with the text of another, on the side of that one\n",
+        "1 exact copy of another document, always in the same split\n",
         f"{held_out} of {held_out} held-out paragraphs (100.0%), in {held_out} of {held_out} documents, are in the training",
         "left out: 48 paths (22 hidden, 1 README beside data, 1 the same file as 0, 24 for other reasons)\n",
         "3 bad lines left out: see --report\n",
@@ -84,16 +84,26 @@ def test_a_store_without_doubts_is_short(tmp_path, capsys):
     short = capsys.readouterr().out
     assert "lossless on a sample (64 pieces of documents" in short
     assert "1 source: sotu (10 of 233 documents held out)" in short
-    for word in ("note", "left out:", "bad", "with the text of another", "paragraphs", "LOSES"):
+    for word in ("note", "left out:", "bad", "exact cop", "paragraphs", "LOSES"):
         assert word not in short
     assert prepare.main([*command, "--report"]) == 0
     assert "0 of 10 held-out paragraphs (0.0%), in 0 of 10 documents, are in the training split too" in capsys.readouterr().out
 
 
+def test_copies_are_on_both_sides_where_documents_are_held_out_by_position(tmp_path, capsys):
+    texts = ["all the same" if i % 2 == 0 else f"text {i}" for i in range(40)]  # held out are numbers 10 and 30
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--out"]
+    assert prepare.main([*command, str(tmp_path / "position"), "--holdout_rule", "position"]) == 0
+    assert "19 exact copies of another document; 2 held-out documents in the training split too\n" in capsys.readouterr().out
+    assert prepare.main([*command, str(tmp_path / "hash")]) == 0
+    assert "19 exact copies of another document, always in the same split\n" in capsys.readouterr().out
+
+
 def test_a_share_that_is_far_from_what_was_asked_for(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i}" * (1 + 1000 * (i == 9))}) + "\n" for i in range(10)))
     assert prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "store"), "--tokenizer", "bytes"]) == 0
-    assert "times the 5.0% of the tokens that were asked for" in capsys.readouterr().out
+    assert " of the tokens are held out, 0.05 was asked for: few documents" in capsys.readouterr().out
 
 
 def test_the_command_of_a_store_of_the_first_version(tmp_path, monkeypatch, capsys):

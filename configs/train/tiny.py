@@ -1,7 +1,7 @@
 """A model of 0.1M parameters on the State of the Union addresses, byte by byte: the first thing to run.
 
-Needs nothing but this checkout; well under a minute on two CPU cores. Expected: 1.761 nats (2.540 bits) per byte, ± 0.042 over 10
-of the 10 held-out documents; on all of their text 1.757.
+Needs nothing but this checkout; well under a minute on two CPU cores. Expected: 1.761 nats (2.540 bits) per byte, ± 0.042 over
+10 of the 10 held-out documents; on all of their text 1.757.
 
     python -m gqa_jax.train --config=configs/train/tiny.py --workdir=runs/tiny
 """

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -44,6 +46,11 @@ class InputFiles:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
+    @property
+    def states(self) -> list[tuple[int, ...]]:
+        """What tells each file from another that took its place, in order."""
+        return [_identity(state) for state in self._states.values()]
+
     def begin(self, source: Source) -> None:
         """The source is read from now on: its digest is begun."""
         if source.path is not None and source.path not in self._digests:
@@ -67,24 +74,34 @@ class InputFiles:
 
 
 def changed_since(out: Path | epath.Path, sources: Sequence[Source]) -> list[str] | None:
-    """Paths of files that are no longer those of the finished store in `out`, local or on gs://; None: it keeps no record.
+    """What is no longer as in the finished store in `out`, local or on gs://, a sentence a file; None: it keeps no record.
 
     A file of the recorded size and time is taken as it is; another is read. Raises StoreError for an unusable record.
     """
     content = storage.read_bytes(out / INPUTS)
     if content is None:
         return None
-    files = [source for source in sources if source.path is not None]
     try:
-        recorded = json.loads(content)["files"]
-        facts = [(file["bytes"], file["mtime_ns"], file["sha256"]) for file in recorded]
-        if [file["name"] for file in recorded] != [source.name for source in files]:
-            raise ValueError("it names other files")
+        facts = [(file["name"], (file["bytes"], file["mtime_ns"], file["sha256"])) for file in json.loads(content)["files"]]
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(
             f"{out / INPUTS} can't be used ({error}): delete it; changes of the inputs then go unnoticed"
         ) from error
-    return [shown(source.path) for source, fact in zip(files, facts, strict=True) if _differs(source.path, *fact)]
+    recorded = _numbered(facts)
+    now = _numbered((source.name, source.path) for source in sources if source.path is not None)
+    both = [key for key in now if key in recorded]
+    sentences = [f"{shown(now[key])} has changed" for key in both if _differs(now[key], *recorded[key])]
+    sentences += [f"{shown(path)} is new" for key, path in now.items() if key not in recorded]
+    return sentences + [f"{shown(name)} is gone" for name, number in recorded if (name, number) not in now]
+
+
+def _numbered(files: Iterable[tuple[str, Any]]) -> dict[tuple[str, int], Any]:
+    """Values by name, and by how many of that name came before: files of several inputs may have the same."""
+    seen, result = Counter(), {}
+    for name, value in files:
+        result[name, seen[name]] = value
+        seen[name] += 1
+    return result
 
 
 def _differs(path: Path, size: int, mtime_ns: int, sha256: str) -> bool:

@@ -161,7 +161,9 @@ def assemble_tail(part: Part, source: str, out: Path, tokenizer: Tokenizer, ever
     with np.load(part.path) as arrays:
         ids = arrays["tokens"][:-1]
     start = tail_start(len(ids), every)
-    first_bytes = min(int(tokenizer.bytes_at(ids, [start])[0]), part.text_bytes)
+    # In proportion to what both ends decode to, which may be more or less than the text.
+    first_decoded, decoded = tokenizer.bytes_at(ids, [start, len(ids)]).tolist()
+    first_bytes = round(part.text_bytes * first_decoded / decoded) if decoded else part.text_bytes * start // len(ids)
     facts = {}
     for name, own, text_bytes in (
         ("train", ids[:start], first_bytes),

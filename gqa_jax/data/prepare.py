@@ -52,6 +52,7 @@ from gqa_jax.data.tokenizer import (
 
 log = logging.getLogger(__name__)
 
+_OF_FILES = ("files", "bytes", "inputs")  # fields of a request that say what the files were like
 BPE_TRAINING_CHARS = 256_000_000  # a BPE is trained on the first documents up to this much text, held-out ones left out
 MAX_SOURCES = 10_000  # values of --source_key: a loss is told for each
 
@@ -100,7 +101,9 @@ def prepare(
         _check_folder(work, recipe.inputs)
     if threads is not None and threads < 1:
         raise TokenizerError(f"--threads {threads}: must be at least 1")
-    found = find_sources(recipe.inputs, recipe.include, recipe.exclude)
+    found = given = find_sources(recipe.inputs, recipe.include, recipe.exclude)
+    if recipe.holdout_rule == "hash":  # by source, so that the store is the same for any order of the inputs
+        found = given._replace(sources=sorted(given.sources, key=lambda source: source.origin))
     size = bpe_size(recipe.tokenizer)
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.eos, threads) if size is None else None
     request = _request(recipe, found.sources, tokenizer)
@@ -108,10 +111,10 @@ def prepare(
     with store.locked(work, wait):
         if remote and store.exists(out):
             shutil.rmtree(work, ignore_errors=True)  # what was begun here, and the folder of the lock
-            return _finished(storage.path(out), request, found.sources)
+            return _finished(storage.path(out), recipe, request, found.sources, given.sources)
         if (work / store.HEADER).exists():
             shutil.rmtree(work / store.PARTS, ignore_errors=True)  # of a run that was killed after its last act but one
-            made = _finished(work, request, found.sources)
+            made = _finished(work, recipe, request, found.sources, given.sources)
         else:
             if remote:
                 log.info("preparing in %s", work)
@@ -131,11 +134,12 @@ def _make(
     with _Progress(found.sources, enabled=progress) as bar, inputs.InputFiles(found.sources) as files:
         if tokenizer is None:
             texts = _training_texts(_documents(found.sources, recipe.form, bar, files, Reading(), {}), recipe)
-            tokenizer = _trained_bpe(recipe, texts, folder, request)
+            tokenizer = _trained_bpe(recipe, texts, folder, request, files.states)
         documents = _documents(found.sources, recipe.form, bar, files, reading, names)
         done, empty = parts.encode_documents(documents, tokenizer, folder, bar.encoded)
         if not done:
-            raise InputError(f"no text in the input: 0 documents ({empty} empty ones)")
+            bad = "".join(f"; {one.count:,} bad lines: {why} ({one.first})" for why, one in reading.bad_lines.items())
+            raise InputError(f"no text in the input: 0 documents ({empty} empty ones){bad}")
         files.write_record(out)
     splits, facts = _assembled(recipe, done, list(names), out, tokenizer)
     if tokenizer.json is not None:
@@ -177,10 +181,13 @@ def _assembled(
     names = [name for name, has in zip(names, has_text, strict=True) if has]
     index = index._replace(sources=(np.cumsum(has_text) - 1)[index.sources])
     documents, every = len(index.hashes), recipe.holdout_every
-    overlap = None
+    overlap = both = None
     if recipe.holdout_rule == "hash" and documents == 1:
         splits = parts.assemble_tail(done[0], names[0], out, tokenizer, every)
-        doubts.append("1 document: its end is held out, which is more like the rest of it than other documents are")
+        doubts.append(
+            "1 document: its end is held out, which is more like the rest of it than other documents are, so its loss is lower "
+            "than that of new text"
+        )
     else:
         if recipe.holdout_rule == "position":
             split = holdout.by_position(documents, every)
@@ -188,8 +195,10 @@ def _assembled(
             split = holdout.by_hash(index.hashes, index.sources, names, every)
         splits, overlap = parts.assemble(done, index, split, names, out, tokenizer)
         doubts += split.doubts
+        held_out = index.hashes[split.held_out]
+        both = int(np.isin(held_out, index.hashes[~split.held_out]).sum())
     copies = documents - len(np.unique(index.hashes))
-    return splits, {"doubts": doubts, "paragraphs": overlap, "copies": copies}
+    return splits, {"doubts": doubts, "paragraphs": overlap, "copies": copies, "documents_in_both": both, "tail": both is None}
 
 
 def _work_folder(out: str | os.PathLike) -> Path:
@@ -252,6 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             exclude=options.exclude,
         )
         made = prepare(recipe, out, options.threads, progress=sys.stderr.isatty() and not options.quiet)
+        seconds = None if was_there else time.perf_counter() - begin
+        said = [] if options.quiet else [summary.short(made, out, seconds)]
+        print("\n".join([*said, *([summary.report(made)] if options.report else [])]), end="\n" * bool(said or options.report))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads this has seen enough, as `head`: the store is made
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
@@ -262,10 +277,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prepare: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    if not options.quiet:
-        print(summary.short(made, out, None if was_there else time.perf_counter() - begin))
-    if options.report:
-        print(summary.report(made))
     return 0
 
 
@@ -357,9 +368,11 @@ def _documents(
     bar.end()
 
 
-def _trained_bpe(recipe: Recipe, texts: Iterator[str], folder: Path, request: dict[str, Any]) -> HuggingFaceTokenizer:
-    """The BPE of this request: found from an earlier run, or trained on texts that aren't held out."""
-    path = folder / f"bpe-{_digest(request)[:32]}.json"
+def _trained_bpe(
+    recipe: Recipe, texts: Iterator[str], folder: Path, request: dict[str, Any], files: list[tuple[int, ...]]
+) -> HuggingFaceTokenizer:
+    """The BPE of this request: found from an earlier run on the very `files`, or trained on texts that aren't held out."""
+    path = folder / f"bpe-{_digest([request, files])[:32]}.json"
     if path.exists():
         return HuggingFaceTokenizer(path.read_bytes(), recipe.tokenizer, END_OF_TEXT)
     tokenizer = train_bpe(_limited(texts, BPE_TRAINING_CHARS), bpe_size(recipe.tokenizer))
@@ -424,31 +437,50 @@ def _request(recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer | N
         **dataclasses.asdict(recipe.form),
         "files": len(sources),
         "bytes": sum(source.size or 0 for source in sources),
-        "inputs": _digest([[source.name, source.size] for source in sources])[:12],
+        "inputs": _inputs_digest(sources),
         "sources": ", ".join(origins) if len(origins) <= 10 else f"{len(origins)} sources, {_digest(origins)[:12]}",
     }
 
 
-def _finished(out: Path | epath.Path, request: dict[str, Any], sources: Sequence[Source]) -> TokenStore:
-    """The finished store in `out`, when it is of this request and its inputs are what they were; its header comes first."""
+def _inputs_digest(sources: Sequence[Source]) -> str:
+    return _digest([[source.name, source.size] for source in sources])[:12]
+
+
+def _finished(
+    out: Path | epath.Path, recipe: Recipe, request: dict[str, Any], sources: Sequence[Source], given: Sequence[Source]
+) -> TokenStore:
+    """The finished store in `out`, when it is of this request and its inputs are what they were; its header comes first.
+
+    `given`: the sources in the order in which they were given, as the first version read them.
+    """
     provenance = store.read_header(out)["provenance"]
+    is_first = "holdout_rule" not in provenance.get("request", {})
+    if is_first:
+        request = request | {"inputs": _inputs_digest(given)}
     # The first version knew fewer settings: it did what the default of each says, held out by position, and named no sources.
     earlier = {name: getattr(Format(), name) for name in ("source_key", "bad_lines")}
     earlier |= {name: request[name] for name in ("holdout_rule", "sources")}
-    if differing := differing_fields(request, earlier | provenance["request"]):
+    theirs = earlier | provenance.get("request", {})
+    differing = differing_fields(request, theirs)
+    changed = inputs.changed_since(out, sources)
+    if differing and (not changed or any(request[name] != theirs.get(name) for name in request if name not in _OF_FILES)):
+        others = is_first and request["files"] != theirs.get("files")
+        why = "; since then links are followed, and README and the like beside data are left out" if others else ""
         raise StoreError(
-            f"{out} holds a finished store of another request ({'; '.join(differing)}); nothing was changed: "
+            f"{out} holds a finished store of another request ({'; '.join(differing)}{why}); nothing was changed: "
             "choose another --out, or delete that folder first"
         )
-    changed = inputs.changed_since(out, sources)
     if changed:
         raise StoreError(
-            f"{out} holds a finished store of these inputs as they were; since then {few(changed)} changed; "
+            f"{out} holds a finished store of these inputs as they were; since then {few(changed)}; "
             "nothing was changed in the store: choose another --out, or delete that folder first"
         )
     if changed is None and (newer := _newer(sources, provenance["created"])):
         log.warning("%s was written after %s was made, which keeps no record of its inputs: is it of this text?", newer, out)
-    return store.open_store(out if storage.is_remote(out) else Path(out).absolute())  # never a built-in name
+    try:
+        return store.open_store(out if storage.is_remote(out) else Path(out).absolute())  # never a built-in name
+    except StoreError as error:
+        raise StoreError(f"{error}; to make it again delete {out} first, then give the same command") from error
 
 
 def _newer(sources: Sequence[Source], created: str) -> Path | None:

@@ -7,6 +7,7 @@ normalise characters or white space: a loss per byte of such a text is not one o
 from __future__ import annotations
 
 import dataclasses
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from gqa_jax.data.tokenizer import Tokenizer
 
 PIECES = 64  # of every chunk of documents (16 million characters)
 PIECE_CHARS = 1024
+_WORD = re.compile(r"(?<=\s)\S")
 _SHOWN = 24  # characters of an example
 
 
@@ -52,9 +54,15 @@ def sample(texts: Sequence[str], tokenizer: Tokenizer) -> Sample:
         position = (2 * i + 1) * ends[-1] // (2 * PIECES)
         document = bisect_right(ends, position)
         offset = position - (ends[document] - len(texts[document]))
-        starts[document, offset if offset >= PIECE_CHARS else 0] = None
+        starts[document, _word(texts[document], offset) if offset >= PIECE_CHARS else 0] = None
     pieces = [texts[document][start : start + PIECE_CHARS] for document, start in starts]
     return _compared(pieces, [tokenizer.decode(ids) for ids in tokenizer.encode_batch(pieces)])
+
+
+def _word(text: str, offset: int) -> int:
+    """Where a word begins at or after `offset`, if one does soon: white space at an end is not kept by every tokenizer."""
+    found = _WORD.search(text, offset, offset + PIECE_CHARS)
+    return found.start() if found else offset
 
 
 def _compared(texts: Sequence[str], decoded: Sequence[str]) -> Sample:

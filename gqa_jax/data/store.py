@@ -416,6 +416,7 @@ def read_header(path: Path | epath.Path) -> dict[str, Any]:
         _ = header["tokenizer"]["name"], np.dtype(header["dtype"])
         expected, found = header["fingerprint"], fingerprint(header)
         rule = _holdout_rule(header)
+        _ = "holdout" not in header or 1 / header["holdout"]["every"]
     except (KeyError, TypeError) as error:
         raise StoreError(f"{file} lacks or garbles {error}: prepare the store again") from error
     if found != expected:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gqa_jax.data.documents import Found, Reading
+from gqa_jax.data.sources import shown
 from gqa_jax.data.store import SPLITS, TokenStore
 
 _KEPT = 20  # reasons for leaving files out, paths of each, and notes, that the header keeps; of all there is the number
@@ -45,7 +46,7 @@ def short(made: TokenStore, out: os.PathLike, seconds: float | None) -> str:
     lines.append(f"  {_rule(made)}")
     if sources := _sources(made):
         few = [
-            f"{name} ({own['validation']['documents']:,} of {_both(own, 'documents'):,} documents held out)"
+            f"{name} ({'the end of its 1 document' if provenance.get('tail') else _of_how_many(own)} held out)"
             for name, own in list(sources.items())[:_SHOWN]
         ]
         more = f", and {len(sources) - _SHOWN:,} more" if len(sources) > _SHOWN else ""
@@ -53,7 +54,7 @@ def short(made: TokenStore, out: os.PathLike, seconds: float | None) -> str:
     lines.append(f"  tokenizer {made.header['tokenizer']['name']}, {made.vocab_size:,} ids as {made.header['dtype']}")
     lines += [f"  {sentence}" for sentence in _tokenizer_loss(provenance)]
     if provenance.get("copies") or (provenance.get("paragraphs") or {}).get("copied_paragraphs"):
-        lines += [f"  {sentence}" for sentence in _copies(provenance)]
+        lines += [f"  {sentence}" for sentence in _copies(made)]
     if left_out := provenance.get("left_out"):
         reasons = [f"{facts['files']:,} {reason}" for reason, facts in left_out.items()]
         others = provenance["n_left_out"] - sum(facts["files"] for facts in list(left_out.values())[:_SHOWN])
@@ -76,7 +77,7 @@ def report(made: TokenStore) -> str:
         rows = [
             (
                 name,
-                f"{_both(own, 'documents'):,}",
+                f"{1 if provenance.get('tail') else _both(own, 'documents'):,}",
                 f"{own['validation']['documents']:,}",
                 f"{_both(own, 'bytes') / 1e6:,.2f}",
                 f"{own['validation']['bytes'] / 1e6:,.2f}",
@@ -107,7 +108,7 @@ def report(made: TokenStore) -> str:
         f"{made.header['tokenizer']['name']}, {made.vocab_size:,} ids as {made.header['dtype']}",
         *(_tokenizer_loss(provenance) or [f"what it loses: {not_recorded}"]),
     ]
-    sections["copies"] = _copies(provenance) or [not_recorded]
+    sections["copies"] = _copies(made) or [not_recorded]
     if doubts := _doubts(made):
         sections["notes"] = doubts
     return "\n".join(line for title, lines in sections.items() for line in (f"{title}:", *(f"  {line}" for line in lines)))
@@ -121,6 +122,8 @@ def _rule(made: TokenStore) -> str:
         return (
             f"held out by position, one document of {every} in the order of the inputs (the rule of the first version): {share}"
         )
+    if made.header["provenance"].get("tail"):
+        return f"held out is the end of its one document: {share}"
     return f"held out by {made.holdout_rule} of the text, one document of {made.header['holdout']['every']}: {share}"
 
 
@@ -140,10 +143,14 @@ def _sources(made: TokenStore) -> dict[str, dict[str, dict[str, int]]]:
             "tokens": np.bincount(sources, tokens, len(names)).astype(np.int64),
         }
     rows = {
-        name: {split: {key: int(column[i]) for key, column in own.items()} for split, own in columns.items()}
+        shown(name): {split: {key: int(column[i]) for key, column in own.items()} for split, own in columns.items()}
         for i, name in enumerate(names)
     }
     return dict(sorted(rows.items(), key=lambda row: -_both(row[1], "bytes")))
+
+
+def _of_how_many(own: Mapping[str, Mapping[str, int]]) -> str:
+    return f"{own['validation']['documents']:,} of {_counted(_both(own, 'documents'), 'document')}"
 
 
 def _both(source: Mapping[str, Mapping[str, int]], key: str) -> int:
@@ -164,12 +171,17 @@ def _tokenizer_loss(provenance: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _copies(provenance: Mapping[str, Any]) -> list[str]:
+def _copies(made: TokenStore) -> list[str]:
     """Sentences on copies, none where there is no record."""
+    provenance = made.header["provenance"]
     if "copies" not in provenance:
         return []
     copies, found = provenance["copies"], provenance["paragraphs"]
-    lines = [f"{_counted(copies, 'document')} with the text of another, on the side of that one"]
+    lines = [f"{copies:,} exact {'copy' if copies == 1 else 'copies'} of another document"]
+    if copies and made.holdout_rule == "hash":
+        lines[0] += ", always in the same split"
+    elif copies:
+        lines[0] += f"; {_counted(provenance['documents_in_both'], 'held-out document')} in the training split too"
     if found is None:
         return [*lines, "paragraphs in both splits were not looked for: there is one document"]
     if not found["paragraphs"]:
@@ -192,7 +204,7 @@ def _doubts(made: TokenStore) -> list[str]:
     part = facts["validation"]["tokens"] * every / sum(facts[split]["tokens"] for split in SPLITS)
     if not 0.5 <= part <= 2:
         sentences.append(
-            f"held out is {part:.2f} times the {1 / every:.1%} of the tokens that were asked for: few documents, or of very "
+            f"{part / every:.2g} of the tokens are held out, {1 / every:.2g} was asked for: few documents, or of very "
             "different lengths"
         )
     return sentences
