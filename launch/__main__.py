@@ -186,7 +186,7 @@ def _begun(the: Choice, layout: Layout) -> Choice:
     if the.others:
         offer = ""
         if not the.asked:
-            offer = "; taken are these, as with --rules old" if found is not the else "; --rules old takes these"
+            offer = "; these are shown (as with --rules old)" if found is not the else "; --rules old takes these"
             offer += "; --rules new takes the grid under today's rules"
         print(f"launch: {the.said(layout)}{offer}", file=sys.stderr)
     return found
@@ -316,7 +316,7 @@ def _end(arguments, the: Choice, chosen: list[Cell], layout: Layout, engine: Exe
     if last.active:
         console.print(
             f"{len(last.submitted)} cells submitted, {last.active} on {engine.engine}: python -m launch status "
-            f"{shlex.quote(arguments.grid)}{_root(arguments)}",
+            f"{shlex.quote(arguments.grid)}{_root(arguments)}{the.option}",
             highlight=False,
             soft_wrap=True,
         )
@@ -473,7 +473,8 @@ def _retry(arguments, the: Choice, layout: Layout, console: Console) -> int:
             aside = _set_aside(layout.cell(cell.name), now)
             count += 1
             print(f"{cell.name}: {now.state} ({now.failure or now.cause}); its records are in {aside}")
-    print(f"{count} cells can run again: python -m launch run {shlex.quote(arguments.grid)}{_root(arguments)}")
+    again = f"python -m launch run {shlex.quote(arguments.grid)}{_root(arguments)}{the.option}"
+    print(f"{count} cells can run again: {again}")
     return EXIT_DONE
 
 
@@ -501,7 +502,8 @@ def _export(arguments, the: Choice, layout: Layout, console: Console) -> int:
         _write_answer(layout, console, arguments.rules)
     missing = sum(s.state not in state.FINAL for s in states)
     if missing:
-        console.print(f"{missing} of {len(the.cells)} cells are not finished and not in the tables")
+        under = " under today's rules" if the.rules == rules.NEW and (the.others or the.kept) else ""
+        console.print(f"{missing} of {len(the.cells)} cells{under} are not finished and not in the tables")
     _print_strangers(the, layout, console)
     return EXIT_DONE
 
@@ -541,7 +543,9 @@ def _write_plan(the: Choice, layout: Layout) -> None:
             storage.write_json(folder / "config.json", cell.config.to_dict())
 
     storage.each(write, the.cells, remote=storage.is_remote(layout.root))
-    storage.write_json(layout.root / "grid.json", grid.facts(the.grid, the.cells, the.others))
+    storage.write_json(
+        layout.root / "grid.json", grid.facts(the.grid, the.cells, [*(cell.name for cell in the.others), *the.kept])
+    )
 
 
 def _named(names: Sequence[str], cells: Sequence[Cell]) -> list[Cell]:

@@ -101,12 +101,13 @@ def write_fits(fits: Fits, out: Layout) -> tuple[pd.DataFrame, pd.DataFrame] | N
 
 
 def fit_table(one: Fitted) -> pd.DataFrame:
-    """One row per H: context, n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals, r_squared, points,
-    sigma, status, warnings.
+    """One row per H: context, rules of the runs, n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals,
+    r_squared, points, sigma, status, warnings.
     """
     laws = one.laws
     frame = laws.intervals()
     frame.insert(0, "context", one.context)
+    frame.insert(1, "rules", _rules_of(one))
     frame["n_heads"] = frame["n_heads"].astype("Int64")
     frame["r_squared"] = [law.r_squared for law in laws.values()]
     frame["points"] = [len(law.loss) for law in laws.values()]
@@ -116,10 +117,17 @@ def fit_table(one: Fitted) -> pd.DataFrame:
     return frame
 
 
+def _rules_of(one: Fitted) -> str | None:
+    """The rules of the runs, which are those of all; None: of other people's runs."""
+    known = one.rows["rules"].dropna() if "rules" in one.rows else ()
+    return str(known.iloc[0]) if len(known) else None
+
+
 def map_table(one: Fitted) -> pd.DataFrame:
-    """Every H for every loss and served context: `gqa_jax.optimum.optimum_map`, and the context of the training."""
+    """Every H for every loss and served context: `gqa_jax.optimum.optimum_map`; context and rules of the training."""
     frame = optimum.optimum_map(one.laws, one.losses, one.contexts_served, convention=one.convention)
     frame.insert(0, "context", one.context)
+    frame.insert(1, "rules", _rules_of(one))
     return frame.sort_values(
         ["context", "loss", "context_served", "rank"], ascending=[True, False, True, True], ignore_index=True
     )

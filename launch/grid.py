@@ -319,10 +319,10 @@ def select(all_cells: Sequence[Cell], where: str | None) -> list[Cell]:
     return chosen
 
 
-def facts(grid: Grid, all_cells: Sequence[Cell], others: Sequence[Cell] = ()) -> dict[str, Any]:
+def facts(grid: Grid, all_cells: Sequence[Cell], old_cells: Sequence[str] = ()) -> dict[str, Any]:
     """grid.json: what the tables need to know of the grid beside its cells (`gqa_jax.results.grid_facts`).
 
-    others: cells of the grid under other rules, which stay in the tables (as `old_cells`).
+    old_cells: names of those that were finished or begun under other rules, and stay in the tables.
     """
     found = {
         "name": grid.name,
@@ -331,7 +331,7 @@ def facts(grid: Grid, all_cells: Sequence[Cell], others: Sequence[Cell] = ()) ->
         "convention": grid.convention,
         "cells": [cell.name for cell in all_cells],
     }
-    return found | ({"old_cells": [cell.name for cell in others]} if others else {})
+    return found | ({"old_cells": list(old_cells)} if old_cells else {})
 
 
 def _open(name: str) -> store.TokenStore | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from gqa_jax import storage
+from gqa_jax import run_folder, storage
+from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from launch import grid
 from launch.grid import Cell, Grid, Layout
@@ -44,10 +45,11 @@ class Choice:
     grid: Grid
     cells: list[Cell]
     rules: str  # OLD or NEW
-    asked: bool  # by --rules
+    asked: bool  # by --rules; or the root was begun so, and what is printed has to say it
     others: list[Cell]  # of the same grid under the other rules, that have begun
     finished: int  # of those
     strangers: list[str]  # folders that are of no cell under either rules
+    kept: list[str]  # of other folders, finished under other rules than those of the cells: by another grid file, or before
 
     @property
     def option(self) -> str:
@@ -87,7 +89,9 @@ def choose(the_grid: Grid, layout: Layout, asked: str | None) -> Choice:
     contents = _contents(others, layout)
     others = [cell for cell in others if contents[cell.name]]
     finished = sum("result.json" in contents[cell.name] for cell in others)
-    return Choice(the_grid, cells, asked or NEW, asked is not None, others, finished, strangers)
+    kept = _under_other_rules(strangers, cells, layout)
+    strangers = [name for name in strangers if name not in kept]
+    return Choice(the_grid, cells, asked or NEW, asked is not None, others, finished, strangers, kept)
 
 
 def begun_with(found: Choice, layout: Layout) -> Choice:
@@ -98,7 +102,11 @@ def begun_with(found: Choice, layout: Layout) -> Choice:
     if any(_contents([cell for cell in found.cells if cell.name in there], layout).values()):
         return found
     old = grid.under_old_rules(found.grid)
-    return dataclasses.replace(found, grid=old, cells=_old_cells(found.grid), rules=OLD, others=[], finished=0)
+    cells = _old_cells(found.grid)
+    left = sorted([*found.strangers, *found.kept])
+    kept = _under_other_rules(left, cells, layout)
+    left = [name for name in left if name not in kept]
+    return Choice(old, cells, OLD, True, others=[], finished=0, strangers=left, kept=kept)
 
 
 def _old_cells(the_grid: Grid) -> list[Cell]:
@@ -111,6 +119,26 @@ def _old_cells(the_grid: Grid) -> list[Cell]:
                 "rules they are by position: give the store that the first version made, or leave --rules out"
             )
     return cells
+
+
+def _under_other_rules(names: Sequence[str], cells: Sequence[Cell], layout: Layout) -> list[str]:
+    """Those of the folders that hold a result under rules that no cell has."""
+    own = {cell.config.rules(cell.holdout) for cell in cells if cell.holdout is not None}
+
+    def stays(name: str) -> bool:
+        folder = layout.cell(name)
+        try:
+            result = run_folder.find_result(folder / "result.json")
+            if result is None:
+                return False
+            stored = storage.read_json(folder / "config.json")
+            found = result.get("rules") or TrainConfig.from_stored(stored).rules("position")
+        except (ValueError, TypeError):  # broken: `status` says so where it is a cell
+            return False
+        return found not in own
+
+    found = storage.each(stays, list(names), remote=storage.is_remote(layout.root))
+    return [name for name, is_kept in zip(names, found, strict=True) if is_kept]
 
 
 def _contents(cells: Sequence[Cell], layout: Layout) -> dict[str, set[str]]:

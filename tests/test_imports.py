@@ -89,7 +89,7 @@ TABLE = (
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.grid", ".errors .costs .config .data"),
-    Row("launch.rules", ".errors .storage launch.grid"),
+    Row("launch.rules", ".errors .config .storage .run_folder launch.grid"),
     Row("launch.executor", ".errors .config .hardware launch.grid"),
     Row("launch.bundle", ".errors .storage .run_folder"),
     Row("launch.local", ".errors .storage .run_folder launch.grid launch.executor"),
