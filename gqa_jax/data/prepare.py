@@ -530,7 +530,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m gqa_jax.data.prepare",
         description="Turn text into a token store that training reads (data.store=OUT).",
         epilog="A run that was stopped goes on when the same command is given again. Example:\n"
-        "  python -m gqa_jax.data.prepare --out stores/web --tokenizer gpt2 web/*.jsonl.zst",
+        "  python -m gqa_jax.data.prepare --out stores/web --tokenizer gpt2 web/ books/",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
