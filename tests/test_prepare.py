@@ -400,6 +400,17 @@ def test_unsuitable_folders(lines, tmp_path):
         prepare.prepare(recipe, tmp_path / "store")
 
 
+def test_a_link_from_an_input_to_the_store(lines, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    (tmp_path / "in" / "made").symlink_to(tmp_path / "stores")
+    (tmp_path / "stores" / "one").mkdir(parents=True)
+    (tmp_path / "stores" / "one" / "header.json").write_text("{}")
+    recipe = prepare.Recipe((str(tmp_path / "in"),), "bytes")
+    with pytest.raises(StoreError, match=r"is reached from an input, as \S+in/made/one/header\.json, and would be read"):
+        prepare.prepare(recipe, tmp_path / "stores" / "one")
+
+
 def test_malformed_line_keeps_what_was_done(lines, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parts, "CHUNK_CHARS", 200)
     good = Path(lines).read_text()

@@ -102,6 +102,8 @@ def prepare(
     if threads is not None and threads < 1:
         raise TokenizerError(f"--threads {threads}: must be at least 1")
     found = given = find_sources(recipe.inputs, recipe.include, recipe.exclude)
+    if not remote:
+        _check_outside(work, found.sources)
     if recipe.holdout_rule == "hash":  # by source, so that the store is the same for any order of the inputs
         found = given._replace(sources=sorted(given.sources, key=lambda source: source.origin))
     size = bpe_size(recipe.tokenizer)
@@ -503,6 +505,15 @@ def _check_folder(out: Path, inputs: Sequence[str]) -> None:
         raise StoreError(f"--out {out} isn't empty and holds no token store: give a new or an empty folder")
 
 
+def _check_outside(out: Path, sources: Sequence[Source]) -> None:
+    """Raises StoreError where a link leads from an input into the folder of the store."""
+    folder = os.path.join(os.path.realpath(out), "")
+    if inside := next((one.path for one in sources if one.path and os.path.realpath(one.path).startswith(folder)), None):
+        raise StoreError(
+            f"--out {out} is reached from an input, as {shown(inside)}, and would be read as text: put it elsewhere"
+        )
+
+
 def _stderr_console() -> Any:
     from rich.console import Console
 
@@ -537,8 +548,9 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="file, folder (its files, sorted), sotu (the embedded corpus) or hf:NAME[@CONFIG][:SPLIT]. Files: .jsonl and "
-        ".json (one object a line), .parquet, anything else as plain text; .gz, .zst and .xz after the name",
+        help="file, folder (its files, sorted), sotu (the embedded corpus) or hf:NAME[@CONFIG][:SPLIT]; each is a source, and "
+        "losses are told for each. Files: JSON lines, JSON arrays, Parquet, CSV, TSV, anything else as plain text (UTF-8, or "
+        "UTF-16 with its mark), packed by gzip, zstd, xz or bzip2 or not",
     )
     parser.add_argument("--out", required=True, help="folder of the store, local or gs://BUCKET/FOLDER")
     parser.add_argument(
