@@ -6,16 +6,13 @@ import decimal
 import functools
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from gqa_jax.data.kinds import LARGEST, Opened, bad_utf8
+from gqa_jax.data.kinds import LARGEST, SPACE, Opened, bad_utf8, is_cut
 from gqa_jax.data.records import BATCH_BYTES, DAMAGED, Bad, Format, Rows
 from gqa_jax.data.sources import InputError, reason
 from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, put_back
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
@@ -103,22 +100,21 @@ def _layout(file: Opened) -> tuple[bytes, bool]:
 
 def _is_whole(text: str, ended: bool) -> bool | None:
     """Whether JSON is one array, or begins with an object over several lines; None: more of it must be seen."""
-    begin = _SPACE.match(text).end()
+    begin = SPACE.match(text).end()
     is_array = text[begin : begin + 1] == "["
-    first = _SPACE.match(text, begin + 1).end() if is_array else begin
+    first = SPACE.match(text, begin + 1).end() if is_array else begin
     if is_array and text[first : first + 1] == "]":
         end = first
     else:
         try:
             _, end = _LARGE_INTEGERS.raw_decode(text, first)
         except json.JSONDecodeError as error:
-            is_cut = error.pos > len(text) - 100 or error.msg.startswith("Unterminated string")
-            return None if is_cut and not ended else False
+            return None if is_cut(error, text) and not ended else False
         except (ValueError, RecursionError):
             return False
     if not is_array:
         return "\n" in text[begin:end]
-    end = _SPACE.match(text, end).end()
+    end = SPACE.match(text, end).end()
     if end == len(text) and not ended:
         return None
     if text[end : end + 1] not in (",", "]"):
@@ -138,9 +134,9 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{file.path}:{line}: not UTF-8 text: {bad_utf8(data, error.start)}") from error
     read = file.position(len(data))
-    position = _SPACE.match(text).end()
+    position = SPACE.match(text).end()
     is_array = text[position] == "["
-    position = _SPACE.match(text, position + is_array).end()
+    position = SPACE.match(text, position + is_array).end()
     line, counted = 1, 0
     for number in itertools.count(1):
         line, counted = line + text.count("\n", counted, position), position
@@ -155,7 +151,7 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         except RecursionError:
             raise InputError(f"{file.path}:{place}: lists or objects within each other, too deep to be read") from None
         yield [value], [place], read
-        position = _SPACE.match(text, position).end()
+        position = SPACE.match(text, position).end()
         mark = text[position : position + 1]
         if not is_array and not mark:
             return
@@ -164,6 +160,6 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         if is_array and mark != ",":
             raise InputError(f"{file.path}:{place}: damaged JSON (no comma or ] after it, cut off?): repair it")
         if is_array:
-            position = _SPACE.match(text, position + 1).end()
-    if _SPACE.match(text, position + 1).end() != len(text):
+            position = SPACE.match(text, position + 1).end()
+    if SPACE.match(text, position + 1).end() != len(text):
         raise InputError(f"{file.path}:{place}: damaged JSON (something follows the end of the array): repair it")

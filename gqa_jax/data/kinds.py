@@ -14,14 +14,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from gqa_jax.data.sources import JSON_SUFFIXES, TABLE_SUFFIXES, InputError, Source, reason, shown, suffixes
 from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, PACKINGS, Recoded, Stream, Unpacked, put_back
 
 LARGEST = 1 << 31  # bytes of what is held in memory whole: a document, a line, a JSON array
+SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 _HEAD_BYTES = 1 << 16  # that are looked at
 _MOST_PACKINGS = 4
+_FIRST_OBJECTS = 100  # lines, or entries of an array, by which JSON under another name is known
 _FEW_BAD = 0.1  # share of characters that may be no UTF-8 where replacing them still leaves a text
 
 _MARKS = {  # of an encoding, the longer ones first
@@ -61,6 +63,7 @@ _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here
     (rb"version https://git-lfs\.github\.com/spec/", "the pointer to a file in Git LFS, and not that file", "git lfs pull"),
 )
 _STARTS_NO_TEXT = re.compile(b"|".join(b"(" + begin + b")" for begin, _, _ in _NO_TEXT), re.DOTALL)
+_DECODER = json.JSONDecoder()
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
 
 
@@ -129,12 +132,13 @@ def _opened(
             stream.read(len(codecs.BOM_UTF8))
             head = head[len(codecs.BOM_UTF8) :]
         kind = _kind(path, head, suffix, found)
-        if kind not in ("Parquet", "JSON") and head.lstrip().startswith(b"{"):
-            first = stream.read(len(head) - len(head.lstrip())) + stream.readline(LARGEST)
-            stream = put_back(first, stream)
-            if _has_text(first, text_key):
-                note("JSON lines, read as such", path)
+        if kind not in ("Parquet", "JSON"):
+            stream, objects = _begin_of_json(stream, head, kind)
+            if any(text_key in fields for fields in objects):
+                note("JSON, read as such", path)
                 kind = "JSON"
+            elif objects:
+                note(f"looks like JSON without a field {text_key!r} (--text_key): read as {kind}", path)
     except DAMAGE as error:
         raise InputError(f"{path}:1: damaged or unreadable from here on: {reason(error)}") from error
     if not source.size:
@@ -221,9 +225,58 @@ def _unmarked(head: bytes) -> str | None:
     return None
 
 
-def _has_text(line: bytes, text_key: str) -> bool:
+def _begin_of_json(stream: io.BufferedReader, head: bytes, kind: str) -> tuple[io.BufferedReader, list[dict[str, Any]]]:
+    """JSON objects with which a file under another name begins, none where it is no JSON; and its stream, from the start."""
+    if not head.lstrip().startswith((b"{", b"[")):  # a line before the objects may be damaged, or the header of a table
+        return stream, _object_lines(head.decode("utf-8", "replace")) if kind == "plain text" else []
+    data, objects, more_is_needed = b"", [], True
+    while more_is_needed and len(data) <= LARGEST and (more := stream.read(max(len(data), _HEAD_BYTES))):
+        data += more
+        objects, more_is_needed = _objects(data.decode("utf-8", "replace"))
+    return put_back(data, stream), objects
+
+
+def _objects(text: str) -> tuple[list[dict[str, Any]], bool]:
+    """JSON objects with which a text begins: one a line, of an array, or over lines. And whether the first of them is cut."""
+    if lines := _object_lines(text):
+        return lines, False
+    objects, position = [], SPACE.match(text).end()
+    if is_array := text[position] == "[":
+        position = SPACE.match(text, position + 1).end()
+    while text[position : position + 1] == "{" and len(objects) < _FIRST_OBJECTS:
+        try:
+            fields, position = _DECODER.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            return objects, not objects and is_cut(error, text)
+        except (ValueError, RecursionError):
+            return objects, False
+        objects.append(fields)
+        position = SPACE.match(text, position).end()
+        if is_array:
+            position = SPACE.match(text, position + 1).end()
+        elif text[position : position + 1] not in ("", "{"):
+            return [], False
+    return objects, not objects and position == len(text)
+
+
+def _object_lines(text: str) -> list[dict[str, Any]]:
+    """The JSON objects among the first lines of a text; none where neither the first line is one nor most of them are."""
+    lines = [line for line in text.split("\n", _FIRST_OBJECTS)[:_FIRST_OBJECTS] if line.strip()]
+    values = [_object(line) for line in lines]
+    if len(values) > 1 and values[-1] is None and len(lines) < _FIRST_OBJECTS and not text.endswith("\n"):
+        del values[-1]  # perhaps cut
+    objects = [value for value in values if value is not None]
+    return objects if values and (values[0] is not None or 2 * len(objects) > len(values)) else []
+
+
+def _object(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = json.loads(line) if line.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and isinstance(value.get(text_key), str)
+        return None
+    return value
+
+
+def is_cut(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether JSON may be in order, and only the end of what was read of it is missing."""
+    return error.pos > len(text) - 100 or error.msg.startswith("Unterminated string")
