@@ -131,6 +131,9 @@ def arrow(new):
     [
         (zipped(), "a zip archive: unpack it first"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", r"a PDF: turn it into text first \(pdftotext\)"),
+        (b"%PDF-1.4\r\n1 0 obj\n", r"a PDF: turn it into text first"),
+        (b"GIF89a\x01\0\x01\0\x80\0\0", r"an image \(GIF\): leave it out"),
+        (b"PARE" + bytes(range(0x80, 0x90)) + b"PARE", "an encrypted Parquet file: decrypt it first"),
         (b"\x7fELF\x02\x01\x01" + bytes(9), r"a program \(ELF\): leave it out"),
         (arrow(pa.ipc.new_file), "an Arrow file: write it as Parquet"),
         (arrow(pa.ipc.new_stream), "an Arrow stream: write it as Parquet"),
@@ -159,7 +162,14 @@ def test_text_that_looks_odd_is_text(tmp_path):
         "BZh is how it begins",
         "PAR1",
         "PK",
-        "GIF",
+        "GIF89a is a format, née GIF87a.",
+        "GIF87a",
+        "PARENTS and children",
+        "%PDF-1.7 is how a file of PDF begins, ça va.\n",
+        "%PDF-\n",
+        "Rar!",
+        "version https://git-lfs.github.com/spec/v1 is its address",
+        "ustar".rjust(262),
         "a\0b and some more text",
         "",
         "\x1f",
@@ -173,9 +183,10 @@ def test_text_that_looks_odd_is_text(tmp_path):
 
 def test_advice_for_another_encoding_makes_no_noise(tmp_path):
     few, many = "naïve café, and then more of it\n".encode("latin-1"), ("Привет, мир\n" * 9).encode("cp1251")
-    with pytest.raises(InputError, match=r"a.txt:1: not UTF-8 text \(byte 0xef\): leave .*--encoding_errors=replace"):
+    convert = r"it is in another encoding \(often Windows-1252: iconv -f WINDOWS-1252 -t UTF-8\)"
+    with pytest.raises(InputError, match=rf"a.txt:1: not UTF-8 text \(byte 0xef\): {convert}.*--encoding_errors=replace"):
         texts(write(tmp_path, "a.txt", few))
-    with pytest.raises(InputError, match=r"a.txt:1: not UTF-8 text .*iconv -f ENCODING -t UTF-8\), or no text") as raised:
+    with pytest.raises(InputError, match=rf"a.txt:1: not UTF-8 text .*: {convert}, or no text") as raised:
         texts(write(tmp_path, "a.txt", many))
     assert "replace" not in str(raised.value)
     assert "more than a tenth of its characters is U+FFFD" in read(tmp_path / "a.txt", encoding_errors="replace")[1].notes[0]

@@ -33,6 +33,7 @@ _MARKS = {  # of an encoding, the longer ones first
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _LEAVE = "leave it out (--exclude)"
+_FROM_PDF = f"turn it into text first (pdftotext), or {_LEAVE}"
 _FROM_ARROW = "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))"
 _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here: what it is, what to do
     (rb"PK\x03\x04", "a zip archive", "unpack it first"),
@@ -41,14 +42,11 @@ _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here
     (rb"Rar!\x1a\x07", "a rar archive", "unpack it first"),
     (rb"\x04\x22\x4d\x18", "compressed by lz4", "unpack it first (lz4 -d)"),
     (rb"\x1f\x9d", "compressed by compress (.Z)", "unpack it first (gunzip)"),
-    (rb"%PDF-", "a PDF", f"turn it into text first (pdftotext), or {_LEAVE}"),
+    (rb"%PDF-\d\.\d\s*[\r\n]", "a PDF", _FROM_PDF),
+    (rb"%PDF-", "a PDF", _FROM_PDF),
     (rb"\x7fELF", "a program (ELF)", _LEAVE),
     (rb"ARROW1\0\0", "an Arrow file", _FROM_ARROW),
-    (
-        rb"\xff\xff\xff\xff..\0\0",
-        "an Arrow stream",
-        "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))",
-    ),
+    (rb"\xff\xff\xff\xff..\0\0", "an Arrow stream", _FROM_ARROW),
     (rb"SQLite format 3\0", "an SQLite database", f"export its text first, or {_LEAVE}"),
     (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", f"export its text first, or {_LEAVE}"),
     (rb"Obj\x01", "an Avro file", "write it as Parquet or JSON lines first"),
@@ -60,7 +58,11 @@ _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here
     (rb"MM\0\*", "an image (TIFF)", _LEAVE),
     (rb"\x93NUMPY", "a NumPy array", _LEAVE),
     (rb"PARE", "an encrypted Parquet file", "decrypt it first"),
-    (rb"version https://git-lfs\.github\.com/spec/", "the pointer to a file in Git LFS, and not that file", "git lfs pull"),
+    (
+        rb"version https://git-lfs\.github\.com/spec/v\d+\r?\n",
+        "the pointer to a file in Git LFS, and not that file",
+        "git lfs pull",
+    ),
 )
 _STARTS_NO_TEXT = re.compile(b"|".join(b"(" + begin + b")" for begin, _, _ in _NO_TEXT), re.DOTALL)
 _DECODER = json.JSONDecoder()
@@ -104,9 +106,10 @@ def opened(source: Source, text_key: str, encoding_errors: str, note: Callable[[
 def bad_utf8(data: bytes, start: int) -> str:
     """What to do about data whose byte `start` is no UTF-8, by how many around it are none."""
     around = data[max(0, start - 4096) : start + 4096].decode("utf-8", "replace")
+    convert = "it is in another encoding (often Windows-1252: iconv -f WINDOWS-1252 -t UTF-8)"
     if around.count("\ufffd") <= max(1, _FEW_BAD * len(around)):
-        return "leave the file out (--exclude), or accept replacement characters with --encoding_errors=replace"
-    return "it is in another encoding (convert it: iconv -f ENCODING -t UTF-8), or no text (leave it out: --exclude)"
+        return f"{convert}, or damaged: leave the file out (--exclude), or lose those letters with --encoding_errors=replace"
+    return f"{convert}, or no text (leave it out: --exclude)"
 
 
 def _opened(
@@ -171,17 +174,19 @@ def _check_packing(path: str, head: bytes, found: list[str], said: list[str], no
 
 def _kind(path: str, head: bytes, suffix: str, packings: list[str]) -> str:
     """The kind of a file by the first bytes of its unpacked content in UTF-8. Raises InputError for what is no text."""
-    if head.startswith(b"PAR1") and (suffix == ".parquet" or b"\0" in head or not _is_utf8(head)):
+    may_be_text = b"\0" not in head and _is_utf8(head)
+    if head.startswith(b"PAR1") and (suffix == ".parquet" or not may_be_text):
         if packings:
             raise InputError(f"{path}: Parquet within {packings[0]}, which can't be read in pieces: unpack it first")
         return "Parquet"
-    if start := _STARTS_NO_TEXT.match(head):
+    start = _STARTS_NO_TEXT.match(head)
+    if start and not (may_be_text and start[0].decode("latin-1").isprintable()):  # a mark of letters may begin a text
         _, what, advice = _NO_TEXT[start.lastindex - 1]
         raise InputError(f"{path}: {what}: {advice}")
     if suffix == ".parquet":
         begin = f"it begins with {head[:20]!r}" if head else "it is empty"
         raise InputError(f"{path}: not a readable Parquet file: {begin}: get it again, rename it, or {_LEAVE}")
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar" and not may_be_text:
         raise InputError(f"{path}: a tar archive: unpack it first (tar -xf)")
     is_json = suffix in JSON_SUFFIXES
     if b"\0" in head and not _is_text(head):
