@@ -120,15 +120,13 @@ def test_cache_of_the_hugging_face_hub_gives_each_file_once(tmp_path, has_refs):
 
 
 def test_readme_and_licence_beside_data(tmp_path):
-    beside = ["README.md", "LICENSE", "Licence.txt", "COPYING", "NOTICE", "readme_de.md", "dataset_infos.json"]
-    write(tmp_path, *beside, "data/train.parquet", "data/LICENSE-MIT", "README.jsonl", "noticeboard.txt", "text/readme.txt")
+    beside = ["README", "README.md", "README.rst", "LICENSE", "LICENSE-APACHE-2.0", "Licence.txt", "COPYING", "NOTICE"]
+    beside += ["dataset_info.json", "dataset_infos.json"]
+    data = ["README.jsonl", "data/train.parquet", "license-plates.txt", "notice-1.txt", "notice.1", "noticeboard.txt"]
+    data += ["readme_corpus.txt", "text/readme.txt"]
+    write(tmp_path, *beside, "data/LICENSE-MIT", *data)
     found = find_sources([tmp_path])
-    assert [source.name for source in found.sources] == [
-        "README.jsonl",
-        "data/train.parquet",
-        "noticeboard.txt",
-        "text/readme.txt",
-    ]
+    assert [source.name for source in found.sources] == data
     assert len(found.left_out["README, licence or description beside data"]) == len(beside) + 1
     write(tmp_path / "prose", "README.md", "COPYING", "a.txt")
     assert names(tmp_path / "prose") == ["COPYING", "README.md", "a.txt"]

@@ -25,7 +25,9 @@ TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # suffix -> what sta
 DATA_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
 NAMED_IN_AN_ERROR = 5  # of many files with one fault
 
-_BESIDE_DATA = re.compile(r"(readme|licen[cs]e|copying|notice)s?([^a-z].*)?|dataset_infos?\.json")
+_BESIDE_DATA = re.compile(  # names in small letters, whole: notice-1.txt and readme_corpus.txt may be data
+    r"(readme|licen[cs]es?|copying|notices?)(\.(md|txt|rst|html))?|licen[cs]e-[a-z]+(-[0-9.]+)?|dataset_infos?\.json"
+)
 _HUB_CACHE = {"blobs", "refs", "snapshots"}
 
 
