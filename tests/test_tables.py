@@ -209,7 +209,7 @@ def test_hugging_face_dataset(monkeypatch):
     with pytest.raises(InputError, match=r"hf:gone: datasets.load_dataset failed: Dataset 'gone' doesn't exist"):
         texts("hf:gone")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install 'gqa_jax\[datasets\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[datasets\]'"):
         texts("hf:some/set")
 
 

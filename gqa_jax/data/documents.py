@@ -218,7 +218,7 @@ def _decoded(file: Opened, errors: str, progress: list[int], reading: Reading) -
             line = lines + error.object[: error.start].count(b"\n")
             raise InputError(
                 f"{file.path}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}): "
-                f"{bad_utf8(error.object, error.start)}"
+                f"{bad_utf8(error.object, error.start, file.leave)}"
             ) from error
         lines += text.count("\n")
         if errors == "replace":

@@ -39,7 +39,7 @@ def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
                     continue
                 if len(line) == LARGEST:
                     raise InputError(f"{file.path}:{number}: a line of more than {LARGEST:,} bytes") from None
-                value = _parsed(line, errors)
+                value = _parsed(line, errors, file.leave)
             rows.append(value)
             places.append(number)
             if read >= enough:
@@ -51,17 +51,17 @@ def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
     yield rows, places, file.position(read)
 
 
-def _parsed(line: bytes, errors: str) -> Any:
+def _parsed(line: bytes, errors: str, leave: str) -> Any:
     """The value of a line that is no JSON at first sight: a mark within, a large integer; or what is wrong with it."""
     try:
         text = line.decode("utf-8", errors).removeprefix("\ufeff")
         return _LARGE_INTEGERS.decode(text)
     except UnicodeDecodeError as error:
-        return Bad("no UTF-8", f"byte {error.start} is no UTF-8: {bad_utf8(line, error.start)}")
+        return Bad("no UTF-8", f"byte {error.start} is no UTF-8: {bad_utf8(line, error.start, leave)}")
     except RecursionError:
         return Bad("nested too deep", "lists or objects within each other, too deep to be read")
     except ValueError as error:
-        return Bad("no JSON", f"not one JSON object a line ({error}): repair it, or leave the file out (--exclude)")
+        return Bad("no JSON", f"not one JSON object a line ({error}): repair it, or {leave}")
 
 
 def _integer(digits: str) -> int | decimal.Decimal:
@@ -75,7 +75,7 @@ _LARGE_INTEGERS = json.JSONDecoder(parse_int=_integer)
 
 
 def _is_json(line: bytes) -> bool:
-    return not isinstance(_parsed(line, "replace"), Bad)
+    return not isinstance(_parsed(line, "replace", ""), Bad)
 
 
 def _layout(file: Opened) -> tuple[bytes, bool]:
@@ -132,7 +132,7 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         text = data.decode("utf-8", form.encoding_errors)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file.path}:{line}: not UTF-8 text: {bad_utf8(data, error.start)}") from error
+        raise InputError(f"{file.path}:{line}: not UTF-8 text: {bad_utf8(data, error.start, file.leave)}") from error
     read = file.position(len(data))
     position = SPACE.match(text).end()
     is_array = text[position] == "["

@@ -32,31 +32,30 @@ _MARKS = {  # of an encoding, the longer ones first
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-_LEAVE = "leave it out (--exclude)"
-_FROM_PDF = f"turn it into text first (pdftotext), or {_LEAVE}"
+_FROM_PDF = "turn it into text first (pdftotext), or {leave}"
 _FROM_ARROW = "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))"
-_NO_TEXT = (  # first bytes of what holds no text, or none that can be read here: what it is, what to do
+_NO_TEXT = (  # first bytes of what holds no text, or none that can be read here: what it is, what to do, with `Source.leave`
     (rb"PK\x03\x04", "a zip archive", "unpack it first"),
-    (rb"PK\x05\x06", "an empty zip archive", _LEAVE),
+    (rb"PK\x05\x06", "an empty zip archive", "{leave}"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
     (rb"Rar!\x1a\x07", "a rar archive", "unpack it first"),
     (rb"\x04\x22\x4d\x18", "compressed by lz4", "unpack it first (lz4 -d)"),
     (rb"\x1f\x9d", "compressed by compress (.Z)", "unpack it first (gunzip)"),
     (rb"%PDF-\d\.\d\s*[\r\n]", "a PDF", _FROM_PDF),
     (rb"%PDF-", "a PDF", _FROM_PDF),
-    (rb"\x7fELF", "a program (ELF)", _LEAVE),
+    (rb"\x7fELF", "a program (ELF)", "{leave}"),
     (rb"ARROW1\0\0", "an Arrow file", _FROM_ARROW),
     (rb"\xff\xff\xff\xff..\0\0", "an Arrow stream", _FROM_ARROW),
-    (rb"SQLite format 3\0", "an SQLite database", f"export its text first, or {_LEAVE}"),
-    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", f"export its text first, or {_LEAVE}"),
+    (rb"SQLite format 3\0", "an SQLite database", "export its text first, or {leave}"),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", "export its text first, or {leave}"),
     (rb"Obj\x01", "an Avro file", "write it as Parquet or JSON lines first"),
-    (rb"\x89PNG\r\n", "an image (PNG)", _LEAVE),
-    (rb"\xff\xd8\xff", "an image (JPEG)", _LEAVE),
-    (rb"GIF87a", "an image (GIF)", _LEAVE),
-    (rb"GIF89a", "an image (GIF)", _LEAVE),
-    (rb"II\*\0", "an image (TIFF)", _LEAVE),
-    (rb"MM\0\*", "an image (TIFF)", _LEAVE),
-    (rb"\x93NUMPY", "a NumPy array", _LEAVE),
+    (rb"\x89PNG\r\n", "an image (PNG)", "{leave}"),
+    (rb"\xff\xd8\xff", "an image (JPEG)", "{leave}"),
+    (rb"GIF87a", "an image (GIF)", "{leave}"),
+    (rb"GIF89a", "an image (GIF)", "{leave}"),
+    (rb"II\*\0", "an image (TIFF)", "{leave}"),
+    (rb"MM\0\*", "an image (TIFF)", "{leave}"),
+    (rb"\x93NUMPY", "a NumPy array", "{leave}"),
     (rb"PARE", "an encrypted Parquet file", "decrypt it first"),
     (
         rb"version https://git-lfs\.github\.com/spec/v\d+\r?\n",
@@ -73,6 +72,7 @@ class Opened(NamedTuple):
     """An open file: what it is, and its content."""
 
     path: str  # for messages
+    leave: str  # how to leave it out, for messages
     kind: str  # "JSON", "CSV", "TSV", "Parquet" or "plain text"
     raw: IO[bytes]  # as stored
     stream: io.BufferedReader  # of Parquet as stored, else unpacked, as UTF-8 but for bytes that are none
@@ -103,13 +103,13 @@ def opened(source: Source, text_key: str, encoding_errors: str, note: Callable[[
             raise InputError(f"{path}: changed while it was read: run again when nothing writes to it")
 
 
-def bad_utf8(data: bytes, start: int) -> str:
-    """What to do about data whose byte `start` is no UTF-8, by how many around it are none."""
+def bad_utf8(data: bytes, start: int, leave: str) -> str:
+    """What to do about data whose byte `start` is no UTF-8, by how many around it are none; `leave` is how to leave it out."""
     around = data[max(0, start - 4096) : start + 4096].decode("utf-8", "replace")
     convert = "it is in another encoding (often Windows-1252: iconv -f WINDOWS-1252 -t UTF-8)"
     if around.count("\ufffd") <= max(1, _FEW_BAD * len(around)):
-        return f"{convert}, or damaged: leave the file out (--exclude), or lose those letters with --encoding_errors=replace"
-    return f"{convert}, or no text (leave it out: --exclude)"
+        return f"{convert}, or damaged: {leave}, or lose those letters with --encoding_errors=replace"
+    return f"{convert}, or no text: {leave}"
 
 
 def _opened(
@@ -125,7 +125,7 @@ def _opened(
                 raise InputError(f"{path}: packed more than {_MOST_PACKINGS} times ({', '.join(found)}): unpack it first")
             lowest, stream = _put_upon(lowest, Unpacked(stream, packing))
         head = stream.peek(1)[:_HEAD_BYTES]
-        _check_packing(path, head, found, packings, note)
+        _check_packing(path, source.leave, head, found, packings, note)
         if mark := next((mark for mark in _MARKS if head.startswith(mark)), None):
             note(f"{_name(_MARKS[mark])}, read as such", path)
             stream.read(len(mark))
@@ -134,7 +134,7 @@ def _opened(
         if head.startswith(codecs.BOM_UTF8):
             stream.read(len(codecs.BOM_UTF8))
             head = head[len(codecs.BOM_UTF8) :]
-        kind = _kind(path, head, suffix, found)
+        kind = _kind(path, source.leave, head, suffix, found)
         if kind not in ("Parquet", "JSON"):
             stream, objects = _begin_of_json(stream, head, kind)
             if any(text_key in fields for fields in objects):
@@ -149,7 +149,7 @@ def _opened(
     if kind == "Parquet" and suffix != ".parquet":
         note("Parquet, read as such", path)
     position = (lambda read: lowest.taken) if lowest else (lambda read: read)
-    return Opened(path, kind, raw, stream, position, TABLE_SUFFIXES.get(suffix, ","))
+    return Opened(path, source.leave, kind, raw, stream, position, TABLE_SUFFIXES.get(suffix, ","))
 
 
 def _put_upon(lowest: Stream | None, upper: Stream) -> tuple[Stream, io.BufferedReader]:
@@ -160,19 +160,21 @@ def _name(encoding: str) -> str:
     return encoding[:-3].upper()  # without the order of bytes
 
 
-def _check_packing(path: str, head: bytes, found: list[str], said: list[str], note: Callable[[str, str], None]) -> None:
+def _check_packing(
+    path: str, leave: str, head: bytes, found: list[str], said: list[str], note: Callable[[str, str], None]
+) -> None:
     """A file whose name says that it is packed, and whose first bytes deny it."""
     if not said or found == said[: len(found)] != []:
         return
     if found:
         note(f"{', then '.join(found)} and not {said[0]} as the name says, read as such", path)
     elif len(head) < 8:
-        raise InputError(f"{path}: {len(head)} bytes are no {said[0]} file, cut off? get it again, or {_LEAVE}")
+        raise InputError(f"{path}: {len(head)} bytes are no {said[0]} file, cut off? get it again, or {leave}")
     else:
         note(f"no {said[0]} file as the name says, read as it is", path)
 
 
-def _kind(path: str, head: bytes, suffix: str, packings: list[str]) -> str:
+def _kind(path: str, leave: str, head: bytes, suffix: str, packings: list[str]) -> str:
     """The kind of a file by the first bytes of its unpacked content in UTF-8. Raises InputError for what is no text."""
     may_be_text = b"\0" not in head and _is_utf8(head)
     if head.startswith(b"PAR1") and (suffix == ".parquet" or not may_be_text):
@@ -182,10 +184,10 @@ def _kind(path: str, head: bytes, suffix: str, packings: list[str]) -> str:
     start = _STARTS_NO_TEXT.match(head)
     if start and not (may_be_text and start[0].decode("latin-1").isprintable()):  # a mark of letters may begin a text
         _, what, advice = _NO_TEXT[start.lastindex - 1]
-        raise InputError(f"{path}: {what}: {advice}")
+        raise InputError(f"{path}: {what}: {advice.format(leave=leave)}")
     if suffix == ".parquet":
         begin = f"it begins with {head[:20]!r}" if head else "it is empty"
-        raise InputError(f"{path}: not a readable Parquet file: {begin}: get it again, rename it, or {_LEAVE}")
+        raise InputError(f"{path}: not a readable Parquet file: {begin}: get it again, rename it, or {leave}")
     if head[257:262] == b"ustar" and not may_be_text:
         raise InputError(f"{path}: a tar archive: unpack it first (tar -xf)")
     is_json = suffix in JSON_SUFFIXES
@@ -193,11 +195,11 @@ def _kind(path: str, head: bytes, suffix: str, packings: list[str]) -> str:
         if encoding := _unmarked(head):
             raise InputError(
                 f"{path}: looks like {encoding} without a byte-order mark: convert it first (iconv -f {encoding} -t UTF-8), "
-                f"or {_LEAVE}"
+                f"or {leave}"
             )
         # Lines of JSON with zeros among them, as a power cut leaves them, are judged line by line.
         if not is_json or not (head.lstrip().startswith((b"{", b"[")) or b'\n{"' in head):
-            raise InputError(f"{path}: no text but binary data (a zero byte at {head.index(0):,}): {_LEAVE}")
+            raise InputError(f"{path}: no text but binary data (a zero byte at {head.index(0):,}): {leave}")
     if suffix in TABLE_SUFFIXES:
         return "CSV" if TABLE_SUFFIXES[suffix] == "," else "TSV"
     return "JSON" if is_json else "plain text"
