@@ -33,7 +33,9 @@ def test_separator_of_lines_that_end_as_on_windows():
 
 def test_bytes_that_are_no_utf8(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"one\ntwo\ncaf\xe9\n")
-    with pytest.raises(InputError, match=r"latin.txt:3: not UTF-8 text \(byte 0xe9\): leave the file out \(--exclude\)"):
+    with pytest.raises(
+        InputError, match=r"latin.txt:3: not UTF-8 text \(byte 0xe9\): it is in another encoding .*iconv.* leave"
+    ):
         texts(tmp_path)
     assert texts(tmp_path, encoding_errors="replace") == ["one\ntwo\ncaf\ufffd\n"]
     (tmp_path / "latin.txt").write_bytes("cut off ü".encode()[:-1])

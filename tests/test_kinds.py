@@ -131,10 +131,13 @@ def arrow(new):
     [
         (zipped(), "a zip archive: unpack it first"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", r"a PDF: turn it into text first \(pdftotext\)"),
-        (b"\x7fELF\x02\x01\x01" + bytes(9), r"a program \(ELF\): leave it out"),
+        (b"%PDF-1.4\r\n1 0 obj\n", r"a PDF: turn it into text first"),
+        (b"GIF89a\x01\0\x01\0\x80\0\0", r"an image \(GIF\): take it off"),
+        (b"PARE" + bytes(range(0x80, 0x90)) + b"PARE", "an encrypted Parquet file: decrypt it first"),
+        (b"\x7fELF\x02\x01\x01" + bytes(9), r"a program \(ELF\): take it off"),
         (arrow(pa.ipc.new_file), "an Arrow file: write it as Parquet"),
         (arrow(pa.ipc.new_stream), "an Arrow stream: write it as Parquet"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(20), r"an image \(PNG\): leave it out"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), r"an image \(PNG\): take it off"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF", r"an image \(JPEG\)"),
         (b"SQLite format 3\0" + bytes(80), "an SQLite database"),
         (
@@ -142,7 +145,7 @@ def arrow(new):
             r"pointer to a file in Git LFS.*: git lfs pull",
         ),
         (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(248), "a tar archive: unpack it"),
-        (b"MZ\x90\x00\x03\x00\x00\x00\x04", r"no text but binary data \(a zero byte at 3\): leave it out"),
+        (b"MZ\x90\x00\x03\x00\x00\x00\x04", r"no text but binary data \(a zero byte at 3\): take it off"),
         (gzip.compress(b"\x7fELF\x02\x01\x01"), "a program"),
     ],
 )
@@ -159,7 +162,14 @@ def test_text_that_looks_odd_is_text(tmp_path):
         "BZh is how it begins",
         "PAR1",
         "PK",
-        "GIF",
+        "GIF89a is a format, née GIF87a.",
+        "GIF87a",
+        "PARENTS and children",
+        "%PDF-1.7 is how a file of PDF begins, ça va.\n",
+        "%PDF-\n",
+        "Rar!",
+        "version https://git-lfs.github.com/spec/v1 is its address",
+        "ustar".rjust(262),
         "a\0b and some more text",
         "",
         "\x1f",
@@ -173,9 +183,10 @@ def test_text_that_looks_odd_is_text(tmp_path):
 
 def test_advice_for_another_encoding_makes_no_noise(tmp_path):
     few, many = "naïve café, and then more of it\n".encode("latin-1"), ("Привет, мир\n" * 9).encode("cp1251")
-    with pytest.raises(InputError, match=r"a.txt:1: not UTF-8 text \(byte 0xef\): leave .*--encoding_errors=replace"):
+    convert = r"it is in another encoding \(often Windows-1252: iconv -f WINDOWS-1252 -t UTF-8\)"
+    with pytest.raises(InputError, match=rf"a.txt:1: not UTF-8 text \(byte 0xef\): {convert}.*--encoding_errors=replace"):
         texts(write(tmp_path, "a.txt", few))
-    with pytest.raises(InputError, match=r"a.txt:1: not UTF-8 text .*iconv -f ENCODING -t UTF-8\), or no text") as raised:
+    with pytest.raises(InputError, match=rf"a.txt:1: not UTF-8 text .*: {convert}, or no text") as raised:
         texts(write(tmp_path, "a.txt", many))
     assert "replace" not in str(raised.value)
     assert "more than a tenth of its characters is U+FFFD" in read(tmp_path / "a.txt", encoding_errors="replace")[1].notes[0]
@@ -201,16 +212,65 @@ def test_names_that_first_bytes_deny(tmp_path):
             texts(write(tmp_path, "a.parquet", data))
 
 
-def test_json_lines_under_another_name(tmp_path):
+JSON_OF_TWO = {  # as files hold it, each with texts "a" and "b"
+    "lines": b'{"text": "a"}\n{"text": "b"}\n',
+    "an array": b'[{"text":"a"},{"text":"b"}]',
+    "an array over lines": b' [\n  {\n  "text": "a"},\n {"text": "b"}\n]\n',
+    "objects over lines": b'{\n  "text": "a"\n}\n{"text":\n"b"}',
+}
+
+
+@pytest.mark.parametrize("data", JSON_OF_TWO.values(), ids=JSON_OF_TWO)
+def test_json_under_another_name(tmp_path, data):
     for name in ("a", "a.txt", "a.log", "a.csv"):
-        found, reading = read(write(tmp_path, name, b"\n " + LINES))
-        assert len(found) == 300
-        assert reading.notes == [f"{tmp_path}/{name}: JSON lines, read as such"]
-        assert reading.kinds["JSON"].files == 1
-    long = json.dumps({"text": "x" * 3 * streams.BUFFER_BYTES})
-    assert len(texts(write(tmp_path, "long", f"{long}\n{long}".encode()))) == 2
-    for data in (b'{"body": "x"}\n', b'{"text": 5}\n', b"{% template %}\n", b'{\n"text": "x"}', b"{" * 5000):
-        assert texts(write(tmp_path, "a.txt", data)) == [data.decode()]
+        for stored in (data, gzip.compress(data), b"\xef\xbb\xbf" + data):
+            found, reading = read(write(tmp_path, name, stored))
+            assert [document.text for document in found] == ["a", "b"]
+            assert reading.notes == [f"{tmp_path}/{name}: JSON, read as such"]
+            assert reading.kinds["JSON"].files == 1
+    what = "looks like JSON without a field 'content' (--text_key): read as plain text"
+    for name in ("a", "a.txt"):
+        found, reading = read(write(tmp_path, name, data), text_key="content")
+        assert [document.text for document in found] == [data.decode()]
+        assert reading.notes == [f"{tmp_path}/{name}: {what}"]
+    long = data.replace(b'"a"', b'"' + b"a" * 3 * streams.BUFFER_BYTES + b'"')
+    assert [len(text) for text in texts(write(tmp_path, "long", long))] == [3 * streams.BUFFER_BYTES, 1]
+
+
+def test_json_under_another_name_that_is_not_all_in_order(tmp_path):
+    for first in (b'{"text": null}\n', b"\n \n", b'{"id": 1, "text": ""}\n'):
+        assert texts(write(tmp_path, "a.txt", first + LINES))[-1] == "line 299 ü"
+    assert len(texts(write(tmp_path, "a", b'{"id": 7}\n' + LINES), bad_lines="skip")) == 300
+    for damaged, place in (
+        (b"{cut off\n" + LINES, 1),
+        (b"# comment\n" + LINES, 1),
+        (LINES.partition(b"\n")[0] + b"\nno JSON" * 200, 2),
+    ):
+        with pytest.raises(InputError, match=rf"a.txt:{place}: not one JSON object a line"):
+            texts(write(tmp_path, "a.txt", damaged))
+    with pytest.raises(InputError, match=r"a.txt:1: 'text' is a number, not text"):
+        texts(write(tmp_path, "a.txt", b'{"text": 5}\n'))
+    with pytest.raises(InputError, match=r"a.txt:1, element 2: damaged JSON"):
+        texts(write(tmp_path, "a.txt", JSON_OF_TWO["an array"][:-4]))
+
+
+def test_what_only_begins_like_json_is_text(tmp_path):
+    in_prose = b"In JSON:\n" + LINES[:100] + b"\nand so on.\n" * 9
+    for data in (
+        b"{% template %}\n",
+        b"{" * 5000,
+        b"[1, 2]",
+        b'["a", "b"]',
+        b"[1] Smith, 2020.\n",
+        b'{"text": "x"} is JSON',
+        in_prose,
+    ):
+        found, reading = read(write(tmp_path, "a.txt", data))
+        assert [document.text for document in found] == [data.decode()]
+        assert reading.notes == []
+    one_column = b'text\n{"text":1}\n{"text":2}\n'
+    assert texts(write(tmp_path, "a.csv", one_column)) == ['{"text":1}', '{"text":2}']
+    assert texts(write(tmp_path, "a.txt", b"id,text\n1,one\n")) == ["id,text\n1,one\n"]  # CSV is known by its suffix
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):

@@ -35,13 +35,14 @@ NAMES = [
     "a.b.c",
     os.fsdecode(b"\xff\xfe"),
 ]
+N_ROWS = 40
 SECONDS = 2.0  # for one file; most take a thousandth
 
 
 def odd_files():
-    """Suffix, bytes and what is checked beside: "text" (nothing is lost), "lines" (all are documents or counted), or None."""
+    """Suffix, bytes, and what is checked: "text" (all is kept), "lines" (all are read or counted), "rows" (N_ROWS), or None."""
     generator = random.Random(7)
-    rows = [{"id": i, "text": odd_text(generator, generator.randrange(80)), "s": "ab"[i % 2]} for i in range(40)]
+    rows = [{"id": i, "text": odd_text(generator, generator.randrange(80)), "s": "ab"[i % 2]} for i in range(N_ROWS)]
     lines = "".join(json.dumps(row, ensure_ascii=row["id"] % 2 == 0) + "\n" for row in rows).encode()
     whole = {
         ".jsonl": lines,
@@ -58,6 +59,8 @@ def odd_files():
             yield suffix, data[: generator.randrange(len(data))], None
             yield suffix, mutated(generator, data), None
         yield generator.choice(SUFFIXES), data, None  # under another name
+        if suffix not in (".csv", ".txt"):  # what these are, no first bytes tell
+            yield generator.choice(["", ".txt", ".md", ".log"]), data, "rows"
     for _ in range(40):
         yield ".jsonl", mutated(generator, lines), "lines"
         text, encoding = odd_text(generator, generator.randrange(1, 2000)), generator.choice(ENCODINGS)
@@ -144,7 +147,7 @@ def test_every_file_gives_documents_or_a_sentence(tmp_path, options):
             assert error.startswith(sources.shown(path)), (name, error)
             assert error.isprintable(), (name, error)
             assert len(error) < 2000, (name, error)
-            is_right = {"text": "source_key" in options, "lines": "bad_lines" not in options, None: True}
+            is_right = {"text": "source_key" in options, "lines": "bad_lines" not in options, "rows": False, None: True}
             assert is_right[check], (name, error)
         path.unlink()
     assert min(n_documents, n_errors) > 60, (n_documents, n_errors)
@@ -155,6 +158,9 @@ def check_nothing_is_lost(data, check, documents, reading):
     bad = sum(lines.count for lines in reading.bad_lines.values())
     if check == "lines":
         assert len(texts) + bad == sum(bool(line.strip()) for line in data.split(b"\n"))
+    if check == "rows":
+        assert len(texts) == N_ROWS
+        assert not bad
     if check == "text":
         assert "".join(texts) == data.decode("utf-8-sig")
     assert sum(kind.documents for kind in reading.kinds.values()) == len(texts)

@@ -1,13 +1,16 @@
 """Inputs to files: everything that can be reached is found once, or named."""
 
+import json
 import os
+import re
+import shlex
 import socket
 import stat
 from pathlib import Path
 
 import pytest
 
-from gqa_jax.data import sources
+from gqa_jax.data import prepare, sources
 from gqa_jax.data.documents import InputError, find_sources
 from tests.reading import texts
 
@@ -50,7 +53,11 @@ def test_folder_is_sorted_recursive_and_without_hidden_files(tmp_path):
         "not selected by --include *.txt": [f"{tmp_path}/a/b/c.md"],
         "left out by --exclude b*": [f"{tmp_path}/b.txt"],
     }
-    with pytest.raises(InputError, match=r"no file in this folder \(include '\*.rs', exclude None\); .*not selected by"):
+    assert names(tmp_path, include=["*.md", "a*"], exclude=("a/z*", "b*")) == ["a/b/c.md", "a.txt"]
+    left_out = find_sources([tmp_path], ["*.md", "b*"], ["x", "b*"]).left_out
+    assert left_out["not selected by --include *.md b*"] == [f"{tmp_path}/a.txt", f"{tmp_path}/a/z.txt"]
+    assert left_out["left out by --exclude b*"] == [f"{tmp_path}/b.txt"]
+    with pytest.raises(InputError, match=r"no file in this folder \(include '\*.rs', exclude nothing\); .*not selected by"):
         names(tmp_path, include="*.rs")
 
 
@@ -120,15 +127,13 @@ def test_cache_of_the_hugging_face_hub_gives_each_file_once(tmp_path, has_refs):
 
 
 def test_readme_and_licence_beside_data(tmp_path):
-    beside = ["README.md", "LICENSE", "Licence.txt", "COPYING", "NOTICE", "readme_de.md", "dataset_infos.json"]
-    write(tmp_path, *beside, "data/train.parquet", "data/LICENSE-MIT", "README.jsonl", "noticeboard.txt", "text/readme.txt")
+    beside = ["README", "README.md", "README.rst", "LICENSE", "LICENSE-APACHE-2.0", "Licence.txt", "COPYING", "NOTICE"]
+    beside += ["dataset_info.json", "dataset_infos.json"]
+    data = ["README.jsonl", "data/train.parquet", "license-plates.txt", "notice-1.txt", "notice.1", "noticeboard.txt"]
+    data += ["readme_corpus.txt", "text/readme.txt"]
+    write(tmp_path, *beside, "data/LICENSE-MIT", *data)
     found = find_sources([tmp_path])
-    assert [source.name for source in found.sources] == [
-        "README.jsonl",
-        "data/train.parquet",
-        "noticeboard.txt",
-        "text/readme.txt",
-    ]
+    assert [source.name for source in found.sources] == data
     assert len(found.left_out["README, licence or description beside data"]) == len(beside) + 1
     write(tmp_path / "prose", "README.md", "COPYING", "a.txt")
     assert names(tmp_path / "prose") == ["COPYING", "README.md", "a.txt"]
@@ -150,7 +155,10 @@ def test_all_that_can_not_be_read_is_named_at_once(tmp_path, closed):
     assert f"{tmp_path}/in/dangling.txt: a link to /nowhere/blob, which leads to nothing" in message
     assert f"{tmp_path}/in/pipe: a pipe, which can't be read twice: write it to a file" in message
     assert "; and 2 more. Repair that (a link to nothing: delete it; no permission: chmod -R u+rX)" in message
-    with pytest.raises(InputError, match=r"^/[^;]*/in/secret.txt: no permission to read it\. Repair .*--exclude"):
+    with pytest.raises(
+        InputError,
+        match=r"^/[^;]*/in/secret.txt: no permission to read it\. Repair .*, or leave it out \(--exclude=secret.txt\)",
+    ):
         find_sources([tmp_path / "in"], "*.txt", "[cd]*")
     for pattern in ("closed", "closed/*", "[cdsp]*"):
         found = find_sources([tmp_path / "in"], "[abc]*", pattern)
@@ -214,3 +222,21 @@ def test_odd_names(tmp_path):
 )
 def test_origins_are_the_shortest_ends_that_no_other_input_shares(inputs, expected):
     assert sources._origins(inputs) == expected
+
+
+ODD_NAMES = ["sub/gif.txt", "sub/[a]*?.txt", "-rf", "it's two words", "two\nlines", os.fsdecode(b"\xff.txt"), "!x", "$HOME"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_the_advice_to_leave_a_file_out_works(tmp_path, capfd, name):
+    write(tmp_path, "in/other.txt", "in/sub/gif2.txt")
+    path = tmp_path / "in" / name
+    path.write_bytes(b"GIF89a\0\0")
+    out = ["--tokenizer=bytes", f"--out={tmp_path / 'store'}"]
+    assert prepare.main([*out, str(tmp_path / "in")]) == 2
+    (option,) = re.findall(r"leave it out \((--exclude=.*)\)", capfd.readouterr().err)
+    assert prepare.main([*out, str(path)]) == 2
+    assert "take it off the command" in capfd.readouterr().err
+    assert prepare.main([*out, str(tmp_path / "in"), *shlex.split(option), "--exclude=none"]) == 0
+    provenance = json.loads((tmp_path / "store" / "header.json").read_text())["provenance"]
+    assert [facts["first"] for facts in provenance["left_out"].values()] == [[sources.shown(path)]]

@@ -64,8 +64,8 @@ def test_large_fields_and_small_tables(tmp_path):
         ("3,x,y", r"2 \(line 4\): 3 columns, the header 2", "another number of columns than the header"),
         ('3,"x"y', r"2 \(line 4\): no row of a table \('.*' expected after", "no row of a table"),
         ("3,x\ry", r"2 \(line 4\): no row of a table \(new-line character", "no row of a table"),
-        (b"3,caf\xe9", r"2 \(line 4\): byte 5 of line 4 is no UTF-8: leave the file out", "no UTF-8"),
-        (b'3,"one\ncaf\xe9"', r"2 \(line 4\): byte 3 of line 5 is no UTF-8: leave the file out", "no UTF-8"),
+        (b"3,caf\xe9", r"2 \(line 4\): byte 5 of line 4 is no UTF-8: it is in another encoding", "no UTF-8"),
+        (b'3,"one\ncaf\xe9"', r"2 \(line 4\): byte 3 of line 5 is no UTF-8: it is in another encoding", "no UTF-8"),
     ],
 )
 def test_bad_rows_of_csv(tmp_path, row, message, reason):
@@ -147,7 +147,7 @@ def test_parquet_of_no_rows_and_of_long_ones(tmp_path, monkeypatch):
 
 
 def test_parquet_bytes_that_are_no_utf8(tmp_path):
-    with pytest.raises(InputError, match=r"badutf8.parquet row 1: byte 4 of its text is no UTF-8: leave the file out"):
+    with pytest.raises(InputError, match=r"badutf8.parquet row 1: byte 4 of its text is no UTF-8: write it as UTF-8, or"):
         texts(INPUTS / "badutf8.parquet")
     replaced = texts(INPUTS / "badutf8.parquet", encoding_errors="replace")
     assert replaced == [f"bad \ufffd byte {i}" for i in range(30)]
@@ -209,7 +209,7 @@ def test_hugging_face_dataset(monkeypatch):
     with pytest.raises(InputError, match=r"hf:gone: datasets.load_dataset failed: Dataset 'gone' doesn't exist"):
         texts("hf:gone")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install 'gqa_jax\[datasets\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[datasets\]'"):
         texts("hf:some/set")
 
 

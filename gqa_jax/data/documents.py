@@ -5,7 +5,7 @@
 | `*.jsonl`, `*.ndjson`, `*.json` | an object a line, one array of objects or texts, objects over lines: field `text_key` |
 | `*.csv`, `*.tsv` | one a row below the header, column `text_key` |
 | Parquet | one a row, column `text_key` |
-| any other file | JSON lines when its first line is one with that field; else all of it, or its parts between `separator` |
+| any other file | as JSON when it begins with objects that have that field; else all of it, or its parts by `separator` |
 | gzip, zstd, xz, bzip2 | what they hold |
 | folder | its files, recursively, sorted by path; hidden ones are left out, and README, LICENSE and the like beside data |
 | `sotu` | the embedded corpus, `gqa_jax.data.corpus` |
@@ -218,7 +218,7 @@ def _decoded(file: Opened, errors: str, progress: list[int], reading: Reading) -
             line = lines + error.object[: error.start].count(b"\n")
             raise InputError(
                 f"{file.path}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}): "
-                f"{bad_utf8(error.object, error.start)}"
+                f"{bad_utf8(error.object, error.start, file.leave)}"
             ) from error
         lines += text.count("\n")
         if errors == "replace":

@@ -6,16 +6,13 @@ import decimal
 import functools
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from gqa_jax.data.kinds import LARGEST, Opened, bad_utf8
+from gqa_jax.data.kinds import LARGEST, SPACE, Opened, bad_utf8, is_cut
 from gqa_jax.data.records import BATCH_BYTES, DAMAGED, Bad, Format, Rows
 from gqa_jax.data.sources import InputError, reason
 from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, put_back
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
@@ -42,7 +39,7 @@ def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
                     continue
                 if len(line) == LARGEST:
                     raise InputError(f"{file.path}:{number}: a line of more than {LARGEST:,} bytes") from None
-                value = _parsed(line, errors)
+                value = _parsed(line, errors, file.leave)
             rows.append(value)
             places.append(number)
             if read >= enough:
@@ -54,17 +51,17 @@ def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
     yield rows, places, file.position(read)
 
 
-def _parsed(line: bytes, errors: str) -> Any:
+def _parsed(line: bytes, errors: str, leave: str) -> Any:
     """The value of a line that is no JSON at first sight: a mark within, a large integer; or what is wrong with it."""
     try:
         text = line.decode("utf-8", errors).removeprefix("\ufeff")
         return _LARGE_INTEGERS.decode(text)
     except UnicodeDecodeError as error:
-        return Bad("no UTF-8", f"byte {error.start} is no UTF-8: {bad_utf8(line, error.start)}")
+        return Bad("no UTF-8", f"byte {error.start} is no UTF-8: {bad_utf8(line, error.start, leave)}")
     except RecursionError:
         return Bad("nested too deep", "lists or objects within each other, too deep to be read")
     except ValueError as error:
-        return Bad("no JSON", f"not one JSON object a line ({error}): repair it, or leave the file out (--exclude)")
+        return Bad("no JSON", f"not one JSON object a line ({error}): repair it, or {leave}")
 
 
 def _integer(digits: str) -> int | decimal.Decimal:
@@ -78,7 +75,7 @@ _LARGE_INTEGERS = json.JSONDecoder(parse_int=_integer)
 
 
 def _is_json(line: bytes) -> bool:
-    return not isinstance(_parsed(line, "replace"), Bad)
+    return not isinstance(_parsed(line, "replace", ""), Bad)
 
 
 def _layout(file: Opened) -> tuple[bytes, bool]:
@@ -103,22 +100,21 @@ def _layout(file: Opened) -> tuple[bytes, bool]:
 
 def _is_whole(text: str, ended: bool) -> bool | None:
     """Whether JSON is one array, or begins with an object over several lines; None: more of it must be seen."""
-    begin = _SPACE.match(text).end()
+    begin = SPACE.match(text).end()
     is_array = text[begin : begin + 1] == "["
-    first = _SPACE.match(text, begin + 1).end() if is_array else begin
+    first = SPACE.match(text, begin + 1).end() if is_array else begin
     if is_array and text[first : first + 1] == "]":
         end = first
     else:
         try:
             _, end = _LARGE_INTEGERS.raw_decode(text, first)
         except json.JSONDecodeError as error:
-            is_cut = error.pos > len(text) - 100 or error.msg.startswith("Unterminated string")
-            return None if is_cut and not ended else False
+            return None if is_cut(error, text) and not ended else False
         except (ValueError, RecursionError):
             return False
     if not is_array:
         return "\n" in text[begin:end]
-    end = _SPACE.match(text, end).end()
+    end = SPACE.match(text, end).end()
     if end == len(text) and not ended:
         return None
     if text[end : end + 1] not in (",", "]"):
@@ -136,11 +132,11 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         text = data.decode("utf-8", form.encoding_errors)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file.path}:{line}: not UTF-8 text: {bad_utf8(data, error.start)}") from error
+        raise InputError(f"{file.path}:{line}: not UTF-8 text: {bad_utf8(data, error.start, file.leave)}") from error
     read = file.position(len(data))
-    position = _SPACE.match(text).end()
+    position = SPACE.match(text).end()
     is_array = text[position] == "["
-    position = _SPACE.match(text, position + is_array).end()
+    position = SPACE.match(text, position + is_array).end()
     line, counted = 1, 0
     for number in itertools.count(1):
         line, counted = line + text.count("\n", counted, position), position
@@ -155,7 +151,7 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         except RecursionError:
             raise InputError(f"{file.path}:{place}: lists or objects within each other, too deep to be read") from None
         yield [value], [place], read
-        position = _SPACE.match(text, position).end()
+        position = SPACE.match(text, position).end()
         mark = text[position : position + 1]
         if not is_array and not mark:
             return
@@ -164,6 +160,6 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         if is_array and mark != ",":
             raise InputError(f"{file.path}:{place}: damaged JSON (no comma or ] after it, cut off?): repair it")
         if is_array:
-            position = _SPACE.match(text, position + 1).end()
-    if _SPACE.match(text, position + 1).end() != len(text):
+            position = SPACE.match(text, position + 1).end()
+    if SPACE.match(text, position + 1).end() != len(text):
         raise InputError(f"{file.path}:{place}: damaged JSON (something follows the end of the array): repair it")

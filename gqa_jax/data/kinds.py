@@ -14,14 +14,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from gqa_jax.data.sources import JSON_SUFFIXES, TABLE_SUFFIXES, InputError, Source, reason, shown, suffixes
 from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, PACKINGS, Recoded, Stream, Unpacked, put_back
 
 LARGEST = 1 << 31  # bytes of what is held in memory whole: a document, a line, a JSON array
+SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 _HEAD_BYTES = 1 << 16  # that are looked at
 _MOST_PACKINGS = 4
+_FIRST_OBJECTS = 100  # lines, or entries of an array, by which JSON under another name is known
 _FEW_BAD = 0.1  # share of characters that may be no UTF-8 where replacing them still leaves a text
 
 _MARKS = {  # of an encoding, the longer ones first
@@ -30,37 +32,39 @@ _MARKS = {  # of an encoding, the longer ones first
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-_LEAVE = "leave it out (--exclude)"
+_FROM_PDF = "turn it into text first (pdftotext), or {leave}"
 _FROM_ARROW = "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))"
-_NO_TEXT = (  # first bytes of what holds no text, or none that can be read here: what it is, what to do
+_NO_TEXT = (  # first bytes of what holds no text, or none that can be read here: what it is, what to do, with `Source.leave`
     (rb"PK\x03\x04", "a zip archive", "unpack it first"),
-    (rb"PK\x05\x06", "an empty zip archive", _LEAVE),
+    (rb"PK\x05\x06", "an empty zip archive", "{leave}"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
     (rb"Rar!\x1a\x07", "a rar archive", "unpack it first"),
     (rb"\x04\x22\x4d\x18", "compressed by lz4", "unpack it first (lz4 -d)"),
     (rb"\x1f\x9d", "compressed by compress (.Z)", "unpack it first (gunzip)"),
-    (rb"%PDF-", "a PDF", f"turn it into text first (pdftotext), or {_LEAVE}"),
-    (rb"\x7fELF", "a program (ELF)", _LEAVE),
+    (rb"%PDF-\d\.\d\s*[\r\n]", "a PDF", _FROM_PDF),
+    (rb"%PDF-", "a PDF", _FROM_PDF),
+    (rb"\x7fELF", "a program (ELF)", "{leave}"),
     (rb"ARROW1\0\0", "an Arrow file", _FROM_ARROW),
-    (
-        rb"\xff\xff\xff\xff..\0\0",
-        "an Arrow stream",
-        "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))",
-    ),
-    (rb"SQLite format 3\0", "an SQLite database", f"export its text first, or {_LEAVE}"),
-    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", f"export its text first, or {_LEAVE}"),
+    (rb"\xff\xff\xff\xff..\0\0", "an Arrow stream", _FROM_ARROW),
+    (rb"SQLite format 3\0", "an SQLite database", "export its text first, or {leave}"),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", "export its text first, or {leave}"),
     (rb"Obj\x01", "an Avro file", "write it as Parquet or JSON lines first"),
-    (rb"\x89PNG\r\n", "an image (PNG)", _LEAVE),
-    (rb"\xff\xd8\xff", "an image (JPEG)", _LEAVE),
-    (rb"GIF87a", "an image (GIF)", _LEAVE),
-    (rb"GIF89a", "an image (GIF)", _LEAVE),
-    (rb"II\*\0", "an image (TIFF)", _LEAVE),
-    (rb"MM\0\*", "an image (TIFF)", _LEAVE),
-    (rb"\x93NUMPY", "a NumPy array", _LEAVE),
+    (rb"\x89PNG\r\n", "an image (PNG)", "{leave}"),
+    (rb"\xff\xd8\xff", "an image (JPEG)", "{leave}"),
+    (rb"GIF87a", "an image (GIF)", "{leave}"),
+    (rb"GIF89a", "an image (GIF)", "{leave}"),
+    (rb"II\*\0", "an image (TIFF)", "{leave}"),
+    (rb"MM\0\*", "an image (TIFF)", "{leave}"),
+    (rb"\x93NUMPY", "a NumPy array", "{leave}"),
     (rb"PARE", "an encrypted Parquet file", "decrypt it first"),
-    (rb"version https://git-lfs\.github\.com/spec/", "the pointer to a file in Git LFS, and not that file", "git lfs pull"),
+    (
+        rb"version https://git-lfs\.github\.com/spec/v\d+\r?\n",
+        "the pointer to a file in Git LFS, and not that file",
+        "git lfs pull",
+    ),
 )
 _STARTS_NO_TEXT = re.compile(b"|".join(b"(" + begin + b")" for begin, _, _ in _NO_TEXT), re.DOTALL)
+_DECODER = json.JSONDecoder()
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
 
 
@@ -68,6 +72,7 @@ class Opened(NamedTuple):
     """An open file: what it is, and its content."""
 
     path: str  # for messages
+    leave: str  # how to leave it out, for messages
     kind: str  # "JSON", "CSV", "TSV", "Parquet" or "plain text"
     raw: IO[bytes]  # as stored
     stream: io.BufferedReader  # of Parquet as stored, else unpacked, as UTF-8 but for bytes that are none
@@ -98,12 +103,13 @@ def opened(source: Source, text_key: str, encoding_errors: str, note: Callable[[
             raise InputError(f"{path}: changed while it was read: run again when nothing writes to it")
 
 
-def bad_utf8(data: bytes, start: int) -> str:
-    """What to do about data whose byte `start` is no UTF-8, by how many around it are none."""
+def bad_utf8(data: bytes, start: int, leave: str) -> str:
+    """What to do about data whose byte `start` is no UTF-8, by how many around it are none; `leave` is how to leave it out."""
     around = data[max(0, start - 4096) : start + 4096].decode("utf-8", "replace")
+    convert = "it is in another encoding (often Windows-1252: iconv -f WINDOWS-1252 -t UTF-8)"
     if around.count("\ufffd") <= max(1, _FEW_BAD * len(around)):
-        return "leave the file out (--exclude), or accept replacement characters with --encoding_errors=replace"
-    return "it is in another encoding (convert it: iconv -f ENCODING -t UTF-8), or no text (leave it out: --exclude)"
+        return f"{convert}, or damaged: {leave}, or lose those letters with --encoding_errors=replace"
+    return f"{convert}, or no text: {leave}"
 
 
 def _opened(
@@ -119,7 +125,7 @@ def _opened(
                 raise InputError(f"{path}: packed more than {_MOST_PACKINGS} times ({', '.join(found)}): unpack it first")
             lowest, stream = _put_upon(lowest, Unpacked(stream, packing))
         head = stream.peek(1)[:_HEAD_BYTES]
-        _check_packing(path, head, found, packings, note)
+        _check_packing(path, source.leave, head, found, packings, note)
         if mark := next((mark for mark in _MARKS if head.startswith(mark)), None):
             note(f"{_name(_MARKS[mark])}, read as such", path)
             stream.read(len(mark))
@@ -128,13 +134,14 @@ def _opened(
         if head.startswith(codecs.BOM_UTF8):
             stream.read(len(codecs.BOM_UTF8))
             head = head[len(codecs.BOM_UTF8) :]
-        kind = _kind(path, head, suffix, found)
-        if kind not in ("Parquet", "JSON") and head.lstrip().startswith(b"{"):
-            first = stream.read(len(head) - len(head.lstrip())) + stream.readline(LARGEST)
-            stream = put_back(first, stream)
-            if _has_text(first, text_key):
-                note("JSON lines, read as such", path)
+        kind = _kind(path, source.leave, head, suffix, found)
+        if kind not in ("Parquet", "JSON"):
+            stream, objects = _begin_of_json(stream, head, kind)
+            if any(text_key in fields for fields in objects):
+                note("JSON, read as such", path)
                 kind = "JSON"
+            elif objects:
+                note(f"looks like JSON without a field {text_key!r} (--text_key): read as {kind}", path)
     except DAMAGE as error:
         raise InputError(f"{path}:1: damaged or unreadable from here on: {reason(error)}") from error
     if not source.size:
@@ -142,7 +149,7 @@ def _opened(
     if kind == "Parquet" and suffix != ".parquet":
         note("Parquet, read as such", path)
     position = (lambda read: lowest.taken) if lowest else (lambda read: read)
-    return Opened(path, kind, raw, stream, position, TABLE_SUFFIXES.get(suffix, ","))
+    return Opened(path, source.leave, kind, raw, stream, position, TABLE_SUFFIXES.get(suffix, ","))
 
 
 def _put_upon(lowest: Stream | None, upper: Stream) -> tuple[Stream, io.BufferedReader]:
@@ -153,42 +160,46 @@ def _name(encoding: str) -> str:
     return encoding[:-3].upper()  # without the order of bytes
 
 
-def _check_packing(path: str, head: bytes, found: list[str], said: list[str], note: Callable[[str, str], None]) -> None:
+def _check_packing(
+    path: str, leave: str, head: bytes, found: list[str], said: list[str], note: Callable[[str, str], None]
+) -> None:
     """A file whose name says that it is packed, and whose first bytes deny it."""
     if not said or found == said[: len(found)] != []:
         return
     if found:
         note(f"{', then '.join(found)} and not {said[0]} as the name says, read as such", path)
     elif len(head) < 8:
-        raise InputError(f"{path}: {len(head)} bytes are no {said[0]} file, cut off? get it again, or {_LEAVE}")
+        raise InputError(f"{path}: {len(head)} bytes are no {said[0]} file, cut off? get it again, or {leave}")
     else:
         note(f"no {said[0]} file as the name says, read as it is", path)
 
 
-def _kind(path: str, head: bytes, suffix: str, packings: list[str]) -> str:
+def _kind(path: str, leave: str, head: bytes, suffix: str, packings: list[str]) -> str:
     """The kind of a file by the first bytes of its unpacked content in UTF-8. Raises InputError for what is no text."""
-    if head.startswith(b"PAR1") and (suffix == ".parquet" or b"\0" in head or not _is_utf8(head)):
+    may_be_text = b"\0" not in head and _is_utf8(head)
+    if head.startswith(b"PAR1") and (suffix == ".parquet" or not may_be_text):
         if packings:
             raise InputError(f"{path}: Parquet within {packings[0]}, which can't be read in pieces: unpack it first")
         return "Parquet"
-    if start := _STARTS_NO_TEXT.match(head):
+    start = _STARTS_NO_TEXT.match(head)
+    if start and not (may_be_text and start[0].decode("latin-1").isprintable()):  # a mark of letters may begin a text
         _, what, advice = _NO_TEXT[start.lastindex - 1]
-        raise InputError(f"{path}: {what}: {advice}")
+        raise InputError(f"{path}: {what}: {advice.format(leave=leave)}")
     if suffix == ".parquet":
         begin = f"it begins with {head[:20]!r}" if head else "it is empty"
-        raise InputError(f"{path}: not a readable Parquet file: {begin}: get it again, rename it, or {_LEAVE}")
-    if head[257:262] == b"ustar":
+        raise InputError(f"{path}: not a readable Parquet file: {begin}: get it again, rename it, or {leave}")
+    if head[257:262] == b"ustar" and not may_be_text:
         raise InputError(f"{path}: a tar archive: unpack it first (tar -xf)")
     is_json = suffix in JSON_SUFFIXES
     if b"\0" in head and not _is_text(head):
         if encoding := _unmarked(head):
             raise InputError(
                 f"{path}: looks like {encoding} without a byte-order mark: convert it first (iconv -f {encoding} -t UTF-8), "
-                f"or {_LEAVE}"
+                f"or {leave}"
             )
         # Lines of JSON with zeros among them, as a power cut leaves them, are judged line by line.
         if not is_json or not (head.lstrip().startswith((b"{", b"[")) or b'\n{"' in head):
-            raise InputError(f"{path}: no text but binary data (a zero byte at {head.index(0):,}): {_LEAVE}")
+            raise InputError(f"{path}: no text but binary data (a zero byte at {head.index(0):,}): {leave}")
     if suffix in TABLE_SUFFIXES:
         return "CSV" if TABLE_SUFFIXES[suffix] == "," else "TSV"
     return "JSON" if is_json else "plain text"
@@ -221,9 +232,58 @@ def _unmarked(head: bytes) -> str | None:
     return None
 
 
-def _has_text(line: bytes, text_key: str) -> bool:
+def _begin_of_json(stream: io.BufferedReader, head: bytes, kind: str) -> tuple[io.BufferedReader, list[dict[str, Any]]]:
+    """JSON objects with which a file under another name begins, none where it is no JSON; and its stream, from the start."""
+    if not head.lstrip().startswith((b"{", b"[")):  # a line before the objects may be damaged, or the header of a table
+        return stream, _object_lines(head.decode("utf-8", "replace")) if kind == "plain text" else []
+    data, objects, more_is_needed = b"", [], True
+    while more_is_needed and len(data) <= LARGEST and (more := stream.read(max(len(data), _HEAD_BYTES))):
+        data += more
+        objects, more_is_needed = _objects(data.decode("utf-8", "replace"))
+    return put_back(data, stream), objects
+
+
+def _objects(text: str) -> tuple[list[dict[str, Any]], bool]:
+    """JSON objects with which a text begins: one a line, of an array, or over lines. And whether the first of them is cut."""
+    if lines := _object_lines(text):
+        return lines, False
+    objects, position = [], SPACE.match(text).end()
+    if is_array := text[position] == "[":
+        position = SPACE.match(text, position + 1).end()
+    while text[position : position + 1] == "{" and len(objects) < _FIRST_OBJECTS:
+        try:
+            fields, position = _DECODER.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            return objects, not objects and is_cut(error, text)
+        except (ValueError, RecursionError):
+            return objects, False
+        objects.append(fields)
+        position = SPACE.match(text, position).end()
+        if is_array:
+            position = SPACE.match(text, position + 1).end()
+        elif text[position : position + 1] not in ("", "{"):
+            return [], False
+    return objects, not objects and position == len(text)
+
+
+def _object_lines(text: str) -> list[dict[str, Any]]:
+    """The JSON objects among the first lines of a text; none where neither the first line is one nor most of them are."""
+    lines = [line for line in text.split("\n", _FIRST_OBJECTS)[:_FIRST_OBJECTS] if line.strip()]
+    values = [_object(line) for line in lines]
+    if len(values) > 1 and values[-1] is None and len(lines) < _FIRST_OBJECTS and not text.endswith("\n"):
+        del values[-1]  # perhaps cut
+    objects = [value for value in values if value is not None]
+    return objects if values and (values[0] is not None or 2 * len(objects) > len(values)) else []
+
+
+def _object(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = json.loads(line) if line.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and isinstance(value.get(text_key), str)
+        return None
+    return value
+
+
+def is_cut(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether JSON may be in order, and only the end of what was read of it is missing."""
+    return error.pos > len(text) - 100 or error.msg.startswith("Unterminated string")

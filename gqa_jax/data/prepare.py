@@ -66,8 +66,8 @@ class Recipe:
     eos: str | None = None  # end-of-document token of a Hugging Face tokenizer; None: found
     holdout_every: int = 20
     form: Format = dataclasses.field(default_factory=Format)
-    include: str = "*"  # shell patterns for files in folders
-    exclude: str | None = None
+    include: str | tuple[str, ...] = "*"  # shell patterns for files in folders, one or several
+    exclude: str | tuple[str, ...] | None = None
     holdout_rule: str = "hash"  # or "position", that of the first version: `gqa_jax.data.holdout`
 
     def __post_init__(self):
@@ -259,8 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 source_key=options.source_key,
                 bad_lines=options.bad_lines,
             ),
-            include=options.include,
-            exclude=options.exclude,
+            include=tuple(options.include or ["*"]),
+            exclude=tuple(options.exclude),
         )
         made = prepare(recipe, out, options.threads, progress=sys.stderr.isatty() and not options.quiet)
         seconds = None if was_there else time.perf_counter() - begin
@@ -578,8 +578,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="field or column that names the source of a document (default: the INPUT is its source); losses are told for each",
     )
-    parser.add_argument("--include", default="*", metavar="PATTERN", help="only these files of folders, as in '*.txt'")
-    parser.add_argument("--exclude", metavar="PATTERN", help="not these files of folders")
+    patterns = {"action": "append", "default": [], "metavar": "PATTERN"}
+    parser.add_argument("--include", **patterns, help="only these files of folders, as in '*.txt'; may be repeated")
+    parser.add_argument("--exclude", **patterns, help="not these files of folders; may be repeated")
     parser.add_argument(
         "--encoding_errors",
         choices=("strict", "replace"),

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gqa_jax.data.kinds import bad_utf8
 from gqa_jax.data.sources import InputError, few, shown
 
 BATCH_BYTES = 1 << 18  # of rows that are given at once: they stay in a cache
@@ -85,10 +84,12 @@ def usable(fields: Any, form: Format, origin: str) -> tuple[str, str] | Bad:
 
 
 def decoded(value: bytes, errors: str) -> str | Bad:
+    """A text that a column holds as bytes."""
     try:
         return value.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        return Bad("no UTF-8", f"byte {error.start} of its text is no UTF-8: {bad_utf8(value, error.start)}")
+        advice = "write it as UTF-8, or lose those letters with --encoding_errors=replace"
+        return Bad("no UTF-8", f"byte {error.start} of its text is no UTF-8: {advice}")
 
 
 def check_columns(where: str, names: Sequence[str], form: Format) -> None:

@@ -8,8 +8,10 @@ Hugging Face hub, whose snapshots are links into its blobs, gives each file once
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 import re
+import shlex
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,8 +27,13 @@ TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # suffix -> what sta
 DATA_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
 NAMED_IN_AN_ERROR = 5  # of many files with one fault
 
-_BESIDE_DATA = re.compile(r"(readme|licen[cs]e|copying|notice)s?([^a-z].*)?|dataset_infos?\.json")
+_BESIDE_DATA = re.compile(  # names in small letters, whole: notice-1.txt and readme_corpus.txt may be data
+    r"(readme|licen[cs]es?|copying|notices?)(\.(md|txt|rst|html))?|licen[cs]e-[a-z]+(-[0-9.]+)?|dataset_infos?\.json"
+)
 _HUB_CACHE = {"blobs", "refs", "snapshots"}
+
+
+Patterns = str | Sequence[str]
 
 
 class InputError(ValueError):
@@ -41,6 +48,12 @@ class Source:
     path: Path | None  # None: a named corpus
     size: int | None  # bytes as stored; None: not known before reading
     origin: str  # name of the input: the end of its path that no other input shares, the same on every machine
+    in_folder: bool = False  # the input is a folder, and `name` is relative to it
+
+    @property
+    def leave(self) -> str:
+        """How to leave it out, for messages."""
+        return _leave(self.name if self.in_folder else "")
 
 
 class Found(NamedTuple):
@@ -50,17 +63,17 @@ class Found(NamedTuple):
     left_out: dict[str, list[str]]
 
 
-def find_sources(inputs: Sequence[str | os.PathLike], include: str = "*", exclude: str | None = None) -> Found:
+def find_sources(inputs: Sequence[str | os.PathLike], include: Patterns = "*", exclude: Patterns | None = None) -> Found:
     """The sources that `inputs` stand for, in their order; files of a folder sorted by path.
 
-    `include` and `exclude` are shell patterns for the paths of files in folders, relative to the folder.
+    `include` and `exclude` are shell patterns, one or several, for the paths of files in folders, relative to the folder.
     Raises InputError for an input that is missing, a folder without such files, and, naming all, for what can't be read:
     links to nothing, files and folders without permission, pipes, devices.
     """
     entries = [os.fspath(entry) for entry in inputs]
     if not entries:
         raise InputError("no input: give files, folders, sotu, or hf:NAME")
-    search = _Search(include, exclude)
+    search = _Search(_patterns(include), _patterns(exclude or ()))
     for index, entry in enumerate(entries):
         if not _is_named(entry):
             search.look_at(index, entry)
@@ -68,7 +81,7 @@ def find_sources(inputs: Sequence[str | os.PathLike], include: str = "*", exclud
     origins = _origins(entries)
     of_input: list[list[Source]] = [[] for _ in entries]
     for file in search.chosen():
-        of_input[file.index].append(Source(file.name, file.path, file.size, origins[file.index]))
+        of_input[file.index].append(Source(file.name, file.path, file.size, origins[file.index], file.in_folder))
     known = set()
     for index, entry in enumerate(entries):
         if entry in known:
@@ -115,6 +128,7 @@ class _File:
     size: int
     identity: tuple[int, ...]  # device and inode, the same for every name of one file
     is_link: bool
+    in_folder: bool
 
     @property
     def name(self) -> str:
@@ -131,13 +145,17 @@ class _File:
 class _Search:
     """A walk through all inputs."""
 
-    include: str
-    exclude: str | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
     left_out: dict[str, list[str]] = field(default_factory=dict)
     files: list[_File] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # path and why
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # path and why; how to leave it out
     empty: list[str] = field(default_factory=list)  # folders that gave nothing
     folders: dict[tuple[int, ...], str] = field(default_factory=dict)  # identity -> path by which it was read
+
+    def refuse(self, path: str | os.PathLike, why: str, name: str = "") -> None:
+        """Notes what can't be read; `name` is that of what lies in a folder."""
+        self.unreadable.append((f"{shown(path)}: {why}", _leave(name)))
 
     def leave_out(self, why: str, path: str | os.PathLike) -> None:
         self.left_out.setdefault(why, []).append(shown(path))
@@ -152,16 +170,16 @@ class _Search:
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nobody
             path = Path(entry)
             if os.path.islink(entry):
-                self.unreadable.append(f"{shown(entry)}: {_dangling(entry)}")
+                self.refuse(entry, _dangling(entry))
             elif isinstance(error, PermissionError):
-                self.unreadable.append(f"{shown(entry)}: no permission to reach it")
+                self.refuse(entry, "no permission to reach it")
             else:
                 raise InputError(
                     f"input {shown(entry)}: no such file or folder{_neighbour(path)}; named inputs are sotu and hf:NAME"
                 ) from None
             return
         if not stat.S_ISDIR(found.st_mode):
-            self._file(index, (path.name,), path, found, path.is_symlink())
+            self._file(index, (path.name,), path, found, path.is_symlink(), in_folder=False)
         elif other := self.folders.get(_identity(found)):
             self.leave_out(f"the same folder as {other}", path)
         else:
@@ -174,16 +192,19 @@ class _Search:
     def check(self) -> None:
         """Raises InputError when something can't be read, or a folder had nothing."""
         if self.unreadable:
-            several = f"{len(self.unreadable):,} files or folders can't be read: " if len(self.unreadable) > 1 else ""
+            sentences, advices = zip(*self.unreadable, strict=True)
+            several = f"{len(sentences):,} files or folders can't be read: " if len(sentences) > 1 else ""
+            leave = (
+                advices[0] if not several else "leave each out (in a folder: --exclude=PATTERN; else: take it off the command)"
+            )
             raise InputError(
-                f"{several}{few(self.unreadable, '; ')}. Repair that (a link to nothing: delete it; no permission: "
-                "chmod -R u+rX), or leave it out with --exclude"
+                f"{several}{few(sentences, '; ')}. Repair that (a link to nothing: delete it; no permission: "
+                f"chmod -R u+rX), or {leave}"
             )
         if self.empty:
             why = "".join(f"; {few(paths)}: {reason}" for reason, paths in self.left_out.items())
-            raise InputError(
-                f"input {self.empty[0]}: no file in this folder (include {self.include!r}, exclude {self.exclude!r}){why}"
-            )
+            chosen = f"include {_all(self.include)}, exclude {_all(self.exclude)}"
+            raise InputError(f"input {self.empty[0]}: no file in this folder ({chosen}){why}")
 
     def chosen(self) -> list[_File]:
         """Each file once, sorted by input and path."""
@@ -212,7 +233,7 @@ class _Search:
                     entries = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
                 if not self._is_left_out(parts, folder, is_folder=True):
-                    self.unreadable.append(f"{shown(folder)}: {_refusal(error)}")
+                    self.refuse(folder, _refusal(error), "/".join(parts))
                 continue
             is_hub_cache = {entry.name for entry in entries} >= _HUB_CACHE
             for entry in entries:
@@ -234,11 +255,11 @@ class _Search:
         except OSError as error:
             if not self._is_left_out(parts, path):
                 why = _dangling(path) if is_link and not isinstance(error, PermissionError) else _refusal(error)
-                self.unreadable.append(f"{shown(path)}: {why}")
+                self.refuse(path, why, "/".join(parts))
             return
         if not stat.S_ISDIR(found.st_mode):
             if not self._is_left_out(parts, path):
-                self._file(index, parts, path, found, is_link)
+                self._file(index, parts, path, found, is_link, in_folder=True)
         elif not is_link:
             if other := self.folders.get(_identity(found)):  # a mount of a folder in itself
                 self.leave_out(f"the same folder as {other}", path)
@@ -250,24 +271,27 @@ class _Search:
         else:
             links.append((path, parts, _identity(found)))
 
-    def _file(self, index: int, parts: tuple[str, ...], path: Path, found: os.stat_result, is_link: bool) -> None:
+    def _file(
+        self, index: int, parts: tuple[str, ...], path: Path, found: os.stat_result, is_link: bool, in_folder: bool
+    ) -> None:
+        name = "/".join(parts) if in_folder else ""
         if not stat.S_ISREG(found.st_mode):
-            self.unreadable.append(f"{shown(path)}: {_special(found.st_mode)}, which can't be read twice: write it to a file")
+            self.refuse(path, f"{_special(found.st_mode)}, which can't be read twice: write it to a file", name)
         elif not os.access(path, os.R_OK):
-            self.unreadable.append(f"{shown(path)}: no permission to read it")
+            self.refuse(path, "no permission to read it", name)
         else:
             # A file system without inodes has 0: then every name is a file of its own.
             identity = _identity(found) if found.st_ino else (index, len(self.files))
-            self.files.append(_File(index, parts, path, found.st_size, identity, is_link))
+            self.files.append(_File(index, parts, path, found.st_size, identity, is_link, in_folder))
 
     def _is_left_out(self, parts: tuple[str, ...], path: Path, is_folder: bool = False) -> bool:
         """Whether the patterns leave a file out, or a folder that can't be looked into; it is noted then."""
         names = ["/".join(parts), "/".join(parts) + "/"][: 1 + is_folder]
-        if self.exclude and any(fnmatch.fnmatch(name, self.exclude) for name in names):
-            self.leave_out(f"left out by --exclude {shown(self.exclude)}", path)
+        if pattern := next((p for p in self.exclude if any(fnmatch.fnmatch(name, p) for name in names)), None):
+            self.leave_out(f"left out by --exclude {shown(pattern)}", path)
             return True
-        if not is_folder and not fnmatch.fnmatch(names[0], self.include):
-            self.leave_out(f"not selected by --include {shown(self.include)}", path)
+        if not is_folder and not any(fnmatch.fnmatch(names[0], pattern) for pattern in self.include):
+            self.leave_out(f"not selected by --include {shown(' '.join(self.include))}", path)
             return True
         return False
 
@@ -286,6 +310,22 @@ class _Search:
             if file.identity in aside:
                 self.leave_out("README, licence or description beside data", file.path)
         self.files[first:] = [file for file in files if file.identity not in aside]
+
+
+def _patterns(given: Patterns) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _all(patterns: Sequence[str]) -> str:
+    return ", ".join(map(repr, patterns)) or "nothing"
+
+
+def _leave(name: str) -> str:
+    """How to leave out a file by its name in a folder; "": it is an argument itself."""
+    if not name:
+        return "take it off the command"
+    pattern = "".join(c if c.isprintable() else "?" for c in glob.escape(name))  # ? stands for any character
+    return f"leave it out (--exclude={shlex.quote(pattern)})"
 
 
 def _is_named(entry: str) -> bool:

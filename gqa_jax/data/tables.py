@@ -71,7 +71,7 @@ def dataset_rows(name: str, form: Format) -> Iterator[Rows]:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"input {name} needs the library datasets: pip install 'gqa_jax[datasets]'") from None
+        raise InputError(f"input {name} needs the library datasets: pip install -e '.[datasets]'") from None
     path, _, split = name.removeprefix("hf:").partition(":")
     path, _, config = path.partition("@")
     try:
@@ -114,7 +114,8 @@ class _TextLines:
         try:
             return line.decode("utf-8", self._errors)
         except UnicodeDecodeError as error:
-            self.bad = Bad("no UTF-8", f"byte {error.start} of line {self._number} is no UTF-8: {bad_utf8(line, error.start)}")
+            advice = bad_utf8(line, error.start, self._file.leave)
+            self.bad = Bad("no UTF-8", f"byte {error.start} of line {self._number} is no UTF-8: {advice}")
             return line.decode("utf-8", "replace")
 
 
