@@ -261,8 +261,9 @@ def _proved(arguments, todo: list[Cell], engine: Executor) -> dict[str, Cell]:
 def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
     if the.others and not the.asked:
         raise ConfigError(
-            f"{the.said(layout)}. {rules.CHANGED}. --rules old goes on with them: nothing that is finished is trained again. "
-            "--rules new trains the grid under today's rules beside them, which stay in the tables. Or give another --root"
+            f"{the.said(layout)}. {rules.CHANGED}. So `run` in this folder needs --rules, every time: --rules old goes on with "
+            "them, and nothing that is finished is trained again; --rules new trains the grid under today's rules beside them, "
+            "and they stay in the tables. Or give another --root"
         )
     engine = run.recall(layout, arguments.on)
     if arguments.slots is not None:
@@ -336,10 +337,8 @@ def _states(cells: Sequence[Cell], layout: Layout, engine: Callable[[], Executor
 
 
 def _root(arguments) -> str:
-    """What a command line needs beside the grid to be about the same cells."""
-    return (f" --root {shlex.quote(arguments.root)}" if arguments.root else "") + (
-        f" --rules {arguments.rules}" if arguments.rules else ""
-    )
+    """What a command line needs beside the grid, and the rules (`Choice.option`), to be about the same cells."""
+    return f" --root {shlex.quote(arguments.root)}" if arguments.root else ""
 
 
 def _check_parents(chosen: Sequence[Cell], layout: Layout) -> None:

@@ -278,6 +278,9 @@ class TestOthers:
         assert "python -m launch retry small.py --rules old" in " ".join(capsys.readouterr().out.split())
         assert run("retry") == launch.EXIT_DONE
         assert "1 cells can run again: python -m launch run small.py --rules old\n" in capsys.readouterr().out
+        write_json(folder / "exit.json", {"code": 1, "class": "error", "reason": "it broke", "time": 2.0})
+        assert run("retry", "--rules", "old") == launch.EXIT_DONE
+        assert "1 cells can run again: python -m launch run small.py --rules old\n" in capsys.readouterr().out
         assert run("run", "--rules", "old", "--dry_run", "--on", "local") == launch.EXIT_DONE
         assert SIX[0] in capsys.readouterr().out
 
