@@ -312,12 +312,12 @@ def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
 
 def _end(arguments, the: Choice, chosen: list[Cell], layout: Layout, engine: Executor, last: run.Pass, console: Console) -> int:
     """What `run` says and writes after its last pass."""
-    screen.print_failures(chosen, last.states, layout, engine, arguments.grid, console, the.option)
+    screen.print_failures(chosen, last.states, layout, engine, _about(arguments, the), console)
     failed = any(now.state in state.BAD for now in last.states)
     if last.active:
         console.print(
             f"{len(last.submitted)} cells submitted, {last.active} on {engine.engine}: python -m launch status "
-            f"{shlex.quote(arguments.grid)}{_root(arguments)}{the.option}",
+            f"{_about(arguments, the)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -336,9 +336,10 @@ def _states(cells: Sequence[Cell], layout: Layout, engine: Callable[[], Executor
         return state.of_all(cells, layout, time.time(), {})
 
 
-def _root(arguments) -> str:
-    """What a command line needs beside the grid, and the rules (`Choice.option`), to be about the same cells."""
-    return f" --root {shlex.quote(arguments.root)}" if arguments.root else ""
+def _about(arguments, the: Choice) -> str:
+    """How another command line names the same cells: the grid, its folder, the rules."""
+    root = f" --root {shlex.quote(arguments.root)}" if arguments.root else ""
+    return f"{shlex.quote(arguments.grid)}{root}{the.option}"
 
 
 def _check_parents(chosen: Sequence[Cell], layout: Layout) -> None:
@@ -386,7 +387,7 @@ def _status(arguments, the: Choice, layout: Layout, console: Console) -> int:
         print(json.dumps(screen.rows(chosen, now.states, table), indent=1))
     else:
         console.print(screen.table(chosen, now.states, the.grid.name, table))
-        screen.print_failures(chosen, now.states, layout, engine, arguments.grid, console, the.option)
+        screen.print_failures(chosen, now.states, layout, engine, _about(arguments, the), console)
         now.held = state.held_back(chosen, now.states)
         screen.print_pass(now, console)
         _print_strangers(the, layout, console)
@@ -472,7 +473,7 @@ def _retry(arguments, the: Choice, layout: Layout, console: Console) -> int:
             aside = _set_aside(layout.cell(cell.name), now)
             count += 1
             print(f"{cell.name}: {now.state} ({now.failure or now.cause}); its records are in {aside}")
-    again = f"python -m launch run {shlex.quote(arguments.grid)}{_root(arguments)}{the.option}"
+    again = f"python -m launch run {_about(arguments, the)}"
     print(f"{count} cells can run again: {again}")
     return EXIT_DONE
 

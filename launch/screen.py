@@ -89,13 +89,12 @@ def print_failures(
     states: Sequence[CellState],
     layout: Layout,
     engine: Executor,
-    grid: str,
+    about: str,
     console: Console,
-    option: str = "",
 ) -> None:
     """One paragraph a cause: how many cells, what, the file to read, the command that repeats one here.
 
-    option: what commands need beside the grid, to be about these cells.
+    about: how a command line names these cells: the grid, and its options.
     """
     causes = defaultdict(list)
     for cell, now in zip(cells, states, strict=True):
@@ -109,10 +108,10 @@ def print_failures(
         _line(console, f"[red]{name}[/]: {first.name}{others}: {escape(str(cause))}")
         _line(console, f"  read    {escape(str(files[-1] if files else layout.cell(first.name)))}")
         if kind == "stalled":
-            _line(console, f"  end it  python -m launch cancel {shlex.quote(grid)}{option} {first.name}")
+            _line(console, f"  end it  python -m launch cancel {about} {first.name}")
             continue
         _line(console, f"  repeat  {escape(shlex.join(training(first, layout)))}")
-        _line(console, f"  again   python -m launch retry {shlex.quote(grid)}{option}, then run")
+        _line(console, f"  again   python -m launch retry {about}, then run")
     for line in state.waiting([cell.name for cell in cells], states):
         _line(console, escape(line))
 

@@ -276,6 +276,9 @@ class TestOthers:
         (folder / "result.json").unlink()
         assert run("status") == launch.EXIT_FAILED
         assert "python -m launch retry small.py --rules old" in " ".join(capsys.readouterr().out.split())
+        assert run("status", "--root", os.fspath(root.root)) == launch.EXIT_FAILED
+        said = "".join(capsys.readouterr().out.split())
+        assert f"launchretrysmall.py--root{root.root}--rulesold,thenrun" in said
         assert run("retry") == launch.EXIT_DONE
         assert "1 cells can run again: python -m launch run small.py --rules old\n" in capsys.readouterr().out
         write_json(folder / "exit.json", {"code": 1, "class": "error", "reason": "it broke", "time": 2.0})

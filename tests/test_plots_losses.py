@@ -66,7 +66,9 @@ def test_the_error_of_a_common_text_is_a_sentence_and_no_bar(table):
             assert any("held-out text: ± 0.059 for all alike" in text for text in plot_helpers.texts(ax)) != drawn
     unknown = plots.loss_vs_params(laws.fit_by_heads(rows.assign(loss_sem=np.nan)))
     assert any(text.endswith("; bands: 95%") for text in plot_helpers.texts(unknown))
-    assert style.sure(0.0) == style.SURE
+    few_documents = plots.loss_vs_params(laws.fit_by_heads(rows.assign(eval_documents=5)))  # Student's t
+    assert any("held-out text: ± 0.083 for all alike" in text for text in plot_helpers.texts(few_documents))
+    assert style.sure(None) == style.SURE
 
 
 def test_a_plain_dict_of_laws_has_no_bands(paper):

@@ -95,8 +95,8 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
     """
     table = _with_heads(tables.loss_table(table))
     points.require_one_rule(table)
-    shared = points.shared_sem(table)
-    if shared is not None:
+    shared = points.shared_error(table)
+    if points.shared_sem(table) is not None:
         table = table.assign(loss_sem=np.nan)
     continued = table[table["continue_from"].notna()]
     if continued.empty:
@@ -123,7 +123,7 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
                 ax.axhspan(mean["loss"] - half, mean["loss"] + half, color=look.color, alpha=0.12, linewidth=0)
     style.log_axis(ax.xaxis, text=formatting.short)
     labels.label_ends(ax, ends)
-    note = f"lines across: trained at that context from scratch; {style.sure(shared or 0.0)}"
+    note = f"lines across: trained at that context from scratch; {style.sure(shared)}"
     return style.finish(ax, f"tokens of the continuation at {formatting.context(int(context))}", LOSS, title, note)
 
 

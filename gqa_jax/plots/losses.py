@@ -57,7 +57,7 @@ def loss_vs_params(
         labels.heads_legend(ax, list(laws))
     else:
         labels.label_ends(ax, ends)
-    sure = style.sure(laws)
+    sure = style.sure(getattr(laws, "shared", None))
     return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}; {sure}")
 
 
@@ -110,7 +110,7 @@ def loss_vs_cost(
         labels.heads_legend(ax, list(laws))
     counted = f"costs: {convention} convention" if isinstance(convention, str) and isinstance(cost, str) else ""
     if shared is not None and shared > 0:
-        counted = "; ".join(filter(None, (counted, style.sure(shared))))
+        counted = "; ".join(filter(None, (counted, style.sure(points.shared_error(table)))))
     label = f"{chosen.label} at {formatting.context(context_served)}" + (f" ({name})" if name else "")
     return style.finish(ax, label, LOSS, title, counted)
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from gqa_jax.laws import Heads
+from gqa_jax.laws.least_squares import SharedError
 
 INK = "0.15"  # of text
 MINUS = "\u2212"  # as the ticks of matplotlib have it
@@ -142,9 +143,8 @@ def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
     return None
 
 
-def sure(laws: Any) -> str:
+def sure(shared: SharedError | None) -> str:
     """What bars and bands are. An error that all losses have in common moves all points alike: no bar. nan: it is not known."""
-    shared = getattr(laws, "shared", None)
     if shared is None or shared.sem == 0:
         return SURE
     return "bands: 95%" + (f"; held-out text: ± {shared.reach(0.95):.3f} for all alike" if shared.sem > 0 else "")
