@@ -509,7 +509,14 @@ def _export(arguments, the: Choice, layout: Layout, console: Console) -> int:
 
 
 def _print_strangers(the: Choice, layout: Layout, console: Console) -> None:
-    """Folders that no table has."""
+    """Folders of no cell: those that stay in the tables, and those that no table has."""
+    if the.kept:
+        console.print(
+            f"{len(the.kept)} finished runs in {layout.root}/cells are of no cell of this grid and under other rules: they stay "
+            f"in the tables, like {the.kept[0]}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if count := len(the.strangers):
         console.print(
             f"{count} folders in {layout.root}/cells are of no cell of this grid (it was changed since), and in no table, like "

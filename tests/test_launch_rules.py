@@ -303,7 +303,10 @@ class TestOthers:
             said = launch.main(["export", "part.py", "--root", os.fspath(root.root), *options])
             assert said == launch.EXIT_DONE
             assert set(results.load_results(root.root)["cell"]) == set(before["cell"])
-            assert "are of no cell of this grid" not in capsys.readouterr().out
+            said = capsys.readouterr().out
+            assert "6 finished runs in" in said
+            assert "under other rules: they stay in the tables, like s16d-t32" in said
+            assert "it was changed since" not in said
 
     def test_folders_of_no_cell_are_said_by_export(self, root, capsys):
         finish_old(grid.cells(grid.under_old_rules(grid.Grid("g", [grid_fakes.config(size=128)], [1024])))[0], root)
