@@ -512,8 +512,8 @@ def _print_strangers(the: Choice, layout: Layout, console: Console) -> None:
     """Folders of no cell: those that stay in the tables, and those that no table has."""
     if the.kept:
         console.print(
-            f"{len(the.kept)} finished runs in {layout.root}/cells are of no cell of this grid and under other rules: they stay "
-            f"in the tables, like {the.kept[0]}",
+            f"{len(the.kept)} finished runs in {layout.root}/cells are of no cell of this grid and under other rules: they "
+            f"stay in the tables, like {the.kept[0]}",
             highlight=False,
             soft_wrap=True,
         )
