@@ -77,9 +77,10 @@ class Metrics:
         self._device_time, self._origin = device_time, run_folder.origin()
         remote = storage.is_remote(workdir)
         self._side_writers: dict[str, Any] = {}
-        run_id = run_folder.run_id(self._workdir, attempt)
         if config.logging.tensorboard:
             self._side_writers["TensorBoard"] = _TensorBoard(self._workdir / "tensorboard")
+        if attempt == 0 or config.logging.wandb_project:  # drawn at once: a later attempt may be the first that needs it
+            run_id = run_folder.run_id(self._workdir, attempt)
         if config.logging.wandb_project:
             self._start_wandb(config, run_id)
         self._files = (_RemoteFiles if remote else _LocalFiles)(self._workdir, attempt)

@@ -43,7 +43,7 @@ from typing import Any, TextIO
 from etils import epath
 
 from gqa_jax import errors, storage
-from gqa_jax.config import OLD_RULES, TrainConfig, differing_fields
+from gqa_jax.config import OLD_RULES, OLD_STORES, TrainConfig, differing_fields
 from gqa_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -195,10 +195,8 @@ def data_of_first_version(config: TrainConfig) -> str:
 
 def _store_of_first_version(config: TrainConfig) -> list[str]:
     """The option by which a built-in store is the one of that name in the first version."""
-    from gqa_jax.data import store
-
-    name = f"{config.data.store}@position"
-    return [f"--config.data.store={name}"] if name in store.BUILT_IN else []
+    name = OLD_STORES.get(config.data.store)
+    return [] if name is None else [f"--config.data.store={name}"]
 
 
 def _with_rules(identity: dict[str, Any]) -> dict[str, Any]:

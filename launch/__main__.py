@@ -473,8 +473,7 @@ def _retry(arguments, the: Choice, layout: Layout, console: Console) -> int:
             aside = _set_aside(layout.cell(cell.name), now)
             count += 1
             print(f"{cell.name}: {now.state} ({now.failure or now.cause}); its records are in {aside}")
-    again = f"python -m launch run {_about(arguments, the)}"
-    print(f"{count} cells can run again: {again}")
+    print(f"{count} cells can run again: python -m launch run {_about(arguments, the)}")
     return EXIT_DONE
 
 

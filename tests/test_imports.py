@@ -57,7 +57,7 @@ TABLE = (
     Row("gqa_jax.optimizer", ".config", outside="jax optax"),
     Row("gqa_jax.evaluation", ".errors", lazily=".data"),
     Row("gqa_jax.program", ".mesh .config .attention .sharding .parallel .model .optimizer", outside="jax optax"),
-    Row("gqa_jax.run_folder", ".errors .config .storage", lazily=".data"),
+    Row("gqa_jax.run_folder", ".errors .config .storage"),
     Row("gqa_jax.distributed", ".errors .config .storage .run_folder", outside="jax"),
     Row("gqa_jax.checkpoint", ".errors .storage .run_folder .distributed", outside="jax orbax"),
     Row("gqa_jax.metrics", ".errors .config .storage .run_folder"),

@@ -273,19 +273,6 @@ def test_what_only_begins_like_json_is_text(tmp_path):
     assert texts(write(tmp_path, "a.txt", b"id,text\n1,one\n")) == ["id,text\n1,one\n"]  # CSV is known by its suffix
 
 
-def test_a_file_that_changes_is_noticed(tmp_path):
-    path = write(tmp_path, "a.jsonl", LINES)
-    (source,) = find_sources([path]).sources
-    found = read_documents(source, Format(), Reading())
-    next(found)
-    with path.open("ab") as file:
-        file.write(LINES)
-    with pytest.raises(InputError, match=r"a.jsonl: changed while it was read: run again when nothing writes to it"):
-        list(found)
-    with pytest.raises(InputError, match=r"a.jsonl: changed after the inputs were listed \([\d,]+ bytes then, [\d,]+ now\)"):
-        list(read_documents(source, Format(), Reading()))
-
-
 def test_what_must_be_held_whole_has_a_limit(tmp_path, monkeypatch):
     for module in (kinds, documents, json_rows):
         monkeypatch.setattr(module, "LARGEST", 1000)

@@ -279,6 +279,14 @@ def test_every_domain_is_held_out_whatever_the_order(tmp_path):
         assert other.fingerprint == first.fingerprint  # of train too
         assert other.header["provenance"]["request"] == first.header["provenance"]["request"]
 
+    (tmp_path / "books" / "1.jsonl").symlink_to(tmp_path / "web" / "0.jsonl")  # of two inputs: it belongs to one
+    linked = [
+        prepare.prepare(prepare.Recipe(tuple(str(tmp_path / name) for name in order), "bytes"), tmp_path / f"linked{i}")
+        for i, order in enumerate((["books", "web"], ["web", "books"]))
+    ]
+    assert linked[0].fingerprint == linked[1].fingerprint
+    (tmp_path / "books" / "1.jsonl").unlink()
+
     lines = [json.dumps({"text": f"{text}{i}", "domain": name}) + "\n" for i in range(200) for name, text in DOMAINS.items()]
     (tmp_path / "turns.jsonl").write_text("".join(lines))
     recipe = prepare.Recipe((str(tmp_path / "turns.jsonl"),), "bytes")
@@ -505,6 +513,23 @@ def test_a_store_is_prepared_for_a_bucket(lines, tmp_path, gcs_root, spec, monke
     )
     assert storage.read_bytes(f"{out}/header.json") == header
     assert not list((tmp_path / "cache" / "stores").glob("prepare-*"))
+
+
+def test_a_store_that_another_machine_has_put_on_the_bucket_meanwhile(lines, tmp_path, gcs_root, monkeypatch):
+    recipe, out = prepare.Recipe((lines,), "bytes"), f"{gcs_root}/store"
+    make = prepare._make
+
+    def overtaken(*arguments):
+        made = make(*arguments)
+        with monkeypatch.context() as other:
+            other.setenv("GQA_JAX_CACHE", str(tmp_path / "other"))
+            other.setattr(prepare, "_make", make)
+            prepare.prepare(recipe, out)
+        return made
+
+    monkeypatch.setenv("GQA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepare, "_make", overtaken)
+    assert prepare.prepare(recipe, out).fingerprint == store.read_header(storage.path(out))["fingerprint"]
 
 
 def test_folders_on_a_bucket_that_are_refused_before_anything_is_encoded(lines, tmp_path, gcs_root, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import storage
-from gqa_jax.config import ConfigError
+from gqa_jax.config import OLD_STORES, ConfigError
 from gqa_jax.data import store as token_store
 from gqa_jax.data.documents import Format
 from gqa_jax.data.prepare import Recipe, prepare
@@ -280,6 +280,11 @@ def test_processes_that_open_a_store_at_once_wait_for_one_of_them(copy, made, tm
         process.join()
     assert sorted(found) == sorted(["read", *[made.fingerprint] * 3])
     assert results.empty()
+
+
+def test_stores_of_the_first_version_are_built_in_too():
+    assert {*OLD_STORES, *OLD_STORES.values()} == {*token_store.BUILT_IN}
+    assert {token_store.BUILT_IN[name][1] for name in OLD_STORES.values()} == {"position"}
 
 
 def test_unknown_names(tmp_path, made, monkeypatch):

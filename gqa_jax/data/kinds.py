@@ -11,7 +11,6 @@ import codecs
 import contextlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
@@ -84,7 +83,7 @@ class Opened(NamedTuple):
 def opened(source: Source, text_key: str, encoding_errors: str, note: Callable[[str, str], None]) -> Iterator[Opened]:
     """The file of a source, open. `note(what, path)` is called for what a person should know of it.
 
-    Raises InputError for what can't be read, and at the end when the file has changed meanwhile.
+    Raises InputError for what can't be read. That a file changes meanwhile is noticed elsewhere (`gqa_jax.data.inputs`).
     """
     path = shown(source.path)
     try:
@@ -92,15 +91,7 @@ def opened(source: Source, text_key: str, encoding_errors: str, note: Callable[[
     except OSError as error:
         raise InputError(f"{path}: {reason(error)}") from error
     with raw:
-        begin = os.fstat(raw.fileno())
-        if begin.st_size != source.size:
-            raise InputError(
-                f"{path}: changed after the inputs were listed ({source.size:,} bytes then, {begin.st_size:,} now): run again"
-            )
         yield _opened(path, source, raw, text_key, encoding_errors, note)
-        end = os.fstat(raw.fileno())
-        if (begin.st_size, begin.st_mtime_ns) != (end.st_size, end.st_mtime_ns):
-            raise InputError(f"{path}: changed while it was read: run again when nothing writes to it")
 
 
 def bad_utf8(data: bytes, start: int, leave: str) -> str:

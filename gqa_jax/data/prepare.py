@@ -101,11 +101,9 @@ def prepare(
         _check_folder(work, recipe.inputs)
     if threads is not None and threads < 1:
         raise TokenizerError(f"--threads {threads}: must be at least 1")
-    found = given = find_sources(recipe.inputs, recipe.include, recipe.exclude)
+    found = _find(recipe)
     if not remote:
         _check_outside(work, found.sources)
-    if recipe.holdout_rule == "hash":  # by source, so that the store is the same for any order of the inputs
-        found = given._replace(sources=sorted(given.sources, key=lambda source: source.origin))
     size = bpe_size(recipe.tokenizer)
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.eos, threads) if size is None else None
     request = _request(recipe, found.sources, tokenizer)
@@ -113,15 +111,23 @@ def prepare(
     with store.locked(work, wait):
         if remote and store.exists(out):
             shutil.rmtree(work, ignore_errors=True)  # what was begun here, and the folder of the lock
-            return _finished(storage.path(out), recipe, request, found.sources, given.sources)
+            return _finished(storage.path(out), recipe, request, found.sources)
         if (work / store.HEADER).exists():
             shutil.rmtree(work / store.PARTS, ignore_errors=True)  # of a run that was killed after its last act but one
-            made = _finished(work, recipe, request, found.sources, given.sources)
+            made = _finished(work, recipe, request, found.sources)
         else:
             if remote:
                 log.info("preparing in %s", work)
             made = _make(recipe, work, found, tokenizer, request, progress)
-        return _publish(made, storage.path(out), found.sources) if remote else made
+        return _publish(made, storage.path(out), recipe, found.sources) if remote else made
+
+
+def _find(recipe: Recipe, as_given: bool = False) -> Found:
+    """The sources; by name, so that a store by hash is the same for any order of its inputs, or in the order of the inputs."""
+    if as_given or recipe.holdout_rule == "position":
+        return find_sources(recipe.inputs, recipe.include, recipe.exclude)
+    found = find_sources(sorted(recipe.inputs, key=os.fspath), recipe.include, recipe.exclude)
+    return found._replace(sources=sorted(found.sources, key=lambda source: source.origin))
 
 
 def _make(
@@ -215,10 +221,10 @@ def _check_remote(out: epath.Path) -> None:
     storage.check_writable(out)
 
 
-def _publish(made: TokenStore, out: epath.Path, sources: Sequence[Source]) -> TokenStore:
+def _publish(made: TokenStore, out: epath.Path, recipe: Recipe, sources: Sequence[Source]) -> TokenStore:
     """Copies a finished store to gs://; it stays here as the copy that training would make."""
     if store.exists(out):  # made by another machine meanwhile
-        return _finished(out, made.header["provenance"]["request"], sources)
+        return _finished(out, recipe, made.header["provenance"]["request"], sources)
     files = [name for name in (*store.FILES, *store.OPTIONAL) if (made.path / name).exists()]
     size = sum((made.path / name).stat().st_size for name in files)
     log.info("copying %.2f GB to %s", size / 1e9, out)
@@ -448,18 +454,14 @@ def _inputs_digest(sources: Sequence[Source]) -> str:
     return _digest([[source.name, source.size] for source in sources])[:12]
 
 
-def _finished(
-    out: Path | epath.Path, recipe: Recipe, request: dict[str, Any], sources: Sequence[Source], given: Sequence[Source]
-) -> TokenStore:
-    """The finished store in `out`, when it is of this request and its inputs are what they were; its header comes first.
-
-    `given`: the sources in the order in which they were given, as the first version read them.
-    """
+def _finished(out: Path | epath.Path, recipe: Recipe, request: dict[str, Any], sources: Sequence[Source]) -> TokenStore:
+    """The finished store in `out`, when it is of this request and its inputs are what they were; its header comes first."""
     provenance = store.read_header(out)["provenance"]
     is_first = "holdout_rule" not in provenance.get("request", {})
+    # The first version read its inputs as they were given, and knew fewer settings: it did what the default of each says, held
+    # out by position, and named no sources.
     if is_first:
-        request = request | {"inputs": _inputs_digest(given)}
-    # The first version knew fewer settings: it did what the default of each says, held out by position, and named no sources.
+        request = request | {"inputs": _inputs_digest(_find(recipe, as_given=True).sources)}
     earlier = {name: getattr(Format(), name) for name in ("source_key", "bad_lines")}
     earlier |= {name: request[name] for name in ("holdout_rule", "sources")}
     theirs = earlier | provenance.get("request", {})
