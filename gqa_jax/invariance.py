@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import contexts, points
+from gqa_jax.laws import contexts
+from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.heads import Heads
 
 FROM_CONTEXT = 8192
@@ -92,7 +93,7 @@ def context_invariance(
     if not tolerance > 0:
         raise ValueError(f"tolerance = {tolerance}: a relative difference above 0, such as 0.01")
     rows, name, compared, said = _chosen(table, baseline)
-    shared = points.shared_sem(rows) is not None
+    shared = run_table.shared_sem(rows) is not None
     losses = _averaged(rows, compared, shared)
     base = losses[losses["model"] == name].set_index("context")
     others = losses[losses["model"] != name]
@@ -145,7 +146,7 @@ def _averaged(rows: pd.DataFrame, compared: str, shared: bool) -> pd.DataFrame:
     `shared` by all, by the spread of seeds alone.
     """
     result = []
-    sem = np.full(len(rows), np.nan) if shared else points.column(rows, "loss_sem")
+    sem = np.full(len(rows), np.nan) if shared else run_table.column(rows, "loss_sem")
     rows = rows.assign(sem=sem, loss=rows["loss"].astype(np.float64))
     for (model, context), seeds in rows.groupby([compared, "context"], sort=False):
         spread = seeds["loss"].std(ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
@@ -163,7 +164,7 @@ def _pair(
     """Gives differences between runs of one text their paired standard errors, in place; says where there are none."""
     known = {}
     if differences is not None:
-        errors = points.column(differences, "standard_error")
+        errors = run_table.column(differences, "standard_error")
         for cell, other, error in zip(differences["cell"], differences["other"], errors, strict=True):
             known[cell, other] = known[other, cell] = error
     missing = 0

@@ -16,7 +16,7 @@ import pandas as pd
 from gqa_jax.errors import closest
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, fit_by_heads
 from gqa_jax.laws.block import fit_block
-from gqa_jax.laws.points import Runs
+from gqa_jax.laws.runs import Runs
 from gqa_jax.shapes import Aspect, paper_aspect
 
 CONTEXT = 8192  # tokens that the paper's models of step 2 were trained at (Section 4.1)

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
 from gqa_jax.formatting import probability, short, si
-from gqa_jax.laws import points, validation
+from gqa_jax.laws import runs as run_table
+from gqa_jax.laws import validation
 from gqa_jax.optimum import Answer
 from launch import rules, studies
 from launch.grid import Layout
@@ -47,7 +48,7 @@ def write(layout: Layout, console: Console, asked: str | None = None) -> None:
     """
     with outputs(layout) as out:
         loss, differences = write_tables(layout, out)
-        if asked is None and (mixture := points.several_rules(loss)) is not None:
+        if asked is None and (mixture := run_table.several_rules(loss)) is not None:
             for _, rows in loss.groupby("rules"):
                 _print_losses(rows, differences, console)
             console.print(f"[yellow]no laws:[/] {escape(mixture)}", highlight=False, soft_wrap=True)

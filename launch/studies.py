@@ -15,7 +15,8 @@ from etils import epath
 from gqa_jax import presets, results, storage
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import LawsByHeads, fit_by_heads, points
+from gqa_jax.laws import LawsByHeads, fit_by_heads
+from gqa_jax.laws import runs as run_table
 from launch import grid
 from launch import rules as ruling
 from launch.grid import Layout
@@ -138,7 +139,7 @@ def under(loss: pd.DataFrame, asked: str | None, layout: Layout) -> tuple[pd.Dat
             there = ", ".join(sorted(loss["rules"].dropna().unique()))
             raise ConfigError(f"--rules {asked}: no run in {layout.root} is under these rules, all are under {there}")
         return rows, asked
-    points.require_one_rule(loss)  # also between training contexts, whose laws are fitted apart
+    run_table.require_one_rule(loss)  # also between training contexts, whose laws are fitted apart
     return loss, ruling.OLD if old[loss["status"] == "done"].all() else ruling.NEW
 
 
@@ -200,8 +201,8 @@ def fit(source: Source, **options: Any) -> Fits:
     for context, rows in source.loss.groupby("context"):
         said: list[str] = []
         try:
-            usable, _ = points.usable(rows)
-            chosen, said = points.fittable(usable)  # sizes that one H lacks are no reason to know nothing of the others
+            usable, _ = run_table.usable(rows)
+            chosen, said = run_table.fittable(usable)  # sizes that one H lacks are no reason to know nothing of the others
             if chosen.empty:
                 raise ValueError("; ".join(said))
             left_out = usable.index.difference(chosen.index)

@@ -8,7 +8,8 @@ from scipy import stats
 from gqa_jax import laws, next_runs, optimum
 from gqa_jax.aligned import equal_training_curves
 from gqa_jax.invariance import context_invariance
-from gqa_jax.laws import Heads, points, validation
+from gqa_jax.laws import Heads, validation
+from gqa_jax.laws import runs as run_table
 from tests import law_tables
 from tests.test_laws_loss_nd import table as nd_table
 from tests.test_laws_query_heads import SHARED
@@ -171,7 +172,7 @@ def test_what_is_not_known_of_a_text_is_said():
     assert several.warnings[1].startswith("runs were evaluated on 2 held-out texts (1f2e3d4c5b6a/spread/131072, other/spread/")
     frame.loc[0, "heldout"] = None  # then nothing is known of what they have in common
     assert laws.fit_by_heads(frame)[8, 1].b == laws.fit_by_heads(table())[8, 1].b
-    assert points.shared_sem(frame) is None
+    assert run_table.shared_sem(frame) is None
 
 
 def test_the_joint_law_has_it_too():

@@ -8,11 +8,11 @@
 """
 
 from gqa_jax.laws.by_heads import LawsByHeads, fit_by_heads
-from gqa_jax.laws.draws import Draws
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.joint import JointLaw, fit_joint
 from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.loss_nd import LossND, LossNDByHeads, fit_loss_nd, fit_loss_nd_by_heads
+from gqa_jax.laws.posterior import Draws
 from gqa_jax.laws.power import PowerTrend, fit_power
 from gqa_jax.laws.query_heads import LawsByQueryHeads, QueryHeadsLaw, fit_query_heads
 

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import interpolate
 
-from gqa_jax.laws import least_squares, points
+from gqa_jax.laws import fitting
+from gqa_jax.laws import runs as run_table
+from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.law import PowerLaw
-from gqa_jax.laws.least_squares import SharedError
-from gqa_jax.laws.points import Runs
+from gqa_jax.laws.runs import Runs
 
 if TYPE_CHECKING:
-    from gqa_jax.laws.draws import Evidence
+    from gqa_jax.laws.posterior import Evidence
 
 SMALLEST_B, LARGEST_B = 0.005, 2.0
 _GRID_E, _GRID_B = 100, 60
@@ -44,7 +45,7 @@ class Block:
     x_GxM: np.ndarray  # ln(N / N0)
     loss_GxM: np.ndarray
     weight_GxM: np.ndarray
-    fit: least_squares.Fit  # of (E, alpha_1, b_1, ...)
+    fit: fitting.Fit  # of (E, alpha_1, b_1, ...)
     given_entropy: float | None
     known_sigma: float | None = None  # instead of the residuals'
     shared: SharedError = SharedError()  # noqa: RUF009 (frozen): the error that all losses have in common
@@ -109,13 +110,13 @@ class Block:
             grid = np.array([self.given_entropy])
             return grid, self.conditional(grid)[2]
         least = self.fit.objective
-        limit = 3 * least_squares.threshold(self.sigma, self.dof, 0.999) if np.isfinite(self.sigma) else 0.0
+        limit = 3 * fitting.threshold(self.sigma, self.dof, 0.999) if np.isfinite(self.sigma) else 0.0
 
         def rise(entropy: np.ndarray) -> np.ndarray:
             inside = np.clip(entropy, 0.0, self._highest_entropy)
             return np.where(inside == entropy, np.maximum(self.conditional(inside)[2].sum(-1) - least, 0.0), np.inf)
 
-        low, high = least_squares.crossings(rise, self.entropy, max(self._entropy_error, 1e-4), max(limit, 1e-12))
+        low, high = fitting.crossings(rise, self.entropy, max(self._entropy_error, 1e-4), max(limit, 1e-12))
         low, high = max(0.0, low), min(self._highest_entropy, high)
         half = max(min(self.entropy - low, high - self.entropy), 1e-6)
         grid = np.unique(np.concatenate([np.linspace(low, high, 61), self.entropy + half * np.linspace(-0.5, 0.5, 21)]))
@@ -125,9 +126,9 @@ class Block:
     @functools.cached_property
     def evidence(self) -> Evidence:
         """What `draws` of the posterior are drawn from."""
-        from gqa_jax.laws import draws
+        from gqa_jax.laws import posterior
 
-        return draws.evidence(self)
+        return posterior.evidence(self)
 
     def entropy_profile(self) -> tuple[np.ndarray, np.ndarray]:
         """E, and the rise of the sum of squares over sigma^2 at the best coefficients for that E: F(1, dof) where E is true."""
@@ -148,13 +149,13 @@ class Block:
             inside = np.clip(entropy, 0.0, self._highest_entropy)
             return np.where(inside == entropy, self.conditional(inside)[2].sum(-1) - self.fit.objective, np.inf)
 
-        limit = least_squares.threshold(self.sigma, self.dof, level)
-        low, high = least_squares.crossings(rise, self.entropy, max(self._entropy_error, 1e-5), limit)
+        limit = fitting.threshold(self.sigma, self.dof, level)
+        low, high = fitting.crossings(rise, self.entropy, max(self._entropy_error, 1e-5), limit)
         low, high = max(0.0, low), min(self.lowest, high)
         if on_this_text or not self.shared.sem > 0:
             return low, high
         common = self.shared.reach(level)
-        low, high = least_squares.widened(self.entropy, (low, high), common, common)
+        low, high = fitting.widened(self.entropy, (low, high), common, common)
         return max(0.0, low), high
 
     def interval(self, heads: Heads, kind: str, at: float = np.nan, level: float = 0.95) -> tuple[float, float]:
@@ -195,13 +196,13 @@ class Block:
         def rise(values: np.ndarray) -> np.ndarray:
             return _least_over_entropy(lambda entropy: squares(values, entropy), grid, rest, len(values)) - self.fit.objective
 
-        limit = least_squares.threshold(self.sigma, self.dof, level)
-        low, high = least_squares.crossings(rise, float(center), self._error(i, kind, at, log_at), limit)
+        limit = fitting.threshold(self.sigma, self.dof, level)
+        low, high = fitting.crossings(rise, float(center), self._error(i, kind, at, log_at), limit)
         if kind in ("size", "loss") and self.shared.sem > 0:
             common = self.shared.reach(level)
             ends = [_size(alpha, b, at - self.entropy + x) for x in (common, -common)] if kind == "size" else []
             below, above = (center - ends[0], ends[1] - center) if ends else (common, common)
-            low, high = least_squares.widened(float(center), (low, high), below, above)
+            low, high = fitting.widened(float(center), (low, high), below, above)
         shift = np.log(self.center) if kind in ("a", "size") else 0.0
         return low + shift, high + shift
 
@@ -270,9 +271,9 @@ def fit_block(
 
     Args:
       known_sigma: noise of a run that is known, instead of the residuals'.
-      shared: `points.shared_error` of the runs.
+      shared: `run_table.shared_error` of the runs.
     """
-    params, loss, sem, there = points.stack(list(groups.values()))
+    params, loss, sem, there = run_table.stack(list(groups.values()))
     center = float(np.exp(np.mean(np.log(params[there]))))
     x = np.log(params / center)
     base = np.where(there, 1.0 / loss**2 if log else 1.0, 0.0)
@@ -310,13 +311,13 @@ def conditional(
     amplitude = np.take_along_axis(product_ExGxb, best[..., None], -1)[..., 0] / norm_Gxb[np.arange(len(x_GxM)), best]
     start = np.stack([np.log(np.maximum(amplitude, 1e-9)), slopes[best]], axis=-1)
     lower, upper = np.array([-np.inf, SMALLEST_B / 2]), np.array([np.inf, 2 * LARGEST_B])
-    theta, squares = least_squares.refit(_curve(x_GxM), above, start, weights=weight_GxM, lower=lower, upper=upper)
+    theta, squares = fitting.refit(_curve(x_GxM), above, start, weights=weight_GxM, lower=lower, upper=upper)
     return theta[..., 0], theta[..., 1], squares
 
 
 def _fit(
     x_GxM: np.ndarray, loss_GxM: np.ndarray, weight_GxM: np.ndarray, entropy: float | None, huber_delta: float | None
-) -> least_squares.Fit:
+) -> fitting.Fit:
     """Two routes: least squares over E alone of the best law of every H for that E; then all coefficients at once."""
     there = weight_GxM > 0
     lowest = float(loss_GxM[there].min())
@@ -336,7 +337,7 @@ def _fit(
     upper = np.array([lowest * (1 - 1e-4) if entropy is None else entropy + tight] + [np.inf, np.inf] * count)
     if entropy is not None:
         return _fit_given(x_GxM, loss_GxM, weight_GxM, there, start, huber_delta)
-    return least_squares.fit(
+    return fitting.fit(
         curves(x_GxM, there),
         loss_GxM[there],
         start,
@@ -347,7 +348,7 @@ def _fit(
     )
 
 
-def _fit_given(x, loss, weight, there, start, huber_delta) -> least_squares.Fit:
+def _fit_given(x, loss, weight, there, start, huber_delta) -> fitting.Fit:
     """With E given: it is no coefficient, and has no variance."""
     whole, entropy = curves(x, there), start[0]
 
@@ -356,14 +357,14 @@ def _fit_given(x, loss, weight, there, start, huber_delta) -> least_squares.Fit:
         return value, jacobian[:, 1:]
 
     lower = np.tile([-np.inf, 0.0], len(x))
-    fit = least_squares.fit(model, loss[there], start[1:], lower=lower, weights=weight[there], huber_delta=huber_delta)
+    fit = fitting.fit(model, loss[there], start[1:], lower=lower, weights=weight[there], huber_delta=huber_delta)
     inverse = np.zeros((len(start), len(start)))
     inverse[1:, 1:] = fit.inverse
     bound = tuple(i + 1 for i in fit.bound)
     return dataclasses.replace(fit, theta=np.concatenate([[entropy], fit.theta]), inverse=inverse, bound=bound)
 
 
-def _curve(x: np.ndarray) -> least_squares.Model:
+def _curve(x: np.ndarray) -> fitting.Model:
     """exp(alpha - b x) of coefficients (..., G, 2) at x (G, M)."""
 
     def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -373,7 +374,7 @@ def _curve(x: np.ndarray) -> least_squares.Model:
     return model
 
 
-def curves(x_GxM: np.ndarray, there_GxM: np.ndarray) -> least_squares.Model:
+def curves(x_GxM: np.ndarray, there_GxM: np.ndarray) -> fitting.Model:
     """All laws of a block: coefficients (..., 1 + 2 G) -> the losses of the points that are there."""
     rows, columns = np.nonzero(there_GxM)
     x, where = x_GxM[rows, columns], np.arange(len(rows))
@@ -393,7 +394,7 @@ def _residual(theta: np.ndarray, x_GxM: np.ndarray, loss_GxM: np.ndarray) -> np.
     return np.exp(theta[1::2, None] - theta[2::2, None] * x_GxM) + theta[0] - loss_GxM
 
 
-def _between_runs(fit: least_squares.Fit, x: np.ndarray, loss: np.ndarray, sem: np.ndarray, there: np.ndarray) -> float:
+def _between_runs(fit: fitting.Fit, x: np.ndarray, loss: np.ndarray, sem: np.ndarray, there: np.ndarray) -> float:
     """tau^2 >= 0 with sum(residual^2 / (tau^2 + sem^2)) = degrees of freedom (Paule and Mandel 1982), by bisection."""
     squares, variance = _residual(fit.theta, x, loss)[there] ** 2, sem[there] ** 2
     low, high = 0.0, float(squares.sum())
@@ -438,7 +439,7 @@ def _sum_of_squares_through(
     starts = np.clip(near * np.array([0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0]), SMALLEST_B, LARGEST_B)
     tried = np.stack([np.sum(w * (model(np.array([s]))[0] - above) ** 2, -1) for s in starts], -1)
     start = starts[np.argmin(tried, -1)][..., None]
-    _, squares = least_squares.refit(model, above, start, weights=w, lower=SMALLEST_B / 2, upper=2 * LARGEST_B, iterations=30)
+    _, squares = fitting.refit(model, above, start, weights=w, lower=SMALLEST_B / 2, upper=2 * LARGEST_B, iterations=30)
     return np.where(scale > 0, squares, np.inf)
 
 

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import points
+from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
+from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.law import PowerLaw
-from gqa_jax.laws.least_squares import SharedError
-from gqa_jax.laws.points import Runs
+from gqa_jax.laws.runs import Runs
 from gqa_jax.shapes import Aspect, paper_aspect
 
 if TYPE_CHECKING:
-    from gqa_jax.laws.draws import Draws
+    from gqa_jax.laws.posterior import Draws
 
 _UNBOUNDED = 70.0  # ln a: no size is 1e30, the end of such an interval is b's lower bound
 
@@ -125,12 +125,12 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         raise KeyError(f"no law for heads {heads}: there are {', '.join(map(str, self))}")
 
     def draws(self, count: int = 1000, seed: int = 0, method: str | None = None) -> Draws:
-        """Joint draws of all coefficients: see `gqa_jax.laws.draws`. Kept, so that asking again costs nothing."""
-        from gqa_jax.laws import draws
+        """Joint draws of all coefficients: see `gqa_jax.laws.posterior`. Kept, so that asking again costs nothing."""
+        from gqa_jax.laws import posterior
 
         key = (count, seed, method or self.method)
         if key not in self._draws:
-            self._draws[key] = draws.draw(self, *key)
+            self._draws[key] = posterior.draw(self, *key)
         return self._draws[key]
 
     def intervals(self, level: float = 0.95) -> pd.DataFrame:
@@ -205,26 +205,26 @@ def fit_by_heads(
       ValueError: no finished run, more than one context, runs under several rules, the same run twice, fewer than three sizes
         of an H or sizes within a factor of 4, losses that don't fall with size, or an E at or above a loss.
     """
-    rows, said = points.usable(table)
-    groups = points.by_heads(rows)
-    points.require(groups)
+    rows, said = run_table.usable(table)
+    groups = run_table.by_heads(rows)
+    run_table.require(groups)
     lowest = min(runs.loss.min() for runs in groups.values())
     if entropy is not None and not 0 <= entropy < lowest:
         raise ValueError(f"entropy = {entropy}: must be at least 0 and below the lowest loss, {lowest:.4f}")
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token")
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
-    shared = points.shared_error(rows)
+    shared = run_table.shared_error(rows)
     blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
-    said += points.warnings(groups, rows)
+    said += run_table.warnings(groups, rows)
     return LawsByHeads(
         blocks,
         context=int(rows["context"].iloc[0]),
-        head_dim=points.only(rows, "head_dim", 64.0),
-        vocab_size=points.only(rows, "vocab_size", 50_304.0),
+        head_dim=run_table.only(rows, "head_dim", 64.0),
+        vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
         size_convention="exact" if "params_total" in rows and rows["params_total"].notna().all() else "figures",
-        aspect=points.aspect(rows),
+        aspect=run_table.aspect(rows),
         warnings=said,
-        llama3=None if LLAMA3 in groups else points.llama3(rows),
+        llama3=None if LLAMA3 in groups else run_table.llama3(rows),
         llama3_source="runs that have them",
     )

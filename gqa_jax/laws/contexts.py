@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import points
+from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.heads import Heads
 
 
 def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """`points.usable` rows of every context, with columns `size_name` and `heads`; and what was left out, said.
+    """`run_table.usable` rows of every context, with columns `size_name` and `heads`; and what was left out, said.
 
     A size is named by the column size, else by its layers and width ("24x1280").
 
     Raises:
-      ValueError: as `points.usable`, for all contexts together, or a table that does not say what size a run has.
+      ValueError: as `run_table.usable`, for all contexts together, or a table that does not say what size a run has.
     """
     if missing := [name for name in ("context", "status", "loss") if name not in table.columns]:
         raise ValueError(f"the table has no column {', '.join(missing)}: give the loss table of gqa_jax.load_results")
@@ -26,13 +26,13 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         if not rows.pop("_there").any():
             said.append(f"T = {context}: all {len(rows)} runs left out: they diverged or are not finished")
             continue
-        rows, words = points.usable(rows)
+        rows, words = run_table.usable(rows)
         kept.append(rows)
         said += [f"T = {context}: {word}" for word in words]
     if not kept:
         raise ValueError("no finished run to fit: every row is diverged or missing")
     rows = pd.concat(kept)
-    points.require_one_rule(rows)
+    run_table.require_one_rule(rows)
     heads = [Heads(None if pd.isna(h) else int(h), int(k)) for h, k in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
     return rows.assign(size_name=_sizes(rows), heads=pd.Series(heads, rows.index, dtype=object)), said
 

@@ -38,13 +38,14 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import shape_search
-from gqa_jax.laws import joint_fit, joint_terms, least_squares, points
+from gqa_jax.laws import fitting, joint_fit, joint_terms
+from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B, WIDE_ENTROPY
-from gqa_jax.laws.draws import Draws
+from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint_terms import Terms, Where
 from gqa_jax.laws.law import PowerLaw
-from gqa_jax.laws.least_squares import SharedError
+from gqa_jax.laws.posterior import Draws
 from gqa_jax.shapes import Aspect, paper_aspect
 
 MIN_HEADS = {"quadratic": 3, "power": 5}  # head configurations; with them runs are more than coefficients
@@ -65,7 +66,7 @@ class JointLaw:
     """
 
     terms: Terms
-    fit: least_squares.Fit
+    fit: fitting.Fit
     center: float
     tau: float
     heads_dof: int
@@ -190,7 +191,7 @@ class JointLaw:
             raise ValueError(f"count = {count}: draw 2 or more")
         heads = self.heads if heads is None else [Heads(*one) for one in heads]
         theta, generator = self._refitted(count, seed), np.random.default_rng([seed, 1])
-        own_SxH = least_squares.noise(self.tau, self.heads_dof, (count, len(heads)), generator)
+        own_SxH = fitting.noise(self.tau, self.heads_dof, (count, len(heads)), generator)
         alpha_SxH, b_SxH, notes = np.empty_like(own_SxH), np.empty_like(own_SxH), []
         for i, one in enumerate(heads):
             n_heads, x = self._sizes(one, aspect)
@@ -234,14 +235,14 @@ class JointLaw:
         """Profile-likelihood interval of coefficient i; that of E has the error that all losses have in common."""
         if not (error := np.sqrt(self.fit.covariance[i, i])) > 0:
             return np.nan, np.nan
-        limit = least_squares.threshold(self.sigma, self.dof, level)
-        low, high = least_squares.crossings(self._rise(i), self.fit.theta[i], error, limit)
+        limit = fitting.threshold(self.sigma, self.dof, level)
+        low, high = fitting.crossings(self._rise(i), self.fit.theta[i], error, limit)
         lower, upper = self._bounds
         low, high = max(low, lower[i]), min(high, upper[i])
         if i > 0 or self.terms.entropy is not None or not self.shared.sem > 0:
             return low, high
         common = self.shared.reach(level)
-        low, high = least_squares.widened(self.fit.theta[0], (low, high), common, common)
+        low, high = fitting.widened(self.fit.theta[0], (low, high), common, common)
         return max(low, lower[0]), high
 
     def _rise(self, i: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -258,7 +259,7 @@ class JointLaw:
 
             start = np.delete(theta + (held - theta[i])[:, None] * inverse[i] / inverse[i, i], i, axis=1)
             many = np.broadcast_to(y, (len(values), len(y)))
-            _, squares = least_squares.refit(others, many, start, lower=np.delete(lower, i), upper=np.delete(upper, i))
+            _, squares = fitting.refit(others, many, start, lower=np.delete(lower, i), upper=np.delete(upper, i))
             return np.where(held == values, np.maximum(squares - self.fit.objective, 0.0), np.inf)
 
         return rise
@@ -268,9 +269,9 @@ class JointLaw:
         if (count, seed) not in self._kept:
             (model, _), (lower, upper) = self._independent, self._bounds
             fitted = model(self.fit.theta)[0]
-            y = fitted + least_squares.noise(self.sigma, self.dof, (count, fitted.size), np.random.default_rng([seed, 0]))
+            y = fitted + fitting.noise(self.sigma, self.dof, (count, fitted.size), np.random.default_rng([seed, 0]))
             parts = [y[i : i + 100] for i in range(0, count, 100)]  # that stay in the cache
-            found = [least_squares.refit(model, part, self.fit.theta, lower=lower, upper=upper)[0] for part in parts]
+            found = [fitting.refit(model, part, self.fit.theta, lower=lower, upper=upper)[0] for part in parts]
             self._kept[count, seed] = np.concatenate(found)
         return self._kept[count, seed]
 
@@ -279,7 +280,7 @@ class JointLaw:
         return {}
 
     @functools.cached_property
-    def _independent(self) -> tuple[least_squares.Model, np.ndarray]:
+    def _independent(self) -> tuple[fitting.Model, np.ndarray]:
         return joint_fit.independent(
             self.terms, self.runs, self.center, (self.tau / self.sigma) ** 2 if self.sigma > 0 else 0.0
         )
@@ -339,11 +340,11 @@ def fit_joint(
       ValueError: an unknown form, too few head configurations (3; 5 for "power"), none with three sizes over a factor of 4,
         d / d_h query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
     """
-    rows, said = points.usable(table)
+    rows, said = run_table.usable(table)
     law = fit_rows(rows, form, entropy=entropy, log=log, huber_delta=huber_delta)
     params, loss, weight, query_heads = (law.runs[name].to_numpy() for name in ("params", "loss", "weight", "query_heads"))
-    all_runs = {Heads(None, 0): points.Runs(params, loss, weight, query_heads)}
-    return dataclasses.replace(law, warnings=(*said, *points.warnings(all_runs, rows), *_warnings(law)))
+    all_runs = {Heads(None, 0): run_table.Runs(params, loss, weight, query_heads)}
+    return dataclasses.replace(law, warnings=(*said, *run_table.warnings(all_runs, rows), *_warnings(law)))
 
 
 def fit_rows(
@@ -354,13 +355,13 @@ def fit_rows(
     log: bool = False,
     huber_delta: float | None = None,
 ) -> JointLaw:
-    """`fit_joint` of rows of `points.usable`, without its warnings."""
+    """`fit_joint` of rows of `run_table.usable`, without its warnings."""
     if form not in MIN_HEADS:
         raise ValueError(f"form {form!r} is unknown: use {' or '.join(MIN_HEADS)}")
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token")
-    head_dim = points.only(rows, "head_dim", 64.0)
-    groups = points.by_heads(rows)
+    head_dim = run_table.only(rows, "head_dim", 64.0)
+    groups = run_table.by_heads(rows)
     runs = _runs(groups, head_dim)
     if entropy is not None and not 0 <= entropy < runs["loss"].min():
         raise ValueError(f"entropy = {entropy}: must be at least 0 and below the lowest loss, {runs['loss'].min():.4f}")
@@ -379,14 +380,14 @@ def fit_rows(
         runs,
         context=int(rows["context"].iloc[0]),
         head_dim=head_dim,
-        vocab_size=points.only(rows, "vocab_size", 50_304.0),
+        vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
         size_convention="exact" if "params_total" in rows else "figures",
-        aspect=points.aspect(rows) or paper_aspect(),
-        shared=points.shared_error(rows),
+        aspect=run_table.aspect(rows) or paper_aspect(),
+        shared=run_table.shared_error(rows),
     )
 
 
-def _runs(groups: dict[Heads, points.Runs], head_dim: float) -> pd.DataFrame:
+def _runs(groups: dict[Heads, run_table.Runs], head_dim: float) -> pd.DataFrame:
     """One row per run, by heads."""
     frames = []
     for heads, runs in groups.items():
@@ -403,21 +404,21 @@ def _runs(groups: dict[Heads, points.Runs], head_dim: float) -> pd.DataFrame:
 
 
 def _terms(
-    form: str, groups: dict[Heads, points.Runs], runs: pd.DataFrame, center: float, entropy: float | None
+    form: str, groups: dict[Heads, run_table.Runs], runs: pd.DataFrame, center: float, entropy: float | None
 ) -> joint_terms.Terms:
     """The functions of the heads that these runs tell apart."""
     if len(groups) < MIN_HEADS[form]:
         raise ValueError(f"{len(groups)} head configurations: a {form} joint law needs {MIN_HEADS[form]} or more")
-    if not any(one.n_sizes >= points.MIN_SIZES and one.span >= points.MIN_SPAN for one in groups.values()):
+    if not any(one.n_sizes >= run_table.MIN_SIZES and one.span >= run_table.MIN_SPAN for one in groups.values()):
         raise ValueError(
-            f"a joint law needs a head configuration with {points.MIN_SIZES} sizes over a factor of {points.MIN_SPAN:g} or "
-            "more: train smaller or larger ones"
+            f"a joint law needs a head configuration with {run_table.MIN_SIZES} sizes over a factor of "
+            f"{run_table.MIN_SPAN:g} or more: train smaller or larger ones"
         )
     several_sizes = sum(one.n_sizes > 1 for one in groups.values())
     return joint_terms.choose(form, joint_fit.at(runs, center), len(groups), several_sizes, entropy)
 
 
-def _falls(terms: Terms, fit: least_squares.Fit, runs: pd.DataFrame) -> None:
+def _falls(terms: Terms, fit: fitting.Fit, runs: pd.DataFrame) -> None:
     """Raises ValueError where b of trained heads is not above 0."""
     n_heads, n_kv_heads, _ = joint_fit.columns(runs)
     at_0, at_1 = (terms.log_above(fit.theta, (n_heads, n_kv_heads, np.full(len(runs), x)))[0] for x in (0.0, 1.0))

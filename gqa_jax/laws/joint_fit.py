@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
-from gqa_jax.laws import least_squares
+from gqa_jax.laws import fitting
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint_terms import Terms, Where
 
@@ -18,7 +18,7 @@ _GRID_E, _STARTS = 24, 8
 
 def plain(
     terms: Terms, runs: pd.DataFrame, center: float, log: bool, huber_delta: float | None
-) -> tuple[pd.DataFrame, least_squares.Fit]:
+) -> tuple[pd.DataFrame, fitting.Fit]:
     """The fit that takes all runs for independent; and the runs with their weights and L - E, instead of sem."""
     loss, sem = runs["loss"].to_numpy(), runs["sem"].to_numpy()
     base = 1 / loss**2 if log else np.ones_like(loss)
@@ -60,22 +60,22 @@ def global_starts(terms: Terms, runs: pd.DataFrame, center: float) -> np.ndarray
 def polish(
     terms: Terms,
     runs: pd.DataFrame,
-    model: least_squares.Model,
+    model: fitting.Model,
     y: np.ndarray,
     starts: np.ndarray,
     huber_delta: float | None = None,
-) -> least_squares.Fit:
-    """The best of the minima that `least_squares.refit` reaches from all starts, checked by `least_squares.fit`."""
+) -> fitting.Fit:
+    """The best of the minima that `fitting.refit` reaches from all starts, checked by `fitting.fit`."""
     lower, upper = terms.bounds(float(runs["loss"].min()))
     many = np.broadcast_to(y, (len(starts), len(y)))
-    theta, squares = least_squares.refit(model, many, starts, lower=lower, upper=upper, iterations=200)
+    theta, squares = fitting.refit(model, many, starts, lower=lower, upper=upper, iterations=200)
     best = theta[np.nanargmin(squares)]
     if huber_delta is not None:  # another minimum, which is near: from it the status is judged
-        best = least_squares.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta).theta
-    return least_squares.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta)
+        best = fitting.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta).theta
+    return fitting.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta)
 
 
-def independent(terms: Terms, runs: pd.DataFrame, center: float, ratio: float) -> tuple[least_squares.Model, np.ndarray]:
+def independent(terms: Terms, runs: pd.DataFrame, center: float, ratio: float) -> tuple[fitting.Model, np.ndarray]:
     """The law and the losses in units where the noise of all runs is independent, of standard deviation sigma (`_turning`)."""
     where, turn = at(runs, center), _turning(runs)
 

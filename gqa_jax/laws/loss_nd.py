@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import loss_nd_fit, points
+from gqa_jax.laws import loss_nd_fit
+from gqa_jax.laws import runs as run_table
+from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
-from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.laws.loss_nd_fit import LARGEST_RATE, SMALLEST_RATE, DrawsND, Problem
-from gqa_jax.laws.points import only
+from gqa_jax.laws.runs import only
 from gqa_jax.shapes import Aspect, paper_aspect
 
 NARROW_SPREAD = 4.0
@@ -276,7 +277,7 @@ def fit_loss_nd_by_heads(
     """
     if "tokens" not in table.columns:
         raise ValueError("the table has no column tokens: D of each run; give the loss table of gqa_jax.load_results")
-    rows, said = points.usable(table)
+    rows, said = run_table.usable(table)
     if (unknown := rows["tokens"].isna()).any():
         said.append(f"{int(unknown.sum())} of {len(rows)} runs left out: their tokens are not known")
         rows = rows[~unknown]
@@ -290,15 +291,15 @@ def fit_loss_nd_by_heads(
                 f"heads {name}: one size has finished, an alpha of its own needs 2 or more; or alpha_by_heads=False"
             )
     problem = loss_nd_fit.fit(heads, n, d, y, np.ones_like(y), group, alpha_by_heads, log, huber_delta)
-    problem = dataclasses.replace(problem, shared=points.shared_error(rows))
+    problem = dataclasses.replace(problem, shared=run_table.shared_error(rows))
     return LossNDByHeads(
         problem,
         context=int(rows["context"].iloc[0]),
         head_dim=only(rows, "head_dim", 64.0),
         vocab_size=only(rows, "vocab_size", 50_304.0),
         size_convention="exact" if "params_total" in rows else "figures",
-        aspect=points.aspect(rows),
-        warnings=[*said, *points.about_text(rows), *_doubts(problem)],
+        aspect=run_table.aspect(rows),
+        warnings=[*said, *run_table.about_text(rows), *_doubts(problem)],
     )
 
 

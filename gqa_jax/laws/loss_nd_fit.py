@@ -1,7 +1,7 @@
 """The numerical side of `loss_nd`: one problem for all runs, its minimum, its profiles and its draws.
 
 Two routes to the minimum, which must agree: a grid over (alpha, beta), where E, A and B are linear and not negative
-(variable projection), refined by Levenberg and Marquardt's method; and scipy's `least_squares` (`least_squares.fit`).
+(variable projection), refined by Levenberg and Marquardt's method; and scipy's `least_squares` (`fitting.fit`).
 The coefficients inside are E, v = ln(B / D0^beta), beta, u_H = ln(A_H / N0^alpha), alpha, with N0 and D0 amid the data.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
-from gqa_jax.laws import least_squares
+from gqa_jax.laws import fitting
+from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
-from gqa_jax.laws.least_squares import SharedError
 
 MIN_RUNS = 6
 MIN_VALUES = 3  # of N, and of D: with two of them an exponent and E can't be told apart
@@ -62,13 +62,13 @@ class Problem:
     alpha_by_heads: bool
     log: bool
     huber_delta: float | None
-    fit: least_squares.Fit
+    fit: fitting.Fit
     shared: SharedError = SharedError()  # noqa: RUF009 (frozen): the error that all losses have in common
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def status(self) -> str:
-        """As `least_squares.Fit.status`, and EDGE where E is at a bound."""
+        """As `fitting.Fit.status`, and EDGE where E is at a bound."""
         return "EDGE" if 0 in self.fit.bound else self.fit.status
 
     @property
@@ -124,12 +124,12 @@ class Problem:
         return lower, upper
 
     def refit(self, start: np.ndarray, y: np.ndarray | None = None, *, weights: np.ndarray | float = 1.0, **options) -> tuple:
-        """`least_squares.refit` of this law; Huber's loss is the sum of squares of a law whose residuals are its roots."""
+        """`fitting.refit` of this law; Huber's loss is the sum of squares of a law whose residuals are its roots."""
         y = self.y if y is None else y
         lower, upper = self.bounds()
         y = np.broadcast_to(y, (*np.broadcast_shapes(y.shape[:-1], start.shape[:-1]), y.shape[-1]))
         model = self.model if self.huber_delta is None else _huberised(self.model, y, self.huber_delta)
-        return least_squares.refit(model, y, start, weights=weights, lower=lower, upper=upper, **options)
+        return fitting.refit(model, y, start, weights=weights, lower=lower, upper=upper, **options)
 
     def interval(self, name: str, index: int, level: float) -> tuple[float, float]:
         """Profile-likelihood interval of A, B, E, alpha or beta; an end at a bound of E is the bound, else 0 or inf.
@@ -162,18 +162,18 @@ class Problem:
             low, high = np.tile(lower, (len(values), 1)), np.tile(upper, (len(values), 1))
             low[:, place] = high[:, place] = inside
             y = np.broadcast_to(self.y, (len(values), len(self.y)))
-            _, squares = least_squares.refit(model, y, start_VxP, lower=low, upper=high)
+            _, squares = fitting.refit(model, y, start_VxP, lower=low, upper=high)
             return np.where(inside == values, squares - self.fit.objective, np.inf)
 
         error = np.sqrt(covariance[place, place])
         scale = error if np.isfinite(error) and error > 0 else 0.01 * max(abs(center[place]), 0.1)
-        limit = least_squares.threshold(self.fit.sigma, self.fit.dof, level)
-        low, high = least_squares.crossings(rise, center[place], scale, limit)
+        limit = fitting.threshold(self.fit.sigma, self.fit.dof, level)
+        low, high = fitting.crossings(rise, center[place], scale, limit)
         low, high = max(low, lower[place]), min(high, upper[place])
         if place > 0 or not self.shared.sem > 0:
             return low, high
         common = self.shared.reach(level)
-        low, high = least_squares.widened(center[0], (low, high), common, common)
+        low, high = fitting.widened(center[0], (low, high), common, common)
         return max(low, lower[0]), high
 
     def draws(self, count: int, seed: int, method: str | None) -> DrawsND:
@@ -194,7 +194,7 @@ class Problem:
             generator = np.random.default_rng(seed)
             y, weights = self.y, np.ones((count, len(self.loss)))
             if method == "noise":
-                y = self.model(self.fit.theta)[0] + least_squares.noise(self.fit.sigma, self.fit.dof, weights.shape, generator)
+                y = self.model(self.fit.theta)[0] + fitting.noise(self.fit.sigma, self.fit.dof, weights.shape, generator)
             else:
                 weights = self._resampled(count, generator)
             y = np.broadcast_to(y, weights.shape)
@@ -256,7 +256,7 @@ def fit(
 ) -> Problem:
     """The problem with its minimum. Raises ValueError for runs that no L(N, D) can be fitted to."""
     _check(params, tokens, loss, weight, group, huber_delta)
-    empty = least_squares.Fit(np.zeros(0), "", 0, 0, 0, 0, np.zeros((0, 0)), np.nan, 0, np.ones(1))
+    empty = fitting.Fit(np.zeros(0), "", 0, 0, 0, 0, np.zeros((0, 0)), np.nan, 0, np.ones(1))
     problem = Problem(heads, params, tokens, loss, weight, group, alpha_by_heads, log, huber_delta, empty)
     starts = _starts(problem)
     theta, total = problem.refit(starts)
@@ -264,7 +264,7 @@ def fit(
     start = theta[np.argmin(total)]
     if huber_delta is not None:  # where most residuals count linearly, the steps are many
         start = problem.refit(start[None], iterations=1000)[0][0]
-    found = least_squares.fit(problem.model, problem.y, start, lower=lower, upper=upper, huber_delta=huber_delta)
+    found = fitting.fit(problem.model, problem.y, start, lower=lower, upper=upper, huber_delta=huber_delta)
     if (found.theta[3 : 3 + len(heads)] < _VANISHED).any():
         raise ValueError("the losses do not fall with size: the fit puts A at 0; L(N, D) needs runs that differ in N alone")
     if found.theta[1] < _VANISHED:
@@ -327,7 +327,7 @@ def spread(params: np.ndarray, tokens: np.ndarray, group: np.ndarray) -> float:
     return float(np.exp(np.ptp(rest)))
 
 
-def _huberised(model: least_squares.Model, y: np.ndarray, delta: float) -> least_squares.Model:
+def _huberised(model: fitting.Model, y: np.ndarray, delta: float) -> fitting.Model:
     """A law whose sum of squared residuals is Huber's loss of those of `model`: residual r becomes sign(r) sqrt(rho(r))."""
 
     def robust(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import contexts, least_squares, points
+from gqa_jax.laws import contexts, fitting
+from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B, Block, fit_block
-from gqa_jax.laws.least_squares import SharedError
-from gqa_jax.laws.points import Runs
+from gqa_jax.laws.fitting import SharedError
+from gqa_jax.laws.runs import Runs
 
 MIN_HEAD_COUNTS = 3
 WIDE_CONSTANT = 0.3  # nats per token
@@ -157,7 +158,7 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
         c_E = np.unique(np.append(np.linspace(*ends, _CONSTANTS), block.entropy))
         log_a_ExG, b_ExG, squares_ExG = block.conditional(np.minimum(c_E, block.lowest * (1 - 1e-4)))
         rise_E = squares_ExG.sum(-1) - block.fit.objective
-        room_E = np.maximum(least_squares.threshold(self.sigma, self.dof, level) - rise_E, 0.0)
+        room_E = np.maximum(fitting.threshold(self.sigma, self.dof, level) - rise_E, 0.0)
 
         def law(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """The curve above c at x = ln n_h, and its derivatives, for every c."""
@@ -251,9 +252,9 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         )
     constant = _checked(constant, float(rows["loss"].astype(np.float64).min()))
     rows = rows.assign(scale=rows.groupby("size_name")["params_non_embedding"].transform("max"))  # smaller sizes first
-    shared, own = points.shared_error(rows), points.shared_sem(rows) is None
+    shared, own = run_table.shared_error(rows), run_table.shared_sem(rows) is None
     groups = {
-        Curve(size, int(context)): points.runs_of(chosen.sort_values("n_heads", kind="stable"), own, "n_heads")
+        Curve(size, int(context)): run_table.runs_of(chosen.sort_values("n_heads", kind="stable"), own, "n_heads")
         for (_, size, context), chosen in rows.groupby(["scale", "size_name", "context"])
     }
     needed = 2 if isinstance(constant, float) else MIN_HEAD_COUNTS
@@ -266,7 +267,7 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         means = [runs.loss[runs.params == n].mean() for n in np.unique(runs.params)]
         if (np.diff(means) > 0).any():
             said.append(f"{curve}: the loss is not monotone in heads ({', '.join(f'{x:.4f}' for x in means)})")
-    said += points.about_text(rows)
+    said += run_table.about_text(rows)
     return LawsByQueryHeads(_fit(groups, constant, shared), int(kinds[0]), constant, said)
 
 

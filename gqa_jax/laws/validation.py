@@ -21,12 +21,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import joint_fit, joint_terms, points
+from gqa_jax.laws import joint_fit, joint_terms
+from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
 from gqa_jax.laws.by_heads import LawsByHeads
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint import JointLaw, fit_rows
-from gqa_jax.laws.points import Runs
+from gqa_jax.laws.runs import Runs
 
 SCHEMES = ("leave_largest_out", "leave_smallest_out", "rolling_origin", "leave_heads_out")
 MODELS = ("law", "entropy_0", "log_quadratic")
@@ -75,7 +76,7 @@ def hold_out(table: pd.DataFrame, scheme: str, *, shared_entropy: bool = True, l
         raise ValueError(f"scheme {scheme!r} is unknown: use {', '.join(SCHEMES)}")
     if not 0 < level < 1:
         raise ValueError(f"level = {level}: must be between 0 and 1")
-    rows = points.usable(table)[0].reset_index(drop=True)
+    rows = run_table.usable(table)[0].reset_index(drop=True)
     if scheme == "leave_heads_out":
         splits = _leave_heads_out(rows, level)
     else:
@@ -175,7 +176,7 @@ def lack_of_fit(laws: LawsByHeads, table: pd.DataFrame, level: float = 0.95) -> 
 
     Raises ValueError for a table that is not the one the laws were fitted to.
     """
-    rows, _ = points.usable(table)
+    rows, _ = run_table.usable(table)
     said = []
     lack, pure, dof_pure, distinct, coefficients = 0.0, 0.0, 0, 0, 0
     for block in laws.blocks:
@@ -269,11 +270,11 @@ def _leave_sizes_out(
     elif scheme == "leave_smallest_out":
         splits = [(rank > 1, rank == 1)]
     else:
-        splits = [(rank <= k, rank == k + 1) for k in range(points.MIN_SIZES, int(most.max()))]
+        splits = [(rank <= k, rank == k + 1) for k in range(run_table.MIN_SIZES, int(most.max()))]
     for train, test in splits:
-        groups = points.by_heads(points.fittable(rows[train])[0])
+        groups = run_table.by_heads(run_table.fittable(rows[train])[0])
         models = _fit_by_heads(groups, shared_entropy, level) if groups else None
-        for heads, held in points.by_heads(rows[test]).items():
+        for heads, held in run_table.by_heads(rows[test]).items():
             if heads in groups:
                 yield heads, held, {name: models[name](heads, held.params) for name in MODELS}
             elif scheme != "rolling_origin":
@@ -339,9 +340,9 @@ def _of_logs(columns: np.ndarray, coefficients: np.ndarray, inverse: np.ndarray,
 
 
 def _leave_heads_out(rows: pd.DataFrame, level: float) -> Iterator[tuple[Heads, Runs, dict[str, _Prediction]]]:
-    head_dim = points.only(rows, "head_dim", 64.0)
+    head_dim = run_table.only(rows, "head_dim", 64.0)
     fit_rows(rows)  # says what is wrong where there is no joint law at all
-    for heads, held in points.by_heads(rows).items():
+    for heads, held in run_table.by_heads(rows).items():
         others = rows.drop(index=_rows_of(rows, heads).index)
         n_heads = np.broadcast_to(np.asarray(heads.query_heads(held.d_model, head_dim), np.float64), held.loss.shape)
         try:

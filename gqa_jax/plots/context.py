@@ -12,7 +12,8 @@ from scipy import stats
 
 from gqa_jax import formatting, results
 from gqa_jax.invariance import FROM_CONTEXT, Invariance, context_invariance, pairs
-from gqa_jax.laws import Heads, points
+from gqa_jax.laws import Heads
+from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.losses import LOSS
 
@@ -94,9 +95,9 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
       ValueError: no continued run is done, or they differ in more than that.
     """
     table = _with_heads(tables.loss_table(table))
-    points.require_one_rule(table)
-    shared = points.shared_error(table)
-    if points.shared_sem(table) is not None:
+    run_table.require_one_rule(table)
+    shared = run_table.shared_error(table)
+    if run_table.shared_sem(table) is not None:
         table = table.assign(loss_sem=np.nan)
     continued = table[table["continue_from"].notna()]
     if continued.empty:

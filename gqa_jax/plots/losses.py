@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from gqa_jax import costs, formatting
-from gqa_jax.laws import Heads, PowerLaw, fit_by_heads, points
+from gqa_jax.laws import Heads, PowerLaw, fit_by_heads
+from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.measures import measure
 from gqa_jax.shape_search import solve_shape
@@ -85,11 +86,11 @@ def loss_vs_cost(
     Raises:
       ValueError: an unknown cost or convention, no finished run, several training contexts, a law without a run in the table.
     """
-    table, _ = points.usable(tables.loss_table(table))
+    table, _ = run_table.usable(tables.loss_table(table))
     laws = fit_by_heads(table) if laws is None else laws
     chosen = measure(cost, convention)
     ax = ax or style.new_axes(width=6.2)
-    lowest, highest, shared = np.inf, 0.0, points.shared_sem(table)
+    lowest, highest, shared = np.inf, 0.0, run_table.shared_sem(table)
     for heads, law in laws.items():
         look, rows = style.head_look(heads), _rows(table, heads)
         x = chosen.cost(_shapes(rows), context_served)
@@ -110,7 +111,7 @@ def loss_vs_cost(
         labels.heads_legend(ax, list(laws))
     counted = f"costs: {convention} convention" if isinstance(convention, str) and isinstance(cost, str) else ""
     if shared is not None and shared > 0:
-        counted = "; ".join(filter(None, (counted, style.sure(points.shared_error(table)))))
+        counted = "; ".join(filter(None, (counted, style.sure(run_table.shared_error(table)))))
     label = f"{chosen.label} at {formatting.context(context_served)}" + (f" ({name})" if name else "")
     return style.finish(ax, label, LOSS, title, counted)
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from gqa_jax.laws import Heads
-from gqa_jax.laws.least_squares import SharedError
+from gqa_jax.laws.fitting import SharedError
 
 INK = "0.15"  # of text
 MINUS = "\u2212"  # as the ticks of matplotlib have it

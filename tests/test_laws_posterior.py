@@ -5,7 +5,7 @@ import pytest
 
 from gqa_jax import laws, objectives, optimum
 from gqa_jax.laws import LLAMA3, Heads
-from gqa_jax.laws.draws import draw
+from gqa_jax.laws.posterior import draw
 from tests import law_tables
 
 SMALL = [(1, 1), (4, 1), (8, 1), (8, 8), (16, 8), (32, 16)]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
-from gqa_jax.laws.least_squares import SharedError
 from gqa_jax.shapes import Aspect
 
 MIN_SIZES = 3

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from gqa_jax.laws import least_squares
+from gqa_jax.laws import fitting
 from gqa_jax.laws.block import SMALLEST_B, conditional, curves
 from gqa_jax.laws.heads import LLAMA3, Heads
 
@@ -119,7 +119,7 @@ def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Dra
     model = curves(block.x_GxM, there)
     weights = block.weight_GxM[there]
     fitted = model(block.fit.theta)[0]
-    noise = least_squares.noise(block.sigma, block.dof, (count, fitted.size), generator) / np.sqrt(weights)
+    noise = fitting.noise(block.sigma, block.dof, (count, fitted.size), generator) / np.sqrt(weights)
     y = fitted + noise
     given = block.given_entropy
     lower = np.array([0.0 if given is None else given] + [-np.inf, 1e-4] * len(block.heads))
@@ -127,9 +127,7 @@ def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Dra
     upper = np.concatenate([highest, np.full((count, 2 * len(block.heads)), np.inf)], -1)
     theta = np.concatenate(
         [
-            least_squares.refit(model, y[i : i + 100], block.fit.theta, lower=lower, upper=upper[i : i + 100], weights=weights)[
-                0
-            ]
+            fitting.refit(model, y[i : i + 100], block.fit.theta, lower=lower, upper=upper[i : i + 100], weights=weights)[0]
             for i in range(0, count, 100)
         ]
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from gqa_jax.laws import least_squares
+from gqa_jax.laws import fitting
 
 X = np.linspace(-1.5, 1.5, 8)
 
@@ -37,8 +37,8 @@ def problem(seed, noise=0.003):
 
 def test_converged_where_the_start_is_the_minimum():
     theta, y = problem(0)
-    start, _ = least_squares.refit(exponential(X), y, theta)
-    fit = least_squares.fit(exponential(X), y, start)
+    start, _ = fitting.refit(exponential(X), y, theta)
+    fit = fitting.fit(exponential(X), y, start)
     assert fit.status == "CONVERGED"
     assert fit.objective == pytest.approx(np.sum((exponential(X)(fit.theta)[0] - y) ** 2), rel=1e-12)
     assert fit.gradient < 1e-6
@@ -48,14 +48,14 @@ def test_converged_where_the_start_is_the_minimum():
 
 def test_disagree_where_the_polish_finds_less_than_the_start():
     theta, y = problem(0)
-    fit = least_squares.fit(exponential(X), y, theta + np.array([0.1, 0, 0]))
+    fit = fitting.fit(exponential(X), y, theta + np.array([0.1, 0, 0]))
     assert fit.status == "DISAGREE"
     assert fit.start_objective > fit.objective * (1 + 1e-6)
 
 
 def test_an_exact_fit_agrees_though_its_start_is_not_exact():
     theta, y = problem(0, noise=0.0)
-    assert least_squares.fit(exponential(X), y, theta * (1 + 1e-9)).status == "CONVERGED"
+    assert fitting.fit(exponential(X), y, theta * (1 + 1e-9)).status == "CONVERGED"
 
 
 @pytest.mark.parametrize(("side", "at"), [("lower", 1.9), ("upper", 1.0)])
@@ -63,8 +63,8 @@ def test_bound_hit_names_the_coefficient_and_gives_it_no_variance(side, at):
     theta, y = np.array([1.5, -0.3, 0.5]), exponential(X)(np.array([1.5, -0.3, 0.5]))[0]
     limit = np.full(3, -np.inf if side == "lower" else np.inf)
     limit[0] = at
-    start, _ = least_squares.refit(exponential(X), y, np.array([at, *theta[1:]]), **{side: limit})
-    fit = least_squares.fit(exponential(X), y, start, **{side: limit})
+    start, _ = fitting.refit(exponential(X), y, np.array([at, *theta[1:]]), **{side: limit})
+    fit = fitting.fit(exponential(X), y, start, **{side: limit})
     assert fit.status == "BOUND_HIT"
     assert fit.bound == (0,)
     assert fit.theta[0] == pytest.approx(at, abs=1e-9)
@@ -74,7 +74,7 @@ def test_bound_hit_names_the_coefficient_and_gives_it_no_variance(side, at):
 
 
 def test_bound_hit_where_no_coefficient_is_left():
-    fit = least_squares.fit(linear(np.ones((4, 1))), np.arange(4.0), np.array([0.5]), upper=np.array([0.5]))
+    fit = fitting.fit(linear(np.ones((4, 1))), np.arange(4.0), np.array([0.5]), upper=np.array([0.5]))
     assert fit.status == "BOUND_HIT"
     assert fit.bound == (0,)
     assert fit.covariance == 0.0
@@ -82,7 +82,7 @@ def test_bound_hit_where_no_coefficient_is_left():
 
 def test_singular_where_the_data_do_not_tell_two_coefficients_apart():
     columns = np.stack([np.ones(8), X, 2 * X], axis=1)
-    fit = least_squares.fit(linear(columns), X + 1.0, np.array([1.0, 0.5, 0.25]))
+    fit = fitting.fit(linear(columns), X + 1.0, np.array([1.0, 0.5, 0.25]))
     assert fit.status == "SINGULAR"
     assert np.isnan(fit.covariance).all()
     assert fit.condition > 1e14
@@ -90,7 +90,7 @@ def test_singular_where_the_data_do_not_tell_two_coefficients_apart():
 
 def test_singular_where_a_coefficient_does_nothing():
     columns = np.stack([np.ones(8), np.zeros(8)], axis=1)
-    assert least_squares.fit(linear(columns), X, np.array([0.0, 0.0])).status == "SINGULAR"
+    assert fitting.fit(linear(columns), X, np.array([0.0, 0.0])).status == "SINGULAR"
 
 
 def test_covariance_sigma_and_weights_are_those_of_linear_regression():
@@ -99,7 +99,7 @@ def test_covariance_sigma_and_weights_are_those_of_linear_regression():
     y = columns @ [1.0, 2.0, -1.0] + rng.normal(size=20) / np.sqrt(weights)
     inverse = np.linalg.inv(columns.T @ (weights[:, None] * columns))
     expected = inverse @ columns.T @ (weights * y)
-    fit = least_squares.fit(linear(columns), y, expected, weights=weights)
+    fit = fitting.fit(linear(columns), y, expected, weights=weights)
     sigma2 = np.sum(weights * (columns @ expected - y) ** 2) / 17
     assert fit.status == "CONVERGED"
     np.testing.assert_allclose(fit.theta, expected, rtol=1e-9)
@@ -110,8 +110,8 @@ def test_covariance_sigma_and_weights_are_those_of_linear_regression():
 
 def test_no_noise_is_known_without_degrees_of_freedom():
     _, y = problem(0)
-    start, _ = least_squares.refit(exponential(X[:3]), y[:3], np.array([1.0, 0.0, 0.5]))
-    fit = least_squares.fit(exponential(X[:3]), y[:3], start)
+    start, _ = fitting.refit(exponential(X[:3]), y[:3], np.array([1.0, 0.0, 0.5]))
+    fit = fitting.fit(exponential(X[:3]), y[:3], start)
     assert fit.dof == 0
     assert np.isnan(fit.sigma)
     assert np.isnan(fit.covariance).all()
@@ -127,11 +127,11 @@ def test_huber_is_summed():
         size = np.abs(y - center)
         return np.sum(np.where(size <= delta, size**2, 2 * delta * size - delta**2))
 
-    fit = least_squares.fit(model, y, np.array([0.01]), huber_delta=delta)
+    fit = fitting.fit(model, y, np.array([0.01]), huber_delta=delta)
     best = optimize.minimize_scalar(total, bounds=(-0.1, 0.1), method="bounded", options={"xatol": 1e-12})
     assert fit.theta[0] == pytest.approx(best.x, abs=1e-7)
     assert fit.objective == pytest.approx(best.fun, rel=1e-12)
-    twice = least_squares.fit(linear(np.ones((84, 1))), np.tile(y, 2), np.array([0.01]), huber_delta=delta)
+    twice = fitting.fit(linear(np.ones((84, 1))), np.tile(y, 2), np.array([0.01]), huber_delta=delta)
     assert twice.objective == pytest.approx(2 * fit.objective, rel=1e-9)
     assert abs(fit.theta[0]) < 0.01 < y.mean()  # outliers hardly matter
     np.testing.assert_allclose(fit.weights[-2:], delta / (y[-2:] - fit.theta[0]), rtol=1e-6)
@@ -139,7 +139,7 @@ def test_huber_is_summed():
 
 def test_weights_count_in_hubers_residuals():
     y = np.array([0.0, 0.1, -0.1, 1.0])
-    fit = least_squares.fit(linear(np.ones((4, 1))), y, np.array([0.0]), weights=np.array([1.0, 1, 1, 0.01]), huber_delta=0.2)
+    fit = fitting.fit(linear(np.ones((4, 1))), y, np.array([0.0]), weights=np.array([1.0, 1, 1, 0.01]), huber_delta=0.2)
     # The root of the weight makes the last residual 0.1: inside delta, so this is plain weighted least squares.
     assert fit.theta[0] == pytest.approx(0.01 / 3.01, abs=1e-8)
     assert fit.weights[-1] == pytest.approx(0.01)
@@ -149,9 +149,9 @@ def test_weights_count_in_hubers_residuals():
 def test_data_that_are_not_finite_are_refused(wrong):
     theta, y = problem(0)
     with pytest.raises(ValueError, match="must be finite"):
-        least_squares.fit(exponential(X), np.where(X < -1, wrong, y), theta)
+        fitting.fit(exponential(X), np.where(X < -1, wrong, y), theta)
     with pytest.raises(ValueError, match="must be finite"):
-        least_squares.fit(exponential(X), y, theta, weights=np.where(X < -1, wrong, 1.0))
+        fitting.fit(exponential(X), y, theta, weights=np.where(X < -1, wrong, 1.0))
 
 
 # refit
@@ -161,7 +161,7 @@ def test_refit_reaches_scipys_minimum_on_fifty_problems_at_once():
     pairs = [problem(seed, noise=0.01) for seed in range(50)]
     y = np.stack([y for _, y in pairs])
     weights = np.random.default_rng(9).uniform(0.3, 3, y.shape)
-    theta, squares = least_squares.refit(exponential(X), y, np.array([1.0, 0.0, 0.5]), weights=weights)
+    theta, squares = fitting.refit(exponential(X), y, np.array([1.0, 0.0, 0.5]), weights=weights)
     for found, total, losses, w in zip(theta, squares, y, weights, strict=True):
         root, model = np.sqrt(w), exponential(X)
         best = optimize.least_squares(
@@ -180,7 +180,7 @@ def test_refit_reaches_scipys_minimum_at_bounds():
     """E may not be above 1.2 nor b below 0.4: about half of the problems end at one or both."""
     lower, upper = np.array([0.0, -np.inf, 0.4]), np.array([1.2, np.inf, 3.0])
     y = np.stack([problem(seed, noise=0.01)[1] for seed in range(50)])
-    theta, squares = least_squares.refit(exponential(X), y, np.array([1.0, 0.0, 0.6]), lower=lower, upper=upper)
+    theta, squares = fitting.refit(exponential(X), y, np.array([1.0, 0.0, 0.6]), lower=lower, upper=upper)
     assert (theta >= lower).all()
     assert (theta <= upper).all()
     at_bound = (theta[:, 0] == 1.2) | (theta[:, 2] == 0.4)
@@ -203,8 +203,8 @@ def test_refit_reaches_scipys_minimum_at_bounds():
 def test_padding_of_weight_zero_changes_nothing():
     theta, y = problem(3)
     padded = np.append(y, 99.0)
-    plain, squares = least_squares.refit(exponential(X), y, theta)
-    with_padding, same = least_squares.refit(exponential(np.append(X, 0.0)), padded, theta, weights=np.append(np.ones(8), 0.0))
+    plain, squares = fitting.refit(exponential(X), y, theta)
+    with_padding, same = fitting.refit(exponential(np.append(X, 0.0)), padded, theta, weights=np.append(np.ones(8), 0.0))
     np.testing.assert_allclose(with_padding, plain, rtol=1e-7)
     assert same == pytest.approx(squares, rel=1e-10)
 
@@ -212,8 +212,8 @@ def test_padding_of_weight_zero_changes_nothing():
 def test_refits_do_not_depend_on_each_other():
     y = np.stack([problem(seed, noise=0.02)[1] for seed in range(6)])
     start = np.array([1.0, 0.0, 0.5])
-    together, _ = least_squares.refit(exponential(X), y, start)
-    alone = np.stack([least_squares.refit(exponential(X), one, start)[0] for one in y])
+    together, _ = fitting.refit(exponential(X), y, start)
+    alone = np.stack([fitting.refit(exponential(X), one, start)[0] for one in y])
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
@@ -222,13 +222,13 @@ def test_a_problem_at_its_minimum_stops_at_once():
     calls = []
     model = exponential(X)
     theta, y = problem(5)
-    best, _ = least_squares.refit(model, y, theta)
+    best, _ = fitting.refit(model, y, theta)
 
     def counted(coefficients):
         calls.append(1)
         return model(coefficients)
 
-    least_squares.refit(counted, np.tile(y, (20, 1)), best)
+    fitting.refit(counted, np.tile(y, (20, 1)), best)
     assert len(calls) <= 4
 
 
@@ -236,47 +236,47 @@ def test_a_problem_at_its_minimum_stops_at_once():
 
 
 def test_noise_of_a_known_sigma_is_normal():
-    drawn = least_squares.noise(0.5, np.inf, (20_000, 3), np.random.default_rng(0))
+    drawn = fitting.noise(0.5, np.inf, (20_000, 3), np.random.default_rng(0))
     assert drawn.std() == pytest.approx(0.5, rel=0.01)
     assert stats.kurtosis(drawn.ravel()) == pytest.approx(0.0, abs=0.1)
 
 
 def test_noise_of_few_degrees_of_freedom_is_students_and_common_to_a_draw():
-    drawn = least_squares.noise(0.5, 5, (20_000, 4), np.random.default_rng(0))
+    drawn = fitting.noise(0.5, 5, (20_000, 4), np.random.default_rng(0))
     assert stats.kstest(drawn[:, 0] / 0.5, stats.t(5).cdf).pvalue > 0.01
     size = np.log(np.abs(drawn))
     assert np.corrcoef(size[:, 0], size[:, 1])[0, 1] > 0.05  # each draw has a scale of its own
-    again = least_squares.noise(0.5, 5, (20_000, 4), np.random.default_rng(0))
+    again = fitting.noise(0.5, 5, (20_000, 4), np.random.default_rng(0))
     np.testing.assert_array_equal(drawn, again)
 
 
 def test_threshold_is_fs_or_chi_squares():
-    assert least_squares.threshold(0.1, 10, 0.95) == pytest.approx(0.01 * stats.t.ppf(0.975, 10) ** 2)
-    assert least_squares.threshold(0.1, np.inf, 0.95) == pytest.approx(0.01 * stats.norm.ppf(0.975) ** 2)
+    assert fitting.threshold(0.1, 10, 0.95) == pytest.approx(0.01 * stats.t.ppf(0.975, 10) ** 2)
+    assert fitting.threshold(0.1, np.inf, 0.95) == pytest.approx(0.01 * stats.norm.ppf(0.975) ** 2)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
 def test_crossings_of_a_parabola_are_exact_on_both_sides(scale):
-    low, high = least_squares.crossings(lambda v: (v - 2.0) ** 2 / 0.25, 2.0, scale, 3.84)
+    low, high = fitting.crossings(lambda v: (v - 2.0) ** 2 / 0.25, 2.0, scale, 3.84)
     np.testing.assert_allclose([low, high], 2.0 + np.array([-1, 1]) * 0.5 * np.sqrt(3.84), rtol=1e-9)
 
 
 def test_crossings_of_a_lopsided_profile():
-    low, high = least_squares.crossings(lambda v: np.expm1(np.minimum(v, 50.0)) ** 2, 0.0, 0.3, 0.25)
+    low, high = fitting.crossings(lambda v: np.expm1(np.minimum(v, 50.0)) ** 2, 0.0, 0.3, 0.25)
     assert low == pytest.approx(np.log(0.5), abs=2e-3)
     assert high == pytest.approx(np.log(1.5), abs=2e-3)
 
 
 def test_crossings_that_never_come_are_infinite():
-    low, high = least_squares.crossings(lambda v: np.where(v > 0, 0.0, v**2), 0.0, 0.5, 1.0)
+    low, high = fitting.crossings(lambda v: np.where(v > 0, 0.0, v**2), 0.0, 0.5, 1.0)
     assert low == pytest.approx(-1.0, abs=1e-9)
     assert high == np.inf
-    assert least_squares.crossings(lambda v: 1.0 - np.exp(-(v**2)), 0.0, 0.5, 1.5) == (-np.inf, np.inf)
+    assert fitting.crossings(lambda v: 1.0 - np.exp(-(v**2)), 0.0, 0.5, 1.5) == (-np.inf, np.inf)
 
 
 def test_crossings_into_what_is_not_possible_end_there():
     """A statistic of inf or nan counts as above: an interval ends where the quantity can't be."""
     for wall in (np.inf, np.nan):
-        low, high = least_squares.crossings(lambda v: np.where(v > 0.3, wall, v**2), 0.0, 0.5, 1.0)  # noqa: B023
+        low, high = fitting.crossings(lambda v: np.where(v > 0.3, wall, v**2), 0.0, 0.5, 1.0)  # noqa: B023
         assert low == pytest.approx(-1.0, abs=1e-9)
         assert high == pytest.approx(0.3, abs=0.01)
