@@ -341,8 +341,7 @@ class _Simulation:
     def _losses(self, run: Candidate) -> tuple[np.ndarray, np.ndarray]:
         """L_s(N; h) of the run in every draw, evaluated on the text of those that are there, and the noise of a run there."""
         i = self.draws.heads.index(run.heads)
-        above_S = np.exp(self.draws.b_SxH[:, i] * (self.draws.log_a_SxH[:, i] - np.log(run.n_params)))
-        return above_S + self.draws.entropy_on_text_SxH[:, i], self.draws.sigma_SxH[:, i]
+        return self.draws.loss(run.heads, run.n_params, on_this_text=True)[:, 0], self.draws.sigma_SxH[:, i]
 
     def _decide(self, regret_C: np.ndarray) -> np.ndarray:
         """Which heads (...Q) have the least regret, of sums (...C) over draws."""

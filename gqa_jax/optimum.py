@@ -364,7 +364,8 @@ class _Table:
         shape = shape_search.solve_shape(n_params, known.heads, aspect, *about)
         if (drawn := known.draws) is None:
             return cls(laws, loss, known, n_params, shape, None, None, aspect)
-        n_SxH = _sizes(loss, drawn.entropy_SxH, drawn.log_a_SxH, drawn.b_SxH)
+        with np.errstate(over="ignore"):  # draws whose sizes are astronomical
+            n_SxH = np.exp(drawn.log_size(loss))
         return cls(
             laws, loss, known, n_params, shape, n_SxH, shape_search.solve_shape(n_SxH, known.heads, aspect, *about), aspect
         )

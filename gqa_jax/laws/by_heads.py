@@ -167,12 +167,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         params = np.atleast_1d(np.asarray(params, np.float64))
         if not np.isfinite(self.sigma):
             return np.full(params.shape, np.nan), np.full(params.shape, np.nan)
-        drawn = self.draws()
-        i = drawn.heads.index(heads)
-        loss_SxN = (
-            np.exp(drawn.b_SxH[:, i, None] * (drawn.log_a_SxH[:, i, None] - np.log(params)))
-            + drawn.entropy_on_text_SxH[:, i, None]
-        )
+        loss_SxN = self.draws().loss(heads, params, on_this_text=True)
         low, high = np.quantile(loss_SxN, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
 

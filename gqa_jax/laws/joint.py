@@ -219,7 +219,7 @@ class JointLaw:
     def band(self, heads: Heads | tuple, params: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Interval of the curve of H at each N, on the held-out text of the runs, from 1,000 draws."""
         params, drawn = np.atleast_1d(np.asarray(params, np.float64)), self.draws(heads=[heads])
-        loss_SxN = np.exp(drawn.b_SxH * (drawn.log_a_SxH - np.log(params))) + drawn.entropy_on_text_SxH
+        loss_SxN = drawn.loss(heads, params, on_this_text=True)
         low, high = np.quantile(loss_SxN, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
 

@@ -24,6 +24,7 @@ import numpy as np
 from scipy import stats
 
 from gqa_jax.laws import fitting
+from gqa_jax.laws.bends import Bends
 from gqa_jax.laws.block import SMALLEST_B, conditional, curves
 from gqa_jax.laws.heads import LLAMA3, Heads
 
@@ -40,7 +41,7 @@ _LLAMA3_SIZES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """S joint draws of the laws (a / N)^b + E of H head configurations."""
+    """S joint draws of the laws exp(b (ln a - ln N) - q(ln N)) + E of H head configurations, q a bend that they share."""
 
     heads: list[Heads]
     entropy_SxH: np.ndarray
@@ -50,6 +51,7 @@ class Draws:
     method: str
     notes: tuple[str, ...] = ()  # how an H came in that has no law of its own
     shift_S: np.ndarray | float = 0.0  # of every E: the error that all losses have in common, which is in entropy_SxH
+    bends: Bends | None = None  # None: power laws
 
     @property
     def entropy_on_text_SxH(self) -> np.ndarray:
@@ -59,8 +61,17 @@ class Draws:
     def log_size(self, loss: float) -> np.ndarray:
         """ln N*_SxH that reaches `loss`; inf in draws whose E is not below it."""
         gap = loss - self.entropy_SxH
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(gap > 0, self.log_a_SxH - np.log(np.where(gap > 0, gap, 1.0)) / self.b_SxH, np.inf)
+        log_n = np.where(gap > 0, self.log_a_SxH - np.log(np.where(gap > 0, gap, 1.0)) / self.b_SxH, np.inf)
+        return log_n if self.bends is None else self.bends.log_size(log_n, self.b_SxH)
+
+    def loss(self, heads: Heads, params: np.ndarray, *, on_this_text: bool = False) -> np.ndarray:
+        """Loss_SxN of H at N parameters (N,); `on_this_text`: without the error that all losses have in common."""
+        i, log_n = self.heads.index(heads), np.log(np.atleast_1d(np.asarray(params, np.float64)))
+        log_above = self.b_SxH[:, i, None] * (self.log_a_SxH[:, i, None] - log_n)
+        if self.bends is not None:
+            log_above = log_above - self.bends.at(log_n[None])[0]
+        entropy_SxH = self.entropy_on_text_SxH if on_this_text else self.entropy_SxH
+        return np.exp(log_above) + entropy_SxH[:, i, None]
 
     def take(self, heads: list[Heads]) -> Draws:
         """The same draws of these H."""
