@@ -16,7 +16,7 @@ def fitted(seed=0, noise=0.003, heads=None, **changes):
     return laws.fit_by_heads(law_tables.synthetic(noise=noise, seed=seed, heads=heads, **changes))
 
 
-@pytest.mark.parametrize("method", ["posterior", "bootstrap"])
+@pytest.mark.parametrize("method", ["posterior", "independent", "bootstrap"])
 def test_draws_are_seeded_and_centred_on_the_fit(method):
     one = fitted()
     drawn = one.draws(400, 1, method)
@@ -30,12 +30,12 @@ def test_draws_are_seeded_and_centred_on_the_fit(method):
     assert (drawn.entropy_SxH[:, :1] == drawn.entropy_SxH[:, : len(one)]).all()  # shared
 
 
-def test_posterior_and_bootstrap_agree_where_nothing_is_pooled():
+def test_independent_noise_and_bootstrap_agree_where_nothing_is_pooled():
     """Three H: no head law. Spreads of N* inside the data agree within a tenth or so."""
     one = fitted(heads=SMALL[:3], noise=0.002)
     spreads = [
         np.diff(np.quantile(one.draws(2000, 0, m).log_size(2.8), [0.16, 0.84], axis=0), axis=0)
-        for m in ("posterior", "bootstrap")
+        for m in ("independent", "bootstrap")
     ]
     np.testing.assert_allclose(spreads[0][0, :3], spreads[1][0, :3], rtol=0.12)
 
@@ -71,7 +71,7 @@ def test_what_can_not_be_drawn_is_said():
     exact = fitted(heads=[(8, 1)], sizes=law_tables.SIZES[1:4])
     with pytest.raises(ValueError, match="as many coefficients as runs: the noise of a run"):
         exact.draws()
-    with pytest.raises(ValueError, match="method 'jackknife' is unknown: use posterior or bootstrap"):
+    with pytest.raises(ValueError, match="method 'jackknife' is unknown: use posterior, independent, bootstrap"):
         draw(fitted(), 10, 0, "jackknife")
     with pytest.raises(ValueError, match="count = 1: draw 2 or more"):
         fitted().draws(1)
