@@ -232,6 +232,22 @@ def test_a_problem_at_its_minimum_stops_at_once():
     assert len(calls) <= 4
 
 
+@pytest.mark.parametrize("delta", [0.002, 0.02])
+def test_refit_of_a_huberised_law_reaches_the_minimum_of_fit(delta):
+    theta, y = problem(2, noise=0.01)
+    y[3] += 0.3
+    weights = np.append(np.random.default_rng(1).uniform(0.3, 3, 8), 0.0)  # the last is padding
+    model, losses = exponential(np.append(X, 0.0)), np.append(y, 99.0)
+    robust = fitting.huberised(model, losses, delta, weights)
+    start, total = fitting.refit(robust, losses, theta, weights=weights, iterations=1000)
+    fit = fitting.fit(exponential(X), y, start, weights=weights[:8], huber_delta=delta)
+    assert fit.status == "CONVERGED"
+    assert total == pytest.approx(fit.objective, rel=1e-8)
+    step = 1e-6
+    numeric = [(robust(theta + step * e)[0] - robust(theta - step * e)[0]) / (2 * step) for e in np.eye(3)]
+    np.testing.assert_allclose(robust(theta)[1], np.transpose(numeric), atol=1e-5)
+
+
 # noise, threshold, crossings
 
 

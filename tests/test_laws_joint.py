@@ -1,5 +1,7 @@
 """One law for all heads: known laws are found again, heads that were not trained are predicted, and doubts are said."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -157,6 +159,29 @@ def test_one_outlier_hardly_moves_a_huber_fit():
 
     assert shift(bad) > 0.005
     assert shift(robust) < 0.001
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("delta", [1e-3, 0.005])
+@pytest.mark.parametrize("by", [0.0, 0.05])
+def test_both_routes_to_hubers_minimum_agree(form, delta, by):
+    rows = table(form, noise=0.002)
+    rows.loc[rows.index[17], "loss"] += by
+    assert fit_joint(rows, form, huber_delta=delta).status == "CONVERGED"
+
+
+def test_a_plain_fit_whose_routes_differ_is_not_forgotten(monkeypatch):
+    """Huber's weights and the heads' offsets come from it, the last fit is then of squares."""
+    sound = joint_fit.plain
+
+    def doubtful(*arguments):
+        runs, fit = sound(*arguments)
+        return runs, dataclasses.replace(fit, status="DISAGREE")
+
+    monkeypatch.setattr(joint_fit, "plain", doubtful)
+    law = fit_joint(table(noise=0.002))
+    assert law.status == "DISAGREE"
+    assert "the joint fit is DISAGREE" in " ".join(law.warnings)
 
 
 def test_runs_with_larger_standard_errors_weigh_less():

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SMALLEST_B, LARGEST_B = 0.005, 2.0
 _GRID_E, _GRID_B = 100, 60
+_LOWER, _UPPER = np.array([-np.inf, SMALLEST_B / 2]), np.array([np.inf, 2 * LARGEST_B])  # of (alpha, b)
+_REWEIGHTED = 15  # times: what brings a start near the minimum of Huber's loss
 _ROUNDING = 1e-9  # nats per token
 WIDE_ENTROPY = 0.3  # nats per token: an interval of E beyond it decides the answers at low losses
 
@@ -270,6 +272,9 @@ def fit_block(
     """The laws of some H with one E.
 
     Args:
+      huber_delta: both routes then minimise Huber's summed loss. What is uncertain (sigma, profiles, draws) is of least squares
+        with the weights that it ends with, min(1, delta / |residual|), as if they had been given: a run that is far off by r
+        counts delta r in sigma^2 instead of r^2.
       known_sigma: noise of a run that is known, instead of the residuals'.
       shared: `run_table.shared_error` of the runs.
     """
@@ -296,40 +301,67 @@ def fit_block(
 
 
 def conditional(
-    x_GxM: np.ndarray, loss_GxM: np.ndarray, weight_GxM: np.ndarray, entropy: np.ndarray
+    x_GxM: np.ndarray,
+    loss_GxM: np.ndarray,
+    weight_GxM: np.ndarray,
+    entropy: np.ndarray,
+    huber_delta: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best (alpha_ExG, b_ExG) of exp(alpha - b x) + E for every E of an array, and the weighted sums of squares_ExG.
 
-    No start value: a grid over b, where the amplitude is linear, then Levenberg-Marquardt.
+    No start value: a grid over b, where the amplitude is linear, then Levenberg-Marquardt. `huber_delta`: as in
+    `fitting.fit`; the sums are Huber's then.
     """
     above = loss_GxM - np.asarray(entropy, np.float64)[:, None, None]
     slopes = np.geomspace(SMALLEST_B, LARGEST_B, _GRID_B)
     basis_GxMxb = np.exp(-slopes * x_GxM[..., None])
+    if huber_delta is not None:
+        start = _robust_start(weight_GxM, above, slopes, basis_GxMxb, huber_delta)
+        model = fitting.huberised(_curve(x_GxM), above, huber_delta, weight_GxM)
+        theta, sums = fitting.refit(model, above, start, weights=weight_GxM, lower=_LOWER, upper=_UPPER, iterations=1000)
+        return theta[..., 0], theta[..., 1], sums
     norm_Gxb = np.einsum("gm,gmb->gb", weight_GxM, basis_GxMxb**2)
     product_ExGxb = np.einsum("egm,gmb->egb", weight_GxM * above, basis_GxMxb)
     best = np.argmax(np.maximum(product_ExGxb, 0.0) ** 2 / norm_Gxb, axis=-1)
     amplitude = np.take_along_axis(product_ExGxb, best[..., None], -1)[..., 0] / norm_Gxb[np.arange(len(x_GxM)), best]
     start = np.stack([np.log(np.maximum(amplitude, 1e-9)), slopes[best]], axis=-1)
-    lower, upper = np.array([-np.inf, SMALLEST_B / 2]), np.array([np.inf, 2 * LARGEST_B])
-    theta, squares = fitting.refit(_curve(x_GxM), above, start, weights=weight_GxM, lower=lower, upper=upper)
+    theta, squares = fitting.refit(_curve(x_GxM), above, start, weights=weight_GxM, lower=_LOWER, upper=_UPPER)
     return theta[..., 0], theta[..., 1], squares
+
+
+def _robust_start(
+    weight_GxM: np.ndarray, above_ExGxM: np.ndarray, slopes: np.ndarray, basis_GxMxb: np.ndarray, delta: float
+) -> np.ndarray:
+    """(alpha, b)_ExGx2 of the least Huber loss on the grid of b: its amplitude by squares that are weighted again and again."""
+    factor = np.ones((*above_ExGxM.shape, len(slopes)))
+    for _ in range(_REWEIGHTED):
+        weighted = weight_GxM[..., None] * factor * basis_GxMxb
+        product, norm = np.einsum("egmb,egm->egb", weighted, above_ExGxM), np.sum(weighted * basis_GxMxb, 2)
+        amplitude = np.maximum(product / norm, 1e-9)
+        residual = np.sqrt(weight_GxM)[..., None] * (above_ExGxM[..., None] - amplitude[:, :, None] * basis_GxMxb)
+        factor = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+    best = np.argmin(fitting.rho(residual, delta).sum(2), axis=-1)
+    return np.stack([np.log(np.take_along_axis(amplitude, best[..., None], -1)[..., 0]), slopes[best]], axis=-1)
 
 
 def _fit(
     x_GxM: np.ndarray, loss_GxM: np.ndarray, weight_GxM: np.ndarray, entropy: float | None, huber_delta: float | None
 ) -> fitting.Fit:
-    """Two routes: least squares over E alone of the best law of every H for that E; then all coefficients at once."""
+    """Two routes to one minimum: over E alone, of the best law of every H for that E; then all coefficients at once.
+
+    Both are of squares, or both of Huber's loss.
+    """
     there = weight_GxM > 0
     lowest = float(loss_GxM[there].min())
     if entropy is None:
         grid = lowest * (1 - np.geomspace(1e-4, 1.0, _GRID_E))  # from just below the lowest loss down to 0
         for _ in range(6):
-            best = int(np.argmin(conditional(x_GxM, loss_GxM, weight_GxM, grid)[2].sum(-1)))
+            best = int(np.argmin(conditional(x_GxM, loss_GxM, weight_GxM, grid, huber_delta)[2].sum(-1)))
             value = float(grid[best])
             grid = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 17)
     else:
         value = entropy
-    alpha, b, _ = conditional(x_GxM, loss_GxM, weight_GxM, np.array([value]))
+    alpha, b, _ = conditional(x_GxM, loss_GxM, weight_GxM, np.array([value]), huber_delta)
     start = np.concatenate([[value], np.stack([alpha[0], b[0]], -1).ravel()])
     count = len(x_GxM)
     tight = 1e-12 * lowest

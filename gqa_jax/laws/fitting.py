@@ -17,6 +17,7 @@ Model = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 _AGREE = 1e-6  # relative difference of the objectives of two routes to the same minimum
 _NEAR_BOUND = 1e-9
+_MOST_DAMPING = 1e12
 _SINGULAR = 1e14  # condition number of the scaled Jacobian's square above which coefficients are not determined
 
 
@@ -95,8 +96,8 @@ def fit(
     final = weights * robust
     free = ~((theta <= lower + _NEAR_BOUND * gap) | (theta >= upper - _NEAR_BOUND * gap))
     objective, begun = (
-        float(np.sum(_rho(residual, huber_delta))),
-        float(np.sum(_rho(root * (model(inside)[0] - y), huber_delta))),
+        float(np.sum(rho(residual, huber_delta))),
+        float(np.sum(rho(root * (model(inside)[0] - y), huber_delta))),
     )
     gradient = jacobian.T @ (final * (value - y))
     scale = np.sqrt(np.sum(final[:, None] * jacobian**2, axis=0))
@@ -117,12 +118,29 @@ def fit(
     return Fit(theta, status, objective, begun, steep, condition, inverse, sigma, dof, final, bound)
 
 
-def _rho(residual: np.ndarray, delta: float | None) -> np.ndarray:
+def rho(residual: np.ndarray, delta: float | None) -> np.ndarray:
     """Squares, or Huber's function on the same scale."""
     if delta is None:
         return residual**2
     size = np.abs(residual)
     return np.where(size <= delta, residual**2, 2 * delta * size - delta**2)
+
+
+def huberised(model: Model, y: np.ndarray, delta: float, weights: np.ndarray | float = 1.0) -> Model:
+    """A law whose weighted sum of squares is Huber's loss of `model`'s: so `refit` minimises that, with these weights.
+
+    A residual r (times the root of its weight) becomes sign(r) sqrt(rho(r)); those of `fit` are the same.
+    """
+    scale = np.sqrt(np.where(np.asarray(weights) > 0, weights, 1.0))  # padding of weight 0 counts for nothing anyway
+
+    def robust(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value, jacobian = model(theta)
+        size = np.abs(value - y) * scale
+        root = np.where(size <= delta, size, np.sqrt(np.maximum(2 * delta * size - delta**2, 0.0)))
+        slope = np.where(size <= delta, 1.0, delta / np.maximum(root, delta))
+        return y + np.sign(value - y) * root / scale, jacobian * slope[..., None]
+
+    return robust
 
 
 def _inverse(jacobian: np.ndarray, weights: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, float]:
@@ -193,8 +211,8 @@ def refit(
         value = np.where(better[..., None], trial_value, value)
         jacobian = np.where(better[..., None, None], trial_jacobian, jacobian)
         total = np.where(better, trial_total, total)
-        damping = np.where(better, np.maximum(damping / 10, 1e-12), damping * 10)
-        active = active & ~converged & (damping < 1e12)
+        damping = np.where(better, np.maximum(damping / 10, 1e-12), np.minimum(damping * 10, _MOST_DAMPING))
+        active = active & ~converged & (damping < _MOST_DAMPING)
         if not active.any():
             break
     return theta, total

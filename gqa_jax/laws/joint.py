@@ -333,7 +333,8 @@ def fit_joint(
     """One law for all head configurations of a loss table of ONE training context, those with a single run included.
 
     Args:
-      table, entropy, log, huber_delta, and the weights of runs: as in `fit_by_heads`.
+      table, entropy, log, huber_delta, and the weights of runs: as in `fit_by_heads`; intervals and draws of a Huber fit are of
+        least squares with the weights that it ends with.
       form: "quadratic" or "power". Functions of the heads that the trained ones can't tell apart are left out (`terms`).
 
     Raises:
@@ -370,6 +371,8 @@ def fit_rows(
     runs, plain = joint_fit.plain(terms, runs, center, log, huber_delta)
     ratio = joint_fit.between_heads(terms, runs, center, plain.theta)
     fit = joint_fit.polish(terms, runs, *joint_fit.independent(terms, runs, center, ratio), plain.theta[None])
+    if plain.status == "DISAGREE":  # what the heads' offsets and Huber's weights come from
+        fit = dataclasses.replace(fit, status=plain.status)
     _falls(terms, fit, runs)
     return JointLaw(
         terms,

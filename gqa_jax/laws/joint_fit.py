@@ -68,11 +68,10 @@ def polish(
     """The best of the minima that `fitting.refit` reaches from all starts, checked by `fitting.fit`."""
     lower, upper = terms.bounds(float(runs["loss"].min()))
     many = np.broadcast_to(y, (len(starts), len(y)))
-    theta, squares = fitting.refit(model, many, starts, lower=lower, upper=upper, iterations=200)
-    best = theta[np.nanargmin(squares)]
-    if huber_delta is not None:  # another minimum, which is near: from it the status is judged
-        best = fitting.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta).theta
-    return fitting.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta)
+    same = model if huber_delta is None else fitting.huberised(model, y, huber_delta)
+    iterations = 200 if huber_delta is None else 1000  # where most residuals count linearly, the steps are many
+    theta, squares = fitting.refit(same, many, starts, lower=lower, upper=upper, iterations=iterations)
+    return fitting.fit(model, y, theta[np.nanargmin(squares)], lower=lower, upper=upper, huber_delta=huber_delta)
 
 
 def independent(terms: Terms, runs: pd.DataFrame, center: float, ratio: float) -> tuple[fitting.Model, np.ndarray]:

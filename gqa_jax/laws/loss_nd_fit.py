@@ -128,7 +128,7 @@ class Problem:
         y = self.y if y is None else y
         lower, upper = self.bounds()
         y = np.broadcast_to(y, (*np.broadcast_shapes(y.shape[:-1], start.shape[:-1]), y.shape[-1]))
-        model = self.model if self.huber_delta is None else _huberised(self.model, y, self.huber_delta)
+        model = self.model if self.huber_delta is None else fitting.huberised(self.model, y, self.huber_delta)
         return fitting.refit(model, y, start, weights=weights, lower=lower, upper=upper, **options)
 
     def interval(self, name: str, index: int, level: float) -> tuple[float, float]:
@@ -325,19 +325,6 @@ def spread(params: np.ndarray, tokens: np.ndarray, group: np.ndarray) -> float:
     design = np.column_stack([x, group[:, None] == np.unique(group)])
     rest = z - design @ np.linalg.lstsq(design, z)[0]
     return float(np.exp(np.ptp(rest)))
-
-
-def _huberised(model: fitting.Model, y: np.ndarray, delta: float) -> fitting.Model:
-    """A law whose sum of squared residuals is Huber's loss of those of `model`: residual r becomes sign(r) sqrt(rho(r))."""
-
-    def robust(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        value, jacobian = model(theta)
-        size = np.abs(value - y)
-        root = np.where(size <= delta, size, np.sqrt(np.maximum(2 * delta * size - delta**2, 0.0)))
-        slope = np.where(size <= delta, 1.0, delta / np.maximum(root, delta))
-        return y + np.sign(value - y) * root, jacobian * slope[..., None]
-
-    return robust
 
 
 def _count(n_heads: int, alpha_by_heads: bool) -> int:
