@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import presets
-from gqa_jax.laws import LLAMA3, Heads, joint, joint_fit, joint_terms
+from gqa_jax import presets, results
+from gqa_jax.laws import LLAMA3, Heads, fit_by_heads, fit_loss_nd_by_heads, joint, joint_fit, joint_terms
 from gqa_jax.laws.joint import fit_joint
 from gqa_jax.shapes import Aspect, head_configurations
 
@@ -432,3 +432,16 @@ def test_an_entropy_at_its_bound_is_said():
     assert law.entropy < 1e-6
     assert any("E at a bound" in sentence for sentence in law.warnings)
     assert np.isnan(law.intervals().loc["E", "low"])
+
+
+def test_what_n_counts_is_the_same_for_all_laws_of_a_table():
+    """A typed table has every column, those that nobody filled too."""
+    raw = table(noise=0.002).assign(tokens=np.resize([4, 1, 2], 60) * 10**9, vocab_size=50_304)
+    raw["loss"] += 100 * raw["tokens"] ** -0.37
+    typed = results.typed(raw, results.LOSS_COLUMNS)
+    trained = typed.assign(params_total=typed["params_non_embedding"] + 1)
+    for rows, convention in ((raw, "figures"), (typed, "figures"), (trained, "exact")):
+        for fit in (fit_by_heads, fit_joint, fit_loss_nd_by_heads):
+            assert fit(rows).size_convention == convention
+    for heads in (Heads(None, 8), Heads(8, 4)):
+        assert fit_joint(raw).law(heads).solve(2.6) == fit_joint(typed).law(heads).solve(2.6)

@@ -217,7 +217,7 @@ def fit_by_heads(
         context=int(rows["context"].iloc[0]),
         head_dim=run_table.only(rows, "head_dim", 64.0),
         vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
-        size_convention="exact" if "params_total" in rows and rows["params_total"].notna().all() else "figures",
+        size_convention=run_table.size_convention(rows),
         aspect=run_table.aspect(rows),
         warnings=said,
         llama3=None if LLAMA3 in groups else run_table.llama3(rows),

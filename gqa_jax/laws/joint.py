@@ -384,7 +384,7 @@ def fit_rows(
         context=int(rows["context"].iloc[0]),
         head_dim=head_dim,
         vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
-        size_convention="exact" if "params_total" in rows else "figures",
+        size_convention=run_table.size_convention(rows),
         aspect=run_table.aspect(rows) or paper_aspect(),
         shared=run_table.shared_error(rows),
     )

@@ -297,7 +297,7 @@ def fit_loss_nd_by_heads(
         context=int(rows["context"].iloc[0]),
         head_dim=only(rows, "head_dim", 64.0),
         vocab_size=only(rows, "vocab_size", 50_304.0),
-        size_convention="exact" if "params_total" in rows else "figures",
+        size_convention=run_table.size_convention(rows),
         aspect=run_table.aspect(rows),
         warnings=[*said, *run_table.about_text(rows), *_doubts(problem)],
     )
