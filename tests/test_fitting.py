@@ -248,6 +248,34 @@ def test_refit_of_a_huberised_law_reaches_the_minimum_of_fit(delta):
     np.testing.assert_allclose(robust(theta)[1], np.transpose(numeric), atol=1e-5)
 
 
+# r_squared, poor
+
+
+def test_r_squared_is_about_the_mean_of_each_group():
+    loss, group = np.array([3.0, 2.0, 13.0, 12.0]), np.array([0, 0, 1, 1])
+    fitted = loss + np.array([0.1, -0.1, 0.3, -0.3])
+    assert fitting.r_squared(loss, fitted) == pytest.approx(1 - 0.2 / 101)
+    assert fitting.r_squared(loss, fitted, group) == pytest.approx(1 - 0.2)
+    assert fitting.r_squared(loss, fitted, group, np.array([1.0, 1, 0.1, 0.1])) == pytest.approx(1 - 0.038 / 0.55)
+    assert np.isnan(fitting.r_squared(np.ones(3), np.ones(3)))
+
+
+def test_a_poor_law_says_what_is_poor_and_how_far_the_largest_runs_are_missed():
+    size, loss = np.tile(np.arange(1.0, 6), 4), 3 - 0.2 * np.tile(np.arange(5), 4)
+    off = np.where(size == 5, 0.07, 0.0) + 0.03 * np.tile([1.0, -1], 10)
+    (said,) = fitting.poor(loss + off, loss, {"N": size}, dof=18)
+    sigma = np.sqrt(np.sum(off**2) / 18)
+    assert said.startswith(f"poor law: residuals of ln L are {np.sqrt(np.mean(np.log1p(off / loss) ** 2)):.1%} (root mean")
+    assert said.endswith(f"at the largest N by +0.0700 nats ({0.07 / sigma * 2:+.1f} standard errors)")
+    assert fitting.poor(loss + off / 3, loss, {"N": size}, dof=18) == []
+    (said,) = fitting.poor(2.7 + (loss - 2.7) / 50 + off / 10, 2.7 + (loss - 2.7) / 50, {"N": size, "D": size}, dof=18)
+    assert said.startswith("poor law: R^2 is 0.")
+    assert " ln L are" not in said
+    assert "at the largest D by +0.0070 nats" in said
+    weights = np.where(size == 5, 1e-9, 1.0)
+    assert fitting.poor(loss + 20 * off * (size == 5), loss, {"N": size}, dof=18, weights=weights) == []
+
+
 # noise, threshold, crossings
 
 

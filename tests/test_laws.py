@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from gqa_jax import laws
+from gqa_jax import laws, presets
+from tests import law_tables
 
 
 def table(points, context=8192):
@@ -84,6 +85,41 @@ def test_sizes_too_close_to_each_other_give_no_law():
     points = {(8, 8): [(n, 2.0 + (1e8 / n) ** 0.2) for n in (1e8, 2e8, 3e8)]}
     with pytest.raises(ValueError, match=r"heads \(8,8\): sizes span a factor of 3.0, a law needs 4 or more"):
         laws.fit_by_heads(table(points))
+
+
+# Poor laws
+
+
+def said_of(fits):
+    return [w for law in fits.values() for w in law.warnings if "poor law" in w]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_laws_that_do_not_describe_their_runs_are_called_poor(shared):
+    rates = 0.05 * np.array([3.0, -2, 1, -3, 2, -1])
+    points = {h: [(n, loss + rate) for (n, loss), rate in zip(runs, rates, strict=True)] for h, runs in synthetic().items()}
+    said = said_of(laws.fit_by_heads(table(points), shared))
+    assert len(said) == 3
+    assert all("residuals of ln L are 3." in w and "at the largest N by" in w for w in said)
+    assert (said[0] == said[1]) == shared
+    assert said[0].startswith("poor law" if shared else "heads (1,1): poor law")
+
+
+def test_sound_laws_are_not_called_poor():
+    for seed in range(20):
+        assert not said_of(laws.fit_by_heads(law_tables.synthetic(0.002, seed, random_truth=True)))
+        assert not said_of(laws.fit_by_heads(law_tables.synthetic(0.002, seed, random_truth=True), shared_entropy=False))
+    for delta in (None, 1e-3):
+        assert not said_of(laws.fit_by_heads(presets.paper_losses(), huber_delta=delta))
+    assert not any("poor" in w for w in laws.fit_joint(presets.paper_losses()).warnings)
+
+
+def test_a_joint_law_that_does_not_describe_its_runs_is_called_poor():
+    rows = law_tables.synthetic(0.02)
+    law = laws.fit_joint(rows)
+    (said,) = (w for w in law.warnings if "poor law" in w)
+    assert "residuals of ln L are 1." in said or "residuals of ln L are 2." in said
+    assert not any("poor law" in w for w in laws.fit_joint(law_tables.synthetic(0.003)).warnings)
 
 
 # Huber's loss

@@ -274,6 +274,36 @@ def test_doubts_are_said():
     assert any("E is known to about" in w for w in fit_loss_nd(n[few], d[few], y[few]).warnings)
 
 
+def test_a_law_of_runs_at_all_learning_rates_is_called_poor():
+    """A loss that depends on the learning rate more than on N and D."""
+    n, d, y = (np.repeat(x, 12) for x in chinchilla(0.002))
+    rates = np.tile(np.linspace(-2.5, 2.5, 12), len(n) // 12)
+    fit = fit_loss_nd(n, d, y + 0.5 * rates**2 + 0.2 * rates)
+    assert fit.r_squared < 0.4
+    (said,) = (w for w in fit.warnings if w.startswith("poor law"))
+    assert f"R^2 is {fit.r_squared:.3f}" in said
+    assert "residuals of ln L are" in said
+    assert "at the largest N by" in said
+    assert "at the largest D by" in said
+
+
+@pytest.mark.parametrize("scatter", [0.018, 0.004])
+def test_raw_points_of_isoflop_profiles_are_called_poor_and_clean_ones_are_not(scatter):
+    """They scatter by 1.6 to 2.2 percent: R^2 alone does not see it."""
+    for seed in range(5):
+        fit, laws = fit_loss_nd(*chinchilla(scatter, seed)), fit_loss_nd_by_heads(table(scatter, seed))
+        assert fit.r_squared > 0.9
+        for warnings in (fit.warnings, laws.warnings):
+            assert any("poor law: residuals of ln L are" in w for w in warnings) == (scatter > 0.01)
+
+
+def test_a_robust_fit_is_not_poor_for_one_run_that_is_off():
+    n, d, y = chinchilla(0.001)
+    y[5] *= 1.3
+    assert any("poor law" in w for w in fit_loss_nd(n, d, y).warnings)
+    assert not any("poor law" in w for w in fit_loss_nd(n, d, y, 1e-3).warnings)
+
+
 def six(n=(1e8, 2e8, 4e8, 1e8, 2e8, 4e8), d=(2e9, 2e9, 3e9, 9e9, 8e9, 9e9)):
     n, d = np.array(n), np.array(d)
     return n, d, law(n, d)

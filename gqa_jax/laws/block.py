@@ -97,9 +97,16 @@ class Block:
             law = PowerLaw(
                 float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, runs.params, runs.loss, warnings
             )
-            rest, spread = np.sum(law.residuals**2), np.sum((runs.loss - runs.loss.mean()) ** 2)
-            result[heads] = dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
+            share = fitting.r_squared(runs.loss, law.predict(runs.params))
+            result[heads] = dataclasses.replace(law, r_squared=share)
         return result
+
+    def poor(self, symbol: str) -> list[str]:
+        """`fitting.poor` of all runs; symbol: of what x is the logarithm."""
+        there = self.weight_GxM > 0
+        fitted = self.loss_GxM + _residual(self.fit.theta, self.x_GxM, self.loss_GxM)
+        columns = {"loss": self.loss_GxM[there], "fitted": fitted[there], "largest": {symbol: self.x_GxM[there]}}
+        return fitting.poor(**columns, dof=self.fit.dof, group=np.nonzero(there)[0], weights=self.weight_GxM[there])
 
     def conditional(self, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The best (alpha_ExG, b_ExG) for every E of an array, and the sums of squares_ExG."""
@@ -244,6 +251,8 @@ class Block:
             )
         if self.fit.status in ("DISAGREE", "SINGULAR"):
             found.append(f"the fit is {self.fit.status}: its coefficients are not to be trusted")
+        of = f"heads {self.heads[0]}: " if len(self.heads) == 1 else ""
+        found += [of + sentence for sentence in self.poor("N")]
         if self.given_entropy is not None:
             return found
         if self.entropy < 1e-3 * self.lowest:

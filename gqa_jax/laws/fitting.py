@@ -7,7 +7,7 @@ Levenberg and Marquardt's method on arrays of problems, for bootstraps and profi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from scipy import optimize, stats
@@ -17,6 +17,7 @@ Model = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 _AGREE = 1e-6  # relative difference of the objectives of two routes to the same minimum
 _NEAR_BOUND = 1e-9
+POOR_R_SQUARED, POOR_RESIDUALS = 0.9, 0.01  # of ln L
 _MOST_DAMPING = 1e12
 _SINGULAR = 1e14  # condition number of the scaled Jacobian's square above which coefficients are not determined
 
@@ -141,6 +142,62 @@ def huberised(model: Model, y: np.ndarray, delta: float, weights: np.ndarray | f
         return y + np.sign(value - y) * root / scale, jacobian * slope[..., None]
 
     return robust
+
+
+def r_squared(
+    loss: np.ndarray, fitted: np.ndarray, group: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> float:
+    """1 - squares of the residuals / squares about the mean, of its own group where there are groups; nan where losses are one.
+
+    Args:
+      loss, fitted: (M,). group: (M,) ints, which runs belong together. weights: (M,) of the squares, default 1.
+    """
+    weights = np.ones_like(loss) if weights is None else weights
+    group = np.zeros(len(loss), int) if group is None else group
+    mean = np.array([np.average(loss[group == g], weights=weights[group == g]) for g in group])
+    spread = np.sum(weights * (loss - mean) ** 2)
+    return float(1 - np.sum(weights * (loss - fitted) ** 2) / spread) if spread > 0 else np.nan
+
+
+def not_explained(share: float, of: str = "R^2") -> list[str]:
+    """What is said of an R^2 below 0.9."""
+    return [f"{of} is {share:.3f} (a law has {POOR_R_SQUARED:g} or more)"] if share < POOR_R_SQUARED else []
+
+
+def poor(
+    loss: np.ndarray,
+    fitted: np.ndarray,
+    largest: Mapping[str, np.ndarray],
+    *,
+    dof: int,
+    group: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+) -> list[str]:
+    """A sentence where a law describes its own runs poorly: R^2 below 0.9, or residuals of ln L above 1% (root mean square).
+
+    It says how far the runs with the largest N (and D, or n_h) are missed: what answers beyond them rest on.
+
+    Args:
+      loss, fitted, group, weights: as in `r_squared`; Huber's last weights, so that one run that is off makes no law poor.
+      largest: what is largest there, (M,) each, by its symbol: the largest of each group.
+      dof: runs minus coefficients.
+    """
+    weights = np.ones_like(loss) if weights is None else weights / np.mean(weights)
+    group = np.zeros(len(loss), int) if group is None else group
+    share, relative = r_squared(loss, fitted, group, weights), np.sqrt(np.mean(weights * np.log(loss / fitted) ** 2))
+    reasons = not_explained(share)
+    if relative > POOR_RESIDUALS:
+        reasons.append(f"residuals of ln L are {relative:.1%} (root mean square; a law has {POOR_RESIDUALS:.0%} or less)")
+    if not reasons:
+        return []
+    residual, missed = loss - fitted, []
+    sigma = np.sqrt(np.sum(weights * residual**2) / dof) if dof > 0 else np.nan
+    for name, values in largest.items():
+        at = values == np.array([values[group == g].max() for g in group])
+        away = float(np.average(residual[at], weights=weights[at]))
+        errors = f" ({away / sigma * np.sqrt(weights[at].sum()):+.1f} standard errors)" if sigma > 0 else ""
+        missed.append(f"at the largest {name} by {away:+.4f} nats{errors}")
+    return [f"poor law: {' and '.join(reasons)}; runs are off on average {', '.join(missed)}"]
 
 
 def _inverse(jacobian: np.ndarray, weights: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, float]:

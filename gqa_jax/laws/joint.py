@@ -128,8 +128,7 @@ class JointLaw:
 
     @property
     def r_squared(self) -> float:
-        loss = self.runs["loss"]
-        return float(1 - (self.residuals["residual"] ** 2).sum() / ((loss - loss.mean()) ** 2).sum())
+        return fitting.r_squared(*(self.residuals[name].to_numpy() for name in ("loss", "fitted")))
 
     def predict(self, n_heads: Any, n_kv_heads: Any, params: Any) -> Any:
         """Loss of models with n_h query heads (real-valued if need be), n_kv key/value heads and N parameters; broadcasts.
@@ -175,9 +174,7 @@ class JointLaw:
         own = self.runs[[one == heads for one in joint_fit.heads_of(self.runs)]]
         params, loss = own["params"].to_numpy(), own["loss"].to_numpy()
         law = PowerLaw(float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, params, loss, tuple(said))
-        if len(own) < 2 or np.ptp(loss) == 0:
-            return law
-        return dataclasses.replace(law, r_squared=float(1 - np.sum(law.residuals**2) / np.sum((loss - loss.mean()) ** 2)))
+        return dataclasses.replace(law, r_squared=fitting.r_squared(loss, law.predict(params)))
 
     def draws(
         self, count: int = 1000, seed: int = 0, heads: Sequence[Heads | tuple] | None = None, aspect: Aspect | None = None
@@ -434,7 +431,11 @@ def _warnings(law: JointLaw) -> list[str]:
     found = []
     if law.status in ("DISAGREE", "SINGULAR"):
         found.append(f"the joint fit is {law.status}: its coefficients are not to be trusted")
-    n_heads, n_kv_heads, _ = joint_fit.columns(law.runs)
+    n_heads, n_kv_heads, params = joint_fit.columns(law.runs)
+    loss, fitted = (law.residuals[name].to_numpy() for name in ("loss", "fitted"))
+    names = joint_fit.heads_of(law.runs)
+    group, weights = np.array([names.index(one) for one in names]), law.runs["weight"].to_numpy()
+    found += fitting.poor(loss, fitted, {"N": params}, dof=law.dof, group=group, weights=weights)
     for axis, counts, line in (("query", n_heads, 1), ("key/value", n_kv_heads, 2)):
         if np.ptp(counts) > 0 and line not in law.terms.alpha:
             found.append(

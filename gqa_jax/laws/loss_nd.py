@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import loss_nd_fit
+from gqa_jax.laws import fitting, loss_nd_fit
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
@@ -311,14 +311,15 @@ def _law(problem: Problem, index: int, warnings: Sequence[str]) -> LossND:
         float(np.exp(log_a)), float(np.exp(log_b)), float(entropy), float(alpha), float(beta), np.nan,
         params=n, tokens=d, loss=loss, problem=problem, index=index, warnings=tuple(warnings),
     )  # fmt: skip
-    rest, spread = np.sum((law.predict(n, d) - loss) ** 2), np.sum((loss - loss.mean()) ** 2)
-    return dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
+    return dataclasses.replace(law, r_squared=fitting.r_squared(loss, law.predict(n, d)))
 
 
 def _doubts(problem: Problem) -> list[str]:
     found, fit = [], problem.fit
     if fit.status in ("DISAGREE", "SINGULAR"):
         found.append(f"the fit is {fit.status}: its coefficients are not to be trusted")
+    largest, weights = {"N": problem.params, "D": problem.tokens}, problem.weight * fit.weights
+    found += fitting.poor(problem.loss, problem.fitted, largest, dof=fit.dof, group=problem.group, weights=weights)
     if fit.dof <= 0:
         counts = f"{len(problem.loss)} runs for {len(fit.theta)} coefficients"
         found.append(f"{counts}: the law passes through every point, and R^2 = 1 says nothing")

@@ -81,6 +81,12 @@ class Problem:
         """(M,) what is fitted, times the root of its weight."""
         return np.sqrt(self.weight) * (np.log(self.loss) if self.log else self.loss)
 
+    @property
+    def fitted(self) -> np.ndarray:
+        """(M,) losses of the law."""
+        value = self.model(self.fit.theta)[0] / np.sqrt(self.weight)
+        return np.exp(value) if self.log else value
+
     @functools.cached_property
     def uncentred(self) -> np.ndarray:
         """(P, P): the matrix that turns v into ln B and u into ln A."""

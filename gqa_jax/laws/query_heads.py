@@ -207,6 +207,7 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
             name = "all curves" if len(block.heads) > 1 else str(block.heads[0])
             if block.fit.status in ("DISAGREE", "SINGULAR"):
                 found.append(f"{name}: the fit is {block.fit.status}: its coefficients are not to be trusted")
+            found += [f"{name}: {sentence}" for sentence in block.poor("n_h")]
             if not isinstance(self.constant, str):
                 continue
             if block.entropy < 1e-3 * block.lowest:
@@ -286,8 +287,7 @@ def _laws(block: Block) -> dict[Curve, QueryHeadsLaw]:
                 f"{curve}: the losses do not fall with query heads ({', '.join(f'{x:.4f}' for x in runs.loss)}): no power law"
             )
         law = QueryHeadsLaw(float(np.exp(log_a) * block.center**b), -float(b), block.entropy, np.nan, runs.params, runs.loss)
-        rest, spread = np.sum(law.residuals**2), np.sum((runs.loss - runs.loss.mean()) ** 2)
-        laws[curve] = dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
+        laws[curve] = dataclasses.replace(law, r_squared=fitting.r_squared(runs.loss, law.predict(runs.params)))
     return laws
 
 
