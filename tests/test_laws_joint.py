@@ -430,7 +430,7 @@ def test_an_entropy_at_its_bound_is_said():
     law = fit_joint(rows)
     assert law.status == "EDGE"
     assert law.entropy < 1e-6
-    assert any("E at a bound" in sentence for sentence in law.warnings)
+    assert any("the fit puts E at 0" in sentence for sentence in law.warnings)
     assert np.isnan(law.intervals().loc["E", "low"])
 
 

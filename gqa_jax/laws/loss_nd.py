@@ -27,7 +27,6 @@ from gqa_jax.laws.runs import only
 from gqa_jax.shapes import Aspect, paper_aspect
 
 NARROW_SPREAD = 4.0
-WIDE_ENTROPY = 0.3  # nats per token
 
 
 class Optimum(NamedTuple):
@@ -86,10 +85,8 @@ class LossND:
         n = _optimal_params(compute_flops, log_a, drawn.log_b, alpha, drawn.beta)
         d = compute_flops / 6 / n
         loss = drawn.predict(self.index, n[:, None], d[:, None])[:, 0]
-        ends = [np.quantile(x, [(1 - level) / 2, (1 + level) / 2]) for x in (n, d, loss)]
-        return pd.DataFrame(
-            {"value": list(best), "low": [e[0] for e in ends], "high": [e[1] for e in ends]}, ["params", "tokens", "loss"]
-        )
+        low, high = fitting.percentiles(np.stack([n, d, loss], axis=1), level)
+        return pd.DataFrame({"value": list(best), "low": low, "high": high}, ["params", "tokens", "loss"])
 
     @property
     def status(self) -> str:
@@ -110,11 +107,9 @@ class LossND:
     def residuals(self) -> pd.DataFrame:
         """One row per run: params, tokens, loss, fitted, residual (measured minus fitted), and z in standard deviations."""
         fitted = self.predict(self.params, self.tokens)
-        on_scale = np.log(self.loss / fitted) if self.problem.log else self.loss - fitted
-        return pd.DataFrame(
-            {"params": self.params, "tokens": self.tokens, "loss": self.loss, "fitted": fitted}
-            | {"residual": self.loss - fitted, "z": on_scale / self.sigma if self.sigma > 0 else np.nan}
-        )
+        on_scale = np.log(self.loss / fitted) if self.problem.log else None
+        columns = fitting.residual_columns(self.loss, fitted, self.sigma, on_scale)
+        return pd.DataFrame({"params": self.params, "tokens": self.tokens} | columns)
 
     @property
     def covariance(self) -> pd.DataFrame:
@@ -138,7 +133,7 @@ class LossND:
         else:
             drawn, i = self.draws(), self.index
             columns = [np.exp(drawn.log_a_SxH[:, i]), np.exp(drawn.log_b), drawn.entropy, drawn.alpha_SxH[:, i], drawn.beta]
-            ends = np.stack([np.quantile(x, [(1 - level) / 2, (1 + level) / 2]) for x in columns])
+            ends = fitting.percentiles(np.stack(columns, axis=1), level).T
         frame = pd.DataFrame({"value": value, "low": ends[:, 0], "high": ends[:, 1]})
         for name, known in self.problem.restrictions.fixed.items():
             frame.loc[name, ["low", "high"]] = known
@@ -337,29 +332,21 @@ def _law(problem: Problem, index: int, warnings: Sequence[str]) -> LossND:
 
 
 def _doubts(problem: Problem) -> list[str]:
-    found, fit, known = [], problem.fit, problem.restrictions
-    if fit.status in ("DISAGREE", "SINGULAR"):
-        found.append(f"the fit is {fit.status}: its coefficients are not to be trusted")
+    fit, known = problem.fit, problem.restrictions
+    found = fitting.doubts(fit, len(problem.loss), len(problem.free))
     largest, weights = {"N": problem.params, "D": problem.tokens}, problem.weight * fit.weights
     found += fitting.poor(problem.loss, problem.fitted, largest, dof=fit.dof, group=problem.group, weights=weights)
-    if fit.dof <= 0:
-        counts = f"{len(problem.loss)} runs for {len(problem.free)} coefficients"
-        found.append(f"{counts}: the law passes through every point, and R^2 = 1 says nothing")
     if any(i > 0 for i in fit.bound):
         found.append(f"an exponent is at its bound, {SMALLEST_RATE} or {LARGEST_RATE}: its term is no power law here")
-    lowest = problem.loss.min()
-    if "E" in known.free and fit.theta[0] < 1e-3 * lowest:
-        found.append("the fit puts E at 0, its lower bound: larger models and more tokens are needed to see it")
-    if "E" in known.free and fit.theta[0] > lowest * (1 - 1e-4):
-        found.append("the fit puts E at the lowest loss: it can't be used beyond the runs")
     both = known.of("A", "alpha") and known.of("B", "beta")
     if both and (spread := loss_nd_fit.spread(problem.params, problem.tokens, problem.group)) < NARROW_SPREAD:
         found.append(f"tokens spread by a factor of {spread:.2g} about their trend in N only: A and B are hardly told apart")
-    if "E" in known.free and np.isfinite(fit.sigma) and fit.status != "SINGULAR":
+    if "E" in known.free:
         own = stats.t.ppf(0.975, fit.dof) * np.sqrt(fit.covariance[0, 0])
-        width = 2 * np.hypot(own, problem.shared.reach(0.95))
-        if width > WIDE_ENTROPY:
-            found.append(f"E is known to about {width:.2f} nats only (95%, linearised): losses near it are guesses")
+        half = np.hypot(own, problem.shared.reach(0.95))  # linearised; nan where it is not known
+        ends = max(fit.theta[0] - half, 0.0), fit.theta[0] + half
+        words = ("larger models and more tokens", "the runs", "losses near it are guesses")
+        found += fitting.floor(fit.theta[0], problem.loss.min(), ends, words)
     return found
 
 

@@ -28,7 +28,6 @@ MIN_SPREAD = 1.1  # of D about its trend in N: below it the terms of N and of D 
 SMALLEST_RATE, LARGEST_RATE = _RATES = 0.01, 3.0  # exponents
 _GRID = np.geomspace(0.02, 2.0, 24)
 _FLOOR = -30.0  # of u and v
-_PART = 100  # draws refitted at a time: what fits a cache is twice as fast
 _VANISHED = np.log(1e-4)  # u or v of a term that is no part of the loss
 
 
@@ -210,7 +209,7 @@ class Problem:
         """`fitting.refit` of what is free in this law, (..., F); of Huber's loss, where it is of that."""
         y = self.y if y is None else y
         lower, upper = (ends[self.free] for ends in self.bounds())
-        y = np.broadcast_to(y, (*np.broadcast_shapes(y.shape[:-1], start.shape[:-1]), y.shape[-1]))
+        y = np.broadcast_to(y, np.broadcast_shapes(y.shape, (*start.shape[:-1], 1), np.shape(weights)))
         model = self.of_free if self.huber_delta is None else fitting.huberised(self.of_free, y, self.huber_delta)
         return fitting.refit(model, y, start, weights=weights, lower=lower, upper=upper, **options)
 
@@ -239,33 +238,14 @@ class Problem:
         amplitudes = [1, *range(3, 3 + len(self.heads))]  # ln A and ln B are not bounded as u and v are
         lower[amplitudes], upper[amplitudes] = -np.inf, np.inf
         lower, upper = lower[self.free], upper[self.free]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            tangent = covariance[:, place] / covariance[place, place]
-        tangent = np.where(np.isfinite(tangent), tangent, np.arange(len(tangent)) == place)
 
         def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             value, jacobian = self.of_free((theta - shift) @ back.T)
             return value, jacobian @ back
 
-        def rise(values: np.ndarray) -> np.ndarray:
-            inside = np.clip(values, lower[place], upper[place])
-            start_VxP = center + (inside - center[place])[:, None] * tangent
-            low, high = np.tile(lower, (len(values), 1)), np.tile(upper, (len(values), 1))
-            low[:, place] = high[:, place] = inside
-            y = np.broadcast_to(self.y, (len(values), len(self.y)))
-            _, squares = fitting.refit(model, y, start_VxP, lower=low, upper=high)
-            return np.where(inside == values, squares - self.fit.objective, np.inf)
-
-        error = np.sqrt(covariance[place, place])
-        scale = error if np.isfinite(error) and error > 0 else 0.01 * max(abs(center[place]), 0.1)
         limit = fitting.threshold(self.fit.sigma, self.fit.dof, level)
-        low, high = fitting.crossings(rise, center[place], scale, limit)
-        low, high = max(low, lower[place]), min(high, upper[place])
-        if self.free[place] > 0 or not self.shared.sem > 0:
-            return low, high
-        common = self.shared.reach(level)
-        low, high = fitting.widened(center[0], (low, high), common, common)
-        return max(low, lower[0]), high
+        ends = fitting.profile(model, self.y, center, covariance, self.fit.objective, place, limit, lower, upper)
+        return ends if self.free[place] > 0 else self.shared.widened(center[0], ends, level, lower[0])
 
     def draws(self, count: int, seed: int, method: str | None) -> DrawsND:
         """Refits of data drawn anew; kept, so that asking again costs nothing. E has the error that all losses have in common.
@@ -283,15 +263,13 @@ class Problem:
             raise ValueError(f"{len(self.loss)} runs for {count} coefficients leave no residuals to draw from: add runs")
         if (key := (count, seed, method)) not in self._kept:
             generator = np.random.default_rng(seed)
-            y, weights = self.y, np.ones((count, len(self.loss)))
-            if method == "noise":
-                y = self.model(self.fit.theta)[0] + fitting.noise(self.fit.sigma, self.fit.dof, weights.shape, generator)
-            else:
-                weights = self._resampled(count, generator)
-            y = np.broadcast_to(y, weights.shape)
-            parts = [slice(i, i + _PART) for i in range(0, count, _PART)]
             start, (offset, matrix) = self.fit.theta[self.free], self.from_free
-            free = np.concatenate([self.refit(start, y[part], weights=weights[part])[0] for part in parts])
+            if method == "noise":
+                noise = self.fit.sigma, self.fit.dof, count, generator
+                free = fitting.bootstrap(self.model(self.fit.theta)[0], *noise, lambda y: self.refit(start, y)[0])
+            else:
+                times = self._resampled(count, generator)
+                free = fitting.in_parts(lambda times: self.refit(start, self.y, weights=times)[0], times)
             full = (offset + free @ matrix.T) @ self.uncentred.T
             rates = full[:, self._alpha(np.arange(len(self.heads)))]
             shift = self.shared.draws(count, seed)
@@ -411,8 +389,7 @@ def _check(params, tokens, loss, weight, group, huber_delta, restrictions) -> No
     for name, values in (("params", params), ("tokens", tokens), ("loss", loss), ("weights", weight)):
         if (bad := values[~((values > 0) & np.isfinite(values))]).size:
             raise ValueError(f"{name} = {bad[0]:g}: must be above 0 and finite")
-    if huber_delta is not None and not huber_delta > 0:
-        raise ValueError(f"huber_delta = {huber_delta}: must be above 0 (Chinchilla's is 1e-3, of ln L)")
+    fitting.require(loss.min(initial=np.inf), huber_delta=huber_delta)
     free, of_size, of_data = restrictions.free, restrictions.of("A", "alpha"), restrictions.of("B", "beta")
     said = f"{_NUMBERS[len(free)]}{'' if len(free) == len(NAMES) else ' free'} coefficient{'s' * (len(free) > 1)}"
     if len(loss) <= len(free):
