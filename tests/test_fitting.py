@@ -366,6 +366,7 @@ def test_an_interval_asks_for_nothing_beyond_its_bounds():
 
     assert fitting.interval(rise, 0.0, 0.3, 1.0, -0.5, 4.0) == pytest.approx((-0.5, 1.0), rel=2e-3)
     assert (min(asked), max(asked)) == (-0.5, 4.0)
+    assert fitting.interval(np.zeros_like, 0.0, 0.3, 1.0, -1e6, 1e6) == (-1e6, 1e6)  # where nothing rises
 
 
 def test_a_bootstrap_scatters_as_the_coefficients_do():
