@@ -15,6 +15,7 @@ from gqa_jax.formatting import read_context
 from launch import rules
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
+CONFOUNDED = "laws also where heads of a size saw neither equal tokens nor equal tokens per parameter; every answer says so"
 PRESETS = ("paper", "paper-table4")
 
 
@@ -28,6 +29,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         )
         command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
         command.add_argument("--rules", choices=(rules.OLD, rules.NEW), help=rules.ROWS)
+        add_confounded(command)
         if not needs_grid:
             command.add_argument("--preset", choices=PRESETS, help="the paper's own data instead of a grid: no training")
         command.set_defaults(ask=ask)
@@ -85,7 +87,14 @@ def ask(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--preset {arguments.preset} or a GRID: not both")
     if getattr(arguments, "preset", None) is not None and arguments.rules is not None:
         raise ConfigError(f"--rules {arguments.rules} is for grids: the paper's data are under its own rules")
+    if getattr(arguments, "preset", None) is not None and arguments.allow_confounded:
+        raise ConfigError("--allow_confounded is for your runs: the laws of the paper's data are as they are")
     return arguments.ask(arguments, console)
+
+
+def add_confounded(command: argparse.ArgumentParser) -> None:
+    """The option of commands that fit laws."""
+    command.add_argument("--allow_confounded", action="store_true", help=CONFOUNDED)
 
 
 def add_objective(command: argparse.ArgumentParser) -> None:
@@ -174,7 +183,7 @@ def _source(arguments: argparse.Namespace):
 
     if getattr(arguments, "preset", None):
         return studies.of_preset(arguments.preset)
-    source = studies.of_grid(arguments.grid, arguments.root, rules=arguments.rules)
+    source = studies.of_grid(arguments.grid, arguments.root, rules=arguments.rules, allow_confounded=arguments.allow_confounded)
     if source.rules == rules.OLD and not source.asked:
         print(f"launch: {rules.SAID}", file=sys.stderr)
     return source

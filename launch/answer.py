@@ -40,11 +40,11 @@ def outputs(layout: Layout) -> Iterator[Layout]:
         storage.upload(Path(folder), layout.root)
 
 
-def write(layout: Layout, console: Console, asked: str | None = None) -> None:
+def write(layout: Layout, console: Console, asked: str | None = None, allow_confounded: bool = False) -> None:
     """Tables, laws, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer.
 
     asked: the rules (`launch.rules`) that the laws are of. Tables have all runs, whatever rules they are under; without `asked`
-    there are no laws of runs under several.
+    there are no laws of runs under several. allow_confounded: of `gqa_jax.laws.fit_by_heads`.
     """
     with outputs(layout) as out:
         loss, differences = write_tables(layout, out)
@@ -56,7 +56,7 @@ def write(layout: Layout, console: Console, asked: str | None = None) -> None:
             earlier = f"; {' and '.join(sorted(there))} are of an earlier export" if there else ""
             console.print(f"tables in {layout.tables}{earlier}", highlight=False, soft_wrap=True)
             return
-        source = studies.of_grid(os.fspath(layout.root), rules=asked, loss=loss)
+        source = studies.of_grid(os.fspath(layout.root), rules=asked, loss=loss, allow_confounded=allow_confounded)
         fits = studies.fit(source)
         tables = write_fits(fits, out)
         for one in fits.fitted:
@@ -172,6 +172,8 @@ def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
         highlight=False,
     )
     console.print(fit_screen(table))
+    if laws.design is not None:
+        console.print(str(laws.design), highlight=False)
     for warning in dict.fromkeys([*one.laws.warnings, *(w for law in one.laws.values() for w in law.warnings)]):
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
 

@@ -23,6 +23,7 @@ from launch.grid import Layout
 
 PAPER_LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)  # rows of its Table 4
 PAPER_CONTEXTS = (8192, 16_384, 32_768, 65_536, 131_072)  # and its columns
+CONFOUNDED = " --allow_confounded"
 DIFFERENCE = ("difference", "standard_error", "n_documents")  # columns of `gqa_jax.results.load_differences`
 
 
@@ -41,11 +42,12 @@ class Source:
     planned: Sequence[str] = ()  # names of the grid's cells
     rules: str | None = None  # of its cells: launch.rules.OLD or NEW
     asked: bool = False  # for those, of a grid that may have others too
+    allow_confounded: bool = False  # laws also where heads of a size saw more tokens than others
 
     @property
     def option(self) -> str:
         """What a command line needs beside the grid to be about the same runs."""
-        return f" --rules {self.rules}" if self.asked else ""
+        return (f" --rules {self.rules}" if self.asked else "") + CONFOUNDED * self.allow_confounded
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,20 @@ def of_preset(name: str) -> Source:
     return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", f"--preset {name}", laws=laws)
 
 
-def of_grid(path: str, root: str | None = None, *, rules: str | None = None, loss: pd.DataFrame | None = None) -> Source:
+def of_grid(
+    path: str,
+    root: str | None = None,
+    *,
+    rules: str | None = None,
+    loss: pd.DataFrame | None = None,
+    allow_confounded: bool = False,
+) -> Source:
     """The runs of a grid: its file, and the folder it was run in; or that folder itself, local or gs://.
 
     Args:
       rules: launch.rules.OLD or NEW, of a grid that has runs of both.
       loss: its loss table, where that has been read already.
+      allow_confounded: of `fit_by_heads`.
 
     Raises:
       ConfigError: neither is there, nothing has finished, or nothing under these rules.
@@ -120,10 +130,11 @@ def of_grid(path: str, root: str | None = None, *, rules: str | None = None, los
         raise ConfigError(f"no cell of {facts.get('name', name)} has finished in {layout.root}: run it first")
     loss, which = under(loss, rules, layout)
     argument = shlex.quote(path) + (f" --root {shlex.quote(root)}" if root else "") + (f" --rules {rules}" if rules else "")
+    argument += CONFOUNDED * allow_confounded
     served = facts.get("contexts_served") or sorted({int(c) for c in loss["context"].unique()} | set(PAPER_CONTEXTS))
     return Source(
         facts.get("name", name), loss, served, facts.get("losses") or (), facts.get("convention", "figures"), argument, layout,
-        planned=_planned(facts, which, layout), rules=which, asked=rules is not None,
+        planned=_planned(facts, which, layout), rules=which, asked=rules is not None, allow_confounded=allow_confounded,
     )  # fmt: skip
 
 
@@ -206,7 +217,7 @@ def fit(source: Source, **options: Any) -> Fits:
             if chosen.empty:
                 raise ValueError("; ".join(said))
             left_out = usable.index.difference(chosen.index)
-            laws = fit_by_heads(rows.drop(left_out), **options)
+            laws = fit_by_heads(rows.drop(left_out), allow_confounded=source.allow_confounded, **options)
         except ValueError as error:
             unfitted[int(context)] = str(error)
             continue

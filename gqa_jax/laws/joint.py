@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import shape_search
-from gqa_jax.laws import fitting, joint_fit, joint_terms
+from gqa_jax.laws import confounding, fitting, joint_fit, joint_terms
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B, WIDE_ENTROPY
 from gqa_jax.laws.fitting import SharedError
@@ -329,11 +329,12 @@ def fit_joint(
     entropy: float | None = None,
     log: bool = False,
     huber_delta: float | None = None,
+    allow_confounded: bool = False,
 ) -> JointLaw:
     """One law for all head configurations of a loss table of ONE training context, those with a single run included.
 
     Args:
-      table, entropy, log, huber_delta, and the weights of runs: as in `fit_by_heads`.
+      table, entropy, log, huber_delta, allow_confounded, and the weights of runs: as in `fit_by_heads`.
       form: "quadratic" or "power". Functions of the heads that the trained ones can't tell apart are left out (`terms`).
 
     Raises:
@@ -341,10 +342,11 @@ def fit_joint(
         d / d_h query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
     """
     rows, said = run_table.usable(table)
+    design = confounding.require(rows, allow_confounded)
     law = fit_rows(rows, form, entropy=entropy, log=log, huber_delta=huber_delta)
     params, loss, weight, query_heads = (law.runs[name].to_numpy() for name in ("params", "loss", "weight", "query_heads"))
     all_runs = {Heads(None, 0): run_table.Runs(params, loss, weight, query_heads, run_table.labels_by_count(params))}
-    return dataclasses.replace(law, warnings=(*said, *run_table.warnings(all_runs, rows), *_warnings(law)))
+    return dataclasses.replace(law, warnings=(*said, *run_table.warnings(all_runs, rows), *design.warnings, *_warnings(law)))
 
 
 def fit_rows(

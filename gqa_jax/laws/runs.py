@@ -41,8 +41,8 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The rows of ONE training context that are finished, finite and trained from scratch, by size; and what was left out.
 
     Raises:
-      ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), the same run
-        twice, or losses that can't be.
+      ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), several data
+        or vocabularies, the same run twice, or losses that can't be.
     """
     needed = ["n_heads", "n_kv_heads", "params_non_embedding", "loss", "status", "context"]
     if missing := [name for name in needed if name not in table.columns]:
@@ -66,6 +66,8 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if "continue_from" in rows and not rows["continue_from"].notna().all():  # runs of another kind: one law can't hold for both
         rows = leave_out(rows, rows["continue_from"].notna(), "they continue other runs")
     require_one_rule(rows)
+    for name in ("data_fingerprint", "vocab_size"):
+        require_one(rows, name)
     if (low := rows["loss"].astype(np.float64)).le(0).any():
         raise ValueError(f"a loss of {low.min():g} nats per token can't be: losses are above 0")
     if rows["params_non_embedding"].isna().any() or (rows["params_non_embedding"].astype(np.float64) <= 0).any():
@@ -226,10 +228,20 @@ def warnings(groups: Mapping[Heads, Runs], rows: pd.DataFrame) -> list[str]:
 
 def only(rows: pd.DataFrame, name: str, default: float) -> float:
     """The one value of a column, or `default` where it is missing. Raises ValueError where runs differ in it."""
-    values = rows[name].dropna().unique() if name in rows else []
-    if len(values) > 1:
-        raise ValueError(f"runs of several {name} ({', '.join(map(str, values))}) are not on one law: fit them apart")
-    return float(values[0]) if len(values) else default
+    require_one(rows, name)
+    values = rows[name].dropna() if name in rows else ()
+    return float(values.iloc[0]) if len(values) else default
+
+
+def require_one(rows: pd.DataFrame, name: str) -> None:
+    """Raises ValueError where runs have several values in a column: one law can't hold for all of them."""
+    counts = rows[name].value_counts(sort=False) if name in rows else ()
+    if len(counts) > 1:
+        said = ", ".join(f"{value}: {count} run{'s' * (count > 1)}" for value, count in counts.sort_index().items())
+        raise ValueError(
+            f"runs of several {name} ({said}) are not on one law: fit them apart, as table[table[{name!r}] == "
+            f"{counts.idxmax()!r}]"
+        )
 
 
 def aspect(rows: pd.DataFrame) -> Aspect | None:
@@ -275,6 +287,21 @@ def size_labels(rows: pd.DataFrame) -> np.ndarray:
             least = np.array([params[codes == code].min() for code in range(codes.max(initial=-1) + 1)])
             return np.argsort(np.argsort(least, kind="stable"), kind="stable")[codes]
     return labels_by_count(params)
+
+
+def size_names(rows: pd.DataFrame, labels: np.ndarray) -> list[str]:
+    """A name for every label of `size_labels`: the column `size`, else layers and hidden size (12x768), else N."""
+    found = []
+    for label in range(labels.max(initial=-1) + 1):
+        own = rows[labels == label]
+        names = own["size"].dropna().unique() if "size" in own else []
+        if len(names) == 1 and str(names[0]):
+            found.append(str(names[0]))
+        elif {"n_layers", "d_model"} <= {*own.columns} and own[["n_layers", "d_model"]].notna().all(axis=None):
+            found.append(f"{own['n_layers'].iloc[0]}x{own['d_model'].iloc[0]}")
+        else:
+            found.append(f"N = {column(own, 'params_non_embedding').min():.3g}")
+    return found
 
 
 def labels_by_count(params: np.ndarray) -> np.ndarray:
