@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if hasattr(arguments, "ask"):
             return analysis.ask(arguments, _console())
+        if analysis.is_table(arguments):
+            return analysis.export_table(arguments, _console())
         the_grid = grid.load(arguments.grid)
         layout = Layout(storage.path(arguments.root or f"runs/{the_grid.name}"))
         return arguments.act(arguments, rules.choose(the_grid, layout, arguments.rules), layout, _console())
@@ -137,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that failed)")
     command = add("export", _export, "loss and cost tables, fits, cheapest heads, pictures")
     analysis.add_confounded(command)
+    analysis.add_table(command)
     analysis.add_commands(commands)
     return parser
 

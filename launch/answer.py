@@ -67,6 +67,24 @@ def write(layout: Layout, console: Console, asked: str | None = None, allow_conf
     console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
 
 
+def write_of_table(source: Source, console: Console) -> None:
+    """Tables, laws, cheapest heads and pictures of a table of runs, beside it; prints the answer. ConfigError: no laws."""
+    fits = studies.fit(source)
+    fits.at(None)
+    layout = studies.beside(source.table)
+    with outputs(layout) as out:
+        write_table(out.tables / "loss.csv", lambda path: source.loss.to_csv(path, index=False))
+        tables = write_fits(fits, out)
+        for one in fits.fitted:
+            _draw(out, source.name, one)
+    for context, why in fits.unfitted.items():
+        console.print(f"context {context}: no fit: {why}")
+    for one in fits.fitted:
+        print_laws(one, tables[0][tables[0]["context"] == one.context], console)
+    console.print(map_screen(tables[1], source.convention))
+    console.print(f"tables in {layout.tables}, pictures in {layout.figures}", highlight=False, soft_wrap=True)
+
+
 def write_tables(layout: Layout, out: Layout) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Writes tables/loss, cost, evaluations and differences as CSV and Parquet; returns the first and the last."""
     root = layout.root

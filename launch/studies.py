@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from gqa_jax import presets, results, storage
+from gqa_jax import external, presets, results, storage
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LawsByHeads, fit_by_heads
@@ -23,6 +23,7 @@ from launch.grid import Layout
 
 PAPER_LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)  # rows of its Table 4
 PAPER_CONTEXTS = (8192, 16_384, 32_768, 65_536, 131_072)  # and its columns
+COUNT = "params_non_embedding"
 CONFOUNDED = " --allow_confounded"
 DIFFERENCE = ("difference", "standard_error", "n_documents")  # columns of `gqa_jax.results.load_differences`
 
@@ -42,6 +43,7 @@ class Source:
     planned: Sequence[str] = ()  # names of the grid's cells
     rules: str | None = None  # of its cells: launch.rules.OLD or NEW
     asked: bool = False  # for those, of a grid that may have others too
+    table: str | None = None  # the file, of runs of any trainer
     allow_confounded: bool = False  # laws also where heads of a size saw more tokens than others
 
     @property
@@ -90,6 +92,41 @@ def of_preset(name: str) -> Source:
     laws = presets.load(name)
     table = results.typed(presets.paper_losses() if name == "paper" else pd.DataFrame(), results.LOSS_COLUMNS)
     return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", f"--preset {name}", laws=laws)
+
+
+def of_table(
+    path: str,
+    columns: str | None = None,
+    *,
+    units: str | None = None,
+    context: int | None = None,
+    allow_confounded: bool = False,
+) -> Source:
+    """The runs of any trainer: a .csv or .parquet file (`gqa_jax.external.load_table`).
+
+    columns: OURS=THEIRS, separated by commas. Raises ConfigError, as it does.
+    """
+    pairs = [part.partition("=") for part in (columns or "").split(",") if part.strip()]
+    if bad := [ours for ours, equals, theirs in pairs if not (equals and ours.strip() and theirs.strip())]:
+        raise ConfigError(f"--columns {columns}: {bad[0]!r} is no pair, give OURS=THEIRS, like n_heads=H,loss=val_loss")
+    mapped = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(mapped) < len(pairs):
+        raise ConfigError(f"--columns {columns}: a column is named twice, give each once")
+    loss = external.load_table(path, mapped, units=units, context=context)
+    extra = [name for name in loss.columns if name not in {column.name for column in results.LOSS_COLUMNS}]
+    typed = results.typed(loss.assign(**{COUNT: loss[COUNT].round()}), results.LOSS_COLUMNS)
+    given = f" --columns {shlex.quote(columns)}" if columns else ""
+    given += (f" --units {units}" if units else "") + (f" --context_trained {context}" if context else "")
+    served = sorted({int(c) for c in loss["context"].dropna().unique()} | set(PAPER_CONTEXTS))
+    return Source(
+        Path(path).stem, typed.assign(**{name: loss[name] for name in extra}), served, (), "figures",
+        shlex.quote(path) + given + CONFOUNDED * allow_confounded, table=path, allow_confounded=allow_confounded,
+    )  # fmt: skip
+
+
+def beside(table: str) -> Layout:
+    """Where the report and the tables of a table of runs are written: TABLE-report, beside it."""
+    return Layout(storage.path(f"{table.rpartition('.')[0]}-report"))
 
 
 def of_grid(

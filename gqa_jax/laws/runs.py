@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from gqa_jax.laws import checks
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.shapes import Aspect
@@ -42,7 +43,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
     Raises:
       ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), several data
-        or vocabularies, the same run twice, or losses that can't be.
+        or vocabularies, the same run twice, or heads, losses and N that can't be (`checks`).
     """
     needed = ["n_heads", "n_kv_heads", "params_non_embedding", "loss", "status", "context"]
     if missing := [name for name in needed if name not in table.columns]:
@@ -68,23 +69,25 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     require_one_rule(rows)
     for name in ("data_fingerprint", "vocab_size"):
         require_one(rows, name)
-    if (low := rows["loss"].astype(np.float64)).le(0).any():
-        raise ValueError(f"a loss of {low.min():g} nats per token can't be: losses are above 0")
-    if rows["params_non_embedding"].isna().any() or (rows["params_non_embedding"].astype(np.float64) <= 0).any():
-        raise ValueError("params_non_embedding must be above 0 in every row: the parameters without embeddings")
+    checks.require(rows)
     if "cell" in rows and rows["cell"].notna().all() and rows["cell"].duplicated().any():
         name = rows["cell"][rows["cell"].duplicated()].iloc[0]
         raise ValueError(f"run {name} is in the table twice: drop one (DataFrame.drop_duplicates('cell'))")
-    if "seed" in rows and rows["seed"].notna().all():
-        key = [c for c in ("n_heads", "n_kv_heads", "params_non_embedding", "seed", "tokens", "learning_rate", "n_layers",
-                           "data_fingerprint", "batch_tokens", "cell") if c in rows]  # fmt: skip
-        if (twice := rows.duplicated(key)).any():
-            row = rows[twice].iloc[0]
-            raise ValueError(
-                f"two runs of N = {row['params_non_embedding']}, heads ({row['n_heads']},{row['n_kv_heads']}) have seed "
-                f"{row['seed']}: they are one run, drop one, or give them seeds of their own"
-            )
+    _require_distinct(rows)
     return rows.sort_values("params_non_embedding", kind="stable"), said
+
+
+def _require_distinct(rows: pd.DataFrame) -> None:
+    """Raises ValueError where two runs can't be told apart: they are one run, or seeds that nobody named."""
+    key = [c for c in ("n_heads", "n_kv_heads", "params_non_embedding", "seed", "tokens", "learning_rate", "n_layers",
+                       "data_fingerprint", "batch_tokens", "cell") if c in rows]  # fmt: skip
+    if not (twice := rows.duplicated(key)).any():
+        return
+    row = rows[twice].iloc[0]
+    two = f"two runs of N = {row['params_non_embedding']}, heads ({row['n_heads']},{row['n_kv_heads']})"
+    if "seed" in rows and pd.notna(row["seed"]):
+        raise ValueError(f"{two} have seed {row['seed']}: they are one run, drop one, or give them seeds of their own")
+    raise ValueError(f"{two} have no seed: add a column seed where they repeat each other, or drop one")
 
 
 def require_one_rule(rows: pd.DataFrame) -> None:
@@ -237,10 +240,10 @@ def require_one(rows: pd.DataFrame, name: str) -> None:
     """Raises ValueError where runs have several values in a column: one law can't hold for all of them."""
     counts = rows[name].value_counts(sort=False) if name in rows else ()
     if len(counts) > 1:
-        said = ", ".join(f"{value}: {count} run{'s' * (count > 1)}" for value, count in counts.sort_index().items())
+        said = ", ".join(f"{value}: {count} run{'s' * int(count > 1)}" for value, count in counts.sort_index().items())
         raise ValueError(
             f"runs of several {name} ({said}) are not on one law: fit them apart, as table[table[{name!r}] == "
-            f"{counts.idxmax()!r}]"
+            f"{counts.idxmax()}]"
         )
 
 
