@@ -15,14 +15,15 @@ import pandas as pd
 
 from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import checks, confounding
+from gqa_jax.laws import checks, confounding, heads
+from gqa_jax.laws import runs as run_table
 from gqa_jax.results import LOSS_COLUMNS
 
 UNITS = ("nats", "bits", "perplexity")  # of a loss per token
 SUFFIXES = (".csv", ".parquet")
 REQUIRED = ("n_heads", "n_kv_heads", "loss")
 SHAPE = ("n_layers", "d_model", "head_dim")
-KNOWN = tuple(dict.fromkeys([*(column.name for column in LOSS_COLUMNS), *confounding.DATA, *confounding.RECIPE]))
+KNOWN = tuple(dict.fromkeys([*(column.name for column in LOSS_COLUMNS), *confounding.DATA, *confounding.RECIPE, "heads_rule"]))
 
 
 def is_table(path: os.PathLike | str) -> bool:
@@ -36,6 +37,7 @@ def load_table(
     *,
     units: str | None = None,
     context: int | None = None,
+    heads_rule: str | None = None,
 ) -> pd.DataFrame:
     """The loss table of a .csv or .parquet file, local or gs://: `gqa_jax.results.LOSS_COLUMNS`, and what else is known.
 
@@ -45,6 +47,8 @@ def load_table(
         `context`. Without status every run is done.
       units: of loss: "nats" per token (default), "bits" per token or "perplexity". Without it losses that are too high for
         nats are an error.
+      heads_rule: of runs whose heads grow with the width: "mha", "group:G" or "kv:K" (`gqa_jax.laws.heads.rule`); a column
+        heads_rule says it for each. Their n_heads and n_kv_heads may be missing, and become those of the rule.
       context: training context of all runs, tokens, where the file has no such column.
 
     Raises:
@@ -63,6 +67,12 @@ def load_table(
         table["context"] = context
     elif context is not None:
         raise ConfigError(f"{path} has a column context: context = {context} (--context_trained) is for files without one")
+    if heads_rule is not None:
+        if "heads_rule" in table:
+            raise ConfigError(f"{path} has a column heads_rule: heads_rule = {heads_rule!r} is for files without one")
+        table["heads_rule"] = heads_rule
+    if "heads_rule" in table:
+        table = table.assign(**{name: np.nan for name in ("n_heads", "n_kv_heads") if name not in table})
     if missing := [name for name in REQUIRED if name not in table]:
         said = " and ".join(f"no column {name} ({_closest(name, table)})" for name in missing)
         names = ",".join(f"{name}=NAME" for name in missing)
@@ -71,6 +81,8 @@ def load_table(
     for column in LOSS_COLUMNS:
         if column.name in table:
             table[column.name] = _typed(table, column.name, column.dtype, path)
+    if "heads_rule" in table:
+        table = _with_rules(table, path)
     if "params_non_embedding" not in table:
         table["params_non_embedding"] = _counted(table, path)
     try:
@@ -136,6 +148,17 @@ def _typed(table: pd.DataFrame, name: str, dtype: str, path: os.PathLike | str) 
         kind = "a whole number" if dtype == "Int64" else "a number"
         raise ConfigError(f"{path}, row {i + 1}: {name} = {str(values.iloc[i])!r} must be {kind}, or empty")
     return numbers.astype(dtype)
+
+
+def _with_rules(table: pd.DataFrame, path: os.PathLike | str) -> pd.DataFrame:
+    """The table with the heads of the rules that its column heads_rule names; rows without one keep their own."""
+    parts = []
+    try:
+        for text, rows in table.groupby(table["heads_rule"].fillna("").astype(str), sort=False):
+            parts.append(run_table.follow(rows, heads.rule(text)) if text else rows)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return pd.concat(parts).loc[table.index]
 
 
 def _counted(table: pd.DataFrame, path: os.PathLike | str) -> np.ndarray:

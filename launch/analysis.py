@@ -17,6 +17,7 @@ from launch import rules
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
 CONFOUNDED = "laws also where heads of a size saw neither equal tokens nor equal tokens per parameter; every answer says so"
 TABLES = (".csv", ".parquet")
+TABLE_OPTIONS = ("columns", "units", "context_trained", "heads_rule")
 UNITS = ("nats", "bits", "perplexity")
 PRESETS = ("paper", "paper-table4")
 
@@ -107,7 +108,7 @@ def is_table(arguments: argparse.Namespace) -> bool:
             f"{arguments.grid}: it is a table of runs, not a grid: it has no cells that could be trained, watched or chosen "
             "from; fit, optimum, report and export take it"
         )
-    for name in ("columns", "units", "context_trained") if not table else ("root", "rules"):
+    for name in TABLE_OPTIONS if not table else ("root", "rules"):
         if getattr(arguments, name, None) is not None:
             raise ConfigError(f"--{name} is for {'grids' if table else 'a table of runs (.csv, .parquet)'}: leave it out")
     return table
@@ -133,6 +134,9 @@ def add_table(command: argparse.ArgumentParser) -> None:
     group.add_argument("--units", choices=UNITS, help="of its losses, per token (default: nats, and checked)")
     group.add_argument(
         "--context_trained", type=_tokens, metavar="T", help="training context of all its runs, where it has no such column"
+    )
+    group.add_argument(
+        "--heads_rule", metavar="RULE", help="of heads that grow with the width: mha, group:G (n_kv = n_h / G) or kv:K"
     )
 
 
@@ -225,6 +229,7 @@ def _source(arguments: argparse.Namespace):
     if arguments.grid.lower().endswith(TABLES):
         return studies.of_table(
             arguments.grid, arguments.columns, units=arguments.units, context=arguments.context_trained,
+            heads_rule=arguments.heads_rule,
             allow_confounded=arguments.allow_confounded,
         )  # fmt: skip
     source = studies.of_grid(arguments.grid, arguments.root, rules=arguments.rules, allow_confounded=arguments.allow_confounded)

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
 from gqa_jax.formatting import probability, short, si
+from gqa_jax.laws import Heads, validation
 from gqa_jax.laws import runs as run_table
-from gqa_jax.laws import validation
 from gqa_jax.optimum import Answer
 from launch import rules, studies
 from launch.grid import Layout
@@ -381,8 +381,8 @@ def conventions_screen(frame: pd.DataFrame) -> Table:
 
 
 def heads_text(n_heads: int | None, n_kv_heads: int) -> str:
-    """(8,1), or (d/d_h,8) where query heads fill the width."""
-    return f"({'d/d_h' if n_heads is None or pd.isna(n_heads) else int(n_heads)},{int(n_kv_heads)})"
+    """(8,1), (d/d_h,8) where query heads fill the width, (d/d_h,n_h/4) where key/value heads do in groups of 4."""
+    return str(Heads(None if n_heads is None or pd.isna(n_heads) else int(n_heads), int(n_kv_heads)))
 
 
 def _range(low: float, high: float, text: Callable[[float], str]) -> str:
@@ -400,6 +400,8 @@ def _draw(layout: Layout, name: str, one: Fitted) -> None:
     trained = f"trained at T = {formatting.context(one.context)}"
     ax = plots.loss_vs_params(one.laws, title=f"{name}: loss against size, {trained}")
     plots.save(ax.figure, layout.figures / f"loss-params-t{one.context}")
+    if one.rows["d_model"].isna().any():
+        return  # without shapes there are no costs of the runs
     for served in _few(one.contexts_served):
         ax = plots.loss_vs_cost(
             one.rows,

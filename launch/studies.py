@@ -100,6 +100,7 @@ def of_table(
     *,
     units: str | None = None,
     context: int | None = None,
+    heads_rule: str | None = None,
     allow_confounded: bool = False,
 ) -> Source:
     """The runs of any trainer: a .csv or .parquet file (`gqa_jax.external.load_table`).
@@ -112,11 +113,12 @@ def of_table(
     mapped = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
     if len(mapped) < len(pairs):
         raise ConfigError(f"--columns {columns}: a column is named twice, give each once")
-    loss = external.load_table(path, mapped, units=units, context=context)
+    loss = external.load_table(path, mapped, units=units, context=context, heads_rule=heads_rule)
     extra = [name for name in loss.columns if name not in {column.name for column in results.LOSS_COLUMNS}]
     typed = results.typed(loss.assign(**{COUNT: loss[COUNT].round()}), results.LOSS_COLUMNS)
     given = f" --columns {shlex.quote(columns)}" if columns else ""
     given += (f" --units {units}" if units else "") + (f" --context_trained {context}" if context else "")
+    given += f" --heads_rule {heads_rule}" if heads_rule else ""
     served = sorted({int(c) for c in loss["context"].dropna().unique()} | set(PAPER_CONTEXTS))
     return Source(
         Path(path).stem, typed.assign(**{name: loss[name] for name in extra}), served, (), "figures",
@@ -249,7 +251,7 @@ def fit(source: Source, **options: Any) -> Fits:
     for context, rows in source.loss.groupby("context"):
         said: list[str] = []
         try:
-            usable, _ = run_table.usable(rows)
+            usable, _ = run_table.by_rule(run_table.usable(rows)[0])
             chosen, said = run_table.fittable(usable)  # sizes that one H lacks are no reason to know nothing of the others
             if chosen.empty:
                 raise ValueError("; ".join(said))

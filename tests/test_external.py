@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 import gqa_jax
-from gqa_jax import external, presets
+from gqa_jax import costs, external, optimum, presets, shape_search
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import Heads, fit_by_heads
+from gqa_jax.laws import MHA, Heads, fit_by_heads
 from launch.__main__ import main
 from tests import law_tables
 
@@ -159,6 +159,88 @@ def test_arguments_are_checked(table, write):
         external.load_table("torn.parquet")
 
 
+def ladder(group, width=lambda d: d / 64):
+    """Runs whose query heads fill the width, with a key/value head for every `group`."""
+    rows = []
+    for layers, d in law_tables.SIZES[1:7]:
+        n_heads = int(width(d))
+        n = layers * (8 * d * d + 128 * d * (n_heads + n_heads // group))
+        rows.append(
+            {"n_heads": n_heads, "n_kv_heads": n_heads // group, "n_layers": layers, "d_model": d, "head_dim": 64,
+             "params_non_embedding": n, "tokens": 240 * layers * d * d, "context": 8192,
+             "loss": 1.95 + 0.75 * (n / 1e9) ** -0.175 - 0.002 * group}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+class TestHeadRules:
+    def test_a_ladder_is_taken_as_its_rule_and_said(self, write):
+        read = external.load_table(write(ladder(1)))
+        laws = fit_by_heads(read)
+        assert [*laws] == [MHA]
+        assert str(MHA) == "(d/d_h,d/d_h)"
+        assert laws[MHA].b == pytest.approx(0.175, rel=1e-3)
+        assert "heads grow with the width: the 6 runs are taken as those of (d/d_h,d/d_h)" in laws.warnings
+
+    def test_ladders_of_several_rules_are_candidates(self, write):
+        table = pd.concat([ladder(1), ladder(4)])
+        laws = fit_by_heads(external.load_table(write(table)))
+        assert [*laws] == [Heads(None, -4), MHA]
+        assert [str(heads) for heads in laws] == ["(d/d_h,n_h/4)", "(d/d_h,d/d_h)"]
+        answer = optimum.search(laws, 2.7, 131_072)
+        assert answer.heads == Heads(None, -4)  # at 128K a quarter of the cache is worth more than 0.006 nats
+        built = answer.buildable.iloc[0]
+        assert built["n_heads"] * 64 == built["d_model"]
+        assert built["n_kv_heads"] * 4 == built["n_heads"]
+        assert json.loads(json.dumps(answer.to_dict()))["n_kv_heads"] == -4
+
+    def test_fixed_key_value_heads(self, write):
+        table = ladder(1).assign(n_kv_heads=4)
+        d = table["d_model"]
+        table["params_non_embedding"] = table["n_layers"] * d * (8 * d + 128 * (table["n_heads"] + 4))
+        assert [*fit_by_heads(external.load_table(write(table)))] == [Heads(None, 4)]
+
+    @pytest.mark.parametrize(("rule", "heads"), [("mha", MHA), ("group:4", Heads(None, -4))])
+    def test_rules_that_are_said(self, write, rule, heads):
+        own = ladder(-heads.n_kv_heads)
+        said = external.load_table(write(own.drop(columns=["n_heads", "n_kv_heads", "params_non_embedding"])), heads_rule=rule)
+        column = external.load_table(write(own.assign(heads_rule=rule)))
+        assert [*fit_by_heads(said)] == [*fit_by_heads(column)] == [heads]
+        norms = (2 * own["n_layers"] + 1) * own["d_model"]
+        np.testing.assert_allclose(said["params_non_embedding"], own["params_non_embedding"] + norms)
+
+    def test_fixed_heads_with_sizes_enough_stay_as_they_are(self, table):
+        assert Heads(8, 1) in fit_by_heads(table)
+
+    def test_what_does_not_follow_is_refused(self, write):
+        with pytest.raises(ConfigError, match=r"n_kv_heads = 2 at d_model 512, head_dim 64 is not that of"):
+            external.load_table(write(ladder(4)), heads_rule="mha")
+        with pytest.raises(ConfigError, match="heads rule 'gqa': use mha, group:G"):
+            external.load_table(write(ladder(4)), heads_rule="gqa")
+        with pytest.raises(ConfigError, match="need head_dim of every run"):
+            external.load_table(write(ladder(4).drop(columns="head_dim")), heads_rule="group:4")
+        with pytest.raises(ConfigError, match="has a column heads_rule"):
+            external.load_table(write(ladder(4).assign(heads_rule="group:4")), heads_rule="group:4")
+
+    @pytest.mark.parametrize("heads", [MHA, Heads(None, -4), Heads(None, 8), Heads(8, 1)])
+    @pytest.mark.parametrize("convention", ["figures", "exact"])
+    def test_shapes_have_the_parameters_that_were_asked_for(self, heads, convention):
+        n = np.array([1e8, 3e9, np.inf])
+        shape = shape_search.solve_shape(n, heads, lambda n: 64.0, convention=convention)
+        np.testing.assert_allclose(costs.count_params(shape, convention).non_embedding[:2], n[:2], rtol=1e-12)
+        np.testing.assert_allclose(shape.n_kv_heads * np.ones(3), heads.kv_heads(shape.d_model, 64) * np.ones(3))
+
+    def test_the_screen_names_them(self, write, capsys):
+        path = write(pd.concat([ladder(1), ladder(4)]))
+        assert main(["optimum", path, "--context", "128K", "--loss", "2.7", "--draws", "100"]) == 0
+        text = capsys.readouterr().out
+        assert "(d/d_h,n_h/4) query and key/value heads" in text
+        assert "(d/d_h,d/d_h)" in text
+        assert main(["fit", path]) == 0
+        assert "(d/d_h,n_h/4)" in capsys.readouterr().out
+        assert main(["report", path]) == 0
+
+
 class TestCommands:
     def test_fit_and_optimum(self, table, write, capsys):
         other = bare(table).rename(columns={"n_heads": "H", "loss": "ppl"}).assign(ppl=np.exp(table["loss"]))
@@ -190,3 +272,10 @@ class TestCommands:
         assert "'loss' is no pair" in capsys.readouterr().err
         assert main(["fit", "runs.csv", "--columns", "loss=a,loss=b"]) == 2
         assert "named twice" in capsys.readouterr().err
+
+    def test_without_shapes_there_are_laws_and_answers(self, table, write, tmp_path, capsys):
+        few = table[["n_heads", "n_kv_heads", "params_non_embedding", "loss", "context"]]
+        assert main(["report", write(few)]) == 0
+        assert "no picture 'Loss against the cost of serving'" in " ".join(capsys.readouterr().out.split())
+        assert main(["export", "runs.csv"]) == 0
+        assert (tmp_path / "runs-report" / "figures" / "loss-params-t8192.png").exists()

@@ -209,6 +209,8 @@ def fit_by_heads(
         that don't fall with size, or an E at or above a loss.
     """
     rows, said = run_table.usable(table)
+    rows, taken = run_table.by_rule(rows)
+    said += taken
     groups = run_table.by_heads(rows)
     run_table.require(groups)
     lowest = min(runs.loss.min() for runs in groups.values())

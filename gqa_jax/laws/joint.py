@@ -393,6 +393,8 @@ def _runs(groups: dict[Heads, run_table.Runs], head_dim: float) -> pd.DataFrame:
     """One row per run, by heads."""
     frames = []
     for heads, runs in groups.items():
+        if heads.group is not None:
+            raise ValueError(f"heads {heads}: a joint law needs numbers of key/value heads, give the rows with their own heads")
         if heads.n_heads is None and not np.isfinite(runs.d_model).all():
             raise ValueError(f"heads {heads}: the table needs d_model, for the number of query heads of each size")
         frame = pd.DataFrame({"params": runs.params, "loss": runs.loss, "sem": runs.sem})

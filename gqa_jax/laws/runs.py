@@ -80,7 +80,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 def _require_distinct(rows: pd.DataFrame) -> None:
     """Raises ValueError where two runs can't be told apart: they are one run, or seeds that nobody named."""
     key = [c for c in ("n_heads", "n_kv_heads", "params_non_embedding", "seed", "tokens", "learning_rate", "n_layers",
-                       "data_fingerprint", "batch_tokens", "cell") if c in rows]  # fmt: skip
+                       "data_fingerprint", "batch_tokens", "size", "d_model", "cell") if c in rows]  # fmt: skip
     if not (twice := rows.duplicated(key)).any():
         return
     row = rows[twice].iloc[0]
@@ -88,6 +88,51 @@ def _require_distinct(rows: pd.DataFrame) -> None:
     if "seed" in rows and pd.notna(row["seed"]):
         raise ValueError(f"{two} have seed {row['seed']}: they are one run, drop one, or give them seeds of their own")
     raise ValueError(f"{two} have no seed: add a column seed where they repeat each other, or drop one")
+
+
+def by_rule(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """`usable` rows, those of a ladder whose heads grow with the width as runs of its rules (`Heads`); and what was so, said.
+
+    Such a ladder has every (n_h, n_kv) at a size or two. Where none has sizes enough for a law and all query heads fill the
+    width, n_h d_h = d, runs with the same group n_h / n_kv are one rule (multi-head attention is a group of 1), or else runs
+    with the same n_kv. Other rows stay as they are.
+    """
+    if {"d_model", "head_dim"} - {*rows.columns} or rows["n_heads"].isna().any():
+        return rows, []
+    n_heads, n_kv, d_model, head_dim = (column(rows, name) for name in ("n_heads", "n_kv_heads", "d_model", "head_dim"))
+    if not np.allclose(n_heads * head_dim, d_model) or any(_problem(runs) is None for runs in by_heads(rows).values()):
+        return rows, []
+    for numbers in (-n_heads / n_kv, n_kv):
+        found = as_rule(rows, numbers)
+        groups = by_heads(found)
+        if all(_problem(runs) is None for runs in groups.values()):
+            return found, [
+                f"heads grow with the width: the {len(rows)} runs are taken as those of {', '.join(map(str, groups))}"
+            ]
+    return rows, []
+
+
+def as_rule(rows: pd.DataFrame, n_kv_heads: int | np.ndarray) -> pd.DataFrame:
+    """The rows with n_heads empty, as a rule has it, and these n_kv_heads (below 0: a group)."""
+    values = np.broadcast_to(np.round(n_kv_heads).astype(np.int64), len(rows))
+    return rows.assign(n_heads=pd.array([pd.NA] * len(rows), dtype="Int64"), n_kv_heads=pd.array(values, dtype="Int64"))
+
+
+def follow(rows: pd.DataFrame, rule: Heads) -> pd.DataFrame:
+    """The rows as runs of a rule. Raises ValueError where the heads of one are not those of the rule at its width."""
+    if missing := [name for name in ("d_model", "head_dim") if name not in rows or rows[name].isna().any()]:
+        raise ValueError(f"heads {rule}: the heads of a rule need {' and '.join(missing)} of every run")
+    d_model, head_dim = column(rows, "d_model"), column(rows, "head_dim")
+    for name, expected in (("n_heads", rule.query_heads(d_model, head_dim)), ("n_kv_heads", rule.kv_heads(d_model, head_dim))):
+        given = column(rows, name)
+        wrong = np.isfinite(given) & (given > 0) & ~np.isclose(given, expected)
+        if wrong.any():
+            row = rows[wrong].iloc[0]
+            raise ValueError(
+                f"{name} = {row[name]} at d_model {row['d_model']}, head_dim {row['head_dim']} is not that of the rule {rule} "
+                f"({int(wrong.sum())} of {len(rows)} runs): leave them out, or name their own (column heads_rule)"
+            )
+    return as_rule(rows, rule.n_kv_heads)
 
 
 def require_one_rule(rows: pd.DataFrame) -> None:
@@ -242,8 +287,7 @@ def require_one(rows: pd.DataFrame, name: str) -> None:
     if len(counts) > 1:
         said = ", ".join(f"{value}: {count} run{'s' * int(count > 1)}" for value, count in counts.sort_index().items())
         raise ValueError(
-            f"runs of several {name} ({said}) are not on one law: fit them apart, as table[table[{name!r}] == "
-            f"{counts.idxmax()}]"
+            f"runs of several {name} ({said}) are not on one law: fit them apart, like those of {counts.idxmax()} alone"
         )
 
 
