@@ -116,6 +116,9 @@ def of_table(
     loss = external.load_table(path, mapped, units=units, context=context, heads_rule=heads_rule)
     extra = [name for name in loss.columns if name not in {column.name for column in results.LOSS_COLUMNS}]
     typed = results.typed(loss.assign(**{COUNT: loss[COUNT].round()}), results.LOSS_COLUMNS)
+    labels = run_table.size_labels(typed)
+    names = pd.Series(run_table.size_names(typed, labels), dtype="string")[labels].to_numpy()
+    typed["size"] = typed["size"].fillna(pd.Series(names, typed.index, dtype="string"))
     given = f" --columns {shlex.quote(columns)}" if columns else ""
     given += (f" --units {units}" if units else "") + (f" --context_trained {context}" if context else "")
     given += f" --heads_rule {heads_rule}" if heads_rule else ""

@@ -232,6 +232,50 @@ def test_a_problem_at_its_minimum_stops_at_once():
     assert len(calls) <= 4
 
 
+@pytest.mark.parametrize("delta", [0.002, 0.02])
+def test_refit_of_a_huberised_law_reaches_the_minimum_of_fit(delta):
+    theta, y = problem(2, noise=0.01)
+    y[3] += 0.3
+    weights = np.append(np.random.default_rng(1).uniform(0.3, 3, 8), 0.0)  # the last is padding
+    model, losses = exponential(np.append(X, 0.0)), np.append(y, 99.0)
+    robust = fitting.huberised(model, losses, delta, weights)
+    start, total = fitting.refit(robust, losses, theta, weights=weights, iterations=1000)
+    fit = fitting.fit(exponential(X), y, start, weights=weights[:8], huber_delta=delta)
+    assert fit.status == "CONVERGED"
+    assert total == pytest.approx(fit.objective, rel=1e-8)
+    step = 1e-6
+    numeric = [(robust(theta + step * e)[0] - robust(theta - step * e)[0]) / (2 * step) for e in np.eye(3)]
+    np.testing.assert_allclose(robust(theta)[1], np.transpose(numeric), atol=1e-5)
+
+
+# r_squared, poor
+
+
+def test_r_squared_is_about_the_mean_of_each_group():
+    loss, group = np.array([3.0, 2.0, 13.0, 12.0]), np.array([0, 0, 1, 1])
+    fitted = loss + np.array([0.1, -0.1, 0.3, -0.3])
+    assert fitting.r_squared(loss, fitted) == pytest.approx(1 - 0.2 / 101)
+    assert fitting.r_squared(loss, fitted, group) == pytest.approx(1 - 0.2)
+    assert fitting.r_squared(loss, fitted, group, np.array([1.0, 1, 0.1, 0.1])) == pytest.approx(1 - 0.038 / 0.55)
+    assert np.isnan(fitting.r_squared(np.ones(3), np.ones(3)))
+
+
+def test_a_poor_law_says_what_is_poor_and_how_far_the_largest_runs_are_missed():
+    size, loss = np.tile(np.arange(1.0, 6), 4), 3 - 0.2 * np.tile(np.arange(5), 4)
+    off = np.where(size == 5, 0.07, 0.0) + 0.03 * np.tile([1.0, -1], 10)
+    (said,) = fitting.poor(loss + off, loss, {"N": size}, dof=18)
+    sigma = np.sqrt(np.sum(off**2) / 18)
+    assert said.startswith(f"poor law: residuals of ln L are {np.sqrt(np.mean(np.log1p(off / loss) ** 2)):.1%} (root mean")
+    assert said.endswith(f"at the largest N by +0.0700 nats ({0.07 / sigma * 2:+.1f} standard errors)")
+    assert fitting.poor(loss + off / 3, loss, {"N": size}, dof=18) == []
+    (said,) = fitting.poor(2.7 + (loss - 2.7) / 50 + off / 10, 2.7 + (loss - 2.7) / 50, {"N": size, "D": size}, dof=18)
+    assert said.startswith("poor law: R^2 is 0.")
+    assert " ln L are" not in said
+    assert "at the largest D by +0.0070 nats" in said
+    weights = np.where(size == 5, 1e-9, 1.0)
+    assert fitting.poor(loss + 20 * off * (size == 5), loss, {"N": size}, dof=18, weights=weights) == []
+
+
 # noise, threshold, crossings
 
 
@@ -280,3 +324,115 @@ def test_crossings_into_what_is_not_possible_end_there():
         low, high = fitting.crossings(lambda v: np.where(v > 0.3, wall, v**2), 0.0, 0.5, 1.0)  # noqa: B023
         assert low == pytest.approx(-1.0, abs=1e-9)
         assert high == pytest.approx(0.3, abs=0.01)
+
+
+# What all families of laws ask of the engine
+
+
+def regression(seed=0, n=20):
+    rng = np.random.default_rng(seed)
+    columns = np.stack([np.ones(n), rng.normal(size=n), rng.normal(size=n)], axis=1)
+    y = columns @ [1.0, 2.0, -1.0] + 0.1 * rng.normal(size=n)
+    return linear(columns), y, fitting.fit(linear(columns), y, np.linalg.lstsq(columns, y)[0])
+
+
+def test_profiles_of_a_linear_law_are_students_intervals():
+    model, y, fit = regression()
+    limit, free = fitting.threshold(fit.sigma, fit.dof, 0.95), np.full(3, np.inf)
+    for i in range(3):
+        low, high = fitting.profile(model, y, fit.theta, fit.covariance, fit.objective, i, limit, -free, free)
+        half = stats.t.ppf(0.975, 17) * np.sqrt(fit.covariance[i, i])
+        np.testing.assert_allclose([low, high], fit.theta[i] + np.array([-half, half]), rtol=1e-6)
+    upper = np.array([np.inf, fit.theta[1] + 1e-3, np.inf])
+    _, high = fitting.profile(model, y, fit.theta, fit.covariance, fit.objective, 1, limit, -free, upper)
+    assert upper[1] - 2e-4 < high <= upper[1]
+
+
+def test_a_profile_starts_without_a_covariance_too():
+    model, y, fit = regression()
+    limit, free = fitting.threshold(fit.sigma, fit.dof, 0.95), np.full(3, np.inf)
+    for unknown in (np.full((3, 3), np.nan), np.zeros((3, 3))):
+        low, high = fitting.profile(model, y, fit.theta, unknown, fit.objective, 2, limit, -free, free)
+        half = stats.t.ppf(0.975, 17) * np.sqrt(fit.covariance[2, 2])
+        np.testing.assert_allclose([low, high], fit.theta[2] + np.array([-half, half]), rtol=1e-3)
+
+
+def test_an_interval_asks_for_nothing_beyond_its_bounds():
+    asked = []
+
+    def rise(values):
+        asked.extend(values)
+        return values**2
+
+    assert fitting.interval(rise, 0.0, 0.3, 1.0, -0.5, 4.0) == pytest.approx((-0.5, 1.0), rel=2e-3)
+    assert (min(asked), max(asked)) == (-0.5, 4.0)
+    assert fitting.interval(np.zeros_like, 0.0, 0.3, 1.0, -1e6, 1e6) == (-1e6, 1e6)  # where nothing rises
+
+
+def test_a_bootstrap_scatters_as_the_coefficients_do():
+    model, _, fit = regression()
+    sizes = []
+
+    def again(y):
+        sizes.append(len(y))
+        return fitting.refit(model, y, fit.theta)[0]
+
+    noise = fit.sigma, np.inf, 2050, np.random.default_rng(0)
+    drawn = fitting.bootstrap(model(fit.theta)[0], *noise, again)
+    assert sizes == [100] * 20 + [50]
+    np.testing.assert_allclose(drawn.mean(0), fit.theta, atol=4 * np.sqrt(np.diag(fit.covariance).max() / 2050))
+    np.testing.assert_allclose(np.diag(np.cov(drawn.T)), np.diag(fit.covariance), rtol=0.15)
+    low, high = fitting.percentiles(drawn, 0.95)
+    np.testing.assert_allclose(high - low, 2 * 1.96 * np.sqrt(np.diag(fit.covariance)), rtol=0.1)
+
+
+def test_the_spread_of_runs_beside_their_standard_errors_is_found():
+    rng = np.random.default_rng(0)
+    sem = rng.uniform(0.5, 3, 4000)
+    squares = (np.hypot(2.0, sem) * rng.normal(size=4000)) ** 2
+    tau2 = fitting.between_runs(squares, sem**2, 4000)
+    assert tau2 == pytest.approx(4.0, rel=0.1)
+    assert np.sum(squares / (tau2 + sem**2)) == pytest.approx(4000, rel=1e-9)
+    assert fitting.between_runs(0.9 * sem**2, sem**2, 4000) == 0.0
+
+
+def test_statuses_sigmas_and_residuals_of_several_fits():
+    assert fitting.worst(["CONVERGED", "BOUND_HIT", "EDGE"]) == "BOUND_HIT"
+    assert fitting.worst(fitting.STATUSES) == "SINGULAR"
+    assert fitting.pooled([(0.1, 3), (np.nan, 0), (0.3, 1)]) == pytest.approx(np.sqrt((3 * 0.01 + 0.09) / 4))
+    assert np.isnan(fitting.pooled([(np.nan, 0)]))
+    columns = fitting.residual_columns(np.array([3.0, 2.0]), np.array([2.9, 2.2]), np.array([0.1, 0.0]))
+    np.testing.assert_allclose(columns["residual"], [0.1, -0.2])
+    np.testing.assert_allclose(columns["z"], [1.0, np.nan])
+
+
+def test_what_all_losses_have_in_common_widens_an_interval_down_to_its_bound():
+    shared = fitting.SharedError(0.3, np.inf)
+    low, high = shared.widened(1.0, (0.6, 1.2), 0.95)
+    reach = 1.959964 * 0.3
+    assert (low, high) == pytest.approx((1 - np.hypot(0.4, reach), 1 + np.hypot(0.2, reach)), rel=1e-6)
+    assert shared.widened(1.0, (0.6, 1.2), 0.95, 0.5) == (0.5, high)
+    assert fitting.SharedError(np.nan).widened(1.0, (0.6, 1.2), 0.95) == (0.6, 1.2)
+
+
+def test_what_is_said_of_a_floor():
+    words = ("larger models", "the sizes", "answers rest on it")
+    assert fitting.floor(1.9, 2.5, (1.8, 2.0), words) == []
+    assert fitting.floor(1.9, 2.5, (np.nan, np.nan), words) == []
+    assert fitting.floor(1e-4, 2.5, (0, 0.1), words) == [
+        "the fit puts E at 0, its lower bound: larger models are needed to see it"
+    ]
+    assert fitting.floor(2.4999, 2.5, (2.4, 2.5), words, "c") == [
+        "the fit puts c at the lowest loss: it can't be used beyond the sizes"
+    ]
+    (said,) = fitting.floor(1.9, 2.5, (1.5, 2.1), words)
+    assert said == "E is known to 0.60 nats only (1.50 to 2.10, 95%): answers rest on it"
+
+
+def test_what_is_given_is_checked():
+    fitting.require(2.5, 0.0, 1e-3)
+    for given, sentence in ((2.5, "entropy = 2.5: must be at least 0 and below the lowest loss, 2.5000"), (-1, "entropy = -1")):
+        with pytest.raises(ValueError, match=sentence):
+            fitting.require(2.5, given)
+    with pytest.raises(ValueError, match="huber_delta = 0: must be above 0"):
+        fitting.require(2.5, huber_delta=0)

@@ -76,7 +76,7 @@ TABLE = (
     # Losses to laws, laws to answers.
     Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder"),
     Row("gqa_jax.shape_search", ".shapes .costs"),
-    Row("gqa_jax.laws", ".formatting .shapes .costs .shape_search"),
+    Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
     Row("gqa_jax.external", ".errors .storage .results .laws"),
     Row("gqa_jax.invariance", ".laws"),
     Row("gqa_jax.presets", ".errors .shapes .laws"),

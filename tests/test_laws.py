@@ -1,8 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import optimize
 
-from gqa_jax import laws
+from gqa_jax import laws, presets
+from tests import law_tables
 
 
 def table(points, context=8192):
@@ -83,3 +85,98 @@ def test_sizes_too_close_to_each_other_give_no_law():
     points = {(8, 8): [(n, 2.0 + (1e8 / n) ** 0.2) for n in (1e8, 2e8, 3e8)]}
     with pytest.raises(ValueError, match=r"heads \(8,8\): sizes span a factor of 3.0, a law needs 4 or more"):
         laws.fit_by_heads(table(points))
+
+
+# Poor laws
+
+
+def said_of(fits):
+    return [w for law in fits.values() for w in law.warnings if "poor law" in w]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_laws_that_do_not_describe_their_runs_are_called_poor(shared):
+    rates = 0.05 * np.array([3.0, -2, 1, -3, 2, -1])
+    points = {h: [(n, loss + rate) for (n, loss), rate in zip(runs, rates, strict=True)] for h, runs in synthetic().items()}
+    said = said_of(laws.fit_by_heads(table(points), shared))
+    assert len(said) == 3
+    assert all("residuals of ln L are 3." in w and "at the largest N by" in w for w in said)
+    assert (said[0] == said[1]) == shared
+    assert said[0].startswith("poor law" if shared else "heads (1,1): poor law")
+
+
+def test_sound_laws_are_not_called_poor():
+    for seed in range(20):
+        assert not said_of(laws.fit_by_heads(law_tables.synthetic(0.002, seed, random_truth=True)))
+        assert not said_of(laws.fit_by_heads(law_tables.synthetic(0.002, seed, random_truth=True), shared_entropy=False))
+    for delta in (None, 1e-3):
+        assert not said_of(laws.fit_by_heads(presets.paper_losses(), huber_delta=delta))
+    assert not any("poor" in w for w in laws.fit_joint(presets.paper_losses()).warnings)
+
+
+def test_a_joint_law_that_does_not_describe_its_runs_is_called_poor():
+    rows = law_tables.synthetic(0.02)
+    law = laws.fit_joint(rows)
+    (said,) = (w for w in law.warnings if "poor law" in w)
+    assert "residuals of ln L are 1." in said or "residuals of ln L are 2." in said
+    assert not any("poor law" in w for w in laws.fit_joint(law_tables.synthetic(0.003)).warnings)
+
+
+# Huber's loss
+
+
+def spoilt(points, by=0.05):
+    """A table with one run that is off by so many nats."""
+    rows = table(points)
+    rows.loc[rows.index[7], "loss"] += by
+    return rows
+
+
+@pytest.mark.parametrize("delta", [1e-4, 1e-3, 0.003, 0.1])
+@pytest.mark.parametrize("options", [{}, {"shared_entropy": False}, {"entropy": 1.9}, {"log": True}])
+@pytest.mark.parametrize("by", [0.0, 0.05])
+def test_both_routes_to_hubers_minimum_agree(delta, options, by):
+    fits = laws.fit_by_heads(spoilt(synthetic(0.002), by), huber_delta=delta, **options)
+    assert fits.status == "CONVERGED"
+
+
+def test_hubers_answer_is_near_the_one_without_the_outlier():
+    good, bad = table(synthetic(0.001)), spoilt(synthetic(0.001))
+    clean, squares, huber = laws.fit_by_heads(good), laws.fit_by_heads(bad), laws.fit_by_heads(bad, huber_delta=1e-3)
+
+    def away(fits):
+        return max(abs(np.log(law.solve(2.7) / clean[heads].solve(2.7))) for heads, law in fits.items())
+
+    assert away(squares) > 0.04
+    assert away(huber) < 0.01
+    assert squares.sigma > 4 * huber.sigma
+    widths = [np.log(np.divide(*one.size_interval(laws.Heads(8, 1), 2.7)[::-1])) for one in (clean, huber, squares)]
+    assert widths[0] < widths[1] < widths[2] / 3  # of squares with the last weights: the outlier counts as delta |residual|
+
+
+@pytest.mark.parametrize("delta", [3e-4, 0.003])
+@pytest.mark.parametrize("by", [0.0, 0.05, 0.5])
+def test_no_huber_minimum_of_many_starts_is_deeper(delta, by):
+    rows = spoilt(synthetic(0.002), by)
+    fits = laws.fit_by_heads(rows, huber_delta=delta)
+    group = [list(TRUTH).index(heads) for heads in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
+    x, y = np.log(rows["params_non_embedding"].to_numpy() / 3e8), rows["loss"].to_numpy()
+
+    def residual(theta):
+        return theta[0] + np.exp(theta[1:4][group] - theta[4:][group] * x) - y
+
+    def total(r):
+        return np.sum(np.where(np.abs(r) <= delta, r**2, 2 * delta * np.abs(r) - delta**2))
+
+    best = np.concatenate(
+        [[fits[8, 1].entropy], *np.transpose([(law.b * np.log(law.a / 3e8), law.b) for law in map(fits.get, TRUTH)])]
+    )
+    starts = [best * (1 + 0.02 * np.random.default_rng(seed).normal(size=7)) for seed in range(4)]
+    starts += [np.array([e, *[np.log(2.9 - e)] * 3, *[0.2] * 3]) for e in (1.0, 1.8, 2.2)]
+    limits = ([0, *[-np.inf] * 6], [y.min(), *[np.inf] * 6])
+    found = [
+        optimize.least_squares(residual, start, bounds=limits, loss="huber", f_scale=delta, xtol=1e-14, ftol=1e-14, gtol=1e-14)
+        for start in starts
+    ]
+    assert total(residual(best)) <= min(2 * one.cost for one in found) * (1 + 1e-7)
+    assert total(residual(best)) == pytest.approx(min(2 * one.cost for one in found), rel=1e-3)

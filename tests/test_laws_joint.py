@@ -1,11 +1,13 @@
 """One law for all heads: known laws are found again, heads that were not trained are predicted, and doubts are said."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import presets
-from gqa_jax.laws import LLAMA3, Heads, joint, joint_fit, joint_terms
+from gqa_jax import presets, results
+from gqa_jax.laws import LLAMA3, Heads, fit_by_heads, fit_loss_nd_by_heads, joint, joint_fit, joint_terms
 from gqa_jax.laws.joint import fit_joint
 from gqa_jax.shapes import Aspect, head_configurations
 
@@ -157,6 +159,29 @@ def test_one_outlier_hardly_moves_a_huber_fit():
 
     assert shift(bad) > 0.005
     assert shift(robust) < 0.001
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("delta", [1e-3, 0.005])
+@pytest.mark.parametrize("by", [0.0, 0.05])
+def test_both_routes_to_hubers_minimum_agree(form, delta, by):
+    rows = table(form, noise=0.002)
+    rows.loc[rows.index[17], "loss"] += by
+    assert fit_joint(rows, form, huber_delta=delta).status == "CONVERGED"
+
+
+def test_a_plain_fit_whose_routes_differ_is_not_forgotten(monkeypatch):
+    """Huber's weights and the heads' offsets come from it, the last fit is then of squares."""
+    sound = joint_fit.plain
+
+    def doubtful(*arguments):
+        runs, fit = sound(*arguments)
+        return runs, dataclasses.replace(fit, status="DISAGREE")
+
+    monkeypatch.setattr(joint_fit, "plain", doubtful)
+    law = fit_joint(table(noise=0.002))
+    assert law.status == "DISAGREE"
+    assert "the joint fit is DISAGREE" in " ".join(law.warnings)
 
 
 def test_runs_with_larger_standard_errors_weigh_less():
@@ -405,5 +430,18 @@ def test_an_entropy_at_its_bound_is_said():
     law = fit_joint(rows)
     assert law.status == "EDGE"
     assert law.entropy < 1e-6
-    assert any("E at a bound" in sentence for sentence in law.warnings)
+    assert any("the fit puts E at 0" in sentence for sentence in law.warnings)
     assert np.isnan(law.intervals().loc["E", "low"])
+
+
+def test_what_n_counts_is_the_same_for_all_laws_of_a_table():
+    """A typed table has every column, those that nobody filled too."""
+    raw = table(noise=0.002).assign(tokens=np.resize([4, 1, 2, 1, 4], 60) * 10**9, vocab_size=50_304)
+    raw["loss"] += 100 * raw["tokens"] ** -0.37
+    typed = results.typed(raw, results.LOSS_COLUMNS)
+    trained = typed.assign(params_total=typed["params_non_embedding"] + 1)
+    for rows, convention in ((raw, "figures"), (typed, "figures"), (trained, "exact")):
+        for fit in (fit_by_heads, fit_joint, fit_loss_nd_by_heads):
+            assert fit(rows).size_convention == convention
+    for heads in (Heads(None, 8), Heads(8, 4)):
+        assert fit_joint(raw).law(heads).solve(2.6) == fit_joint(typed).law(heads).solve(2.6)

@@ -202,8 +202,8 @@ def test_sizes_may_be_named_by_their_shape():
         (lambda x: x.assign(n_kv_heads=[1] * 6 + [2] * 12), "shared", "one n_kv at a time: the table has 1, 2"),
         (lambda x: x.assign(loss=x["loss"] + 0.3 * np.log(x["n_heads"])), "per_curve", "do not fall with query heads"),
         (lambda x: x, "free", "constant = 'free': allowed are"),
-        (lambda x: x, 3.5, "c must be at least 0 and below the lowest loss"),
-        (lambda x: x, -1.0, "c must be at least 0"),
+        (lambda x: x, 3.5, "constant = 3.5: must be at least 0 and below the lowest loss"),
+        (lambda x: x, -1.0, "constant = -1.0: must be at least 0"),
     ],
 )
 def test_errors(change, constant, sentence):

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 SMALLEST_B, LARGEST_B = 0.005, 2.0
 _GRID_E, _GRID_B = 100, 60
+_LOWER, _UPPER = np.array([-np.inf, SMALLEST_B / 2]), np.array([np.inf, 2 * LARGEST_B])  # of (alpha, b)
+_REWEIGHTED = 15  # times: what brings a start near the minimum of Huber's loss
 _ROUNDING = 1e-9  # nats per token
-WIDE_ENTROPY = 0.3  # nats per token: an interval of E beyond it decides the answers at low losses
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,16 @@ class Block:
             law = PowerLaw(
                 float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, runs.params, runs.loss, warnings
             )
-            rest, spread = np.sum(law.residuals**2), np.sum((runs.loss - runs.loss.mean()) ** 2)
-            result[heads] = dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
+            share = fitting.r_squared(runs.loss, law.predict(runs.params))
+            result[heads] = dataclasses.replace(law, r_squared=share)
         return result
+
+    def poor(self, symbol: str) -> list[str]:
+        """`fitting.poor` of all runs; symbol: of what x is the logarithm."""
+        there = self.weight_GxM > 0
+        fitted = self.loss_GxM + _residual(self.fit.theta, self.x_GxM, self.loss_GxM)
+        columns = {"loss": self.loss_GxM[there], "fitted": fitted[there], "largest": {symbol: self.x_GxM[there]}}
+        return fitting.poor(**columns, dof=self.fit.dof, group=np.nonzero(there)[0], weights=self.weight_GxM[there])
 
     def conditional(self, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The best (alpha_ExG, b_ExG) for every E of an array, and the sums of squares_ExG."""
@@ -109,15 +117,10 @@ class Block:
         if self.given_entropy is not None:
             grid = np.array([self.given_entropy])
             return grid, self.conditional(grid)[2]
-        least = self.fit.objective
         limit = 3 * fitting.threshold(self.sigma, self.dof, 0.999) if np.isfinite(self.sigma) else 0.0
 
-        def rise(entropy: np.ndarray) -> np.ndarray:
-            inside = np.clip(entropy, 0.0, self._highest_entropy)
-            return np.where(inside == entropy, np.maximum(self.conditional(inside)[2].sum(-1) - least, 0.0), np.inf)
-
-        low, high = fitting.crossings(rise, self.entropy, max(self.entropy_error, 1e-4), max(limit, 1e-12))
-        low, high = max(0.0, low), min(self._highest_entropy, high)
+        error = max(self.entropy_error, 1e-4)
+        low, high = fitting.interval(self._rise, self.entropy, error, max(limit, 1e-12), 0.0, self._highest_entropy)
         half = max(min(self.entropy - low, high - self.entropy), 1e-6)
         grid = np.unique(np.concatenate([np.linspace(low, high, 61), self.entropy + half * np.linspace(-0.5, 0.5, 21)]))
         grid = grid[(grid >= low) & (grid <= high)]
@@ -156,18 +159,13 @@ class Block:
         if not np.isfinite(self.sigma):
             return np.nan, np.nan
 
-        def rise(entropy: np.ndarray) -> np.ndarray:
-            inside = np.clip(entropy, 0.0, self._highest_entropy)
-            return np.where(inside == entropy, self.conditional(inside)[2].sum(-1) - self.fit.objective, np.inf)
-
         limit = fitting.threshold(self.sigma, self.dof, level)
-        low, high = fitting.crossings(rise, self.entropy, max(self.entropy_error, 1e-5), limit)
-        low, high = max(0.0, low), min(self.lowest, high)
-        if on_this_text or not self.shared.sem > 0:
-            return low, high
-        common = self.shared.reach(level)
-        low, high = fitting.widened(self.entropy, (low, high), common, common)
-        return max(0.0, low), high
+        ends = fitting.interval(self._rise, self.entropy, max(self.entropy_error, 1e-5), limit, 0.0, self.lowest)
+        return ends if on_this_text else self.shared.widened(self.entropy, ends, level, 0.0)
+
+    def _rise(self, entropy: np.ndarray) -> np.ndarray:
+        """How far the sum of squares rises where E is given."""
+        return np.where(entropy <= self._highest_entropy, self.conditional(entropy)[2].sum(-1) - self.fit.objective, np.inf)
 
     def interval(self, heads: Heads, kind: str, at: float = np.nan, level: float = 0.95) -> tuple[float, float]:
         """Profile-likelihood interval of one quantity of H; (nan, nan) without degrees of freedom.
@@ -209,11 +207,12 @@ class Block:
 
         limit = fitting.threshold(self.sigma, self.dof, level)
         low, high = fitting.crossings(rise, float(center), self._error(i, kind, at, log_at), limit)
-        if kind in ("size", "loss") and self.shared.sem > 0:
+        if kind == "loss":
+            low, high = self.shared.widened(float(center), (low, high), level)
+        elif kind == "size" and self.shared.sem > 0:
             common = self.shared.reach(level)
-            ends = [_size(alpha, b, at - self.entropy + x) for x in (common, -common)] if kind == "size" else []
-            below, above = (center - ends[0], ends[1] - center) if ends else (common, common)
-            low, high = fitting.widened(float(center), (low, high), below, above)
+            least, most = (_size(alpha, b, at - self.entropy + x) for x in (common, -common))
+            low, high = fitting.widened(float(center), (low, high), center - least, most - center)
         shift = np.log(self.center) if kind in ("a", "size") else 0.0
         return low + shift, high + shift
 
@@ -223,8 +222,7 @@ class Block:
 
     @property
     def entropy_error(self) -> float:
-        variance = self.sigma**2 * self.fit.inverse[0, 0]
-        return float(np.sqrt(variance)) if np.isfinite(variance) and variance > 0 else 0.05
+        return fitting.error_of(self.sigma**2 * self.fit.inverse[0, 0], 0.05)
 
     def _error(self, i: int, kind: str, at: float, log_at: float) -> float:
         """Standard error of a quantity by the linearised fit: the scale on which its profile is searched."""
@@ -241,32 +239,18 @@ class Block:
             value = np.exp(alpha - b * log_at)
             gradient[0] = 1 if kind == "loss" else 0
             gradient[1 + 2 * i], gradient[2 + 2 * i] = value, -log_at * value
-        variance = self.sigma**2 * gradient @ self.fit.inverse @ gradient
-        return float(np.sqrt(variance)) if np.isfinite(variance) and variance > 0 else 0.01
+        return fitting.error_of(self.sigma**2 * gradient @ self.fit.inverse @ gradient, 0.01)
 
     def _warnings(self) -> list[str]:
-        found = []
         count, free = int((self.weight_GxM > 0).sum()), len(self.fit.theta) - (self.given_entropy is not None)
-        if count <= free:
-            found.append(
-                f"{count} runs for {free} coefficients: the curve passes through every point, and R^2 = 1 says nothing"
-            )
-        if self.fit.status in ("DISAGREE", "SINGULAR"):
-            found.append(f"the fit is {self.fit.status}: its coefficients are not to be trusted")
+        of = f"heads {self.heads[0]}: " if len(self.heads) == 1 else ""
+        found = [*fitting.doubts(self.fit, count, free), *(of + sentence for sentence in self.poor("N"))]
         if self.given_entropy is not None:
             return found
-        if self.entropy < 1e-3 * self.lowest:
-            found.append("the fit puts E at 0, its lower bound: losses of larger models are needed to see it")
-        if self.entropy > self.lowest * (1 - 2e-4):
-            found.append("the fit puts E at the lowest loss: it can't be used beyond the sizes that were trained")
-        if count > free:
-            low, high = self.entropy_interval()
-            if high - low > WIDE_ENTROPY:
-                found.append(
-                    f"E is known to {high - low:.2f} nats only ({low:.2f} to {high:.2f}, 95%): answers near or below "
-                    f"{min(high + 0.1, self.lowest):.2f} rest on it; train smaller and larger sizes"
-                )
-        return found
+        low, high = self.entropy_interval() if count > free else (np.nan, np.nan)
+        rests = f"answers near or below {min(high + 0.1, self.lowest):.2f} rest on it; train smaller and larger sizes"
+        words = ("losses of larger models", "the sizes that were trained", rests)
+        return found + fitting.floor(self.entropy, self.lowest, (low, high), words)
 
 
 def fit_block(
@@ -281,6 +265,9 @@ def fit_block(
     """The laws of some H with one E.
 
     Args:
+      huber_delta: both routes then minimise Huber's summed loss. What is uncertain (sigma, profiles, draws) is of least squares
+        with the weights that it ends with, min(1, delta / |residual|), as if they had been given: a run that is far off by r
+        counts delta r in sigma^2 instead of r^2.
       known_sigma: noise of a run that is known, instead of the residuals'.
       shared: `run_table.shared_error` of the runs.
     """
@@ -296,7 +283,7 @@ def fit_block(
     for _ in range(4 if weighted else 1):
         fit = _fit(x, loss, weight, entropy, huber_delta)
         if weighted:
-            tau2 = _between_runs(fit, x, loss, sem, there)
+            tau2 = fitting.between_runs(_residual(fit.theta, x, loss)[there] ** 2, sem[there] ** 2, fit.dof)
             weight = np.where(there, 1 / (tau2 + sem**2), 0.0) * base
             weight = weight / weight[there].mean()
     if huber_delta is not None:
@@ -307,71 +294,81 @@ def fit_block(
 
 
 def conditional(
-    x_GxM: np.ndarray, loss_GxM: np.ndarray, weight_GxM: np.ndarray, entropy: np.ndarray
+    x_GxM: np.ndarray,
+    loss_GxM: np.ndarray,
+    weight_GxM: np.ndarray,
+    entropy: np.ndarray,
+    huber_delta: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best (alpha_ExG, b_ExG) of exp(alpha - b x) + E for every E of an array, and the weighted sums of squares_ExG.
 
-    No start value: a grid over b, where the amplitude is linear, then Levenberg-Marquardt.
+    No start value: a grid over b, where the amplitude is linear, then Levenberg-Marquardt. `huber_delta`: as in
+    `fitting.fit`; the sums are Huber's then.
     """
     above = loss_GxM - np.asarray(entropy, np.float64)[:, None, None]
     slopes = np.geomspace(SMALLEST_B, LARGEST_B, _GRID_B)
     basis_GxMxb = np.exp(-slopes * x_GxM[..., None])
+    if huber_delta is not None:
+        start = _robust_start(weight_GxM, above, slopes, basis_GxMxb, huber_delta)
+        model = fitting.huberised(_curve(x_GxM), above, huber_delta, weight_GxM)
+        theta, sums = fitting.refit(model, above, start, weights=weight_GxM, lower=_LOWER, upper=_UPPER, iterations=1000)
+        return theta[..., 0], theta[..., 1], sums
     norm_Gxb = np.einsum("gm,gmb->gb", weight_GxM, basis_GxMxb**2)
     product_ExGxb = np.einsum("egm,gmb->egb", weight_GxM * above, basis_GxMxb)
     best = np.argmax(np.maximum(product_ExGxb, 0.0) ** 2 / norm_Gxb, axis=-1)
     amplitude = np.take_along_axis(product_ExGxb, best[..., None], -1)[..., 0] / norm_Gxb[np.arange(len(x_GxM)), best]
     start = np.stack([np.log(np.maximum(amplitude, 1e-9)), slopes[best]], axis=-1)
-    lower, upper = np.array([-np.inf, SMALLEST_B / 2]), np.array([np.inf, 2 * LARGEST_B])
-    theta, squares = fitting.refit(_curve(x_GxM), above, start, weights=weight_GxM, lower=lower, upper=upper)
+    theta, squares = fitting.refit(_curve(x_GxM), above, start, weights=weight_GxM, lower=_LOWER, upper=_UPPER)
     return theta[..., 0], theta[..., 1], squares
+
+
+def _robust_start(
+    weight_GxM: np.ndarray, above_ExGxM: np.ndarray, slopes: np.ndarray, basis_GxMxb: np.ndarray, delta: float
+) -> np.ndarray:
+    """(alpha, b)_ExGx2 of the least Huber loss on the grid of b: its amplitude by squares that are weighted again and again."""
+    factor = np.ones((*above_ExGxM.shape, len(slopes)))
+    for _ in range(_REWEIGHTED):
+        weighted = weight_GxM[..., None] * factor * basis_GxMxb
+        product, norm = np.einsum("egmb,egm->egb", weighted, above_ExGxM), np.sum(weighted * basis_GxMxb, 2)
+        amplitude = np.maximum(product / norm, 1e-9)
+        residual = np.sqrt(weight_GxM)[..., None] * (above_ExGxM[..., None] - amplitude[:, :, None] * basis_GxMxb)
+        factor = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+    best = np.argmin(fitting.rho(residual, delta).sum(2), axis=-1)
+    return np.stack([np.log(np.take_along_axis(amplitude, best[..., None], -1)[..., 0]), slopes[best]], axis=-1)
 
 
 def _fit(
     x_GxM: np.ndarray, loss_GxM: np.ndarray, weight_GxM: np.ndarray, entropy: float | None, huber_delta: float | None
 ) -> fitting.Fit:
-    """Two routes: least squares over E alone of the best law of every H for that E; then all coefficients at once."""
+    """Two routes to one minimum: over E alone, of the best law of every H for that E; then all coefficients at once.
+
+    Both are of squares, or both of Huber's loss.
+    """
     there = weight_GxM > 0
     lowest = float(loss_GxM[there].min())
     if entropy is None:
         grid = lowest * (1 - np.geomspace(1e-4, 1.0, _GRID_E))  # from just below the lowest loss down to 0
         for _ in range(6):
-            best = int(np.argmin(conditional(x_GxM, loss_GxM, weight_GxM, grid)[2].sum(-1)))
+            best = int(np.argmin(conditional(x_GxM, loss_GxM, weight_GxM, grid, huber_delta)[2].sum(-1)))
             value = float(grid[best])
             grid = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 17)
     else:
         value = entropy
-    alpha, b, _ = conditional(x_GxM, loss_GxM, weight_GxM, np.array([value]))
+    alpha, b, _ = conditional(x_GxM, loss_GxM, weight_GxM, np.array([value]), huber_delta)
     start = np.concatenate([[value], np.stack([alpha[0], b[0]], -1).ravel()])
-    count = len(x_GxM)
-    tight = 1e-12 * lowest
-    lower = np.array([0.0 if entropy is None else entropy - tight] + [-np.inf, 0.0] * count)
-    upper = np.array([lowest * (1 - 1e-4) if entropy is None else entropy + tight] + [np.inf, np.inf] * count)
-    if entropy is not None:
-        return _fit_given(x_GxM, loss_GxM, weight_GxM, there, start, huber_delta)
-    return fitting.fit(
-        curves(x_GxM, there),
-        loss_GxM[there],
-        start,
-        lower=lower,
-        upper=upper,
-        weights=weight_GxM[there],
-        huber_delta=huber_delta,
-    )
+    weights, whole, y = weight_GxM[there], curves(x_GxM, there), loss_GxM[there]
+    lower = np.array([0.0] + [-np.inf, 0.0] * len(x_GxM))
+    if entropy is None:
+        upper = np.array([lowest * (1 - 1e-4)] + [np.inf, np.inf] * len(x_GxM))
+        return fitting.fit(whole, y, start, lower=lower, upper=upper, weights=weights, huber_delta=huber_delta)
 
-
-def _fit_given(x, loss, weight, there, start, huber_delta) -> fitting.Fit:
-    """With E given: it is no coefficient, and has no variance."""
-    whole, entropy = curves(x, there), start[0]
-
-    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def given(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """E is no coefficient then, and has no variance."""
         value, jacobian = whole(np.concatenate([[entropy], theta]))
         return value, jacobian[:, 1:]
 
-    lower = np.tile([-np.inf, 0.0], len(x))
-    fit = fitting.fit(model, loss[there], start[1:], lower=lower, weights=weight[there], huber_delta=huber_delta)
-    inverse = np.zeros((len(start), len(start)))
-    inverse[1:, 1:] = fit.inverse
-    bound = tuple(i + 1 for i in fit.bound)
+    fit = fitting.fit(given, y, start[1:], lower=lower[1:], weights=weights, huber_delta=huber_delta)
+    inverse, bound = np.pad(fit.inverse, ((1, 0), (1, 0))), tuple(i + 1 for i in fit.bound)
     return dataclasses.replace(fit, theta=np.concatenate([[entropy], fit.theta]), inverse=inverse, bound=bound)
 
 
@@ -403,18 +400,6 @@ def curves(x_GxM: np.ndarray, there_GxM: np.ndarray) -> fitting.Model:
 
 def _residual(theta: np.ndarray, x_GxM: np.ndarray, loss_GxM: np.ndarray) -> np.ndarray:
     return np.exp(theta[1::2, None] - theta[2::2, None] * x_GxM) + theta[0] - loss_GxM
-
-
-def _between_runs(fit: fitting.Fit, x: np.ndarray, loss: np.ndarray, sem: np.ndarray, there: np.ndarray) -> float:
-    """tau^2 >= 0 with sum(residual^2 / (tau^2 + sem^2)) = degrees of freedom (Paule and Mandel 1982), by bisection."""
-    squares, variance = _residual(fit.theta, x, loss)[there] ** 2, sem[there] ** 2
-    low, high = 0.0, float(squares.sum())
-    if np.sum(squares / variance) <= fit.dof:
-        return 0.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.sum(squares / (middle + variance)) > fit.dof else (low, middle)
-    return high
 
 
 def _size(alpha: float, b: float, above: float) -> float:

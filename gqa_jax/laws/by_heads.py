@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import confounding
+from gqa_jax.laws import confounding, fitting
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
 from gqa_jax.laws.confounding import Design
@@ -82,14 +82,12 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
     @property
     def status(self) -> str:
         """CONVERGED, or the worst of: EDGE (E at its bound), BOUND_HIT, DISAGREE, SINGULAR."""
-        order = ["CONVERGED", "EDGE", "BOUND_HIT", "DISAGREE", "SINGULAR"]
-        return max((block.status for block in self.blocks), key=order.index)
+        return fitting.worst(block.status for block in self.blocks)
 
     @property
     def sigma(self) -> float:
         """Standard deviation of a run's loss about its law, nats per token, pooled; nan without degrees of freedom."""
-        dof = self.dof
-        return float(np.sqrt(sum(b.sigma**2 * b.fit.dof for b in self.blocks if b.fit.dof > 0) / dof)) if dof > 0 else np.nan
+        return fitting.pooled((block.sigma, block.fit.dof) for block in self.blocks)
 
     @property
     def dof(self) -> int:
@@ -107,19 +105,12 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
     @property
     def residuals(self) -> pd.DataFrame:
         """One row per run: n_heads, n_kv_heads, params, loss, fitted, residual, and z, the residual in standard deviations."""
-        rows = [
-            {
-                **heads._asdict(),
-                "params": n,
-                "loss": y,
-                "fitted": y - r,
-                "residual": r,
-                "z": r / self.sigma if self.sigma > 0 else np.nan,
-            }
-            for heads, law in self.items()
-            for n, y, r in zip(law.params, law.loss, law.residuals, strict=True)
-        ]
-        return pd.DataFrame(rows)
+        frames = []
+        for heads, law in self.items():
+            columns = fitting.residual_columns(law.loss, law.predict(law.params), self.sigma)
+            n_heads = np.nan if heads.n_heads is None else heads.n_heads
+            frames.append(pd.DataFrame({"n_heads": n_heads, "n_kv_heads": heads.n_kv_heads, "params": law.params} | columns))
+        return pd.concat(frames, ignore_index=True)
 
     def block(self, heads: Heads) -> Block:
         """The block that H belongs to. Raises KeyError for an H without a law."""
@@ -172,8 +163,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         if not np.isfinite(self.sigma):
             return np.full(params.shape, np.nan), np.full(params.shape, np.nan)
         loss_SxN = self.draws().loss(heads, params, on_this_text=True)
-        low, high = np.quantile(loss_SxN, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return low, high
+        return tuple(fitting.percentiles(loss_SxN, level))
 
 
 def fit_by_heads(
@@ -214,10 +204,7 @@ def fit_by_heads(
     groups = run_table.by_heads(rows)
     run_table.require(groups)
     lowest = min(runs.loss.min() for runs in groups.values())
-    if entropy is not None and not 0 <= entropy < lowest:
-        raise ValueError(f"entropy = {entropy}: must be at least 0 and below the lowest loss, {lowest:.4f}")
-    if huber_delta is not None and not huber_delta > 0:
-        raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token")
+    fitting.require(lowest, entropy, huber_delta)
     design = confounding.require(rows, allow_confounded)
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
     shared = run_table.shared_error(rows)
@@ -228,7 +215,7 @@ def fit_by_heads(
         context=int(rows["context"].iloc[0]),
         head_dim=run_table.only(rows, "head_dim", 64.0),
         vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
-        size_convention="exact" if "params_total" in rows and rows["params_total"].notna().all() else "figures",
+        size_convention=run_table.size_convention(rows),
         aspect=run_table.aspect(rows),
         warnings=said,
         llama3=None if LLAMA3 in groups else run_table.llama3(rows),

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ import pandas as pd
 from gqa_jax import shape_search
 from gqa_jax.laws import confounding, fitting, joint_fit, joint_terms
 from gqa_jax.laws import runs as run_table
-from gqa_jax.laws.block import SMALLEST_B, WIDE_ENTROPY
+from gqa_jax.laws.block import SMALLEST_B
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint_terms import Terms, Where
@@ -120,16 +120,14 @@ class JointLaw:
 
         These are of a run of any heads, whose own offset (tau) is not known.
         """
-        frame = self.runs.drop(columns=["query_heads", "weight", "above"])
-        frame["fitted"] = self.terms.loss(self.fit.theta, joint_fit.at(self.runs, self.center))[0]
-        frame["residual"] = frame["loss"] - frame["fitted"]
-        scale = np.hypot(self.sigma / np.sqrt(self.runs["weight"]), self.tau * (frame["fitted"] - self.entropy))
-        return frame.assign(z=frame["residual"] / scale.where(scale > 0))
+        fitted = self.terms.loss(self.fit.theta, joint_fit.at(self.runs, self.center))[0]
+        scale = np.hypot(self.sigma / np.sqrt(self.runs["weight"]), self.tau * (fitted - self.entropy))
+        columns = fitting.residual_columns(self.runs["loss"].to_numpy(), fitted, scale)
+        return self.runs[["n_heads", "n_kv_heads", "params"]].assign(**columns)
 
     @property
     def r_squared(self) -> float:
-        loss = self.runs["loss"]
-        return float(1 - (self.residuals["residual"] ** 2).sum() / ((loss - loss.mean()) ** 2).sum())
+        return fitting.r_squared(*(self.residuals[name].to_numpy() for name in ("loss", "fitted")))
 
     def predict(self, n_heads: Any, n_kv_heads: Any, params: Any) -> Any:
         """Loss of models with n_h query heads (real-valued if need be), n_kv key/value heads and N parameters; broadcasts.
@@ -175,9 +173,7 @@ class JointLaw:
         own = self.runs[[one == heads for one in joint_fit.heads_of(self.runs)]]
         params, loss = own["params"].to_numpy(), own["loss"].to_numpy()
         law = PowerLaw(float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, params, loss, tuple(said))
-        if len(own) < 2 or np.ptp(loss) == 0:
-            return law
-        return dataclasses.replace(law, r_squared=float(1 - np.sum(law.residuals**2) / np.sum((loss - loss.mean()) ** 2)))
+        return dataclasses.replace(law, r_squared=fitting.r_squared(loss, law.predict(params)))
 
     def draws(
         self, count: int = 1000, seed: int = 0, heads: Sequence[Heads | tuple] | None = None, aspect: Aspect | None = None
@@ -220,8 +216,7 @@ class JointLaw:
         """Interval of the curve of H at each N, on the held-out text of the runs, from 1,000 draws."""
         params, drawn = np.atleast_1d(np.asarray(params, np.float64)), self.draws(heads=[heads])
         loss_SxN = drawn.loss(heads, params, on_this_text=True)
-        low, high = np.quantile(loss_SxN, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return low, high
+        return tuple(fitting.percentiles(loss_SxN, level))
 
     def intervals(self, level: float = 0.95) -> pd.DataFrame:
         """Profile-likelihood intervals, one row per coefficient: value, low, high.
@@ -233,46 +228,27 @@ class JointLaw:
 
     def _interval(self, i: int, level: float = 0.95) -> tuple[float, float]:
         """Profile-likelihood interval of coefficient i; that of E has the error that all losses have in common."""
-        if not (error := np.sqrt(self.fit.covariance[i, i])) > 0:
+        if not self.fit.covariance[i, i] > 0:
             return np.nan, np.nan
-        limit = fitting.threshold(self.sigma, self.dof, level)
-        low, high = fitting.crossings(self._rise(i), self.fit.theta[i], error, limit)
-        lower, upper = self._bounds
-        low, high = max(low, lower[i]), min(high, upper[i])
-        if i > 0 or self.terms.entropy is not None or not self.shared.sem > 0:
-            return low, high
-        common = self.shared.reach(level)
-        low, high = fitting.widened(self.fit.theta[0], (low, high), common, common)
-        return max(low, lower[0]), high
-
-    def _rise(self, i: int) -> Callable[[np.ndarray], np.ndarray]:
-        """How far the sum of squares rises when coefficient i is held at each of some values and the others follow."""
         (model, y), (lower, upper) = self._independent, self._bounds
-        theta, inverse = self.fit.theta, self.fit.inverse
-
-        def rise(values: np.ndarray) -> np.ndarray:
-            held = np.clip(values, lower[i], upper[i])
-
-            def others(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-                value, jacobian = model(np.concatenate([rest[:, :i], held[:, None], rest[:, i:]], axis=1))
-                return value, np.delete(jacobian, i, axis=-1)
-
-            start = np.delete(theta + (held - theta[i])[:, None] * inverse[i] / inverse[i, i], i, axis=1)
-            many = np.broadcast_to(y, (len(values), len(y)))
-            _, squares = fitting.refit(others, many, start, lower=np.delete(lower, i), upper=np.delete(upper, i))
-            return np.where(held == values, np.maximum(squares - self.fit.objective, 0.0), np.inf)
-
-        return rise
+        limit = fitting.threshold(self.sigma, self.dof, level)
+        ends = fitting.profile(model, y, self.fit.theta, self.fit.covariance, self.fit.objective, i, limit, lower, upper)
+        if i > 0 or self.terms.entropy is not None:
+            return ends
+        return self.shared.widened(self.fit.theta[0], ends, level, lower[0])
 
     def _refitted(self, count: int, seed: int) -> np.ndarray:
         """theta_SxP of losses drawn anew; kept, so that asking again costs nothing."""
         if (count, seed) not in self._kept:
             (model, _), (lower, upper) = self._independent, self._bounds
-            fitted = model(self.fit.theta)[0]
-            y = fitted + fitting.noise(self.sigma, self.dof, (count, fitted.size), np.random.default_rng([seed, 0]))
-            parts = [y[i : i + 100] for i in range(0, count, 100)]  # that stay in the cache
-            found = [fitting.refit(model, part, self.fit.theta, lower=lower, upper=upper)[0] for part in parts]
-            self._kept[count, seed] = np.concatenate(found)
+            self._kept[count, seed] = fitting.bootstrap(
+                model(self.fit.theta)[0],
+                self.sigma,
+                self.dof,
+                count,
+                np.random.default_rng([seed, 0]),
+                lambda y: fitting.refit(model, y, self.fit.theta, lower=lower, upper=upper)[0],
+            )
         return self._kept[count, seed]
 
     @functools.cached_property
@@ -334,7 +310,8 @@ def fit_joint(
     """One law for all head configurations of a loss table of ONE training context, those with a single run included.
 
     Args:
-      table, entropy, log, huber_delta, allow_confounded, and the weights of runs: as in `fit_by_heads`.
+      table, entropy, log, huber_delta, allow_confounded, and the weights of runs: as in `fit_by_heads`; intervals and draws of
+        a Huber fit are of least squares with the weights that it ends with.
       form: "quadratic" or "power". Functions of the heads that the trained ones can't tell apart are left out (`terms`).
 
     Raises:
@@ -360,18 +337,17 @@ def fit_rows(
     """`fit_joint` of rows of `run_table.usable`, without its warnings."""
     if form not in MIN_HEADS:
         raise ValueError(f"form {form!r} is unknown: use {' or '.join(MIN_HEADS)}")
-    if huber_delta is not None and not huber_delta > 0:
-        raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token")
     head_dim = run_table.only(rows, "head_dim", 64.0)
     groups = run_table.by_heads(rows)
     runs = _runs(groups, head_dim)
-    if entropy is not None and not 0 <= entropy < runs["loss"].min():
-        raise ValueError(f"entropy = {entropy}: must be at least 0 and below the lowest loss, {runs['loss'].min():.4f}")
+    fitting.require(runs["loss"].min(), entropy, huber_delta)
     center = float(np.exp(np.mean(np.log(runs["params"]))))
     terms = _terms(form, groups, runs, center, entropy)
     runs, plain = joint_fit.plain(terms, runs, center, log, huber_delta)
     ratio = joint_fit.between_heads(terms, runs, center, plain.theta)
     fit = joint_fit.polish(terms, runs, *joint_fit.independent(terms, runs, center, ratio), plain.theta[None])
+    if plain.status == "DISAGREE":  # what the heads' offsets and Huber's weights come from
+        fit = dataclasses.replace(fit, status=plain.status)
     _falls(terms, fit, runs)
     return JointLaw(
         terms,
@@ -383,7 +359,7 @@ def fit_rows(
         context=int(rows["context"].iloc[0]),
         head_dim=head_dim,
         vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
-        size_convention="exact" if "params_total" in rows else "figures",
+        size_convention=run_table.size_convention(rows),
         aspect=run_table.aspect(rows) or paper_aspect(),
         shared=run_table.shared_error(rows),
     )
@@ -432,10 +408,12 @@ def _falls(terms: Terms, fit: fitting.Fit, runs: pd.DataFrame) -> None:
 
 
 def _warnings(law: JointLaw) -> list[str]:
-    found = []
-    if law.status in ("DISAGREE", "SINGULAR"):
-        found.append(f"the joint fit is {law.status}: its coefficients are not to be trusted")
-    n_heads, n_kv_heads, _ = joint_fit.columns(law.runs)
+    found = fitting.doubts(law.fit, len(law.runs), len(law.fit.theta), "the joint fit")
+    n_heads, n_kv_heads, params = joint_fit.columns(law.runs)
+    loss, fitted = (law.residuals[name].to_numpy() for name in ("loss", "fitted"))
+    names = joint_fit.heads_of(law.runs)
+    group, weights = np.array([names.index(one) for one in names]), law.runs["weight"].to_numpy()
+    found += fitting.poor(loss, fitted, {"N": params}, dof=law.dof, group=group, weights=weights)
     for axis, counts, line in (("query", n_heads, 1), ("key/value", n_kv_heads, 2)):
         if np.ptp(counts) > 0 and line not in law.terms.alpha:
             found.append(
@@ -451,15 +429,11 @@ def _warnings(law: JointLaw) -> list[str]:
             f"heads deviate from the joint law by {typical:.4f} nats per token, runs from the curve of their heads by "
             f"{law.sigma:.4f}: of heads that were trained the laws by heads say more"
         )
-    if law.status == "EDGE":
-        found.append("the joint fit puts E at a bound, 0 or the lowest loss: losses of other sizes are needed to see it")
-    elif law.terms.entropy is None and law.status != "SINGULAR":
-        low, high = law._interval(0)
-        if high - low > WIDE_ENTROPY:
-            found.append(
-                f"E is known to {high - low:.2f} nats only ({low:.2f} to {high:.2f}, 95%): answers at low losses rest on it; "
-                "train smaller and larger sizes"
-            )
+    if law.terms.entropy is None:
+        ends = (np.nan, np.nan) if law.status in ("EDGE", "SINGULAR") else law._interval(0)
+        rests = "answers at low losses rest on it; train smaller and larger sizes"
+        words = ("losses of larger models", "the sizes that were trained", rests)
+        found += fitting.floor(law.entropy, law.runs["loss"].min(), ends, words)
     return found
 
 

@@ -29,7 +29,7 @@ def plain(
         fit = polish(terms, runs, model, y, global_starts(terms, runs, center), huber_delta)
         if weighted:
             residual = terms.loss(fit.theta, at(runs, center))[0] - loss
-            weight = base / (_between_runs(residual**2, sem**2, fit.dof) + sem**2)
+            weight = base / (fitting.between_runs(residual**2, sem**2, fit.dof) + sem**2)
             runs = runs.assign(weight=weight / weight.mean())
     if huber_delta is not None:
         runs = runs.assign(weight=runs["weight"] * fit.weights)
@@ -68,11 +68,10 @@ def polish(
     """The best of the minima that `fitting.refit` reaches from all starts, checked by `fitting.fit`."""
     lower, upper = terms.bounds(float(runs["loss"].min()))
     many = np.broadcast_to(y, (len(starts), len(y)))
-    theta, squares = fitting.refit(model, many, starts, lower=lower, upper=upper, iterations=200)
-    best = theta[np.nanargmin(squares)]
-    if huber_delta is not None:  # another minimum, which is near: from it the status is judged
-        best = fitting.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta).theta
-    return fitting.fit(model, y, best, lower=lower, upper=upper, huber_delta=huber_delta)
+    same = model if huber_delta is None else fitting.huberised(model, y, huber_delta)
+    iterations = 200 if huber_delta is None else 1000  # where most residuals count linearly, the steps are many
+    theta, squares = fitting.refit(same, many, starts, lower=lower, upper=upper, iterations=iterations)
+    return fitting.fit(model, y, theta[np.nanargmin(squares)], lower=lower, upper=upper, huber_delta=huber_delta)
 
 
 def independent(terms: Terms, runs: pd.DataFrame, center: float, ratio: float) -> tuple[fitting.Model, np.ndarray]:
@@ -129,15 +128,6 @@ def between_heads(terms: Terms, runs: pd.DataFrame, center: float, theta: np.nda
         return 0.0
     low, high = ratios[best - 1], ratios[min(best + 1, len(ratios) - 1)]
     return float(optimize.minimize_scalar(deviance, bounds=(low, high), method="bounded", options={"xatol": 1e-6 * high}).x)
-
-
-def _between_runs(squares: np.ndarray, variance: np.ndarray, dof: int) -> float:
-    """tau^2 >= 0 of runs with sum(squares / (tau^2 + variance)) = degrees of freedom (Paule and Mandel 1982)."""
-
-    def excess(tau2: float) -> float:
-        return float(np.sum(squares / (tau2 + variance))) - dof
-
-    return 0.0 if excess(0.0) <= 0 else float(optimize.brentq(excess, 0.0, squares.sum()))
 
 
 def columns(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import loss_nd_fit
+from gqa_jax.laws import fitting, loss_nd_fit
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
@@ -27,7 +27,6 @@ from gqa_jax.laws.runs import only
 from gqa_jax.shapes import Aspect, paper_aspect
 
 NARROW_SPREAD = 4.0
-WIDE_ENTROPY = 0.3  # nats per token
 
 
 class Optimum(NamedTuple):
@@ -86,10 +85,8 @@ class LossND:
         n = _optimal_params(compute_flops, log_a, drawn.log_b, alpha, drawn.beta)
         d = compute_flops / 6 / n
         loss = drawn.predict(self.index, n[:, None], d[:, None])[:, 0]
-        ends = [np.quantile(x, [(1 - level) / 2, (1 + level) / 2]) for x in (n, d, loss)]
-        return pd.DataFrame(
-            {"value": list(best), "low": [e[0] for e in ends], "high": [e[1] for e in ends]}, ["params", "tokens", "loss"]
-        )
+        low, high = fitting.percentiles(np.stack([n, d, loss], axis=1), level)
+        return pd.DataFrame({"value": list(best), "low": low, "high": high}, ["params", "tokens", "loss"])
 
     @property
     def status(self) -> str:
@@ -110,24 +107,23 @@ class LossND:
     def residuals(self) -> pd.DataFrame:
         """One row per run: params, tokens, loss, fitted, residual (measured minus fitted), and z in standard deviations."""
         fitted = self.predict(self.params, self.tokens)
-        on_scale = np.log(self.loss / fitted) if self.problem.log else self.loss - fitted
-        return pd.DataFrame(
-            {"params": self.params, "tokens": self.tokens, "loss": self.loss, "fitted": fitted}
-            | {"residual": self.loss - fitted, "z": on_scale / self.sigma if self.sigma > 0 else np.nan}
-        )
+        on_scale = np.log(self.loss / fitted) if self.problem.log else None
+        columns = fitting.residual_columns(self.loss, fitted, self.sigma, on_scale)
+        return pd.DataFrame({"params": self.params, "tokens": self.tokens} | columns)
 
     @property
     def covariance(self) -> pd.DataFrame:
-        """Of (E, log_B, beta, log_A, alpha) by the linearised fit; 0 for what is at a bound, nan where SINGULAR."""
-        names = ["E", "log_B", "beta", "log_A", "alpha"]
-        rows = self.problem.rows(self.index)
-        return pd.DataFrame(rows @ self.problem.fit.covariance @ rows.T, names, names)
+        """Of (E, log_B, beta, log_A, alpha) by the linearised fit; 0 for what is at a bound or fixed, nan where SINGULAR."""
+        names, rows = ["E", "log_B", "beta", "log_A", "alpha"], self.problem.rows(self.index)
+        free = np.array([name.removeprefix("log_") not in self.problem.restrictions.fixed for name in names])
+        covariance = rows @ self.problem.fit.covariance @ rows.T
+        return pd.DataFrame(np.where(np.outer(free, free), covariance, 0.0), names, names)
 
     def intervals(self, level: float = 0.95) -> pd.DataFrame:
         """Intervals: rows A, B, E, alpha, beta, columns value, low, high.
 
         Least squares: profile likelihood; 0 or inf where the data do not bound a coefficient. Huber: percentiles of the
-        bootstrap over runs, as its likelihood is none. nan without degrees of freedom.
+        bootstrap over runs, as its likelihood is none. nan without degrees of freedom. A fixed coefficient is itself.
         """
         value = pd.Series({"A": self.A, "B": self.B, "E": self.E, "alpha": self.alpha, "beta": self.beta})
         if not np.isfinite(self.sigma):
@@ -137,8 +133,11 @@ class LossND:
         else:
             drawn, i = self.draws(), self.index
             columns = [np.exp(drawn.log_a_SxH[:, i]), np.exp(drawn.log_b), drawn.entropy, drawn.alpha_SxH[:, i], drawn.beta]
-            ends = np.stack([np.quantile(x, [(1 - level) / 2, (1 + level) / 2]) for x in columns])
-        return pd.DataFrame({"value": value, "low": ends[:, 0], "high": ends[:, 1]})
+            ends = fitting.percentiles(np.stack(columns, axis=1), level).T
+        frame = pd.DataFrame({"value": value, "low": ends[:, 0], "high": ends[:, 1]})
+        for name, known in self.problem.restrictions.fixed.items():
+            frame.loc[name, ["low", "high"]] = known
+        return frame
 
     def held_out(self) -> pd.DataFrame:
         """Extrapolation error to the largest N and to the most tokens, each left out: see `Problem.held_out`."""
@@ -234,6 +233,8 @@ def fit_loss_nd(
     *,
     log: bool = True,
     weights: np.ndarray | None = None,
+    alpha_equals_beta: bool = False,
+    fixed: Mapping[str, float] | None = None,
 ) -> LossND:
     """L(N, D) = E + A / N^alpha + B / D^beta, least squares of ln L, or Huber's loss of it.
 
@@ -243,10 +244,12 @@ def fit_loss_nd(
       huber_delta: residuals beyond it count linearly, summed; 1e-3 is Chinchilla's. None: least squares.
       log: residuals of ln L (default, Chinchilla's), or of L.
       weights: (M,) of the squared residuals; default 1.
+      alpha_equals_beta: one exponent for both terms.
+      fixed: coefficients that are known, of A, B, E, alpha, beta: {"E": 1.69, "alpha": 0.34}. What is free needs fewer runs.
 
     Raises:
-      ValueError: fewer than six runs or three different N or D, tokens that follow size (both terms are one then), values
-        that can't be, losses that don't fall.
+      ValueError: too few runs, or different N or D, for what is free (six and three where all is), tokens that follow size
+        (both terms are one then), values that can't be, losses that don't fall.
     """
     arrays = [np.asarray(x, np.float64) for x in (params, tokens, loss)]
     arrays.append(np.ones_like(arrays[2]) if weights is None else np.asarray(weights, np.float64))
@@ -257,12 +260,19 @@ def fit_loss_nd(
     known = ~np.isnan(arrays).any(axis=0)
     said = [] if known.all() else [f"{int((~known).sum())} of {known.size} runs left out: they have no number"]
     n, d, y, w = (x[known] for x in arrays)
-    problem = loss_nd_fit.fit((None,), n, d, y, w, np.zeros(len(n), int), False, log, huber_delta)
+    known = loss_nd_fit.restrictions(fixed, alpha_equals_beta, y.min(initial=np.inf))
+    problem = loss_nd_fit.fit((None,), n, d, y, w, np.zeros(len(n), int), False, log, huber_delta, known)
     return _law(problem, 0, (*said, *_doubts(problem)))
 
 
 def fit_loss_nd_by_heads(
-    table: pd.DataFrame, *, alpha_by_heads: bool = False, huber_delta: float | None = None, log: bool = True
+    table: pd.DataFrame,
+    *,
+    alpha_by_heads: bool = False,
+    huber_delta: float | None = None,
+    log: bool = True,
+    alpha_equals_beta: bool = False,
+    fixed: Mapping[str, float] | None = None,
 ) -> LossNDByHeads:
     """L(N, D; H) = E + A_H / N^alpha + B / D^beta of a loss table (`gqa_jax.load_results`) of ONE training context.
 
@@ -270,11 +280,16 @@ def fit_loss_nd_by_heads(
       table: columns n_heads (empty: d / d_h), n_kv_heads, params_non_embedding, tokens, loss, status, context. Rows that are
         not done, not finite, or that continue others are left out, and said in `warnings`.
       alpha_by_heads: an exponent of N for each H, too.
-      huber_delta, log: as in `fit_loss_nd`.
+      huber_delta, log, alpha_equals_beta, fixed: as in `fit_loss_nd`; but for A, which each H has for itself.
 
     Raises:
-      ValueError: as `fit_loss_nd`, for all H together; two sizes of an H are needed with `alpha_by_heads`.
+      ValueError: as `fit_loss_nd`, for all H together; two sizes of an H are needed with `alpha_by_heads`, which can't be where
+        alpha is fixed, or tied to the one beta.
     """
+    if "A" in (fixed or {}):
+        raise ValueError(f"fixed['A'] = {fixed['A']}: each head configuration has an A of its own; fix B, E, alpha or beta")
+    if alpha_by_heads and (alpha_equals_beta or "alpha" in (fixed or {})):
+        raise ValueError("alpha_by_heads, but alpha is fixed or tied to beta, which all heads share: leave out one of the two")
     if "tokens" not in table.columns:
         raise ValueError("the table has no column tokens: D of each run; give the loss table of gqa_jax.load_results")
     rows, said = run_table.usable(table)
@@ -290,14 +305,15 @@ def fit_loss_nd_by_heads(
             raise ValueError(
                 f"heads {name}: one size has finished, an alpha of its own needs 2 or more; or alpha_by_heads=False"
             )
-    problem = loss_nd_fit.fit(heads, n, d, y, np.ones_like(y), group, alpha_by_heads, log, huber_delta)
+    known = loss_nd_fit.restrictions(fixed, alpha_equals_beta, y.min(initial=np.inf))
+    problem = loss_nd_fit.fit(heads, n, d, y, np.ones_like(y), group, alpha_by_heads, log, huber_delta, known)
     problem = dataclasses.replace(problem, shared=run_table.shared_error(rows))
     return LossNDByHeads(
         problem,
         context=int(rows["context"].iloc[0]),
         head_dim=only(rows, "head_dim", 64.0),
         vocab_size=only(rows, "vocab_size", 50_304.0),
-        size_convention="exact" if "params_total" in rows else "figures",
+        size_convention=run_table.size_convention(rows),
         aspect=run_table.aspect(rows),
         warnings=[*said, *run_table.about_text(rows), *_doubts(problem)],
     )
@@ -305,37 +321,32 @@ def fit_loss_nd_by_heads(
 
 def _law(problem: Problem, index: int, warnings: Sequence[str]) -> LossND:
     entropy, log_b, beta, log_a, alpha = problem.rows(index) @ problem.fit.theta
+    found = {"A": np.exp(log_a), "B": np.exp(log_b), "E": entropy, "alpha": alpha, "beta": beta} | problem.restrictions.fixed
     mine = problem.group == index
     n, d, loss = problem.params[mine], problem.tokens[mine], problem.loss[mine]
     law = LossND(
-        float(np.exp(log_a)), float(np.exp(log_b)), float(entropy), float(alpha), float(beta), np.nan,
+        **{name: float(value) for name, value in found.items()}, r_squared=np.nan,
         params=n, tokens=d, loss=loss, problem=problem, index=index, warnings=tuple(warnings),
     )  # fmt: skip
-    rest, spread = np.sum((law.predict(n, d) - loss) ** 2), np.sum((loss - loss.mean()) ** 2)
-    return dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
+    return dataclasses.replace(law, r_squared=fitting.r_squared(loss, law.predict(n, d)))
 
 
 def _doubts(problem: Problem) -> list[str]:
-    found, fit = [], problem.fit
-    if fit.status in ("DISAGREE", "SINGULAR"):
-        found.append(f"the fit is {fit.status}: its coefficients are not to be trusted")
-    if fit.dof <= 0:
-        counts = f"{len(problem.loss)} runs for {len(fit.theta)} coefficients"
-        found.append(f"{counts}: the law passes through every point, and R^2 = 1 says nothing")
+    fit, known = problem.fit, problem.restrictions
+    found = fitting.doubts(fit, len(problem.loss), len(problem.free))
+    largest, weights = {"N": problem.params, "D": problem.tokens}, problem.weight * fit.weights
+    found += fitting.poor(problem.loss, problem.fitted, largest, dof=fit.dof, group=problem.group, weights=weights)
     if any(i > 0 for i in fit.bound):
         found.append(f"an exponent is at its bound, {SMALLEST_RATE} or {LARGEST_RATE}: its term is no power law here")
-    lowest = problem.loss.min()
-    if problem.fit.theta[0] < 1e-3 * lowest:
-        found.append("the fit puts E at 0, its lower bound: larger models and more tokens are needed to see it")
-    if problem.fit.theta[0] > lowest * (1 - 1e-4):
-        found.append("the fit puts E at the lowest loss: it can't be used beyond the runs")
-    if (spread := loss_nd_fit.spread(problem.params, problem.tokens, problem.group)) < NARROW_SPREAD:
+    both = known.of("A", "alpha") and known.of("B", "beta")
+    if both and (spread := loss_nd_fit.spread(problem.params, problem.tokens, problem.group)) < NARROW_SPREAD:
         found.append(f"tokens spread by a factor of {spread:.2g} about their trend in N only: A and B are hardly told apart")
-    if np.isfinite(fit.sigma) and fit.status != "SINGULAR":
+    if "E" in known.free:
         own = stats.t.ppf(0.975, fit.dof) * np.sqrt(fit.covariance[0, 0])
-        width = 2 * np.hypot(own, problem.shared.reach(0.95))
-        if width > WIDE_ENTROPY:
-            found.append(f"E is known to about {width:.2f} nats only (95%, linearised): losses near it are guesses")
+        half = np.hypot(own, problem.shared.reach(0.95))  # linearised; nan where it is not known
+        ends = max(fit.theta[0] - half, 0.0), fit.theta[0] + half
+        words = ("larger models and more tokens", "the runs", "losses near it are guesses")
+        found += fitting.floor(fit.theta[0], problem.loss.min(), ends, words)
     return found
 
 

@@ -2,30 +2,32 @@
 
 Two routes to the minimum, which must agree: a grid over (alpha, beta), where E, A and B are linear and not negative
 (variable projection), refined by Levenberg and Marquardt's method; and scipy's `least_squares` (`fitting.fit`).
-The coefficients inside are E, v = ln(B / D0^beta), beta, u_H = ln(A_H / N0^alpha), alpha, with N0 and D0 amid the data.
+The coefficients inside are E, v = ln(B / D0^beta), beta, u_H = ln(A_H / N0^alpha), alpha, with N0 and D0 amid the data. What is
+fixed, and the tie alpha = beta, are linear in them: so what is searched are those that are free, and the others follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import optimize
 
+from gqa_jax.errors import closest
 from gqa_jax.laws import fitting
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
 
-MIN_RUNS = 6
-MIN_VALUES = 3  # of N, and of D: with two of them an exponent and E can't be told apart
+NAMES = ("A", "B", "E", "alpha", "beta")
+_NUMBERS = ("no", "one", "two", "three", "four", "five")
 MIN_SPREAD = 1.1  # of D about its trend in N: below it the terms of N and of D are one
-SMALLEST_RATE, LARGEST_RATE = 0.01, 3.0  # exponents
+SMALLEST_RATE, LARGEST_RATE = _RATES = 0.01, 3.0  # exponents
 _GRID = np.geomspace(0.02, 2.0, 24)
 _FLOOR = -30.0  # of u and v
-_PART = 100  # draws refitted at a time: what fits a cache is twice as fast
 _VANISHED = np.log(1e-4)  # u or v of a term that is no part of the loss
 
 
@@ -46,11 +48,54 @@ class DrawsND:
         return self.entropy[:, None] + by_size + np.exp(self.log_b[:, None] - self.beta[:, None] * np.log(tokens))
 
 
+@dataclass(frozen=True)
+class Restrictions:
+    """Which of A, B, E, alpha, beta are not free: fixed, or alpha tied to beta."""
+
+    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tied: bool = False  # alpha = beta, both free
+
+    @property
+    def free(self) -> list[str]:
+        """What is fitted; alpha stands for both exponents where they are tied."""
+        return [name for name in NAMES if name not in self.fixed and not (self.tied and name == "beta")]
+
+    def of(self, amplitude: str, exponent: str) -> list[str]:
+        """What is free in the term of N, or of D, and in no other."""
+        return [name for name in (amplitude, exponent) if name not in self.fixed and not (self.tied and name == exponent)]
+
+
+def restrictions(fixed: Mapping[str, float] | None, alpha_equals_beta: bool, lowest: float) -> Restrictions:
+    """The same, checked. `lowest`: the lowest loss. Raises ValueError for names, values or ties that can't be."""
+    fixed = {} if fixed is None else dict(fixed)
+    for name, value in fixed.items():
+        if name not in NAMES:
+            raise ValueError(f"fixed[{name!r}]: L(N, D) has no such coefficient, {closest(str(name), NAMES)}")
+        low, high = {"E": (0.0, lowest), "alpha": _RATES, "beta": _RATES}.get(name, (0.0, np.inf))
+        inside = low <= value <= high if name in ("alpha", "beta") else low <= value < high and (name == "E" or value > 0)
+        if not inside:
+            allowed = {"E": f"at least 0 and below the lowest loss, {lowest:.4f}", "A": "above 0 and finite"}
+            allowed |= {"B": allowed["A"]}
+            raise ValueError(f"fixed[{name!r}] = {value}: must be {allowed.get(name, f'between {low} and {high}')}")
+    if alpha_equals_beta and (rates := {fixed[name] for name in ("alpha", "beta") if name in fixed}):
+        if len(rates) > 1:
+            raise ValueError(
+                f"fixed alpha = {fixed['alpha']} and beta = {fixed['beta']} differ, alpha_equals_beta says that they do not: "
+                "leave out one of the three"
+            )
+        fixed |= dict.fromkeys(("alpha", "beta"), rates.pop())
+    found = Restrictions({name: float(value) for name, value in fixed.items()}, alpha_equals_beta and "alpha" not in fixed)
+    if not found.free:
+        raise ValueError("fixed has all of A, B, E, alpha, beta: nothing is left to fit; leave out what the runs shall tell")
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """The runs, what is minimised, and its minimum. H head configurations, M runs.
 
-    The coefficients theta are E, v, beta, u_1..u_H, then one alpha or one per H (see the module).
+    The P coefficients theta are E, v, beta, u_1..u_H, then one alpha or one per H (see the module). F of them are free, the
+    others follow: `fit` has all P, without variance of their own.
     """
 
     heads: tuple[Heads | None, ...]
@@ -63,6 +108,7 @@ class Problem:
     log: bool
     huber_delta: float | None
     fit: fitting.Fit
+    restrictions: Restrictions = dataclasses.field(default_factory=Restrictions)
     shared: SharedError = SharedError()  # noqa: RUF009 (frozen): the error that all losses have in common
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
 
@@ -81,6 +127,12 @@ class Problem:
         """(M,) what is fitted, times the root of its weight."""
         return np.sqrt(self.weight) * (np.log(self.loss) if self.log else self.loss)
 
+    @property
+    def fitted(self) -> np.ndarray:
+        """(M,) losses of the law."""
+        value = self.model(self.fit.theta)[0] / np.sqrt(self.weight)
+        return np.exp(value) if self.log else value
+
     @functools.cached_property
     def uncentred(self) -> np.ndarray:
         """(P, P): the matrix that turns v into ln B and u into ln A."""
@@ -90,6 +142,36 @@ class Problem:
         for i in range(len(self.heads)):
             matrix[3 + i, self._alpha(i)] = log_n0
         return matrix
+
+    @functools.cached_property
+    def free(self) -> list[int]:
+        """(F,) places in theta of what is fitted."""
+        fixed, first, count = self.restrictions.fixed, 3 + len(self.heads), len(self.uncentred)
+        rates = [] if self.restrictions.tied else range(first, count)
+        places = {"E": [0], "B": [1], "beta": [2], "A": range(3, first), "alpha": rates}
+        return [place for name, all_of_it in places.items() if name not in fixed for place in all_of_it]
+
+    @functools.cached_property
+    def from_free(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offset (P,), matrix (P, F)): theta = offset + matrix @ what is free."""
+        fixed, count, (log_n0, log_d0) = self.restrictions.fixed, len(self.uncentred), self.center
+        offset, matrix = np.zeros(count), np.eye(count)[:, self.free]
+        rates = range(3 + len(self.heads), count)
+        offset[0], offset[2] = fixed.get("E", 0.0), fixed.get("beta", 0.0)
+        offset[rates] = fixed.get("alpha", 0.0)
+        if self.restrictions.tied:
+            matrix[rates] = matrix[2]
+        of_size = [("A", 3 + i, self._alpha(i), log_n0) for i in range(len(self.heads))]
+        for name, of, by, log_0 in [("B", 1, 2, log_d0), *of_size]:
+            if name in fixed:
+                offset[of], matrix[of] = np.log(fixed[name]) - log_0 * offset[by], -log_0 * matrix[by]
+        return offset, matrix
+
+    def of_free(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`model` of what is free (..., F): its derivatives are (..., M, F)."""
+        offset, matrix = self.from_free
+        value, jacobian = self.model(offset + theta @ matrix.T)
+        return value, jacobian @ matrix
 
     def rows(self, index: int) -> np.ndarray:
         """(5, P): theta -> (E, ln B, beta, ln A, alpha) of the H at `index`."""
@@ -124,18 +206,22 @@ class Problem:
         return lower, upper
 
     def refit(self, start: np.ndarray, y: np.ndarray | None = None, *, weights: np.ndarray | float = 1.0, **options) -> tuple:
-        """`fitting.refit` of this law; Huber's loss is the sum of squares of a law whose residuals are its roots."""
+        """`fitting.refit` of what is free in this law, (..., F); of Huber's loss, where it is of that."""
         y = self.y if y is None else y
-        lower, upper = self.bounds()
-        y = np.broadcast_to(y, (*np.broadcast_shapes(y.shape[:-1], start.shape[:-1]), y.shape[-1]))
-        model = self.model if self.huber_delta is None else _huberised(self.model, y, self.huber_delta)
+        lower, upper = (ends[self.free] for ends in self.bounds())
+        y = np.broadcast_to(y, np.broadcast_shapes(y.shape, (*start.shape[:-1], 1), np.shape(weights)))
+        model = self.of_free if self.huber_delta is None else fitting.huberised(self.of_free, y, self.huber_delta)
         return fitting.refit(model, y, start, weights=weights, lower=lower, upper=upper, **options)
 
     def interval(self, name: str, index: int, level: float) -> tuple[float, float]:
         """Profile-likelihood interval of A, B, E, alpha or beta; an end at a bound of E is the bound, else 0 or inf.
 
-        That of E has the error that all losses have in common.
+        That of E has the error that all losses have in common; that of a fixed one is its value.
         """
+        if name in self.restrictions.fixed:
+            return (self.restrictions.fixed[name],) * 2
+        if self.restrictions.tied and name == "alpha":
+            name = "beta"
         place = {"E": 0, "B": 1, "beta": 2, "A": 3 + index, "alpha": self._alpha(index)}[name]
         if (place, level) not in self._kept:
             self._kept[place, level] = self._profile(place, level)
@@ -143,38 +229,23 @@ class Problem:
         return (float(np.exp(low)), float(np.exp(high))) if name in ("A", "B") else (low, high)
 
     def _profile(self, place: int, level: float) -> tuple[float, float]:
-        turn, back = self.uncentred, np.linalg.inv(self.uncentred)
-        center, covariance = turn @ self.fit.theta, turn @ self.fit.covariance @ turn.T
+        offset, matrix = self.from_free
+        turn, shift = (self.uncentred @ matrix)[self.free], (self.uncentred @ offset)[self.free]
+        back, place = np.linalg.inv(turn), self.free.index(place)
+        center = turn @ self.fit.theta[self.free] + shift
+        covariance = turn @ self.fit.covariance[np.ix_(self.free, self.free)] @ turn.T
         lower, upper = self.bounds()
         amplitudes = [1, *range(3, 3 + len(self.heads))]  # ln A and ln B are not bounded as u and v are
         lower[amplitudes], upper[amplitudes] = -np.inf, np.inf
-        with np.errstate(invalid="ignore", divide="ignore"):
-            tangent = covariance[:, place] / covariance[place, place]
-        tangent = np.where(np.isfinite(tangent), tangent, np.arange(len(tangent)) == place)
+        lower, upper = lower[self.free], upper[self.free]
 
         def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            value, jacobian = self.model(theta @ back.T)
+            value, jacobian = self.of_free((theta - shift) @ back.T)
             return value, jacobian @ back
 
-        def rise(values: np.ndarray) -> np.ndarray:
-            inside = np.clip(values, lower[place], upper[place])
-            start_VxP = center + (inside - center[place])[:, None] * tangent
-            low, high = np.tile(lower, (len(values), 1)), np.tile(upper, (len(values), 1))
-            low[:, place] = high[:, place] = inside
-            y = np.broadcast_to(self.y, (len(values), len(self.y)))
-            _, squares = fitting.refit(model, y, start_VxP, lower=low, upper=high)
-            return np.where(inside == values, squares - self.fit.objective, np.inf)
-
-        error = np.sqrt(covariance[place, place])
-        scale = error if np.isfinite(error) and error > 0 else 0.01 * max(abs(center[place]), 0.1)
         limit = fitting.threshold(self.fit.sigma, self.fit.dof, level)
-        low, high = fitting.crossings(rise, center[place], scale, limit)
-        low, high = max(low, lower[place]), min(high, upper[place])
-        if place > 0 or not self.shared.sem > 0:
-            return low, high
-        common = self.shared.reach(level)
-        low, high = fitting.widened(center[0], (low, high), common, common)
-        return max(low, lower[0]), high
+        ends = fitting.profile(model, self.y, center, covariance, self.fit.objective, place, limit, lower, upper)
+        return ends if self.free[place] > 0 else self.shared.widened(center[0], ends, level, lower[0])
 
     def draws(self, count: int, seed: int, method: str | None) -> DrawsND:
         """Refits of data drawn anew; kept, so that asking again costs nothing. E has the error that all losses have in common.
@@ -188,19 +259,18 @@ class Problem:
         if method not in ("noise", "runs"):
             raise ValueError(f'method = {method!r}: allowed are "noise" and "runs"')
         if not self.fit.dof > 0:
-            count = len(self.fit.theta)
+            count = len(self.free)
             raise ValueError(f"{len(self.loss)} runs for {count} coefficients leave no residuals to draw from: add runs")
         if (key := (count, seed, method)) not in self._kept:
             generator = np.random.default_rng(seed)
-            y, weights = self.y, np.ones((count, len(self.loss)))
+            start, (offset, matrix) = self.fit.theta[self.free], self.from_free
             if method == "noise":
-                y = self.model(self.fit.theta)[0] + fitting.noise(self.fit.sigma, self.fit.dof, weights.shape, generator)
+                noise = self.fit.sigma, self.fit.dof, count, generator
+                free = fitting.bootstrap(self.model(self.fit.theta)[0], *noise, lambda y: self.refit(start, y)[0])
             else:
-                weights = self._resampled(count, generator)
-            y = np.broadcast_to(y, weights.shape)
-            parts = [slice(i, i + _PART) for i in range(0, count, _PART)]
-            theta = np.concatenate([self.refit(self.fit.theta, y[part], weights=weights[part])[0] for part in parts])
-            full = theta @ self.uncentred.T
+                times = self._resampled(count, generator)
+                free = fitting.in_parts(lambda times: self.refit(start, self.y, weights=times)[0], times)
+            full = (offset + free @ matrix.T) @ self.uncentred.T
             rates = full[:, self._alpha(np.arange(len(self.heads)))]
             shift = self.shared.draws(count, seed)
             self._kept[key] = DrawsND(
@@ -220,7 +290,7 @@ class Problem:
             row = {"left_out": name, "at": values.max(), "runs": int(out.sum()), "error": np.nan, "rms": np.nan, "note": pd.NA}
             try:
                 data = (x[~out] for x in (self.params, self.tokens, self.loss, self.weight, self.group))
-                law = fit(self.heads, *data, self.alpha_by_heads, self.log, self.huber_delta)
+                law = fit(self.heads, *data, self.alpha_by_heads, self.log, self.huber_delta, self.restrictions)
             except ValueError as error:
                 rows.append(row | {"note": str(error)})
                 continue
@@ -253,23 +323,26 @@ def fit(
     alpha_by_heads: bool,
     log: bool,
     huber_delta: float | None,
+    restrictions: Restrictions = Restrictions(),
 ) -> Problem:
     """The problem with its minimum. Raises ValueError for runs that no L(N, D) can be fitted to."""
-    _check(params, tokens, loss, weight, group, huber_delta)
+    _check(params, tokens, loss, weight, group, huber_delta, restrictions)
     empty = fitting.Fit(np.zeros(0), "", 0, 0, 0, 0, np.zeros((0, 0)), np.nan, 0, np.ones(1))
-    problem = Problem(heads, params, tokens, loss, weight, group, alpha_by_heads, log, huber_delta, empty)
-    starts = _starts(problem)
-    theta, total = problem.refit(starts)
-    lower, upper = problem.bounds()
+    problem = Problem(heads, params, tokens, loss, weight, group, alpha_by_heads, log, huber_delta, empty, restrictions)
+    free, (offset, matrix) = problem.free, problem.from_free
+    theta, total = problem.refit(_starts(problem)[:, free])
+    lower, upper = (ends[free] for ends in problem.bounds())
     start = theta[np.argmin(total)]
     if huber_delta is not None:  # where most residuals count linearly, the steps are many
         start = problem.refit(start[None], iterations=1000)[0][0]
-    found = fitting.fit(problem.model, problem.y, start, lower=lower, upper=upper, huber_delta=huber_delta)
-    if (found.theta[3 : 3 + len(heads)] < _VANISHED).any():
+    found = fitting.fit(problem.of_free, problem.y, start, lower=lower, upper=upper, huber_delta=huber_delta)
+    theta, inverse = offset + matrix @ found.theta, matrix @ found.inverse @ matrix.T
+    if "A" not in restrictions.fixed and (theta[3 : 3 + len(heads)] < _VANISHED).any():
         raise ValueError("the losses do not fall with size: the fit puts A at 0; L(N, D) needs runs that differ in N alone")
-    if found.theta[1] < _VANISHED:
+    if "B" not in restrictions.fixed and theta[1] < _VANISHED:
         raise ValueError("the losses do not fall with tokens: the fit puts B at 0; L(N, D) needs runs that differ in D alone")
-    return dataclasses.replace(problem, fit=found)
+    bound = tuple(free[i] for i in found.bound)
+    return dataclasses.replace(problem, fit=dataclasses.replace(found, theta=theta, inverse=inverse, bound=bound))
 
 
 def _starts(problem: Problem) -> np.ndarray:
@@ -278,41 +351,62 @@ def _starts(problem: Problem) -> np.ndarray:
     x, z = np.log(problem.params) - log_n0, np.log(problem.tokens) - log_d0
     root = np.sqrt(problem.weight) / (problem.loss if problem.log else 1.0)
     mine = problem.group[:, None] == np.arange(len(problem.heads))
-    target = root * problem.loss
-    squares, linear = np.empty((len(_GRID), len(_GRID))), {}
-    for i, alpha in enumerate(_GRID):
-        for j, beta in enumerate(_GRID):
+    fixed, tied = problem.restrictions.fixed, problem.restrictions.tied
+    alphas, betas = (np.array([fixed[name]]) if name in fixed else _GRID for name in ("alpha", "beta"))
+    squares, linear = np.full((len(alphas), len(betas)), np.inf), {}
+    names = ["E", "B", *["A"] * len(problem.heads)]
+    known = np.array([name in fixed for name in names])
+    for i, alpha in enumerate(alphas):
+        for j, beta in enumerate(betas):
+            if tied and i != j:
+                continue
+            shrunk = {"E": 1.0, "B": np.exp(-beta * log_d0), "A": np.exp(-alpha * log_n0)}
+            amplitudes = np.array([fixed.get(name, 0.0) * shrunk[name] for name in names])
             design = np.column_stack([np.ones_like(x), np.exp(-beta * z), mine * np.exp(-alpha * x)[:, None]])
-            linear[i, j], rest = optimize.nnls(root[:, None] * design, target)
-            squares[i, j] = rest**2
+            target = root * (problem.loss - design @ amplitudes)
+            if known.all():
+                rest = np.linalg.norm(target)
+            else:
+                amplitudes[~known], rest = optimize.nnls(root[:, None] * design[:, ~known], target)
+            linear[i, j], squares[i, j] = amplitudes, rest**2
     around = np.pad(squares, 1, constant_values=np.inf)
-    size = len(_GRID)
     shifts = [(i, j) for i in range(3) for j in range(3)]
-    valleys = squares <= np.min([around[i : i + size, j : j + size] for i, j in shifts], axis=0)
+    valleys = squares <= np.min([around[i : i + len(alphas), j : j + len(betas)] for i, j in shifts], axis=0)
+    valleys &= np.isfinite(squares)
     found = sorted(np.argwhere(valleys).tolist(), key=lambda place: squares[tuple(place)])[:8]
     lower, upper = problem.bounds()
     starts = []
     for i, j in found:
         entropy, b, *a = linear[i, j]
-        rates = [_GRID[i]] * (len(problem.heads) if problem.alpha_by_heads else 1)
+        rates = [alphas[i]] * (len(problem.heads) if problem.alpha_by_heads else 1)
         logs = np.log(np.maximum([b, *a], 1e-3 * problem.loss.min()))
-        starts.append([entropy, logs[0], _GRID[j], *logs[1:], *rates])
+        starts.append([entropy, logs[0], betas[j], *logs[1:], *rates])
     return np.clip(np.array(starts), lower, upper)
 
 
-def _check(params, tokens, loss, weight, group, huber_delta) -> None:
-    """Raises ValueError for runs that no L(N, D) can be fitted to."""
+def _check(params, tokens, loss, weight, group, huber_delta, restrictions) -> None:
+    """Raises ValueError for runs that no L(N, D) can be fitted to: what is free must be told apart, with a run to spare."""
     for name, values in (("params", params), ("tokens", tokens), ("loss", loss), ("weights", weight)):
         if (bad := values[~((values > 0) & np.isfinite(values))]).size:
             raise ValueError(f"{name} = {bad[0]:g}: must be above 0 and finite")
-    if huber_delta is not None and not huber_delta > 0:
-        raise ValueError(f"huber_delta = {huber_delta}: must be above 0 (Chinchilla's is 1e-3, of ln L)")
-    if len(loss) < MIN_RUNS:
-        raise ValueError(f"{len(loss)} runs: L(N, D) has five coefficients, it needs {MIN_RUNS} runs or more")
-    for name, what, values in (("sizes", "N", params), ("token counts", "D", tokens)):
-        if len(np.unique(values)) < MIN_VALUES:
-            raise ValueError(f"{len(np.unique(values))} different {name}: the exponent of {what} needs {MIN_VALUES} or more")
-    if (factor := spread(params, tokens, group)) < MIN_SPREAD:
+    fitting.require(loss.min(initial=np.inf), huber_delta=huber_delta)
+    free, of_size, of_data = restrictions.free, restrictions.of("A", "alpha"), restrictions.of("B", "beta")
+    said = f"{_NUMBERS[len(free)]}{'' if len(free) == len(NAMES) else ' free'} coefficient{'s' * (len(free) > 1)}"
+    if len(loss) <= len(free):
+        raise ValueError(f"{len(loss)} runs: L(N, D) has {said}, it needs {len(free) + 1} runs or more")
+    level = ["E"] if "E" in free else []
+    counts = len(np.unique(params)), len(np.unique(tokens))
+    for name, own, count in (("sizes", of_size, counts[0]), ("token counts", of_data, counts[1])):
+        if own and count < len([*level, *own]):
+            raise ValueError(
+                f"{count} different {name}: to fit {', '.join([*level, *own])} takes {len([*level, *own])} or more"
+            )
+    if sum(counts) - 1 < len(free):
+        raise ValueError(
+            f"{counts[0]} different sizes and {counts[1]} token counts: to fit {', '.join(free)} takes {len(free) + 1} of both "
+            "together"
+        )
+    if of_size and of_data and (factor := spread(params, tokens, group)) < MIN_SPREAD:
         raise ValueError(
             f"tokens follow size in all runs (D = k N^p within a factor of {factor:.3f}): the terms of N and of D "
             "can't be told apart; train some sizes on fewer or more tokens"
@@ -325,19 +419,6 @@ def spread(params: np.ndarray, tokens: np.ndarray, group: np.ndarray) -> float:
     design = np.column_stack([x, group[:, None] == np.unique(group)])
     rest = z - design @ np.linalg.lstsq(design, z)[0]
     return float(np.exp(np.ptp(rest)))
-
-
-def _huberised(model: fitting.Model, y: np.ndarray, delta: float) -> fitting.Model:
-    """A law whose sum of squared residuals is Huber's loss of those of `model`: residual r becomes sign(r) sqrt(rho(r))."""
-
-    def robust(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        value, jacobian = model(theta)
-        size = np.abs(value - y)
-        root = np.where(size <= delta, size, np.sqrt(np.maximum(2 * delta * size - delta**2, 0.0)))
-        slope = np.where(size <= delta, 1.0, delta / np.maximum(root, delta))
-        return y + np.sign(value - y) * root, jacobian * slope[..., None]
-
-    return robust
 
 
 def _count(n_heads: int, alpha_by_heads: bool) -> int:

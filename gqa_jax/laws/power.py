@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from gqa_jax.laws import fitting
+
 MIN_POINTS = 3
 
 
@@ -101,8 +103,10 @@ def fit_power(x: np.ndarray, y: np.ndarray) -> PowerTrend:
     b = float(u @ v / (u @ u))
     height = float(np.mean(v))
     dof = x.size - 2
-    rest, spread = float(np.sum((v - height - b * u) ** 2)), float(np.sum((v - height) ** 2))
-    sigma = np.sqrt(rest / dof)
+    fitted = height + b * u
+    sigma = np.sqrt(float(np.sum((v - fitted) ** 2)) / dof)
+    share = fitting.r_squared(v, fitted)
+    warnings += [f"poor law: {reason}" for reason in fitting.not_explained(share, "R^2 of ln y")]
     variance_b = sigma**2 / (u @ u)
     covariance = np.array(
         [[sigma**2 / x.size + middle**2 * variance_b, -middle * variance_b], [-middle * variance_b, variance_b]]
@@ -111,7 +115,7 @@ def fit_power(x: np.ndarray, y: np.ndarray) -> PowerTrend:
     return PowerTrend(
         a=float(np.exp(height - b * middle)),
         b=b,
-        r_squared=1 - rest / spread if spread > 0 else np.nan,
+        r_squared=share,
         sigma=float(sigma),
         dof=dof,
         covariance=covariance,

@@ -22,9 +22,7 @@ from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.runs import Runs
 
 MIN_HEAD_COUNTS = 3
-WIDE_CONSTANT = 0.3  # nats per token
 _CONSTANTS = 61  # values of c that `band` goes through
-_WORST_LAST = ["CONVERGED", "EDGE", "BOUND_HIT", "DISAGREE", "SINGULAR"]
 
 
 class Curve(NamedTuple):
@@ -75,8 +73,7 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
         self.n_kv_heads, self.constant = n_kv_heads, constant
         self.shared = blocks[0].shared
         self.dof = sum(block.fit.dof for block in blocks)
-        squares = sum(block.fit.sigma**2 * block.fit.dof for block in blocks if block.fit.dof > 0)
-        self.sigma = float(np.sqrt(squares / self.dof)) if self.dof > 0 else np.nan
+        self.sigma = fitting.pooled((block.fit.sigma, block.fit.dof) for block in blocks)
         # Curves of their own are alike in noise, if in nothing else: its size comes from the runs of all.
         fits = [dataclasses.replace(block.fit, sigma=self.sigma, dof=self.dof) for block in blocks]
         self.blocks = tuple(dataclasses.replace(block, fit=fit) for block, fit in zip(blocks, fits, strict=True))
@@ -95,15 +92,15 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
     @property
     def status(self) -> str:
         """CONVERGED, or the worst of: EDGE (c at 0 or at the lowest loss), BOUND_HIT, DISAGREE, SINGULAR."""
-        return max((block.status for block in self.blocks), key=_WORST_LAST.index)
+        return fitting.worst(block.status for block in self.blocks)
 
     @property
     def residuals(self) -> pd.DataFrame:
         """One row per run: size, context, n_heads, loss, fitted, residual, and z, the residual in standard deviations."""
         frames = [
             pd.DataFrame(
-                {**curve._asdict(), "n_heads": law.n_heads, "loss": law.loss, "fitted": law.predict(law.n_heads)}
-                | {"residual": law.residuals, "z": law.residuals / self.sigma if self.sigma > 0 else np.nan}
+                {**curve._asdict(), "n_heads": law.n_heads}
+                | fitting.residual_columns(law.loss, law.predict(law.n_heads), self.sigma)
             )
             for curve, law in self.items()
         ]
@@ -205,21 +202,12 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
         found = []
         for block in self.blocks:
             name = "all curves" if len(block.heads) > 1 else str(block.heads[0])
-            if block.fit.status in ("DISAGREE", "SINGULAR"):
-                found.append(f"{name}: the fit is {block.fit.status}: its coefficients are not to be trusted")
-            if not isinstance(self.constant, str):
-                continue
-            if block.entropy < 1e-3 * block.lowest:
-                found.append(f"{name}: the fit puts c at 0, its lower bound: more head counts are needed to see it")
-            if block.entropy > block.lowest * (1 - 2e-4):
-                found.append(f"{name}: the fit puts c at the lowest loss: it can't be used beyond the heads that were trained")
-            if np.isfinite(self.sigma):
-                low, high = block.entropy_interval()
-                if high - low > WIDE_CONSTANT:
-                    found.append(
-                        f"{name}: c is known to {high - low:.2f} nats only ({low:.2f} to {high:.2f}, 95%), and a and b with "
-                        "it: within the heads that were trained the curve holds, its coefficients say little"
-                    )
+            said = [*fitting.doubts(block.fit), *block.poor("n_h")]
+            if isinstance(self.constant, str):
+                rests = "within the heads that were trained the curve holds, its coefficients say little"
+                words = ("more head counts", "the heads that were trained", rests)
+                said += fitting.floor(block.entropy, block.lowest, block.entropy_interval(), words, "c")
+            found += [f"{name}: {sentence}" for sentence in said]
         if not self.dof > 0:
             found.append("as many coefficients as runs: the curves pass through every point, and R^2 = 1 says nothing")
         return found
@@ -290,8 +278,7 @@ def _laws(block: Block) -> dict[Curve, QueryHeadsLaw]:
                 f"{curve}: the losses do not fall with query heads ({', '.join(f'{x:.4f}' for x in runs.loss)}): no power law"
             )
         law = QueryHeadsLaw(float(np.exp(log_a) * block.center**b), -float(b), block.entropy, np.nan, runs.params, runs.loss)
-        rest, spread = np.sum(law.residuals**2), np.sum((runs.loss - runs.loss.mean()) ** 2)
-        laws[curve] = dataclasses.replace(law, r_squared=float(1 - rest / spread) if spread > 0 else np.nan)
+        laws[curve] = dataclasses.replace(law, r_squared=fitting.r_squared(runs.loss, law.predict(runs.params)))
     return laws
 
 
@@ -300,6 +287,5 @@ def _checked(constant: str | float, lowest: float) -> str | float:
         if constant not in ("shared", "per_curve"):
             raise ValueError(f'constant = {constant!r}: allowed are "shared", "per_curve", or a number of nats per token')
         return constant
-    if not 0 <= constant < lowest:
-        raise ValueError(f"constant = {constant}: c must be at least 0 and below the lowest loss, {lowest:.4f}")
+    fitting.require(lowest, constant, symbol="constant")
     return float(constant)

@@ -291,6 +291,11 @@ def require_one(rows: pd.DataFrame, name: str) -> None:
         )
 
 
+def size_convention(rows: pd.DataFrame) -> str:
+    """What N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as our runs say with `params_total`; else "figures"."""
+    return "exact" if "params_total" in rows and rows["params_total"].notna().all() else "figures"
+
+
 def aspect(rows: pd.DataFrame) -> Aspect | None:
     """d / L between the trained sizes (mean N over H), constant beyond them; None where the shapes are not known."""
     if "d_model" not in rows or "n_layers" not in rows or rows[["d_model", "n_layers"]].isna().any(axis=None):
