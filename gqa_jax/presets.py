@@ -34,6 +34,16 @@ def paper_losses() -> pd.DataFrame:
     return table.assign(size=size, status="done", context=CONTEXT, head_dim=64, vocab_size=50_304)
 
 
+def overtraining() -> pd.DataFrame:
+    """The 104 runs of arXiv 2403.08540 (Gadre et al.), 11M to 6.9B parameters: losses on C4's validation text, other people's.
+
+    Columns: run, data (c4, redpajama, refinedweb), params_total, params_non_embedding, tokens, chinchilla_multiplier (tokens
+    over 20 per parameter, embeddings included), loss (nats per token).
+    """
+    with (_FOLDER / "overtraining.csv").open() as file:
+        return pd.read_csv(file)
+
+
 def paper() -> LawsByHeads:
     """L(N; H) of `paper_losses`, one E for all; shapes above 1.2B follow the paper's Table 7, as its Figure 1 does."""
     laws = fit_by_heads(paper_losses())

@@ -1,7 +1,7 @@
 """The shape of a given number of parameters: real-valued for the search, and the closest that can be built.
 
 Source: arXiv 2503.09579v2, Appendix B.1. `heads` is anything with `n_heads` and `n_kv_heads` (`gqa_jax.laws.Heads`); n_heads
-None is the width's own number d / d_h (Llama-3's rule), real-valued where the width is.
+None is the width's own number d / d_h (Llama-3's rule), real-valued where the width is; an n_kv_heads of -g is then n_h / g.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def solve_shape(
 
         N = c3 L^3 + c2 L^2 + c1 L,   c3 = r^2 (8 m / 3 + 2 u),   c2 = 2 r (d_h (n_h + n_kv) + s),   c1 = r s
 
-    with m FFN matrices and s = 1 or 0 norms of the convention; where n_heads is None, u = 1 and n_h in c2 is 0, else u = 0.
+    with m FFN matrices and s = 1 or 0 norms of the convention; where n_heads is None, u = 1 and n_h in c2 is 0, else u = 0;
+    where n_kv is n_h / g too, u = 1 + 1 / g, and n_kv in c2 is 0.
     It rises and is convex for L > 0, so Newton's method from a bound above falls to its only positive root and never beyond.
 
     Args:
@@ -55,17 +56,20 @@ def solve_shape(
         raise ValueError(f"n_params = {np.nanmin(n_params)}: a model has more than 0 parameters")
     rule = costs.named_convention(convention)
     if hasattr(heads, "n_heads"):
-        own_heads, n_heads, n_kv_heads = heads.n_heads is None, heads.n_heads or 0, heads.n_kv_heads
+        own_heads, n_heads, n_kv_heads = heads.n_heads is None, heads.n_heads or 0, np.asarray(heads.n_kv_heads)[()]
     else:
         own_heads = np.array([one.n_heads is None for one in heads])
         n_heads = np.array([one.n_heads or 0 for one in heads])
         n_kv_heads = np.array([one.n_kv_heads for one in heads])
+    grouped = n_kv_heads < 0
+    share = np.where(grouped, 1.0 / np.where(grouped, -n_kv_heads, 1), 0.0)[()]  # n_kv / n_h of rules that fix it
+    n_kv_heads = np.where(grouped, 0, n_kv_heads)[()]
 
     ratio = aspect(n_params)
-    cubic = ratio**2 * (8 * rule.ffn_matrices / 3 + 2 * own_heads)
+    cubic = ratio**2 * (8 * rule.ffn_matrices / 3 + 2 * own_heads * (1 + share))
     square = 2 * ratio * (head_dim * (n_heads + n_kv_heads) + rule.norms)
     linear = ratio * rule.norms
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite and NaN sizes
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # infinite and NaN sizes; no square term
         layers = np.minimum((n_params / cubic) ** (1 / 3), (n_params / square) ** (1 / 2))  # by one term: not below the root
         for _ in range(NEWTON_STEPS):
             slope = linear + 2 * square * layers + 3 * cubic * layers**2
@@ -74,6 +78,8 @@ def solve_shape(
         d_model = ratio * layers
         if np.any(own_heads):
             n_heads = np.where(own_heads, d_model / head_dim, n_heads)[()]
+        if np.any(grouped):
+            n_kv_heads = np.where(grouped, n_heads * share, n_kv_heads)[()]
     return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, vocab_size=vocab_size)
 
 
@@ -90,9 +96,10 @@ def buildable(
 ) -> list[costs.Shape]:
     """The `count` integer shapes closest to `n_params` parameters without embeddings and their aspect ratio, closest first.
 
-    Hidden sizes are multiples of `multiple`, and where n_heads is None of n_kv d_h, so that n_kv divides d / d_h. Feed-forward
-    widths are those that are trained (`gqa_jax.shapes.ffn_width`). The distance is |ln N / N*| + 0.1 |ln r / r*|: loss hardly
-    feels the aspect ratio, so a tenth more of it counts as a hundredth more parameters.
+    Hidden sizes are multiples of `multiple`, and where n_heads is None of n_kv d_h (of a rule with groups g d_h), so that n_kv
+    divides d / d_h. Feed-forward widths are those that are trained (`gqa_jax.shapes.ffn_width`). The distance is
+    |ln N / N*| + 0.1 |ln r / r*|: loss hardly feels the aspect ratio, so a tenth more of it counts as a hundredth more
+    parameters.
 
     Raises ValueError: an N that is not a positive number, or n_kv that does not divide n_h.
     """
@@ -101,7 +108,7 @@ def buildable(
     if heads.n_heads is not None and heads.n_heads % heads.n_kv_heads:
         raise ValueError(f"n_kv_heads = {heads.n_kv_heads} must divide n_heads = {heads.n_heads}")
     real = solve_shape(n_params, heads, aspect, head_dim, vocab_size, convention)
-    unit = multiple if heads.n_heads is not None else math.lcm(multiple, head_dim * heads.n_kv_heads)
+    unit = multiple if heads.n_heads is not None else math.lcm(multiple, head_dim * abs(heads.n_kv_heads))
     found = {}
     for width in range(max(1, int(real.d_model / 2 / unit)), int(2 * real.d_model / unit) + 2):
         d_model = unit * width
@@ -117,4 +124,5 @@ def buildable(
 
 def _integer_shape(layers: int, d_model: int, heads: HasHeads, head_dim: int, vocab_size: int) -> costs.Shape:
     n_heads = d_model // head_dim if heads.n_heads is None else heads.n_heads
-    return costs.Shape(layers, d_model, n_heads, heads.n_kv_heads, head_dim, ffn_width(d_model), vocab_size)
+    n_kv_heads = heads.n_kv_heads if heads.n_kv_heads > 0 else n_heads // -heads.n_kv_heads
+    return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, ffn_width(d_model), vocab_size)

@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if hasattr(arguments, "ask"):
             return analysis.ask(arguments, _console())
+        if analysis.is_table(arguments):
+            return analysis.export_table(arguments, _console())
         the_grid = grid.load(arguments.grid)
         layout = Layout(storage.path(arguments.root or f"runs/{the_grid.name}"))
         return arguments.act(arguments, rules.choose(the_grid, layout, arguments.rules), layout, _console())
@@ -135,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that are queued or running)")
     command = add("retry", _retry, "let `run` start failed and diverged cells again; what they left is kept aside")
     command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that failed)")
-    add("export", _export, "loss and cost tables, fits, cheapest heads, pictures")
+    command = add("export", _export, "loss and cost tables, fits, cheapest heads, pictures")
+    analysis.add_confounded(command)
+    analysis.add_table(command)
     analysis.add_commands(commands)
     return parser
 
@@ -498,7 +502,7 @@ def _export(arguments, the: Choice, layout: Layout, console: Console) -> int:
         raise ConfigError(f"no cell of {the.grid.name} has finished in {layout.root}: run it first")
     with local.only_launcher(layout):
         _write_plan(the, layout)
-        _write_answer(layout, console, arguments.rules)
+        _write_answer(layout, console, arguments.rules, arguments.allow_confounded)
     missing = sum(s.state not in state.FINAL for s in states)
     if missing:
         under = " under today's rules" if the.rules == rules.NEW and (the.others or the.kept) else ""
@@ -532,10 +536,10 @@ def _print_others(the: Choice, layout: Layout, console: Console) -> None:
     _print_strangers(the, layout, console)
 
 
-def _write_answer(layout: Layout, console: Console, asked: str | None) -> None:
+def _write_answer(layout: Layout, console: Console, asked: str | None, allow_confounded: bool = False) -> None:
     from launch import answer  # brings scipy and matplotlib: a second that the other commands need not wait
 
-    answer.write(layout, console, asked)
+    answer.write(layout, console, asked, allow_confounded)
 
 
 def _write_plan(the: Choice, layout: Layout) -> None:

@@ -15,6 +15,10 @@ from gqa_jax.formatting import read_context
 from launch import rules
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
+CONFOUNDED = "laws also where heads of a size saw neither equal tokens nor equal tokens per parameter; every answer says so"
+TABLES = (".csv", ".parquet")
+TABLE_OPTIONS = ("columns", "units", "context_trained", "heads_rule")
+UNITS = ("nats", "bits", "perplexity")
 PRESETS = ("paper", "paper-table4")
 
 
@@ -24,11 +28,16 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     def add(name: str, ask: Callable, summary: str, needs_grid: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument(
-            "grid", metavar="GRID", nargs=None if needs_grid else "?", help="a grid file, or the folder it was run in"
+            "grid",
+            metavar="GRID",
+            nargs=None if needs_grid else "?",
+            help="a grid file, the folder it was run in, or a .csv or .parquet file of runs of any trainer",
         )
         command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
         command.add_argument("--rules", choices=(rules.OLD, rules.NEW), help=rules.ROWS)
+        add_confounded(command)
         if not needs_grid:
+            add_table(command)
             command.add_argument("--preset", choices=PRESETS, help="the paper's own data instead of a grid: no training")
         command.set_defaults(ask=ask)
         return command
@@ -85,7 +94,50 @@ def ask(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--preset {arguments.preset} or a GRID: not both")
     if getattr(arguments, "preset", None) is not None and arguments.rules is not None:
         raise ConfigError(f"--rules {arguments.rules} is for grids: the paper's data are under its own rules")
+    if getattr(arguments, "preset", None) is not None and arguments.allow_confounded:
+        raise ConfigError("--allow_confounded is for your runs: the laws of the paper's data are as they are")
+    is_table(arguments)
     return arguments.ask(arguments, console)
+
+
+def is_table(arguments: argparse.Namespace) -> bool:
+    """Whether GRID is a table of runs of any trainer. Raises ConfigError where the command, or an option, is not for it."""
+    table = arguments.grid is not None and arguments.grid.lower().endswith(TABLES)
+    if table and not hasattr(arguments, "columns"):
+        raise ConfigError(
+            f"{arguments.grid}: it is a table of runs, not a grid: it has no cells that could be trained, watched or chosen "
+            "from; fit, optimum, report and export take it"
+        )
+    for name in TABLE_OPTIONS if not table else ("root", "rules"):
+        if getattr(arguments, name, None) is not None:
+            raise ConfigError(f"--{name} is for {'grids' if table else 'a table of runs (.csv, .parquet)'}: leave it out")
+    return table
+
+
+def export_table(arguments: argparse.Namespace, console: Console) -> int:
+    """`export` of a table of runs."""
+    from launch import answer
+
+    answer.write_of_table(_source(arguments), console)
+    return 0
+
+
+def add_confounded(command: argparse.ArgumentParser) -> None:
+    """The option of commands that fit laws."""
+    command.add_argument("--allow_confounded", action="store_true", help=CONFOUNDED)
+
+
+def add_table(command: argparse.ArgumentParser) -> None:
+    """Options of runs of any trainer, which are a table and no grid."""
+    group = command.add_argument_group("of a table of runs (.csv, .parquet)")
+    group.add_argument("--columns", metavar="OURS=THEIRS,...", help="names that differ, like n_heads=H,loss=val_loss")
+    group.add_argument("--units", choices=UNITS, help="of its losses, per token (default: nats, and checked)")
+    group.add_argument(
+        "--context_trained", type=_tokens, metavar="T", help="training context of all its runs, where it has no such column"
+    )
+    group.add_argument(
+        "--heads_rule", metavar="RULE", help="of heads that grow with the width: mha, group:G (n_kv = n_h / G) or kv:K"
+    )
 
 
 def add_objective(command: argparse.ArgumentParser) -> None:
@@ -174,7 +226,13 @@ def _source(arguments: argparse.Namespace):
 
     if getattr(arguments, "preset", None):
         return studies.of_preset(arguments.preset)
-    source = studies.of_grid(arguments.grid, arguments.root, rules=arguments.rules)
+    if arguments.grid.lower().endswith(TABLES):
+        return studies.of_table(
+            arguments.grid, arguments.columns, units=arguments.units, context=arguments.context_trained,
+            heads_rule=arguments.heads_rule,
+            allow_confounded=arguments.allow_confounded,
+        )  # fmt: skip
+    source = studies.of_grid(arguments.grid, arguments.root, rules=arguments.rules, allow_confounded=arguments.allow_confounded)
     if source.rules == rules.OLD and not source.asked:
         print(f"launch: {rules.SAID}", file=sys.stderr)
     return source

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
 from gqa_jax.formatting import probability, short, si
+from gqa_jax.laws import Heads, validation
 from gqa_jax.laws import runs as run_table
-from gqa_jax.laws import validation
 from gqa_jax.optimum import Answer
 from launch import rules, studies
 from launch.grid import Layout
@@ -40,11 +40,11 @@ def outputs(layout: Layout) -> Iterator[Layout]:
         storage.upload(Path(folder), layout.root)
 
 
-def write(layout: Layout, console: Console, asked: str | None = None) -> None:
+def write(layout: Layout, console: Console, asked: str | None = None, allow_confounded: bool = False) -> None:
     """Tables, laws, cheapest heads and pictures of a grid folder, each file whole or not at all; prints the answer.
 
     asked: the rules (`launch.rules`) that the laws are of. Tables have all runs, whatever rules they are under; without `asked`
-    there are no laws of runs under several.
+    there are no laws of runs under several. allow_confounded: of `gqa_jax.laws.fit_by_heads`.
     """
     with outputs(layout) as out:
         loss, differences = write_tables(layout, out)
@@ -56,7 +56,7 @@ def write(layout: Layout, console: Console, asked: str | None = None) -> None:
             earlier = f"; {' and '.join(sorted(there))} are of an earlier export" if there else ""
             console.print(f"tables in {layout.tables}{earlier}", highlight=False, soft_wrap=True)
             return
-        source = studies.of_grid(os.fspath(layout.root), rules=asked, loss=loss)
+        source = studies.of_grid(os.fspath(layout.root), rules=asked, loss=loss, allow_confounded=allow_confounded)
         fits = studies.fit(source)
         tables = write_fits(fits, out)
         for one in fits.fitted:
@@ -65,6 +65,24 @@ def write(layout: Layout, console: Console, asked: str | None = None) -> None:
     if left := len(loss) - len(source.loss):
         console.print(f"{left} runs under other rules are in the tables, and in no law", highlight=False)
     console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
+
+
+def write_of_table(source: Source, console: Console) -> None:
+    """Tables, laws, cheapest heads and pictures of a table of runs, beside it; prints the answer. ConfigError: no laws."""
+    fits = studies.fit(source)
+    fits.at(None)
+    layout = studies.beside(source.table)
+    with outputs(layout) as out:
+        write_table(out.tables / "loss.csv", lambda path: source.loss.to_csv(path, index=False))
+        tables = write_fits(fits, out)
+        for one in fits.fitted:
+            _draw(out, source.name, one)
+    for context, why in fits.unfitted.items():
+        console.print(f"context {context}: no fit: {why}")
+    for one in fits.fitted:
+        print_laws(one, tables[0][tables[0]["context"] == one.context], console)
+    console.print(map_screen(tables[1], source.convention))
+    console.print(f"tables in {layout.tables}, pictures in {layout.figures}", highlight=False, soft_wrap=True)
 
 
 def write_tables(layout: Layout, out: Layout) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -172,6 +190,8 @@ def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
         highlight=False,
     )
     console.print(fit_screen(table))
+    if laws.design is not None:
+        console.print(str(laws.design), highlight=False)
     for warning in dict.fromkeys([*one.laws.warnings, *(w for law in one.laws.values() for w in law.warnings)]):
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
 
@@ -361,8 +381,8 @@ def conventions_screen(frame: pd.DataFrame) -> Table:
 
 
 def heads_text(n_heads: int | None, n_kv_heads: int) -> str:
-    """(8,1), or (d/d_h,8) where query heads fill the width."""
-    return f"({'d/d_h' if n_heads is None or pd.isna(n_heads) else int(n_heads)},{int(n_kv_heads)})"
+    """(8,1), (d/d_h,8) where query heads fill the width, (d/d_h,n_h/4) where key/value heads do in groups of 4."""
+    return str(Heads(None if n_heads is None or pd.isna(n_heads) else int(n_heads), int(n_kv_heads)))
 
 
 def _range(low: float, high: float, text: Callable[[float], str]) -> str:
@@ -380,6 +400,8 @@ def _draw(layout: Layout, name: str, one: Fitted) -> None:
     trained = f"trained at T = {formatting.context(one.context)}"
     ax = plots.loss_vs_params(one.laws, title=f"{name}: loss against size, {trained}")
     plots.save(ax.figure, layout.figures / f"loss-params-t{one.context}")
+    if one.rows["d_model"].isna().any():
+        return  # without shapes there are no costs of the runs
     for served in _few(one.contexts_served):
         ax = plots.loss_vs_cost(
             one.rows,

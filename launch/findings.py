@@ -66,7 +66,9 @@ def of(
 
 
 def layout(source: Source) -> Layout:
-    """Where the report goes: the grid's folder; of a preset, runs/PRESET."""
+    """Where the report goes: the grid's folder; beside a table of runs, TABLE-report; of a preset, runs/PRESET."""
+    if source.table is not None:
+        return studies.beside(source.table)
     return source.layout or Layout(epath.Path("runs") / source.name)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from gqa_jax import presets, results, storage
+from gqa_jax import external, presets, results, storage
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LawsByHeads, fit_by_heads
@@ -23,6 +23,8 @@ from launch.grid import Layout
 
 PAPER_LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)  # rows of its Table 4
 PAPER_CONTEXTS = (8192, 16_384, 32_768, 65_536, 131_072)  # and its columns
+COUNT = "params_non_embedding"
+CONFOUNDED = " --allow_confounded"
 DIFFERENCE = ("difference", "standard_error", "n_documents")  # columns of `gqa_jax.results.load_differences`
 
 
@@ -41,11 +43,13 @@ class Source:
     planned: Sequence[str] = ()  # names of the grid's cells
     rules: str | None = None  # of its cells: launch.rules.OLD or NEW
     asked: bool = False  # for those, of a grid that may have others too
+    table: str | None = None  # the file, of runs of any trainer
+    allow_confounded: bool = False  # laws also where heads of a size saw more tokens than others
 
     @property
     def option(self) -> str:
         """What a command line needs beside the grid to be about the same runs."""
-        return f" --rules {self.rules}" if self.asked else ""
+        return (f" --rules {self.rules}" if self.asked else "") + CONFOUNDED * self.allow_confounded
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,60 @@ def of_preset(name: str) -> Source:
     return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", f"--preset {name}", laws=laws)
 
 
-def of_grid(path: str, root: str | None = None, *, rules: str | None = None, loss: pd.DataFrame | None = None) -> Source:
+def of_table(
+    path: str,
+    columns: str | None = None,
+    *,
+    units: str | None = None,
+    context: int | None = None,
+    heads_rule: str | None = None,
+    allow_confounded: bool = False,
+) -> Source:
+    """The runs of any trainer: a .csv or .parquet file (`gqa_jax.external.load_table`).
+
+    columns: OURS=THEIRS, separated by commas. Raises ConfigError, as it does.
+    """
+    pairs = [part.partition("=") for part in (columns or "").split(",") if part.strip()]
+    if bad := [ours for ours, equals, theirs in pairs if not (equals and ours.strip() and theirs.strip())]:
+        raise ConfigError(f"--columns {columns}: {bad[0]!r} is no pair, give OURS=THEIRS, like n_heads=H,loss=val_loss")
+    mapped = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(mapped) < len(pairs):
+        raise ConfigError(f"--columns {columns}: a column is named twice, give each once")
+    loss = external.load_table(path, mapped, units=units, context=context, heads_rule=heads_rule)
+    extra = [name for name in loss.columns if name not in {column.name for column in results.LOSS_COLUMNS}]
+    typed = results.typed(loss.assign(**{COUNT: loss[COUNT].round()}), results.LOSS_COLUMNS)
+    labels = run_table.size_labels(typed)
+    names = pd.Series(run_table.size_names(typed, labels), dtype="string")[labels].to_numpy()
+    typed["size"] = typed["size"].fillna(pd.Series(names, typed.index, dtype="string"))
+    given = f" --columns {shlex.quote(columns)}" if columns else ""
+    given += (f" --units {units}" if units else "") + (f" --context_trained {context}" if context else "")
+    given += f" --heads_rule {heads_rule}" if heads_rule else ""
+    served = sorted({int(c) for c in loss["context"].dropna().unique()} | set(PAPER_CONTEXTS))
+    return Source(
+        Path(path).stem, typed.assign(**{name: loss[name] for name in extra}), served, (), "figures",
+        shlex.quote(path) + given + CONFOUNDED * allow_confounded, table=path, allow_confounded=allow_confounded,
+    )  # fmt: skip
+
+
+def beside(table: str) -> Layout:
+    """Where the report and the tables of a table of runs are written: TABLE-report, beside it."""
+    return Layout(storage.path(f"{table.rpartition('.')[0]}-report"))
+
+
+def of_grid(
+    path: str,
+    root: str | None = None,
+    *,
+    rules: str | None = None,
+    loss: pd.DataFrame | None = None,
+    allow_confounded: bool = False,
+) -> Source:
     """The runs of a grid: its file, and the folder it was run in; or that folder itself, local or gs://.
 
     Args:
       rules: launch.rules.OLD or NEW, of a grid that has runs of both.
       loss: its loss table, where that has been read already.
+      allow_confounded: of `fit_by_heads`.
 
     Raises:
       ConfigError: neither is there, nothing has finished, or nothing under these rules.
@@ -120,10 +172,11 @@ def of_grid(path: str, root: str | None = None, *, rules: str | None = None, los
         raise ConfigError(f"no cell of {facts.get('name', name)} has finished in {layout.root}: run it first")
     loss, which = under(loss, rules, layout)
     argument = shlex.quote(path) + (f" --root {shlex.quote(root)}" if root else "") + (f" --rules {rules}" if rules else "")
+    argument += CONFOUNDED * allow_confounded
     served = facts.get("contexts_served") or sorted({int(c) for c in loss["context"].unique()} | set(PAPER_CONTEXTS))
     return Source(
         facts.get("name", name), loss, served, facts.get("losses") or (), facts.get("convention", "figures"), argument, layout,
-        planned=_planned(facts, which, layout), rules=which, asked=rules is not None,
+        planned=_planned(facts, which, layout), rules=which, asked=rules is not None, allow_confounded=allow_confounded,
     )  # fmt: skip
 
 
@@ -201,12 +254,12 @@ def fit(source: Source, **options: Any) -> Fits:
     for context, rows in source.loss.groupby("context"):
         said: list[str] = []
         try:
-            usable, _ = run_table.usable(rows)
+            usable, _ = run_table.by_rule(run_table.usable(rows)[0])
             chosen, said = run_table.fittable(usable)  # sizes that one H lacks are no reason to know nothing of the others
             if chosen.empty:
                 raise ValueError("; ".join(said))
             left_out = usable.index.difference(chosen.index)
-            laws = fit_by_heads(rows.drop(left_out), **options)
+            laws = fit_by_heads(rows.drop(left_out), allow_confounded=source.allow_confounded, **options)
         except ValueError as error:
             unfitted[int(context)] = str(error)
             continue

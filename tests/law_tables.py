@@ -46,7 +46,7 @@ def loss(entropy, law, n):
 
 
 def table(entropy, laws_of, sizes=SIZES, noise=0.0, generator=None, context=8192):
-    """Rows of a loss table; noise: relative, of each loss."""
+    """Rows of a loss table, equal tokens for all heads of a size; noise: relative, of each loss."""
     generator = generator or np.random.default_rng(0)
     rows = []
     for heads, law in laws_of.items():
@@ -54,7 +54,7 @@ def table(entropy, laws_of, sizes=SIZES, noise=0.0, generator=None, context=8192
             value = loss(entropy, law, n) * (1 + noise * generator.normal())
             rows.append(
                 {"n_heads": heads[0], "n_kv_heads": heads[1], "n_layers": layers, "d_model": d, "head_dim": 64,
-                 "params_non_embedding": n, "loss": value, "status": "done", "context": context}
+                 "params_non_embedding": n, "tokens": 240 * layers * d * d, "loss": value, "status": "done", "context": context}
             )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -76,7 +76,8 @@ TABLE = (
     # Losses to laws, laws to answers.
     Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder"),
     Row("gqa_jax.shape_search", ".shapes .costs"),
-    Row("gqa_jax.laws", ".errors .shapes .shape_search"),
+    Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
+    Row("gqa_jax.external", ".errors .storage .results .laws"),
     Row("gqa_jax.invariance", ".laws"),
     Row("gqa_jax.presets", ".errors .shapes .laws"),
     Row("gqa_jax.serving", ".errors .costs .hardware"),
@@ -85,7 +86,7 @@ TABLE = (
     Row("gqa_jax.aligned", ".costs .shape_search .laws .objectives .optimum"),
     Row("gqa_jax.next_runs", ".laws .objectives .optimum"),
     Row("gqa_jax.plots", ".formatting .shapes .costs .results .shape_search .laws .invariance .objectives .optimum"),
-    Row("gqa_jax", lazily=".results"),
+    Row("gqa_jax", lazily=".external .results"),
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.grid", ".errors .costs .config .data"),
@@ -101,7 +102,7 @@ TABLE = (
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planner .proof launch.grid"),
     Row("launch.plan", ".errors .formatting .hardware .costs launch.grid launch.state launch.fit"),
-    Row("launch.studies", ".errors .config .storage .results .laws .presets launch.grid launch.rules"),
+    Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
     Row("launch.answer", ".formatting .storage .results .laws .optimum .plots launch.grid launch.rules launch.studies"),
     Row(
         "launch.next_cells",

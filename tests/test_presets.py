@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import presets
-from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.laws import LLAMA3, Heads, fit_loss_nd
 from gqa_jax.shapes import Aspect, paper_aspect
 
 # Held to ../README of the preset's data: laws fitted elsewhere to the same points, with an E per H.
@@ -75,3 +75,33 @@ def test_the_calibrated_preset_says_what_it_is():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="preset 'papers' is unknown: did you mean 'paper'"):
         presets.load("papers")
+
+
+#: Coefficients of arXiv 2403.08540 for L = E + (a M^eta + b M^-eta) C^-eta, as it prints them.
+PUBLISHED = {
+    "c4": (1.51, 141, 190, 0.121),
+    "redpajama": (1.84, 212, 367, 0.136),
+    "refinedweb": (1.73, 157, 246, 0.127),
+}
+
+
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_other_peoples_law_of_other_peoples_runs(data):
+    """Five runs, one exponent for both terms: with C = 6 N D and M = D / N, A = a / 6^eta, B = b / 6^eta, alpha = 2 eta."""
+    runs = presets.overtraining()
+    runs = runs[runs["data"] == data]
+    smallest, multiplier = runs["params_total"] == runs["params_total"].min(), runs["chinchilla_multiplier"]
+    five = runs[((multiplier == 1) & (runs["params_total"] < 5e8)) | (smallest & (multiplier == 16))]
+    assert len(five) == 5
+    law = fit_loss_nd(five["params_total"], five["tokens"], five["loss"], log=False, alpha_equals_beta=True)
+    eta = law.alpha / 2
+    assert law.beta == law.alpha
+    found = (round(law.E, 2), round(law.A * 6**eta), round(law.B * 6**eta), round(eta, 3))
+    assert found == PUBLISHED[data]
+
+
+def test_other_peoples_runs_are_whole():
+    runs = presets.overtraining()
+    assert len(runs) == 104
+    assert runs.notna().all(axis=None)
+    assert (runs["params_non_embedding"] < runs["params_total"]).all()

@@ -8,7 +8,7 @@
 """
 
 from gqa_jax.laws.by_heads import LawsByHeads, fit_by_heads
-from gqa_jax.laws.heads import LLAMA3, Heads
+from gqa_jax.laws.heads import LLAMA3, MHA, Heads
 from gqa_jax.laws.joint import JointLaw, fit_joint
 from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.loss_nd import LossND, LossNDByHeads, fit_loss_nd, fit_loss_nd_by_heads
@@ -18,6 +18,7 @@ from gqa_jax.laws.query_heads import LawsByQueryHeads, QueryHeadsLaw, fit_query_
 
 __all__ = [
     "LLAMA3",
+    "MHA",
     "Draws",
     "Heads",
     "JointLaw",

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import fitting
+from gqa_jax.laws import confounding, fitting
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
+from gqa_jax.laws.confounding import Design
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.law import PowerLaw
@@ -38,6 +39,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
       llama3: runs of Llama 3's heads where they are no H of their own; llama3_source: what these are.
       method: of the draws unless another is asked for; source: whose laws these are, where not of your runs.
       blocks: H that share an E, fitted together: one block, or one per H.
+      design: what the heads of a size have in common beside it; None where no runs of yours were fitted.
       warnings: sentences that every answer from these laws must carry.
     """
 
@@ -55,11 +57,12 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         llama3_source: str = "",
         source: str = "",
         method: str = "posterior",
+        design: Design | None = None,
     ):
         self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
         self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
         self.warnings, self.source, self.method = tuple(warnings), source, method
-        self.llama3, self.llama3_source = llama3, llama3_source
+        self.llama3, self.llama3_source, self.design = llama3, llama3_source, design
         self._laws = {heads: law for block in blocks for heads, law in block.laws(self.warnings).items()}
         self._draws: dict[tuple, Draws] = {}
 
@@ -170,6 +173,7 @@ def fit_by_heads(
     entropy: float | None = None,
     log: bool = False,
     huber_delta: float | None = None,
+    allow_confounded: bool = False,
 ) -> LawsByHeads:
     """One law per head configuration of a loss table (`gqa_jax.load_results`) of ONE training context.
 
@@ -181,6 +185,8 @@ def fit_by_heads(
       entropy: E, given instead of fitted.
       log: residuals of ln L instead of L, by weights 1 / L^2: to first order the same.
       huber_delta: residuals beyond it, nats per token, count linearly (Huber, summed).
+      allow_confounded: also where heads of a size saw neither equal tokens nor equal tokens per parameter, within 5%
+        (`gqa_jax.laws.confounding`); then every answer says so.
 
     Weights: equal where runs say on which text they were evaluated (heldout): their standard errors are that text's, which they
     have in common (`LawsByHeads.shared`), so that it goes into E. Elsewhere, where every run has its standard error
@@ -188,18 +194,22 @@ def fit_by_heads(
     are (Paule and Mandel); otherwise equal.
 
     Raises:
-      ValueError: no finished run, more than one context, runs under several rules, the same run twice, fewer than three sizes
-        of an H or sizes within a factor of 4, losses that don't fall with size, or an E at or above a loss.
+      ValueError: no finished run, more than one context, runs under several rules, of several data or vocabularies, the same
+        run twice, fewer than three sizes of an H or sizes within a factor of 4, heads that saw more tokens than others, losses
+        that don't fall with size, or an E at or above a loss.
     """
     rows, said = run_table.usable(table)
+    rows, taken = run_table.by_rule(rows)
+    said += taken
     groups = run_table.by_heads(rows)
     run_table.require(groups)
     lowest = min(runs.loss.min() for runs in groups.values())
     fitting.require(lowest, entropy, huber_delta)
+    design = confounding.require(rows, allow_confounded)
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
     shared = run_table.shared_error(rows)
     blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
-    said += run_table.warnings(groups, rows)
+    said += [*run_table.warnings(groups, rows), *design.warnings]
     return LawsByHeads(
         blocks,
         context=int(rows["context"].iloc[0]),
@@ -210,4 +220,5 @@ def fit_by_heads(
         warnings=said,
         llama3=None if LLAMA3 in groups else run_table.llama3(rows),
         llama3_source="runs that have them",
+        design=design,
     )

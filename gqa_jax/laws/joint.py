@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import shape_search
-from gqa_jax.laws import fitting, joint_fit, joint_terms
+from gqa_jax.laws import confounding, fitting, joint_fit, joint_terms
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B
 from gqa_jax.laws.fitting import SharedError
@@ -305,12 +305,13 @@ def fit_joint(
     entropy: float | None = None,
     log: bool = False,
     huber_delta: float | None = None,
+    allow_confounded: bool = False,
 ) -> JointLaw:
     """One law for all head configurations of a loss table of ONE training context, those with a single run included.
 
     Args:
-      table, entropy, log, huber_delta, and the weights of runs: as in `fit_by_heads`; intervals and draws of a Huber fit are of
-        least squares with the weights that it ends with.
+      table, entropy, log, huber_delta, allow_confounded, and the weights of runs: as in `fit_by_heads`; intervals and draws of
+        a Huber fit are of least squares with the weights that it ends with.
       form: "quadratic" or "power". Functions of the heads that the trained ones can't tell apart are left out (`terms`).
 
     Raises:
@@ -318,10 +319,11 @@ def fit_joint(
         d / d_h query heads without d_model, losses that don't fall with size, or as in `fit_by_heads`.
     """
     rows, said = run_table.usable(table)
+    design = confounding.require(rows, allow_confounded)
     law = fit_rows(rows, form, entropy=entropy, log=log, huber_delta=huber_delta)
     params, loss, weight, query_heads = (law.runs[name].to_numpy() for name in ("params", "loss", "weight", "query_heads"))
     all_runs = {Heads(None, 0): run_table.Runs(params, loss, weight, query_heads, run_table.labels_by_count(params))}
-    return dataclasses.replace(law, warnings=(*said, *run_table.warnings(all_runs, rows), *_warnings(law)))
+    return dataclasses.replace(law, warnings=(*said, *run_table.warnings(all_runs, rows), *design.warnings, *_warnings(law)))
 
 
 def fit_rows(
@@ -367,6 +369,8 @@ def _runs(groups: dict[Heads, run_table.Runs], head_dim: float) -> pd.DataFrame:
     """One row per run, by heads."""
     frames = []
     for heads, runs in groups.items():
+        if heads.group is not None:
+            raise ValueError(f"heads {heads}: a joint law needs numbers of key/value heads, give the rows with their own heads")
         if heads.n_heads is None and not np.isfinite(runs.d_model).all():
             raise ValueError(f"heads {heads}: the table needs d_model, for the number of query heads of each size")
         frame = pd.DataFrame({"params": runs.params, "loss": runs.loss, "sem": runs.sem})

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import contexts, fitting
+from gqa_jax.laws import confounding, contexts, fitting
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B, Block, fit_block
 from gqa_jax.laws.fitting import SharedError
@@ -213,7 +213,9 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
         return found
 
 
-def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> LawsByQueryHeads:
+def fit_query_heads(
+    table: pd.DataFrame, constant: str | float = "shared", *, allow_confounded: bool = False
+) -> LawsByQueryHeads:
     """L(n_h) = a n_h^b + c for every size and context of a loss table (`gqa_jax.load_results`) of ONE n_kv.
 
     Least squares on the loss, all runs of one spread (or weighted by `loss_sem`: see `fit_by_heads`).
@@ -223,10 +225,11 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         that are not done, not finite, or that continue others are left out, and said in `warnings`; seeds are points of their
         own.
       constant: "shared": one c for all curves (default); "per_curve"; or c, nats per token.
+      allow_confounded: as in `fit_by_heads`.
 
     Raises:
-      ValueError: no finished run, several n_kv, fewer than three head counts of a curve (two with c given), losses that don't
-        fall with heads, a c that is not below every loss.
+      ValueError: no finished run, several n_kv, heads of a size that saw more tokens than others, fewer than three head counts
+        of a curve (two with c given), losses that don't fall with heads, a c that is not below every loss.
     """
     rows, said = contexts.usable(table)
     if (rule := rows["n_heads"].isna()).any():
@@ -238,6 +241,7 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         raise ValueError(
             f"one n_kv at a time: the table has {', '.join(map(str, kinds))}; take table[table['n_kv_heads'] == {kinds[0]}]"
         )
+    design = confounding.require(rows, allow_confounded)
     constant = _checked(constant, float(rows["loss"].astype(np.float64).min()))
     rows = rows.assign(scale=rows.groupby("size_name")["params_non_embedding"].transform("max"))  # smaller sizes first
     shared, own = run_table.shared_error(rows), run_table.shared_sem(rows) is None
@@ -255,7 +259,7 @@ def fit_query_heads(table: pd.DataFrame, constant: str | float = "shared") -> La
         means = [runs.loss[runs.params == n].mean() for n in np.unique(runs.params)]
         if (np.diff(means) > 0).any():
             said.append(f"{curve}: the loss is not monotone in heads ({', '.join(f'{x:.4f}' for x in means)})")
-    said += run_table.about_text(rows)
+    said += [*run_table.about_text(rows), *design.warnings]
     return LawsByQueryHeads(_fit(groups, constant, shared), int(kinds[0]), constant, said)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from gqa_jax.laws import checks
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.shapes import Aspect
@@ -41,8 +42,8 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The rows of ONE training context that are finished, finite and trained from scratch, by size; and what was left out.
 
     Raises:
-      ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), the same run
-        twice, or losses that can't be.
+      ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), several data
+        or vocabularies, the same run twice, or heads, losses and N that can't be (`checks`).
     """
     needed = ["n_heads", "n_kv_heads", "params_non_embedding", "loss", "status", "context"]
     if missing := [name for name in needed if name not in table.columns]:
@@ -66,23 +67,72 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if "continue_from" in rows and not rows["continue_from"].notna().all():  # runs of another kind: one law can't hold for both
         rows = leave_out(rows, rows["continue_from"].notna(), "they continue other runs")
     require_one_rule(rows)
-    if (low := rows["loss"].astype(np.float64)).le(0).any():
-        raise ValueError(f"a loss of {low.min():g} nats per token can't be: losses are above 0")
-    if rows["params_non_embedding"].isna().any() or (rows["params_non_embedding"].astype(np.float64) <= 0).any():
-        raise ValueError("params_non_embedding must be above 0 in every row: the parameters without embeddings")
+    for name in ("data_fingerprint", "vocab_size"):
+        require_one(rows, name)
+    checks.require(rows)
     if "cell" in rows and rows["cell"].notna().all() and rows["cell"].duplicated().any():
         name = rows["cell"][rows["cell"].duplicated()].iloc[0]
         raise ValueError(f"run {name} is in the table twice: drop one (DataFrame.drop_duplicates('cell'))")
-    if "seed" in rows and rows["seed"].notna().all():
-        key = [c for c in ("n_heads", "n_kv_heads", "params_non_embedding", "seed", "tokens", "learning_rate", "n_layers",
-                           "data_fingerprint", "batch_tokens", "cell") if c in rows]  # fmt: skip
-        if (twice := rows.duplicated(key)).any():
-            row = rows[twice].iloc[0]
-            raise ValueError(
-                f"two runs of N = {row['params_non_embedding']}, heads ({row['n_heads']},{row['n_kv_heads']}) have seed "
-                f"{row['seed']}: they are one run, drop one, or give them seeds of their own"
-            )
+    _require_distinct(rows)
     return rows.sort_values("params_non_embedding", kind="stable"), said
+
+
+def _require_distinct(rows: pd.DataFrame) -> None:
+    """Raises ValueError where two runs can't be told apart: they are one run, or seeds that nobody named."""
+    key = [c for c in ("n_heads", "n_kv_heads", "params_non_embedding", "seed", "tokens", "learning_rate", "n_layers",
+                       "data_fingerprint", "batch_tokens", "size", "d_model", "cell") if c in rows]  # fmt: skip
+    if not (twice := rows.duplicated(key)).any():
+        return
+    row = rows[twice].iloc[0]
+    two = f"two runs of N = {row['params_non_embedding']}, heads ({row['n_heads']},{row['n_kv_heads']})"
+    if "seed" in rows and pd.notna(row["seed"]):
+        raise ValueError(f"{two} have seed {row['seed']}: they are one run, drop one, or give them seeds of their own")
+    raise ValueError(f"{two} have no seed: add a column seed where they repeat each other, or drop one")
+
+
+def by_rule(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """`usable` rows, those of a ladder whose heads grow with the width as runs of its rules (`Heads`); and what was so, said.
+
+    Such a ladder has every (n_h, n_kv) at a size or two. Where none has sizes enough for a law and all query heads fill the
+    width, n_h d_h = d, runs with the same group n_h / n_kv are one rule (multi-head attention is a group of 1), or else runs
+    with the same n_kv. Other rows stay as they are.
+    """
+    if {"d_model", "head_dim"} - {*rows.columns} or rows["n_heads"].isna().any():
+        return rows, []
+    n_heads, n_kv, d_model, head_dim = (column(rows, name) for name in ("n_heads", "n_kv_heads", "d_model", "head_dim"))
+    if not np.allclose(n_heads * head_dim, d_model) or any(_problem(runs) is None for runs in by_heads(rows).values()):
+        return rows, []
+    for numbers in (-n_heads / n_kv, n_kv):
+        found = as_rule(rows, numbers)
+        groups = by_heads(found)
+        if all(_problem(runs) is None for runs in groups.values()):
+            return found, [
+                f"heads grow with the width: the {len(rows)} runs are taken as those of {', '.join(map(str, groups))}"
+            ]
+    return rows, []
+
+
+def as_rule(rows: pd.DataFrame, n_kv_heads: int | np.ndarray) -> pd.DataFrame:
+    """The rows with n_heads empty, as a rule has it, and these n_kv_heads (below 0: a group)."""
+    values = np.broadcast_to(np.round(n_kv_heads).astype(np.int64), len(rows))
+    return rows.assign(n_heads=pd.array([pd.NA] * len(rows), dtype="Int64"), n_kv_heads=pd.array(values, dtype="Int64"))
+
+
+def follow(rows: pd.DataFrame, rule: Heads) -> pd.DataFrame:
+    """The rows as runs of a rule. Raises ValueError where the heads of one are not those of the rule at its width."""
+    if missing := [name for name in ("d_model", "head_dim") if name not in rows or rows[name].isna().any()]:
+        raise ValueError(f"heads {rule}: the heads of a rule need {' and '.join(missing)} of every run")
+    d_model, head_dim = column(rows, "d_model"), column(rows, "head_dim")
+    for name, expected in (("n_heads", rule.query_heads(d_model, head_dim)), ("n_kv_heads", rule.kv_heads(d_model, head_dim))):
+        given = column(rows, name)
+        wrong = np.isfinite(given) & (given > 0) & ~np.isclose(given, expected)
+        if wrong.any():
+            row = rows[wrong].iloc[0]
+            raise ValueError(
+                f"{name} = {row[name]} at d_model {row['d_model']}, head_dim {row['head_dim']} is not that of the rule {rule} "
+                f"({int(wrong.sum())} of {len(rows)} runs): leave them out, or name their own (column heads_rule)"
+            )
+    return as_rule(rows, rule.n_kv_heads)
 
 
 def require_one_rule(rows: pd.DataFrame) -> None:
@@ -226,10 +276,19 @@ def warnings(groups: Mapping[Heads, Runs], rows: pd.DataFrame) -> list[str]:
 
 def only(rows: pd.DataFrame, name: str, default: float) -> float:
     """The one value of a column, or `default` where it is missing. Raises ValueError where runs differ in it."""
-    values = rows[name].dropna().unique() if name in rows else []
-    if len(values) > 1:
-        raise ValueError(f"runs of several {name} ({', '.join(map(str, values))}) are not on one law: fit them apart")
-    return float(values[0]) if len(values) else default
+    require_one(rows, name)
+    values = rows[name].dropna() if name in rows else ()
+    return float(values.iloc[0]) if len(values) else default
+
+
+def require_one(rows: pd.DataFrame, name: str) -> None:
+    """Raises ValueError where runs have several values in a column: one law can't hold for all of them."""
+    counts = rows[name].value_counts(sort=False) if name in rows else ()
+    if len(counts) > 1:
+        said = ", ".join(f"{value}: {count} run{'s' * int(count > 1)}" for value, count in counts.sort_index().items())
+        raise ValueError(
+            f"runs of several {name} ({said}) are not on one law: fit them apart, like those of {counts.idxmax()} alone"
+        )
 
 
 def size_convention(rows: pd.DataFrame) -> str:
@@ -280,6 +339,21 @@ def size_labels(rows: pd.DataFrame) -> np.ndarray:
             least = np.array([params[codes == code].min() for code in range(codes.max(initial=-1) + 1)])
             return np.argsort(np.argsort(least, kind="stable"), kind="stable")[codes]
     return labels_by_count(params)
+
+
+def size_names(rows: pd.DataFrame, labels: np.ndarray) -> list[str]:
+    """A name for every label of `size_labels`: the column `size`, else layers and hidden size (12x768), else N."""
+    found = []
+    for label in range(labels.max(initial=-1) + 1):
+        own = rows[labels == label]
+        names = own["size"].dropna().unique() if "size" in own else []
+        if len(names) == 1 and str(names[0]):
+            found.append(str(names[0]))
+        elif {"n_layers", "d_model"} <= {*own.columns} and own[["n_layers", "d_model"]].notna().all(axis=None):
+            found.append(f"{own['n_layers'].iloc[0]}x{own['d_model'].iloc[0]}")
+        else:
+            found.append(f"N = {column(own, 'params_non_embedding').min():.3g}")
+    return found
 
 
 def labels_by_count(params: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ def hold_out(table: pd.DataFrame, scheme: str, *, shared_entropy: bool = True, l
         raise ValueError(f"scheme {scheme!r} is unknown: use {', '.join(SCHEMES)}")
     if not 0 < level < 1:
         raise ValueError(f"level = {level}: must be between 0 and 1")
-    rows = run_table.usable(table)[0].reset_index(drop=True)
+    rows = run_table.by_rule(run_table.usable(table)[0])[0].reset_index(drop=True)
     if scheme == "leave_heads_out":
         splits = _leave_heads_out(rows, level)
     else:
@@ -176,7 +176,7 @@ def lack_of_fit(laws: LawsByHeads, table: pd.DataFrame, level: float = 0.95) -> 
 
     Raises ValueError for a table that is not the one the laws were fitted to.
     """
-    rows, _ = run_table.usable(table)
+    rows, _ = run_table.by_rule(run_table.usable(table)[0])
     said = []
     lack, pure, dof_pure, distinct, coefficients = 0.0, 0.0, 0, 0, 0
     for block in laws.blocks:

@@ -16,7 +16,7 @@ from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.measures import measure
 from gqa_jax.shape_search import solve_shape
-from gqa_jax.shapes import Aspect
+from gqa_jax.shapes import HEAD_DIM, VOCAB_SIZE, Aspect
 
 LOSS = "held-out loss (nats per token)"
 HEADS = "curves: (query, key/value) heads"
@@ -95,7 +95,7 @@ def loss_vs_cost(
         look, rows = style.head_look(heads), _rows(table, heads)
         x = chosen.cost(_shapes(rows), context_served)
         sizes = np.geomspace(law.params.min() / _MARGIN, law.params.max() * _MARGIN, 100)
-        head_dim, vocab_size = float(rows["head_dim"].iloc[0]), float(rows["vocab_size"].iloc[0])
+        head_dim, vocab_size = run_table.only(rows, "head_dim", HEAD_DIM), run_table.only(rows, "vocab_size", VOCAB_SIZE)
         shapes = solve_shape(
             sizes, heads, aspect or table_aspect(rows), head_dim, vocab_size, getattr(laws, "size_convention", "exact")
         )
@@ -148,18 +148,25 @@ def table_aspect(table: pd.DataFrame) -> Aspect:
 
 def _rows(table: pd.DataFrame, heads: Heads) -> pd.DataFrame:
     """The runs of a head configuration; of n_heads None those with n_h d_h = d, or with an empty n_heads."""
+    if missing := [name for name in ("n_layers", "d_model") if name not in table or table[name].isna().any()]:
+        raise ValueError(f"the shapes of the runs are not known, so neither their costs: {' and '.join(missing)} are missing")
+    table = table.assign(head_dim=table["head_dim"].fillna(HEAD_DIM) if "head_dim" in table else HEAD_DIM)
     own = (table["d_model"] / table["head_dim"]).astype("Float64")
     table = table.assign(n_heads=table["n_heads"].astype("Float64").fillna(own))
     n_heads = own if heads.n_heads is None else heads.n_heads
     rows = table[(table["n_heads"] == n_heads) & (table["n_kv_heads"] == heads.n_kv_heads)]
     if rows.empty:
         raise ValueError(f"heads {heads}: a law, but no run in the table; draw the table that was fitted")
+    if heads.group is not None:
+        return rows.assign(n_kv_heads=heads.kv_heads(rows["d_model"].astype("Float64"), rows["head_dim"].astype("Float64")))
     return rows
 
 
 def _shapes(rows: pd.DataFrame) -> costs.Shape:
-    """Of the runs; where their feed-forward width is not known, 8 d / 3."""
+    """Of the runs; where their feed-forward width is not known, 8 d / 3, and head size and vocabulary the paper's."""
     names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
     numbers = {name: tables.numbers(rows, name) for name in names}
     numbers["d_ff"] = np.where(np.isnan(numbers["d_ff"]), 8 * numbers["d_model"] / 3, numbers["d_ff"])
+    for name, usual in (("head_dim", HEAD_DIM), ("vocab_size", VOCAB_SIZE)):
+        numbers[name] = np.where(np.isnan(numbers[name]), usual, numbers[name])
     return costs.Shape(**numbers)

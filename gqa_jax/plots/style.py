@@ -57,7 +57,7 @@ class Look(NamedTuple):
 
 def head_look(heads: Heads) -> Look:
     """The look of a head configuration, the same in every picture. n_heads None (Llama-3's rule) is black with stars."""
-    level = np.log2(heads.n_kv_heads)
+    level = np.log2(heads.n_kv_heads if heads.group is None else heads.group)
     if heads.n_heads is None:
         return Look("#000000", "*", _line(level), _mix("#000000", min(level / 5, 1.0)), 8.0)
     color = _mix(_between(_HEAD_COLORS, np.log2(heads.n_heads) / 5), 1 - 0.08 * min(level, 5), "#000000")
@@ -69,7 +69,7 @@ def head_look(heads: Heads) -> Look:
 
 def head_text(heads: Heads) -> str:
     """(8,1), and (d/d_h,8) with its index set as one."""
-    return str(heads).replace("d/d_h", "$d/d_h$")
+    return str(heads).replace("d/d_h", "$d/d_h$").replace("n_h/", "$n_h$/")
 
 
 def step_look(index: int, count: int) -> Look:

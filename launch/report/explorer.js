@@ -60,12 +60,18 @@ export function queryHeads(heads, dModel, headDim) {
   return heads.n_heads ?? dModel / headDim;
 }
 
+/** Key/value heads of a width: a number, or below 0 a group of query heads for each. */
+export function kvHeads(heads, dModel, headDim) {
+  return heads.n_kv_heads < 0 ? queryHeads(heads, dModel, headDim) / -heads.n_kv_heads : heads.n_kv_heads;
+}
+
 /** Layers of the shape of N parameters without embeddings: Newton from above on a convex cubic, so monotone. */
 export function solveLayers(params, ratio, heads, convention, headDim) {
   if (!(params < Infinity)) return params;
   const ofWidth = heads.n_heads === null;
-  const cubic = ((convention.ffn_matrices * 8) / 3 + (ofWidth ? 2 : 0)) * ratio * ratio;
-  const square = 2 * ratio * headDim * ((ofWidth ? 0 : heads.n_heads) + heads.n_kv_heads) + (convention.norms ? 2 * ratio : 0);
+  const share = heads.n_kv_heads < 0 ? 1 / -heads.n_kv_heads : 0; // n_kv / n_h of rules that fix it
+  const cubic = ((convention.ffn_matrices * 8) / 3 + (ofWidth ? 2 * (1 + share) : 0)) * ratio * ratio;
+  const square = 2 * ratio * headDim * ((ofWidth ? 0 : heads.n_heads) + Math.max(heads.n_kv_heads, 0)) + (convention.norms ? 2 * ratio : 0);
   const linear = convention.norms ? ratio : 0;
   let layers = Math.min(Math.cbrt(params / cubic), Math.sqrt(params / square));
   for (let i = 0; i < 100; i++) {
@@ -198,7 +204,7 @@ function shapeOf(model, params, h) {
   const ratio = aspectRatio(model.aspect, params);
   const layers = solveLayers(params, ratio, heads, model.shape_convention, model.head_dim);
   const d = ratio * layers;
-  return { layers, d, nHeads: queryHeads(heads, d, model.head_dim), nKv: heads.n_kv_heads };
+  return { layers, d, nHeads: queryHeads(heads, d, model.head_dim), nKv: kvHeads(heads, d, model.head_dim) };
 }
 
 /** The k-th smallest of values[from ..], which are put in such order that those before it are not above it (Hoare). */

@@ -12,6 +12,7 @@ const AT_REST_MS = 700; // after the last change the live region speaks and the 
 
 function headsInWords(heads) {
   const query = heads.n_heads === null ? `one query head per ${model.head_dim} of the width` : counted(heads.n_heads, "query head");
+  if (heads.n_kv_heads < 0) return `${query} and a key/value head for ${heads.n_kv_heads === -1 ? "each" : `every ${-heads.n_kv_heads} of them`}`;
   return `${query} and ${counted(heads.n_kv_heads, "key/value head")}`;
 }
 

@@ -151,7 +151,7 @@ def _by_heads_and_size(rows: pd.DataFrame, sizes: list[str], text: Callable[[Any
     for run in rows.itertuples():
         runs.setdefault(heads_of(run), {}).setdefault(run.size, []).append(text(run))
     frame = pd.DataFrame({"heads": sorted(runs, key=lambda one: (one.n_heads or math.inf, one.n_kv_heads))})
-    head_dim = float(rows["head_dim"].iloc[0])
+    head_dim = float(next(iter(rows["head_dim"].dropna()), 64))
 
     def of(size: str) -> Callable[[Any], str]:
         return lambda row: ", ".join(runs[row.heads].get(size, ()))
