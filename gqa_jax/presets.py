@@ -58,7 +58,9 @@ def paper_table4() -> LawsByHeads:
     for row in table.itertuples():
         params = widths / 64 * (8 * widths**2 + 128 * widths * (row.n_heads + row.n_kv_heads))
         loss = row.entropy + row.above_at_1e9 * (params / 1e9) ** -row.b
-        groups[Heads(row.n_heads, row.n_kv_heads)] = Runs(params, loss, np.full(6, np.nan), widths.astype(np.float64))
+        groups[Heads(row.n_heads, row.n_kv_heads)] = Runs(
+            params, loss, np.full(6, np.nan), widths.astype(np.float64), np.arange(6)
+        )
     curves = table.set_index(["n_heads", "n_kv_heads"])
     return LawsByHeads(
         [fit_block(groups, known_sigma=READING_ERROR)],
@@ -82,7 +84,8 @@ def _between_heads(curves: pd.DataFrame, widths: np.ndarray) -> Runs:
     params = widths / 64 * (8 * widths**2 + 128 * widths * (n_heads + LLAMA3.n_kv_heads))
     log_above = np.log(curves["above_at_1e9"].to_numpy()[:, None]) - np.outer(curves["b"], np.log(params / 1e9))
     at = [np.interp(np.log(n), np.log(curves.index), column) for n, column in zip(n_heads, log_above.T, strict=True)]
-    return Runs(params, curves["entropy"].iloc[0] + np.exp(at), np.full(len(widths), np.nan), widths.astype(np.float64))
+    loss = curves["entropy"].iloc[0] + np.exp(at)
+    return Runs(params, loss, np.full(len(widths), np.nan), widths.astype(np.float64), np.arange(len(widths)))
 
 
 PRESETS = {"paper": paper, "paper-table4": paper_table4}

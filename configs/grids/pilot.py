@@ -1,4 +1,6 @@
-"""What noise is: three seeds x three head configurations at two sizes, on real text, about 40 minutes of one CPU core.
+"""What noise is: three seeds x three head configurations at two sizes and two lengths of training, on real text.
+
+About 45 minutes of one CPU core.
 
 How far runs of one recipe differ by their seed, and how far the heads of a size deviate together, sets the priors of the laws
 (`gqa_jax.laws.posterior`). Byte-level models, d_h = 16, T = 512, batches of 2,048 tokens and init_std = 0.06: with batches of
@@ -15,17 +17,21 @@ SIZES = {"a": (2, 32), "b": (2, 48)}  # layers, hidden size
 HEADS = [(1, 1), (8, 1), (8, 8)]
 SEEDS = [0, 1, 2]
 BATCH_TOKENS = 2048
-LEAST_STEPS = 400
+LEAST_STEPS, LONG_STEPS = 400, 1500
 
 
-def cell(size, heads, seed):
+def steps(size, long):
+    n_layers, d_model = SIZES[size]
+    return LONG_STEPS if long else max(LEAST_STEPS, round(20 * 12 * n_layers * d_model**2 / BATCH_TOKENS))  # 20 D / N
+
+
+def cell(size, heads, seed, long):
     config = default_config()
     n_layers, d_model = SIZES[size]
-    config.label, config.seed = size, seed
+    config.label, config.seed = f"{size}-long" if long else size, seed
     config.context_length = 512
     config.batch_tokens = BATCH_TOKENS
-    steps = max(LEAST_STEPS, round(20 * 12 * n_layers * d_model**2 / BATCH_TOKENS))  # 20 tokens per parameter of (8,8) or more
-    config.tokens = steps * BATCH_TOKENS
+    config.tokens = steps(size, long) * BATCH_TOKENS
     config.model.update(n_layers=n_layers, d_model=d_model, n_heads=heads[0], n_kv_heads=heads[1], head_dim=16, vocab_size=320)
     config.model.update(dtype="float32", init_std=0.06)
     config.data.update(store="sotu-bytes", block_tokens=512)
@@ -38,6 +44,6 @@ def cell(size, heads, seed):
 def get_grid():
     return Grid(
         name="pilot",
-        configs=list(product(cell, seed=SEEDS, size=SIZES, heads=HEADS)),
+        configs=list(product(cell, long=[False, True], seed=SEEDS, size=SIZES, heads=HEADS)),
         contexts_served=[512, 8192, 131_072],
     )

@@ -27,7 +27,7 @@ from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.runs import Runs
 
 if TYPE_CHECKING:
-    from gqa_jax.laws.posterior import Evidence
+    from gqa_jax.laws.evidence import Explored
 
 SMALLEST_B, LARGEST_B = 0.005, 2.0
 _GRID_E, _GRID_B = 100, 60
@@ -116,7 +116,7 @@ class Block:
             inside = np.clip(entropy, 0.0, self._highest_entropy)
             return np.where(inside == entropy, np.maximum(self.conditional(inside)[2].sum(-1) - least, 0.0), np.inf)
 
-        low, high = fitting.crossings(rise, self.entropy, max(self._entropy_error, 1e-4), max(limit, 1e-12))
+        low, high = fitting.crossings(rise, self.entropy, max(self.entropy_error, 1e-4), max(limit, 1e-12))
         low, high = max(0.0, low), min(self._highest_entropy, high)
         half = max(min(self.entropy - low, high - self.entropy), 1e-6)
         grid = np.unique(np.concatenate([np.linspace(low, high, 61), self.entropy + half * np.linspace(-0.5, 0.5, 21)]))
@@ -124,11 +124,22 @@ class Block:
         return grid, self.conditional(grid)[2]
 
     @functools.cached_property
-    def evidence(self) -> Evidence:
-        """What `draws` of the posterior are drawn from."""
-        from gqa_jax.laws import posterior
+    def size_GxM(self) -> np.ndarray:
+        """Labels of the sizes, common to all heads; padding has that of the first run."""
+        most = self.x_GxM.shape[1]
+        return np.stack([np.concatenate([one.size, np.full(most - len(one.size), one.size[0])]) for one in self.runs])
 
-        return posterior.evidence(self)
+    @functools.cached_property
+    def _explored(self) -> dict[tuple[bool, int], Explored]:
+        return {}
+
+    def explored(self, wide: bool, seed: int) -> Explored:
+        """What draws of the posterior are drawn from (`evidence.explore`); kept."""
+        from gqa_jax.laws import evidence, posterior
+
+        if (wide, seed) not in self._explored:
+            self._explored[wide, seed] = evidence.explore(self, posterior.pooling(self), wide=wide, seed=seed)
+        return self._explored[wide, seed]
 
     def entropy_profile(self) -> tuple[np.ndarray, np.ndarray]:
         """E, and the rise of the sum of squares over sigma^2 at the best coefficients for that E: F(1, dof) where E is true."""
@@ -150,7 +161,7 @@ class Block:
             return np.where(inside == entropy, self.conditional(inside)[2].sum(-1) - self.fit.objective, np.inf)
 
         limit = fitting.threshold(self.sigma, self.dof, level)
-        low, high = fitting.crossings(rise, self.entropy, max(self._entropy_error, 1e-5), limit)
+        low, high = fitting.crossings(rise, self.entropy, max(self.entropy_error, 1e-5), limit)
         low, high = max(0.0, low), min(self.lowest, high)
         if on_this_text or not self.shared.sem > 0:
             return low, high
@@ -211,7 +222,7 @@ class Block:
         return self.lowest * (1 - 1e-4)
 
     @property
-    def _entropy_error(self) -> float:
+    def entropy_error(self) -> float:
         variance = self.sigma**2 * self.fit.inverse[0, 0]
         return float(np.sqrt(variance)) if np.isfinite(variance) and variance > 0 else 0.05
 

@@ -343,7 +343,7 @@ def fit_joint(
     rows, said = run_table.usable(table)
     law = fit_rows(rows, form, entropy=entropy, log=log, huber_delta=huber_delta)
     params, loss, weight, query_heads = (law.runs[name].to_numpy() for name in ("params", "loss", "weight", "query_heads"))
-    all_runs = {Heads(None, 0): run_table.Runs(params, loss, weight, query_heads)}
+    all_runs = {Heads(None, 0): run_table.Runs(params, loss, weight, query_heads, run_table.labels_by_count(params))}
     return dataclasses.replace(law, warnings=(*said, *run_table.warnings(all_runs, rows), *_warnings(law)))
 
 

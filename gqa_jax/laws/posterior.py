@@ -1,14 +1,13 @@
 """Joint draws of the coefficients of all head configurations: what is uncertain about an answer is computed from them.
 
-`posterior` (the default). Given E, the laws of different H are independent and nearly Gaussian in theta = (alpha, b)
-(`block.conditional`), so their joint posterior is drawn without a Markov chain: E, the noise sigma and the spread tau of the
-H on a grid, by their marginal likelihood, then theta of every H. With five H or more they are pooled (a hierarchical head
-law): theta_H = X_H beta + u_H, u_H ~ Normal(0, diag(tau_alpha^2, tau_b^2)), X_H polynomials in log2 n_h and log2 n_kv, beta
-flat, tau log-uniform. Runs of neighbouring H then support each other as far as the data say that H vary smoothly. Without
-pooling E has its profile likelihood, and beta, tau don't exist. Priors: flat in E between 0 and the lowest loss, 1/sigma.
+`posterior` (the default). Noise that is a run's own and noise that runs of a size share, power laws and laws that bend, head
+configurations that support each other: the model and its priors are in `evidence`. Where the data can't tell, intervals widen.
+
+`independent`. The same with independent noise and exact power laws. Its intervals are the narrower ones of textbooks, and too
+narrow where their assumptions fail; `LawsByHeads.price_of_doubt` compares both.
 
 `bootstrap`: every run's loss is drawn anew from its fitted law with the pooled noise, whose size varies as its degrees of
-freedom allow, and all coefficients are fitted again.
+freedom allow, and all coefficients are fitted again: independent noise and exact power laws too.
 
 Losses of runs that were evaluated on the same text are all off by one common amount against the text at large: so every draw
 has a shift (`SharedError.draws`) that is the same for all H, whatever loss is asked for. N* of all H move with it; which H is
@@ -18,24 +17,23 @@ the cheapest hardly does.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
-from gqa_jax.laws import fitting
+from gqa_jax.laws import bends, evidence, fitting
 from gqa_jax.laws.bends import Bends
-from gqa_jax.laws.block import SMALLEST_B, conditional, curves
+from gqa_jax.laws.block import conditional, curves
+from gqa_jax.laws.evidence import Explored
 from gqa_jax.laws.heads import LLAMA3, Heads
 
 if TYPE_CHECKING:
     from gqa_jax.laws.block import Block
     from gqa_jax.laws.by_heads import LawsByHeads
 
+METHODS = ("posterior", "independent", "bootstrap")
 POOLED_FROM = 5  # head configurations
-_TAU_ALPHA = (0.001, 0.003, 0.006, 0.012, 0.025, 0.05, 0.1)  # of ln(L - E) amid the data
-_TAU_B = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.04)
-_N_ENTROPY, _N_SIGMA = 80, 15
+_ROUNDS = 40  # of draws, each a quarter more than are wanted, until enough fall with size
 _LLAMA3_SIZES = 8
 
 
@@ -52,6 +50,8 @@ class Draws:
     notes: tuple[str, ...] = ()  # how an H came in that has no law of its own
     shift_S: np.ndarray | float = 0.0  # of every E: the error that all losses have in common, which is in entropy_SxH
     bends: Bends | None = None  # None: power laws
+    kappa_S: np.ndarray | float = 0.0  # variance of what runs of a size share over sigma^2
+    effects_SxJ: np.ndarray | None = None  # what the runs of each trained size share, nats per token; None: nothing
 
     @property
     def entropy_on_text_SxH(self) -> np.ndarray:
@@ -85,8 +85,8 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
 
     Raises ValueError for an unknown method, or where there are no more runs than coefficients: then nothing is known of noise.
     """
-    if method not in ("posterior", "bootstrap"):
-        raise ValueError(f"method {method!r} is unknown: use posterior or bootstrap")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown: use {', '.join(METHODS)}")
     if count < 2:
         raise ValueError(f"count = {count}: draw 2 or more")
     generator = np.random.default_rng(seed)
@@ -97,7 +97,10 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
                 "as many coefficients as runs: the noise of a run, and so every uncertainty, is unknown. Train more sizes or "
                 "seeds"
             )
-        drawn = _posterior(block, count, generator) if method == "posterior" else _bootstrap(block, count, generator)
+        if method == "bootstrap":
+            drawn = _bootstrap(block, count, generator)
+        else:
+            drawn = _posterior(block, count, seed, method == "posterior")
         parts.append((block, drawn))
     heads = [h for block, _ in parts for h in block.heads]
     entropy = np.concatenate([np.repeat(one.entropy_S[:, None], len(block.heads), 1) for block, one in parts], 1)
@@ -112,7 +115,9 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
             sigma = np.column_stack([sigma, sigma[:, 0]])
             notes.append(note)
     shift = laws.blocks[0].shared.draws(count, seed)
-    return Draws(heads, entropy + shift[:, None], log_a, b, sigma, method, tuple(notes), shift)
+    one = parts[0][1]
+    about = {"bends": one.bends, "kappa_S": one.kappa_S, "effects_SxJ": one.effects_SxJ} if len(parts) == 1 else {}
+    return Draws(heads, entropy + shift[:, None], log_a, b, sigma, method, tuple(notes), shift, **about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,21 @@ class _Drawn:
     sigma_S: np.ndarray
     beta_SxK: np.ndarray | None = None
     tau_Sx2: np.ndarray | None = None
+    kappa_S: np.ndarray | float = 0.0
+    effects_SxJ: np.ndarray | None = None
+    bends: Bends | None = None
+
+    def take(self, rows: np.ndarray | slice) -> _Drawn:
+        def one(value: Any) -> Any:
+            return (
+                value
+                if value is None or isinstance(value, float)
+                else value.take(rows)
+                if isinstance(value, Bends)
+                else value[rows]
+            )
+
+        return _Drawn(*(one(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
 
 def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Drawn:
@@ -145,98 +165,78 @@ def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Dra
     return _Drawn(theta[:, 0], theta[:, 1::2], theta[:, 2::2], np.full(count, block.sigma))
 
 
-@dataclasses.dataclass(frozen=True)
-class Evidence:
-    """What a block's runs say of E, sigma and tau, on a grid, and of theta for every E."""
-
-    entropies: np.ndarray
-    sigmas: np.ndarray
-    taus: list[tuple[float, float]]
-    share_TxSxE: np.ndarray  # of the posterior
-    theta_ExGx2: np.ndarray  # (alpha, b)
-    unit_V: np.ndarray  # covariance_ExGx2x2 of theta for sigma = 1
-    basis_Gx2xK: np.ndarray | None  # of the head law; None where H are not pooled
-
-
-def evidence(block: Block) -> Evidence:
-    """The marginal likelihood of E, sigma and tau; `Block.evidence` keeps it, as it depends on no seed."""
-    grid = _entropies(block)
-    alpha_ExG, b_ExG, squares_ExG = block.conditional(grid)
-    squares = squares_ExG.sum(-1)
-    theta = np.stack([alpha_ExG, b_ExG], -1)
-    unit_V, log_volume = _covariance_given_entropy(block, theta)
-    sigmas = _sigmas(block)  # even in ln sigma: the prior is 1 / sigma
-    n, groups = int((block.weight_GxM > 0).sum()), len(block.heads)
-    basis, taus = _pooling(block)
-    log_weights = np.empty((len(taus), len(sigmas), len(grid)))
-    for i, sigma in enumerate(sigmas):
-        likelihood = -n * np.log(sigma) - squares / (2 * sigma**2) + 2 * groups * np.log(sigma)
-        if basis is None:
-            log_weights[0, i] = likelihood
-            continue
-        for t, tau in enumerate(taus):
-            log_weights[t, i] = likelihood + log_volume + _pool(basis, theta, unit_V * sigma**2, tau).log_evidence
-    weights = np.exp(log_weights - log_weights.max())
-    weights = weights * _widths(grid)
-    return Evidence(grid, sigmas, taus, weights / weights.sum(), theta, unit_V, basis)
+def _posterior(block: Block, count: int, seed: int, wide: bool) -> _Drawn:
+    known = block.explored(wide, seed)
+    generator = np.random.default_rng([seed, 9])
+    parts, found = [], 0
+    for _ in range(_ROUNDS):
+        parts.append(_some(block, known, count + count // 4, generator))
+        found += len(parts[-1].entropy_S)
+        if found >= count:
+            break
+    else:
+        raise ValueError(
+            f"{found} of {count} draws of the posterior fall with size: the losses are too noisy for a law; train larger sizes"
+        )
+    drawn = _Drawn(*(_joined([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(_Drawn)))
+    return drawn.take(slice(0, count))
 
 
-def _posterior(block: Block, count: int, generator: np.random.Generator) -> _Drawn:
-    known = block.evidence
-    grid, theta, unit_V, basis = known.entropies, known.theta_ExGx2, known.unit_V, known.basis_Gx2xK
-    weights = known.share_TxSxE
-    picked = generator.choice(weights.size, count, p=weights.ravel())
-    t, s, e = np.unravel_index(picked, weights.shape)
-    entropy, low, share = _between(grid, e, generator)
-    center = theta[low] * (1 - share[:, None, None]) + theta[np.minimum(low + 1, len(grid) - 1)] * share[:, None, None]
-    sigmas = known.sigmas
-    V = unit_V[e] * (sigmas[s] ** 2)[:, None, None, None]
-    if basis is None:
-        drawn = center + _normal(V, generator)
-        return _clean(_Drawn(entropy, drawn[..., 0], drawn[..., 1], sigmas[s]))
-    tau = np.array(known.taus)[t]
-    pooled = _pool(basis, center, V, tau)
-    beta = (
-        pooled.beta
-        + np.linalg.solve(
-            np.swapaxes(np.linalg.cholesky(pooled.information), -1, -2), generator.normal(size=pooled.beta.shape)[..., None]
-        )[..., 0]
-    )
-    mean = np.einsum("gik,sk->sgi", basis, beta)
-    prior = (tau**2)[:, None, :, None] * np.eye(2)
-    gain = prior @ pooled.inverse
-    spread = prior - gain @ prior
-    drawn = (
-        mean + np.einsum("sgij,sgj->sgi", gain, center - mean) + _normal((spread + np.swapaxes(spread, -1, -2)) / 2, generator)
-    )
-    return _clean(_Drawn(entropy, drawn[..., 0], drawn[..., 1], sigmas[s], beta, tau))
+def _some(block: Block, known: Explored, count: int, generator: np.random.Generator) -> _Drawn:
+    """Draws with everything that was integrated drawn anew; those whose law does not fall with size left out."""
+    points = known.points.take(evidence.systematic(known.weight_S, count, generator))
+    node, linear, basis = points.node_S, known.linear, known.basis_Gx2xK
+    gaussian = known.integrate(points)
+    lower = np.linalg.cholesky(gaussian.information_SxDxD)
+    whitened = np.linalg.solve(lower, gaussian.right_SxD[..., None])
+    z = generator.normal(size=whitened.shape)
+    shared_SxD = np.linalg.solve(np.swapaxes(lower, 1, 2), whitened + z)[..., 0]
+    n_beta = 0 if basis is None else basis.shape[2]
+    beta, columns = shared_SxD[:, :n_beta], shared_SxD[:, n_beta:]
+    rest = linear.Ay_IxGx2[node] - np.einsum("sgic,sc->sgi", linear.AC_IxGx2xC[node], columns)
+    right = rest / points.sigma_S[:, None, None] ** 2
+    if basis is not None:
+        right = right + np.einsum("gik,sk->sgi", basis, beta) / points.tau_Sx2[:, None] ** 2
+    theta = (gaussian.own_SxGx2x2 @ right[..., None])[..., 0] + _normal(gaussian.own_SxGx2x2, generator)
+    entropy, shift = _within(linear, node, generator)
+    theta = theta + shift
+    forms = [known.model.forms[k] for k in linear.form_I[node]]
+    kind, place = np.array([f.kind for f in forms]), np.array([f.place for f in forms])
+    bent = Bends(block.center, known.model.reach, kind, np.where(kind == bends.NONE, 0.0, columns[:, 0]), place)
+    keep = bent.falls(theta[..., 1])
+    drawn = _Drawn(
+        entropy, theta[..., 0], theta[..., 1], points.sigma_S, None if basis is None else beta, points.tau_Sx2, points.kappa_S,
+        np.where(points.kappa_S[:, None] > 0, columns[:, 1:], 0.0), bent,
+    )  # fmt: skip
+    return drawn.take(keep)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pooled:
-    inverse: np.ndarray  # (..., G, 2, 2) of V + diag(tau^2)
-    information: np.ndarray  # (..., K, K) of beta
-    beta: np.ndarray  # (..., K)
-    log_evidence: np.ndarray  # (...,)
+def _within(linear: evidence.Linear, node: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """E drawn evenly within its interval of the grid, and how far (alpha, b)_SxGx2 move with it."""
+    width = linear.width_I[node]
+    step = (generator.random(len(node)) - 0.5) * width
+    n = int(np.sum(linear.form_I == linear.form_I[0]))
+    if n == 1:
+        return linear.entropy_I[node], np.zeros((len(node), *linear.theta_IxGx2.shape[1:]))
+    place = node % n
+    low, high = node - (place > 0), node + (place < n - 1)
+    slope = (linear.theta_IxGx2[high] - linear.theta_IxGx2[low]) / (linear.entropy_I[high] - linear.entropy_I[low])[
+        :, None, None
+    ]
+    return linear.entropy_I[node] + step, slope * step[:, None, None]
 
 
-def _pool(basis_Gx2xK: np.ndarray, theta: np.ndarray, V: np.ndarray, tau: np.ndarray) -> _Pooled:
-    """theta_G ~ Normal(basis beta, V_G + diag(tau^2)) with beta flat: beta's posterior, and the evidence without constants."""
-    W = np.linalg.inv(V + np.asarray(tau)[..., None, :, None] ** 2 * np.eye(2))
-    weighted = np.einsum("gik,...gij->...gkj", basis_Gx2xK, W)
-    information = np.einsum("...gkj,gjl->...kl", weighted, basis_Gx2xK)
-    right = np.einsum("...gkj,...gj->...k", weighted, theta)
-    beta = np.linalg.solve(information, right[..., None])[..., 0]
-    rest = np.einsum("...gi,...gij,...gj->...", theta, W, theta) - np.sum(right * beta, -1)
-    evidence = 0.5 * (np.linalg.slogdet(W)[1].sum(-1) - rest - np.linalg.slogdet(information)[1])
-    return _Pooled(W, information, beta, evidence)
+def _joined(values: list) -> Any:
+    if values[0] is None:
+        return None
+    return Bends.joined(values) if isinstance(values[0], Bends) else np.concatenate(values)
 
 
-def _pooling(block: Block) -> tuple[np.ndarray | None, list[tuple[float, float]]]:
-    """Basis_Gx2xK of the head law, and the grid of tau; (None, [one]) where H are too few. Llama 3's rule is not pooled."""
+def pooling(block: Block) -> np.ndarray | None:
+    """Basis_Gx2xK of the head law; None where H are too few. Llama 3's rule is not pooled."""
     counted = [h for h in block.heads if h.n_heads is not None]
     if len(counted) < POOLED_FROM:
-        return None, [(np.inf, np.inf)]
+        return None
     columns = _features(block.heads)
     most = max(1, len(counted) - 4)
     rules = np.array(
@@ -258,7 +258,7 @@ def _pooling(block: Block) -> tuple[np.ndarray | None, list[tuple[float, float]]
     basis = np.zeros((len(block.heads), 2, for_alpha.shape[1] + for_b.shape[1]))
     basis[:, 0, : for_alpha.shape[1]] = for_alpha
     basis[:, 1, for_alpha.shape[1] :] = for_b
-    return basis, [(a, b) for a in _TAU_ALPHA for b in _TAU_B]
+    return basis
 
 
 def _features(heads: list[Heads] | tuple[Heads, ...]) -> np.ndarray:
@@ -268,49 +268,6 @@ def _features(heads: list[Heads] | tuple[Heads, ...]) -> np.ndarray:
         u, v = (0.0, 0.0) if h.n_heads is None else (np.log2(h.n_heads), np.log2(h.n_kv_heads))
         rows.append(np.array([1.0, u, v, u * u, v * v, u * v]) * (h.n_heads is not None))
     return np.array(rows)
-
-
-def _entropies(block: Block) -> np.ndarray:
-    if block.given_entropy is not None:
-        return np.array([block.given_entropy])
-    grid, _ = block.entropy_grid
-    low, high = grid[0], grid[-1]
-    return np.linspace(low, high, _N_ENTROPY)
-
-
-def _sigmas(block: Block) -> np.ndarray:
-    """Even in ln sigma, over what the degrees of freedom leave open."""
-    if block.known_sigma is not None:
-        return np.array([block.known_sigma])
-    quantiles = stats.chi2.ppf([0.9995, 0.0005], block.dof)
-    low, high = block.sigma * np.sqrt(block.dof / quantiles)
-    return np.geomspace(low, min(high, 30 * block.sigma), _N_SIGMA)
-
-
-def _covariance_given_entropy(block: Block, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(V_ExGx2x2 of theta for sigma = 1, the log volume_E of all of them)."""
-    x, w = block.x_GxM, block.weight_GxM
-    value = np.exp(theta[..., :1] - theta[..., 1:] * x)
-    squares = w * value**2
-    information = np.empty((*theta.shape, 2))
-    information[..., 0, 0] = squares.sum(-1)
-    information[..., 0, 1] = information[..., 1, 0] = (-x * squares).sum(-1)
-    information[..., 1, 1] = (x**2 * squares).sum(-1)
-    return np.linalg.inv(information), -0.5 * np.linalg.slogdet(information)[1].sum(-1)
-
-
-def _widths(grid: np.ndarray) -> np.ndarray:
-    return np.gradient(grid) if len(grid) > 1 else np.ones(1)
-
-
-def _between(grid: np.ndarray, index: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """E drawn evenly within half a step of its grid point; the grid point below it, and how far it is to the next."""
-    if len(grid) == 1:
-        return grid[index], index, np.zeros(len(index))
-    step = grid[1] - grid[0]
-    value = np.clip(grid[index] + step * (generator.random(len(index)) - 0.5), grid[0], grid[-1])
-    low = np.clip(np.searchsorted(grid, value, "right") - 1, 0, len(grid) - 2)
-    return value, low, (value - grid[low]) / step
 
 
 def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -324,11 +281,6 @@ def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarra
     return np.stack([first * z[..., 0], cross * z[..., 0] + second * z[..., 1]], -1)
 
 
-def _clean(drawn: _Drawn) -> _Drawn:
-    """Slopes of 0 or below, possible in the tails of a Gaussian, are the least there are."""
-    return dataclasses.replace(drawn, b_SxG=np.maximum(drawn.b_SxG, SMALLEST_B))
-
-
 def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random.Generator):
     """Columns (E, ln a, b) of Llama 3's heads: from runs that have them, else the head law; (None, "") without either."""
     if laws.llama3 is not None:
@@ -339,8 +291,12 @@ def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random
         theta = np.stack([np.interp(drawn.entropy_S, grid, alpha[:, 0]), np.interp(drawn.entropy_S, grid, b[:, 0])], -1)
         value = np.exp(theta[:, :1] - theta[:, 1:] * x)
         J = np.stack([value, -x * value], -1)
-        V = np.linalg.inv(np.swapaxes(J, -1, -2) @ J) * drawn.sigma_S[:, None, None] ** 2
-        theta = theta + _normal(V, generator)
+        noise = drawn.sigma_S * np.sqrt(1 + np.asarray(drawn.kappa_S))
+        unit = np.linalg.inv(np.swapaxes(J, -1, -2) @ J)
+        if drawn.bends is not None:  # the power law closest to what is left without the bend
+            q = drawn.bends.at(np.broadcast_to(np.log(runs.params), (len(drawn.entropy_S), len(runs.params))))[0]
+            theta = theta + np.einsum("sij,smj,sm->si", unit, J, value * q)
+        theta = theta + _normal(unit * noise[:, None, None] ** 2, generator)
         note = f"Llama 3's heads {LLAMA3}: a law of {len(runs.loss)} {laws.llama3_source}"
     elif drawn.beta_SxK is not None and np.isfinite(block.runs[0].d_model).all():
         note = f"Llama 3's heads {LLAMA3}: from the head law, for d / d_h query heads; no run has them at three sizes"
@@ -356,7 +312,7 @@ def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random
         if inside.sum() < 3 or max(h.n_kv_heads for h in block.heads) < LLAMA3.n_kv_heads:
             return None, ""
         x = np.log(grid[inside] / block.center)
-        basis, _ = _pooling(block)
+        basis = pooling(block)
         pseudo = [Heads(n, LLAMA3.n_kv_heads) for n in n_heads[inside]]
         theta_Sx2 = _head_law(block, basis, pseudo, x, drawn, generator)
         theta = theta_Sx2

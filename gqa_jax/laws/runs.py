@@ -15,6 +15,7 @@ from gqa_jax.shapes import Aspect
 MIN_SIZES = 3
 MIN_SPAN = 4.0  # of N within an H: below it a power law and a line can't be told apart
 NARROW_SPAN = 16.0
+SAME_SIZE = 1.01  # counts within this factor are of one size, where nothing else says what a size is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Runs:
     loss: np.ndarray
     sem: np.ndarray  # standard error of loss; nan where it is not known, or common to all runs (`shared_sem`)
     d_model: np.ndarray  # nan where it is not known
+    size: np.ndarray  # int labels: runs of any heads with the same one are of one size (`size_labels`)
 
     @property
     def n_sizes(self) -> int:
@@ -151,6 +153,7 @@ def about_text(rows: pd.DataFrame) -> list[str]:
 def by_heads(rows: pd.DataFrame) -> dict[Heads, Runs]:
     """Runs of every H of `usable` rows; an empty n_heads stands for d / d_h."""
     groups, own = {}, shared_sem(rows) is None
+    rows = rows.assign(size_label=size_labels(rows))  # of all heads, before they are parted
     for (n_heads, n_kv), chosen in rows.groupby(["n_heads", "n_kv_heads"], dropna=False):
         groups[Heads(None if pd.isna(n_heads) else int(n_heads), int(n_kv))] = runs_of(chosen, own)
     return groups
@@ -163,7 +166,7 @@ def llama3(rows: pd.DataFrame) -> Runs | None:
     follows = (rows["n_heads"] * rows["head_dim"] == rows["d_model"]) & (rows["n_kv_heads"] == LLAMA3.n_kv_heads)
     if not (follows := follows.fillna(False).astype(bool)).any():
         return None
-    runs = runs_of(rows[follows], shared_sem(rows) is None)
+    runs = runs_of(rows.assign(size_label=size_labels(rows))[follows], shared_sem(rows) is None)
     return runs if runs.n_sizes >= MIN_SIZES and runs.span >= MIN_SPAN else None
 
 
@@ -249,10 +252,39 @@ def stack(groups: Sequence[Runs]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return (*(np.stack([pad(getattr(runs, name)) for runs in groups]) for name in ("params", "loss", "sem")), there)
 
 
-def runs_of(rows: pd.DataFrame, own_sem: bool, size: str = "params_non_embedding") -> Runs:
-    """The runs of some rows by the column `size`; without standard errors where they are not each run's own."""
+def runs_of(rows: pd.DataFrame, own_sem: bool, count: str = "params_non_embedding") -> Runs:
+    """The runs of some rows by the column `count`; without standard errors where they are not each run's own.
+
+    Their sizes are those of the column `size_label`, of `size_labels` of all rows of a table; else those of these rows alone.
+    """
     sem = column(rows, "loss_sem") if own_sem else np.full(len(rows), np.nan)
-    return Runs(column(rows, size), column(rows, "loss"), sem, column(rows, "d_model"))
+    labels = rows["size_label"].to_numpy(np.int64) if "size_label" in rows else size_labels(rows)
+    return Runs(column(rows, count), column(rows, "loss"), sem, column(rows, "d_model"), labels)
+
+
+def size_labels(rows: pd.DataFrame) -> np.ndarray:
+    """Which size every run has, common to all heads: int64 labels (rows,), 0 for the smallest.
+
+    A size is the same number of layers and hidden size; where a row lacks one, the same column `size`; where one lacks that
+    too, the same N within 1%. N alone is a last resort: at one size it differs by heads.
+    """
+    params = column(rows, "params_non_embedding")
+    for names in (["n_layers", "d_model"], ["size"]):
+        if set(names) <= {*rows.columns} and rows[names].notna().all(axis=None):
+            codes = rows.groupby(names, sort=False).ngroup().to_numpy()
+            least = np.array([params[codes == code].min() for code in range(codes.max(initial=-1) + 1)])
+            return np.argsort(np.argsort(least, kind="stable"), kind="stable")[codes]
+    return labels_by_count(params)
+
+
+def labels_by_count(params: np.ndarray) -> np.ndarray:
+    """int64 labels of equal counts, within 1% of the smallest of their label; 0 for the smallest."""
+    labels, start, label = np.empty(len(params), np.int64), -np.inf, -1
+    for i in np.argsort(params, kind="stable"):
+        if params[i] > SAME_SIZE * start:
+            start, label = params[i], label + 1
+        labels[i] = label
+    return labels
 
 
 def column(rows: pd.DataFrame, name: str) -> np.ndarray:
