@@ -107,7 +107,7 @@ def test_truths_of_the_prior_have_every_bend_and_fall():
         assert 0.0015 <= noise.own <= 0.006
     assert kinds == {"none", "drift", "break"}
     assert 15 < shared < 45
-    truths = [coverage.grid("prior", i).truth for i in range(100)]  # some that were drawn first rise again
+    truths = [coverage.grid("prior", i).truth for i in range(100)]  # of some the first that was drawn rises again
     assert min(truth.exponent(n).min() for truth in truths for n in (1e5, 1e12)) > 0.01
 
 
