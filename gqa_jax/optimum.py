@@ -598,7 +598,7 @@ def _check(loss: float, contexts: Sequence[int]) -> None:
 def _common_warnings(laws: Mapping[Heads, PowerLaw]) -> list[str]:
     found = [w for law in laws.values() for w in law.warnings]
     if isinstance(laws, LawsByHeads):
-        found = ([laws.source] if laws.source else []) + [*laws.warnings, *found]
+        found = ([laws.source] if laws.source else []) + [*laws.warnings, *laws.doubted, *found]
     return list(dict.fromkeys(found))
 
 

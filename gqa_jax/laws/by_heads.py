@@ -7,12 +7,14 @@ above 0.99 on the paper's own points).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from gqa_jax.formatting import short
 from gqa_jax.laws import confounding, fitting
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
@@ -24,8 +26,14 @@ from gqa_jax.laws.runs import Runs
 from gqa_jax.shapes import Aspect, paper_aspect
 
 if TYPE_CHECKING:
+    from gqa_jax.laws.doubt import Doubts
     from gqa_jax.laws.posterior import Draws
 
+_NOISE_MODELS = {
+    "posterior": "95% of draws with noise of a run's own, noise that runs of a size share, and laws that may bend",
+    "independent": "95% of draws with independent noise and exact power laws",
+    "bootstrap": "95% of refits with independent noise and exact power laws",
+}
 _UNBOUNDED = 70.0  # ln a: no size is 1e30, the end of such an interval is b's lower bound
 
 
@@ -58,11 +66,12 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         source: str = "",
         method: str = "posterior",
         design: Design | None = None,
+        refit: Callable[[Sequence[tuple[Heads, float, float]]], LawsByHeads] | None = None,
     ):
         self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
         self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
         self.warnings, self.source, self.method = tuple(warnings), source, method
-        self.llama3, self.llama3_source, self.design = llama3, llama3_source, design
+        self.llama3, self.llama3_source, self.design, self._refit = llama3, llama3_source, design, refit
         self._laws = {heads: law for block in blocks for heads, law in block.laws(self.warnings).items()}
         self._draws: dict[tuple, Draws] = {}
 
@@ -111,6 +120,78 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
             n_heads = np.nan if heads.n_heads is None else heads.n_heads
             frames.append(pd.DataFrame({"n_heads": n_heads, "n_kv_heads": heads.n_kv_heads, "params": law.params} | columns))
         return pd.concat(frames, ignore_index=True)
+
+    @functools.cached_property
+    def doubts(self) -> Doubts:
+        """What one calibrated suite of tests finds against the laws (`gqa_jax.laws.doubt`); it fires on 5% of good ones.
+
+        Nothing where the noise is not the residuals' (a preset of computed curves), or no degrees of freedom are left.
+        """
+        from gqa_jax.laws import doubt
+
+        if any(block.known_sigma is not None for block in self.blocks) or not self.dof > 0:
+            return doubt.nothing()
+        return doubt.of_blocks(self.blocks)
+
+    @property
+    def doubted(self) -> list[str]:
+        """`doubts` in sentences, and what could not have been seen: every answer from these laws carries them."""
+        from gqa_jax.laws import doubt
+
+        return doubt.sentences(self.doubts, [self._named(*run) for run in self._runs], self._size_names)
+
+    @functools.cached_property
+    def without_outliers(self) -> LawsByHeads | None:
+        """The laws without the runs that lie off (`Doubts.outliers`); None without any, or where too few are left."""
+        if self._refit is None or not self.doubts.outliers:
+            return None
+        try:
+            return self._refit([self._runs[one.run] for one in self.doubts.outliers])
+        except ValueError:  # an H has too few sizes then
+            return None
+
+    @property
+    def _runs(self) -> list[tuple[Heads, float, float]]:
+        """(heads, N, loss) in the order of the suite's rows."""
+        return [
+            (heads, float(n), float(loss))
+            for block in self.blocks
+            for heads, runs in zip(block.heads, block.runs, strict=True)
+            for n, loss in zip(runs.params, runs.loss, strict=True)
+        ]
+
+    @staticmethod
+    def _named(heads: Heads, params: float, loss: float) -> str:
+        return f"{heads} at N = {short(params)} (loss {loss:.4f})"
+
+    @property
+    def _size_names(self) -> dict[int, str]:
+        """Label of a size -> its mean N, in words."""
+        found: dict[int, list[float]] = {}
+        for block in self.blocks:
+            for runs in block.runs:
+                for label, n in zip(runs.size, runs.params, strict=True):
+                    found.setdefault(int(label), []).append(float(n))
+        return {label: f"about {short(np.mean(n))} parameters" for label, n in found.items()}
+
+    @property
+    def noise_model(self) -> str:
+        """What intervals from the draws rest on, in words."""
+        return _NOISE_MODELS[self.method]
+
+    def price_of_doubt(self, loss: float) -> float:
+        """How many times wider the intervals of ln N* are for shared noise and bends: the median over H; nan: not known.
+
+        Against method "independent", 95% of 1,000 draws.
+        """
+        if self.method != "posterior" or not np.isfinite(self.sigma):
+            return np.nan
+        widths = []
+        for method in ("posterior", "independent"):
+            low, high = fitting.percentiles(self.draws(method=method).log_size(loss)[:, : len(self)], 0.95)
+            widths.append(high - low)
+        known = np.isfinite(widths[0]) & np.isfinite(widths[1]) & (widths[1] > 0)
+        return float(np.median(widths[0][known] / widths[1][known])) if known.any() else np.nan
 
     def block(self, heads: Heads) -> Block:
         """The block that H belongs to. Raises KeyError for an H without a law."""
@@ -206,11 +287,23 @@ def fit_by_heads(
     lowest = min(runs.loss.min() for runs in groups.values())
     fitting.require(lowest, entropy, huber_delta)
     design = confounding.require(rows, allow_confounded)
+    options = {"shared_entropy": shared_entropy, "entropy": entropy, "log": log, "huber_delta": huber_delta}
+
+    def refit(left_out: Sequence[tuple[Heads, float, float]]) -> LawsByHeads:
+        drop = np.zeros(len(rows), bool)
+        for heads, n, loss in left_out:
+            same = rows["n_heads"].isna() if heads.n_heads is None else rows["n_heads"] == heads.n_heads
+            same &= (rows["n_kv_heads"] == heads.n_kv_heads) & (rows["params_non_embedding"] == n) & (rows["loss"] == loss)
+            drop |= same.fillna(False).to_numpy(bool)
+        again = fit_by_heads(rows[~drop], **options, allow_confounded=True)
+        again.aspect, again.source, again.method = found.aspect, found.source, found.method
+        return again
+
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
     shared = run_table.shared_error(rows)
     blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
     said += [*run_table.warnings(groups, rows), *design.warnings]
-    return LawsByHeads(
+    found = LawsByHeads(
         blocks,
         context=int(rows["context"].iloc[0]),
         head_dim=run_table.only(rows, "head_dim", 64.0),
@@ -221,4 +314,6 @@ def fit_by_heads(
         llama3=None if LLAMA3 in groups else run_table.llama3(rows),
         llama3_source="runs that have them",
         design=design,
+        refit=refit,
     )
+    return found
