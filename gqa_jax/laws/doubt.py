@@ -1,24 +1,25 @@
 """What runs say against their law: one calibrated suite of tests per fit, and how much it could have seen.
 
-R^2 says nothing and residuals that look small may all lean one way. So every fit is asked, at its linearised least squares
+R^2 says nothing, and residuals that look small may all lean one way. So every fit is asked, at its linearised least squares
 (whitened residuals r of n runs, whitened derivatives J by p coefficients):
 
-    outliers   does one run lie off the others' law? Externally studentised residuals, the largest of them
-    sizes      do runs of a size deviate together? F of the residuals' means by size
-    bends      does the law bend? A drift of the exponent, or a break at one of some places: the largest t^2
-    ends       do the largest or the smallest size lie off what the other sizes predict? The larger t^2
+    outliers   does one run lie off the others' law? The largest externally studentised residual
+    together   do runs of a size deviate together, does the law bend (a drift of the exponent, a break at one of some places),
+               does the largest or the smallest size lie off what the others predict? One Bayes factor of all these against
+               none, the noise integrated out; its parts name what it was
     repeats    do runs deviate from the law more than repeated runs from each other? F, where runs were repeated
 
 Under the law r lives in the n - p directions that J leaves, evenly in all of them. Thousands of such r are drawn, each test is
 made on each, and the suite fires where its least p-value (over the tests' shares of attention) is among the lowest 5% of
 theirs: so the false alarms of the whole suite are 5%, whatever the tests have in common. Runs that lie off are named first, and
-left out of the other tests.
+left out of the other tests. A Bayes factor has the highest power on average over its alternatives that a test of 5% can have;
+what that is, and what a test would see that looked for one of them only, is in `docs/laws.md`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,11 +35,17 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05  # false alarms of the whole suite
 _DRAWS = 8000
-#: Shares of attention: a test's p-value is divided by its share. Sizes and bends have most: answers turn on them.
-ATTENTION = {"outliers": 0.15, "sizes": 1.0, "bends": 1.0, "ends": 0.15, "repeats": 0.3}
+#: Shares of attention: a test's p-value is divided by its share. Outliers that matter are seen with little.
+ATTENTION = {"outliers": 0.05, "together": 1.0, "repeats": 0.2}
+SIZES, LARGEST, SMALLEST = "sizes", "largest", "smallest"  # alternatives beside the directions
+_PRIOR = {SIZES: 0.48, LARGEST: 0.02, SMALLEST: 0.02}  # of the alternatives; the directions share the rest, the first has half
+_KAPPAS = (0.3, 1.0, 3.0, 9.0)  # variance of what a size shares over a run's own
+_GAINS = (3.0, 10.0)  # square of how far a direction is shifted, in standard errors: of its Normal prior
+_CLEAR = 0.25  # share of the Bayes factor from which an alternative is named
 _MOST_OUTLIERS = 0.1  # of the runs: more are no outliers
 _BREAKS = (0.2, 0.4, 0.6, 0.8)  # of the way from the smallest to the largest size, in ln N
 _POWER = 0.8  # of what could have been seen
+_PART = 0.2  # of the largest singular value: directions of which J leaves less carry no test
 _SMALL = 1e-9  # of the length of a direction: J leaves nothing of it
 
 
@@ -66,6 +73,7 @@ class Doubts:
     p_value: float  # of the whole suite: at most LEVEL where it fires; nan without degrees of freedom
     tests: pd.DataFrame  # a row per test: test, statistic, p_value (its own), fires
     outliers: tuple[Outlier, ...]
+    shares: dict[str, float]  # of the alternatives in the Bayes factor of `together`: SIZES, LARGEST, SMALLEST, directions
     amounts: pd.DataFrame  # a row per direction: direction, amount, error, z, seen (what has a chance of 80% to be seen)
     size_means: pd.DataFrame  # a row per size: size (label), runs, mean residual (nats per token), error
     size_effect: float  # standard deviation of what a size shares that has a chance of 80% to be seen, nats per token
@@ -78,6 +86,14 @@ class Doubts:
         """Whether one test is among what fired."""
         return self.fires and bool(self.tests.set_index("test")["fires"].get(test, False))
 
+    @property
+    def named(self) -> list[str]:
+        """The alternatives that speak for what `together` found, the clearest first; none where it found nothing."""
+        if not self.found("together"):
+            return []
+        order = sorted(self.shares, key=self.shares.get, reverse=True)
+        return [name for i, name in enumerate(order) if i == 0 or self.shares[name] > _CLEAR]
+
 
 _TESTS, _AMOUNTS = ["test", "statistic", "p_value", "fires"], ["direction", "amount", "error", "z", "seen"]
 _MEANS = ["size", "runs", "mean", "error"]
@@ -87,7 +103,7 @@ def nothing() -> Doubts:
     """Where no degrees of freedom are left: nothing can be said."""
     empty = (pd.DataFrame(columns=names) for names in (_TESTS, _AMOUNTS, _MEANS))
     tests, amounts, means = empty
-    return Doubts(np.nan, tests, (), amounts, means, np.nan)
+    return Doubts(np.nan, tests, (), {}, amounts, means, np.nan)
 
 
 def suite(
@@ -128,27 +144,33 @@ def suite(
             break
         outliers.append(Outlier(worst, float(found.shift(worst)), float(t[worst])))
         found = found.without(worst)
-    groups = {"sizes": found.span(_indicators(sizes))}
-    if repeats is not None and len(np.unique(repeats)) < len(repeats):
-        groups["repeats"] = found.span(_indicators(repeats))
-    bent = [found.project(d.shift * root) for d in directions]
     labels = np.unique(sizes)
-    ends = [found.project((sizes == label) * root) for label in (labels[-1], labels[0])] if len(labels) > 2 else []
-    inside = groups["sizes"] if groups["sizes"].shape[1] < found.freedom - 1 else np.zeros((found.freedom, 0))
+    inside = found.span(_indicators(sizes))
+    if inside.shape[1] >= found.freedom - 1:
+        inside = inside[:, :0]
     null = found.null(generator)
-    statistics = {"outliers": (statistic, None, p_outliers)}
-    for name, basis in groups.items():
-        if 0 < basis.shape[1] < found.freedom:
+    statistics: dict[str, tuple[float, np.ndarray | None, float]] = {"outliers": (statistic, None, p_outliers)}
+    if repeats is not None and len(np.unique(repeats)) < len(repeats):
+        basis = found.span(_indicators(repeats))
+        freedom = basis.shape[1], found.freedom - basis.shape[1]
+        if min(freedom) > 0:
             value, of_null = (_f(w, basis) for w in (found.w[None], null))
-            p = float(stats.f.sf(value[0], basis.shape[1], found.freedom - basis.shape[1]))
-            statistics[name] = (float(value[0]), stats.f.sf(of_null, basis.shape[1], found.freedom - basis.shape[1]), p)
-    for name, vectors in (("bends", bent), ("ends", ends)):
-        known = [v / np.linalg.norm(v) for v in vectors if np.linalg.norm(v) > _SMALL]
-        if known:
-            value, of_null = (_t2(w, np.stack(known, 1), inside).max(1) for w in (found.w[None], null))
-            order = np.sort(of_null)
-            ranks = 1 - np.searchsorted(order, of_null, "left") / len(order)
-            statistics[name] = (float(value[0]), ranks, _rank(float(value[0]), of_null))
+            statistics["repeats"] = (float(value[0]), stats.f.sf(of_null, *freedom), float(stats.f.sf(value[0], *freedom)))
+    bent = [found.project(d.shift * root) for d in directions]
+    alternatives = {d.name: v for d, v in zip(directions, bent, strict=True)}
+    if len(labels) > 2:
+        alternatives |= {
+            LARGEST: found.project((sizes == labels[-1]) * root),
+            SMALLEST: found.project((sizes == labels[0]) * root),
+        }
+    together = _together(found, root[:, None] * _indicators(sizes), alternatives)
+    shares: dict[str, float] = {}
+    if together:
+        parts = {name: factor(found.w[None])[0] for name, factor in together.items()}
+        value = np.logaddexp.reduce(list(parts.values()))
+        of_null = np.logaddexp.reduce([factor(null) for factor in together.values()])
+        shares = {name: float(np.exp(part - value)) for name, part in parts.items()}
+        statistics["together"] = (float(value), _rank_all(of_null), _rank(float(value), of_null))
     of_outliers = _rank_all(np.abs(found.studentised(null)).max(1))
     least_null = np.min(
         [of_outliers / ATTENTION["outliers"], *(n / ATTENTION[k] for k, (_, n, _) in statistics.items() if n is not None)], 0
@@ -160,7 +182,7 @@ def suite(
     )
     p_value = float((1 + np.sum(least_null <= min(scores.values()))) / (1 + len(least_null)))
     sigma = found.sigma(inside)
-    critical = np.sqrt(stats.f.isf(min(limit, 0.5), 1, max(found.freedom - inside.shape[1], 1))) + stats.norm.ppf(_POWER)
+    critical = np.sqrt(stats.f.isf(min(limit / 2, 0.5), 1, max(found.freedom - inside.shape[1], 1))) + stats.norm.ppf(_POWER)
     rows = []
     for direction, v in zip(directions, bent, strict=True):
         length = np.linalg.norm(v)
@@ -173,8 +195,8 @@ def suite(
         for label in labels
     ]
     return Doubts(
-        p_value, tests, tuple(outliers), pd.DataFrame(rows, columns=_AMOUNTS), pd.DataFrame(means, columns=_MEANS),
-        _least_size_effect(found, groups["sizes"], limit, sigma, len(r) / len(labels)),
+        p_value, tests, tuple(outliers), shares, pd.DataFrame(rows, columns=_AMOUNTS), pd.DataFrame(means, columns=_MEANS),
+        _least_size_effect(found, inside, limit, sigma, len(r) / len(labels)),
     )  # fmt: skip
 
 
@@ -205,9 +227,9 @@ class _Space:
         return self.Q.T @ vector
 
     def span(self, columns: np.ndarray) -> np.ndarray:
-        """An orthonormal basis of what is left of some columns, whitened here."""
+        """An orthonormal basis of what is left of some columns, whitened here: of where a good part is."""
         u, s, _ = np.linalg.svd(self.Q.T @ (columns * self.root[:, None]), full_matrices=False)
-        return u[:, s > _SMALL * max(1.0, s.max(initial=0.0))]
+        return u[:, s > _PART * s.max(initial=0.0)]
 
     def studentised(self, w: np.ndarray | None = None) -> np.ndarray:
         """Of every run (n,), or of simulated residuals (S, freedom) of every run (S, n): the t of its being shifted alone."""
@@ -237,10 +259,37 @@ def _f(w_SxF: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return along / basis.shape[1] / (rest / (w_SxF.shape[1] - basis.shape[1]))
 
 
-def _t2(w_SxF: np.ndarray, directions: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """t^2 of every direction, by the noise that runs of a size do not share."""
-    rest = np.maximum(np.sum(w_SxF**2, 1) - np.sum((w_SxF @ inside) ** 2, 1), 1e-300)
-    return (w_SxF @ directions) ** 2 / (rest / max(w_SxF.shape[1] - inside.shape[1], 1))[:, None]
+def _together(space: _Space, effects: np.ndarray, shifts: Mapping[str, np.ndarray]) -> dict[str, Callable]:
+    """ln of the Bayes factor of every alternative against none, times its prior: functions of residuals (S, freedom).
+
+    The noise is integrated over 1 / sigma: with a covariance sigma^2 V the evidence is
+    det(V)^(-1/2) (w' V^-1 w)^(-freedom / 2).
+    """
+
+    def factor(basis: np.ndarray, gains: Sequence[np.ndarray], prior: float) -> Callable[[np.ndarray], np.ndarray]:
+        def of(w: np.ndarray) -> np.ndarray:
+            whole, along = np.maximum(np.sum(w**2, 1), 1e-300), (w @ basis) ** 2
+            found = [
+                -0.5 * np.log1p(gain).sum()
+                - space.freedom / 2 * np.log1p(-np.minimum(along @ (gain / (1 + gain)) / whole, 1 - 1e-12))
+                for gain in gains
+            ]
+            return np.logaddexp.reduce(found) + np.log(prior / len(gains))
+
+        return of
+
+    result = {}
+    u, s, _ = np.linalg.svd(space.Q.T @ effects, full_matrices=False)
+    keep = s > _PART * s.max(initial=0.0)
+    if keep.any() and keep.sum() < space.freedom:
+        result[SIZES] = factor(u[:, keep], [kappa * s[keep] ** 2 for kappa in _KAPPAS], _PRIOR[SIZES])
+    known = {name: v / np.linalg.norm(v) for name, v in shifts.items() if np.linalg.norm(v) > _SMALL}
+    bent = [name for name in known if name not in _PRIOR]
+    rest = 1 - sum(_PRIOR.values())
+    for name, v in known.items():
+        share = 1.0 if len(bent) == 1 else 0.5 if name == bent[:1][0] else 0.5 / (len(bent) - 1) if name in bent else 0.0
+        result[name] = factor(v[:, None], [np.array([gain]) for gain in _GAINS], _PRIOR.get(name, rest * share))
+    return result
 
 
 def _rank(value: float, null: np.ndarray) -> float:
@@ -275,21 +324,22 @@ def sentences(found: Doubts, names: Sequence[str], sizes: Mapping[int, str]) -> 
         for one in found.outliers
     ]
     rate = f"tests like these fire by chance on {_rate(found.p_value)} of good grids"
-    if found.found("bends") and len(found.amounts):
-        row = found.amounts.loc[found.amounts["z"].abs().idxmax()]
-        said.append(
-            f"the law bends: {row['direction']} {row['amount']:+.3f} (z = {row['z']:+.1f}; {rate}): what a power law says "
-            "beyond the trained sizes is in doubt; the draws allow for it"
-        )
-    if found.found("sizes"):
-        means = found.size_means
-        row = means.loc[(means["mean"] / means["error"]).abs().idxmax()]
-        said.append(
-            f"runs of a size deviate together, most those of {sizes[row['size']]}, by {row['mean']:+.4f} nats per token on "
-            f"average ({rate}): one learning rate or one seed for all heads of a size does that; the draws allow for it"
-        )
-    if found.found("ends") and not (found.found("bends") or found.found("sizes")):
-        said.append(f"the largest or the smallest size lies off what the others predict ({rate})")
+    for name in found.named:
+        if name == SIZES:
+            means = found.size_means
+            row = means.loc[(means["mean"] / means["error"]).abs().idxmax()]
+            said.append(
+                f"runs of a size deviate together, most those of {sizes[row['size']]}, by {row['mean']:+.4f} nats per token on "
+                f"average ({rate}): one learning rate or one seed for all heads of a size does that; the draws allow for it"
+            )
+        elif name in (LARGEST, SMALLEST):
+            said.append(f"the {name} size lies off what the others predict ({rate})")
+        else:
+            row = found.amounts.set_index("direction").loc[name]
+            said.append(
+                f"the law bends: {name} {row['amount']:+.3f} (z = {row['z']:+.1f}; {rate}): what a power law says beyond the "
+                "trained sizes is in doubt; the draws allow for it"
+            )
     if found.found("repeats"):
         said.append(f"runs deviate from the law by more than repeated runs do from each other ({rate})")
     if not found.fires and len(found.amounts):
