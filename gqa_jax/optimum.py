@@ -18,16 +18,14 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import costs, formatting, objectives, shape_search
-from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
+from gqa_jax.formatting import REGRET_CAP
+from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw, posterior
 from gqa_jax.serving import Serving
 from gqa_jax.shapes import paper_aspect
 
 Aspect = Callable[[Any], Any]
 
 LEVEL = 0.95
-#: Regret counts up to here, twice the least cost: also of an H that in a draw can't be built while another can. Otherwise the
-#: few draws in which a size is astronomical would decide.
-NOT_POSSIBLE = 1.0
 LARGEST_BUILT = 1e13  # parameters: beyond it no model is proposed
 FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, and is called so
 
@@ -60,6 +58,8 @@ class Answer:
     runner_up: Heads | None
     regret_of_runner_up: float  # expected
     not_reached: float  # share of draws in which no H reaches the loss
+    noise_model: str  # what the intervals rest on, in words; empty where there are none
+    price_of_doubt: float  # `LawsByHeads.price_of_doubt`; nan for narrower methods
     candidates: pd.DataFrame
     buildable: pd.DataFrame
     warnings: tuple[str, ...]
@@ -82,6 +82,8 @@ class Answer:
             "runner_up": None if self.runner_up is None else list(self.runner_up),
             "regret_of_runner_up": _plain(self.regret_of_runner_up),
             "not_reached": _plain(self.not_reached),
+            "noise_model": self.noise_model,
+            "price_of_doubt": _plain(self.price_of_doubt),
             "objective": self.objective,
             "candidates": _records(self.candidates),
             "buildable": _records(self.buildable),
@@ -128,7 +130,15 @@ def search(
     best = frame.iloc[0]
     heads = _heads(best)
     runner = frame.iloc[1] if len(frame) > 1 and np.isfinite(frame["cost"].iloc[1]) else None
-    warnings = [*_common_warnings(laws), *_beyond(laws, context_served), *table.warnings(heads, best), *facts.warnings]
+    drawn = table.known.draws
+    without = _without_outliers(laws, loss, context_served, objective, aspect, memory_limit, (draws, seed, method), heads)
+    warnings = [
+        *_common_warnings(laws),
+        *without,
+        *_beyond(laws, context_served),
+        *table.warnings(heads, best),
+        *facts.warnings,
+    ]
     return Answer(
         loss=float(loss),
         context_served=int(context_served),
@@ -145,6 +155,8 @@ def search(
         runner_up=None if runner is None else _heads(runner),
         regret_of_runner_up=np.nan if runner is None else float(runner["expected_regret"]),
         not_reached=facts.not_reached,
+        noise_model="" if drawn is None else posterior.NOISE_MODELS[drawn.method],
+        price_of_doubt=laws.price_of_doubt(loss, draws, seed) if drawn is not None and drawn.method == "posterior" else np.nan,
         candidates=frame,
         buildable=_buildable(laws, heads, float(best["n_params"]), table, context_served, objective),
         warnings=tuple(dict.fromkeys(warnings)),
@@ -245,7 +257,7 @@ class Regrets:
     """What each H costs above the cheapest, in every draw."""
 
     heads: list[Heads]
-    regret_SxH: np.ndarray  # 0 of the cheapest, at most NOT_POSSIBLE; nan in draws in which no H reaches the loss
+    regret_SxH: np.ndarray  # 0 of the cheapest, at most REGRET_CAP; nan in draws in which no H reaches the loss
     reached_S: np.ndarray
 
 
@@ -271,7 +283,7 @@ def regrets(
     own = cost[:, : table.known.n_candidates]
     reached = np.isfinite(own.min(1))
     result = np.full(own.shape, np.nan)
-    result[reached] = _regret(own[reached])
+    result[reached] = regret(own[reached])
     return Regrets(table.heads[: table.known.n_candidates], result, reached)
 
 
@@ -438,7 +450,7 @@ class _Table:
         interval, said, chosen = (np.nan, np.nan), [], 0
         if reached.any():
             frame["probability"] = np.bincount(own[reached].argmin(1), minlength=k) / reached.sum()
-            frame["expected_regret"] = _regret(own[reached]).mean(0)
+            frame["expected_regret"] = regret(own[reached]).mean(0)
             if np.isfinite(frame["cost"]).any():
                 chosen = int(frame["expected_regret"].where(np.isfinite(frame["cost"])).idxmin())
         if too_large:
@@ -527,8 +539,14 @@ def _limited(
     return np.where(kept | np.isnan(cost), cost, np.inf)
 
 
-def _regret(cost_SxH: np.ndarray) -> np.ndarray:
-    return np.minimum(cost_SxH / cost_SxH.min(1, keepdims=True) - 1, NOT_POSSIBLE)
+def regret(cost_SxH: np.ndarray) -> np.ndarray:
+    """Regret_SxH of choosing H in every draw: cost over the least one, minus 1, at most REGRET_CAP.
+
+    The cap is also that of an H that in a draw does not reach the loss, or can't be built, while another can (an infinite
+    cost): what can't do the job is no better than what is dear, and the few draws in which a size is astronomical do not
+    decide. Every least cost must be finite: leave out the draws in which no H reaches the loss.
+    """
+    return np.minimum(cost_SxH / cost_SxH.min(1, keepdims=True) - 1, REGRET_CAP)
 
 
 def _sizes(loss: float, entropy: np.ndarray, log_a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -593,6 +611,41 @@ def _check(loss: float, contexts: Sequence[int]) -> None:
     for context in contexts:
         if not (np.isfinite(context) and context >= 1):
             raise ValueError(f"context_served = {context}: must be at least 1 token")
+
+
+def _without_outliers(
+    laws: Mapping[Heads, PowerLaw],
+    loss: float,
+    context_served: int,
+    objective: objectives.Objective,
+    aspect: Aspect | None,
+    memory_limit: float | Serving | None,
+    how: tuple[int, int, str | None],
+    heads: Heads,
+) -> list[str]:
+    """What the answer would be without the runs that lie off their law; nothing where none does."""
+    if not isinstance(laws, LawsByHeads) or not laws.doubts.outliers:
+        return []
+    count = len(laws.doubts.outliers)
+    which = "that run" if count == 1 else f"those {count} runs"
+    if (others := laws.without_outliers) is None:
+        return [f"without {which} too few sizes are left for a law"]
+    draws, seed, method = how
+    try:
+        table = _Table.of(others, loss, aspect or _aspect(laws), draws, seed, method)
+        frame = table.rows(context_served, objective, "figures", memory_limit).frame
+    except ValueError as error:
+        return [f"without {which} there is no answer: {error}"]
+    best = frame.iloc[0]
+    if not np.isfinite(best["cost"]):
+        return [f"without {which} no heads reach this loss"]
+    same = "the same heads, " if _heads(best) == heads else ""
+    sure = (
+        ""
+        if np.isnan(best["probability"])
+        else f", the cheapest with a probability of {formatting.probability(best['probability'])}"
+    )
+    return [f"without {which} the answer is {same}{_heads(best)}, N* = {formatting.short(best['n_params'])}{sure}"]
 
 
 def _common_warnings(laws: Mapping[Heads, PowerLaw]) -> list[str]:

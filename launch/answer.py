@@ -19,7 +19,7 @@ from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
 from gqa_jax.formatting import probability, short, si
-from gqa_jax.laws import Heads, validation
+from gqa_jax.laws import Heads, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.optimum import Answer
 from launch import rules, studies
@@ -186,13 +186,14 @@ def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
     noise = "no degrees of freedom for noise" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
     shared = "one E for all" if laws.shared_entropy else "an E per H"
     console.print(
-        f"[bold]Trained at T = {one.context:,}[/]: L(N; H) = (a / N)^b + E, {shared}; {laws.status}, {noise}; 95% intervals",
+        f"[bold]Trained at T = {one.context:,}[/]: L(N; H) = (a / N)^b + E, {shared}; {laws.status}, {noise}; intervals: "
+        f"{posterior.PROFILES}",
         highlight=False,
     )
     console.print(fit_screen(table))
     if laws.design is not None:
         console.print(str(laws.design), highlight=False)
-    for warning in dict.fromkeys([*one.laws.warnings, *(w for law in one.laws.values() for w in law.warnings)]):
+    for warning in dict.fromkeys([*laws.warnings, *laws.doubted, *(w for law in one.laws.values() for w in law.warnings)]):
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
 
 
@@ -216,7 +217,7 @@ def print_checks(one: Fitted, console: Console) -> None:
                 row.scheme.replace("_", " "), row.model.replace("_", " "), f"{row.predicted} of {row.runs}", *errors, inside
             )
         console.print(view)
-    for sentence in [*said, *validation.doubts(frame)]:
+    for sentence in said:
         console.print(f"[yellow]warning:[/] {sentence}", highlight=False)
 
 
@@ -320,10 +321,13 @@ def print_answer(found: Answer, one: Fitted, console: Console) -> None:
         )
     if found.runner_up is not None and not np.isnan(found.regret_of_runner_up):
         console.print(
-            f"next best {heads_text(*found.runner_up)}: expected to cost {found.regret_of_runner_up:.2%} more than the "
-            f"cheapest (this answer {found.expected_regret:.2%})",
+            f"next best {heads_text(*found.runner_up)}: expected to cost {formatting.regret(found.regret_of_runner_up)} more "
+            f"than the cheapest (this answer {formatting.regret(found.expected_regret)})",
             highlight=False,
         )
+    if found.noise_model:
+        price = "" if np.isnan(found.price_of_doubt) else f"; {found.price_of_doubt:.1f} times as wide as for a power law alone"
+        console.print(f"intervals: {found.noise_model}{price}", highlight=False)
     console.print(_candidates_screen(found))
     built = ", ".join(
         f"{row.n_layers} x {row.d_model} (loss {row.loss:.3f}, {si(row.cost)}{unit})" for row in found.buildable.itertuples()
@@ -358,7 +362,7 @@ def _candidates_screen(found: Answer) -> Table:
             f"{row.n_layers:.1f} x {row.d_model:.0f}",
             f"{si(row.cost)}{_range(row.cost_low, row.cost_high, si)}",
             "" if np.isnan(row.probability) else probability(row.probability),
-            "" if np.isnan(row.expected_regret) else f"{row.expected_regret:.2%}",
+            formatting.regret(row.expected_regret),
             "" if np.isnan(row.saving_vs_llama3) else f"{-row.saving_vs_llama3:+.1%}",
             "" if pd.isna(row.note) else row.note.removeprefix("extrapolated: ").removesuffix(" the trained sizes"),
         )
@@ -376,7 +380,7 @@ def conventions_screen(frame: pd.DataFrame) -> Table:
         view.add_column(name, justify="right")
     for row in frame.itertuples():
         known = ["" if np.isnan(x) else f"{x:.1%}" for x in (row.probability, -row.saving_vs_llama3)]
-        view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, f"{row.regret:.2%}")
+        view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, formatting.regret(row.regret))
     return view
 
 

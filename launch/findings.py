@@ -225,7 +225,7 @@ def _checks(one: Fitted) -> pd.DataFrame | None:
         }
         for row in validation.summary(frame).itertuples()
     ]
-    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings, *validation.doubts(frame)]
+    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings]
     return pd.DataFrame(lines + [{"check": "doubt", "result": text} for text in said], columns=["check", "result"])
 
 

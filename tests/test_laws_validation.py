@@ -7,7 +7,7 @@ from scipy import stats
 
 from gqa_jax import presets
 from gqa_jax.laws import Heads, fit_by_heads, validation
-from gqa_jax.laws.validation import doubts, hold_out, hold_out_all, lack_of_fit, not_falling, summary
+from gqa_jax.laws.validation import hold_out, hold_out_all, lack_of_fit, not_falling, summary
 
 WIDTHS = np.array([384, 640, 1024, 1536, 2048])
 HEADS = [(1, 1), (4, 1), (8, 1), (8, 2), (8, 8), (16, 4)]
@@ -87,10 +87,6 @@ def test_what_the_papers_points_say_of_models():
     assert table.loc[("rolling_origin", "law"), "rms_error"] == pytest.approx(0.0075, abs=1e-4)
     assert table.loc[("rolling_origin", "log_quadratic"), "rms_error"] == pytest.approx(0.0104, abs=1e-4)
     assert table.loc[("leave_heads_out", "law"), "rms_error"] == pytest.approx(0.0079, abs=1e-4)
-    text = " ".join(doubts(frame))
-    assert "the smallest size is missed in 3 of 8 predictions" in text
-    assert "(d/d_h,8) at N = 8.02e+07 by +0.0508 nats per token" in text
-    assert "the largest size" not in text
 
 
 # Schemes
@@ -159,11 +155,10 @@ def test_baselines_are_what_they_are_called():
 
 
 @pytest.mark.parametrize("scheme", validation.SCHEMES)
-def test_a_law_that_holds_is_predicted_and_not_doubted(scheme):
+def test_a_law_that_holds_is_predicted(scheme):
     frame = hold_out(table(), scheme)
     assert only(frame, model="law")["error"].abs().max() < 1e-4
     assert only(frame, model="entropy_0")["error"].abs().max() > 0.004
-    assert doubts(frame) == []
 
 
 def test_intervals_cover():
@@ -181,22 +176,18 @@ def test_a_curve_that_breaks_is_missed():
     def broken(heads, n):
         return power_law(heads, n) + np.where(n == n.max(), 0.06, 0.0)
 
-    found = doubts(hold_out(table(broken, noise=0.002), "leave_largest_out"))
-    assert "the largest size is missed in 6 of 6 predictions" in found[0]
-    assert "sigma" in found[0]
-    assert "and 3 more" in found[0]
-    assert "nats per token" in found[0]
+    law = only(hold_out(table(broken, noise=0.002), "leave_largest_out"), model="law")
+    assert (law["error"] < -0.04).all()
+    assert not law["covered"].any()
 
 
-def test_a_baseline_that_predicts_better_is_named():
+def test_a_baseline_that_predicts_better_is_seen():
     def bent(heads, n):
         x = np.log(n / 5e8)
         return np.exp(1.1 - 0.02 * np.log2(heads[0]) - 0.06 * x - 0.012 * x**2)  # falls ever faster: no power law does
 
-    found = " ".join(doubts(hold_out(table(bent, noise=0.001), "leave_largest_out")))
-    assert "the largest size is predicted better by ln L quadratic in ln N than by the law (rms error 0.0" in found
-    straight = doubts(hold_out(table(lambda h, n: 9 * n**-0.06 * (1 - 0.01 * np.log2(h[0])), noise=0.003), "leave_largest_out"))
-    assert not any("quadratic" in sentence for sentence in straight)
+    rms = summary(hold_out(table(bent, noise=0.001), "leave_largest_out")).set_index("model")["rms_error"]
+    assert rms["log_quadratic"] < 0.5 * rms["law"]
 
 
 def test_few_degrees_of_freedom_make_no_sigma():
@@ -206,7 +197,6 @@ def test_few_degrees_of_freedom_make_no_sigma():
     assert frame["predicted"].notna().all()
     assert frame["error_sigmas"].isna().all()
     assert frame["covered"].isna().all()
-    assert doubts(frame) == []
 
 
 def test_what_cannot_be_predicted_is_empty_and_said():
@@ -216,7 +206,6 @@ def test_what_cannot_be_predicted_is_empty_and_said():
     assert len(empty) == 3
     assert empty[["predicted", "error", "error_sigmas", "covered"]].isna().all(axis=None)
     assert frame["predicted"].notna().sum() == 15
-    assert "the largest size is not predicted in 1 of 6 cases" in " ".join(doubts(frame))
     law = summary(frame).set_index("model").loc["law"]
     assert (law["runs"], law["predicted"]) == (6, 5)
     assert np.isfinite(law["rms_error"])
@@ -257,7 +246,7 @@ def test_wrong_arguments_and_too_few_runs():
     assert said == ["leave_heads_out: 2 head configurations: a quadratic joint law needs 3 or more"]
     frame, said = hold_out_all(rows[rows["d_model"] == 384])
     assert len(said) == len(validation.SCHEMES)
-    assert len(frame) == len(summary(frame)) == len(doubts(frame)) == 0
+    assert len(frame) == len(summary(frame)) == 0
 
 
 def test_the_index_of_a_table_does_not_matter():
@@ -291,7 +280,7 @@ def test_lack_of_fit_finds_a_law_that_is_wrong_and_none_that_is_right():
     rows = table(wavy, noise=0.002, seeds=2)
     found = lack_of_fit(fit_by_heads(rows), rows)
     assert found.p_value < 1e-6
-    assert "lack of fit: runs deviate from the laws by 0.0" in found.warnings[0]
+    assert fit_by_heads(rows).doubts.fires
     p = [lack_of_fit(fit_by_heads(rows), rows).p_value for rows in (table(noise=0.002, seeds=2, seed=s) for s in range(12))]
     assert stats.kstest(p, "uniform").pvalue > 0.01
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, laws, objectives, optimum, presets, shape_search
+from gqa_jax import costs, formatting, laws, objectives, optimum, presets, shape_search
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.serving import Serving
 from gqa_jax.shapes import Aspect, paper_aspect
@@ -105,6 +105,16 @@ class TestPaper:
         }
 
 
+class TestRegret:
+    def test_is_capped_and_counts_what_can_not_do_the_job_as_the_cap(self):
+        cost_SxH = np.array([[1.0, 1.5, 30.0], [2.0, np.inf, 2.2]])
+        np.testing.assert_allclose(optimum.regret(cost_SxH), [[0, 0.5, 10], [0, 10, 0.1]])
+
+    @pytest.mark.parametrize(("share", "text"), [(0.0012, "0.12%"), (1.583, "158.30%"), (10.0, ">1000%"), (np.nan, "")])
+    def test_is_printed_as_it_counts(self, share, text):
+        assert formatting.regret(share) == text
+
+
 class TestSearch:
     def test_equals_the_search_by_hand(self, paper):
         """One H, one draw at a time, through the public pieces."""
@@ -113,13 +123,10 @@ class TestSearch:
         costs_SxH = np.array(
             [
                 [
-                    objectives.Z()(
-                        shape_search.solve_shape(np.exp(la - np.log(2.7 - e) / b), h, paper.aspect, 64, 50_304, "figures"),
-                        65_536,
-                    )
-                    for h, e, la, b in zip(drawn.heads, *rows, strict=True)
+                    objectives.Z()(shape_search.solve_shape(np.exp(log_n), h, paper.aspect, 64, 50_304, "figures"), 65_536)
+                    for h, log_n in zip(drawn.heads, row, strict=True)
                 ]
-                for rows in zip(drawn.entropy_SxH, drawn.log_a_SxH, drawn.b_SxH, strict=True)
+                for row in drawn.log_size(2.7)
             ]
         )
         own = costs_SxH[:, [h != LLAMA3 for h in drawn.heads]]
@@ -127,7 +134,9 @@ class TestSearch:
         by_heads = found.candidates.set_index(["n_heads", "n_kv_heads"])
         for i, heads in enumerate(names):
             assert by_heads.loc[tuple(heads), "probability"] == pytest.approx(np.mean(own.argmin(1) == i))
-            assert by_heads.loc[tuple(heads), "expected_regret"] == pytest.approx(np.mean(own[:, i] / own.min(1) - 1))
+            assert by_heads.loc[tuple(heads), "expected_regret"] == pytest.approx(
+                np.mean(np.minimum(own[:, i] / own.min(1) - 1, 10))
+            )
         i = names.index(found.heads)
         saving = 1 - own[:, i] / costs_SxH[:, drawn.heads.index(LLAMA3)]
         assert found.saving_interval == pytest.approx(tuple(np.quantile(saving, [0.025, 0.975])))

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 LEVEL = 0.05  # false alarms of the whole suite
 _DRAWS = 8000
 #: Shares of attention: a test's p-value is divided by its share. Outliers that matter are seen with little.
-ATTENTION = {"outliers": 0.05, "together": 1.0, "repeats": 0.2}
+ATTENTION = {"outliers": 0.15, "together": 1.0, "repeats": 0.2}
 SIZES, LARGEST, SMALLEST = "sizes", "largest", "smallest"  # alternatives beside the directions
 _PRIOR = {SIZES: 0.48, LARGEST: 0.02, SMALLEST: 0.02}  # of the alternatives; the directions share the rest, the first has half
-_KAPPAS = (0.3, 1.0, 3.0, 9.0)  # variance of what a size shares over a run's own
-_GAINS = (3.0, 10.0)  # square of how far a direction is shifted, in standard errors: of its Normal prior
+_KAPPAS = (0.3, 1.0, 3.0, 9.0, 30.0)  # variance of what a size shares over a run's own
+_GAINS = (3.0, 10.0, 100.0)  # square of how far a direction is shifted, in standard errors: of its Normal prior
 _CLEAR = 0.25  # share of the Bayes factor from which an alternative is named
 _MOST_OUTLIERS = 0.1  # of the runs: more are no outliers
 _BREAKS = (0.2, 0.4, 0.6, 0.8)  # of the way from the smallest to the largest size, in ln N

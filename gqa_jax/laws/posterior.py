@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from gqa_jax.laws.by_heads import LawsByHeads
 
 METHODS = ("posterior", "independent", "bootstrap")
+#: What intervals from the draws rest on, in words that follow "intervals: ".
+NOISE_MODELS = {
+    "posterior": "95% of draws with noise of a run's own, noise that runs of a size share, and laws that may bend",
+    "independent": "95% of draws with independent noise and exact power laws",
+    "bootstrap": "95% of refits with independent noise and exact power laws",
+}
+PROFILES = "95% by profile likelihood with independent noise and exact power laws"
 POOLED_FROM = 5  # head configurations
 _ROUNDS = 40  # of draws, each a quarter more than are wanted, until enough fall with size
 _LLAMA3_SIZES = 8

@@ -32,9 +32,6 @@ from gqa_jax.laws.runs import Runs
 SCHEMES = ("leave_largest_out", "leave_smallest_out", "rolling_origin", "leave_heads_out")
 MODELS = ("law", "entropy_0", "log_quadratic")
 COLUMNS = ("scheme", "model", "n_heads", "n_kv_heads", "params", "loss", "predicted", "error", "error_sigmas", "covered")
-DOUBTFUL = 2.0  # standard errors
-_ROUNDING = 1e-6  # nats per token: losses without noise, which a fit meets but for its last digits
-BETTER = 0.9  # of the law's error: what a baseline must stay below to be called better
 
 #: Columns in which runs agree that repeat each other, where the table has them.
 _RECIPE = ("n_layers", "d_model", "params_non_embedding", "tokens", "learning_rate", "batch_tokens", "data_fingerprint")
@@ -114,49 +111,6 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def doubts(frame: pd.DataFrame) -> list[str]:
-    """What held-out runs say against the law, in sentences.
-
-    Said are misses of more than two standard errors that the interval does not cover, and baselines that predict better: whose
-    root mean square error on the same runs is below nine tenths of the law's.
-    """
-    found = []
-    for scheme, part in frame.groupby("scheme", sort=False):
-        law = part[part["model"] == "law"].reset_index(drop=True)
-        far = (law["error_sigmas"].abs() > DOUBTFUL) & (law["error"].abs() > _ROUNDING)
-        far &= ~law["covered"].fillna(True).astype(bool)
-        missed = law[far].sort_values("error_sigmas", key=np.abs, ascending=False)
-        if len(missed):
-            said = [
-                f"{_name(row)} at N = {row.params:.3g} by {_miss(row.error, row.error_sigmas)}" for row in missed.itertuples()
-            ]
-            chance = "where chance would miss one in twenty"
-            found.append(f"{_WHAT[scheme]} missed in {len(missed)} of {len(law)} predictions, {chance}: {_some(said)}")
-        if scheme in ("leave_largest_out", "leave_heads_out") and (unknown := int(law["predicted"].isna().sum())):
-            found.append(f"{_WHAT[scheme]} not predicted in {unknown} of {len(law)} cases: without them too few runs are left")
-        for model in MODELS[1:]:
-            other = part[part["model"] == model].reset_index(drop=True)
-            both = law["error"].notna() & other["error"].notna()
-            if not both.any():
-                continue
-            own, its = (
-                float(np.sqrt(np.mean(errors[both].astype(np.float64) ** 2))) for errors in (law["error"], other["error"])
-            )
-            if its < BETTER * own and own > _ROUNDING:
-                said = f"{_BASELINES[model]} than by the law (rms error {its:.4f} against {own:.4f})"
-                found.append(f"{_WHAT[scheme]} predicted better by {said}")
-    return found
-
-
-_WHAT = {
-    "leave_largest_out": "the largest size is",
-    "leave_smallest_out": "the smallest size is",
-    "rolling_origin": "the next size is",
-    "leave_heads_out": "heads that were not trained are",
-}
-_BASELINES = {"entropy_0": "a power law with E = 0", "log_quadratic": "ln L quadratic in ln N"}
-
-
 @dataclass(frozen=True)
 class LackOfFit:
     """Whether runs deviate from the laws more than repeated runs from each other (F test). nan where nothing was repeated."""
@@ -166,7 +120,7 @@ class LackOfFit:
     dof_pure: int
     p_value: float
     pure_sigma: float  # standard deviation of a run by repeated runs alone, nats per token
-    warnings: tuple[str, ...]  # of this, and of heads that do not help
+    warnings: tuple[str, ...]  # of heads that do not help; what repeated runs say is in `LawsByHeads.doubts`
 
 
 def lack_of_fit(laws: LawsByHeads, table: pd.DataFrame, level: float = 0.95) -> LackOfFit:
@@ -177,7 +131,6 @@ def lack_of_fit(laws: LawsByHeads, table: pd.DataFrame, level: float = 0.95) -> 
     Raises ValueError for a table that is not the one the laws were fitted to.
     """
     rows, _ = run_table.by_rule(run_table.usable(table)[0])
-    said = []
     lack, pure, dof_pure, distinct, coefficients = 0.0, 0.0, 0, 0, 0
     for block in laws.blocks:
         for heads, weight_M in zip(block.heads, block.weight_GxM, strict=True):
@@ -204,12 +157,7 @@ def lack_of_fit(laws: LawsByHeads, table: pd.DataFrame, level: float = 0.95) -> 
         if dof_lack > 0 and pure > 0:
             f = (lack / dof_lack) / (pure / dof_pure)
             p = float(stats.f.sf(f, dof_lack, dof_pure))
-            if p < 1 - level:
-                said.append(
-                    f"lack of fit: runs deviate from the laws by {np.sqrt(lack / dof_lack):.4f} nats per token, repeated runs "
-                    f"from each other by {pure_sigma:.4f} (F = {f:.2f}, p = {p:.2g}): the laws miss something that is no noise"
-                )
-    return LackOfFit(float(f), dof_lack, dof_pure, p, pure_sigma, (*said, *not_falling(laws, level)))
+    return LackOfFit(float(f), dof_lack, dof_pure, p, pure_sigma, tuple(not_falling(laws, level)))
 
 
 def not_falling(laws: LawsByHeads, level: float = 0.95, sizes: int = 21) -> list[str]:
@@ -219,7 +167,8 @@ def not_falling(laws: LawsByHeads, level: float = 0.95, sizes: int = 21) -> list
     linearised covariance of the fit; without degrees of freedom every rise is said.
     """
     found = []
-    for few, many in _neighbours(laws):
+    pairs = list(_neighbours(laws))
+    for few, many in pairs:
         low = max(laws[h].params.min() for h in (few, many))
         high = min(laws[h].params.max() for h in (few, many))
         if low > high:
@@ -229,7 +178,7 @@ def not_falling(laws: LawsByHeads, level: float = 0.95, sizes: int = 21) -> list
         if np.isnan(error).any():
             sure, limit = rise, 0.0
         else:
-            sure, limit = rise / np.maximum(error, 1e-300), stats.t.ppf((1 + level) / 2, laws.dof)
+            sure, limit = rise / np.maximum(error, 1e-300), stats.t.ppf(1 - (1 - level) / len(pairs) / 2, laws.dof)
         at = int(np.argmax(sure))
         if sure[at] > limit:
             found.append((sure[at], f"{many} above {few} at N = {n[at]:.3g}, by {rise[at]:.4f} nats per token"))
@@ -397,10 +346,6 @@ def _frame(scheme: str, model: str, heads: Heads, held: Runs, found: _Prediction
     )
 
 
-def _miss(error: float, sigmas: float) -> str:
-    return f"{error:+.4f} nats per token, {abs(sigmas):.1f} sigma"
-
-
 def _some(texts: list[str]) -> str:
     """The first three."""
     return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
@@ -409,7 +354,3 @@ def _some(texts: list[str]) -> str:
 def _rows_of(rows: pd.DataFrame, heads: Heads) -> pd.DataFrame:
     same = rows["n_heads"].isna() if heads.n_heads is None else rows["n_heads"] == heads.n_heads
     return rows[same.fillna(False).astype(bool) & (rows["n_kv_heads"] == heads.n_kv_heads)]
-
-
-def _name(row) -> str:
-    return str(Heads(None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads)))
