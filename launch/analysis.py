@@ -60,7 +60,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--draws", type=int, default=1000, metavar="N", help="of the laws' coefficients (default: 1000)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
-    command.add_argument("--method", choices=("posterior", "bootstrap"), help="of the draws (default: posterior)")
+    command.add_argument(
+        "--method",
+        choices=("posterior", "independent", "bootstrap"),
+        help="of the draws (default: posterior, which allows for shared noise and bends)",
+    )
     command.add_argument("--conventions", action="store_true", help="also what the answer would be in every convention of Z")
     command.add_argument("--format", choices=("table", "json"), default="table")
     command.epilog = (

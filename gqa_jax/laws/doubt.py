@@ -43,6 +43,7 @@ _KAPPAS = (0.3, 1.0, 3.0, 9.0, 30.0)  # variance of what a size shares over a ru
 _GAINS = (3.0, 10.0, 100.0)  # square of how far a direction is shifted, in standard errors: of its Normal prior
 _CLEAR = 0.25  # share of the Bayes factor from which an alternative is named
 _MOST_OUTLIERS = 0.1  # of the runs: more are no outliers
+_HOPELESS = 0.3  # a drift of the exponent that is no drift: exponents are about 0.2
 _BREAKS = (0.2, 0.4, 0.6, 0.8)  # of the way from the smallest to the largest size, in ln N
 _POWER = 0.8  # of what could have been seen
 _PART = 0.2  # of the largest singular value: directions of which J leaves less carry no test
@@ -344,15 +345,15 @@ def sentences(found: Doubts, names: Sequence[str], sizes: Mapping[int, str]) -> 
         said.append(f"runs deviate from the law by more than repeated runs do from each other ({rate})")
     if not found.fires and len(found.amounts):
         drift = float(found.amounts["seen"].iloc[0])
-        effect = (
-            f", and deviations that sizes share of less than {found.size_effect:.4f} nats"
-            if np.isfinite(found.size_effect)
-            else ""
-        )
-        said.append(
-            f"no doubt was found, but a drift of the exponent by less than {drift:.3f} over the trained sizes{effect} would "
-            f"have been missed in more than {1 - _POWER:.0%} of such grids"
-        )
+        if drift > _HOPELESS:
+            said.append("no doubt was found, but no bend could have been: the runs are too few, or too noisy")
+        else:
+            shared = np.isfinite(found.size_effect)
+            effect = f", and deviations that sizes share of less than {found.size_effect:.4f} nats" if shared else ""
+            said.append(
+                f"no doubt was found, but a drift of the exponent by less than {drift:.3f} over the trained sizes{effect} would "
+                f"have been missed in more than {1 - _POWER:.0%} of such grids"
+            )
     return said
 
 
