@@ -351,8 +351,8 @@ def sentences(found: Doubts, names: Sequence[str], sizes: Mapping[int, str]) -> 
             shared = np.isfinite(found.size_effect)
             effect = f", and deviations that sizes share of less than {found.size_effect:.4f} nats" if shared else ""
             said.append(
-                f"no doubt was found, but a drift of the exponent by less than {drift:.3f} over the trained sizes{effect} would "
-                f"have been missed in more than {1 - _POWER:.0%} of such grids"
+                f"no doubt was found, but a drift of the exponent by less than {drift:.3f} over the trained sizes{effect} "
+                f"would have been missed in more than {1 - _POWER:.0%} of such grids"
             )
     return said
 
