@@ -52,7 +52,7 @@ def one(seed: int) -> dict[str, float]:
     rest = runs.drop(done.index)
     rest = rest[(rest["seed"] == 0) | rest["size"].isin(NAMES[:4])]
     candidates = [
-        next_runs.Candidate(r.cell, Heads(r.n_heads, r.n_kv_heads), r.params_non_embedding, r.train_flops)
+        next_runs.Candidate(r.cell, Heads(r.n_heads, r.n_kv_heads), r.params_non_embedding, r.train_flops, r.size)
         for r in rest.itertuples()
     ]
     budget = 0.5 * 120 * law_tables.params((8, 1), [_shape("1.2B")])[0] ** 2
