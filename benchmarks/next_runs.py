@@ -5,19 +5,28 @@
 Laws of 8 head configurations scatter about those of the paper's Table 4. The four smaller of 7 sizes are trained (a run's
 noise: 0.005 nats), half the cost of a 1.2B run may be spent on the others, on seeds of those that are there, or both; then laws
 are fitted again and the answer's regret is taken from the truth. Nothing is trained: losses come from the laws.
+
+    python -m benchmarks.next_runs --one_more_size [--truths N]
+
+Whether one more size narrows the intervals of N* as `python -m launch fit` foretells: grids of 7 heads x 6 sizes with noise and
+bends of the posterior's prior, and then a seventh size of 3.4 or 11 times the largest, or half the smallest; a loss that is
+reached at twice the largest is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
+from benchmarks import coverage
 from gqa_jax import next_runs, objectives, optimum, presets, shape_search
-from gqa_jax.laws import Heads, fit_by_heads
+from gqa_jax.laws import Heads, fit_by_heads, planning
 from gqa_jax.shapes import SIZES, Aspect
 from tests import law_tables
 
@@ -25,13 +34,18 @@ HEADS = [Heads(*h) for h in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 2), (1
 NAMES = ["19M", "85M", "150M", "200M", "470M", "680M", "1.2B"]
 NOISE, LOSS, CONTEXT = 0.005, 2.55, 131_072
 ASPECT = Aspect.constant(64)
+FURTHER = (640, 3072, 4608)  # hidden sizes beyond those of `coverage.W6`
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--truths", type=int, default=30)
+    parser.add_argument("--one_more_size", action="store_true", help="the intervals after it, foretold and found")
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {arguments.truths} truths")
+    if arguments.one_more_size:
+        print(foretold(range(arguments.truths)).to_string(index=False))
+        return
     frame = pd.DataFrame([one(seed) for seed in range(arguments.truths)])
     print(pd.DataFrame({"mean": frame.mean(), "standard error": frame.std() / np.sqrt(len(frame))}).to_string())
 
@@ -52,7 +66,7 @@ def one(seed: int) -> dict[str, float]:
     rest = runs.drop(done.index)
     rest = rest[(rest["seed"] == 0) | rest["size"].isin(NAMES[:4])]
     candidates = [
-        next_runs.Candidate(r.cell, Heads(r.n_heads, r.n_kv_heads), r.params_non_embedding, r.train_flops)
+        next_runs.Candidate(r.cell, Heads(r.n_heads, r.n_kv_heads), r.params_non_embedding, r.train_flops, r.size)
         for r in rest.itertuples()
     ]
     budget = 0.5 * 120 * law_tables.params((8, 1), [_shape("1.2B")])[0] ** 2
@@ -77,6 +91,52 @@ def one(seed: int) -> dict[str, float]:
     for name, cells in ways.items():
         result[name] = regret[_answer(pd.concat([done, runs.loc[cells]]))[1]] if cells else regret[today]
     return result
+
+
+def foretold(seeds: Iterable[int]) -> pd.DataFrame:
+    """The intervals of N* after one more size over those before, median of grids: as foretold, and as found by a fit with it.
+
+    Columns: d_model, times (its N over the largest that was trained; of the middle H), grids (that have laws, and whose
+    intervals were bounded before), foretold, found, and correlation of their logarithms over grids.
+    """
+    rows = []
+    for width in FURTHER:
+        pairs = []
+        for seed in seeds:
+            whole = _grid(seed, (*coverage.W6, width))
+            table = whole.table()
+            fewer = table[table["d_model"] != width]
+            try:
+                before, after = (planning.Intervals(fit_by_heads(some), whole.asked) for some in (fewer, table))
+            except ValueError:  # hardly a draw falls with size
+                continue
+            new = [(h, n) for h, n in zip(whole.truth.heads, whole.params_HxM[:, -1], strict=True)]
+            known = np.isfinite(before.now_H)
+            if known.any():
+                pairs.append([before.ratio(new), np.median(after.now_H[known] / before.now_H[known])])
+        ratio = np.array(pairs)
+        bounded = np.isfinite(ratio).all(1)
+        times = whole.params_HxM[len(whole.truth.heads) // 2]
+        rows.append(
+            {"d_model": width, "times": times[-1] / times[:-1].max(), "grids": len(ratio), "foretold": np.median(ratio[:, 0]),
+             "found": np.median(ratio[:, 1]), "correlation": np.corrcoef(np.log(ratio[bounded]).T)[0, 1]}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _grid(seed: int, widths: Sequence[int]) -> coverage.Grid:
+    """Heads `coverage.H7`, noise and bend of the prior; the loss that is asked for is reached at twice the largest of W6."""
+    generator = np.random.default_rng([seed, 11])
+    n = coverage.params(coverage.H7, widths)
+    while True:
+        bend, noise = coverage.prior(generator, coverage.H7, coverage.W6)
+        truth = dataclasses.replace(coverage.Truth.draw(coverage.H7, generator), bend=bend)
+        if min(truth.exponent(size).min() for size in (n.min() / 1e3, 1e3 * n.max())) > 0.01:  # falls everywhere
+            break
+    loss = truth.loss(n) + noise.draw(n.shape, generator)
+    middle, largest = len(coverage.H7) // 2, len(coverage.W6) - 1
+    asked = float(truth.loss(np.full(len(n), 2 * n[middle, largest]))[middle])
+    return coverage.Grid(truth, tuple(widths), n, loss, asked, truth.log_size(asked), CONTEXT)
 
 
 def _run(truth: dict, name: str, heads: Heads, seed: int, generator: np.random.Generator) -> dict:

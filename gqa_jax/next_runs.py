@@ -17,16 +17,23 @@ is one of the draws that are weighed, the weighted mean of its part is the expec
 draws carry the weight; and an answer that is chosen by few is a worse one. So the gain is not overstated for want of draws. Its
 standard error is that of the mean over parts.
 
+What is known of noise and of the form of the laws is in the draws (`gqa_jax.laws.posterior`): laws that bend, and what all
+runs of a size share. Another seed of a trained run has what its size shares in that draw, L_s + s_size; a run of a new
+size has a deviation of that size, Normal(0, kappa_s sigma_s^2), the same for all runs of it. So another seed at a size is worth
+what it tells of a run's own noise and of what its size shares, another size what it tells of the law and its bend.
+
 The loss of a single run is integrated over numerically. Sets are chosen greedily, by simulated truths and losses that are the
 same for all candidates of a step, and what they are worth is then told from draws that they were not chosen by.
 
 Not in it is what the laws don't know: that N alone may not order the models, that heads without a law might be better, that
-losses may leave the power law beyond the sizes that were trained.
+losses may leave the power law in other ways than by the bends of `gqa_jax.laws.bends`, or by none where the laws are of exact
+power laws (method "independent" or "bootstrap").
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -81,6 +88,7 @@ class Candidate:
     heads: Heads
     n_params: float  # N, counted as the laws count it (`LawsByHeads.size_convention`)
     cost: float  # training FLOPs, or anything that the budget is in
+    size: str | None = None  # name, like 12x768: which trained size it is of, or which runs are of one new size. None: by N
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +232,8 @@ class _Simulation:
         size = draws // FOLDS
         self.folds = [slice(k * size, (k + 1) * size) for k in range(FOLDS)]
         self.count = FOLDS * size
-        self.draws = laws.draws(self.count, seed)
+        self.laws, self.seed, self.draws = laws, seed, laws.draws(self.count, seed)
+        self.new_sizes: dict[str, np.ndarray] = {}  # deviates_S of each
         self.n_questions = len(questions)
         self.regret_CxS, self.cheapest_CxS = _regrets(laws, questions, self.count, seed)
         mean_C = self.regret_CxS.mean(1, dtype=np.float64)
@@ -339,9 +348,20 @@ class _Simulation:
         return np.exp(_log_likelihood(grid_J, loss_S, sigma_S).T) * np.float32(step / np.sqrt(2 * np.pi))
 
     def _losses(self, run: Candidate) -> tuple[np.ndarray, np.ndarray]:
-        """L_s(N; h) of the run in every draw, evaluated on the text of those that are there, and the noise of a run there."""
+        """L_s(N; h) of the run in every draw and what its size shares there, on the text of those that are there; its noise."""
         i = self.draws.heads.index(run.heads)
-        return self.draws.loss(run.heads, run.n_params, on_this_text=True)[:, 0], self.draws.sigma_SxH[:, i]
+        loss_S, sigma_S = self.draws.loss(run.heads, run.n_params, on_this_text=True)[:, 0], self.draws.sigma_SxH[:, i]
+        return (loss_S if self.draws.effects_SxJ is None else loss_S + self._shared(run, sigma_S)), sigma_S
+
+    def _shared(self, run: Candidate, sigma_S: np.ndarray) -> np.ndarray:
+        """What the runs of this run's size share in every draw; of a new size by random numbers of its name, or of its N."""
+        known_S = self.draws.shared_at(self.laws.size_label(run.heads, run.n_params, run.size))
+        if known_S is not None:
+            return known_S
+        key = run.size or f"N = {run.n_params:.6g}"
+        if key not in self.new_sizes:
+            self.new_sizes[key] = np.random.default_rng([self.seed, 2, zlib.crc32(key.encode())]).normal(size=self.count)
+        return self.new_sizes[key] * np.sqrt(self.draws.kappa_S) * sigma_S
 
     def _decide(self, regret_C: np.ndarray) -> np.ndarray:
         """Which heads (...Q) have the least regret, of sums (...C) over draws."""

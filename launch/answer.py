@@ -19,7 +19,7 @@ from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
 from gqa_jax.formatting import probability, short, si
-from gqa_jax.laws import Heads, posterior, validation
+from gqa_jax.laws import Heads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.optimum import Answer
 from launch import rules, studies
@@ -191,10 +191,30 @@ def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
         highlight=False,
     )
     console.print(fit_screen(table))
+    if (said := further_size(one)) is not None:
+        console.print(said, highlight=False)
     if laws.design is not None:
         console.print(str(laws.design), highlight=False)
     for warning in dict.fromkeys([*laws.warnings, *laws.doubted, *(w for law in one.laws.values() for w in law.warnings)]):
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+
+
+def further_size(one: Fitted) -> str | None:
+    """By how much one more size would narrow the intervals of N* at the middle one of the losses that are asked for.
+
+    None where the noise of a run is not known from runs.
+    """
+    laws, there = one.laws, one.rows
+    if not np.isfinite(laws.sigma) or any(block.known_sigma is not None for block in laws.blocks) or not one.losses:
+        return None
+    trained = None
+    if "tokens" in there and there["tokens"].notna().all() and len(there):
+        trained = (run_table.column(there, studies.COUNT), run_table.column(there, "tokens"))
+    loss = sorted(one.losses)[len(one.losses) // 2]
+    try:
+        return planning.sentence(planning.one_more_size(laws, loss, trained=trained), loss)
+    except ValueError as error:  # no draw of the laws falls with size
+        return f"what one more size would tell is not known: {error}"
 
 
 def print_checks(one: Fitted, console: Console) -> None:

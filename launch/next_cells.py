@@ -103,18 +103,19 @@ def candidates(one: Fitted, cells: Sequence[Cell], source: Source) -> Possible:
         if config.context_length != one.context or cell.parent is not None or heads not in one.laws:
             continue
         size = costs.count_params(config.model, one.laws.size_convention).non_embedding
+        name_of_size = f"{config.model.n_layers}x{config.model.d_model}"
         if cell.name in done:
             seed = 1 + max([c.config.seed for c in cells if _same(c.config, config)] + again.get(cell.name, []))
             name = f"{cell.name} with seed {seed}"
             found.seeds[name] = (cell.name, seed)
-            found.candidates.append(Candidate(name, heads, size, cell.train_flops))
+            found.candidates.append(Candidate(name, heads, size, cell.train_flops, name_of_size))
             continue
         now = state.of(source.layout.cell(cell.name), time.time())
         if now.state in WAITING:
             found.cells[cell.name] = cell.name
-            found.candidates.append(Candidate(cell.name, heads, size, cell.train_flops))
+            found.candidates.append(Candidate(cell.name, heads, size, cell.train_flops, name_of_size))
         elif now.state in UNDER_WAY:
-            found.pending.append(Candidate(cell.name, heads, size, cell.train_flops))
+            found.pending.append(Candidate(cell.name, heads, size, cell.train_flops, name_of_size))
     return found
 
 

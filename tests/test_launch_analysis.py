@@ -119,6 +119,21 @@ class TestFit:
         assert "leave largest out" in text
         assert "the smallest size is missed" in text
 
+    def test_says_which_size_would_narrow_the_intervals_where_runs_tell_of_noise(self, small, capsys):
+        assert main(["fit", "--preset", "paper"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (said,) = [i for i, line in enumerate(lines) if line.startswith("one more size at N = ")]
+        assert "(8 runs, one of each H)" in lines[said]
+        assert "the interval of N* at a loss of 2.7" in lines[said]
+        assert said < next(i for i, line in enumerate(lines) if line.startswith("warning:"))
+        assert main(["fit", "--preset", "paper-table4"]) == 0  # curves that were read off
+        file, layout, cells = small
+        for cell in cells:
+            if cell.config.model.n_heads == 2:
+                layout.cell(cell.name).joinpath("result.json").unlink()
+        assert main(["fit", str(file)]) == 0  # as many coefficients as runs
+        assert "more size" not in capsys.readouterr().out
+
     def test_tables_for_programs(self, small, capsys):
         file, _, _ = small
         assert main(["fit", str(file), "--format", "json"]) == 0

@@ -8,7 +8,7 @@ import pytest
 
 from gqa_jax import next_runs, results
 from gqa_jax.metrics import write_json
-from launch import grid
+from launch import grid, next_cells, studies
 from launch.__main__ import main
 from launch.grid import Layout
 from tests import grid_fakes
@@ -66,6 +66,15 @@ def test_writes_a_grid_file_that_run_takes(wide, capsys):
     assert f"{len(new)} of {len(chosen)} cells would be submitted" in capsys.readouterr().out
     assert main(ASK) == 2
     assert "wide-next.py is there: run it, remove it, or give another name with --out FILE" in capsys.readouterr().err
+
+
+def test_candidates_are_of_the_size_that_their_shape_says(wide):
+    cells, _ = wide
+    source = studies.of_grid("wide.py")
+    one = studies.fit(source).at(None)
+    found = next_cells.candidates(one, cells, source).candidates
+    labels = {c.size: one.laws.size_label(c.heads, 1.0, c.size) for c in found}
+    assert labels == {"2x16": 0, "2x32": 1, "2x64": 2, "2x128": 3, "2x192": None}
 
 
 def test_an_answer_that_is_sure_wants_no_runs(wide, capsys, tmp_path):

@@ -339,6 +339,101 @@ def test_an_answer_that_is_sure_wants_nothing(candidates):
     assert choice.regret_now < 1e-4
 
 
+TRAINED, ANOTHER, THIRD = law_tables.SIZES[1:6], law_tables.SIZES[6], law_tables.SIZES[7]
+
+
+def with_size_effects(seed, own=0.003, shared=0.006):
+    """A table of HEADS in which what the runs of a size share is most of the noise."""
+    table = law_tables.synthetic(seed=seed, heads=HEADS, sizes=TRAINED)
+    generator = np.random.default_rng([seed, 3])
+    effects = generator.normal(0, shared, len(TRAINED))
+    table["loss"] += table["d_model"].map(dict(zip([d for _, d in TRAINED], effects, strict=True)))
+    table["loss"] += generator.normal(0, own, len(table))
+    return table
+
+
+def all_of(shape, named=True):
+    """A run of each of HEADS at a size."""
+    name = f"{shape[0]}x{shape[1]}"
+    sizes = [law_tables.params(h, [shape])[0] for h in HEADS]
+    return [Candidate(f"{name} {h}", Heads(*h), n, 1.0, name if named else None) for h, n in zip(HEADS, sizes, strict=True)]
+
+
+def simulated(laws, monkeypatch, count=4096, seed=0):
+    """A simulation of one answer: what is looked at are the losses that it expects."""
+    regrets = optimum.Regrets([Heads(*HEADS[0])], np.zeros((count, 1)), np.ones(count, bool))
+    monkeypatch.setattr(next_runs.optimum, "regrets", lambda *given, **options: regrets)
+    return next_runs._Simulation(laws, [QUESTION], count, 64, seed)
+
+
+def test_where_runs_of_a_size_deviate_together_another_size_is_worth_more_than_a_repeat():
+    gain = {}
+    for seed in (0, 3, 4):
+        laws = fit_by_heads(with_size_effects(seed))
+        for laws.method in ("posterior", "independent"):
+            frame = gains(laws, [Question(2.5, 16_384)], [*all_of(TRAINED[-1]), *all_of(ANOTHER)], draws=2048)
+            best = frame.groupby(frame["name"].str.startswith(f"{ANOTHER[0]}x{ANOTHER[1]} "))["gain"].max().clip(lower=0)
+            gain.setdefault(laws.method, []).append([best[False], best[True]])
+    repeat, another = np.sum(gain["posterior"], 0)
+    repeat_if_independent, another_if_independent = np.sum(gain["independent"], 0)
+    assert another * repeat_if_independent > 4 * another_if_independent * repeat
+    assert another > 20 * repeat
+
+
+def test_another_seed_of_a_trained_run_is_expected_with_what_its_size_shares(monkeypatch):
+    laws = fit_by_heads(with_size_effects(3, own=0.001, shared=0.008))
+    simulation = simulated(laws, monkeypatch)
+    off, expected = [], []
+    for shape in TRAINED:
+        found = []
+        for run, unnamed in zip(all_of(shape), all_of(shape, named=False), strict=True):
+            loss_S, _ = simulation._losses(run)
+            assert (simulation._losses(unnamed)[0] == loss_S).all()
+            law_S = simulation.draws.loss(run.heads, run.n_params, on_this_text=True)[:, 0]
+            there = np.isclose(laws[run.heads].params, run.n_params, rtol=1e-6)
+            found.append([(loss_S - law_S).mean(), (laws[run.heads].loss[there] - law_S.mean()).item()])
+        off.append(np.mean(found, 0)[1])
+        expected.append(np.mean(found, 0)[0])
+    assert np.abs(off).max() > 0.005
+    assert np.allclose(expected, off, atol=0.001)  # most of the mean residual of 6 runs is what they share
+
+
+def test_runs_of_a_new_size_share_a_deviation_and_those_of_two_do_not(monkeypatch):
+    laws = fit_by_heads(with_size_effects(3))
+    simulation = simulated(laws, monkeypatch)
+    first, second = all_of(ANOTHER)[:2]
+    third = all_of(THIRD)[0]
+
+    def beyond_the_law(run, simulation=simulation):
+        return simulation._losses(run)[0] - simulation.draws.loss(run.heads, run.n_params, on_this_text=True)[:, 0]
+
+    def alike(one, other):
+        return np.corrcoef(beyond_the_law(one), beyond_the_law(other))[0, 1]
+
+    assert alike(first, second) == pytest.approx(1)
+    assert abs(alike(first, third)) < 0.1
+    assert abs(alike(first, dataclasses.replace(second, size=None))) < 0.1  # nothing says that it is of that size
+    assert beyond_the_law(first).std() == pytest.approx(
+        np.sqrt(np.mean(simulation.draws.kappa_S * simulation.draws.sigma_SxH[:, 0] ** 2)), rel=0.1
+    )
+    again = simulated(laws, monkeypatch)
+    beyond_the_law(third, again)  # the order in which runs are looked at does not matter
+    assert (beyond_the_law(first, again) == beyond_the_law(first)).all()
+    laws.method = "independent"
+    assert not beyond_the_law(first, simulated(laws, monkeypatch)).any()
+
+
+def test_a_size_goes_by_its_names_or_its_count():
+    table = with_size_effects(0)
+    heads, n = Heads(8, 1), law_tables.params((8, 1), [TRAINED[2]])[0]
+    laws = fit_by_heads(table.assign(size=["abcde"[i % 5] for i in range(len(table))]))
+    assert {laws.size_label(heads, 1.0, name) for name in ("c", f"{TRAINED[2][0]}x{TRAINED[2][1]}")} == {2}
+    assert laws.size_label(heads, n, "12x1") is None  # as many parameters, of another shape
+    assert laws.size_label(heads, 1.005 * n) == 2
+    assert laws.size_label(heads, 1.02 * n) is None
+    assert fit_by_heads(table.assign(size="x")).sizes.keys() == {f"{layers}x{d}" for layers, d in TRAINED}
+
+
 @pytest.mark.slow
 def test_the_chosen_runs_leave_less_regret_than_random_ones():
     """30 truths gave 0.63% after the chosen runs, 1.01% after random ones, 0.74% after the largest, 1.41% today."""

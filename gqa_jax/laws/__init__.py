@@ -4,7 +4,8 @@
     laws[Heads(8, 1)].solve(2.615), laws.size_interval(Heads(8, 1), 2.615), laws.intervals(), laws.draws()
 
 `by_heads` is what the search rests on. Beside it: `joint` (one law in N, n_h and n_kv), `query_heads` (L against n_h),
-`loss_nd` (L against N and D, with and without heads), `power` (trends), `validation` (held-out runs, baselines, lack of fit).
+`loss_nd` (L against N and D, with and without heads), `power` (trends), `validation` (held-out runs, baselines, lack of fit),
+`planning` (what one more size would tell).
 """
 
 from gqa_jax.laws.by_heads import LawsByHeads, fit_by_heads

@@ -133,6 +133,11 @@ class Block:
         return np.stack([np.concatenate([one.size, np.full(most - len(one.size), one.size[0])]) for one in self.runs])
 
     @functools.cached_property
+    def sizes_J(self) -> np.ndarray:
+        """The labels that runs of any weight have, ascending."""
+        return np.unique(self.size_GxM[self.weight_GxM > 0])
+
+    @functools.cached_property
     def _explored(self) -> dict[tuple[bool, int], Explored]:
         return {}
 

@@ -42,6 +42,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
       llama3: runs of Llama 3's heads where they are no H of their own; llama3_source: what these are.
       method: of the draws unless another is asked for; source: whose laws these are, where not of your runs.
       blocks: H that share an E, fitted together: one block, or one per H.
+      sizes: name of a trained size -> its label (`run_table.labels_by_name`); empty where they have no names.
       design: what the heads of a size have in common beside it; None where no runs of yours were fitted.
       warnings: sentences that every answer from these laws must carry.
     """
@@ -61,12 +62,14 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         source: str = "",
         method: str = "posterior",
         design: Design | None = None,
+        sizes: Mapping[str, int] | None = None,
         refit: Callable[[Sequence[tuple[Heads, float, float]]], LawsByHeads] | None = None,
     ):
         self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
         self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
         self.warnings, self.source, self.method = tuple(warnings), source, method
         self.llama3, self.llama3_source, self.design, self._refit = llama3, llama3_source, design, refit
+        self.sizes = dict(sizes or {})
         self._laws = {heads: law for block in blocks for heads, law in block.laws(self.warnings).items()}
         self._draws: dict[tuple, Draws] = {}
 
@@ -168,6 +171,19 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
                 for label, n in zip(runs.size, runs.params, strict=True):
                     found.setdefault(int(label), []).append(float(n))
         return {label: f"about {short(np.mean(n))} parameters" for label, n in found.items()}
+
+    def size_label(self, heads: Heads, params: float, name: str | None = None) -> int | None:
+        """Which trained size a run of H with N parameters is of, as `Runs.size` has it; None: of one that no run has.
+
+        By the name of its size; where it has none, or the trained sizes have none, by an N within 1% of a run of H.
+        """
+        if name is not None and self.sizes:
+            return self.sizes.get(name)
+        block = self.block(heads)
+        runs = block.runs[block.heads.index(heads)]
+        far = np.abs(np.log(runs.params / params))
+        nearest = int(np.argmin(far))
+        return int(runs.size[nearest]) if far[nearest] <= np.log(run_table.SAME_SIZE) else None
 
     def price_of_doubt(self, loss: float, count: int = 1000, seed: int = 0) -> float:
         """How many times wider 95% of the draws of ln N* are for shared noise and bends than for method "independent".
@@ -305,6 +321,7 @@ def fit_by_heads(
         llama3=None if LLAMA3 in groups else run_table.llama3(rows),
         llama3_source="runs that have them",
         design=design,
+        sizes=run_table.labels_by_name(rows, run_table.size_labels(rows)),
         refit=refit,
     )
     return found

@@ -76,7 +76,7 @@ class Model:
 def model_of(block: Block, *, wide: bool) -> Model:
     """The wide model of a block's runs, or that of independent noise and exact power laws."""
     there = block.weight_GxM > 0
-    x, sizes = block.x_GxM[there], block.size_GxM[there]
+    x = block.x_GxM[there]
     low, high = float(x.min()), float(x.max())
     reach = max(-low, high) + np.log(DRIFTS_ON)
     power_law = Form(bends.NONE, 0.0, 1.0, 1.0)
@@ -88,7 +88,7 @@ def model_of(block: Block, *, wide: bool) -> Model:
         Form(bends.DRIFT, 0.0, DRIFT_SD, BENDS[bends.DRIFT]),
         *(Form(bends.BREAK, float(place), BREAK_SD, BENDS[bends.BREAK] / _PLACES) for place in places),
     ]
-    return Model(tuple(forms), len(block.heads) > 1 and len(np.unique(sizes)) > 1, reach)
+    return Model(tuple(forms), len(block.heads) > 1 and len(block.sizes_J) > 1, reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,7 @@ def linearise(block: Block, model: Model, basis_Gx2xK: np.ndarray | None, entrop
     """`Linear` for every E of an array and every form of the model."""
     x, w, loss = block.x_GxM, block.weight_GxM, block.loss_GxM
     there = w > 0
-    labels = np.unique(block.size_GxM[there])
-    effects_GxMxJ = ((block.size_GxM[..., None] == labels) & there[..., None]) * np.sqrt(w)[..., None]
+    effects_GxMxJ = ((block.size_GxM[..., None] == block.sizes_J) & there[..., None]) * np.sqrt(w)[..., None]
     alpha_ExG, b_ExG, _ = block.conditional(entropy)
     parts = []
     for k, form in enumerate(model.forms):

@@ -59,6 +59,7 @@ class Draws:
     bends: Bends | None = None  # None: power laws
     kappa_S: np.ndarray | float = 0.0  # variance of what runs of a size share over sigma^2
     effects_SxJ: np.ndarray | None = None  # what the runs of each trained size share, nats per token; None: nothing
+    sizes_J: np.ndarray | None = None  # labels of these sizes (`Runs.size`), ascending
 
     @property
     def entropy_on_text_SxH(self) -> np.ndarray:
@@ -79,6 +80,12 @@ class Draws:
             log_above = log_above - self.bends.at(log_n[None])[0]
         entropy_SxH = self.entropy_on_text_SxH if on_this_text else self.entropy_SxH
         return np.exp(log_above) + entropy_SxH[:, i, None]
+
+    def shared_at(self, label: int | None) -> np.ndarray | None:
+        """What the runs of the size of that label share (S,), nats per token; None: no run that was fitted is of this size."""
+        if label is None or self.effects_SxJ is None or label not in self.sizes_J:
+            return None
+        return self.effects_SxJ[:, int(np.searchsorted(self.sizes_J, label))]
 
     def take(self, heads: list[Heads]) -> Draws:
         """The same draws of these H."""
@@ -122,8 +129,10 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
             sigma = np.column_stack([sigma, sigma[:, 0]])
             notes.append(note)
     shift = laws.blocks[0].shared.draws(count, seed)
-    one = parts[0][1]
-    about = {"bends": one.bends, "kappa_S": one.kappa_S, "effects_SxJ": one.effects_SxJ} if len(parts) == 1 else {}
+    about = {}
+    if len(parts) == 1:
+        block, one = parts[0]
+        about = {"bends": one.bends, "kappa_S": one.kappa_S, "effects_SxJ": one.effects_SxJ, "sizes_J": block.sizes_J}
     return Draws(heads, entropy + shift[:, None], log_a, b, sigma, method, tuple(notes), shift, **about)
 
 

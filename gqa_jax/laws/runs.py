@@ -356,6 +356,22 @@ def size_names(rows: pd.DataFrame, labels: np.ndarray) -> list[str]:
     return found
 
 
+def labels_by_name(rows: pd.DataFrame, labels: np.ndarray) -> dict[str, int]:
+    """The label of every name that a size goes by: its column `size`, and its layers and hidden size (12x768).
+
+    A name that two sizes go by is none.
+    """
+    names = [rows["size"].astype("string")] if "size" in rows else []
+    if {"n_layers", "d_model"} <= {*rows.columns}:
+        names.append(rows["n_layers"].astype("Int64").astype("string") + "x" + rows["d_model"].astype("Int64").astype("string"))
+    found: dict[str, set[int]] = {}
+    for column_of_names in names:
+        for name, label in zip(column_of_names, labels, strict=True):
+            if pd.notna(name) and name:
+                found.setdefault(str(name), set()).add(int(label))
+    return {name: next(iter(those)) for name, those in found.items() if len(those) == 1}
+
+
 def labels_by_count(params: np.ndarray) -> np.ndarray:
     """int64 labels of equal counts, within 1% of the smallest of their label; 0 for the smallest."""
     labels, start, label = np.empty(len(params), np.int64), -np.inf, -1
