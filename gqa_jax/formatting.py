@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-REGRET_CAP = 10.0  # a regret counts up to here (`gqa_jax.optimum.regret`)
 SIZES = (1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3)
 COUNT = ("Z", "E", "P", "T", "B", "M", "k")  # letters of counted things: parameters, tokens
 SI = ("Z", "E", "P", "T", "G", "M", "k")  # of amounts of a unit: FLOPs, bytes
@@ -62,13 +61,6 @@ def percent(share: float) -> str:
 def probability(share: float) -> str:
     """A probability that rests on about 1,000 draws: 87.3%. These can't tell any from 0 or 1: >99.9%, <0.1%."""
     return ">99.9%" if share > 0.999 else "<0.1%" if share < 0.001 else f"{share:.1%}"
-
-
-def regret(share: float, decimals: int = 2) -> str:
-    """A relative cost above the least, 0.12 is 12%: 0.12%, 158.30%; >1000% at the cap up to which it counts; "" of nan."""
-    if math.isnan(share):
-        return ""
-    return f">{REGRET_CAP:.0%}" if share >= REGRET_CAP * (1 - 1e-9) else f"{share:.{decimals}%}"
 
 
 def context(tokens: int) -> str:

@@ -156,8 +156,6 @@ def _beside(ax: Axes, place: float, probability: float, text: str) -> None:
 
 
 def _regret(share: float) -> str:
-    if share >= 1:
-        return f"regret {formatting.regret(share, 0)}"
     return "regret <0.01%" if share < 1e-4 else f"regret {100 * share:.2g}%"
 
 

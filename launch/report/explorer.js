@@ -1,7 +1,6 @@
 // The search of gqa_jax.optimum in the reader's browser: pure functions of the payload, in float64, without the page.
 //
-// 1. N* = exp(log_a - ln(L* - E) / b), infinite when L* <= E                       (arXiv 2503.09579v2, Eq. 8);
-//    in draws whose laws bend, by Newton's method from there                       (gqa_jax.laws.bends)
+// 1. N* = exp(log_a - ln(L* - E) / b), infinite when L* <= E                       (arXiv 2503.09579v2, Eq. 8)
 // 2. aspect ratio r = d / L: linear between knots (N_i, r_i), constant outside      (Appendix B.1)
 // 3. layers L: the one positive root of N(L) = N* with d = r L, d_ff = 8 d / 3, a cubic
 // 4. cost of that shape at the served context                                       (Eq. 3 to 5, or a roofline)
@@ -11,7 +10,7 @@
 /** The payload with its numbers unpacked: draws as Float64Array of S x H (none: of 0 x H), NaN for what is null. */
 export function unpack(payload) {
   const width = payload.heads.length;
-  const draws = { count: payload.draws?.count ?? 0, bends: unpackBends(payload.draws?.bends) };
+  const draws = { count: payload.draws?.count ?? 0 };
   const [point, means] = [{}, {}];
   for (const name of ["entropy", "log_a", "b"]) {
     draws[name] = float64(payload.draws?.[name] ?? "");
@@ -28,12 +27,6 @@ export function unpack(payload) {
   return { ...payload, draws, point, means, trained: payload.trained.map((sizes) => sizes.map((value) => value ?? NaN)) };
 }
 
-/** The bend of every draw; null where there is none in any. */
-function unpackBends(bends) {
-  if (!bends) return null;
-  return { ...bends, logCenter: Math.log(bends.center), kind: float64(bends.kind), amount: float64(bends.amount), place: float64(bends.place) };
-}
-
 function float64(base64) {
   const text = atob(base64);
   const bytes = Uint8Array.from(text, (c) => c.charCodeAt(0));
@@ -44,34 +37,6 @@ function float64(base64) {
 /** N* that reaches `loss`; infinite where E is not below it, NaN where there is no law. */
 export function solveParams(loss, entropy, logA, b) {
   return loss <= entropy ? Infinity : Math.exp(logA - Math.log(loss - entropy) / b);
-}
-
-const [DRIFT, BREAK] = [1, 2];
-
-/** ln N at which draw s reaches what its power law reaches at `goal`: gqa_jax.laws.bends.Bends.log_size. */
-export function bentLogParams(bends, s, goal, b) {
-  const kind = bends.kind[s];
-  if ((kind !== DRIFT && kind !== BREAK) || !Number.isFinite(goal)) return goal;
-  const [amount, place] = [bends.amount[s], bends.place[s]];
-  let found = goal;
-  for (let i = 0; i < 60; i++) {
-    const x = found - bends.logCenter;
-    let q;
-    let slope;
-    if (kind === DRIFT) {
-      const inside = Math.min(Math.max(x, -bends.reach), bends.reach);
-      q = amount * (x * x - (x - inside) ** 2);
-      slope = amount * 2 * inside;
-    } else {
-      const twice = 2 * (x - place);
-      q = (amount * (Math.max(twice, 0) + Math.log1p(Math.exp(-Math.abs(twice))))) / 2;
-      slope = amount / (1 + Math.exp(-twice));
-    }
-    const step = (b * (goal - found) - q) / (b + slope);
-    found += step;
-    if (Math.abs(step) < 1e-12 * (1 + Math.abs(found))) break;
-  }
-  return found;
 }
 
 /** Aspect ratio d / L at N parameters. */
@@ -298,7 +263,7 @@ function interval(values) {
 export function search(model, query) {
   const width = model.heads.length;
   const { n_candidates: candidates, baseline, not_possible: notPossible } = model;
-  const { count, entropy, log_a: logA, b, bends } = model.draws;
+  const { count, entropy, log_a: logA, b } = model.draws;
   const cost = costOf(model, query);
 
   const params = model.heads.map(() => new Float64Array(count));
@@ -316,8 +281,7 @@ export function search(model, query) {
         last = entropy[i];
         logGap = Math.log(query.loss - last);
       }
-      const straight = query.loss <= last ? Infinity : logA[i] - logGap / b[i];
-      params[h][s] = Math.exp(bends === null ? straight : bentLogParams(bends, s, straight, b[i]));
+      params[h][s] = query.loss <= last ? Infinity : Math.exp(logA[i] - logGap / b[i]);
       costs[h][s] = cost(params[h][s], h);
       if (h < candidates && costs[h][s] < least[s]) {
         least[s] = costs[h][s];

@@ -31,8 +31,8 @@ export function tenths(share) {
   return `${share < 0 && text !== "0.0" ? "−" : ""}${text}%`;
 }
 
-/** Mean extra cost, of which a draw counts `cap` at most (model.not_possible). */
-export const extra = (regret, cap) => (regret >= cap * (1 - 1e-9) ? `>${100 * cap}%` : tenths(regret));
+/** Mean extra cost, of which a draw counts 100% at most. */
+export const extra = (regret) => (regret >= 0.9995 ? "100% or more" : tenths(regret));
 
 export function span([low, high], text) {
   if (high === Infinity) return low === Infinity ? "not reached" : `${text(low)} or more`;

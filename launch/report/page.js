@@ -190,7 +190,7 @@ function showFacts(asked, result) {
   else if (Number.isNaN(row.saving)) fact("saving", "Saving against Llama 3's heads", "unknown", result.baseline === null ? `they don't fit ${state.limit}` : "no law of theirs");
   else fact("saving", "Saving against Llama 3's heads", tenths(row.saving), range(row.saving_interval, tenths));
   if (second === null) fact("runner-up", "Next", "none", "nothing else reaches this loss");
-  else fact("runner-up", "Next", model.heads[second].label, `${extra(rows[second].expected_regret, model.not_possible)} extra on average`);
+  else fact("runner-up", "Next", model.heads[second].label, `${extra(rows[second].expected_regret)} extra on average`);
 }
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
@@ -244,7 +244,7 @@ function showRanking(asked, result) {
     const shown = [
       model.heads[h].label,
       Number.isNaN(row.probability) ? "" : percent(row.probability),
-      Number.isNaN(row.expected_regret) ? "" : extra(row.expected_regret, model.not_possible),
+      Number.isNaN(row.expected_regret) ? "" : row.expected_regret >= 0.9995 ? "≥100%" : tenths(row.expected_regret),
       reached ? `${short(row.n_params)}${row.beyond === 1 ? "" : "*"}` : "none",
       reached ? span(row.n_params_interval, short) : "",
       reached ? `${row.n_layers.toFixed(1)} × ${decimals[0].format(row.d_model)}` : "",

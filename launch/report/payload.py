@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_jax import costs, formatting, objectives, optimum
+from gqa_jax import costs, objectives, optimum
 from gqa_jax.hardware import CHIPS
 from gqa_jax.laws import Draws
 from gqa_jax.serving import Serving
@@ -43,7 +43,7 @@ def payload(study: Study) -> dict[str, Any]:
         "heads": [{**one._asdict(), "label": words.label(one, laws.head_dim)} for one in known.heads],
         "n_candidates": known.n_candidates,
         "baseline": known.baseline,
-        "not_possible": formatting.REGRET_CAP,
+        "not_possible": optimum.NOT_POSSIBLE,
         "point": {"entropy": _numbers(known.entropy_H), "log_a": _numbers(known.log_a_H), "b": _numbers(known.b_H)},
         "draws": None if known.draws is None else _draws(known.draws),
         "trained": [_numbers(sizes) for sizes in known.trained_Hx2],
@@ -73,12 +73,7 @@ def _draws(draws: Draws) -> dict[str, Any]:
     shared = (draws.entropy_SxH == draws.entropy_SxH[:, :1]).all()
     entropy = draws.entropy_SxH[:, :1] if shared else draws.entropy_SxH
     matrices = {"entropy": entropy, "log_a": draws.log_a_SxH, "b": draws.b_SxH}
-    found = {"count": len(draws.b_SxH)} | {name: _base64(matrix) for name, matrix in matrices.items()}
-    if (bent := draws.bends) is not None:
-        columns = {"kind": bent.kind_S, "amount": bent.amount_S, "place": bent.place_S}
-        found["bends"] = {"center": float(bent.center), "reach": float(bent.reach)}
-        found["bends"] |= {name: _base64(np.asarray(values, np.float64)) for name, values in columns.items()}
-    return found
+    return {"count": len(draws.b_SxH)} | {name: _base64(matrix) for name, matrix in matrices.items()}
 
 
 def _base64(matrix: np.ndarray) -> str:

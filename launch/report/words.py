@@ -55,8 +55,8 @@ def tenths(share: float) -> str:
 
 
 def extra(regret: float) -> str:
-    """Mean extra cost, of which a draw counts 1000% at most (`gqa_jax.optimum.regret`): 1.6%, >1000%."""
-    return formatting.regret(regret, 1) if regret >= formatting.REGRET_CAP else tenths(regret)
+    """Mean extra cost, of which a draw counts 100% at most (`gqa_jax.optimum.NOT_POSSIBLE`): 1.6%, 100% or more."""
+    return "100% or more" if regret >= 0.9995 else tenths(regret)
 
 
 def span(interval: Sequence[float] | None, text: Callable[[float], str]) -> str:
