@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
-from gqa_jax.formatting import probability, short, si
+from gqa_jax.formatting import probability, regret, short, si
 from gqa_jax.laws import Heads, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.optimum import Answer
@@ -320,8 +320,8 @@ def print_answer(found: Answer, one: Fitted, console: Console) -> None:
         )
     if found.runner_up is not None and not np.isnan(found.regret_of_runner_up):
         console.print(
-            f"next best {heads_text(*found.runner_up)}: expected to cost {found.regret_of_runner_up:.2%} more than the "
-            f"cheapest (this answer {found.expected_regret:.2%})",
+            f"next best {heads_text(*found.runner_up)}: expected to cost {regret(found.regret_of_runner_up)} more than the "
+            f"cheapest (this answer {regret(found.expected_regret)})",
             highlight=False,
         )
     console.print(_candidates_screen(found))
@@ -358,7 +358,7 @@ def _candidates_screen(found: Answer) -> Table:
             f"{row.n_layers:.1f} x {row.d_model:.0f}",
             f"{si(row.cost)}{_range(row.cost_low, row.cost_high, si)}",
             "" if np.isnan(row.probability) else probability(row.probability),
-            "" if np.isnan(row.expected_regret) else f"{row.expected_regret:.2%}",
+            regret(row.expected_regret),
             "" if np.isnan(row.saving_vs_llama3) else f"{-row.saving_vs_llama3:+.1%}",
             "" if pd.isna(row.note) else row.note.removeprefix("extrapolated: ").removesuffix(" the trained sizes"),
         )
@@ -376,7 +376,7 @@ def conventions_screen(frame: pd.DataFrame) -> Table:
         view.add_column(name, justify="right")
     for row in frame.itertuples():
         known = ["" if np.isnan(x) else f"{x:.1%}" for x in (row.probability, -row.saving_vs_llama3)]
-        view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, f"{row.regret:.2%}")
+        view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, regret(row.regret))
     return view
 
 
