@@ -38,6 +38,7 @@ from scipy import stats
 
 from gqa_jax import costs, formatting, objectives, optimum, shape_search
 from gqa_jax.errors import closest
+from gqa_jax.formatting import LARGEST_REGRET
 from gqa_jax.laws import Heads, LawsByHeads, bends, evidence, fit_by_heads
 from gqa_jax.shapes import Aspect
 
@@ -49,7 +50,6 @@ ASPECT = 64
 SERVED = (8192, 16_384, 32_768, 65_536, 131_072)  # tokens; at the last one (8,1) wins nearly always, whatever the truth
 DRAWS = 1000
 LEVEL = 0.95
-CAP = 10.0  # of a regret, relative; also of a rule that has no answer
 BINS = (0.0, 0.05, 0.2, 0.5, 0.8, 0.95, 1.0)  # of stated probabilities
 RESAMPLES = 2000
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -314,7 +314,7 @@ class Said:
     answer: int | None  # the H of least expected regret; None where no draw reaches the loss
 
     def regret(self, regret_H: np.ndarray) -> float:
-        return CAP if self.answer is None else float(regret_H[self.answer])
+        return LARGEST_REGRET if self.answer is None else float(regret_H[self.answer])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +336,7 @@ def measure(name: str, index: int, methods: Sequence[str], *, seed: int = 0, dra
     one = grid(name, index, seed)
     heads, seconds = one.truth.heads, {}
     cost_H = one.cost(np.exp(one.log_size_H))
-    regret_H = np.minimum(cost_H / cost_H.min() - 1, CAP)
+    regret_H = optimum.regret(cost_H)
     said, refused, chosen = {}, None, {}
 
     def timed(what: str, function: Callable[[], Any]) -> Any:
@@ -358,7 +358,7 @@ def measure(name: str, index: int, methods: Sequence[str], *, seed: int = 0, dra
         }
     chosen["free E"] = _choice(one, free_entropy_sizes(one))
     chosen["two largest"] = _choice(one, two_largest_sizes(one))
-    rules = {rule: CAP if (i := chosen.get(rule)) is None else float(regret_H[i]) for rule in RULES}
+    rules = {rule: LARGEST_REGRET if (i := chosen.get(rule)) is None else float(regret_H[i]) for rule in RULES}
     return Record(name, index, refused, said, int(cost_H.argmin()), regret_H, rules, seconds)
 
 

@@ -162,7 +162,7 @@ def _answer(table: pd.DataFrame):
 def _true_regret(truth: dict) -> dict[Heads, float]:
     sizes = np.array([1e9 * ((LOSS - entropy) / amplitude) ** (-1 / b) for amplitude, b, entropy in truth.values()])
     costs = objectives.Z()(shape_search.solve_shape(sizes, list(truth), ASPECT), CONTEXT)
-    return dict(zip(truth, costs / costs.min() - 1, strict=True))
+    return dict(zip(truth, optimum.regret(costs), strict=True))
 
 
 def _spend(order: list[next_runs.Candidate], budget: float) -> list[str]:

@@ -19,7 +19,7 @@ from gqa_jax import costs, objectives, shape_search
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import LossNDByHeads
 from gqa_jax.laws.loss_nd_fit import DrawsND
-from gqa_jax.optimum import LEVEL, NOT_POSSIBLE, quantiles
+from gqa_jax.optimum import LEVEL, quantiles, regret
 
 _BELOW, _ABOVE, _POINTS = 30.0, 1000.0, 400  # N* is looked for from least / 30 to largest trained N x 1000, first on a grid
 _HALVINGS = 30  # of a step of that grid: N* to 4e-11
@@ -53,8 +53,8 @@ class Aligned:
 
     `candidates` has a row per H, least expected regret first: n_heads, n_kv_heads; n_params, the least N that reaches the loss;
     tokens, the D that the budget pays for; n_layers, d_model (real-valued); c_infer, m_infer; cost; probability, the share of
-    draws in which it is the cheapest, of those in which some H reaches the loss; expected_regret, relative; saving, 1 - cost /
-    cost of the baseline; note. _low and _high are the ends of 95% of the draws.
+    draws in which it is the cheapest, of those in which some H reaches the loss; expected_regret, relative, of the same draws
+    (`optimum.regret`); saving, 1 - cost / cost of the baseline; note. _low and _high are the ends of 95% of the draws.
     """
 
     loss: float
@@ -310,9 +310,9 @@ def _add_uncertainty(
         frame[f"{name}_low"], frame[f"{name}_high"] = np.array(columns, np.float64).T
     some = reached.any(axis=1)
     if some.any():
-        own, least = cost_SxH[some], cost_SxH[some].min(axis=1, keepdims=True)
+        own = cost_SxH[some]
         frame["probability"] = np.bincount(own.argmin(axis=1), minlength=len(plan.heads)) / len(own)
-        frame["expected_regret"] = np.where(np.isfinite(own), own / least - 1, NOT_POSSIBLE).mean(axis=0)
+        frame["expected_regret"] = regret(own).mean(axis=0)
     return float(1 - some.mean())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 SIZES = (1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3)
 COUNT = ("Z", "E", "P", "T", "B", "M", "k")  # letters of counted things: parameters, tokens
 SI = ("Z", "E", "P", "T", "G", "M", "k")  # of amounts of a unit: FLOPs, bytes
+LARGEST_REGRET = 10.0  # cost over the least one, minus 1: what is beyond it counts as this much (`gqa_jax.optimum.regret`)
 
 
 def scaled(value: float, endings: Sequence[str], text: Callable[[float], str]) -> str:
@@ -61,6 +62,15 @@ def percent(share: float) -> str:
 def probability(share: float) -> str:
     """A probability that rests on about 1,000 draws: 87.3%. These can't tell any from 0 or 1: >99.9%, <0.1%."""
     return ">99.9%" if share > 0.999 else "<0.1%" if share < 0.001 else f"{share:.1%}"
+
+
+def regret(share: float) -> str:
+    """A regret, relative, or a difference of two: 0.12%, 37.10%; >1000% of LARGEST_REGRET; empty where not known."""
+    if math.isnan(share):
+        return ""
+    if share >= LARGEST_REGRET - 5e-5:
+        return f">{LARGEST_REGRET:.0%}"
+    return "<0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
 
 
 def context(tokens: int) -> str:

@@ -4,8 +4,9 @@
 3. Turn N* into a shape (`shape_search`), evaluate a cost at the served context (`objectives`), compare the H (Eq. 9).
 
 The same is done for every joint draw of the laws' coefficients. The probability of an H is the share of draws in which it is
-the cheapest; its regret in a draw is its cost over the least one, minus 1. The answer is the H of least expected regret, not
-the cheapest by the fitted curves: which H is cheapest changes with noise where costs are close, its regret hardly does.
+the cheapest; its regret in a draw is its cost over the least one, minus 1, and 10 at most (`regret`). The answer is the H of
+least expected regret, not the cheapest by the fitted curves: which H is cheapest changes with noise where costs are close, its
+regret hardly does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import costs, formatting, objectives, shape_search
-from gqa_jax.formatting import REGRET_CAP
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw, posterior
 from gqa_jax.serving import Serving
 from gqa_jax.shapes import paper_aspect
@@ -54,7 +54,7 @@ class Answer:
     cost_interval: tuple[float, float]
     saving_vs_llama3: float  # 1 - cost / cost of Llama 3's heads at the same loss
     saving_interval: tuple[float, float]
-    expected_regret: float  # of the answer, relative
+    expected_regret: float  # of the answer, relative (`regret`)
     runner_up: Heads | None
     regret_of_runner_up: float  # expected
     not_reached: float  # share of draws in which no H reaches the loss
@@ -226,7 +226,7 @@ def convention_sensitivity(
     """What the answer under Z would be in every convention for FLOPs and memory: one row each, the paper's figures first.
 
     Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving_vs_llama3,
-    and regret: how much more the answer of the first row costs in this convention.
+    and regret: how much more the answer of the first row costs in this convention (`regret`).
     """
     rows, first = [], None
     for flops in ("half_T", "full_T", "per_token"):
@@ -243,13 +243,27 @@ def convention_sensitivity(
                 laws, loss, context_served, objectives.Z(rule, **dtypes), aspect=aspect, convention=rule, draws=draws, seed=seed
             )
             first = first or answer.heads
-            own = answer.candidates.set_index(["n_heads", "n_kv_heads"])
+            own = answer.candidates
+            regret_H = regret(own["cost"].fillna(np.inf).to_numpy())
             rows.append(
                 {"flops": flops, "memory": memory, **answer.heads._asdict(), "n_params": answer.n_params,
                  "probability": answer.probability, "saving_vs_llama3": answer.saving_vs_llama3,
-                 "regret": float(own.loc[tuple(first), "cost"] / own["cost"].min() - 1)}
+                 "regret": float(regret_H[[_heads(row) for _, row in own.iterrows()].index(first)])}
             )  # fmt: skip
     return pd.DataFrame(rows).astype({"n_heads": "Int64"})
+
+
+def regret(cost_H: np.ndarray) -> np.ndarray:
+    """What each H costs above the cheapest, relative: cost_(...)xH / the least of them - 1, 10 at most.
+
+    A cost is infinite where the H does not reach the loss or keep the limit of memory. Next to an H that does, its regret is 10
+    too: otherwise the few draws in which a size is astronomical would decide, and one far dearer would count for more than one
+    that is not possible. nan where no H is possible.
+    """
+    cost_H = np.asarray(cost_H, np.float64)
+    least = cost_H.min(-1, keepdims=True)
+    ratio = np.divide(cost_H, least, out=np.full(cost_H.shape, np.nan), where=np.isfinite(least))
+    return np.minimum(ratio - 1, formatting.LARGEST_REGRET)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +271,7 @@ class Regrets:
     """What each H costs above the cheapest, in every draw."""
 
     heads: list[Heads]
-    regret_SxH: np.ndarray  # 0 of the cheapest, at most REGRET_CAP; nan in draws in which no H reaches the loss
+    regret_SxH: np.ndarray  # of `regret`; nan in draws in which no H reaches the loss
     reached_S: np.ndarray
 
 
@@ -281,10 +295,7 @@ def regrets(
         raise ValueError(f"no draws, so no regrets: {table.known.no_draws or 'plain laws, or draws=0'}")
     cost = _limited(objective or objectives.Z(convention), table.shape_SxH, context_served, memory_limit)
     own = cost[:, : table.known.n_candidates]
-    reached = np.isfinite(own.min(1))
-    result = np.full(own.shape, np.nan)
-    result[reached] = regret(own[reached])
-    return Regrets(table.heads[: table.known.n_candidates], result, reached)
+    return Regrets(table.heads[: table.known.n_candidates], regret(own), np.isfinite(own.min(1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -537,16 +548,6 @@ def _limited(
     else:
         kept = costs.infer_memory(shape, context, "exact") <= memory_limit
     return np.where(kept | np.isnan(cost), cost, np.inf)
-
-
-def regret(cost_SxH: np.ndarray) -> np.ndarray:
-    """Regret_SxH of choosing H in every draw: cost over the least one, minus 1, at most REGRET_CAP.
-
-    The cap is also that of an H that in a draw does not reach the loss, or can't be built, while another can (an infinite
-    cost): what can't do the job is no better than what is dear, and the few draws in which a size is astronomical do not
-    decide. Every least cost must be finite: leave out the draws in which no H reaches the loss.
-    """
-    return np.minimum(cost_SxH / cost_SxH.min(1, keepdims=True) - 1, REGRET_CAP)
 
 
 def _sizes(loss: float, entropy: np.ndarray, log_a: np.ndarray, b: np.ndarray) -> np.ndarray:

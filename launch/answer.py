@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gqa_jax import formatting, optimum, plots, results, storage
-from gqa_jax.formatting import probability, short, si
+from gqa_jax.formatting import probability, regret, short, si
 from gqa_jax.laws import Heads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.optimum import Answer
@@ -341,8 +341,8 @@ def print_answer(found: Answer, one: Fitted, console: Console) -> None:
         )
     if found.runner_up is not None and not np.isnan(found.regret_of_runner_up):
         console.print(
-            f"next best {heads_text(*found.runner_up)}: expected to cost {formatting.regret(found.regret_of_runner_up)} more "
-            f"than the cheapest (this answer {formatting.regret(found.expected_regret)})",
+            f"next best {heads_text(*found.runner_up)}: expected to cost {regret(found.regret_of_runner_up)} more than the "
+            f"cheapest (this answer {regret(found.expected_regret)})",
             highlight=False,
         )
     if found.noise_model:
@@ -382,7 +382,7 @@ def _candidates_screen(found: Answer) -> Table:
             f"{row.n_layers:.1f} x {row.d_model:.0f}",
             f"{si(row.cost)}{_range(row.cost_low, row.cost_high, si)}",
             "" if np.isnan(row.probability) else probability(row.probability),
-            formatting.regret(row.expected_regret),
+            regret(row.expected_regret),
             "" if np.isnan(row.saving_vs_llama3) else f"{-row.saving_vs_llama3:+.1%}",
             "" if pd.isna(row.note) else row.note.removeprefix("extrapolated: ").removesuffix(" the trained sizes"),
         )
@@ -400,7 +400,7 @@ def conventions_screen(frame: pd.DataFrame) -> Table:
         view.add_column(name, justify="right")
     for row in frame.itertuples():
         known = ["" if np.isnan(x) else f"{x:.1%}" for x in (row.probability, -row.saving_vs_llama3)]
-        view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, formatting.regret(row.regret))
+        view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, regret(row.regret))
     return view
 
 

@@ -14,10 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gqa_jax import costs, formatting, next_runs, optimum
+from gqa_jax import costs, next_runs, optimum
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
-from gqa_jax.formatting import probability, si
+from gqa_jax.formatting import probability, regret, si
 from gqa_jax.laws import Heads
 from gqa_jax.next_runs import Candidate, Choice, Question
 from launch import answer, grid, rules, state, studies
@@ -71,7 +71,7 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
     )
     console.print(
         f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {answer.heads_text(*today.heads)}, its "
-        f"expected regret is {formatting.regret(choice.regret_now, 3)}, the cheapest with a probability of "
+        f"expected regret is {regret(choice.regret_now)}, the cheapest with a probability of "
         f"{probability(choice.probability_now)}",
         highlight=False,
     )
@@ -156,8 +156,8 @@ def grid_file(
         "",
         f"Asked on {time.strftime('%Y-%m-%d', time.gmtime())}: a loss of {arguments.loss:g} at {arguments.context:,} tokens, "
         f"cost {arguments.cost}, within {arguments.budget:.3g} FLOPs.",
-        f"The expected regret of the answer, {formatting.regret(choice.regret_now, 3)} now, should fall by {choice.gain:.3%} "
-        f"(standard error {choice.gain_error:.3%}).",
+        f"The expected regret of the answer, {regret(choice.regret_now)} now, should fall by {regret(choice.gain)} "
+        f"(standard error {regret(choice.gain_error)}).",
         "",
         f"    {command}",
         '"""',
@@ -182,8 +182,8 @@ def _screen(choice: Choice) -> Table:
     for name in ("train", "FLOPs", "all so far", "expected regret after", "gain so far", "± error"):
         view.add_column(name, justify="left" if name == "train" else "right", no_wrap=True)
     for row in choice.steps.itertuples():
-        numbers = (si(row.cost), si(row.total_cost), formatting.regret(row.regret_after, 3), f"{row.total_gain:.3%}")
-        view.add_row(row.name, *numbers, f"{row.total_gain_error:.3%}")
+        numbers = (si(row.cost), si(row.total_cost), regret(row.regret_after), regret(row.total_gain))
+        view.add_row(row.name, *numbers, regret(row.total_gain_error))
     return view
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, objectives, shape_search
+from gqa_jax import aligned, costs, objectives, optimum, shape_search
 from gqa_jax.aligned import SameAs, equal_training_cost, equal_training_curves
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import fit_loss_nd_by_heads
@@ -129,6 +129,32 @@ def test_draws_give_probabilities_and_intervals(noisy):
     assert answer.not_reached == 0
     again = equal_training_cost(noisy, SameAs(Heads(32, 8)), 2.6, T, draws=300)
     pd.testing.assert_frame_equal(again.candidates, frame)
+
+
+@pytest.mark.parametrize("above_least", [0.002, 0.008, 0.014])
+def test_regrets_are_those_of_the_search(above_least):
+    """Near the least loss that the budget can reach, where one H is far dearer in some draws and can't reach it in others."""
+    rng = np.random.default_rng(3)
+    rows = [
+        {"n_heads": 8, "n_kv_heads": k, "params_non_embedding": int(n), "tokens": int(ratio * n), "context": 8192}
+        | {"loss": 1.7 + f * 400 / n**0.34 + 410 / (ratio * n) ** 0.28 + 0.01 * rng.normal(), "status": "done"}
+        for k, f in ((8, 1.0), (1, 1.06))
+        for n in (1e7, 3e7, 1e8, 3e8)
+        for ratio in (10, 20, 40)
+    ]
+    laws, goal = fit_loss_nd_by_heads(pd.DataFrame(rows)), objectives.Memory("figures")
+    plan = aligned._Plan.of(laws, 3e19, None, "figures", None)
+    loss = plan.least_loss(aligned._fitted(laws)) + above_least
+    n_SxH = plan.least_params(loss, laws.draws(300, 0))
+    reached = np.isfinite(n_SxH)
+    cost_SxH = np.where(reached, goal(plan.shape(np.where(reached, n_SxH, np.nan), plan.heads), T), np.inf)
+    regret_SxH = optimum.regret(cost_SxH)
+    assert (regret_SxH == 10).any()
+    assert (regret_SxH[regret_SxH < 10] > 1).any()
+    found = equal_training_cost(laws, 3e19, loss, T, goal, draws=300)
+    frame = found.candidates.set_index(["n_heads", "n_kv_heads"])
+    expected = [frame.loc[tuple(heads), "expected_regret"] for heads in plan.heads]
+    np.testing.assert_allclose(expected, np.nanmean(regret_SxH, 0))
 
 
 def test_intervals_hold_the_truth_and_shrink_with_noise(exact, noisy):

@@ -14,12 +14,13 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from benchmarks.report import DRAG
-from gqa_jax import costs, objectives, optimum
+from gqa_jax import costs, formatting, objectives, optimum, shape_search
 from gqa_jax.hardware import CHIPS
-from gqa_jax.laws import Heads
+from gqa_jax.laws import LLAMA3, Heads, bends
 from gqa_jax.serving import Serving
 from launch import analysis, report
 from launch.report import words
+from launch.report.payload import DRAWS
 from tests import browser, report_fakes
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
@@ -30,14 +31,21 @@ RELATIVE = 1e-9
 
 @pytest.fixture(scope="module")
 def studies():
-    """Llama-3's heads among the runs; by the head law, not a candidate; not known at all."""
+    """Llama-3's heads among the runs; by the head law alone; not known at all."""
     table = report_fakes.loss_table()
     fixed = table[table["n_heads"].notna()]
-    return [
+    wide = {heads: law for heads, law in report_fakes.GRID.items() if heads.n_kv_heads in (1, 8)}
+    found = [
         report_fakes.study(table, more=False),
-        report_fakes.study(fixed, more=False),
+        report_fakes.study(report_fakes.loss_table(wide), more=False),
         report_fakes.study(fixed[fixed["n_kv_heads"] == 1], more=False),
     ]
+    known = [optimum.coefficients(one.laws, DRAWS) for one in found]
+    own = [None if one.baseline is None else np.isfinite(one.b_H[one.baseline]) for one in known]
+    assert own == [True, False, None]
+    for one in known:  # draws of every kind
+        assert (np.bincount(one.draws.bends.kind_S.astype(int), minlength=len(bends.NAMES)) > 20).all()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +191,28 @@ class TestNumbers:
         same(1 - answer.saving_vs_llama3, 1 - float(best["saving"]), what)
         same([1 - x for x in answer.saving_interval], [1 - float(x) for x in best["saving_interval"]], what)
         return True
+
+    def test_regrets_are_written_as_python_writes_them(self, explorer):
+        """Also those beyond the largest, and of nothing."""
+        shares = [0.0, 1e-6, 0.00012, 0.0123, 0.371, 1.0, 9.99, 10.0]
+        chromium = explorer()
+        largest = chromium.run("return gqa.studies[0].largest_regret")
+        assert chromium.run("return arguments[0].map((x) => gqa.regretText(x, arguments[1]))", shares, largest) == [
+            formatting.regret(share) for share in shares
+        ]
+
+    def test_the_curve_of_heads_without_a_law_goes_through_their_mark(self, explorer, studies):
+        """Llama-3's by the head law: at every loss the middle of the draws, as `optimum.search` has it."""
+        known = optimum.coefficients(studies[1].laws, DRAWS)
+        objective = objectives.make("memory", convention="figures")
+        losses = [2.5, 2.615, 2.8]
+        query = as_query(2.615, 131_072, objective, None)
+        ours = [
+            float(objective(shape_search.solve_shape(n, LLAMA3, studies[1].aspect, 64, 50_304, "figures"), 131_072))
+            for n in (np.exp(np.median(known.draws.log_size(loss)[:, known.baseline])) for loss in losses)
+        ]
+        script = "return gqa.costCurve(gqa.studies[1], arguments[0], arguments[1], gqa.studies[1].baseline)"
+        same(ours, explorer().run(script, query, losses), "costs")
 
 
 def text(chromium, element):

@@ -49,6 +49,25 @@ def test_shares(share, counted, probable):
     assert (formatting.percent(share), formatting.probability(share)) == (counted, probable)
 
 
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0.00%"),
+        (1e-6, "<0.01%"),
+        (0.0012, "0.12%"),
+        (0.371, "37.10%"),
+        (1.0, "100.00%"),
+        (9.999, "999.90%"),
+        (9.99996, ">1000%"),
+        (10.0, ">1000%"),
+        (float("inf"), ">1000%"),
+        (float("nan"), ""),
+    ],
+)
+def test_regrets(share, text):
+    assert formatting.regret(share) == text
+
+
 def test_numbers_that_stand_in_a_row_have_as_many_decimals():
     assert formatting.alike([3.0, 2.35, 2.5]) == ["3.00", "2.35", "2.50"]
     assert formatting.alike([3.0, 2.0]) == ["3", "2"]

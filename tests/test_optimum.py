@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, formatting, laws, objectives, optimum, presets, shape_search
+from gqa_jax import costs, laws, objectives, optimum, presets, shape_search
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.serving import Serving
 from gqa_jax.shapes import Aspect, paper_aspect
@@ -105,16 +105,6 @@ class TestPaper:
         }
 
 
-class TestRegret:
-    def test_is_capped_and_counts_what_can_not_do_the_job_as_the_cap(self):
-        cost_SxH = np.array([[1.0, 1.5, 30.0], [2.0, np.inf, 2.2]])
-        np.testing.assert_allclose(optimum.regret(cost_SxH), [[0, 0.5, 10], [0, 10, 0.1]])
-
-    @pytest.mark.parametrize(("share", "text"), [(0.0012, "0.12%"), (1.583, "158.30%"), (10.0, ">1000%"), (np.nan, "")])
-    def test_is_printed_as_it_counts(self, share, text):
-        assert formatting.regret(share) == text
-
-
 class TestSearch:
     def test_equals_the_search_by_hand(self, paper):
         """One H, one draw at a time, through the public pieces."""
@@ -123,7 +113,10 @@ class TestSearch:
         costs_SxH = np.array(
             [
                 [
-                    objectives.Z()(shape_search.solve_shape(np.exp(log_n), h, paper.aspect, 64, 50_304, "figures"), 65_536)
+                    objectives.Z()(
+                        shape_search.solve_shape(np.exp(log_n), h, paper.aspect, 64, 50_304, "figures"),
+                        65_536,
+                    )
                     for h, log_n in zip(drawn.heads, row, strict=True)
                 ]
                 for row in drawn.log_size(2.7)
@@ -134,9 +127,8 @@ class TestSearch:
         by_heads = found.candidates.set_index(["n_heads", "n_kv_heads"])
         for i, heads in enumerate(names):
             assert by_heads.loc[tuple(heads), "probability"] == pytest.approx(np.mean(own.argmin(1) == i))
-            assert by_heads.loc[tuple(heads), "expected_regret"] == pytest.approx(
-                np.mean(np.minimum(own[:, i] / own.min(1) - 1, 10))
-            )
+            regret_S = [min(cost / least - 1, 10) for cost, least in zip(own[:, i], own.min(1), strict=True)]
+            assert by_heads.loc[tuple(heads), "expected_regret"] == pytest.approx(np.mean(regret_S))
         i = names.index(found.heads)
         saving = 1 - own[:, i] / costs_SxH[:, drawn.heads.index(LLAMA3)]
         assert found.saving_interval == pytest.approx(tuple(np.quantile(saving, [0.025, 0.975])))
@@ -201,6 +193,31 @@ class TestSearch:
         text = " ".join(found.warnings)
         assert "no probabilities: as many coefficients as runs" in text
         assert "no saving against Llama 3's heads" in text
+
+
+class TestRegret:
+    def test_counts_to_ten_whether_dear_or_not_possible_at_all(self):
+        cost_SxH = np.array([[2.0, 2.5, 100.0, np.inf], [3.0, 33.0, 33.1, 32.9], [np.inf] * 4])
+        found = optimum.regret(cost_SxH)
+        np.testing.assert_allclose(found[:2], [[0, 0.25, 10, 10], [0, 10, 10, 29.9 / 3]])
+        assert np.isnan(found[2]).all()
+        np.testing.assert_array_equal(optimum.regret(cost_SxH[0]), found[0])
+
+    def test_draws_that_reach_a_loss_with_some_heads_only_count_at_the_cap(self):
+        """E of its own for each H: near E some draws reach the loss with one H and not with the other, some with neither."""
+        table = synthetic(noise=0.004, heads=[(8, 8), (8, 1)])
+        own = laws.fit_by_heads(table, shared_entropy=False)
+        loss = max(law.entropy for law in own.values()) + 0.01
+        found = optimum.regrets(own, loss, 131_072)
+        reached_SxH = np.isfinite(own.draws(1000).take(found.heads).log_size(loss))
+        one = reached_SxH.any(1) & ~reached_SxH.all(1)
+        assert min(one.sum(), (~reached_SxH.any(1)).sum()) > 20
+        np.testing.assert_array_equal(found.reached_S, reached_SxH.any(1))
+        np.testing.assert_array_equal(found.regret_SxH[one], np.where(reached_SxH[one], 0.0, 10.0))
+        assert np.isnan(found.regret_SxH[~found.reached_S]).all()
+        assert (found.regret_SxH[found.reached_S].max(1) <= 10).all()
+        answer = optimum.search(own, loss, 131_072)
+        assert answer.expected_regret == found.regret_SxH[found.reached_S].mean(0).min()
 
 
 class TestLlama3:

@@ -35,7 +35,7 @@ def test_shares_of_draws():
     ax = plots.share_of_draws(CANDIDATES)
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["(8,1)", "(4,1)", "(8,2) ←", "2 others"]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([62, 30, 7, 1])
-    assert plot_helpers.texts(ax)[:4] == ["62%   regret 0.1%", "30%   regret 2%", "7%   regret 0.05%", "1%"]
+    assert plot_helpers.texts(ax)[:4] == ["62%   regret 0.10%", "30%   regret 2.00%", "7%   regret 0.05%", "1%"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # most probable on top
 
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from gqa_jax import laws, objectives, optimum
-from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.laws import LLAMA3, Heads, bends
 from launch import report
 from launch.grid import Layout
 from launch.report import Picture, pictures, words
@@ -179,6 +179,12 @@ class TestPayload:
             found = np.frombuffer(base64.b64decode(data["draws"][name]), "<f8").reshape(len(matrix), -1)
             np.testing.assert_array_equal(np.broadcast_to(found, matrix.shape), matrix)
             assert found.shape[1] == (1 if name == "entropy" else matrix.shape[1])  # E, which all share, once
+        bent = data["draws"]["bends"]
+        assert (bent["center"], bent["reach"]) == (known.draws.bends.center, known.draws.bends.reach)
+        for name in ("kind", "amount", "place"):
+            found = np.frombuffer(base64.b64decode(bent[name]), "<f8")
+            np.testing.assert_array_equal(found, getattr(known.draws.bends, f"{name}_S"))
+        assert [bent["kinds"].index(name) for name in ("none", "drift", "break")] == [bends.NONE, bends.DRIFT, bends.BREAK]
         assert data["heads"][data["baseline"]]["label"] == "(d/64,8)"
         assert data["point"]["b"][0] == study.laws[Heads(*known.heads[0])].b
 

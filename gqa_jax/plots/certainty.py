@@ -35,7 +35,7 @@ def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str 
     for i, (_, row) in enumerate(shown.iterrows()):
         look = style.head_look(tables.heads_of(row))
         ax.barh(i, 100 * row["probability"], height=0.66, color=look.color, edgecolor=style.INK, linewidth=0.6)
-        _beside(ax, i, row["probability"], "" if np.isnan(row["regret"]) else _regret(row["regret"]))
+        _beside(ax, i, row["probability"], "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}")
         names.append(style.head_text(tables.heads_of(row)) + (" ←" if row["answer"] else ""))
     if len(rest):
         share = float(rest["probability"].sum())
@@ -153,10 +153,6 @@ def _beside(ax: Axes, place: float, probability: float, text: str) -> None:
         words, (100 * probability, place), (-5 if inside else 5, 0), textcoords="offset points", va="center",
         ha="right" if inside else "left", fontsize=style.SMALL, color="white" if inside else style.INK,
     )  # fmt: skip
-
-
-def _regret(share: float) -> str:
-    return "regret <0.01%" if share < 1e-4 else f"regret {100 * share:.2g}%"
 
 
 def _crossing(x: np.ndarray, statistic: np.ndarray, limit: float, edge: int, step: int) -> float | None:

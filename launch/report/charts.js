@@ -1,11 +1,11 @@
 // The charts of the explorer: fills the data sources of the Bokeh models that charts.py makes.
 
 import { costCurve } from "./explorer.js";
-import { extra, percent, span, tenths, UNITS } from "./numbers.js";
+import { percent, regretText, span, UNITS } from "./numbers.js";
 
 const POINTS_OF_A_CURVE = 64;
 const HORIZON = 40; // extra costs beyond so many times the runner-up's are at the edge of their chart
-const ENDS = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1]; // of the axis of extra costs
+const ENDS = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5]; // of the axis of extra costs, or the largest of them
 const FONT_SIZE = "12px";
 const [ROW, AXIS] = [19, 48]; // pixels of a head configuration, and of what is below them
 
@@ -150,9 +150,11 @@ export class Charts {
   /** What each costs beyond the cheapest. */
   regret(latest) {
     const { model, result } = latest;
+    const { largest_regret: largest } = model;
+    const text = (share) => regretText(share, largest);
     const second = result.runner_up === null ? 0 : result.rows[result.runner_up].regret_interval[1];
     const near = result.rows.map((row) => row.regret_interval[1]).filter((x) => x <= HORIZON * Math.max(second, 0.01));
-    const end = ENDS.find((one) => one >= Math.max(0, ...near)) ?? 1;
+    const end = ENDS.find((one) => one >= Math.max(0, ...near)) ?? largest;
     const data = { y: [], x: [], low: [], high: [], color: [], marker: [], label: [] };
     result.rows.forEach((row, h) => {
       if (Number.isNaN(row.expected_regret)) return;
@@ -162,8 +164,8 @@ export class Charts {
       data.low.push(Math.min(low, end));
       data.high.push(Math.min(high, end));
       data.color.push(this.colorOf(h, latest) ?? this.palette.muted);
-      data.marker.push(row.expected_regret > Math.min(end, 0.9995) ? "inverted_triangle" : h === model.baseline ? "diamond" : "circle");
-      data.label.push(`${model.heads[h].label}: ${extra(row.expected_regret)} (95%: ${span(row.regret_interval, tenths)})`);
+      data.marker.push(row.expected_regret > end || row.expected_regret >= largest ? "inverted_triangle" : h === model.baseline ? "diamond" : "circle");
+      data.label.push(`${model.heads[h].label}: ${text(row.expected_regret)} (95%: ${span(row.regret_interval, text)})`);
     });
     this.charts.regret.root.x_range.setv({ start: -0.025 * end, end: end * 1.03 });
     this.part("regret", "regret").data = data;

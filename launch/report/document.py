@@ -62,6 +62,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         opening=opening(findings),
         parts=parts,
         draws=f"{DRAWS:,}",
+        largest_regret=f"{formatting.LARGEST_REGRET:.0%}",
         head_dim=f"{answering.laws.head_dim:g}",
         contexts=[(i, f"{formatting.context(study.laws.context)} tokens") for i, study in enumerate(findings.studies)],
         costs=[(cost, _CHOICES[cost]) for cost in (*COSTS, *asked)],

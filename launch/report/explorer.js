@@ -1,17 +1,18 @@
 // The search of gqa_jax.optimum in the reader's browser: pure functions of the payload, in float64, without the page.
 //
 // 1. N* = exp(log_a - ln(L* - E) / b), infinite when L* <= E                       (arXiv 2503.09579v2, Eq. 8)
+//    in a draw with a bend q: b (log_a - ln N*) - q(ln N*) = ln(L* - E)             (gqa_jax.laws.bends)
 // 2. aspect ratio r = d / L: linear between knots (N_i, r_i), constant outside      (Appendix B.1)
 // 3. layers L: the one positive root of N(L) = N* with d = r L, d_ff = 8 d / 3, a cubic
 // 4. cost of that shape at the served context                                       (Eq. 3 to 5, or a roofline)
 //
 // Draws are the joint uncertainty of all coefficients. Matrices are flat and draw after draw: index s * H + h.
 
-/** The payload with its numbers unpacked: draws as Float64Array of S x H (none: of 0 x H), NaN for what is null. */
+/** The payload with its numbers unpacked: draws as Float64Array of S x H (none: of 0 x H; bends: of S), NaN for what is null. */
 export function unpack(payload) {
   const width = payload.heads.length;
   const draws = { count: payload.draws?.count ?? 0 };
-  const [point, means] = [{}, {}];
+  const point = {};
   for (const name of ["entropy", "log_a", "b"]) {
     draws[name] = float64(payload.draws?.[name] ?? "");
     if (name === "entropy" && draws[name].length === draws.count) {
@@ -22,9 +23,16 @@ export function unpack(payload) {
       throw new Error(`draws of ${name}: ${draws[name].length} numbers instead of ${draws.count} x ${width}`);
     }
     point[name] = payload.point[name].map((value) => value ?? NaN);
-    means[name] = point[name].map((_, h) => draws[name].reduce((sum, value, i) => sum + (i % width === h ? value : 0), 0) / draws.count);
   }
-  return { ...payload, draws, point, means, trained: payload.trained.map((sizes) => sizes.map((value) => value ?? NaN)) };
+  draws.bends = unpackBends(payload.draws?.bends ?? null);
+  return { ...payload, draws, point, trained: payload.trained.map((sizes) => sizes.map((value) => value ?? NaN)) };
+}
+
+function unpackBends(packed) {
+  if (packed === null) return null;
+  const columns = Object.fromEntries(["kind", "amount", "place"].map((name) => [name, float64(packed[name])]));
+  const [none, drift] = ["none", "drift"].map((name) => packed.kinds.indexOf(name));
+  return { ...columns, none, drift, logCenter: Math.log(packed.center), reach: packed.reach };
 }
 
 function float64(base64) {
@@ -37,6 +45,43 @@ function float64(base64) {
 /** N* that reaches `loss`; infinite where E is not below it, NaN where there is no law. */
 export function solveParams(loss, entropy, logA, b) {
   return loss <= entropy ? Infinity : Math.exp(logA - Math.log(loss - entropy) / b);
+}
+
+const STEPS = 60; // of Newton's method, which needs 5 or so
+
+/** ln N at which a law with the bend of draw s reaches what its power law, of exponent b, reaches at ln N = `goal`. */
+function bent(bends, s, goal, b) {
+  const kind = bends.kind[s];
+  if (kind === bends.none || !Number.isFinite(goal)) return goal;
+  const { reach, logCenter } = bends;
+  const amount = bends.amount[s];
+  let found = goal;
+  for (let i = 0; i < STEPS; i++) {
+    const x = found - logCenter;
+    let [q, slope] = [0, 0];
+    if (kind === bends.drift) {
+      const inside = Math.min(Math.max(x, -reach), reach);
+      q = amount * (x * x - (x - inside) * (x - inside));
+      slope = 2 * amount * inside;
+    } else {
+      const y = 2 * (x - bends.place[s]);
+      q = (amount * (Math.max(y, 0) + Math.log1p(Math.exp(-Math.abs(y))))) / 2;
+      slope = amount / (1 + Math.exp(-y));
+    }
+    const step = (b * (goal - found) - q) / (b + slope);
+    found += step;
+    if (Math.abs(step) < 1e-12 * (1 + Math.abs(found))) break;
+  }
+  return found;
+}
+
+/** N* of the h-th heads in draw s; `logGap` is ln(loss - E), NaN where E is not below the loss. */
+function drawnParams(model, s, h, logGap) {
+  const { log_a: logA, b, bends } = model.draws;
+  const i = s * model.heads.length + h;
+  if (!(logGap < Infinity)) return Infinity;
+  const logN = logA[i] - logGap / b[i];
+  return Math.exp(bends === null ? logN : bent(bends, s, logN, b[i]));
 }
 
 /** Aspect ratio d / L at N parameters. */
@@ -262,8 +307,8 @@ function interval(values) {
  */
 export function search(model, query) {
   const width = model.heads.length;
-  const { n_candidates: candidates, baseline, not_possible: notPossible } = model;
-  const { count, entropy, log_a: logA, b } = model.draws;
+  const { n_candidates: candidates, baseline, largest_regret: largest } = model;
+  const { count, entropy } = model.draws;
   const cost = costOf(model, query);
 
   const params = model.heads.map(() => new Float64Array(count));
@@ -281,7 +326,7 @@ export function search(model, query) {
         last = entropy[i];
         logGap = Math.log(query.loss - last);
       }
-      params[h][s] = query.loss <= last ? Infinity : Math.exp(logA[i] - logGap / b[i]);
+      params[h][s] = drawnParams(model, s, h, logGap);
       costs[h][s] = cost(params[h][s], h);
       if (h < candidates && costs[h][s] < least[s]) {
         least[s] = costs[h][s];
@@ -308,7 +353,7 @@ export function search(model, query) {
     let sum = 0;
     for (let s = 0, k = 0; s < count; s++) {
       if (least[s] < Infinity) {
-        regrets[k] = Math.min(costs[h][s] / least[s] - 1, notPossible);
+        regrets[k] = Math.min(costs[h][s] / least[s] - 1, largest);
         sum += regrets[k++];
       }
       if (baseCosts !== null && (costs[h][s] < Infinity || baseCosts[s] < Infinity)) saved[known++] = 1 - costs[h][s] / baseCosts[s];
@@ -349,13 +394,20 @@ function pointParams(model, loss, h) {
   return solveParams(loss, entropy[h], logA[h], b[h]);
 }
 
+/** The middle of the draws' N* of the h-th heads. */
+function middleParams(model, loss, h) {
+  const { count, entropy } = model.draws;
+  const logGap = (s) => Math.log(loss - entropy[s * model.heads.length + h]);
+  return quantile(Float64Array.from({ length: count }, (_, s) => drawnParams(model, s, h, logGap(s))), 0.5);
+}
+
 /**
  * Cost of reaching each of `losses` with the h-th heads; infinite where it is not reached.
  *
- * By the fitted coefficients; of heads without a law of their own (Llama-3's, by the head law) by the means of the draws'.
+ * By the fitted coefficients; of heads without a law of their own (Llama-3's, by the head law) by the middle of the draws.
  */
 export function costCurve(model, query, losses, h) {
   const cost = costOf(model, query);
-  const { entropy, log_a: logA, b } = Number.isNaN(model.point.b[h]) ? model.means : model.point;
-  return losses.map((loss) => cost(solveParams(loss, entropy[h], logA[h], b[h]), h));
+  const params = Number.isNaN(model.point.b[h]) ? middleParams : pointParams;
+  return losses.map((loss) => cost(params(model, loss, h), h));
 }

@@ -31,8 +31,12 @@ export function tenths(share) {
   return `${share < 0 && text !== "0.0" ? "−" : ""}${text}%`;
 }
 
-/** Mean extra cost, of which a draw counts 100% at most. */
-export const extra = (regret) => (regret >= 0.9995 ? "100% or more" : tenths(regret));
+/** A regret, as gqa_jax.formatting writes it; `largest` is what those beyond it count as. */
+export function regretText(share, largest) {
+  if (Number.isNaN(share)) return "";
+  if (share >= largest - 5e-5) return `>${100 * largest}%`;
+  return share > 0 && share < 5e-5 ? "<0.01%" : `${(100 * share).toFixed(2)}%`;
+}
 
 export function span([low, high], text) {
   if (high === Infinity) return low === Infinity ? "not reached" : `${text(low)} or more`;

@@ -39,7 +39,7 @@ def opening(findings: Findings) -> Opening:
     cost = words.cost(goal.unit)
     trained = words.listed([formatting.context(one.laws.context) for one in findings.studies])
     lead = [f"At {words.long(found.n_params)} parameters. What is kept low is the {goal.label}."]
-    extra = words.extra(found.regret_of_runner_up)
+    extra = formatting.regret(found.regret_of_runner_up)
     runner_up = "" if found.runner_up is None else words.label(found.runner_up, laws.head_dim)
     if not words.missing(found.probability):
         end = f"; the next, {runner_up}, would cost {extra} more on average." if runner_up else "."

@@ -1,8 +1,8 @@
 // The explorer of the page: reads the controls, searches, and shows. What is computed is in explorer.js.
 
 import { Charts } from "./charts.js";
-import { search, unpack } from "./explorer.js";
-import { contextLabel, costText, counted, decimals, extra, long, percent, range, short, span, tenths, three } from "./numbers.js";
+import { costCurve, search, unpack } from "./explorer.js";
+import { contextLabel, costText, counted, decimals, long, percent, range, regretText, short, span, tenths, three } from "./numbers.js";
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("payload").textContent);
@@ -190,7 +190,7 @@ function showFacts(asked, result) {
   else if (Number.isNaN(row.saving)) fact("saving", "Saving against Llama 3's heads", "unknown", result.baseline === null ? `they don't fit ${state.limit}` : "no law of theirs");
   else fact("saving", "Saving against Llama 3's heads", tenths(row.saving), range(row.saving_interval, tenths));
   if (second === null) fact("runner-up", "Next", "none", "nothing else reaches this loss");
-  else fact("runner-up", "Next", model.heads[second].label, `${extra(rows[second].expected_regret)} extra on average`);
+  else fact("runner-up", "Next", model.heads[second].label, `${regretText(rows[second].expected_regret, model.largest_regret)} extra on average`);
 }
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
@@ -244,7 +244,7 @@ function showRanking(asked, result) {
     const shown = [
       model.heads[h].label,
       Number.isNaN(row.probability) ? "" : percent(row.probability),
-      Number.isNaN(row.expected_regret) ? "" : row.expected_regret >= 0.9995 ? "≥100%" : tenths(row.expected_regret),
+      regretText(row.expected_regret, model.largest_regret),
       reached ? `${short(row.n_params)}${row.beyond === 1 ? "" : "*"}` : "none",
       reached ? span(row.n_params_interval, short) : "",
       reached ? `${row.n_layers.toFixed(1)} × ${decimals[0].format(row.d_model)}` : "",
@@ -357,4 +357,4 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 });
 addEventListener("beforeprint", () => charts.drawAll());
 // For the browser's console, and for tests: the search by hand.
-globalThis.gqa = { answer, charts: charts.charts, query, search, studies };
+globalThis.gqa = { answer, charts: charts.charts, costCurve, query, regretText, search, studies };

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gqa_jax import costs, objectives, optimum
+from gqa_jax import costs, formatting, objectives, optimum
 from gqa_jax.hardware import CHIPS
-from gqa_jax.laws import Draws
+from gqa_jax.laws import Draws, bends
 from gqa_jax.serving import Serving
 from launch.report import words
 from launch.report.findings import Study
@@ -26,7 +26,8 @@ _MARGIN = 0.02  # nats per token that the slider stays above the highest E
 def payload(study: Study) -> dict[str, Any]:
     """Everything that a page needs to search by itself, ready for `json.dumps`; what is not known is null.
 
-    Draws are little-endian float64, draw after draw, in base64: the page computes with the bits that Python does.
+    Draws are little-endian float64, draw after draw, in base64: the page computes with the bits that Python does. A
+    kind of bend is a place in the list `kinds`.
     """
     laws, question = study.laws, study.questions[0]
     known = optimum.coefficients(laws, DRAWS)
@@ -43,7 +44,7 @@ def payload(study: Study) -> dict[str, Any]:
         "heads": [{**one._asdict(), "label": words.label(one, laws.head_dim)} for one in known.heads],
         "n_candidates": known.n_candidates,
         "baseline": known.baseline,
-        "not_possible": optimum.NOT_POSSIBLE,
+        "largest_regret": formatting.LARGEST_REGRET,
         "point": {"entropy": _numbers(known.entropy_H), "log_a": _numbers(known.log_a_H), "b": _numbers(known.b_H)},
         "draws": None if known.draws is None else _draws(known.draws),
         "trained": [_numbers(sizes) for sizes in known.trained_Hx2],
@@ -69,11 +70,16 @@ def payload(study: Study) -> dict[str, Any]:
 
 
 def _draws(draws: Draws) -> dict[str, Any]:
-    """Draws of all heads; of E once, where they share it."""
+    """Draws of all heads; of E once, where they share it; of bends, which they share, if there are any."""
     shared = (draws.entropy_SxH == draws.entropy_SxH[:, :1]).all()
     entropy = draws.entropy_SxH[:, :1] if shared else draws.entropy_SxH
     matrices = {"entropy": entropy, "log_a": draws.log_a_SxH, "b": draws.b_SxH}
-    return {"count": len(draws.b_SxH)} | {name: _base64(matrix) for name, matrix in matrices.items()}
+    bent = None
+    if draws.bends is not None:
+        columns = {"kind": draws.bends.kind_S, "amount": draws.bends.amount_S, "place": draws.bends.place_S}
+        bent = {"kinds": list(bends.NAMES), "center": float(draws.bends.center), "reach": float(draws.bends.reach)}
+        bent |= {name: _base64(column) for name, column in columns.items()}
+    return {"count": len(draws.b_SxH), "bends": bent} | {name: _base64(matrix) for name, matrix in matrices.items()}
 
 
 def _base64(matrix: np.ndarray) -> str:

@@ -38,7 +38,7 @@ def candidates(study: Study) -> Table:
     columns = [
         Column("heads", lambda row: words.label(heads_of(row), head_dim), "left"),
         Column("cheapest in", lambda row: words.percent(row.probability)),
-        Column("extra cost", lambda row: words.extra(row.expected_regret)),
+        Column("extra cost", lambda row: formatting.regret(row.expected_regret)),
         Column("size N*", size),
         Column("95%", between("n_params", words.short), "range"),
         Column(f"layers {words.TIMES} width", _layers_by_width),
@@ -221,7 +221,7 @@ def sensitivity(study: Study) -> Table | None:
         Column("cheapest in", lambda row: words.percent(row.probability)),
         Column("size N*", lambda row: words.short(row.n_params)),
         Column("saving against Llama 3's", lambda row: words.tenths(row.saving_vs_llama3)),
-        Column("the first row's heads cost more by", lambda row: words.tenths(row.regret)),
+        Column("the first row's heads cost more by", lambda row: formatting.regret(row.regret)),
     ]
     caption = (
         f"What the way of counting changes, at {formatting.context(question.context_served)} tokens and a loss of "

@@ -54,11 +54,6 @@ def tenths(share: float) -> str:
     return f"{MINUS}{text}" if share < 0 and text != "0.0%" else text
 
 
-def extra(regret: float) -> str:
-    """Mean extra cost, of which a draw counts 100% at most (`gqa_jax.optimum.NOT_POSSIBLE`): 1.6%, 100% or more."""
-    return "100% or more" if regret >= 0.9995 else tenths(regret)
-
-
 def span(interval: Sequence[float] | None, text: Callable[[float], str]) -> str:
     """1.93B to 2.11B, 1.93B or more; empty where nothing is known."""
     if interval is None or any(map(missing, interval)):
