@@ -144,5 +144,4 @@ def test_intervals_after_one_more_size_are_as_foretold():
     frame = benchmark.foretold(range(12))
     print(frame.to_string())
     assert (np.abs(np.log(frame["found"] / frame["foretold"])) < 0.35).all()
-
     assert frame["found"].iloc[1] < 0.65 < frame["found"].iloc[0]

@@ -74,9 +74,9 @@ class Intervals:
         sd_SxH = np.sqrt(sigma_SxR**2 @ beta_RxH**2 + np.outer(shared_variance_S, beta_RxH.sum(0) ** 2))
         ratios = []
         for h in bounded:
-            mean_S, sd_S = mean_SxH[:, h], sd_SxH[:, h]
-            z_J = np.quantile(mean_S + sd_S * self.noise_S, (np.arange(OUTCOMES) + 0.5) / OUTCOMES)
-            weight_JxS = np.exp(-0.5 * ((z_J[:, None] - mean_S) / sd_S) ** 2) / sd_S
+            mean_S, sd_S = (values[:, h].astype(np.float32) for values in (mean_SxH, sd_SxH))  # enough for weights
+            z_J = np.quantile(mean_S + sd_S * self.noise_S, (np.arange(OUTCOMES) + 0.5) / OUTCOMES).astype(np.float32)
+            weight_JxS = np.exp(np.float32(-0.5) * ((z_J[:, None] - mean_S) / sd_S) ** 2) / sd_S
             ratios.append(np.median(self._width(h, weight_JxS)) / self.now_H[h])
         return float(np.median(ratios))
 
