@@ -269,7 +269,7 @@ def test_draws_are_seeded_and_surround_the_law():
 def test_draws_are_as_wide_as_the_standard_error(offset):
     law = fit_joint(table(noise=0.003, offset=offset, seed=3))
     drawn = law.draws(1000, heads=[(8, 4)])
-    loss_S = np.exp(drawn.b_SxH[:, 0] * (drawn.log_a_SxH[:, 0] - np.log(5e8))) + drawn.entropy_SxH[:, 0]
+    loss_S = drawn.loss(drawn.heads[0], 5e8)[:, 0]
     assert np.diff(np.quantile(loss_S, [0.16, 0.84]))[0] / 2 == pytest.approx(law.standard_error(8, 4, 5e8), rel=0.2)
     assert (drawn.sigma_SxH == law.sigma).all()
 

@@ -333,8 +333,7 @@ def test_the_error_of_a_difference_is_that_of_drawn_laws():
     laws = fit_by_heads(table(noise=0.003))
     n = np.array([1e9, 1e11])  # far out, where the error of a curve is that of E, which both share
     drawn = laws.draws(500, method="bootstrap").take([Heads(8, 1), Heads(8, 8)])
-    loss_SxHxN = np.exp(drawn.b_SxH[..., None] * (drawn.log_a_SxH[..., None] - np.log(n))) + drawn.entropy_SxH[..., None]
-    spread = np.std(loss_SxHxN[:, 0] - loss_SxHxN[:, 1], axis=0)
+    spread = np.std(drawn.loss(Heads(8, 1), n) - drawn.loss(Heads(8, 8), n), axis=0)
     np.testing.assert_allclose(validation._error_of_difference(laws, Heads(8, 1), Heads(8, 8), n), spread, rtol=0.15)
 
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from gqa_jax import laws, objectives, optimum
-from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.laws import LLAMA3, Heads, bends
 from launch import report
 from launch.grid import Layout
 from launch.report import Picture, pictures, words

@@ -54,10 +54,15 @@ class Bends:
             for d, k in zip(of_drift, of_break, strict=True)
         )
 
+    @property
+    def least_b_S(self) -> np.ndarray:
+        """What the exponents b of a draw must be above, so that its laws fall with size everywhere."""
+        less_S = np.where(self.kind_S == DRIFT, 2 * np.abs(self.amount_S) * self.reach, np.maximum(-self.amount_S, 0.0))
+        return np.where(self.kind_S == NONE, 0.0, less_S) + _LEAST_SLOPE
+
     def falls(self, b_SxH: np.ndarray) -> np.ndarray:
         """Whether the laws of a draw (S,), with these exponents, fall with size everywhere."""
-        change_S = np.where(self.kind_S == DRIFT, -2 * np.abs(self.amount_S) * self.reach, np.minimum(self.amount_S, 0.0))
-        return b_SxH.min(1) + np.where(self.kind_S == NONE, 0.0, change_S) > _LEAST_SLOPE
+        return b_SxH.min(1) > self.least_b_S
 
     def log_size(self, log_n_SxH: np.ndarray, b_SxH: np.ndarray) -> np.ndarray:
         """ln N at which the bent laws reach what the unbent ones reach at `log_n_SxH`; infinite stays infinite.

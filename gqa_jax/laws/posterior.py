@@ -318,7 +318,7 @@ def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random
         theta = theta_Sx2
     else:
         return None, ""
-    b = np.maximum(theta[:, 1], 1e-3)
+    b = np.maximum(theta[:, 1], 1e-3 if drawn.bends is None else drawn.bends.least_b_S)  # each falls with size everywhere
     return (drawn.entropy_S, np.log(block.center) + theta[:, 0] / b, b), note
 
 
