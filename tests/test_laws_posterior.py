@@ -1,10 +1,12 @@
 """Joint draws and intervals against known truths. The calibration over 200 grids is marked slow."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from gqa_jax import laws, objectives, optimum
-from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.laws import LLAMA3, Heads, bends
 from gqa_jax.laws.posterior import draw
 from tests import law_tables, report_fakes
 
@@ -75,6 +77,17 @@ def test_llama3_comes_from_runs_that_have_its_heads():
     drawn = one.draws(200)
     assert drawn.heads[-1] == LLAMA3
     assert "a law of 5 runs that have them" in drawn.notes[0]
+
+
+def test_bent_laws_fall_also_those_of_llama3s_heads():
+    """Whose runs hardly fall here: with the bends of the other heads some draws would rise, and N* be no number."""
+    one = fitted(noise=0.003, heads=[(8, 8), (12, 8), (16, 8), (24, 8)])
+    one.llama3 = dataclasses.replace(one.llama3, loss=2.9 - 0.001 * np.log(one.llama3.params / one.llama3.params.min()))
+    drawn = one.draws(1000)
+    assert drawn.heads[-1] == LLAMA3
+    assert (drawn.bends.kind_S != bends.NONE).any()
+    assert (drawn.b_SxH >= drawn.bends.least_b_S[:, None]).all()
+    assert not np.isnan(drawn.log_size(2.6)).any()
 
 
 def test_what_can_not_be_drawn_is_said():
