@@ -131,9 +131,9 @@ TABLE = (
     Row("configs", ".errors .shapes .config .storage launch.grid"),
     Row(
         "benchmarks",
-        ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .program "
-        ".checkpoint .planner .topologies .results .shape_search .laws .presets .objectives .optimum .next_runs .plots "
-        "launch.grid launch.report tests",
+        ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
+        ".program .run_folder .checkpoint .planner .topologies .results .shape_search .laws .presets .objectives .optimum "
+        ".next_runs .plots launch.grid launch.report tests",
         outside="jax",
     ),
 )
