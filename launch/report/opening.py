@@ -46,6 +46,11 @@ def opening(findings: Findings) -> Opening:
         lead.append(
             f"These heads are the cheapest in {words.share(found.probability)} of {DRAWS:,} draws of the fitted laws{end}"
         )
+    if found.noise_model:
+        wider = (
+            "" if words.missing(found.price_of_doubt) else f"; {found.price_of_doubt:.1f} times as wide as for power laws alone"
+        )
+        lead.append(f"Ranges are {found.noise_model}{wider}.")
     facts = [
         Fact("Cheapest in", words.percent(found.probability), f"of {DRAWS:,} draws")
         if not words.missing(found.probability)

@@ -12,7 +12,6 @@ from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads
 from launch.report import words
 from launch.report.findings import Findings, Study
-from launch.report.payload import DRAWS
 from launch.report.table import Column, Table
 
 _FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}
@@ -53,8 +52,10 @@ def candidates(study: Study) -> Table:
         notes.append(f"Without numbers: {'; '.join(dict.fromkeys(others))}.")
     caption = (
         f"Every head configuration at {formatting.context(question.context_served)} tokens and a loss of {question.loss:g}, "
-        f"cheapest first by mean extra cost. Ranges hold 95% of {DRAWS:,} draws."
+        f"cheapest first by mean extra cost."
     )
+    if question.answer.noise_model:
+        caption += f" Ranges are {question.answer.noise_model}."
     return Table.of(frame, columns, f"candidates-t{study.laws.context}", caption, notes)
 
 
