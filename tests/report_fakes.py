@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import costs, laws, objectives, optimum, shapes
-from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.laws import LLAMA3, Heads, bends
 from launch.report import Findings, Question, Study
 
 ENTROPY = 1.95
@@ -56,9 +57,37 @@ def loss_table(
     return table.astype({"n_heads": "Int64", "loss": "Float64", "loss_sem": "Float64"})
 
 
-def study(table: pd.DataFrame, loss: float = 2.615, context: int = 131_072, objective: Any = None, more: bool = True) -> Study:
-    """Laws of a loss table, and their answers: to one question, and where there is `more` the map and the conventions too."""
+def bend(fitted: laws.LawsByHeads, seed: int = 0, count: int = 1000) -> None:
+    """Gives the draws of these laws bends of both kinds, up and down and as large as laws that fall may have; a third none."""
+    generator = np.random.default_rng(seed)
+    drawn = fitted.draws(count)
+    kind = np.resize([bends.NONE, bends.DRIFT, bends.BREAK], count)
+    center, reach = float(np.exp(np.mean([np.log(law.params).mean() for law in fitted.values()]))), 2.5
+    room = drawn.b_SxH.min(1) - 0.02  # what the exponents may lose
+    amount = np.select(
+        [kind == bends.DRIFT, kind == bends.BREAK],
+        [generator.uniform(-1, 1, count) * room / (2 * reach), generator.uniform(-1, 2, count) * room],
+    )
+    bent = bends.Bends(center, reach, kind, amount, generator.uniform(-4, 4, count))
+    assert bent.falls(drawn.b_SxH).all()
+    fitted._draws[count, 0, fitted.method] = dataclasses.replace(drawn, bends=bent)
+
+
+def study(
+    table: pd.DataFrame,
+    loss: float = 2.615,
+    context: int = 131_072,
+    objective: Any = None,
+    more: bool = True,
+    bent: bool = False,
+) -> Study:
+    """Laws of a loss table, and their answers: to one question, and where there is `more` the map and the conventions too.
+
+    bent: draws have the bends of `bend`, instead of those that the posterior gives them.
+    """
     fitted = laws.fit_by_heads(table)
+    if bent:
+        bend(fitted)
     objective = objective or objectives.Z()
     aspect = shapes.paper_aspect()
     answer = optimum.search(fitted, loss, context, objective, aspect=aspect)

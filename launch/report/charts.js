@@ -16,6 +16,7 @@ export class Charts {
     this.charts = {};
     this.latest = null; // what `show` was last given
     this.palette = {};
+    this.labelled = 0; // rows that have had a label
   }
 
   async open() {
@@ -46,13 +47,15 @@ export class Charts {
 
   /** A row for each candidate of a study. */
   arrange(model) {
-    const labels = new Map(model.heads.slice(0, model.n_candidates).map((one, h) => [h, one.label]));
+    const count = model.n_candidates;
+    this.labelled = Math.max(this.labelled, count); // Bokeh destroys labels that go, keeps them, and complains when they come again
+    const labels = Array.from({ length: this.labelled }, (_, h) => [h, h < count ? model.heads[h].label : ""]);
     for (const name of ["regret", "probability"]) {
       const { root } = this.charts[name];
-      root.height = ROW * labels.size + AXIS;
-      root.y_range.setv({ start: labels.size - 0.4, end: -0.6 });
-      root.left[0].ticker.ticks = [...labels.keys()];
-      root.left[0].major_label_overrides = labels;
+      root.height = ROW * count + AXIS;
+      root.y_range.setv({ start: count - 0.4, end: -0.6 });
+      root.left[0].ticker.ticks = Array.from({ length: count }, (_, h) => h);
+      root.left[0].major_label_overrides = new Map(labels);
     }
     this.color();
   }

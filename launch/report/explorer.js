@@ -25,7 +25,7 @@ export function unpack(payload) {
     point[name] = payload.point[name].map((value) => value ?? NaN);
   }
   draws.bends = unpackBends(payload.draws?.bends ?? null);
-  return { ...payload, draws, point, trained: payload.trained.map((sizes) => sizes.map((value) => value ?? NaN)) };
+  return { ...payload, draws, point, middles: new Map(), trained: payload.trained.map((sizes) => sizes.map((value) => value ?? NaN)) };
 }
 
 function unpackBends(packed) {
@@ -394,11 +394,34 @@ function pointParams(model, loss, h) {
   return solveParams(loss, entropy[h], logA[h], b[h]);
 }
 
-/** The middle of the draws' N* of the h-th heads. */
-function middleParams(model, loss, h) {
+const LOSSES_OF_A_MIDDLE = 48;
+
+/**
+ * loss -> the middle of the draws' N* of the h-th heads, within the losses that can be asked for.
+ *
+ * Computed once, at some losses; between them ln N is linear in ln(loss - E), E the middle: exact where laws are power laws.
+ */
+function middleParams(model, h) {
+  if (!model.middles.has(h)) model.middles.set(h, interpolatedMiddle(model, h));
+  return model.middles.get(h);
+}
+
+function interpolatedMiddle(model, h) {
   const { count, entropy } = model.draws;
-  const logGap = (s) => Math.log(loss - entropy[s * model.heads.length + h]);
-  return quantile(Float64Array.from({ length: count }, (_, s) => drawnParams(model, s, h, logGap(s))), 0.5);
+  const ownE = Float64Array.from({ length: count }, (_, s) => entropy[s * model.heads.length + h]);
+  const [low, high] = model.ranges.loss;
+  const middleE = Math.min(quantile(ownE.slice(), 0.5), low - 1e-3);
+  const [first, last] = [low, high].map((loss) => Math.log(loss - middleE));
+  const step = (last - first) / (LOSSES_OF_A_MIDDLE - 1);
+  const logSizes = Array.from({ length: LOSSES_OF_A_MIDDLE }, (_, i) => {
+    const loss = middleE + Math.exp(first + i * step);
+    return Math.log(quantile(ownE.map((e, s) => drawnParams(model, s, h, Math.log(loss - e))), 0.5));
+  });
+  return (loss) => {
+    const at = Math.min(Math.max((Math.log(loss - middleE) - first) / step, 0), LOSSES_OF_A_MIDDLE - 1);
+    const i = Math.min(Math.floor(at), LOSSES_OF_A_MIDDLE - 2);
+    return Math.exp((i + 1 - at) * logSizes[i] + (at - i) * logSizes[i + 1]);
+  };
 }
 
 /**
@@ -408,6 +431,6 @@ function middleParams(model, loss, h) {
  */
 export function costCurve(model, query, losses, h) {
   const cost = costOf(model, query);
-  const params = Number.isNaN(model.point.b[h]) ? middleParams : pointParams;
-  return losses.map((loss) => cost(params(model, loss, h), h));
+  const params = Number.isNaN(model.point.b[h]) ? middleParams(model, h) : (loss) => pointParams(model, loss, h);
+  return losses.map((loss) => cost(params(loss), h));
 }
