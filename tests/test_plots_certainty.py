@@ -1,5 +1,7 @@
 """How sure an answer is: shares of draws, intervals, profiles, residuals."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -62,6 +64,9 @@ def test_intervals_of_costs():
     assert {label: line.get_xdata()[0] for label, line in plot_helpers.points(ax).items()} == {
         "(8,1)": 10, "(8,2)": 10.5, "(4,1)": 11, "(2,1)": 15
     }  # fmt: skip
+    assert plot_helpers.texts(ax)[-1] == "bars: 95%, and what all heads share"
+    known = plots.cost_intervals(CANDIDATES, laws=SimpleNamespace(method="bootstrap"))
+    assert plot_helpers.texts(known)[-1] == "bars: 95% with independent noise, and what all heads share"
     assert ax.get_xlim()[1] < 20  # an infinite end leaves the axes, it does not stretch them
     with pytest.raises(ValueError, match="cost holds no finite number"):
         plots.cost_intervals(CANDIDATES.assign(cost=np.nan))
@@ -73,7 +78,7 @@ def test_the_profile_of_the_papers_points_leaves_its_interval(laws):
     low, high = block.entropy_interval()
     shaded = ax.patches[0].get_bbox()
     assert (shaded.x0, shaded.x1) == pytest.approx((low, high), abs=0.003)
-    assert f"least at {laws[(8, 1)].entropy:.2f}; 95%: {low:.2f} to {high:.2f}" in plot_helpers.texts(ax)
+    assert f"independent noise; least at {laws[(8, 1)].entropy:.2f}; 95%: {low:.2f} to {high:.2f}" in plot_helpers.texts(ax)
 
 
 def test_a_profile_that_does_not_rise_says_so():

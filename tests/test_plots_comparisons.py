@@ -52,11 +52,13 @@ def test_whiskers_are_intervals_of_the_draws(laws):
         for i, heads in enumerate((OURS, LLAMA3))
     )
     assert np.mean((100 * ours / theirs >= low) & (100 * ours / theirs <= high)) == pytest.approx(0.95, abs=0.005)
+    assert plot_helpers.texts(ax)[-1].endswith("\nwhiskers: 95% with shared noise and bends")
 
 
 def test_a_law_without_draws_has_no_whiskers(laws):
     ax = plots.savings(dict(laws), 2.615, 131_072, heads=OURS, aspect=laws.aspect)
     assert not ax.collections
+    assert not any("95%" in text for text in plot_helpers.texts(ax))
 
 
 def test_figure_1_of_the_paper(laws):

@@ -33,7 +33,7 @@ def by_size(noise=0.0):
 def test_a_curve_per_size_through_the_papers_points():
     ax = plots.loss_vs_query_heads(fit_query_heads(by_size(), constant="per_curve"))
     assert list(plot_helpers.points(ax)) == ["470M", "680M", "1.2B"]
-    assert "curves: sizes, $T$ = 1K, $n_{kv}$ = 1; bars and bands: 95%" in plot_helpers.texts(ax)
+    assert "curves: sizes, $T$ = 1K, $n_{kv}$ = 1; bars and bands: 95% with independent noise" in plot_helpers.texts(ax)
     for curve, (a, b, c) in zip(plot_helpers.curves(ax), SIZES.values(), strict=True):
         np.testing.assert_allclose(curve.get_ydata(), a * curve.get_xdata() ** b + c, rtol=1e-5)
     assert plot_helpers.texts_of_ticks(ax.xaxis) == ["1", "2", "4", "8", "16", "32"]

@@ -65,10 +65,15 @@ def test_the_error_of_a_common_text_is_a_sentence_and_no_bar(table):
             assert any(np.isfinite(each.get_segments()).any() for each in bars) == drawn
             assert any("held-out text: ± 0.059 for all alike" in text for text in plot_helpers.texts(ax)) != drawn
     unknown = plots.loss_vs_params(laws.fit_by_heads(rows.assign(loss_sem=np.nan)))
-    assert any(text.endswith("; bands: 95%") for text in plot_helpers.texts(unknown))
+    assert any(text.endswith("\nbands: 95% with shared noise and bends") for text in plot_helpers.texts(unknown))
     few_documents = plots.loss_vs_params(laws.fit_by_heads(rows.assign(eval_documents=5)))  # Student's t
     assert any("held-out text: ± 0.083 for all alike" in text for text in plot_helpers.texts(few_documents))
-    assert style.sure(None) == style.SURE
+    assert style.sure(None) == style.SURE == "bars and bands: 95%"
+    rows["loss_sem"] = 0.001  # each of its own
+    for ax in (plots.loss_vs_params(fitted := laws.fit_by_heads(few)), plots.loss_vs_cost(few, fitted, 8192)):
+        assert plot_helpers.texts(ax)[-1].endswith("\nbars and bands: 95% with shared noise and bends")
+    fitted.method = "independent"
+    assert plot_helpers.texts(plots.loss_vs_params(fitted))[-1].endswith("\nbars and bands: 95% with independent noise")
 
 
 def test_a_plain_dict_of_laws_has_no_bands(paper):

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from gqa_jax import laws, objectives, optimum
-from gqa_jax.laws import LLAMA3, Heads, bends
+from gqa_jax.laws import LLAMA3, Heads, bends, posterior
 from launch import report
 from launch.grid import Layout
 from launch.report import Picture, pictures, words
@@ -137,6 +137,8 @@ class TestPage:
         intervals = study.laws.intervals().iloc[0]
         assert words.span((intervals["b_low"], intervals["b_high"]), "{:.4f}".format) in page.text["laws"]
         assert "degrees of freedom" in page.text["laws"]
+        assert f"Ranges: {posterior.PROFILES}." in page.text["laws"]
+        assert posterior.NOISE_MODELS["posterior"] in page.text["answer"]
         assert "± 0.0020" in page.text["runs"]
 
     def test_several_training_contexts_are_kept_apart(self, study):

@@ -38,6 +38,12 @@ NOISE_MODELS = {
     "independent": "95% of draws with independent noise and exact power laws",
     "bootstrap": "95% of refits with independent noise and exact power laws",
 }
+#: The same after "95%", where there is little room: in pictures.
+IN_BRIEF = {
+    "posterior": "with shared noise and bends",
+    "independent": "with independent noise",
+    "bootstrap": "with independent noise",
+}
 PROFILES = "95% by profile likelihood with independent noise and exact power laws"
 POOLED_FROM = 5  # head configurations
 _ROUNDS = 40  # of draws, each a quarter more than are wanted, until enough fall with size

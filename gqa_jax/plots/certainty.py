@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,13 +52,16 @@ def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str 
     return ax
 
 
-def cost_intervals(candidates: pd.DataFrame, *, label: str = "cost", title: str = "", ax: Axes | None = None) -> Axes:
+def cost_intervals(
+    candidates: pd.DataFrame, *, laws: Any = None, label: str = "cost", title: str = "", ax: Axes | None = None
+) -> Axes:
     """Cost of each H with its interval, cheapest on top.
 
     Intervals of two H may overlap where one is surely cheaper: they share what is not known of E. See `share_of_draws`.
 
     Args:
       candidates: as `Answer.candidates`: n_heads, n_kv_heads, cost, cost_low, cost_high.
+      laws: whose draws the intervals are of, for what they rest on.
       label: of the axis, with the unit.
     Raises:
       ValueError: no finite cost.
@@ -76,7 +80,7 @@ def cost_intervals(candidates: pd.DataFrame, *, label: str = "cost", title: str 
     least = np.nanmin(np.where(np.isfinite(low), low, cost))
     ax.set(ylim=(len(frame) - 0.4, -0.6), xlim=(least / 1.05, top * 1.05))
     style.log_axis(ax.xaxis, text=formatting.short)
-    style.finish(ax, label, "", title, "bars: 95%, with what all heads share")
+    style.finish(ax, label, "", title, f"bars: 95%{style.rests_on(laws)}, and what all heads share")
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
     return ax
@@ -123,7 +127,11 @@ def profile(
         fontsize=style.SMALL, color=style.QUIET,
     )  # fmt: skip
     return style.finish(
-        ax, xlabel, "rise of the sum of squares / $\\sigma^2$", title, f"least at {entropy[best]:.2f}; {100 * level:g}%: {ends}"
+        ax,
+        xlabel,
+        "rise of the sum of squares / $\\sigma^2$",
+        title,
+        f"independent noise; least at {entropy[best]:.2f}; {100 * level:g}%: {ends}",
     )
 
 

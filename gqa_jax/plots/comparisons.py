@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from gqa_jax import costs, formatting, objectives, optimum, shapes
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
+from gqa_jax.laws.posterior import IN_BRIEF
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.measures import measure
 from gqa_jax.shape_search import solve_shape
@@ -75,7 +76,9 @@ def savings(
         loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False, fontsize=style.SMALL, labelcolor=style.INK,
     )  # fmt: skip
     counted = f", {convention} convention" if isinstance(convention, str) else ""
-    note = f"loss {loss:g} at {formatting.context(context_served)}{counted}; whiskers: 95%"
+    note = f"loss {loss:g} at {formatting.context(context_served)}{counted}"
+    if ours.drawn is not None and theirs.drawn is not None:
+        note += f"\nwhiskers: 95%{style.rests_on(laws)}"
     style.finish(ax, "", "cost of inference (%)", title, note)
     ax.grid(visible=False, axis="x")
     ax.tick_params(axis="x", length=0, labelsize=style.TEXT)
@@ -117,7 +120,9 @@ def cost_by_context(
     style.log_axis(ax.yaxis, unit, chosen.text)
     labels.label_ends(ax, ends)
     label = chosen.label + (f" ({name})" if name else "")
-    note = f"loss {loss:g}; curves: (query, key/value) heads, $N$; bands: 95%"
+    note = f"loss {loss:g}; curves: (query, key/value) heads, $N$"
+    if any(size.drawn is not None for size in found.values()):
+        note += f"; bands: 95%{style.rests_on(laws)}"
     return style.finish(ax, "context served (tokens)", label, title, note)
 
 
@@ -189,7 +194,9 @@ def aligned_cost(
         label = f"{chosen.label} ({name})"
     style.log_axis(ax.xaxis, 1.0 if cost == "cost" else unit, formatting.short if cost == "cost" else None)
     labels.heads_legend(ax, list(found), markers=False)
-    return style.finish(ax, label, "loss (nats per token)", title, "same training cost for all; bands: 95%")
+    return style.finish(
+        ax, label, "loss (nats per token)", title, f"same training cost for all; bands: 95% {IN_BRIEF['independent']}"
+    )
 
 
 class _Size(NamedTuple):

@@ -43,7 +43,7 @@ def loss_vs_query_heads(
     style.power_of_two_axis(ax.xaxis, np.concatenate([law.n_heads for law in laws.values()]))
     labels.label_ends(ax, ends)
     n_kv = f", $n_{{kv}}$ = {laws.n_kv_heads}" if hasattr(laws, "n_kv_heads") else ""
-    sure = style.sure(getattr(laws, "shared", None))
+    sure = style.sure(getattr(laws, "shared", None), laws)
     return style.finish(ax, "query heads, $n_h$", LOSS, title, f"{note}{n_kv}; {sure}")
 
 

@@ -58,8 +58,8 @@ def loss_vs_params(
         labels.heads_legend(ax, list(laws))
     else:
         labels.label_ends(ax, ends)
-    sure = style.sure(getattr(laws, "shared", None))
-    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}; {sure}")
+    sure = style.sure(getattr(laws, "shared", None), laws)
+    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}\n{sure}")
 
 
 def loss_vs_cost(
@@ -110,8 +110,8 @@ def loss_vs_cost(
     if legend:
         labels.heads_legend(ax, list(laws))
     counted = f"costs: {convention} convention" if isinstance(convention, str) and isinstance(cost, str) else ""
-    if shared is not None and shared > 0:
-        counted = "; ".join(filter(None, (counted, style.sure(run_table.shared_error(table)))))
+    if hasattr(laws, "band") or (shared is not None and shared > 0):
+        counted = "\n".join(filter(None, (counted, style.sure(run_table.shared_error(table), laws))))
     label = f"{chosen.label} at {formatting.context(context_served)}" + (f" ({name})" if name else "")
     return style.finish(ax, label, LOSS, title, counted)
 
@@ -132,9 +132,14 @@ def loss_vs_costs(
             table, laws, context_served, cost=cost, ax=ax, legend=False, title=title if ax is panels[0] else "", **options
         )
         ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
+        note = ax.texts[0]  # the same in all
         if ax is not panels[0]:
             ax.set_ylabel("")
-            ax.texts[0].remove()  # the note, which is the same in all
+            note.remove()
+            continue
+        note.set_in_layout(False)  # it is wider than the panel: a title keeps the room above
+        if not title:
+            ax.set_title(" ", fontsize=style.SMALL, loc="left", pad=4 + 10 * note.get_text().count("\n"))
     labels.heads_legend(panels[0].figure, list(laws), below=True)
     return panels
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from gqa_jax.laws import Heads
 from gqa_jax.laws.fitting import SharedError
+from gqa_jax.laws.posterior import IN_BRIEF
 
 INK = "0.15"  # of text
 MINUS = "\u2212"  # as the ticks of matplotlib have it
@@ -89,7 +90,7 @@ def new_panels(count: int, width: float = 3.6, height: float = 3.6, **options: A
 
 
 def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", note: str = "") -> Axes:
-    """Labels, fonts, grid and frame. `note` explains, in small print above the axes."""
+    """Labels, fonts, grid and frame. `note` explains, in small print above the axes, in one line or more."""
     ax.set_xlabel(xlabel, fontsize=TEXT, color=INK)
     ax.set_ylabel(ylabel, fontsize=TEXT, color=INK)
     ax.tick_params(labelsize=SMALL, color="0.6", labelcolor=INK, length=3, width=0.7)
@@ -99,7 +100,8 @@ def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", note: str = "") 
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set(color="0.6", linewidth=0.7)
     if title:
-        ax.set_title(title, fontsize=TEXT + 0.5, color=INK, loc="left", pad=16 if note else 8, wrap=True)
+        pad = 8 + 8 * bool(note) + 10 * note.count("\n")
+        ax.set_title(title, fontsize=TEXT + 0.5, color=INK, loc="left", pad=pad, wrap=True)
     if note:
         ax.annotate(note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=QUIET)
     return ax
@@ -143,11 +145,19 @@ def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
     return None
 
 
-def sure(shared: SharedError | None) -> str:
+def rests_on(laws: Any) -> str:
+    """What the 95% of laws rest on, to be written after it: by the method of their draws; "" of a plain dict of laws."""
+    if hasattr(laws, "method"):
+        return f" {IN_BRIEF[laws.method]}"
+    return f" {IN_BRIEF['independent']}" if hasattr(laws, "band") else ""
+
+
+def sure(shared: SharedError | None, laws: Any = None) -> str:
     """What bars and bands are. An error that all losses have in common moves all points alike: no bar. nan: it is not known."""
     if shared is None or shared.sem == 0:
-        return SURE
-    return "bands: 95%" + (f"; held-out text: ± {shared.reach(0.95):.3f} for all alike" if shared.sem > 0 else "")
+        return SURE + rests_on(laws)
+    text = f"; held-out text: ± {shared.reach(0.95):.3f} for all alike" if shared.sem > 0 else ""
+    return f"bands: 95%{rests_on(laws)}{text}"
 
 
 def log_axis(axis: Axis, unit: float = 1.0, text: Callable[[float], str] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from gqa_jax import costs, formatting
-from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.laws import LLAMA3, Heads, posterior
 from launch.report import words
 from launch.report.findings import Findings, Study
 from launch.report.table import Column, Table
@@ -194,8 +194,9 @@ def coefficients(study: Study) -> Table:
         caption += (
             f" Runs scatter about their laws by {laws.sigma:.4f} nats (standard deviation, {laws.dof} degrees of freedom)."
         )
-    note = "R² says how much of the spread of the losses a law explains, and nothing about E."
-    return Table.of(laws.intervals(), columns, f"laws-t{laws.context}", caption, [note])
+    notes = [f"Ranges: {posterior.PROFILES}."] if laws.dof > 0 else []
+    notes.append("R² says how much of the spread of the losses a law explains, and nothing about E.")
+    return Table.of(laws.intervals(), columns, f"laws-t{laws.context}", caption, notes)
 
 
 def checks(study: Study) -> Table | None:
