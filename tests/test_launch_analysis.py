@@ -117,7 +117,8 @@ class TestFit:
         assert "(d/d_h,8)" in text
         assert "2.0704 (1.968 to 2.152)" in text
         assert "leave largest out" in text
-        assert "the smallest size is missed" in text
+        assert "run (d/d_h,8) at N = 80.2M" in text
+        assert "profile likelihood" in text
 
     def test_says_which_size_would_narrow_the_intervals_where_runs_tell_of_noise(self, small, capsys):
         assert main(["fit", "--preset", "paper"]) == 0
