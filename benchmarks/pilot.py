@@ -38,7 +38,6 @@ LONG = "-long"  # ends the label of a size that is trained for longer
 ALL = "all"  # in the column `size`: all sizes together
 LEVEL = 0.95
 DIGITS = 6  # decimals of losses
-SHARES = (0.02, 0.98)  # of the variance: where the laws' prior has a shared part, its share is even between these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +84,10 @@ class Analysis:
 
         With a share rho, F / (1 + H rho / (1 - rho)) has the distribution that F has where nothing is shared.
         """
-        shares = np.linspace(*SHARES, 2001)
+        shares = np.linspace(*evidence.SHARE, 2001)
         scale = 1 + self.n_columns * shares / (1 - shares)
         density = stats.f.pdf(self.f / scale, self.dof_between, self.dof_within) / scale
-        there = evidence.SIZE_EFFECT * np.trapezoid(density, shares) / (SHARES[1] - SHARES[0])
+        there = evidence.SIZE_EFFECT * np.trapezoid(density, shares) / (evidence.SHARE[1] - evidence.SHARE[0])
         none = (1 - evidence.SIZE_EFFECT) * stats.f.pdf(self.f, self.dof_between, self.dof_within)
         return float(there / (there + none))
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import coverage
-from benchmarks.coverage import REGIMES, Bend, Record, Said
+from benchmarks import coverage, coverage_grids, coverage_power
+from benchmarks.coverage import Record, Said
+from benchmarks.coverage_grids import REGIMES, Bend
 from gqa_jax.laws import fit_by_heads
 from tests import law_tables
 
@@ -35,7 +36,7 @@ def record(index, covers=1.0, width=1.0, stated=0.9, hit=True, regret=0.0, refus
 
 @pytest.mark.parametrize("name", REGIMES)
 def test_the_size_asked_for_is_where_the_true_law_has_that_loss(name):
-    one, regime = coverage.grid(name, 3), REGIMES[name]
+    one, regime = coverage_grids.grid(name, 3), REGIMES[name]
     assert one.truth.loss(np.exp(one.log_size_H)) == pytest.approx(one.asked, rel=1e-12)
     middle = len(regime.heads) // 2
     assert np.exp(one.log_size_H[middle]) == pytest.approx(regime.far * one.params_HxM[middle].max(), rel=1e-9)
@@ -44,9 +45,9 @@ def test_the_size_asked_for_is_where_the_true_law_has_that_loss(name):
 
 
 def test_sizes_are_counted_as_in_the_papers_figures_and_tables_are_fitted_as_they_are():
-    one = coverage.grid("clean", 0)
-    for heads, n in zip(coverage.H3, coverage.params(coverage.H3, coverage.W4), strict=True):
-        assert n == pytest.approx(law_tables.params(heads, [(d // 64, d) for d in coverage.W4]))
+    one = coverage_grids.grid("clean", 0)
+    for heads, n in zip(coverage_grids.H3, coverage_grids.params(coverage_grids.H3, coverage_grids.W4), strict=True):
+        assert n == pytest.approx(law_tables.params(heads, [(d // 64, d) for d in coverage_grids.W4]))
     table = exact(one).table()
     assert table.groupby("d_model")["tokens"].nunique().eq(1).all()
     laws = fit_by_heads(table)
@@ -79,10 +80,10 @@ def test_noise_has_the_tails_and_the_outliers_of_its_regime():
 
 def test_bends_change_the_exponent_by_what_a_regime_says():
     for i in range(10):
-        one = coverage.grid("drift_3x", i)
+        one = coverage_grids.grid("drift_3x", i)
         ends = [one.truth.exponent(n) for n in (one.params_HxM.min(), one.params_HxM.max())]
         assert np.abs(ends[1] - ends[0]) == pytest.approx(0.05)
-        one = coverage.grid("break_3x", i)
+        one = coverage_grids.grid("break_3x", i)
         change = one.truth.exponent(1e15) - one.truth.exponent(1e3)
         assert change == pytest.approx(np.full(7, one.truth.bend.amount))
         assert 0.03 <= abs(change[0]) <= 0.07
@@ -91,7 +92,7 @@ def test_bends_change_the_exponent_by_what_a_regime_says():
 
 @pytest.mark.parametrize("bend", [Bend("drift", 0.01, 2e8), Bend("drift", 0.01, 2e8, 1.0), Bend("break", 0.05, 3e8), Bend()])
 def test_the_exponent_is_the_slope_of_the_law(bend):
-    truth = dataclasses.replace(coverage.grid("clean", 1).truth, bend=bend)
+    truth = dataclasses.replace(coverage_grids.grid("clean", 1).truth, bend=bend)
     for n in (3e7, 2.5e8, 3e9):
         low, high = (np.log(truth.loss(np.full(7, n * f)) - truth.entropy) for f in (1 - 1e-5, 1 + 1e-5))
         assert -(high - low) / 2e-5 == pytest.approx(truth.exponent(n), abs=1e-7)
@@ -101,18 +102,18 @@ def test_truths_of_the_prior_have_every_bend_and_fall():
     kinds, shared = set(), 0
     for i in range(60):
         generator = np.random.default_rng(i)
-        bend, noise = coverage.prior(generator, coverage.H7, coverage.W6)
+        bend, noise = coverage_grids.prior(generator, coverage_grids.H7, coverage_grids.W6)
         kinds.add(bend.kind)
         shared += noise.shared > 0
         assert 0.0015 <= noise.own <= 0.006
     assert kinds == {"none", "drift", "break"}
     assert 15 < shared < 45
-    truths = [coverage.grid("prior", i).truth for i in range(100)]  # of some the first that was drawn rises again
+    truths = [coverage_grids.grid("prior", i).truth for i in range(100)]  # of some the first that was drawn rises again
     assert min(truth.exponent(n).min() for truth in truths for n in (1e5, 1e12)) > 0.01
 
 
 def test_simple_rules_find_the_sizes_of_laws_without_noise():
-    one = exact(coverage.grid("clean", 2))
+    one = exact(coverage_grids.grid("clean", 2))
     assert np.log(coverage.free_entropy_sizes(one)) == pytest.approx(one.log_size_H, abs=2e-3)
     n, loss = one.params_HxM[0, -2:], one.loss_HxM[0, -2:]
     assert coverage.two_largest_sizes(dataclasses.replace(one, asked=float(loss[0])))[0] == pytest.approx(n[0])
@@ -124,7 +125,7 @@ def test_simple_rules_find_the_sizes_of_laws_without_noise():
 
 
 def test_what_a_method_says_is_held_against_the_truth():
-    one = coverage.grid("small", 0)
+    one = coverage_grids.grid("small", 0)
     laws = fit_by_heads(one.table())
     said = coverage.say(laws, one, METHOD, 200, 1)
     log_size = laws.draws(200, 1, METHOD).take(list(one.truth.heads)).log_size(one.asked)
@@ -148,7 +149,7 @@ def test_results_do_not_depend_on_the_processes():
         assert one.said[AGAINST].width == pytest.approx(alone.said[AGAINST].width, rel=1e-9)
     assert not np.array_equal(found[0].regret_H, found[1].regret_H)
     assert lines[-1].startswith("2 of 2 grids")
-    assert not np.array_equal(coverage.grid("small", 0, seed=1).loss_HxM, coverage.grid("small", 0).loss_HxM)
+    assert not np.array_equal(coverage_grids.grid("small", 0, seed=1).loss_HxM, coverage_grids.grid("small", 0).loss_HxM)
 
 
 def test_a_summary_counts_grids_and_gives_their_intervals():
@@ -222,28 +223,28 @@ def test_tables_and_json_say_what_was_found():
 def test_the_test_that_knows_the_form_sees_bends_and_no_others():
     sharp, blunt = [], []
     for i in range(6):
-        one = coverage.grid("break_3x", i)
+        one = coverage_grids.grid("break_3x", i)
         noise = np.random.default_rng(i).normal(0, 1e-5, one.loss_HxM.shape)
         bent = dataclasses.replace(one, loss_HxM=exact(one).loss_HxM + noise)
         straight = dataclasses.replace(one.truth, bend=Bend())
         flat = dataclasses.replace(one, loss_HxM=straight.loss(one.params_HxM) + noise)
-        sharp.append(coverage.knows_the_form(fit_by_heads(bent.table()), bent))
-        blunt.append(coverage.knows_the_form(fit_by_heads(flat.table()), flat))
+        sharp.append(coverage_power.knows_the_form(fit_by_heads(bent.table()), bent))
+        blunt.append(coverage_power.knows_the_form(fit_by_heads(flat.table()), flat))
     assert all(sharp)
     assert sum(blunt) <= 2  # one in twenty is expected
-    clean = coverage.grid("clean", 0)
-    assert coverage.knows_the_form(fit_by_heads(clean.table()), clean) is None
+    clean = coverage_grids.grid("clean", 0)
+    assert coverage_power.knows_the_form(fit_by_heads(clean.table()), clean) is None
 
 
 def test_power_is_the_share_of_grids_that_are_doubted():
     fires = iter([True, False, True, True])
-    alarms = [coverage.alarm("small", i, fires=lambda laws: next(fires)) for i in range(4)]
-    found = coverage.power(alarms)
+    alarms = [coverage_power.alarm("small", i, fires=lambda laws: next(fires)) for i in range(4)]
+    found = coverage_power.power(alarms)
     assert (found["fired"]["value"], found["truths"], found["refused"]) == (0.75, 4, 0)
     assert "knows" not in found
     bent = [dataclasses.replace(a, knows=k) for a, k in zip(alarms, (True, True, True, False), strict=True)]
-    assert coverage.power(bent)["relative"]["value"] == pytest.approx(1.0)
-    assert coverage.power_markdown({"small": found}).splitlines()[2].startswith("| small: 3 H x 4 sizes | 75.0% (")
+    assert coverage_power.power(bent)["relative"]["value"] == pytest.approx(1.0)
+    assert coverage_power.power_markdown({"small": found}).splitlines()[2].startswith("| small: 3 H x 4 sizes | 75.0% (")
 
 
 @pytest.mark.parametrize(
@@ -268,3 +269,13 @@ def test_intervals_and_probabilities_hold(name):
     found = coverage.summary(records, METHOD, AGAINST if name == "clean" else None)
     assert not found["refused"]
     assert not coverage.missed({name: found})
+
+
+def test_what_bounds_power_is_what_each_test_looks_for():
+    found = coverage_power.bound(2000)
+    assert all(abs(powers["nothing"] - 0.05) < 0.02 for powers in found.values())
+    half, most = coverage_power.SHARED
+    assert found["sizes"][most] > found["sizes"][half] > 0.6 > found["drift"][half]
+    assert found["drift"]["drift"] > found["sizes or drift"]["drift"] > found["sizes"]["drift"]
+    assert found["sizes"][half] > found["sizes or drift"][half]
+    assert "| sizes | " in coverage_power.bound_markdown(found)

@@ -72,7 +72,7 @@ def test_equals_a_long_chain(kind, monkeypatch):
         columns = [np.interp(entropy, grid, column) for column in ridge.reshape(400, -1).T]
         return np.stack(columns, -1).reshape(-1, G, 2)
 
-    low, high = evidence._SHARE
+    low, high = evidence.SHARE
 
     def log_density(values):
         """Of (E, ln sigma, logit of the share, amount, and alpha and b of every H less those of the least squares at E)."""

@@ -57,10 +57,9 @@ def test_known_variances_are_found(shared, own):
 
 def test_a_probability_of_something_shared_is_right_as_often_as_it_says():
     """Truths drawn from the prior; by bins of the probability, within four standard errors."""
-    assert pilot.SHARES == evidence._SHARE
     generator = np.random.default_rng(9)
     there = generator.random(SEEDS) < evidence.SIZE_EFFECT
-    share = np.where(there, generator.uniform(*pilot.SHARES, SEEDS), 0.0)
+    share = np.where(there, generator.uniform(*evidence.SHARE, SEEDS), 0.0)
     shared = np.sqrt(share / (1 - share))[:, None, None] * generator.normal(size=(SEEDS, 3, 1))
     stated = np.array([pilot.analyse([table]).probability for table in shared + generator.normal(size=(SEEDS, 3, HEADS))])
     edges = np.quantile(stated, [0, 0.25, 0.5, 0.75, 1])

@@ -19,6 +19,7 @@ what that is, and what a test would see that looked for one of them only, is in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -128,10 +129,9 @@ def suite(
     root = np.sqrt(np.asarray(weights, np.float64))
     J, r = jacobian * root[:, None], residual * root
     generator = np.random.default_rng([seed, 14])
-    first = _Space(J, r, root)
-    if first.freedom < 2:
+    found = _Space(J, r, root)
+    if found.freedom < 2:
         return nothing()
-    found = first
     outliers: list[Outlier] = []
     p_outliers, statistic = 1.0, np.nan
     while len(outliers) < max(1, int(_MOST_OUTLIERS * len(r))) and found.freedom > 2:
@@ -146,13 +146,13 @@ def suite(
         outliers.append(Outlier(worst, float(found.shift(worst)), float(t[worst])))
         found = found.without(worst)
     labels = np.unique(sizes)
-    inside = found.span(_indicators(sizes))
+    inside, lengths = found.span(_indicators(sizes))
     if inside.shape[1] >= found.freedom - 1:
-        inside = inside[:, :0]
+        inside, lengths = inside[:, :0], lengths[:0]
     null = found.null(generator)
     statistics: dict[str, tuple[float, np.ndarray | None, float]] = {"outliers": (statistic, None, p_outliers)}
     if repeats is not None and len(np.unique(repeats)) < len(repeats):
-        basis = found.span(_indicators(repeats))
+        basis, _ = found.span(_indicators(repeats))
         freedom = basis.shape[1], found.freedom - basis.shape[1]
         if min(freedom) > 0:
             value, of_null = (_f(w, basis) for w in (found.w[None], null))
@@ -164,7 +164,7 @@ def suite(
             LARGEST: found.project((sizes == labels[-1]) * root),
             SMALLEST: found.project((sizes == labels[0]) * root),
         }
-    together = _together(found, root[:, None] * _indicators(sizes), alternatives)
+    together = _together(found.freedom, inside, lengths, alternatives)
     shares: dict[str, float] = {}
     if together:
         parts = {name: factor(found.w[None])[0] for name, factor in together.items()}
@@ -191,9 +191,11 @@ def suite(
             continue
         amount, error = float(v @ found.w / length**2), float(sigma / length)
         rows.append((direction.name, amount, error, amount / error if error > 0 else np.nan, critical * error))
+    kept = np.isin(np.arange(len(r)), [one.run for one in outliers], invert=True)
     means = [
-        (label, int((sizes == label).sum()), float(np.mean(residual[sizes == label])), sigma / np.sqrt((sizes == label).sum()))
+        (label, int(at.sum()), float(np.mean(residual[at])), sigma / np.sqrt(at.sum()))
         for label in labels
+        if (at := (sizes == label) & kept).any()
     ]
     return Doubts(
         p_value, tests, tuple(outliers), shares, pd.DataFrame(rows, columns=_AMOUNTS), pd.DataFrame(means, columns=_MEANS),
@@ -209,13 +211,17 @@ class _Space:
     r: np.ndarray
     root: np.ndarray
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def Q(self) -> np.ndarray:
+        """Orthonormal directions (n, freedom)."""
         lengths = np.linalg.norm(self.J, axis=0)
-        used = self.J[:, lengths > 0] / lengths[lengths > 0]
-        u, s, _ = np.linalg.svd(used, full_matrices=True)
-        Q = u[:, int(np.sum(s > 1e-10 * s.max(initial=0.0))) :]
-        object.__setattr__(self, "Q", Q)
-        object.__setattr__(self, "w", Q.T @ self.r)
+        u, s, _ = np.linalg.svd(self.J[:, lengths > 0] / lengths[lengths > 0], full_matrices=True)
+        return u[:, int(np.sum(s > 1e-10 * s.max(initial=0.0))) :]
+
+    @functools.cached_property
+    def w(self) -> np.ndarray:
+        """The residuals (freedom,)."""
+        return self.Q.T @ self.r
 
     @property
     def freedom(self) -> int:
@@ -227,10 +233,11 @@ class _Space:
     def project(self, vector: np.ndarray) -> np.ndarray:
         return self.Q.T @ vector
 
-    def span(self, columns: np.ndarray) -> np.ndarray:
-        """An orthonormal basis of what is left of some columns, whitened here: of where a good part is."""
+    def span(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Orthonormal directions in which a good part is left of some columns, whitened here; and how long that part is."""
         u, s, _ = np.linalg.svd(self.Q.T @ (columns * self.root[:, None]), full_matrices=False)
-        return u[:, s > _PART * s.max(initial=0.0)]
+        keep = s > _PART * s.max(initial=0.0)
+        return u[:, keep], s[keep]
 
     def studentised(self, w: np.ndarray | None = None) -> np.ndarray:
         """Of every run (n,), or of simulated residuals (S, freedom) of every run (S, n): the t of its being shifted alone."""
@@ -260,8 +267,12 @@ def _f(w_SxF: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return along / basis.shape[1] / (rest / (w_SxF.shape[1] - basis.shape[1]))
 
 
-def _together(space: _Space, effects: np.ndarray, shifts: Mapping[str, np.ndarray]) -> dict[str, Callable]:
+def _together(
+    freedom: int, inside: np.ndarray, lengths: np.ndarray, shifts: Mapping[str, np.ndarray]
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """ln of the Bayes factor of every alternative against none, times its prior: functions of residuals (S, freedom).
+
+    `inside`, `lengths`: `_Space.span` of the sizes. `shifts`: of the other alternatives, (freedom,) each.
 
     The noise is integrated over 1 / sigma: with a covariance sigma^2 V the evidence is
     det(V)^(-1/2) (w' V^-1 w)^(-freedom / 2).
@@ -272,7 +283,7 @@ def _together(space: _Space, effects: np.ndarray, shifts: Mapping[str, np.ndarra
             whole, along = np.maximum(np.sum(w**2, 1), 1e-300), (w @ basis) ** 2
             found = [
                 -0.5 * np.log1p(gain).sum()
-                - space.freedom / 2 * np.log1p(-np.minimum(along @ (gain / (1 + gain)) / whole, 1 - 1e-12))
+                - freedom / 2 * np.log1p(-np.minimum(along @ (gain / (1 + gain)) / whole, 1 - 1e-12))
                 for gain in gains
             ]
             return np.logaddexp.reduce(found) + np.log(prior / len(gains))
@@ -280,16 +291,14 @@ def _together(space: _Space, effects: np.ndarray, shifts: Mapping[str, np.ndarra
         return of
 
     result = {}
-    u, s, _ = np.linalg.svd(space.Q.T @ effects, full_matrices=False)
-    keep = s > _PART * s.max(initial=0.0)
-    if keep.any() and keep.sum() < space.freedom:
-        result[SIZES] = factor(u[:, keep], [kappa * s[keep] ** 2 for kappa in _KAPPAS], _PRIOR[SIZES])
+    if len(lengths):
+        result[SIZES] = factor(inside, [kappa * lengths**2 for kappa in _KAPPAS], _PRIOR[SIZES])
     known = {name: v / np.linalg.norm(v) for name, v in shifts.items() if np.linalg.norm(v) > _SMALL}
     bent = [name for name in known if name not in _PRIOR]
-    rest = 1 - sum(_PRIOR.values())
+    shares = [0.5, *[0.5 / (len(bent) - 1)] * (len(bent) - 1)] if len(bent) > 1 else [1.0] * len(bent)
+    prior = _PRIOR | {name: (1 - sum(_PRIOR.values())) * share for name, share in zip(bent, shares, strict=True)}
     for name, v in known.items():
-        share = 1.0 if len(bent) == 1 else 0.5 if name == bent[:1][0] else 0.5 / (len(bent) - 1) if name in bent else 0.0
-        result[name] = factor(v[:, None], [np.array([gain]) for gain in _GAINS], _PRIOR.get(name, rest * share))
+        result[name] = factor(v[:, None], [np.array([gain]) for gain in _GAINS], prior[name])
     return result
 
 
@@ -374,11 +383,10 @@ def of_blocks(blocks: Sequence[Block]) -> Doubts:
         np.concatenate([getattr(b, name)[rows] for b, rows in zip(blocks, there, strict=True)])
         for name in ("weight_GxM", "size_GxM")
     )
-    n = len(x) * 1.0
     heads = np.concatenate([np.full(len(runs.loss), i) for i, runs in enumerate(r for b in blocks for r in b.runs)])
     _, repeats = np.unique(np.stack([heads, x]), axis=1, return_inverse=True)
     return suite(
-        linalg.block_diag(*parts), np.concatenate(residual), weights * n / weights.sum(), sizes, bends_of(x, value),
+        linalg.block_diag(*parts), np.concatenate(residual), weights / weights.mean(), sizes, bends_of(x, value),
         repeats.ravel(),
     )  # fmt: skip
 

@@ -16,8 +16,8 @@ is the weight of every model. `Explored.effective` says how many equal draws tha
 A prior that is flat in (alpha, b), or in beta, favours a high E: where less is above E, ln(L - E) is known less well, and the
 volume of what fits is larger. Without pooling it covers the true E in 87 to 92% of grids where 95 are stated; with bends, which
 leave E open, it favours laws that flatten. So the prior makes up for the volume: fully where H are not pooled (E then has its
-profile likelihood), by its root where they are. By simulation (120 grids with a break, `python -m benchmarks.coverage`) breaks
-up and down are then covered alike, .94 and .89; with the flat prior .96 and .83, with the whole volume .82 and .97.
+profile likelihood), by its root where they are. On 120 grids with a break, breaks up and down are then covered alike, .94
+and .89; with the flat prior .96 and .83, with the whole volume .82 and .97. `python -m benchmarks.coverage` shows the outcome.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gqa_jax.laws.block import Block
 
 SIZE_EFFECT = 0.5  # probability that runs of a size deviate together
+SHARE = (0.02, 0.98)  # of the variance that is then theirs, kappa / (1 + kappa): even between these
 BENDS = {bends.NONE: 0.35, bends.DRIFT: 0.25, bends.BREAK: 0.4}  # probabilities
 DRIFT_SD = 0.01  # of the amount: half of the change of the exponent per e-fold of N
 BREAK_SD = 0.05  # of the change of the exponent
@@ -44,7 +45,6 @@ DRIFTS_ON = 10.0  # times the sizes at both ends: how far a drift goes on
 _VOLUME = 0.5  # of pooled H: power of the volume that the prior makes up for
 _TAU_ALPHA = (0.001, 0.1)  # of ln(L - E) amid the data
 _TAU_B = (0.0005, 0.04)
-_SHARE = (0.02, 0.98)  # of the variance: kappa / (1 + kappa)
 _PLACES = 6  # of a break
 _COARSE, _WIDE, _FINE = 48, 48, 32  # values of E: looked at first, then where they are open, and about the least squares
 _DEEP = 14.0  # of ln evidence below the highest: not looked at
@@ -378,7 +378,7 @@ class _Proposal:
                 a, z = np.log(ends)
                 center, spread, low, high = [*center, (a + z) / 2], [*spread, (z - a) / 4], [*low, a], [*high, z]
         if shared:
-            a, z = np.log(_SHARE[0] / (1 - _SHARE[0])), np.log(_SHARE[1] / (1 - _SHARE[1]))
+            a, z = np.log(SHARE[0] / (1 - SHARE[0])), np.log(SHARE[1] / (1 - SHARE[1]))
             center, spread, low, high = [*center, 0.5], [*spread, 1.5], [*low, a], [*high, z]
         return cls(
             nodes, _mixed(flat), np.array(center), np.diag(spread), np.array(low), np.array(high), basis is not None, shared,
@@ -432,7 +432,7 @@ class _Proposal:
             log_prior = log_prior - sum(np.log(ends[1] / ends[0]) for ends in (_TAU_ALPHA, _TAU_B))
         if self.shared:
             kappa = next(columns)
-            log_prior = log_prior + np.log(kappa / (1 + kappa) ** 2 / (_SHARE[1] - _SHARE[0]))
+            log_prior = log_prior + np.log(kappa / (1 + kappa) ** 2 / (SHARE[1] - SHARE[0]))
         return Points(self.nodes[picked], sigma, tau, kappa), log_q + np.log(self.p_nodes[picked]) - log_prior
 
 
