@@ -7,6 +7,7 @@ import time
 from gqa_jax.config import default_config
 from gqa_jax.metrics import write_json
 from launch import grid
+from launch.grid import Layout
 
 
 def config(size=16, n_heads=2, context=32, **changes):
@@ -78,6 +79,16 @@ def finish(cell, layout, status="done"):
     loss = (2e3 / about["params_non_embedding"]) ** 0.3 / about["n_heads"] ** 0.05 + 1.5 if status == "done" else None
     write_json(folder / "config.json", cell.config.to_dict())
     write_json(folder / "result.json", result(cell, loss, status))
+
+
+def finished_grid(folder):
+    """The small grid, run to its end in `folder`: its file, its layout and its cells."""
+    file, layout, cells = folder / "small.py", Layout(folder / "runs" / "small"), grid.cells(small_grid())
+    file.write_text(GRID_FILE)
+    for cell in cells:
+        finish(cell, layout)
+    layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(small_grid(), cells)))
+    return file, layout, cells
 
 
 def beat(folder, age=0.0, step=2):

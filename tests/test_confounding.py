@@ -8,9 +8,7 @@ import pytest
 
 from gqa_jax import optimum, presets, results
 from gqa_jax.laws import Heads, confounding, fit_by_heads, fit_joint, fit_query_heads
-from launch import grid
 from launch.__main__ import main
-from launch.grid import Layout
 from tests import grid_fakes, law_tables
 
 
@@ -147,16 +145,11 @@ class TestCommands:
     @pytest.fixture
     def confounded(self, tmp_path, monkeypatch):
         """A finished grid of which (1,1) saw three times the tokens."""
-        file = tmp_path / "small.py"
-        file.write_text(grid_fakes.GRID_FILE)
-        layout = Layout(tmp_path / "runs" / "small")
-        cells = grid.cells(grid_fakes.small_grid())
+        file, layout, cells = grid_fakes.finished_grid(tmp_path)
         for cell in cells:
-            grid_fakes.finish(cell, layout)
             path = layout.cell(cell.name) / "result.json"
             if cell.config.model.n_heads == 1:
                 path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": 3072}))
-        layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(grid_fakes.small_grid(), cells)))
         monkeypatch.chdir(tmp_path)
         assert set(results.load_results(layout.root)["tokens"]) == {1024, 3072}
         return file, layout

@@ -6,9 +6,7 @@ import pandas as pd
 import pytest
 
 from gqa_jax import laws, results
-from launch import grid
 from launch.__main__ import main
-from launch.grid import Layout
 from tests import grid_fakes
 
 ASK = ["optimum", "--preset", "paper", "--context", "131072", "--loss", "2.615"]
@@ -17,15 +15,8 @@ ASK = ["optimum", "--preset", "paper", "--context", "131072", "--loss", "2.615"]
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A finished grid: its file, and its folder."""
-    file = tmp_path / "small.py"
-    file.write_text(grid_fakes.GRID_FILE)
-    layout = Layout(tmp_path / "runs" / "small")
-    cells = grid.cells(grid_fakes.small_grid())
-    for cell in cells:
-        grid_fakes.finish(cell, layout)
-    layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(grid_fakes.small_grid(), cells)))
     monkeypatch.chdir(tmp_path)
-    return file, layout, cells
+    return grid_fakes.finished_grid(tmp_path)
 
 
 def test_finished_runs_that_are_left_out_are_told_of(small, caplog):
