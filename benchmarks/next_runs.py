@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from benchmarks import coverage
+from benchmarks import coverage_grids as grids
 from gqa_jax import next_runs, objectives, optimum, presets, shape_search
 from gqa_jax.laws import Heads, fit_by_heads, planning
 from gqa_jax.shapes import SIZES, Aspect
@@ -34,7 +34,7 @@ HEADS = [Heads(*h) for h in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 2), (1
 NAMES = ["19M", "85M", "150M", "200M", "470M", "680M", "1.2B"]
 NOISE, LOSS, CONTEXT = 0.005, 2.55, 131_072
 ASPECT = Aspect.constant(64)
-FURTHER = (640, 3072, 4608)  # hidden sizes beyond those of `coverage.W6`
+FURTHER = (640, 3072, 4608)  # hidden sizes beyond those of `coverage_grids.W6`
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def foretold(seeds: Iterable[int]) -> pd.DataFrame:
     for width in FURTHER:
         pairs = []
         for seed in seeds:
-            whole = _grid(seed, (*coverage.W6, width))
+            whole = _grid(seed, (*grids.W6, width))
             table = whole.table()
             fewer = table[table["d_model"] != width]
             try:
@@ -124,19 +124,19 @@ def foretold(seeds: Iterable[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _grid(seed: int, widths: Sequence[int]) -> coverage.Grid:
-    """Heads `coverage.H7`, noise and bend of the prior; the loss that is asked for is reached at twice the largest of W6."""
+def _grid(seed: int, widths: Sequence[int]) -> grids.Grid:
+    """Heads `grids.H7`, noise and bend of the prior; the loss that is asked for is reached at twice the largest of W6."""
     generator = np.random.default_rng([seed, 11])
-    n = coverage.params(coverage.H7, widths)
+    n = grids.params(grids.H7, widths)
     while True:
-        bend, noise = coverage.prior(generator, coverage.H7, coverage.W6)
-        truth = dataclasses.replace(coverage.Truth.draw(coverage.H7, generator), bend=bend)
+        bend, noise = grids.prior(generator, grids.H7, grids.W6)
+        truth = dataclasses.replace(grids.Truth.draw(grids.H7, generator), bend=bend)
         if min(truth.exponent(size).min() for size in (n.min() / 1e3, 1e3 * n.max())) > 0.01:  # falls everywhere
             break
     loss = truth.loss(n) + noise.draw(n.shape, generator)
-    middle, largest = len(coverage.H7) // 2, len(coverage.W6) - 1
+    middle, largest = len(grids.H7) // 2, len(grids.W6) - 1
     asked = float(truth.loss(np.full(len(n), 2 * n[middle, largest]))[middle])
-    return coverage.Grid(truth, tuple(widths), n, loss, asked, truth.log_size(asked), CONTEXT)
+    return grids.Grid(truth, tuple(widths), n, loss, asked, truth.log_size(asked), CONTEXT)
 
 
 def _run(truth: dict, name: str, heads: Heads, seed: int, generator: np.random.Generator) -> dict:
