@@ -44,6 +44,7 @@ def test_differences_to_a_baseline(table):
     np.testing.assert_allclose(points["(8,1)"].get_ydata(), [100 * (own[t] / losses[t] - 1) for t in CONTEXTS])
     assert {"(8,1) flat", "(1,1) flat"} <= set(plot_helpers.texts(ax))
     assert ax.get_ylabel() == "loss relative to (8,8) (%)"
+    assert any("bands: 95% by the runs' scatter" in text for text in plot_helpers.texts(ax))
     assert plot_helpers.texts_of_ticks(ax.xaxis) == ["2K", "4K", "8K", "16K", "32K", "64K"]
 
 

@@ -77,7 +77,8 @@ def loss_vs_context(
     labels.label_ends(ax, ends)
     named = tables.heads_named(found.baseline)
     base = found.baseline if named is None else style.head_text(named)
-    note = f"thick: straight lines from {formatting.context(found.from_context)} on; {style.SURE}"
+    note = f"thick: straight lines from {formatting.context(found.from_context)} on; bands: 95% by the runs' scatter about them"
+    note += "\nbars: 95% of the standard errors of differences"
     return style.finish(ax, "context of training, $T$ (tokens)", f"loss relative to {base} (%)", title, note)
 
 
