@@ -330,13 +330,11 @@ def ends_together(record: Callable[[str, str], None], heartbeat_seconds: int = H
         watcher.join()
         raise
     except BaseException as error:
-        if _is_of_a_peer(error):  # that peer, or JAX's service in its place, will say why
+        if _is_of_a_peer(error):  # that peer will say why; or JAX's service ends this process before the sleep is over
             time.sleep(1.5 * heartbeat_seconds)
-        kind, reason = run_folder.classify(error)
-        if kind == "error":
+        kind, reason = classify(error)
+        if kind == "error" or _is_of_a_peer(error):
             log.exception("process %d failed", jax.process_index())
-        if kind == "error" and _is_of_a_peer(error):
-            kind = "infrastructure"  # not of this program: worth another attempt
         with contextlib.suppress(RuntimeError):  # another was first
             client.key_value_set(_FAILED, json.dumps([jax.process_index(), socket.gethostname(), kind, reason]))
         end(*json.loads(client.blocking_key_value_get(_FAILED, 1000 * LEAVE_SECONDS)))
@@ -344,10 +342,23 @@ def ends_together(record: Callable[[str, str], None], heartbeat_seconds: int = H
     watcher.join()
 
 
+def classify(error: BaseException) -> tuple[str, str]:
+    """As `run_folder.classify`; with several processes, a collective whose other side went away is `infrastructure`.
+
+    It is no fault of this program, and worth another attempt. To be recorded at once: JAX's service may end this process, too.
+    """
+    kind, reason = run_folder.classify(error)
+    if kind == "error" and _client() is not None and _is_of_a_peer(error):
+        return "infrastructure", f"another process is gone: {reason}"
+    return kind, reason
+
+
 def _is_of_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because its other side went away."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        word in str(error) for word in ("Gloo", "NCCL", "onnection closed", "onnection reset", "CoordinationService")
+    """Whether a collective failed because its other side went away; libraries put JAX's error into their own."""
+    return any(
+        isinstance(each, jax.errors.JaxRuntimeError) and word in str(each)
+        for each in errors.chain(error)
+        for word in ("Gloo", "NCCL", "onnection closed", "onnection reset", "CoordinationService")
     )
 
 

@@ -116,7 +116,7 @@ def train_and_evaluate(
                 )
                 return run(train_batches, eval_batches, profile)
         except Exception as error:
-            record(*run_folder.classify(error), exit_code(error))
+            record(*distributed.classify(error), exit_code(error))
             raise
 
 

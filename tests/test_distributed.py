@@ -396,6 +396,10 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
         assert pair.processes[0].returncode not in (0, None)
     assert "(stopped sending heartbeats):\n1\n" in error
     assert not (run / "result.json").exists()
+    if (run / "exit.json").exists():  # not where JAX's service ended process 0 before its collective failed
+        ended = json.loads((run / "exit.json").read_text())
+        assert (ended["class"], ended["attempt"]) == ("infrastructure", 1)
+        assert ended["reason"].startswith("another process is gone: JaxRuntimeError: ")
 
     result = train.train_and_evaluate(run_config("fsdp=2,tensor=2,context=2"), run)
     assert (result["status"], result["attempts"], result["n_processes"]) == ("done", 3, 1)
@@ -545,6 +549,31 @@ def test_a_process_that_is_gone_is_no_error_of_this_program(monkeypatch):
         "timeout.",
     )
     assert run_folder.classify(run_folder.ProcessFailed("process 1: boom"))[0] == "error"
+
+
+GONE = "UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:44205"
+
+
+def test_a_collective_whose_other_side_went_away_is_recorded_as_such_at_once(tmp_path, monkeypatch):
+    """Before any wait for that side's own words, in which JAX's service may end this process."""
+
+    def fail(*_):
+        monkeypatch.setattr(distributed, "_client", lambda: "a service")
+        try:
+            raise jax.errors.JaxRuntimeError(GONE)
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError("not saved") from error  # as checkpoint libraries do
+
+    monkeypatch.setattr(train, "_open_data", fail)
+    with pytest.raises(ValueError, match="not saved"):
+        train.train_and_evaluate(run_config("fsdp=8"), tmp_path)
+    ended = json.loads((tmp_path / "exit.json").read_text())
+    assert (ended["class"], ended["code"]) == ("infrastructure", run_folder.EXIT_FAILED)
+    assert ended["reason"] == "another process is gone: ValueError: not saved"
+
+
+def test_in_a_process_by_itself_nobody_went_away():
+    assert distributed.classify(jax.errors.JaxRuntimeError(GONE)) == ("error", f"JaxRuntimeError: {GONE}")
 
 
 def test_a_later_sigterm_ends_a_process_at_once():
