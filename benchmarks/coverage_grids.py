@@ -138,6 +138,10 @@ class Truth:
         """-d ln(L - E) / d ln N of every H at N."""
         return self.b_H + self.bend.amount * self.bend.slope(params)
 
+    def falls(self, params: np.ndarray) -> bool:
+        """Whether losses fall from a thousandth of the least N to 1,000 times the largest: bends may let them rise again."""
+        return min(self.exponent(size).min() for size in (params.min() / 1e3, 1e3 * params.max())) > 0.01
+
 
 #: What is drawn of a regime for each truth, by its generator: a bend and the noise of the runs.
 Drawn = tuple[Bend, Noise]
@@ -262,8 +266,7 @@ def grid(name: str, index: int, seed: int = 0) -> Grid:
         if regime.from_prior:
             bend, noise = prior(generator, regime.heads, regime.widths)
         truth = dataclasses.replace(truth, bend=bend)
-        # The prior has laws that rise again, which no draw of the posterior does.
-        if min(truth.exponent(size).min() for size in (n.min() / 1e3, 1e3 * n.max())) > 0.01:
+        if truth.falls(n):  # as every draw of the posterior
             break
     loss = truth.loss(n) + noise.draw(n.shape, generator)
     middle = len(regime.heads) // 2

@@ -131,7 +131,7 @@ def _grid(seed: int, widths: Sequence[int]) -> grids.Grid:
     while True:
         bend, noise = grids.prior(generator, grids.H7, grids.W6)
         truth = dataclasses.replace(grids.Truth.draw(grids.H7, generator), bend=bend)
-        if min(truth.exponent(size).min() for size in (n.min() / 1e3, 1e3 * n.max())) > 0.01:  # falls everywhere
+        if truth.falls(n):
             break
     loss = truth.loss(n) + noise.draw(n.shape, generator)
     middle, largest = len(grids.H7) // 2, len(grids.W6) - 1

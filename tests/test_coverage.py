@@ -279,3 +279,22 @@ def test_what_bounds_power_is_what_each_test_looks_for():
     assert found["drift"]["drift"] > found["sizes or drift"]["drift"] > found["sizes"]["drift"]
     assert found["sizes"][half] > found["sizes or drift"][half]
     assert "| sizes | " in coverage_power.bound_markdown(found)
+
+
+@pytest.mark.slow
+def test_what_a_fit_says_that_it_could_have_seen_is_seen_in_four_grids_of_five():
+    """Deviations that sizes share, and the drift that shows less: losses that fall more slowly are taken for a higher E."""
+    quiet = [fit_by_heads(coverage_grids.grid("clean", i).table()).doubts for i in range(20)]
+    drift = np.median([doubts.amounts["seen"].iloc[0] for doubts in quiet])
+    shared = np.median([doubts.size_effect for doubts in quiet])
+    fired = {"drift": 0, "shared": 0}
+    for i in range(60):
+        one, generator = coverage_grids.grid("clean", i, seed=5), np.random.default_rng(i)
+        n, noise = one.params_HxM, one.loss_HxM - one.truth.loss(one.params_HxM)
+        amount = -drift / (2 * np.log(n.max() / n.min()))
+        bent = dataclasses.replace(one.truth, bend=Bend("drift", amount, reach=np.log(10 * n.max() / 2.5e8)))
+        losses = {"drift": bent.loss(n) + noise, "shared": one.loss_HxM + shared * generator.normal(size=(1, n.shape[1]))}
+        for name, loss in losses.items():
+            fired[name] += fit_by_heads(dataclasses.replace(one, loss_HxM=loss).table()).doubts.fires
+    print(drift, shared, fired)
+    assert all(0.65 * 60 < count < 0.93 * 60 for count in fired.values())
