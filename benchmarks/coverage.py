@@ -32,10 +32,11 @@ import numpy as np
 import scipy
 
 from benchmarks.coverage_grids import REGIMES, Grid, grid
-from gqa_jax import formatting, optimum
+from gqa_jax import formatting
 from gqa_jax.errors import closest
 from gqa_jax.formatting import LARGEST_REGRET
 from gqa_jax.laws import LawsByHeads, fit_by_heads
+from gqa_jax.search import optimum
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -107,7 +108,7 @@ def measure(name: str, index: int, methods: Sequence[str], *, seed: int = 0, dra
 
 
 def say(laws: LawsByHeads, one: Grid, method: str, draws: int, seed: int) -> Said:
-    """What a method's draws say of a grid, as `gqa_jax.optimum` reads them."""
+    """What a method's draws say of a grid, as `gqa_jax.search.optimum` reads them."""
     drawn = laws.draws(draws, seed, method).take(list(one.truth.heads))
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 

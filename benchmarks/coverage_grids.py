@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, objectives, shape_search
+from gqa_jax import costs, shape_search
 from gqa_jax.laws import Heads, bends, evidence
+from gqa_jax.search import objectives
 from gqa_jax.shapes import Aspect
 
 H7 = tuple(Heads(*h) for h in ((8, 8), (8, 4), (8, 2), (8, 1), (4, 1), (2, 1), (1, 1)))

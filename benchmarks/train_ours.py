@@ -35,8 +35,9 @@ import jax
 import numpy as np
 
 from benchmarks import train_case, workers
-from gqa_jax import attention, costs, hardware, optimizer, planner, program, sharding, topologies
+from gqa_jax import attention, costs, hardware, optimizer, program, sharding, topologies
 from gqa_jax.config import TrainConfig, default_config
+from gqa_jax.planning import planner
 from gqa_jax.shapes import SIZES
 
 #: Steps of the learning rate's schedule, warm-up and decay included; later ones have the last one's rate.
@@ -285,7 +286,7 @@ class Session:
 
     def _lower(self, config: TrainConfig, mesh, name: str) -> tuple[jax.stages.Lowered, str]:
         """The step, and the attention that it was lowered with: where cuDNN is not installed `pallas_triton` stands in for it
-        in a program that is compiled only, as `gqa_jax.proof` does."""
+        in a program that is compiled only, as `gqa_jax.planning.compile_check` does."""
         try:
             return program.lower_step(config, mesh), name
         except Exception as error:

@@ -257,7 +257,7 @@ class TrainConfig:
 
     @property
     def mesh_shape(self) -> MeshShape:
-        """The mesh as numbers; it must have been given or chosen (`gqa_jax.planner.resolve`)."""
+        """The mesh as numbers; it must have been given or chosen (`gqa_jax.planning.planner.resolve`)."""
         return MeshShape.parse(self.mesh)
 
     @property

@@ -1,7 +1,7 @@
 """The programs that a run executes on a mesh: fresh state, training step, held-out losses.
 
 One device or a pod: the step is what each device does with its part of the batch (`jax.shard_map`; gqa_jax/parallel.py has
-the collectives) and the optimizer on the shards of the state. A configuration must be resolved (`gqa_jax.planner.resolve`):
+the collectives) and the optimizer on the shards of the state. A configuration must be resolved (`planning.planner.resolve`):
 mesh, rematerialisation and accumulation given. The mesh may be of devices that are not there (`gqa_jax.topologies`): then
 programs compile, and `memory_analysis` tells what they need, but don't run.
 """

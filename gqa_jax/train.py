@@ -34,24 +34,13 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from gqa_jax import (
-    command_line,
-    costs,
-    distributed,
-    evaluation,
-    hardware,
-    optimizer,
-    planner,
-    program,
-    run_folder,
-    sharding,
-    storage,
-)
+from gqa_jax import command_line, costs, distributed, evaluation, hardware, optimizer, program, run_folder, sharding, storage
 from gqa_jax.checkpoint import Checkpoints, params_sha256, restore_params
 from gqa_jax.config import TrainConfig, hash_identity
 from gqa_jax.data import reader, store
 from gqa_jax.errors import ConfigError
 from gqa_jax.metrics import Metrics, NoMetrics
+from gqa_jax.planning import planner
 from gqa_jax.program import TrainState
 from gqa_jax.run_folder import DeviceTime, Diverged, Preempted
 from gqa_jax.storage import write_json

@@ -145,7 +145,7 @@ def add_table(command: argparse.ArgumentParser) -> None:
 
 
 def add_objective(command: argparse.ArgumentParser) -> None:
-    """Options of the cost that is minimised (`gqa_jax.objectives`)."""
+    """Options of the cost that is minimised (`gqa_jax.search.objectives`)."""
     group = command.add_argument_group("what is minimised")
     group.add_argument("--cost", choices=COSTS, default="z", help="default: z, the paper's hardware-aware cost")
     group.add_argument(
@@ -174,7 +174,7 @@ def add_objective(command: argparse.ArgumentParser) -> None:
 
 def objective(arguments: argparse.Namespace, convention: str):
     """The objective of those options. Raises ValueError for one that its cost has no use for."""
-    from gqa_jax import objectives
+    from gqa_jax.search import objectives
 
     names = ("flops", "lam", "alpha", "beta", "device", "n_devices", "batch", "decode_share", "param_dtype", "cache_dtype",
              "efficiency", "usd_per_hour", "tokens", "served_tokens", "convention")  # fmt: skip
@@ -276,8 +276,8 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _optimum(arguments: argparse.Namespace, console: Console) -> int:
-    from gqa_jax import optimum
-    from gqa_jax.serving import Serving
+    from gqa_jax.search import optimum
+    from gqa_jax.search.roofline import Serving
     from launch import answer, studies
 
     source = _source(arguments)

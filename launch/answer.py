@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gqa_jax import formatting, optimum, plots, results, storage
+from gqa_jax import formatting, plots, results, storage
 from gqa_jax.formatting import probability, regret, short, si
 from gqa_jax.laws import Heads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
-from gqa_jax.optimum import Answer
+from gqa_jax.search import optimum
+from gqa_jax.search.optimum import Answer
 from launch import rules, studies
 from launch.grid import Layout
 from launch.studies import Fits, Fitted, Source
@@ -143,7 +144,7 @@ def _rules_of(one: Fitted) -> str | None:
 
 
 def map_table(one: Fitted) -> pd.DataFrame:
-    """Every H for every loss and served context: `gqa_jax.optimum.optimum_map`; context and rules of the training."""
+    """Every H for every loss and served context: `gqa_jax.search.optimum.optimum_map`; context and rules of the training."""
     frame = optimum.optimum_map(one.laws, one.losses, one.contexts_served, convention=one.convention)
     frame.insert(0, "context", one.context)
     frame.insert(1, "rules", _rules_of(one))
@@ -390,7 +391,7 @@ def _candidates_screen(found: Answer) -> Table:
 
 
 def conventions_screen(frame: pd.DataFrame) -> Table:
-    """`gqa_jax.optimum.convention_sensitivity`."""
+    """`gqa_jax.search.optimum.convention_sensitivity`."""
     view = Table(
         title="The answer by Z in other conventions, and what the first one would cost there",
         title_justify="left",

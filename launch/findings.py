@@ -15,10 +15,11 @@ from etils import epath
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from gqa_jax import formatting, invariance, optimum, plots, results, shape_search
+from gqa_jax import formatting, invariance, plots, results, shape_search
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import validation
-from gqa_jax.objectives import Objective
+from gqa_jax.search import optimum
+from gqa_jax.search.objectives import Objective
 from launch import state, studies
 from launch.answer import without_checks
 from launch.grid import Layout

@@ -10,13 +10,14 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gqa_jax import costs, hardware, planner
+from gqa_jax import costs, hardware
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import gb, gib
 from gqa_jax.hardware import Slice
-from gqa_jax.planner import Estimate, Execution
-from gqa_jax.proof import Proof, Provers
+from gqa_jax.planning import planner
+from gqa_jax.planning.compile_check import Proof, Provers
+from gqa_jax.planning.planner import Estimate, Execution
 from launch.grid import Cell
 
 ATTEMPTS = 3  # executions that are compiled for a cell before it is said not to fit

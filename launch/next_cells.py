@@ -14,12 +14,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gqa_jax import costs, next_runs, optimum
+from gqa_jax import costs
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import probability, regret, si
 from gqa_jax.laws import Heads
-from gqa_jax.next_runs import Candidate, Choice, Question
+from gqa_jax.search import next_runs, optimum
+from gqa_jax.search.next_runs import Candidate, Choice, Question
 from launch import answer, grid, rules, state, studies
 from launch.grid import Cell
 from launch.studies import Fitted, Source

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, laws, objectives, optimum, shapes
+from gqa_jax import costs, laws, shapes
 from gqa_jax.laws import LLAMA3, Heads, bends
+from gqa_jax.search import objectives, optimum
 from launch.report import Findings, Question, Study
 
 ENTROPY = 1.95

@@ -14,10 +14,11 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from benchmarks.report import DRAG
-from gqa_jax import costs, formatting, objectives, optimum, shape_search
+from gqa_jax import costs, formatting, shape_search
 from gqa_jax.hardware import CHIPS
 from gqa_jax.laws import LLAMA3, Heads, bends
-from gqa_jax.serving import Serving
+from gqa_jax.search import objectives, optimum
+from gqa_jax.search.roofline import Serving
 from launch import analysis, report
 from launch.report import words
 from launch.report.payload import DRAWS

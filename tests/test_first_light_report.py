@@ -302,10 +302,10 @@ OUTCOMES = {
     "decode not timed": (
         "decoding with pallas_triton", change(where=at("9"), share_of_copy=None), "not decided", "not decided", [],
     ),
-    "efficiency": ("the planner's efficiency on h100", None, "change", "0.45, dated", ["gqa_jax/planner.py"]),
+    "efficiency": ("the planner's efficiency on h100", None, "change", "0.45, dated", ["gqa_jax/planning/planner.py"]),
     "no planner": (
         "the planner's efficiency on h100", change(where=at("3", phase="prepare"), planner=None), "change", "0.40, dated",
-        ["gqa_jax/planner.py"],
+        ["gqa_jax/planning/planner.py"],
     ),
     "no training": (
         "the planner's efficiency on h100", without(lambda row: row["step"] in ("3", "7")), "not decided", "not decided", [],
@@ -648,5 +648,10 @@ def test_reading_takes_no_jax():
 def test_files_that_verdicts_name_are_there():
     root = Path(verdicts.__file__).parents[2]
     named = [verdicts.TABLE, verdicts.DECODE, *verdicts.LIMITS.values(), *verdicts.TESTS.values()]
-    for name in [*named, *verdicts.HOPPER_FILES.split(", "), "gqa_jax/attention/decode_triton.py", "gqa_jax/planner.py"]:
+    for name in [
+        *named,
+        *verdicts.HOPPER_FILES.split(", "),
+        "gqa_jax/attention/decode_triton.py",
+        "gqa_jax/planning/planner.py",
+    ]:
         assert (root / name).exists(), name

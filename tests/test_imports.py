@@ -62,15 +62,16 @@ TABLE = (
     Row("gqa_jax.checkpoint", ".errors .storage .run_folder .distributed", outside="jax orbax"),
     Row("gqa_jax.metrics", ".errors .config .storage .run_folder"),
     # What a run needs, before it is started.
-    Row("gqa_jax.planner", ".errors .mesh .costs .config .hardware"),
+    Row("gqa_jax.planning"),
+    Row("gqa_jax.planning.planner", ".errors .mesh .costs .config .hardware"),
     Row("gqa_jax.topologies", ".mesh .hardware .sharding", outside="jax"),
-    Row("gqa_jax.proof", ".config .hardware .storage", lazily=".program .topologies"),
+    Row("gqa_jax.planning.compile_check", ".config .hardware .storage", lazily=".program .topologies"),
     # The program that trains.
     Row("gqa_jax.command_line", ".errors .config"),
     Row(
         "gqa_jax.train",
         ".errors .command_line .costs .config .hardware .storage .data .sharding .optimizer .evaluation .program .run_folder "
-        ".distributed .checkpoint .metrics .planner",
+        ".distributed .checkpoint .metrics .planning.planner",
         outside="jax optax",
     ),
     # Losses to laws, laws to answers.
@@ -80,12 +81,16 @@ TABLE = (
     Row("gqa_jax.external", ".errors .storage .results .laws"),
     Row("gqa_jax.invariance", ".laws"),
     Row("gqa_jax.presets", ".errors .shapes .laws"),
-    Row("gqa_jax.serving", ".errors .costs .hardware"),
-    Row("gqa_jax.objectives", ".errors .costs .serving"),
-    Row("gqa_jax.optimum", ".formatting .shapes .costs .shape_search .laws .serving .objectives"),
-    Row("gqa_jax.aligned", ".costs .shape_search .laws .objectives .optimum"),
-    Row("gqa_jax.next_runs", ".laws .objectives .optimum"),
-    Row("gqa_jax.plots", ".formatting .shapes .costs .results .shape_search .laws .invariance .objectives .optimum"),
+    Row("gqa_jax.search"),
+    Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
+    Row("gqa_jax.search.objectives", ".errors .costs .search.roofline"),
+    Row("gqa_jax.search.optimum", ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives"),
+    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.optimum"),
+    Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
+    Row(
+        "gqa_jax.plots",
+        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.optimum",
+    ),
     Row("gqa_jax", lazily=".external .results"),
     # Grids: what a person runs.
     Row("launch"),
@@ -100,26 +105,29 @@ TABLE = (
     Row("launch.state", ".errors .config .storage .run_folder launch.grid launch.executor"),
     Row("launch.run", ".errors .storage launch.grid launch.executor launch.local launch.state"),
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
-    Row("launch.fit", ".errors .formatting .costs .config .hardware .planner .proof launch.grid"),
+    Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
     Row("launch.plan", ".errors .formatting .hardware .costs launch.grid launch.state launch.fit"),
     Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
-    Row("launch.answer", ".formatting .storage .results .laws .optimum .plots launch.grid launch.rules launch.studies"),
+    Row("launch.answer", ".formatting .storage .results .laws .search.optimum .plots launch.grid launch.rules launch.studies"),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .optimum .next_runs launch.grid launch.rules launch.state launch.studies "
-        "launch.answer",
+        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.grid launch.rules launch.state "
+        "launch.studies launch.answer",
     ),
-    Row("launch.report", ".formatting .costs .hardware .storage .laws .serving .objectives .optimum launch.grid"),
+    Row(
+        "launch.report",
+        ".formatting .costs .hardware .storage .laws .search.roofline .search.objectives .search.optimum launch.grid",
+    ),
     Row(
         "launch.findings",
-        ".errors .formatting .results .shape_search .laws .invariance .objectives .optimum .plots launch.grid "
+        ".errors .formatting .results .shape_search .laws .invariance .search.objectives .search.optimum .plots launch.grid "
         "launch.state launch.studies launch.answer launch.report",
     ),
     Row(
         "launch.analysis",
         ".errors .formatting .hardware launch.rules",
-        lazily=".shapes .serving .objectives .optimum launch.studies launch.answer launch.next_cells launch.report "
-        "launch.findings",
+        lazily=".shapes .search.roofline .search.objectives .search.optimum launch.studies launch.answer launch.next_cells "
+        "launch.report launch.findings",
     ),
     Row(
         "launch.__main__",
@@ -132,8 +140,8 @@ TABLE = (
     Row(
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
-        ".program .run_folder .checkpoint .planner .topologies .results .shape_search .laws .presets .objectives .optimum "
-        ".next_runs .plots launch.grid launch.report tests",
+        ".program .run_folder .checkpoint .planning.planner .topologies .results .shape_search .laws .presets "
+        ".search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
         outside="jax",
     ),
 )
@@ -232,9 +240,9 @@ def test_a_row_imports_rows_above_it_only():
 def test_what_does_without_jax_is_imported_without_it():
     """In a process of its own, as source says nothing of what other packages import; and without pyplot, which has a state."""
     names = [module for row in without_jax() if row.name not in ("configs", "benchmarks") for module in of_row(row)]
-    known = ("costs", "shapes", "config", "storage", "run_folder", "metrics", "results", "planner", "proof", "prices",
-             "laws.joint", "data.reader", "data.prepare", "data.store", "optimum", "objectives", "next_runs",
-             "plots.style")  # fmt: skip
+    known = ("costs", "shapes", "config", "storage", "run_folder", "metrics", "results", "planning.planner", "prices",
+             "planning.compile_check", "laws.joint", "data.reader", "data.prepare", "data.store", "search.optimum",
+             "search.objectives", "search.next_runs", "plots.style")  # fmt: skip
     assert {f"gqa_jax.{name}" for name in known} | {"launch.__main__", "launch.tpu", "launch.report.charts"} <= set(names)
     assert "gqa_jax.model" not in names
     code = (

@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from gqa_jax import next_runs, results
+from gqa_jax import results
 from gqa_jax.metrics import write_json
+from gqa_jax.search import next_runs
 from launch import grid, next_cells, studies
 from launch.__main__ import main
 from launch.grid import Layout

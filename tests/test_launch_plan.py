@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from gqa_jax import hardware
-from gqa_jax.proof import Proof
+from gqa_jax.planning.compile_check import Proof
 from launch import __main__ as launch
 from launch import fit, grid, local
 from launch.grid import Layout

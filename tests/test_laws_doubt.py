@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import laws, optimum, presets
+from gqa_jax import laws, presets
 from gqa_jax.laws import Heads, doubt
+from gqa_jax.search import optimum
 from tests import law_tables
 
 HEADS = list(law_tables.TRACED)

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gqa_jax import laws, objectives, optimum
+from gqa_jax import laws
 from gqa_jax.laws import LLAMA3, Heads, bends
 from gqa_jax.laws.posterior import draw
+from gqa_jax.search import objectives, optimum
 from tests import law_tables
 
 SMALL = [(1, 1), (4, 1), (8, 1), (8, 8), (16, 8), (32, 16)]

@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 
-from gqa_jax import costs, objectives
-from gqa_jax.objectives import OBJECTIVES, Flops, Lifetime, Memory, Training, Z, make
-from gqa_jax.serving import Serving
+from gqa_jax import costs
+from gqa_jax.search import objectives
+from gqa_jax.search.objectives import OBJECTIVES, Flops, Lifetime, Memory, Training, Z, make
+from gqa_jax.search.roofline import Serving
 
 T = 131_072
 SHAPE = costs.Shape(42.6, 2400.0, 8, 1)

@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, laws, objectives, optimum, presets, shape_search
+from gqa_jax import costs, laws, presets, shape_search
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
-from gqa_jax.serving import Serving
+from gqa_jax.search import objectives, optimum
+from gqa_jax.search.roofline import Serving
 from gqa_jax.shapes import Aspect, paper_aspect
 from tests.law_tables import TRACED, synthetic
 

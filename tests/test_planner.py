@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 
-from gqa_jax import costs, hardware, planner
+from gqa_jax import costs, hardware
 from gqa_jax.config import ConfigError, TrainConfig
 from gqa_jax.mesh import MeshShape
-from gqa_jax.planner import Execution
+from gqa_jax.planning import planner
+from gqa_jax.planning.planner import Execution
 from gqa_jax.shapes import SIZES, head_configurations
 
 SHAPES = {name: (size.n_layers, size.d_model) for name, size in SIZES.items()} | {"1.8B": (36, 2048)}

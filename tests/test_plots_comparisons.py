@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, objectives, optimum, plots, presets
+from gqa_jax import costs, plots, presets
 from gqa_jax.laws import LLAMA3, Heads
+from gqa_jax.search import objectives, optimum
 from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import Aspect
 from tests import plot_helpers
@@ -119,7 +120,7 @@ def test_savings_of_a_map(laws):
 
 
 def aligned():
-    """As `gqa_jax.aligned.equal_training_curves` gives it."""
+    """As `gqa_jax.search.equal_compute.equal_training_curves` gives it."""
     n_params = np.array([1e7, 1e8, 1e9])
     frames = []
     for n, k, gain in ((8, 1, 0.02), (32, 8, 0.0)):

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import optimum, plots, presets
+from gqa_jax import plots, presets
 from gqa_jax.laws import Heads
+from gqa_jax.search import optimum
 
 TABLE_4 = {
     3.0: "32,1 16,1 8,1 4,1 4,1",

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from gqa_jax import laws, objectives, optimum
+from gqa_jax import laws
 from gqa_jax.laws import LLAMA3, Heads, bends, posterior
+from gqa_jax.search import objectives, optimum
 from launch import report
 from launch.grid import Layout
 from launch.report import Picture, pictures, words

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqa_jax import attention, costs, evaluation, metrics, model, planner, train
+from gqa_jax import attention, costs, evaluation, metrics, model, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
 from gqa_jax.data import reader, store
+from gqa_jax.planning import planner
 from gqa_jax.run_folder import Diverged, Preempted
 from tests import first_version
 

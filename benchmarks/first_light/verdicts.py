@@ -393,7 +393,7 @@ def _efficiency(record: Mapping[str, Any]) -> Verdict:
     middle = median([form.efficiency for form in forms])
     values = ", ".join(f"{' '.join(form.settings)} {form.efficiency:.2f}" for form in forms)
     setting = f"{values}; median {middle:.2f}; {findings.device(record)}, {findings.date(record)}"
-    return Verdict(subject, CHANGE, f"{middle:.2f}, dated", why, (Change("gqa_jax/planner.py", setting),))
+    return Verdict(subject, CHANGE, f"{middle:.2f}, dated", why, (Change("gqa_jax/planning/planner.py", setting),))
 
 
 def _losses(record: Mapping[str, Any]) -> Iterator[Verdict]:

@@ -25,7 +25,7 @@ def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str 
       ValueError: no probability is known.
     """
     if "probability" not in candidates or candidates["probability"].isna().all():
-        raise ValueError("nothing to draw: column probability is empty; give the candidates of gqa_jax.optimum.search")
+        raise ValueError("nothing to draw: column probability is empty; give the candidates of gqa_jax.search.optimum.search")
     regret = tables.numbers(candidates, "expected_regret")
     answer = np.arange(len(candidates)) == (np.nanargmin(regret) if np.isfinite(regret).any() else -1)
     frame = candidates.assign(regret=regret, answer=answer)

@@ -10,11 +10,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from gqa_jax import costs, formatting, objectives, optimum, shapes
+from gqa_jax import costs, formatting, shapes
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.laws.posterior import IN_BRIEF
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.measures import measure
+from gqa_jax.search import objectives, optimum
 from gqa_jax.shape_search import solve_shape
 
 _NAMES = {"memory": "memory", "flops": "FLOPs", "z": "$Z$"}
@@ -38,8 +39,8 @@ def savings(
     Whiskers are 95% intervals of the ratio, from the joint draws of the laws where they have any.
 
     Args:
-      heads: whose costs; default: the answer of `gqa_jax.optimum.search` under Z.
-      show: "memory", "flops", "z" in the `convention`, or objectives of `gqa_jax.objectives`.
+      heads: whose costs; default: the answer of `gqa_jax.search.optimum.search` under Z.
+      show: "memory", "flops", "z" in the `convention`, or objectives of `gqa_jax.search.objectives`.
       aspect: as in `search`; default: that of the laws.
     Raises:
       ValueError: heads without a law, a loss that one of the two does not reach, an unknown cost or convention.
@@ -130,7 +131,7 @@ def savings_by_context(frame: pd.DataFrame, *, title: str = "", ax: Axes | None 
     """What the best heads save against Llama-3's at each served context, a curve per loss to reach.
 
     Args:
-      frame: of `gqa_jax.optimum.optimum_map`: loss, context_served, rank, saving_vs_llama3 (0.5: one half).
+      frame: of `gqa_jax.search.optimum.optimum_map`: loss, context_served, rank, saving_vs_llama3 (0.5: one half).
     Raises:
       ValueError: no saving is known: no law of the Llama-3 heads.
     """
@@ -167,7 +168,7 @@ def aligned_cost(
     """Loss against the cost of serving where all heads had the same training cost, not the same tokens (Figure 4).
 
     Args:
-      frame: of `gqa_jax.aligned.equal_training_curves` with a served context: n_heads, n_kv_heads, n_params, loss, loss_low,
+      frame: of `equal_compute.equal_training_curves` with a served context: n_heads, n_kv_heads, n_params, loss, loss_low,
         loss_high, m_infer, c_infer, cost.
       cost: "memory", "flops", or "cost" for the objective that the frame was made with.
       convention: of m_infer and c_infer, for their unit.

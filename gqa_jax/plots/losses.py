@@ -81,7 +81,7 @@ def loss_vs_cost(
     Args:
       table: loss table of one training context, or a grid folder.
       laws: of `gqa_jax.laws.fit_by_heads`, of the same table; None: they are fitted.
-      cost: "z", "flops" or "memory" in the `convention`, or an objective of `gqa_jax.objectives`.
+      cost: "z", "flops" or "memory" in the `convention`, or an objective of `gqa_jax.search.objectives`.
       aspect: aspect ratio of the shapes along the curve; default: between the runs of each H, so that curves meet them.
     Raises:
       ValueError: an unknown cost or convention, no finished run, several training contexts, a law without a run in the table.

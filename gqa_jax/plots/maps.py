@@ -26,13 +26,13 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     Heavy lines part regions of different heads. A cell without an answer is left empty with a dash.
 
     Args:
-      frame: of `gqa_jax.optimum.optimum_map`: columns loss, context_served, n_heads, n_kv_heads, rank (1: the answer) and,
+      frame: of `search.optimum.optimum_map`: columns loss, context_served, n_heads, n_kv_heads, rank (1: the answer) and,
         where they are known, probability, n_params, note.
     Raises:
       ValueError: a column is missing, there is no row, or a cell has two answers.
     """
     if missing := [name for name in ("loss", "context_served", "n_heads", "n_kv_heads", "rank") if name not in frame]:
-        raise ValueError(f"the map needs columns {', '.join(missing)}: give the frame of gqa_jax.optimum.optimum_map")
+        raise ValueError(f"the map needs columns {', '.join(missing)}: give the frame of gqa_jax.search.optimum.optimum_map")
     if frame.empty:
         raise ValueError("nothing to draw: the map has no row")
     losses = sorted(frame["loss"].unique(), reverse=True)

@@ -44,7 +44,7 @@ def measure(cost: Any, convention: str | costs.Convention) -> Measure:
             lambda _: (1.0, ""),
             formatting.short,
         )
-    raise ValueError(f"cost {cost!r} is unknown: use z, flops, memory, or an objective of gqa_jax.objectives")
+    raise ValueError(f"cost {cost!r} is unknown: use z, flops, memory, or an objective of gqa_jax.search.objectives")
 
 
 def _prefix(typical: float) -> tuple[float, str]:

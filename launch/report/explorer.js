@@ -1,4 +1,4 @@
-// The search of gqa_jax.optimum in the reader's browser: pure functions of the payload, in float64, without the page.
+// The search of gqa_jax.search.optimum in the reader's browser: pure functions of the payload, in float64, without the page.
 //
 // 1. N* = exp(log_a - ln(L* - E) / b), infinite when L* <= E                       (arXiv 2503.09579v2, Eq. 8)
 //    in a draw with a bend q: b (log_a - ln N*) - q(ln N*) = ln(L* - E)             (gqa_jax.laws.bends)
@@ -168,7 +168,7 @@ function heldBytes(shape, model, serving, tokens) {
   return param * allParams(shape, model, convention) + batch * cache * cacheValues(shape, model, tokens);
 }
 
-/** Seconds of a batch of requests of `context` tokens at the roofline of a device (gqa_jax.serving). */
+/** Seconds of a batch of requests of `context` tokens at the roofline of a device (gqa_jax.search.roofline). */
 function requestSeconds(shape, model, serving, context) {
   const { batch, n_devices: devices, efficiency, convention, decode_share: generated } = serving;
   const reached = devices * efficiency;
@@ -214,7 +214,7 @@ function lifetime(shape, model, objective, context) {
 
 const power = (x, exponent) => (exponent === 1 / 2 ? Math.sqrt(x) : exponent === 1 / 3 ? Math.cbrt(x) : x ** exponent);
 
-/** What is minimised, by name (gqa_jax.objectives): (shape, model, objective, context) -> cost; `objective` is `describe()`. */
+/** What is minimised, by name (gqa_jax.search.objectives): (shape, model, objective, context) -> cost; `objective` is `describe()`. */
 const COSTS = {
   z: (shape, model, objective, context) => {
     const { lam, alpha, beta } = objective;
@@ -296,7 +296,7 @@ function interval(values) {
 }
 
 /**
- * Which heads reach `query.loss` at the least cost when served at `query.context`, and how sure that is: gqa_jax.optimum.search.
+ * Which heads reach `query.loss` at the least cost when served at `query.context`, and how sure that is: gqa_jax.search.optimum.search.
  *
  * `query` is {context, loss, objective and memory_limit (as `describe` gives an objective and a `Serving`; or null)}. Gives {best, runner_up (indices
  * into model.heads; null where none reaches the loss), order (candidates, the answer first), not_reached (share of draws), rows,

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Question:
-    """A loss that must be reached, a context that is served, and what `gqa_jax.optimum.search` answers."""
+    """A loss that must be reached, a context that is served, and what `gqa_jax.search.optimum.search` answers."""
 
     loss: float  # nats per token
     context_served: int  # tokens
-    answer: Any  # gqa_jax.optimum.Answer
+    answer: Any  # gqa_jax.search.optimum.Answer
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Study:
 
     laws: Any  # gqa_jax.laws.LawsByHeads
     questions: Sequence[Question]  # one or more; the first is the one that the page opens with
-    objective: Any  # of gqa_jax.objectives: what is kept low
+    objective: Any  # of gqa_jax.search.objectives: what is kept low
     aspect: Any  # gqa_jax.shapes.Aspect that the answers were searched with
-    optimum_map: pd.DataFrame | None = None  # gqa_jax.optimum.optimum_map of losses and contexts served
-    sensitivity: pd.DataFrame | None = None  # gqa_jax.optimum.convention_sensitivity of the first question
+    optimum_map: pd.DataFrame | None = None  # gqa_jax.search.optimum.optimum_map of losses and contexts served
+    sensitivity: pd.DataFrame | None = None  # gqa_jax.search.optimum.convention_sensitivity of the first question
     checks: pd.DataFrame | None = None  # columns check, result: how the laws do where it can be seen
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)  # by part of the page: questions, runs, laws, costs
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from gqa_jax import costs, formatting, objectives, optimum
+from gqa_jax import costs, formatting
 from gqa_jax.hardware import CHIPS
 from gqa_jax.laws import Draws, bends
-from gqa_jax.serving import Serving
+from gqa_jax.search import objectives, optimum
+from gqa_jax.search.roofline import Serving
 from launch.report import words
 from launch.report.findings import Study
 

@@ -1,8 +1,8 @@
 """Which mesh, rematerialisation and accumulation a run gets on the devices there are, what it needs and how long it takes.
 
-Arithmetic on shapes, a fraction of a millisecond a case. Memory is calibrated against programs compiled ahead
-of time (`gqa_jax.proof`). Time is a lower bound: in each phase of a step the slowest of compute, memory and network, all
-the others hidden behind it.
+Arithmetic on shapes, a fraction of a millisecond a case. Memory is calibrated against programs compiled ahead of time
+(`gqa_jax.planning.compile_check`). Time is a lower bound: in each phase of a step the slowest of compute, memory and network,
+all the others hidden behind it.
 """
 
 from __future__ import annotations

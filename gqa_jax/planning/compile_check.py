@@ -1,4 +1,4 @@
-"""What the compiler says that a training step needs, on devices that are not here: `python -m gqa_jax.proof`.
+"""What the compiler says that a training step needs, on devices that are not here: `python -m gqa_jax.planning.compile_check`.
 
 A job is a resolved configuration and the name of a slice (`gqa_jax.hardware`). `Provers` compiles jobs in processes of their
 own, so that importing this module imports no jax, and a compiler that dies takes nothing along. Answers are kept by content
@@ -26,10 +26,11 @@ from pathlib import Path
 from gqa_jax import hardware, storage
 from gqa_jax.config import TrainConfig
 
+PACKAGE = Path(__file__).resolve().parent.parent
 #: Files of the package that the compiled step is made from; the rest changes no program.
 SOURCES = (
     "attention/*.py", "collectives.py", "config.py", "hardware.py", "loss.py", "mesh.py", "model.py", "optimizer.py",
-    "parallel.py", "program.py", "proof.py", "sharding.py", "topologies.py",
+    "parallel.py", "program.py", "planning/compile_check.py", "sharding.py", "topologies.py",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 #: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
@@ -152,9 +153,9 @@ class Provers:
         process = getattr(self._own, "process", None)
         if process is None:
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-            environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")])
+            environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
             process = subprocess.Popen(
-                [sys.executable, "-m", "gqa_jax.proof"],
+                [sys.executable, "-m", "gqa_jax.planning.compile_check"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -183,7 +184,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _sources() -> str:
-    here = Path(__file__).parent
+    here = PACKAGE
     digest = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in here.glob(pattern)):
         digest.update(path.read_bytes())

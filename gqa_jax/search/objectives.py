@@ -18,7 +18,7 @@ import numpy as np
 from gqa_jax import costs
 from gqa_jax.costs import Convention, HasShape
 from gqa_jax.errors import closest
-from gqa_jax.serving import Serving
+from gqa_jax.search.roofline import Serving
 
 TOKENS_PER_PARAM = 20.0  # of the paper's runs (Section 5.1)
 
@@ -193,7 +193,7 @@ class Latency:
         return self.serving.request_seconds(shape, context)
 
     def describe(self) -> dict[str, Any]:
-        """The numbers of `gqa_jax.serving`'s formulas."""
+        """The numbers of `gqa_jax.search.roofline`'s formulas."""
         return _described(self, serving=self.serving.describe())
 
 
@@ -211,7 +211,7 @@ class Throughput:
         return self.serving.seconds_per_token(shape, context)
 
     def describe(self) -> dict[str, Any]:
-        """The numbers of `gqa_jax.serving`'s formulas."""
+        """The numbers of `gqa_jax.search.roofline`'s formulas."""
         return _described(self, serving=self.serving.describe())
 
 
@@ -229,7 +229,7 @@ class Price:
         return self.serving.usd_per_million_tokens(shape, context)
 
     def describe(self) -> dict[str, Any]:
-        """The numbers of `gqa_jax.serving`'s formulas."""
+        """The numbers of `gqa_jax.search.roofline`'s formulas."""
         return _described(self, serving=self.serving.describe())
 
 

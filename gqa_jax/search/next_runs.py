@@ -41,8 +41,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax import objectives, optimum
 from gqa_jax.laws import Heads, LawsByHeads
+from gqa_jax.search import objectives, optimum
 
 FOLDS = 8
 #: Draws that must carry the answer after the runs in nine of ten simulated outcomes; else more are drawn, up to MOST_DRAWS.

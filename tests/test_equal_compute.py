@@ -2,10 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import aligned, costs, objectives, optimum, shape_search
-from gqa_jax.aligned import SameAs, equal_training_cost, equal_training_curves
+from gqa_jax import costs, shape_search
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import fit_loss_nd_by_heads
+from gqa_jax.search import equal_compute, objectives, optimum
+from gqa_jax.search.equal_compute import SameAs, equal_training_cost, equal_training_curves
 
 BY_HEADS = {(32, 8): 470.0, (8, 8): 482.0, (8, 1): 510.0, (1, 1): 580.0}
 T = 131_072
@@ -143,8 +144,8 @@ def test_regrets_are_those_of_the_search(above_least):
         for ratio in (10, 20, 40)
     ]
     laws, goal = fit_loss_nd_by_heads(pd.DataFrame(rows)), objectives.Memory("figures")
-    plan = aligned._Plan.of(laws, 3e19, None, "figures", None)
-    loss = plan.least_loss(aligned._fitted(laws)) + above_least
+    plan = equal_compute._Plan.of(laws, 3e19, None, "figures", None)
+    loss = plan.least_loss(equal_compute._fitted(laws)) + above_least
     n_SxH = plan.least_params(loss, laws.draws(300, 0))
     reached = np.isfinite(n_SxH)
     cost_SxH = np.where(reached, goal(plan.shape(np.where(reached, n_SxH, np.nan), plan.heads), T), np.inf)

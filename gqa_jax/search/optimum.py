@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, formatting, objectives, shape_search
+from gqa_jax import costs, formatting, shape_search
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw, posterior
-from gqa_jax.serving import Serving
+from gqa_jax.search import objectives
+from gqa_jax.search.roofline import Serving
 from gqa_jax.shapes import paper_aspect
 
 Aspect = Callable[[Any], Any]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import gqa_jax
-from gqa_jax import hardware, proof
+from gqa_jax import hardware
 from gqa_jax.config import TrainConfig, default_config
-from gqa_jax.proof import Proof, Provers
+from gqa_jax.planning import compile_check
+from gqa_jax.planning.compile_check import Proof, Provers
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
 
 def test_a_compiler_that_dies_is_an_answer_that_is_not_kept(cache, monkeypatch):
     monkeypatch.setattr(hardware.Slice, "require_compiler", lambda self: None)
-    monkeypatch.setattr(proof.sys, "executable", "false")
+    monkeypatch.setattr(compile_check.sys, "executable", "false")
     with Provers(1) as provers:
         answer = provers.submit(tiny(), "v5e:2x2").result()
     assert not answer.fits
@@ -78,15 +79,15 @@ def test_a_compiler_that_dies_is_an_answer_that_is_not_kept(cache, monkeypatch):
 
 
 def test_the_key_depends_on_what_the_program_depends_on():
-    same = proof.key(tiny(), "v5e:2x2", False)
-    assert proof.key(tiny(seed=3, label="x", steps=5), "v5e:2x2", False) == same
+    same = compile_check.key(tiny(), "v5e:2x2", False)
+    assert compile_check.key(tiny(seed=3, label="x", steps=5), "v5e:2x2", False) == same
     changed = [
-        proof.key(tiny(), "v5e:2x4", False),
-        proof.key(tiny(), "v5e:2x2", True),
-        proof.key(tiny(accumulation_steps=2), "v5e:2x2", False),
-        proof.key(tiny(model={"remat": "dots"}), "v5e:2x2", False),
-        proof.key(tiny(mesh="fsdp=4"), "v5e:2x2", False),
-        proof.key(tiny(data=tiny().to_dict()["data"] | {"document_mask": True}), "v5e:2x2", False),
+        compile_check.key(tiny(), "v5e:2x4", False),
+        compile_check.key(tiny(), "v5e:2x2", True),
+        compile_check.key(tiny(accumulation_steps=2), "v5e:2x2", False),
+        compile_check.key(tiny(model={"remat": "dots"}), "v5e:2x2", False),
+        compile_check.key(tiny(mesh="fsdp=4"), "v5e:2x2", False),
+        compile_check.key(tiny(data=tiny().to_dict()["data"] | {"document_mask": True}), "v5e:2x2", False),
     ]
     assert len({same, *changed}) == 1 + len(changed)
 
@@ -96,7 +97,7 @@ def test_the_key_depends_on_every_source_that_the_step_imports():
     code = "import sys, gqa_jax.program; print(*(n for n in sys.modules if n.startswith('gqa_jax.')))"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     here = Path(gqa_jax.__file__).parent
-    hashed = {path for pattern in proof.SOURCES for path in here.glob(pattern)}
+    hashed = {path for pattern in compile_check.SOURCES for path in here.glob(pattern)}
     files = {here / Path(*name.split(".")[1:]).with_suffix(".py") for name in imported}
     beside = {here / f"{name}.py" for name in ("attention", "costs", "errors", "shapes")}
     assert {path for path in files if path.exists()} - beside <= hashed
@@ -113,7 +114,7 @@ def test_the_key_depends_on_every_source_that_the_step_imports():
     ],
 )  # fmt: skip
 def test_bytes_are_read_from_what_the_compiler_says(message, needed):
-    assert proof.bytes_needed(message) == needed
+    assert compile_check.bytes_needed(message) == needed
 
 
 HLO = """HloModule jit_step
@@ -137,7 +138,7 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 
 
 def test_collectives_are_counted_by_channel_and_by_trips_of_loops():
-    assert proof.collectives(HLO) == {
+    assert compile_check.collectives(HLO) == {
         "all-gather": {"count": 36, "bytes": 36 * 8 * 128 * 2},
         "reduce-scatter": {"count": 36, "bytes": 36 * 8 * 16 * 4},
         "all-reduce": {"count": 1, "bytes": (4 + 6) * 4},
@@ -146,12 +147,12 @@ def test_collectives_are_counted_by_channel_and_by_trips_of_loops():
 
 def test_an_answer_survives_its_file(cache):
     answer = Proof("v5e:2x2", True, 1e9, bytes_arguments=5, bytes_output=4, bytes_alias=3, bytes_temporary=2)
-    path = proof._path(tiny(), "v5e:2x2", False)
-    proof._keep(answer, path)
-    assert proof.cached(tiny(), "v5e:2x2") == answer
+    path = compile_check._path(tiny(), "v5e:2x2", False)
+    compile_check._keep(answer, path)
+    assert compile_check.cached(tiny(), "v5e:2x2") == answer
     assert answer.bytes_used == 5 + 4 - 3 + 2
     path.write_text(json.dumps(dataclasses.asdict(answer))[:-9])
-    assert proof.cached(tiny(), "v5e:2x2") is None
+    assert compile_check.cached(tiny(), "v5e:2x2") is None
 
 
 @pytest.mark.needs("libtpu")
@@ -171,7 +172,7 @@ def test_long_contexts_fit_small_chips(topology, size, context, mesh, gigabytes)
     config.mesh, config.accumulation_steps, config.context_attention = mesh, 1, "gather"
     config.data.block_tokens = context
     config.evaluation.tokens = 2 * context
-    answer = proof.compile_proof(TrainConfig.from_dict(config.to_dict()), topology)
+    answer = compile_check.compile_proof(TrainConfig.from_dict(config.to_dict()), topology)
     assert answer.fits, answer.error
     assert answer.attention == "pallas_tpu"
     assert answer.bytes_used < gigabytes * 1e9

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, objectives, shape_search
+from gqa_jax import costs, shape_search
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import LossNDByHeads
 from gqa_jax.laws.loss_nd_fit import DrawsND
-from gqa_jax.optimum import LEVEL, quantiles, regret
+from gqa_jax.search import objectives
+from gqa_jax.search.optimum import LEVEL, quantiles, regret
 
 _BELOW, _ABOVE, _POINTS = 30.0, 1000.0, 400  # N* is looked for from least / 30 to largest trained N x 1000, first on a grid
 _HALVINGS = 30  # of a step of that grid: N* to 4e-11

@@ -6,7 +6,7 @@ import pytest
 
 from gqa_jax import costs
 from gqa_jax.hardware import CHIPS, Chip
-from gqa_jax.serving import Serving
+from gqa_jax.search.roofline import Serving
 
 OWN = Chip("mine", peak_flops=1e12, memory_bytes=1e9, memory_bandwidth=1e9, interconnect=1e9)
 T = 131_072

@@ -1,0 +1,1 @@
+"""From laws to answers: what a model costs, which heads cost the least, and what to train next."""
