@@ -20,8 +20,8 @@ import numpy as np
 
 from gqa_jax.shapes import HEAD_DIM, VOCAB_SIZE
 
-#: Bytes of one value; int4 is packed two to a byte.
-DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5}
+#: Bytes of one value; int4 is packed two to a byte. float4 is NVIDIA's NVFP4, with its 8-bit scale for every 16 values.
+DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "float4": 9 / 16, "int4": 0.5}
 
 
 class HasShape(Protocol):

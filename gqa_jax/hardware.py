@@ -21,6 +21,8 @@ from gqa_jax.errors import close
 GIB = 2**30
 #: Of a GPU's memory that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75 unless set.
 ALLOCATOR_FRACTION = 0.75
+#: Of a device's memory that a server fills with parameters and caches: vLLM's gpu_memory_utilization is 0.9 unless set.
+SERVER_FRACTION = 0.9
 CHIPS_PER_HOST = 4  # of a TPU slice of several hosts
 
 
@@ -41,6 +43,48 @@ class Price(NamedTuple):
     def origin(self) -> str:
         """Who asks for it, where, since when."""
         return ", ".join(filter(None, (self.vendor, self.region, self.date)))
+
+
+class Collectives(NamedTuple):
+    """How long an all-reduce of a few bytes takes over the links of a slice or host, whatever their bandwidth."""
+
+    seconds: tuple[tuple[int, float], ...]  # (devices, seconds), fewest devices first; a number between takes the next one's
+    date: str
+    source: str  # what was measured, or by which model of the links it is worked out
+
+
+class Efficiency(NamedTuple):
+    """What serving reaches of a device's peaks, part by part: one number for all would favour a model by what limits it.
+
+    Shares above 0 and at most 1, and seconds of at least 0.
+    """
+
+    matmul: float  # of the peak FLOP/s, in products with parameters
+    attention: float  # of the FLOP/s that the kernels reach at the head size (`Chip.attention_shares`)
+    weights_bandwidth: float  # of the bytes/s, reading parameters
+    cache_bandwidth: float  # of the bytes/s, reading keys and values
+    layer_seconds: float  # of every layer in every phase: kernels that start one after another
+    source: str = "as given"
+    bound: bool = False  # all parts overlap: what no server beats
+
+    @classmethod
+    def uniform(cls, share: float) -> Efficiency:
+        """The same share of every peak."""
+        return cls(share, share, share, share, 0.0)
+
+    @classmethod
+    def of_bound(cls) -> Efficiency:
+        """Peaks, all at once."""
+        return cls(1.0, 1.0, 1.0, 1.0, 0.0, "the bound: every peak reached, all at once", bound=True)
+
+    def checked(self) -> Efficiency:
+        """Itself. Raises ValueError for what is no share."""
+        for name, value in zip(self._fields[:4], self[:4], strict=True):
+            if not 0 < value <= 1:
+                raise ValueError(f"efficiency: {name} = {value}: a share above 0 and at most 1")
+        if not 0 <= self.layer_seconds < math.inf:
+            raise ValueError(f"efficiency: layer_seconds = {self.layer_seconds}: seconds of at least 0")
+        return self
 
 
 class Measured(NamedTuple):
@@ -104,6 +148,9 @@ class Chip:
     interconnect: float  # bytes/s to its neighbours in a slice or host, over all links at once
     network: float | None = None  # bytes/s to other slices or hosts; None: not published
     host_memory_bytes: float | None = None  # of the host that it is rented with, its share; None: nothing is offloaded
+    collectives: Collectives | None = None  # None: not published, and several of them can't share a model in `search.roofline`
+    #: Peaks of narrower operands, FLOP/s by dtype; what is not in it is computed in bfloat16.
+    narrow_flops: tuple[tuple[str, float], ...] = ()
     kinds: tuple[str, ...] = ()  # JAX's names of it: of a TPU whole device kinds, of a GPU words of them
     shapes: tuple[str, ...] = ()  # of slices that can be rented: a TPU's topologies, GPUs of one host
     price: Price | None = None
@@ -112,6 +159,41 @@ class Chip:
     attention_share: tuple[tuple[int, float, float], ...] = ()
     tpu: Tpu | None = None
     gpu: Gpu | None = None
+
+    def __post_init__(self):
+        for count, seconds in () if self.collectives is None else self.collectives.seconds:
+            if not (count >= 2 and 0 < seconds < math.inf):
+                raise ValueError(
+                    f"{self.name}: collectives of {count} devices take {seconds} s: must be above 0, of 2 devices or more"
+                )
+
+    @property
+    def board_bytes(self) -> float:
+        """Memory of the device, as far as programs may have it."""
+        return self.memory_bytes if self.gpu is None else self.memory_bytes / ALLOCATOR_FRACTION
+
+    @property
+    def server_bytes(self) -> float:
+        """Memory that a server fills with parameters and caches."""
+        return SERVER_FRACTION * self.board_bytes
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of matrix products of operands of `dtype`; of bfloat16 where the chip has no faster ones for it."""
+        return dict(self.narrow_flops).get(dtype, self.peak_flops)
+
+    def collective_seconds(self, n_devices: int) -> float:
+        """Seconds of an all-reduce of a few bytes over `n_devices`; 0 for one. Beyond the table: as for the most in it.
+
+        Raises ValueError where nothing is known of the chip's collectives.
+        """
+        if n_devices == 1:
+            return 0.0
+        if self.collectives is None:
+            raise ValueError(
+                f"device {self.name!r} has no seconds per collective (hardware.Collectives), needed for {n_devices}"
+            )
+        known = self.collectives.seconds
+        return next((seconds for count, seconds in known if count >= n_devices), known[-1][1])
 
     def is_called(self, device_kind: str) -> bool:
         """Whether JAX's `device_kind` is this chip."""
@@ -153,6 +235,25 @@ _SILYBENCH = "https://github.com/tgarg01/silybench-data prices/gpu_hourly.yaml"
 _TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
 _EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml"
 
+# Seconds of collectives. The least that was published for these links: a server's own kernels, captured in a graph.
+_HOP = "1 us a hop (github.com/jax-ml/scaling-book sharding.md, commit 0819a7d), there and back around a torus; not measured"
+_TORUS = Collectives(((2, 2e-6), (4, 4e-6), (8, 6e-6), (16, 8e-6), (32, 12e-6), (64, 16e-6), (256, 32e-6)), "2026-11", _HOP)
+_CUBE_TORUS = Collectives(((2, 2e-6), (4, 4e-6), (8, 6e-6), (16, 8e-6), (64, 12e-6), (512, 24e-6)), "2026-11", _HOP)
+_NVSWITCH = Collectives(
+    ((2, 3.7e-6), (4, 3.7e-6), (8, 5.7e-6)),
+    "2025-01-15",
+    "all-reduce kernel of SGLang on H100, github.com/sgl-project/sglang/pull/2904",
+)
+_NVLINK_5 = Collectives(
+    ((4, 5.18e-6), (8, 7e-6)), "2026-03-21",
+    "4 GB200: github.com/NVIDIA/nccl-tests/issues/333; 16 KiB on B300, one-shot: github.com/vllm-project/vllm/pull/37756",
+)  # fmt: skip
+_NCCL = (
+    "NCCL's model, tree and LL protocol: 6.8 us and {} us a step, 2 log2(n) steps (github.com/NVIDIA/nccl src/graph/tuning.cc)"
+)
+_NVLINK_3 = Collectives(((2, 8.0e-6), (4, 9.2e-6), (8, 10.4e-6)), "2024-07-01", _NCCL.format(0.6))
+_PCIE = Collectives(((2, 8.8e-6), (4, 10.8e-6), (8, 12.8e-6)), "2024-07-01", _NCCL.format("1.0"))
+
 # Tiles for matrix units of 128 x 128 and of 256 x 256.
 _TILES_128 = (
     128,
@@ -178,6 +279,7 @@ CHIPS = {
             memory_bytes=30.75 * GIB,
             memory_bandwidth=1228e9,
             interconnect=300e9,  # 6 links of 50 GB/s
+            collectives=_CUBE_TORUS,
             host_memory_bytes=407e9 / 4,
             shapes=_CUBE,
             price=Price(12.88 / 4, "Google Cloud", "Cloud TPU v4-8", "us-central2", "2026-11", _SKYPILOT),
@@ -193,6 +295,8 @@ CHIPS = {
             memory_bandwidth=819e9,
             interconnect=200e9,  # 4 links, 1600 Gbps
             network=6.4e12 / 8 / 256,  # of a pod of 256
+            collectives=_TORUS,
+            narrow_flops=(("int8", 394e12),),
             host_memory_bytes=48e9,  # ct5lp-hightpu-4t: 192 GB for 4 chips
             shapes=_FLAT,
             price=Price(1.20, "Google Cloud", "Cloud TPU v5litepod-1", "us-central1", "2026-11", _SKYPILOT),
@@ -207,6 +311,8 @@ CHIPS = {
             memory_bandwidth=2765e9,
             interconnect=600e9,  # 6 links, 4800 Gbps
             network=50e9 / 8,
+            collectives=_CUBE_TORUS,
+            narrow_flops=(("int8", 918e12),),
             host_memory_bytes=448e9 / 4,
             shapes=_CUBE,
             price=Price(25804.8 / 6144, "Google Cloud", "Cloud TPU v5p-12288", "us-central1", "2026-11", _SKYPILOT),
@@ -221,6 +327,8 @@ CHIPS = {
             memory_bandwidth=1640e9,
             interconnect=400e9,  # 4 links, 3200 Gbps
             network=25.6e12 / 8 / 256,
+            collectives=_TORUS,
+            narrow_flops=(("int8", 1836e12),),
             host_memory_bytes=1536 * GIB / 8,
             shapes=_FLAT,
             price=Price(2.70, "Google Cloud", "Cloud TPU v6e-1", "us-central1", "2026-11", _SKYPILOT),
@@ -235,6 +343,8 @@ CHIPS = {
             memory_bandwidth=4.8e12,
             interconnect=450e9,  # NVLink 4
             network=400e9 / 8,
+            collectives=_NVSWITCH,
+            narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
             host_memory_bytes=369e9,  # a3-ultragpu-8g: 2,952 GB for 8
             shapes=_HOST,
             price=Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
@@ -248,6 +358,8 @@ CHIPS = {
             memory_bandwidth=3.35e12,
             interconnect=450e9,
             network=400e9 / 8,
+            collectives=_NVSWITCH,
+            narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
             host_memory_bytes=234e9,  # a3-highgpu-8g: 1,872 GB for 8
             shapes=_HOST,
             price=Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
@@ -261,6 +373,8 @@ CHIPS = {
             memory_bandwidth=2.04e12,
             interconnect=300e9,  # NVLink 3
             network=200e9 / 8,
+            collectives=_NVLINK_3,
+            narrow_flops=(("int8", 624e12),),
             host_memory_bytes=170e9,  # a2-ultragpu-8g: 1,360 GB for 8
             shapes=_HOST,
             price=Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
@@ -276,6 +390,8 @@ CHIPS = {
             memory_bandwidth=8e12,
             interconnect=900e9,  # NVLink 5
             network=400e9 / 8,
+            collectives=_NVLINK_5,
+            narrow_flops=(("float8", 4500e12), ("int8", 4500e12), ("float4", 9000e12)),
             shapes=_HOST,
             price=Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "US", "2026-09-20", _EVANGELIST),
             gpu=Gpu("B200", "NVIDIA B200", (10, 0), 148, shared_memory=233472, clock_ghz=1.96, l2_bytes=126 * 2**20),
@@ -287,6 +403,8 @@ CHIPS = {
             memory_bytes=24e9 * ALLOCATOR_FRACTION,
             memory_bandwidth=0.3e12,
             interconnect=32e9,  # PCIe 4.0 x16
+            collectives=_PCIE,
+            narrow_flops=(("float8", 242e12), ("int8", 242e12)),
             host_memory_bytes=16e9,  # g2-standard-4
             shapes=_HOST,
             price=Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),
@@ -314,6 +432,18 @@ def chip_of(device_kind: str) -> Chip | None:
         return chip
     memory = float(board[1]) * 1e9 * ALLOCATOR_FRACTION  # of a smaller board of the same chip: "NVIDIA A100-SXM4-40GB"
     return dataclasses.replace(chip, memory_bytes=min(memory, chip.memory_bytes))
+
+
+#: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md).
+SERVED = {
+    "gpu": Efficiency(0.55, 0.6, 0.75, 0.6, 10e-6, "PLACEHOLDER"),
+    "tpu": Efficiency(0.55, 0.8, 0.75, 0.6, 10e-6, "PLACEHOLDER"),
+}
+
+
+def default_efficiency(chip: Chip) -> Efficiency:
+    """What is taken of a chip that nobody has calibrated: that of its class, GPU or TPU."""
+    return SERVED["tpu" if chip.tpu is not None else "gpu"]
 
 
 def peak_flops(device_kind: str) -> float | None:

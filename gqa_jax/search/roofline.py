@@ -1,95 +1,277 @@
-"""What serving a model costs on a named device, at the roofline: seconds, tokens a second, US dollars, bytes.
+"""What serving a model costs on named devices: seconds of a prompt and of a token, US dollars, bytes, by arithmetic on shapes.
 
-A request of T tokens is a prompt of (1 - s) T tokens and s T generated ones (s = `decode_share`); B requests (`batch`) are
-served together. Each phase takes as long as the slowest of three things that a device does at once:
+A replica is n devices that hold one model. Its feed-forward network and unembedding are split over all n; its attention over
+n = t p c: t over heads, p over sequences, c over the context (`Layout`). It serves B requests at once, each a prompt of
+P = (1 - s) T tokens and G = s T generated ones, and takes up the next request as one ends: a steady state.
 
-    compute    FLOPs / (n e F)        F peak FLOP/s, W bytes/s of memory, X bytes/s to other devices (`gqa_jax.hardware`),
-    memory     bytes / (n e W)        n devices, e the share of these that is reached (`efficiency`)
-    exchange   bytes / (e X)
+Of one device, with b = ceil(B / p) sequences in each of the p groups of g = t c devices; w, v, a bytes of a parameter, of a
+cached value and of an activation (2); k key/value heads that a device holds: n_kv / t where t divides n_kv, and at least one,
+which devices of the same group then hold in common (key/value heads are replicated where n_kv < t):
 
-    a decode step that sees t keys    B (f0 + f1 t) FLOPs,               P + B k t bytes,      8 (n - 1)/n L B d bytes exchanged
-    the prefill of p tokens           B p (f0 - 2 d V + f1 p/2) FLOPs,   P + B k p bytes,      8 (n - 1)/n L B p d
+    parameters    w [(3 L d F + V d)/n + 2 L d d_h n_h/(t c) + 2 L d d_h k + (2 L + 1) d]    bytes; an untied head: V d/n more
+    cache         2 L d_h k v x/c                                                      bytes of x tokens of a sequence
+    decode step   B (6 L d F + 2 V d)/n + b (4 L d d_h n_h/(t c) + 4 L d d_h k)           FLOPs of matrices
+    that sees     4 b L d_h (n_h/t) x/c                                                FLOPs of attention
+    x keys        2 a L d [(n - 1)/n B + (g - 1)/g b]                                  bytes exchanged: activations, and with
+                  (c - 1)/c L b (n_h/t) (2 a d_h + 4)                                  c > 1 queries, results and their sums
+                  L (s(g) + s(n) + s(c)) + s(n)                                        seconds of exchanges of few bytes
+    prefill of    6 p P L d F/n + P (4 L d d_h n_h/(t c) + 4 L d d_h k/c)                 FLOPs of matrices, without logits
+    p prompts of  4 L d_h (n_h/t) P (P/2)/c                                            FLOPs of attention, causal
+    P tokens, one 2 a L d [(n - 1)/n p P + (t - 1)/t P/c]                              bytes exchanged: activations, and with
+    in each group 2 a (c - 1)/c L d_h k P                                              c > 1 keys and values
+                  L (s(t) + s(n) + s(c)/2)                                             seconds of exchanges of few bytes
 
-with f0 = 2 N FLOPs of every matrix and f1 = 4 L d_h n_h per key (paper, Table 3), P the bytes of all parameters, which are
-read once, k = 2 L d_h n_kv values of cache per token, in bytes. Causal attention sees p/2 keys on average. Prefill needs no
-logits: the last token of the prompt is the first decode step. Exchanged are two all-reduces of B d bfloat16 values a layer
-(Megatron-LM, arXiv 1909.08053), each 2 (n - 1)/n times its size around a ring. Parameters and caches are divided evenly over
-the devices.
+s(m) is what an all-reduce of a few bytes over m devices takes (`Chip.collective_seconds`), s(1) = 0; a reduce-scatter or an
+all-gather is taken as half of one. With t = n these are the two all-reduces a layer of Megatron-LM (arXiv 1909.08053) and one
+for the logits; c > 1 is decode-context parallelism (arXiv 2507.07120): queries are gathered, each device attends to its part of
+the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered.
 
-So every number is a bound: less time is not possible on these devices with n-way tensor parallelism, more is likely. Peaks are
-those of bfloat16, whatever the parameters are kept in. Parameters and FLOPs are those of the model that is trained (convention
-"exact"). Everything broadcasts over NumPy arrays of shapes and contexts; the cost of a size that no model has is infinite or
-NaN, like its shape.
+Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of links, and five efficiencies (`Efficiency`):
+
+    max(matrices/(e_m F), parameters/(e_w W)) + max(attention/(e_a F), cache/(e_c W)) + exchanges + L e_l      expected
+    max((matrices + attention)/F, (parameters + cache)/W, exchanges)                                         the bound
+
+In the bound everything that a device does overlaps and reaches its peak: no server with this layout is faster. F of matrices is
+the peak of the parameters' dtype where the chip has one. The expectation is what the search compares.
+
+The load, with seconds u of a prefill and q of a decode step at the mean number of keys, (1 - s/2) T:
+
+    time to first token     u                                    its own prefill
+    time per output token   q + (b - 1) u / G                    the prompts of the others of its group are read in between;
+                                                                 `disaggregated`: q, other devices read them
+    device-seconds          n b u / (B P) of an input token, n q / B of an output token
+
+so that P of the one and G of the other are all that the devices do for a request. Parameters and FLOPs are those of the model
+that is trained (convention "exact"). Everything broadcasts over NumPy arrays of shapes and contexts; the cost of a size that no
+model has is infinite or NaN, like its shape.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gqa_jax import costs
+from gqa_jax import costs, hardware
 from gqa_jax.costs import HasShape
 from gqa_jax.errors import closest
-from gqa_jax.hardware import CHIPS, Chip
+from gqa_jax.hardware import CHIPS, Chip, Efficiency
 
 CONVENTION = "exact"
-_ACTIVATION_BYTES = 2  # of a value exchanged: bfloat16
+TENSOR, BEST, FITS = "tensor", "best", "fits"
+_ACTIVATION = 2  # bytes of a value exchanged: bfloat16
+_SUM = 4  # bytes of a log-sum-exp
+#: Bytes of a cached value beside `costs.DTYPE_BYTES`: int8 has a 16-bit scale for every position and head (as in
+#: github.com/jax-ml/jax-llm-examples), int4 one for every 32 values (llama.cpp's Q4_0: 18 bytes for 32).
+_SCALE = {"int8": lambda head_dim: 2 / head_dim, "int4": lambda head_dim: 2 / 32}
+
+
+def cache_value_bytes(dtype: str, head_dim: Any) -> Any:
+    """Bytes of a value in a cache of keys and values, its share of a scale included. Raises ValueError for an unknown dtype."""
+    return costs.dtype_bytes(dtype) + (_SCALE[dtype](head_dim) if dtype in _SCALE else 0.0)
+
+
+class Layout(NamedTuple):
+    """How attention is divided among n = heads x sequences x context devices; integers, or arrays of one for each H."""
+
+    heads: Any = 1  # t
+    sequences: Any = 1  # p
+    context: Any = 1  # c
+
+    @property
+    def n_devices(self) -> Any:
+        return self.heads * self.sequences * self.context
+
+    def __str__(self) -> str:
+        """As `Serving.parallelism` takes it."""
+        return f"{self.heads},{self.sequences},{self.context}"
+
+    def describe(self) -> str:
+        """In words: "heads over 4, sequences over 2"; empty for one device."""
+        return ", ".join(f"{name} over {count}" for name, count in self._asdict().items() if count > 1)
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Of "t,p,c". Raises ValueError."""
+        parts = text.split(",")
+        if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+            raise ValueError(
+                f"parallelism {text!r}: {TENSOR}, {BEST}, or three integers of at least 1, the devices over which heads, "
+                "sequences and context are divided, like 4,2,1"
+            )
+        return cls(*map(int, parts))
+
+
+def layouts(n_devices: int) -> list[Layout]:
+    """Every layout of `n_devices`, tensor parallelism first."""
+    found = [
+        Layout(heads, sequences, n_devices // heads // sequences)
+        for heads in _divisors(n_devices)
+        for sequences in _divisors(n_devices // heads)
+    ]
+    return sorted(found, reverse=True)
+
+
+def kv_heads_held(n_heads: Any, n_kv_heads: Any, over: Any) -> Any:
+    """Key/value heads that a device needs where query heads are divided over so many devices: k of this module's formulas.
+
+    Where neither of n_kv and t divides the other, the most that the n_h / t neighbours of a device can need. Of heads that are
+    no whole numbers (they grow with a width that is none): n_kv / t, and at least 1.
+    """
+    n_heads, n_kv_heads, over = (np.asarray(x, np.float64) for x in (n_heads, n_kv_heads, over))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        whole = (n_heads % 1 == 0) & (n_kv_heads % 1 == 0)
+        group, own = n_heads / n_kv_heads, n_heads / over
+        plain = np.maximum(n_kv_heads / over, 1.0)
+        uneven = whole & (n_kv_heads % over != 0) & (over % n_kv_heads != 0)
+        return np.where(uneven, np.minimum(n_kv_heads, np.ceil((own - 1) / group) + 1), plain)[()]
 
 
 class Phase(NamedTuple):
-    """Seconds that a phase of serving keeps each part of the device busy; they overlap."""
+    """Seconds that a phase of serving keeps each part of a device busy, at the efficiencies asked for."""
 
-    compute: Any
-    memory: Any
+    matmul: Any
+    attention: Any
+    weights: Any
+    cache: Any
     exchange: Any
+    layers: Any
+    overlapped: bool = False  # of the bound
 
     @property
     def seconds(self) -> Any:
-        """Of the phase: its slowest part's."""
-        return np.maximum(np.maximum(self.compute, self.memory), self.exchange)
+        """Of the phase."""
+        if self.overlapped:
+            compute, memory = self.matmul + self.attention, self.weights + self.cache
+            return np.maximum(np.maximum(compute, memory), self.exchange)
+        return np.maximum(self.matmul, self.weights) + np.maximum(self.attention, self.cache) + self.exchange + self.layers
 
     @property
     def limit(self) -> Any:
-        """Which part that is, by name; empty where the seconds are infinite or NaN."""
-        parts = np.stack(np.broadcast_arrays(*self))
-        return np.where(np.isfinite(self.seconds), np.array(self._fields)[np.argmax(parts, axis=0)], "")[()]
+        """What most of it goes to: matmul, attention, weights, cache, exchange or layers; empty where it is no number."""
+        parts = np.stack(np.broadcast_arrays(*self[:-1]))
+        return np.where(np.isfinite(self.seconds), np.array(self._fields[:-1])[np.argmax(parts, axis=0)], "")[()]
+
+
+class Load(NamedTuple):
+    """What a replica in its steady state does; NaN where a request has no prompt, or no generated token."""
+
+    layout: Layout
+    batch: Any  # B: requests served at once
+    prefill: Phase
+    decode: Phase
+    ttft: Any  # seconds to the first token
+    tpot: Any  # seconds for each one of the generated tokens
+    request: Any  # seconds of a whole request
+    input_seconds: Any  # device-seconds per token of a prompt
+    output_seconds: Any  # device-seconds per generated token
+    token_seconds: Any  # device-seconds per token of a request, of either kind
+    memory: Any  # bytes on the fullest device
+    obstacle: Any  # why it can't be, a place in OBSTACLES; 0: it can
+
+    @property
+    def possible(self) -> Any:
+        return self.obstacle == 0
+
+
+#: Why a model can't be served as asked.
+OBSTACLES = ("", "heads", "batch", "memory", "ttft", "tpot")
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served. Raises ValueError for what can't be: the value, what is allowed."""
+    """How a model is served. Raises ValueError for what can't be: the value, what is allowed, what comes closest.
+
+    parallelism: "tensor": attention divided over heads alone; "best": the `Layout` that costs the least; a Layout, or "t,p,c".
+    batch: requests that a replica serves at once; "fits": the most that its memory holds; "best": of these the number that
+    costs the least within `ttft` and `tpot`, which is the fewest for a latency and the most for a price.
+    efficiency: None: the default of the class of device; "bound": the bound; a number: that share of every peak.
+    """
 
     device: str | Chip  # a name of `gqa_jax.hardware.CHIPS`, or numbers of your own
     n_devices: int = 1  # that share one copy of the model
-    batch: float = 1  # sequences decoded together, over all devices
+    parallelism: str | Layout | tuple = BEST
+    batch: int | str = BEST
     decode_share: float = 0.1  # of the tokens of a request, generated; 0: prefill only, 1: generated from nothing
     param_dtype: str = "bfloat16"
     cache_dtype: str = "bfloat16"
-    efficiency: float = 1.0  # share of the peaks that is reached
+    untied: bool = False  # whether the unembedding is a matrix of its own
+    efficiency: Efficiency | float | str | None = None
     usd_per_hour: float | None = None  # of one device; None: the dated list price of `gqa_jax.hardware`
+    disaggregated: bool = False  # prompts are read by other devices than those that generate
+    ttft: float | None = None  # seconds allowed to the first token
+    tpot: float | None = None  # seconds allowed for each generated token
 
     def __post_init__(self):
         if not isinstance(self.device, Chip) and self.device not in CHIPS:
             raise ValueError(f"device {self.device!r} is unknown: {closest(str(self.device), CHIPS)}")
         if isinstance(self.n_devices, bool) or not isinstance(self.n_devices, int) or self.n_devices < 1:
             raise ValueError(f"n_devices = {self.n_devices!r}: must be an integer of at least 1")
-        if not 1 <= self.batch < math.inf:
-            raise ValueError(f"batch = {self.batch}: must be a number of sequences, at least 1")
+        object.__setattr__(self, "efficiency", _efficiency(self.efficiency, self.chip))
+        self._check_links()
+        self._check_layout()
+        self._check_batch()
         if not 0 <= self.decode_share <= 1:
             raise ValueError(f"decode_share = {self.decode_share}: from 0 (prefill only) to 1 (every token generated)")
-        if not 0 < self.efficiency <= 1:
-            raise ValueError(f"efficiency = {self.efficiency}: the share of the peaks that is reached, above 0 and at most 1")
         for name in ("param_dtype", "cache_dtype"):
             costs.dtype_bytes(getattr(self, name))
-        if self.usd_per_hour is None:
-            if self.chip.price is None:
-                raise ValueError(f"device {self.chip.name!r} has no list price: give usd_per_hour")
-        elif not 0 <= self.usd_per_hour < math.inf:
+        for name in ("ttft", "tpot"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value}: must be seconds, above 0")
+        if self.tpot is not None and self.decode_share == 0:
+            raise ValueError(f"tpot = {self.tpot}: with decode_share = 0 nothing is generated; leave it out")
+        if self.ttft is not None and self.decode_share == 1:
+            raise ValueError(f"ttft = {self.ttft}: with decode_share = 1 there is no prompt; leave it out")
+        if self.usd_per_hour is not None and not 0 <= self.usd_per_hour < math.inf:
             raise ValueError(f"usd_per_hour = {self.usd_per_hour}: must be US dollars, a number of at least 0")
+
+    def _check_links(self) -> None:
+        if self.n_devices == 1:
+            return
+        chip = self.chip
+        if not chip.interconnect > 0:
+            raise ValueError(f"n_devices = {self.n_devices}: {chip.name} has no link (interconnect = {chip.interconnect})")
+        chip.collective_seconds(self.n_devices)
+        largest = max((math.prod(map(int, shape.split("x"))) for shape in chip.shapes), default=self.n_devices)
+        if self.n_devices > largest:
+            raise ValueError(
+                f"n_devices = {self.n_devices}: the links of {chip.name} join {largest} at most; serve several replicas instead"
+            )
+
+    def _check_layout(self) -> None:
+        given = self.parallelism
+        if isinstance(given, str):
+            if given in (TENSOR, BEST):
+                return
+            given = Layout.parse(given)
+        layout = Layout(*given)
+        object.__setattr__(self, "parallelism", layout)
+        wrong = np.asarray(layout.n_devices) != self.n_devices
+        if np.any(wrong):
+            raise ValueError(
+                f"parallelism {layout}: {layout.n_devices} devices, and n_devices = {self.n_devices}; there are "
+                + ", ".join(map(str, layouts(self.n_devices)))
+            )
+
+    def _check_batch(self) -> None:
+        batch = self.batch
+        if isinstance(batch, str):
+            if batch not in (FITS, BEST):
+                raise ValueError(f"batch {batch!r}: a number of requests, {FITS} (the most that memory holds) or {BEST}")
+            return
+        if isinstance(batch, bool) or not (batch == int(batch) if 1 <= batch < math.inf else False):
+            raise ValueError(f"batch = {batch}: must be a whole number of requests, at least 1, or {FITS}, or {BEST}")
+        if isinstance(self.parallelism, Layout) and np.any(np.asarray(self.parallelism.sequences) > batch):
+            raise ValueError(
+                f"batch = {batch}: below the {self.parallelism.sequences} devices over which sequences are divided; "
+                f"serve at least as many requests, or divide heads or context"
+            )
 
     @property
     def chip(self) -> Chip:
@@ -97,111 +279,392 @@ class Serving:
 
     @property
     def usd(self) -> float:
-        """US dollars for an hour of one device."""
-        return self.chip.price.usd_per_hour if self.usd_per_hour is None else self.usd_per_hour
+        """US dollars for an hour of one device. Raises ValueError where none is known."""
+        if self.usd_per_hour is not None:
+            return self.usd_per_hour
+        if self.chip.price is None:
+            raise ValueError(f"device {self.chip.name!r} has no list price: give usd_per_hour")
+        return self.chip.price.usd_per_hour
 
-    def prefill(self, shape: HasShape, tokens: Any) -> Phase:
-        """Prompts of `tokens` tokens, one per sequence of the batch."""
-        tokens = np.asarray(tokens, np.float64)[()]
-        flops = costs.forward_flops(shape, tokens / 2, CONVENTION)
-        return self._phase(
-            self.batch * tokens * (flops.projections + flops.ffn + flops.attention),
-            self._held(shape, tokens),
-            tokens * self._exchanged(shape),
-        )
+    def layouts(self) -> list[Layout]:
+        """Those that may be chosen."""
+        if isinstance(self.parallelism, Layout):
+            return [self.parallelism]
+        return [Layout(self.n_devices)] if self.parallelism == TENSOR else layouts(self.n_devices)
 
-    def decode_step(self, shape: HasShape, context: Any) -> Phase:
-        """One token for every sequence of the batch, each of which sees `context` keys."""
-        return self._phase(
-            self.batch * costs.forward_flops(shape, context, CONVENTION).total,
-            self._held(shape, context),
-            self._exchanged(shape),
-        )
+    def load(self, shape: HasShape, context: Any, by: str = "price") -> Load:
+        """The steady state of requests of `context` tokens, in the layout and with the batch that cost the least.
+
+        by: "price" (device-seconds per token) or "latency" (seconds of a request): what the least is of, where the layout or
+        the batch is open. Layout and batch may differ between elements of arrays.
+        """
+        loads = [self._load(shape, context, layout, by) for layout in self.layouts()]
+        if len(loads) == 1:
+            return loads[0]
+        cost = np.stack(np.broadcast_arrays(*[_cost(load, by) for load in loads]))
+        return _take(loads, _least(cost))
+
+    def settled(self, shape: HasShape, context: Any, by: str = "price") -> Serving:
+        """With the layout fixed that is the best for `shape`, one for each of its elements."""
+        if self.parallelism != BEST:
+            return self
+        return dataclasses.replace(self, parallelism=self.load(shape, context, by).layout)
 
     def request_seconds(self, shape: HasShape, context: Any) -> Any:
-        """From the start of the prefill of a batch of requests of `context` tokens each to their last token.
-
-        In a server that refills its batch as requests end this is the time of each of them too: while one generates, the
-        prompts of the B - 1 others are read. All decode steps are taken to see the mean number of keys, (1 - s/2) T: exact
-        while one part of the device limits them all, otherwise below their sum.
-        """
-        context = np.asarray(context, np.float64)[()]
-        generated = self.decode_share
-        seconds = 0.0
-        if generated < 1:
-            seconds = seconds + self.prefill(shape, (1 - generated) * context).seconds
-        if generated > 0:
-            seconds = seconds + generated * context * self.decode_step(shape, (1 - generated / 2) * context).seconds
-        return seconds
+        """From the start of the prefill of a request to its last token; infinite where it can't be served."""
+        load = self.load(shape, context, "latency")
+        return np.where(load.possible | np.isnan(load.request), load.request, np.inf)[()]
 
     def seconds_per_token(self, shape: HasShape, context: Any) -> Any:
-        """Device-seconds per token of a request, prompt and generated alike."""
-        tokens = self.batch * np.asarray(context, np.float64)[()]
-        return self.n_devices * self.request_seconds(shape, context) / tokens
+        """Device-seconds per token of a request, prompt and generated alike; infinite where it can't be served."""
+        load = self.load(shape, context)
+        return np.where(load.possible | np.isnan(load.token_seconds), load.token_seconds, np.inf)[()]
 
     def throughput(self, shape: HasShape, context: Any) -> Any:
-        """Tokens of requests, prompt and generated alike, per second and device."""
+        """Tokens of requests, prompt and generated alike, per second and device; 0 where it can't be served."""
         return 1 / self.seconds_per_token(shape, context)
 
     def usd_per_million_tokens(self, shape: HasShape, context: Any) -> Any:
         """US dollars per million tokens of requests, prompt and generated alike."""
-        return 1e6 * self.usd / 3600 * self.seconds_per_token(shape, context)
+        return self.usd_per_million(self.seconds_per_token(shape, context))
 
-    def memory_bytes(self, shape: HasShape, context: Any) -> Any:
-        """Bytes on all devices: parameters, and a cache of `context` tokens per sequence of the batch."""
-        return self._held(shape, context)
+    def usd_per_million(self, device_seconds: Any) -> Any:
+        """US dollars for a million times so many device-seconds."""
+        return 1e6 * self.usd / 3600 * device_seconds
+
+    def memory_bytes(self, shape: HasShape, context: Any, batch: Any = None, layout: Layout | None = None) -> Any:
+        """Bytes on the fullest device: its parameters and its caches of `context` tokens.
+
+        batch: requests; default: that of `batch`, 1 where it is open. layout: default: the one that needs the least.
+        """
+        count = batch if batch is not None else 1 if isinstance(self.batch, str) else self.batch
+        chosen = self.layouts() if layout is None else [layout]
+        needed = [
+            np.where(
+                self._divides(shape, one) & (np.asarray(one.sequences) <= count),
+                self._memory(shape, context, one, count),
+                np.inf,
+            )
+            for one in chosen
+        ]
+        return np.minimum.reduce(needed)[()]
 
     def fits(self, shape: HasShape, context: Any) -> Any:
-        """Whether that is at most what programs may use of the devices; activations are not counted."""
-        return np.less_equal(self.memory_bytes(shape, context), self.n_devices * self.chip.memory_bytes)
+        """Whether that is at most what a server fills of a device, in some layout."""
+        return np.less_equal(self.memory_bytes(shape, context), self.chip.server_bytes)
 
     def largest_batch(self, shape: HasShape, context: Any) -> Any:
-        """How many sequences of `context` tokens fit, a whole number; 0 where the parameters leave no room for one."""
-        parts = self._parts(shape, context)
-        with np.errstate(invalid="ignore"):  # none of an infinite size fits
-            room = (self.n_devices * self.chip.memory_bytes - parts.params) / parts.cache
-        return np.fmax(0.0, np.floor(room))
+        """The most requests of `context` tokens that fit, in the layout that holds most; 0 where not even one does."""
+        found = [np.where(self._divides(shape, one), self._room(shape, context, one), 0.0) for one in self.layouts()]
+        return np.maximum.reduce(found)[()]
 
     def describe(self) -> dict[str, Any]:
         """The numbers of this module's formulas, for JSON."""
-        chip = self.chip
+        chip, efficiency = self.chip, self.efficiency
         listed = chip.price if self.usd_per_hour is None else None
+        known = self.usd_per_hour is not None or listed is not None
         return {
             "device": chip.name,
-            "peak_flops": chip.peak_flops,
+            "peak_flops": chip.peak(self.param_dtype),
+            "attention_flops": chip.peak_flops,
             "memory_bandwidth": chip.memory_bandwidth,
             "interconnect": chip.interconnect,
-            "memory_bytes": chip.memory_bytes,
+            "collective_seconds": [
+                [m, chip.collective_seconds(m)] for m in _divisors(self.n_devices) if m > 1 or self.n_devices == 1
+            ],
+            "memory_bytes": chip.server_bytes,
             "n_devices": self.n_devices,
+            "parallelism": _plain_layout(self.parallelism),
             "batch": self.batch,
             "decode_share": self.decode_share,
             "param_bytes": costs.dtype_bytes(self.param_dtype),
-            "cache_bytes": costs.dtype_bytes(self.cache_dtype),
-            "efficiency": self.efficiency,
-            "usd_per_hour": self.usd,
-            "price": f"{listed.product}, {listed.region}, {listed.date}" if listed else "as given",
+            "cache_dtype": self.cache_dtype,
+            "untied": self.untied,
+            "efficiency": efficiency._asdict(),
+            "attention_share": [list(row[:2]) for row in chip.attention_share],
+            "disaggregated": self.disaggregated,
+            "ttft": self.ttft,
+            "tpot": self.tpot,
+            "usd_per_hour": self.usd if known else None,
+            "price": listed.origin if listed else "as given",
             "convention": dataclasses.asdict(costs.CONVENTIONS[CONVENTION]),
         }
 
-    def _phase(self, flops: Any, held: Any, exchanged: Any) -> Phase:
-        reached = self.n_devices * self.efficiency
-        return Phase(
-            flops / (reached * self.chip.peak_flops),
-            held / (reached * self.chip.memory_bandwidth),
-            exchanged / (self.efficiency * self.chip.interconnect),
+    # One layout.
+
+    def _load(self, shape: HasShape, context: Any, layout: Layout, by: str) -> Load:
+        context = np.asarray(context, np.float64)[()]
+        prompt, generated = (1 - self.decode_share) * context, self.decode_share * context
+        prefill = self.prefill(shape, prompt, layout) if self.decode_share < 1 else _nothing(shape, context)
+        batch, room = self._slots(shape, context, layout, by, prefill.seconds)
+        decode = self.decode_step(shape, (1 - self.decode_share / 2) * context, layout, batch)
+        rounds = _up(batch / layout.sequences)
+        first, step = prefill.seconds, decode.seconds if self.decode_share > 0 else np.zeros_like(decode.seconds)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            between = 0.0 if self.disaggregated or self.decode_share == 0 else (rounds - 1) * first / generated
+            per_token = step + between
+            input_seconds = self.n_devices * rounds * first / (batch * prompt)
+            output_seconds = self.n_devices * step / batch
+            token_seconds = self.n_devices * (rounds * first + generated * step) / (batch * context)
+        memory = self._memory(shape, context, layout, batch)
+        obstacle = np.select(
+            [
+                ~self._divides(shape, layout),
+                np.asarray(layout.sequences) > batch,
+                ~(memory <= self.chip.server_bytes) | (room < 1),
+                np.asarray(False if self.ttft is None else first > self.ttft),
+                np.asarray(False if self.tpot is None else per_token > self.tpot),
+            ],
+            [1, 2, 3, 4, 5],
+            0,
+        )
+        return Load(
+            layout, batch, prefill, decode,
+            ttft=first if self.decode_share < 1 else np.nan * first,
+            tpot=per_token if self.decode_share > 0 else np.nan * per_token,
+            request=first + generated * per_token,
+            input_seconds=input_seconds if self.decode_share < 1 else np.nan * input_seconds,
+            output_seconds=output_seconds if self.decode_share > 0 else np.nan * output_seconds,
+            token_seconds=token_seconds, memory=memory, obstacle=obstacle,
+        )  # fmt: skip
+
+    def prefill(self, shape: HasShape, tokens: Any, layout: Layout | None = None) -> Phase:
+        """Prompts of `tokens` tokens, one in each group of sequences, at once; layout: default tensor parallelism."""
+        layout = layout or Layout(self.n_devices)
+        tokens = np.asarray(tokens, np.float64)[()]
+        t, p, c = (np.asarray(x, np.float64) for x in layout)
+        part = _Parts.of(shape, t)
+        n, layers, d = self.n_devices, shape.n_layers, shape.d_model
+        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * p * tokens + _lacking(t) * tokens / c)
+        exchanged = exchanged + _lacking(c) * 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens
+        seconds = self._collective(t) + self._collective(n) + self._collective(c) / 2
+        return self._phase(
+            shape,
+            matmul=2 * tokens * (p * part.ffn / n + part.queries / (t * c) + part.keys / c),
+            attention=4 * layers * shape.head_dim * shape.n_heads / t * tokens * (tokens / 2) / c,
+            weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c, vocabulary=0.0),
+            cache=self._cache(shape, part, tokens) / c,
+            exchanged=layers * exchanged,
+            waited=layers * seconds,
         )
 
-    def _parts(self, shape: HasShape, tokens: Any) -> costs.InferMemory:
-        return costs.infer_memory_parts(shape, tokens, CONVENTION, param_dtype=self.param_dtype, cache_dtype=self.cache_dtype)
+    def decode_step(self, shape: HasShape, keys: Any, layout: Layout | None = None, batch: Any = None) -> Phase:
+        """One token for every request of the batch, each of which sees `keys` keys; layout: default tensor parallelism.
 
-    def _held(self, shape: HasShape, tokens: Any) -> Any:
-        """P + B k t: bytes of the parameters and the caches."""
-        parts = self._parts(shape, tokens)
-        return parts.params + self.batch * parts.cache
+        batch: requests; default: that of `batch`, 1 where it is open.
+        """
+        layout = layout or Layout(self.n_devices)
+        batch = batch if batch is not None else 1 if isinstance(self.batch, str) else self.batch
+        keys = np.asarray(keys, np.float64)[()]
+        t, p, c = (np.asarray(x, np.float64) for x in layout)
+        part = _Parts.of(shape, t)
+        n, layers, d, own = self.n_devices, shape.n_layers, shape.d_model, _up(batch / p)
+        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * batch + _lacking(t * c) * own)
+        exchanged = exchanged + _lacking(c) * own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM)
+        seconds = self._collective(t * c) + self._collective(n) + self._collective(c)
+        return self._phase(
+            shape,
+            matmul=2 * (batch * (part.ffn + part.vocabulary) / n + own * (part.queries / (t * c) + part.keys)),
+            attention=4 * own * layers * shape.head_dim * shape.n_heads / t * keys / c,
+            weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c),
+            cache=own * self._cache(shape, part, keys) / c,
+            exchanged=layers * exchanged,
+            waited=layers * seconds + self._collective(n),
+        )
 
-    def _exchanged(self, shape: HasShape) -> Any:
-        """Bytes that each device sends per token of every sequence."""
+    def _phase(
+        self, shape: HasShape, *, matmul: Any, attention: Any, weights: Any, cache: Any, exchanged: Any, waited: Any
+    ) -> Phase:
+        """Seconds of FLOPs, bytes, bytes exchanged and seconds of collectives, of the busiest device."""
+        chip, reached = self.chip, self.efficiency
+        share = 1.0 if reached.bound else chip.attention_shares(shape.head_dim)[0]
         if self.n_devices == 1:
-            return 0.0  # of an infinite size too
-        around = 2 * (self.n_devices - 1) / self.n_devices
-        return 2 * around * _ACTIVATION_BYTES * shape.n_layers * self.batch * shape.d_model
+            exchange = np.zeros_like(weights)
+        else:
+            exchange = exchanged / chip.interconnect + waited
+        return Phase(
+            matmul / (reached.matmul * chip.peak(self.param_dtype)),
+            attention / (reached.attention * share * chip.peak_flops),
+            weights / (reached.weights_bandwidth * chip.memory_bandwidth),
+            cache / (reached.cache_bandwidth * chip.memory_bandwidth),
+            exchange,
+            shape.n_layers * reached.layer_seconds,
+            reached.bound,
+        )
+
+    def _collective(self, over: Any) -> Any:
+        """Seconds of an all-reduce of few bytes over so many devices; arrays too."""
+        if np.ndim(over) == 0:
+            return self.chip.collective_seconds(int(over))
+        return np.vectorize(lambda count: self.chip.collective_seconds(int(count)), otypes=[float])(over)
+
+    def _cache(self, shape: HasShape, part: _Parts, tokens: Any) -> Any:
+        """Bytes of the keys and values of one sequence that a device holds, of all positions."""
+        value = cache_value_bytes(self.cache_dtype, shape.head_dim)
+        return 2 * shape.n_layers * shape.head_dim * part.kv_heads * value * tokens
+
+    def _memory(self, shape: HasShape, context: Any, layout: Layout, batch: Any) -> Any:
+        t, p, c = (np.asarray(x, np.float64) for x in layout)
+        part = _Parts.of(shape, t)
+        head = 2.0 if self.untied else 1.0
+        held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=head)
+        return held + _up(batch / p) * self._cache(shape, part, np.asarray(context, np.float64)) / c
+
+    def _room(self, shape: HasShape, context: Any, layout: Layout) -> Any:
+        """The most requests that fit; whole numbers."""
+        empty = self._memory(shape, context, layout, 0.0)
+        one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
+        with np.errstate(invalid="ignore", divide="ignore"):  # none of an infinite size fits
+            return np.fmax(0.0, np.floor((self.chip.server_bytes - empty) / one)) * layout.sequences
+
+    def _slots(self, shape: HasShape, context: Any, layout: Layout, by: str, prefill: Any) -> tuple[Any, Any]:
+        """Requests served at once, at least one for each group of sequences; and how many fit."""
+        room = self._room(shape, context, layout)
+        if not isinstance(self.batch, str):
+            return float(self.batch), np.where(np.isnan(room), np.nan, np.maximum(room, 1))
+        least = np.asarray(layout.sequences, np.float64)
+        most = np.maximum(room, least)
+        if self.batch == BEST and by == "latency":
+            most = np.broadcast_to(least, np.shape(most))
+        elif self.batch == BEST and self.tpot is not None:
+            most = least * self._within(shape, context, layout, prefill, most / least)
+        return np.asarray(most, np.float64)[()], room
+
+    def _within(self, shape: HasShape, context: Any, layout: Layout, prefill: Any, rounds: Any) -> Any:
+        """The most sequences of a group, up to `rounds`, with which a token takes no more than `tpot`; at least 1."""
+        generated, keys = self.decode_share * context, (1 - self.decode_share / 2) * context
+
+        def seconds(own: Any) -> Any:
+            between = 0.0 if self.disaggregated else (own - 1) * prefill / generated
+            return self.decode_step(shape, keys, layout, own * layout.sequences).seconds + between
+
+        low, high = np.ones_like(np.asarray(rounds, np.float64)), np.asarray(rounds, np.float64)
+        low = np.where(seconds(high) <= self.tpot, high, low)
+        for _ in range(int(np.ceil(np.log2(max(2.0, np.nanmax(high, initial=2.0))))) + 1):  # the time grows with their number
+            middle = np.floor((low + high + 1) / 2)
+            kept = seconds(middle) <= self.tpot
+            low, high = np.where(kept, middle, low), np.where(kept, high, np.maximum(low, middle - 1))
+        return low
+
+    def _divides(self, shape: HasShape, layout: Layout) -> Any:
+        """Whether heads can be divided so: t divides n_h, or is at most as many where these are no whole number."""
+        n_heads, over = np.asarray(shape.n_heads, np.float64), np.asarray(layout.heads)
+        with np.errstate(invalid="ignore"):
+            return np.where(n_heads % 1 == 0, n_heads % over == 0, ~(n_heads < over))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Parameters of a model by how they are divided, and the key/value heads that a device holds."""
+
+    ffn: Any
+    queries: Any  # of queries and output
+    keys: Any  # of keys and values, those that a device holds
+    vocabulary: Any
+    norms: Any
+    kv_heads: Any
+
+    @classmethod
+    def of(cls, shape: HasShape, heads_over: Any) -> _Parts:
+        count = costs.count_params(shape, CONVENTION)
+        held = kv_heads_held(shape.n_heads, shape.n_kv_heads, heads_over)
+        each = 2 * shape.n_layers * shape.d_model * shape.head_dim
+        return cls(count.ffn, each * shape.n_heads, each * held, count.embedding, count.norms, held)
+
+    def held(self, n_devices: int, group: Any, vocabulary: float = 1.0) -> Any:
+        """Parameters on one device, with so many times the vocabulary's matrix."""
+        shared = (self.ffn + vocabulary * self.vocabulary) / n_devices
+        return shared + self.queries / group + self.keys + self.norms
+
+
+def read_efficiency(path: str) -> Efficiency:
+    """Of a JSON file of measurements: {"efficiency": {"matmul": ..., ...}, "source": what was measured, when, where}.
+
+    Raises ValueError: a file that can't be read, a missing or unknown number, or one that is no share.
+    """
+    try:
+        given = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"efficiency {path}: {error}") from error
+    names = [name for name in Efficiency._fields if name not in ("source", "bound")]
+    numbers = given.get("efficiency") if isinstance(given, dict) else None
+    if not isinstance(numbers, dict) or set(numbers) != set(names):
+        raise ValueError(f'efficiency {path}: must have {{"efficiency": {{{", ".join(names)}}}}}, each a number')
+    try:
+        return Efficiency(**{name: float(numbers[name]) for name in names}, source=str(given.get("source") or path)).checked()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"efficiency {path}: {error}") from error
+
+
+def _efficiency(given: Efficiency | float | str | None, chip: Chip) -> Efficiency:
+    if isinstance(given, Efficiency):
+        return given.checked()
+    if given is None:
+        return hardware.default_efficiency(chip)
+    if isinstance(given, str):
+        if given == "bound":
+            return Efficiency.of_bound()
+        try:
+            given = float(given)
+        except ValueError:
+            return read_efficiency(given)
+    if isinstance(given, bool) or not 0 < given <= 1:
+        raise ValueError(f"efficiency = {given}: above 0 and at most 1, the share of every peak; or bound, or a file")
+    return Efficiency.uniform(float(given))
+
+
+def _plain_layout(parallelism: str | Layout) -> Any:
+    """For JSON: a name, a list of three, or a list of three for each H."""
+    if isinstance(parallelism, str):
+        return parallelism
+    return np.stack(np.broadcast_arrays(*parallelism), -1).tolist()
+
+
+def _nothing(shape: HasShape, context: Any) -> Phase:
+    """A phase that there is not, of the shape of its arguments; NaN stays NaN."""
+    zero = np.where(np.isnan(shape.n_layers * context), np.nan, 0.0)[()]
+    return Phase(zero, zero, zero, zero, zero, zero)
+
+
+def _cost(load: Load, by: str) -> Any:
+    """What is minimised; infinite where it can't be, NaN for NaN."""
+    value = load.request if by == "latency" else load.token_seconds
+    return np.where(load.possible | np.isnan(value), value, np.inf)
+
+
+def _least(cost: np.ndarray) -> np.ndarray:
+    """Index of the least along the first axis; of those alike the first."""
+    return np.argmin(np.where(np.isnan(cost), np.inf, cost), axis=0)
+
+
+def _take(loads: list[Load], index: np.ndarray) -> Load:
+    """Of several loads, element by element the one of that index."""
+
+    def choose(values: list[Any]) -> Any:
+        found = np.array(np.broadcast_to(values[0], index.shape))
+        for i, value in enumerate(values[1:], 1):
+            found = np.where(index == i, value, found)
+        return found[()]
+
+    def each(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Phase):
+            return Phase(*(choose([value[i] for value in values]) for i in range(len(first) - 1)), first.overlapped)
+        if isinstance(first, Layout):
+            return Layout(*(choose([value[i] for value in values]) for i in range(len(first))))
+        return choose(values)
+
+    return Load(*(each([load[i] for load in loads]) for i in range(len(loads[0]))))
+
+
+def _lacking(over: Any) -> Any:
+    """Of what is on so many devices, the share that one has not: (m - 1)/m."""
+    return (over - 1) / over
+
+
+def _up(value: Any) -> Any:
+    return np.ceil(value)
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
