@@ -96,6 +96,20 @@ class Measured(NamedTuple):
     source: str  # the command that measured it, or where its results are kept
 
 
+class Calibration(NamedTuple):
+    """Shares of a chip's peaks that the planner's expectation of a training step is made with, and how near it comes.
+
+    What it is compared with is the static cost of compiled programs (`planning.hlo`), not a time on a chip: `Measured` is that.
+    """
+
+    products: float  # of the peak FLOP/s, in products
+    bandwidth: float  # of the bytes/s of the memory
+    network: float  # of the bytes/s to other devices
+    error: float  # largest relative difference from the static cost, of programs that were held out
+    programs: int  # that were compared
+    source: str
+
+
 class Tiles(NamedTuple):
     """How a pass of `gqa_jax.attention.tpu` is cut up. Scores are computed in pieces of `chunk` keys x `strip` queries.
 
@@ -266,6 +280,11 @@ _TILES_256 = (
     Tiles(rows=1024, keys=1024, strip=256, chunk=256, ahead=3, together=2),
 )
 
+# Attention on Hopper. Forward: cuDNN through jax.nn, causal, bfloat16, 16K tokens on an H100, 538 TFLOP/s at a head size of 64
+# and 645 at 128 (github.com/openxla/tokamax, its autotuning results of July and August 2026). Backward: FlashAttention-3, 474
+# and 561 TFLOP/s at 16K (arXiv 2407.08608, 2024). At 8K the forward pass of that paper reaches 3% less, at 4K 11%.
+_HOPPER = (64, 538 / 989, 474 / 989), (128, 645 / 989, 561 / 989)
+
 # memory_bytes of TPUs is what XLA (libtpu 0.0.51) says it has when a program compiled ahead of time is too large, "exceeds
 # available HBM (15.75G)". Attention: cycles of the compiler's static schedule of our kernels for blocks without a mask (README,
 # "What it costs on a TPU"; `python -m benchmarks.tpu_cycles`), not run on a chip. v4 has no such figures.
@@ -348,6 +367,7 @@ CHIPS = {
             host_memory_bytes=369e9,  # a3-ultragpu-8g: 2,952 GB for 8
             shapes=_HOST,
             price=Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
+            attention_share=_HOPPER,
             gpu=Gpu("H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
         ),
         Chip(
@@ -363,6 +383,7 @@ CHIPS = {
             host_memory_bytes=234e9,  # a3-highgpu-8g: 1,872 GB for 8
             shapes=_HOST,
             price=Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
+            attention_share=_HOPPER,
             gpu=Gpu("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
         ),
         Chip(
@@ -432,6 +453,18 @@ def chip_of(device_kind: str) -> Chip | None:
         return chip
     memory = float(board[1]) * 1e9 * ALLOCATOR_FRACTION  # of a smaller board of the same chip: "NVIDIA A100-SXM4-40GB"
     return dataclasses.replace(chip, memory_bytes=min(memory, chip.memory_bytes))
+
+
+#: What compiled training steps have, by class of device.
+CALIBRATED = {
+    "gpu": Calibration(0.75, 0.9, 0.82, 0.15, 30, "PLACEHOLDER"),
+    "tpu": Calibration(0.75, 0.9, 0.82, 0.15, 30, "PLACEHOLDER"),
+}
+
+
+def calibration(chip: Chip) -> Calibration:
+    """Of the chip's class, GPU or TPU."""
+    return CALIBRATED["tpu" if chip.tpu is not None else "gpu"]
 
 
 #: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md).

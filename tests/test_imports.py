@@ -63,9 +63,15 @@ TABLE = (
     Row("gqa_jax.metrics", ".errors .config .storage .run_folder"),
     # What a run needs, before it is started.
     Row("gqa_jax.planning"),
-    Row("gqa_jax.planning.planner", ".errors .mesh .costs .config .hardware"),
+    Row("gqa_jax.planning.hlo", ".hardware"),
+    Row("gqa_jax.planning.share", ".mesh .costs .config"),
+    Row("gqa_jax.planning.traffic", ".planning.share"),
+    Row(
+        "gqa_jax.planning.planner",
+        ".errors .mesh .costs .config .hardware .planning.hlo .planning.share .planning.traffic",
+    ),
     Row("gqa_jax.topologies", ".mesh .hardware .sharding", outside="jax"),
-    Row("gqa_jax.planning.compile_check", ".config .hardware .storage", lazily=".program .topologies"),
+    Row("gqa_jax.planning.compile_check", ".config .hardware .storage .planning.hlo", lazily=".program .topologies"),
     # The program that trains.
     Row("gqa_jax.command_line", ".errors .config"),
     Row(
@@ -140,7 +146,8 @@ TABLE = (
     Row(
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
-        ".program .run_folder .checkpoint .planning.planner .topologies .results .shape_search .laws .presets "
+        ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies .results "
+        ".shape_search .laws .presets "
         ".search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
         outside="jax",
     ),

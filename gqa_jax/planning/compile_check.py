@@ -25,12 +25,13 @@ from pathlib import Path
 
 from gqa_jax import hardware, storage
 from gqa_jax.config import TrainConfig
+from gqa_jax.planning import hlo
 
 PACKAGE = Path(__file__).resolve().parent.parent
 #: Files of the package that the compiled step is made from; the rest changes no program.
 SOURCES = (
     "attention/*.py", "collectives.py", "config.py", "hardware.py", "loss.py", "mesh.py", "model.py", "optimizer.py",
-    "parallel.py", "program.py", "planning/compile_check.py", "sharding.py", "topologies.py",
+    "parallel.py", "program.py", "planning/compile_check.py", "planning/hlo.py", "sharding.py", "topologies.py",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 #: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
@@ -313,73 +314,42 @@ def bytes_needed(message: str) -> float | None:
     return float(number) * 1024 ** " KMGT".index(unit or " ")
 
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
-_OPERATION = re.compile(rf"(?P<name>\S+) = (?P<type>.*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_CALLS = re.compile(r"(body|condition|calls|called_computations|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
-_ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_CALLED = re.compile(r"(body|condition|calls|called_computations|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 
 
-def collectives(hlo: str) -> dict[str, dict[str, float]]:
+def collectives(text: str) -> dict[str, dict[str, float]]:
     """Collectives of a compiled program by kind: how many run, and bytes of their results, loops counted by their trips.
 
     The TPU compiler writes an all-gather that it overlaps with compute several times, with one channel: it is counted once.
     """
-    tpu = "T(8,128)" in hlo
-    bodies: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        if line.startswith(("%", "ENTRY")) and line.endswith("{"):
-            lines = bodies.setdefault("ENTRY" if line.startswith("ENTRY") else line.split(" ", 1)[0], [])
-        else:
-            lines.append(line)
+    tpu, module = "T(8,128)" in text, hlo.parse(text)
 
     @functools.cache
     def of(computation: str) -> dict[str, tuple[str, float, float]]:
         """Its collectives, and those of what it calls: a name for each -> kind, times, bytes."""
         found: dict[str, tuple[str, float, float]] = {}
-        for line in bodies.get(computation, ()):
-            if any(kind in line for kind in _KINDS) and (match := _OPERATION.search(line)):
-                size = _bytes(match["type"])
-                if match["start"] and match["type"].startswith("("):
-                    size /= 2 if match["kind"] == "all-reduce" else 1  # operands and results
-                channel = _CHANNEL.search(line)
-                once = tpu and channel and match["kind"] == "all-gather"
-                found.setdefault(channel[1] if once else match["name"], (match["kind"], 1, size))
-            if "=%" not in line and "={%" not in line:
-                continue
-            called = {kind: names.split(", ") for kind, names in _CALLS.findall(line)}
-            trips = _trips(line, bodies.get(called["condition"][0], [])) if "condition" in called else 1
-            for kind, names in called.items():
-                for callee in names:
-                    for name, (what, times, size) in of(callee).items():
-                        found.setdefault(name, (what, times * (trips if kind == "body" else 1), size))
+        here = module.computations.get(computation)
+        for one in here.instructions.values() if here else ():
+            start = one.operation.endswith("-start")
+            if (kind := one.operation.removesuffix("-start")) in hlo.COLLECTIVES:
+                size = hlo.bytes_of(one.type)
+                if start and one.type.startswith("("):
+                    size /= 2 if kind == "all-reduce" else 1  # operands and results
+                channel = one.attribute(r"channel_id=(\d+)")
+                once = tpu and channel and kind == "all-gather"
+                found.setdefault(channel if once else one.name, (kind, 1, size))
+            for what, names in _CALLED.findall(one.text):
+                times = hlo.trips(module, one) if what == "body" else 1
+                for callee in names.split(", "):
+                    for name, (kind, count, size) in of(callee.removeprefix("%")).items():
+                        found.setdefault(name, (kind, count * times, size))
         return found
 
     total: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0})
-    for kind, times, size in of("ENTRY").values():
+    for kind, times, size in of(module.entry).values():
         total[kind]["count"] += times
         total[kind]["bytes"] += times * size
     return dict(total)
-
-
-def _trips(line: str, condition: list[str]) -> int:
-    """Trips of a while loop: as the compiler notes them, or the bound that its condition compares with."""
-    if known := re.search(r'known_trip_count\D*?"n":"(\d+)"', line):
-        return int(known[1])
-    bounds = [int(n) for text in condition for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)]
-    return max(bounds, default=1)
-
-
-def _bytes(shapes: str) -> float:
-    """Bytes of a type as HLO writes it, "bf16[1,1536,4096]{2,1,0:T(8,128)}" or a tuple of such."""
-    total = 0.0
-    for item, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
-        count = 1
-        for size in filter(None, dimensions.split(",")):
-            count *= int(size)
-        total += _ITEM.get(item, 0) * count
-    return total
 
 
 if __name__ == "__main__":

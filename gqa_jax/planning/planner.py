@@ -1,8 +1,11 @@
 """Which mesh, rematerialisation and accumulation a run gets on the devices there are, what it needs and how long it takes.
 
 Arithmetic on shapes, a fraction of a millisecond a case. Memory is calibrated against programs compiled ahead of time
-(`gqa_jax.planning.compile_check`). Time is a lower bound: in each phase of a step the slowest of compute, memory and network,
-all the others hidden behind it.
+(`gqa_jax.planning.compile_check`). Time is told twice. The bound is what no step beats: in each phase the slowest of compute,
+memory and network at their peaks, all the others hidden behind it. The expectation is what compiled programs have: on GPUs,
+where kernels run one after another, products, attention and passes over memory add up, each at the share of its peak that
+kernels reach (`hardware.Calibration`), with the bytes that the compiler's kernels move (`planning.traffic`); on TPUs, where
+they overlap within a phase, the slowest of them at such shares.
 """
 
 from __future__ import annotations
@@ -19,40 +22,37 @@ from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig, divisors
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Chip
 from gqa_jax.mesh import PARAMETERS, MeshShape
+from gqa_jax.planning import traffic
+from gqa_jax.planning.hlo import host_bandwidth
+from gqa_jax.planning.share import Execution, Share
 
 CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS
 # The compiled program may need so many times the estimate: of 40 compiled for TPUs none needed more than 1.08 times, of 7 for
 # GPUs (attention by pallas_triton) 1.11 times; tests/test_planner.py has them.
 MARGIN, MARGIN_GPU = 1.1, 1.2
 SUM_BYTES = 4  # of a value of gradients that are summed, over micro-batches and devices: gqa_jax.program does it in float32
-HOST_BANDWIDTH = 16e9  # bytes/s between a device and its host's memory (TPU hosts: jax-ml.github.io/scaling-book/tpus)
+EXPOSED = 0.2  # PLACEHOLDER
 ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
+PARTS = ("matmul", "attention", "memory", "network", "host")
 SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
 
 
 @dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a run is carried out: what a configuration may leave open."""
+class Phase:
+    """Seconds of one phase of a step, by what takes them: matmul, attention, memory, network, host.
 
-    mesh: MeshShape
-    remat: str
-    accumulation_steps: int
-    context_attention: str
+    `at_peak` is each alone at its peak, `expected` what each adds to the step.
+    """
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> Execution:
-        """The execution that a resolved configuration names."""
-        return cls(config.mesh_shape, config.model.remat, config.accumulation_steps, config.context_attention)
+    name: str  # forward, backward, loss, accumulation, optimizer
+    at_peak: dict[str, float]
+    expected: dict[str, float]
 
-    def resolved(self, config: TrainConfig) -> TrainConfig:
-        """`config`, carried out this way."""
-        return dataclasses.replace(
-            config,
-            mesh=str(self.mesh),
-            accumulation_steps=self.accumulation_steps,
-            context_attention=self.context_attention,
-            model=dataclasses.replace(config.model, remat=self.remat),
-        )
+    @property
+    def bound(self) -> float:
+        """The longest: products and attention share the matrix units, passes over memory and copies to the host the memory."""
+        peak = self.at_peak
+        return max(peak["matmul"] + peak["attention"], peak["memory"] + peak["host"], peak["network"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,10 @@ class Estimate:
     flops: float  # of a step: forward and twice that, causal attention
     flops_again: float  # of a step: what rematerialisation computes a second time
     collective_bytes: dict[str, float]  # received per device and step, by mesh axes
-    seconds: dict[str, float]  # of a step, by what limits it: compute, attention, memory, network
+    seconds: dict[str, float]  # of a step at least, by what limits it: compute, attention, memory, network
     seconds_hidden: float  # of a step: network behind compute
     collectives: int  # of a step, at least
+    phases: tuple[Phase, ...]
 
     @property
     def seconds_step(self) -> float:
@@ -77,8 +78,18 @@ class Estimate:
         return sum(self.seconds.values())
 
     @property
+    def expected(self) -> dict[str, float]:
+        """Seconds that a step is expected to take, by what takes them: matmul, attention, memory, network, host."""
+        return {part: sum(phase.expected[part] for phase in self.phases) for part in PARTS}
+
+    @property
+    def seconds_expected(self) -> float:
+        """What a step is expected to take, within the error of the chip's calibration."""
+        return sum(self.expected.values())
+
+    @property
     def limited_by(self) -> str:
-        """What limits most of a step."""
+        """What limits most of a step at its bound."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
 
@@ -105,7 +116,7 @@ def resolve(config: TrainConfig, device_kind: str, n_devices: int, n_processes: 
 
 
 def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
-    """Estimates of what is open, best first: by time, half of the hidden network included; of those alike, fewest collectives.
+    """Estimates of what is open, best first: by the time expected; of those alike, fewest collectives.
 
     Of each mesh, policy and way of attention, only the fewest micro-batches that fit. Where nothing fits the list has what
     needs the least memory first. Raises ConfigError when no mesh of `n_devices` suits the run.
@@ -120,7 +131,7 @@ def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
     fitting = [e for e in best.values() if e.fits]
     if not fitting:
         return sorted(best.values(), key=lambda e: e.bytes_arguments + e.bytes_temporary)
-    cost = {id(e): e.seconds_step + e.seconds_hidden / 2 for e in fitting}
+    cost = {id(e): e.seconds_expected for e in fitting}
     alike = (1 + ALIKE) * min(cost.values())
     return sorted(fitting, key=lambda e: (cost[id(e)] > alike, e.collectives if cost[id(e)] <= alike else 0, cost[id(e)]))
 
@@ -172,92 +183,22 @@ def _no_mesh(config: TrainConfig, n_devices: int) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Share:
-    """One device's share of a micro-batch and of the model, as `gqa_jax.program` cuts them; lower-case counts are local."""
-
-    config: TrainConfig
-    execution: Execution
-    tiled: bool  # whether arrays lie in tiles: on TPUs
-
-    def __post_init__(self):
-        config, mesh, model = self.config, self.execution.mesh, self.config.model
-        micro_batch = config.batch_size // self.execution.accumulation_steps
-        kv_cut = model.n_kv_heads % mesh.tensor == 0
-        values = {
-            "layers": model.n_layers,
-            "d": model.d_model,
-            "h": model.head_dim,
-            "sequences": micro_batch // mesh.sequences,
-            "tokens": micro_batch // mesh.sequences * (config.context_length // mesh.context),
-            "n": model.n_heads // mesh.tensor,  # query heads
-            "k": model.n_kv_heads // mesh.tensor if kv_cut else 1,  # key/value heads that they read
-            "k_held": model.n_kv_heads // mesh.tensor if kv_cut else model.n_kv_heads,  # whose weights are here
-            "f": model.d_ff // mesh.tensor,
-            "activation": costs.dtype_bytes(model.dtype),
-            "parameter": costs.dtype_bytes(model.param_dtype),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def layer_weights(self) -> float:
-        """Matrices of one layer that this device gathers, in values."""
-        return self.d * (2 * self.h * (self.n + self.k_held) + 3 * self.f)
-
-    @property
-    def embedding(self) -> float:
-        return self.config.model.vocab_size * self.d
-
-    @property
-    def kept(self) -> float:
-        """Bytes that the layers keep for the backward pass of a micro-batch (gqa_jax.model), by policy."""
-        a, heads, keys = self.activation, self.n * self.h, self.k * self.h
-        attention = a * heads * (1 if self.tiled else 2) + 4 * self.n  # the output, on GPUs twice, and its log-sum-exp
-        of_a_token = {
-            "full": a * self.d,
-            "attention_only": a * self.d + attention,
-            "offload": attention,
-            "dots": a * (2 * self.d + 2 * self.f + heads + 2 * keys),
-            "none": (2 * a + 24) * self.d + 6 * a * self.f + a * (3 * heads + 2 * keys) + 4 * self.n + 16,  # norms: float32
-        }[self.execution.remat]
-        # "none" keeps the gathered weights of all layers too
-        gathered = a * self.layer_weights if self.execution.remat == "none" and self.execution.mesh.parameters > 1 else 0
-        return self.layers * (self.tokens * of_a_token + gathered)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the parameters that lie on this device (gqa_jax.sharding.RULES)."""
-        layers, parts, tensor = self.layers, self.execution.mesh.parameters, self.execution.mesh.tensor
-        d, own, n, k, h, f = self.d, self.d // parts, self.n, self.k_held, self.h, self.f
-        norms = (d,), (layers, d), (layers, d)
-        attention = (layers, own, n, h), (layers, own, k, h), (layers, own, k, h), (layers, n, h, own)
-        ffn = (layers, own, f), (layers, own, f), (layers, f, own)
-        return (self.config.model.vocab_size, own // tensor), *norms, *attention, *ffn
-
-    @property
-    def parameters(self) -> int:
-        """Parameters that lie on this device."""
-        return sum(map(math.prod, self.shapes))
-
-
 def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
     """What `execution` of `config` needs on every chip, and its time."""
-    share = _Share(config, execution, chip.tpu is not None)
+    share = Share(config, execution, chip.tpu is not None)
     arguments, temporary = _memory(share)
     flops = costs.train_flops(config.model, config.context_length, config.batch_tokens, "exact")
     phases, collectives, again = _phases(share, chip)
     seconds: dict[str, float] = dict.fromkeys(("compute", "attention", "memory", "network"), 0.0)
     hidden = 0.0
     for phase in phases:
-        busy = phase["compute"] + phase["attention"]
-        longest = max(busy, phase["memory"], phase["network"])
-        hidden += phase["network"] if longest > phase["network"] else 0.0
-        if longest == busy:
-            seconds["compute"] += phase["compute"]
-            seconds["attention"] += phase["attention"]
+        peak, longest = phase.at_peak, phase.bound
+        hidden += peak["network"] if longest > peak["network"] else 0.0
+        if longest == peak["matmul"] + peak["attention"]:
+            seconds["compute"] += peak["matmul"]
+            seconds["attention"] += peak["attention"]
         else:
-            seconds["memory" if longest == phase["memory"] else "network"] += longest
+            seconds["network" if longest == peak["network"] else "memory"] += longest
     return Estimate(
         execution=execution,
         bytes_arguments=arguments,
@@ -270,11 +211,12 @@ def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
         seconds=seconds,
         seconds_hidden=hidden,
         collectives=_count_collectives(share),
+        phases=tuple(phases),
     )
 
 
-def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str, float], float]:
-    """Seconds of each resource in each phase of a step; bytes received by mesh axes; FLOPs done again. Of one device."""
+def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], float]:
+    """The phases of a step; bytes received by mesh axes; FLOPs done again. Of one device."""
     s, execution, mesh = share, share.execution, share.execution.mesh
     steps, parts = execution.accumulation_steps, mesh.parameters
     forward_share, backward_share = chip.attention_shares(s.h)
@@ -328,26 +270,106 @@ def _phases(share: _Share, chip: Chip) -> tuple[list[dict[str, float]], dict[str
     layer_bytes = steps * (s.layers * (s.tokens * values + 2 * s.layer_weights) * s.activation + s.kept)
     offloaded = 2 * steps * s.layers * s.tokens * s.d * s.activation if execution.remat == "offload" else 0
 
-    def phase(name: str, products: float, attention: float, memory: float, host: float = 0) -> dict[str, float]:
-        return {
-            "compute": products / chip.peak_flops,
-            "attention": attention / chip.peak_flops,
-            "memory": memory / chip.memory_bandwidth + host / HOST_BANDWIDTH,
-            "network": sum(value for _, value in network[name]) / chip.interconnect,
-        }
-
     backward_scores = 2.5 * scores / backward_share + again_scores / forward_share  # five products for the forward pass' two
-    phases = [
-        phase("forward", projections + ffn, scores / forward_share, layer_bytes, offloaded / 2),
-        phase("backward", 2 * (projections + ffn) + again_products, backward_scores, 2 * layer_bytes, offloaded / 2),
-        phase("loss", 6 * s.d * logits, 0, 14 * logits),  # written and read in float32, their gradients in bfloat16
+    work = {  # FLOPs of products, of attention over its share of the peak, bytes of memory, of the host's memory
+        "forward": (projections + ffn, scores / forward_share, layer_bytes, offloaded / 2),
+        "backward": (2 * (projections + ffn) + again_products, backward_scores, 2 * layer_bytes, offloaded / 2),
+        "loss": (6 * s.d * logits, 0.0, 14 * logits, 0.0),  # written and read in float32, their gradients in bfloat16
+        "accumulation": (0.0, 0.0, 0.0, 0.0),
         # parameters and moments read and written; gradients read for their norm and again
-        phase("optimizer", 0, 0, s.parameters * (6 * s.parameter + 2 * SUM_BYTES)),
-    ]
+        "optimizer": (0.0, 0.0, s.parameters * (6 * s.parameter + 2 * SUM_BYTES), 0.0),
+    }
+    received = {name: sum(value for _, value in network.get(name, ())) for name in work}
+    phases = []
+    for name, (flops, attention, memory, host) in work.items():
+        peak = {
+            "matmul": flops / chip.peak_flops,
+            "attention": attention / chip.peak_flops,
+            "memory": memory / chip.memory_bandwidth,
+            "network": received[name] / chip.interconnect,
+            "host": host / host_bandwidth(chip),
+        }
+        phases.append(Phase(name, peak, _overlapped(peak, chip) if s.tiled else {}))
+    if not s.tiled:
+        phases = [
+            dataclasses.replace(phase, expected=value) for phase, value in zip(phases, _added(s, phases, chip), strict=True)
+        ]
     return phases, dict(collectives), again_products + again_scores
 
 
-def _count_collectives(share: _Share) -> int:
+def _overlapped(peak: dict[str, float], chip: Chip) -> dict[str, float]:
+    """Of a phase on a TPU: its longest resource, each at the share of its peak that the chip's calibration has."""
+    reached = hardware.calibration(chip)
+    at = {
+        "matmul": peak["matmul"] / reached.products,
+        "attention": peak["attention"],  # at its share already
+        "memory": peak["memory"] / reached.bandwidth,
+        "network": peak["network"] / reached.network,
+        "host": peak["host"],
+    }
+    groups = ("matmul", "attention"), ("memory",), ("network",), ("host",)
+    longest = max(groups, key=lambda names: sum(at[name] for name in names))
+    return {part: at[part] if part in longest else 0.0 for part in PARTS}
+
+
+def _added(s: Share, phases: list[Phase], chip: Chip) -> list[dict[str, float]]:
+    """Of each phase on a GPU: kernels one after another, collectives and copies to the host beside them as far as they go."""
+    reached = hardware.calibration(chip)
+    flops, memory = reached.products * chip.peak_flops, reached.bandwidth * chip.memory_bandwidth
+    moved, found = traffic.moved(s), []
+    matmul = _matmul(s, flops, memory)
+    for phase in phases:
+        attention = phase.at_peak["attention"]
+        passes = moved[phase.name] / memory
+        network = phase.at_peak["network"] / reached.network
+        # what comes back from the host is waited for; what goes there is written beside the rest of the layer
+        beside = matmul["forward"] + attention + passes if phase.name == "forward" else 0.0
+        found.append(
+            {
+                "matmul": matmul.get(phase.name, 0.0),
+                "attention": attention,
+                "memory": passes,
+                "network": network * EXPOSED,
+                "host": max(0.0, phase.at_peak["host"] - beside),
+            }
+        )
+    return found
+
+
+def _matmul(s: Share, flops: float, memory: float) -> dict[str, float]:
+    """Seconds of the products of a step by phase, each by the longer of its FLOPs and of the bytes of its three matrices.
+
+    `flops` and `memory` are what a device reaches in a second.
+    """
+    steps, a = s.execution.accumulation_steps, s.activation
+
+    def product(rows: float, inner: float, columns: float, result: float = a) -> float:
+        size = a * (rows * inner + inner * columns) + result * rows * columns
+        return max(2 * rows * inner * columns / flops, size / memory)
+
+    heads, keys = s.n * s.h, s.k_held * s.h
+    attention = ((s.d, heads), (s.d, keys), (s.d, keys), (heads, s.d))
+    inward, outward = ((s.d, s.f), (s.d, s.f)), ((s.f, s.d),)
+
+    def forward(shapes) -> float:
+        return sum(product(s.tokens, inner, columns) for inner, columns in shapes)
+
+    def backward(shapes) -> float:  # of the operand, and of the matrix
+        return sum(product(s.tokens, columns, inner) + product(inner, s.tokens, columns) for inner, columns in shapes)
+
+    again = 0.0 if s.execution.remat in ("none", "dots") else forward((*attention, *inward))
+    everything = (*attention, *inward, *outward)
+    vocabulary, tokens = s.config.model.vocab_size, s.tokens / s.execution.mesh.tensor
+    chunk = min(tokens, 2 ** int(math.log2(CHUNK_LOGITS / vocabulary)))
+    loss = product(chunk, s.d, vocabulary, 4) + product(chunk, vocabulary, s.d, 8) + product(vocabulary, chunk, s.d, 8)
+    return {
+        "forward": steps * s.layers * forward(everything),
+        "backward": steps * s.layers * (backward(everything) + again),
+        "loss": steps * math.ceil(tokens / chunk) * loss,
+    }
+
+
+def _count_collectives(share: Share) -> int:
     """Collectives of a step, those of a layer's weights in one direction counted as one."""
     mesh, steps = share.execution.mesh, share.execution.accumulation_steps
     weights = 3 * share.layers + 3 if mesh.parameters > 1 else 0
@@ -379,7 +401,7 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _memory(share: _Share) -> tuple[float, float]:
+def _memory(share: Share) -> tuple[float, float]:
     """Bytes of arguments and of temporaries of the compiled step on one device.
 
     Arguments are exact. Temporaries are what the layers keep for the backward pass, by policy exact, and the larger of what
