@@ -117,7 +117,7 @@ def compiled(cell: Cell, one: Execution) -> tuple[str, dict[str, float]]:
 
 def row(cell: Cell, one: Execution, text: str, chip: Chip) -> dict[str, Any]:
     """What is kept of a program."""
-    cost = hlo.static_cost(text, chip)
+    cost = hlo.static_cost(text, chip, (one.context_attention, one.mesh.context))
     by_scope: dict[str, float] = defaultdict(float)
     for kernel, times in hlo.kernels(hlo.parse(text)):
         if kernel.part == "elementwise":

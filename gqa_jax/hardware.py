@@ -14,13 +14,16 @@ import dataclasses
 import importlib.util
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gqa_jax.errors import close
 
 GIB = 2**30
-#: Of a GPU's memory that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75 unless set.
+#: Of a GPU's memory that JAX takes unless the environment says otherwise (`memory_fraction`).
 ALLOCATOR_FRACTION = 0.75
+#: Variables of the environment that set it, the one that jaxlib 0.11 reads first.
+FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 #: Of a device's memory that a server fills with parameters and caches: vLLM's gpu_memory_utilization is 0.9 unless set.
 SERVER_FRACTION = 0.9
 CHIPS_PER_HOST = 4  # of a TPU slice of several hosts
@@ -453,6 +456,27 @@ def chip_of(device_kind: str) -> Chip | None:
         return chip
     memory = float(board[1]) * 1e9 * ALLOCATOR_FRACTION  # of a smaller board of the same chip: "NVIDIA A100-SXM4-40GB"
     return dataclasses.replace(chip, memory_bytes=min(memory, chip.memory_bytes))
+
+
+def memory_fraction(environment: Mapping[str, str]) -> float:
+    """Share of a GPU's memory that JAX takes in this environment. Raises ValueError for what is no share of it."""
+    for name in FRACTION_VARIABLES:
+        if text := environment.get(name):
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}={text}: must be a number above 0 and at most 1, the share of a GPU's memory")
+            return value
+    return ALLOCATOR_FRACTION
+
+
+def on_this_machine(chip: Chip, environment: Mapping[str, str]) -> Chip:
+    """`chip` with the memory that JAX takes of it here: that of a GPU by `memory_fraction`."""
+    if chip.gpu is None:
+        return chip
+    return dataclasses.replace(chip, memory_bytes=chip.board_bytes * memory_fraction(environment))
 
 
 #: What compiled training steps have, by class of device.

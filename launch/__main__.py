@@ -103,12 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--estimate", action="store_true", help="by arithmetic alone; else every step is compiled (kept)")
     command.add_argument("--prices", metavar="FILE", help='JSON or TOML, US dollars per chip-hour: {"v5e": 1.2}')
     command.add_argument(
-        "--efficiency", type=float, metavar="X", help="share of the roofline that is reached (default: as measured, else 1)"
+        "--efficiency", type=float, metavar="X", help="hours at this share of the roofline (default: measured, else expected)"
     )
+    command.add_argument("--explain", metavar="CELL", help="where a step's time goes, by phase: needs --topology")
     command.add_argument("--workers", type=int, metavar="N", help="programs compiled at a time (default: one per CPU)")
     command.add_argument("--out", metavar="FILE", help="the table as .parquet or .csv")
     command.epilog = (
-        f"topologies: {hardware.listing()}. Hours are a lower bound: the roofline of each phase of a step, over --efficiency."
+        f"topologies: {hardware.listing()}. At least: the roofline of each phase of a step. Hours: what compiled programs' "
+        "kernels add up to, unless --efficiency is given."
     )
     command = add("run", _run, "train the cells that are missing, here or on a cluster, then export; the same command resumes")
     add_where(command)
@@ -158,6 +160,8 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
     rate = arguments.flops_per_second or plan.measured_rate(the.cells, states)
     by_name = dict(zip((cell.name for cell in the.cells), states, strict=True))
     frame = plan.table(chosen, [by_name[cell.name] for cell in chosen], rate)
+    if arguments.explain:
+        return _explain(arguments, _named([arguments.explain], chosen), console)
     fits = _fits(arguments, chosen)
     if fits is not None:
         table = prices.load(arguments.prices)
@@ -170,7 +174,9 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
         print(frame.to_json(orient="records", indent=1))
     elif fits is not None:
         console.print(*plan.slices_screen(frame, f"{the.grid.name}: {len(chosen)} cells"))
-        console.print(f"hours: {plan.rooflines(fits, arguments.efficiency)}", soft_wrap=True)
+        console.print(plan.hours_are(fits, arguments.efficiency), soft_wrap=True)
+        if (memory := plan.memory_is(fits)) is not None:
+            console.print(f"GiB: {memory}", highlight=False, soft_wrap=True)
         console.print(f"USD: {plan.origins(fits, table)}", highlight=False, soft_wrap=True)
     else:
         console.print(plan.screen(frame, f"{the.grid.name}: {len(chosen)} cells in {layout.root}"))
@@ -181,6 +187,27 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
             console.print("time: not known before a cell has finished here; --flops_per_second X estimates it")
     for name in sorted({cell.config.data.store for cell in chosen if cell.data_fingerprint is None}):
         print(f"launch: token store {name} is not prepared yet: the names of its cells will change", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _explain(arguments, chosen: list[Cell], console: Console) -> int:
+    """Where the time of a cell's step goes on the slices asked for, by arithmetic."""
+    from launch import plan
+
+    if arguments.topology is None:
+        raise ConfigError("--explain needs --topology NAME: `python -m launch plan --help` lists them")
+    where = [hardware.find(name) for name in dict.fromkeys(arguments.topology.split(","))]
+    fits = [fit.estimate(cell, one) for cell in chosen for one in where]
+    frame = plan.explanation(fits)
+    if arguments.out:
+        plan.write(frame, arguments.out)
+    if arguments.format == "csv":
+        print(frame.to_csv(index=False), end="")
+    elif arguments.format == "json":
+        print(frame.to_json(orient="records", indent=1))
+    else:
+        console.print(*plan.explanation_screen(fits))
+        console.print(plan.hours_are(fits, None), soft_wrap=True)
     return EXIT_DONE
 
 

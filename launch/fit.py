@@ -159,7 +159,7 @@ def reason(fit: Fit) -> str:
 
 
 def here(gpus: int) -> Slice | None:
-    """The slice that so many GPUs of this machine are; None on CPUs and for GPUs that no table knows."""
+    """The slice that so many GPUs of this machine are, with the memory that JAX takes here; None on CPUs and unknown GPUs."""
     if not gpus or shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -167,6 +167,7 @@ def here(gpus: int) -> Slice | None:
     chip = hardware.chip_of(found.stdout.splitlines()[0]) if found.returncode == 0 and found.stdout else None
     if chip is None:
         return None
+    chip = hardware.on_this_machine(chip, os.environ)
     return dataclasses.replace(hardware.find(f"{chip.name}:1"), name=f"{chip.name}:{gpus}", chip=chip, n_chips=gpus)
 
 

@@ -13,10 +13,12 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from gqa_jax import costs, formatting
+from gqa_jax import costs, formatting, hardware
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import duration, short, si
 from gqa_jax.hardware import Chip, Price
+from gqa_jax.planning import planner
+from gqa_jax.planning.planner import Estimate
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell
@@ -87,10 +89,10 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
 
     topology; fits; mesh, remat, accumulation_steps, context_attention: the execution chosen, or what comes closest;
     batch_per_device: sequences of a micro-batch; bytes_arguments, bytes_temporary: of a device, of bytes_limit that a program
-    may use; flops: of a step, all devices; collective_bytes: received per device and step; hours: of the run, at least, over
-    `efficiency`, or where that is None over what was measured on the chip; limited_by; chip_hours; price_usd; proof: compiled
-    or estimate; choice: cheapest, fastest among the slices given; would_fit: where it does not. Empty: not known, or it does
-    not fit.
+    may use; flops: of a step, all devices; collective_bytes: received per device and step; hours_at_least: of the run, every
+    phase at its roofline; hours: as expected, or at `efficiency` of the roofline where that is given, else at the share that
+    was measured on the chip where one was; limited_by; chip_hours and price_usd of `hours`; proof: compiled or estimate;
+    choice: cheapest, fastest among the slices given; would_fit: where it does not. Empty: not known, or it does not fit.
     """
     about = frame.set_index("cell")
     rows = []
@@ -119,9 +121,10 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
                 "proof": "compiled",
             }
         if one.fits:
-            hours = config.n_steps * chosen.seconds_step / _reached(one.slice.chip, efficiency) / 3600
+            hours = config.n_steps * _seconds(chosen, one.slice.chip, efficiency) / 3600
             price = prices.get(one.slice.chip.name)
             row |= {
+                "hours_at_least": config.n_steps * chosen.seconds_step / 3600,
                 "hours": hours,
                 "limited_by": chosen.limited_by,
                 "chip_hours": hours * one.slice.n_chips,
@@ -138,8 +141,9 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
 COLUMNS = {
     "topology": "str", "fits": "boolean", "mesh": "str", "remat": "str", "accumulation_steps": "Int64",
     "context_attention": "str", "batch_per_device": "Int64", "bytes_arguments": "Float64", "bytes_temporary": "Float64",
-    "bytes_limit": "Float64", "flops": "Float64", "collective_bytes": "Float64", "hours": "Float64", "limited_by": "str",
-    "chip_hours": "Float64", "price_usd": "Float64", "proof": "str", "choice": "str", "would_fit": "str",
+    "bytes_limit": "Float64", "flops": "Float64", "collective_bytes": "Float64", "hours_at_least": "Float64",
+    "hours": "Float64", "limited_by": "str", "chip_hours": "Float64", "price_usd": "Float64", "proof": "str", "choice": "str",
+    "would_fit": "str",
 }  # fmt: skip
 
 
@@ -173,15 +177,22 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
     best = frame[frame["choice"].notna()].drop_duplicates("cell") if several else frame
     best = pd.concat([best, frame[~frame["cell"].isin(best["cell"])].drop_duplicates("cell")]).sort_index()
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = ("cell", "topology", "mesh", "remat", "batch", "GiB", "of", "hours", "limited by", "USD", "proof")
+    columns = ("cell", "topology", "mesh", "remat", "batch", "GiB", "of", "at least", "hours", "limited by", "USD", "proof")
+    numbers = ("batch", "GiB", "of", "at least", "hours", "USD")
     for name in columns:
-        view.add_column(name, justify="right" if name in ("batch", "GiB", "of", "hours", "USD") else "left", no_wrap=True)
+        view.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     for row in best.itertuples():
         batch = "" if pd.isna(row.batch_per_device) else f"{row.accumulation_steps} x {row.batch_per_device}"
         memory = row.bytes_arguments + row.bytes_temporary
-        last = [_number(row.hours), _text(row.limited_by), _number(row.price_usd), _text(row.proof)]
+        last = [
+            _number(row.hours_at_least),
+            _number(row.hours),
+            _text(row.limited_by),
+            _number(row.price_usd),
+            _text(row.proof),
+        ]
         if not row.fits:
-            last = ["[red]does not fit[/]", "", "", f"fits: {row.would_fit}"]
+            last = ["", "[red]does not fit[/]", "", "", f"fits: {row.would_fit}"]
         cells = [row.cell, row.topology, _text(row.mesh), _text(row.remat), batch, _gib(memory), _gib(row.bytes_limit), *last]
         view.add_row(*cells)
     sums = Table(title="the whole grid, one cell after another", title_justify="left", box=box.SIMPLE_HEAD)
@@ -193,19 +204,107 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
     return [view, sums]
 
 
-def _reached(chip: Chip, efficiency: float | None) -> float:
-    """Share of the roofline that training is taken to reach on a chip: as given, else as measured, else all of it."""
+def _seconds(chosen: Estimate, chip: Chip, efficiency: float | None) -> float:
+    """Of a step: at the share of the roofline that is given, else at the one measured on the chip, else as expected."""
     if efficiency is not None:
-        return efficiency
-    return 1.0 if chip.measured is None else chip.measured.training
+        return chosen.seconds_step / efficiency
+    return chosen.seconds_expected if chip.measured is None else chosen.seconds_step / chip.measured.training
 
 
-def rooflines(fits: Sequence[Fit], efficiency: float | None) -> str:
+def hours_are(fits: Sequence[Fit], efficiency: float | None) -> str:
     """What the hours on the chips of those slices are."""
-    text = f"at least, every phase at its roofline; --efficiency {efficiency or 1:g}"
-    chips = {} if efficiency else {one.slice.chip.name: one.slice.chip.measured for one in fits}
-    found = [f"{name}: {m.training:.0%} of it, as measured ({m.case}, {m.date})" for name, m in chips.items() if m]
-    return "; ".join([text, *found])
+    text = "at least: every phase at its roofline"
+    if efficiency is not None:
+        return f"{text}; hours: at {efficiency:g} of it (--efficiency)"
+    words = []
+    for name, chip in {one.slice.chip.name: one.slice.chip for one in fits}.items():
+        if (measured := chip.measured) is not None:
+            words.append(f"{name} at {measured.training:.0%} of it, as measured ({measured.case}, {measured.date})")
+        else:
+            known = hardware.calibration(chip)
+            words.append(f"{name} as expected, within {known.error:.0%} of {known.programs} compiled programs' static cost")
+    return f"{text}; hours: {'; '.join(words)}"
+
+
+def memory_is(fits: Sequence[Fit]) -> str | None:
+    """Which share of a GPU's memory a program may use; None where there are no GPUs."""
+    names = dict.fromkeys(one.slice.chip.name for one in fits if one.slice.chip.gpu is not None)
+    if not names:
+        return None
+    return (
+        f"{', '.join(names)}: {hardware.ALLOCATOR_FRACTION:g} of the board, what JAX takes unless told otherwise; a run plans "
+        f"with {hardware.FRACTION_VARIABLES[1]} where it is set on its machine"
+    )
+
+
+def explanation(fits: Sequence[Fit]) -> pd.DataFrame:
+    """Where a step's time goes: a row for each slice, phase and part of a step.
+
+    seconds_at_peak: the part alone at its peak; seconds_expected: what it adds to the step; at_least: seconds of the phase, its
+    longest part, the others hidden behind it. Raises ConfigError where no mesh suits.
+    """
+    rows = []
+    for one in fits:
+        if one.chosen is None:
+            raise ConfigError(f"{one.cell.name} on {one.slice.name}: {one.obstacle}")
+        for phase in one.chosen.phases:
+            for part in planner.PARTS:
+                rows.append(
+                    {
+                        "cell": one.cell.name,
+                        "topology": one.slice.name,
+                        "phase": phase.name,
+                        "part": part,
+                        "seconds_at_peak": phase.at_peak[part],
+                        "seconds_expected": phase.expected[part],
+                        "at_least": phase.bound,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def explanation_screen(fits: Sequence[Fit]) -> list[Table]:
+    """`explanation` for a terminal, in milliseconds."""
+    views = []
+    for one in fits:
+        rows = explanation([one])
+        execution = one.chosen.execution
+        view = Table(
+            title=f"{one.cell.name} on {one.slice.name}: mesh {execution.mesh}, remat {execution.remat}, "
+            f"{execution.accumulation_steps} micro-batches; ms a step" + ("" if one.chosen.fits else " ([red]does not fit[/])"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
+        for name in (
+            "phase",
+            *planner.PARTS,
+            "expected",
+            "share",
+            *(f"{part} at peak" for part in planner.PARTS[:4]),
+            "at least",
+        ):
+            view.add_column(name, justify="left" if name == "phase" else "right")
+        expected = rows.pivot_table(index="phase", columns="part", values="seconds_expected", sort=False)
+        peak = rows.pivot_table(index="phase", columns="part", values="seconds_at_peak", sort=False)
+        least = rows.groupby("phase", sort=False)["at_least"].first()
+        whole = expected.to_numpy().sum()
+        for phase in (*expected.index, "step"):
+            of, at = (t.sum() if phase == "step" else t.loc[phase] for t in (expected, peak))
+            bound = least.sum() if phase == "step" else least[phase]
+            view.add_row(
+                phase,
+                *(_milliseconds(of[part]) for part in planner.PARTS),
+                _milliseconds(of.sum()),
+                f"{of.sum() / whole:.0%}",
+                *(_milliseconds(at[part]) for part in planner.PARTS[:4]),
+                _milliseconds(bound),
+            )
+        views.append(view)
+    return views
+
+
+def _milliseconds(seconds: float) -> str:
+    return formatting.figure(1e3 * seconds) if seconds else ""
 
 
 def origins(fits: Sequence[Fit], prices: Mapping[str, Price]) -> str:

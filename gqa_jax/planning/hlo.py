@@ -17,7 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from gqa_jax.hardware import Chip
+from gqa_jax.hardware import CHIPS, Chip
 
 # Shares of the peak that kernels reach. Products: the best bfloat16 product that was measured on an H100 reaches 794.5 of 989
 # TFLOP/s, 8192 x 8192 and larger (github.com/stas00/ml-engineering compute/accelerator, commit 744d01e); those of a layer are
@@ -418,6 +418,12 @@ def kernels(module: Module) -> Iterator[tuple[Kernel, int]]:
     yield from of(module.entry, 1)
 
 
+def attention_shares(chip: Chip, head_dim: int) -> tuple[float, float]:
+    """Shares of the peak that attention reaches, forward and backward; of a GPU without figures those of an H100."""
+    known = chip if chip.attention_share or chip.gpu is None else CHIPS["h100"]
+    return known.attention_shares(head_dim)
+
+
 def host_bandwidth(chip: Chip) -> float:
     """Bytes/s between a device and its host's memory, one way."""
     return _HOST_BANDWIDTH["gpu" if chip.tpu is None else "tpu"]
@@ -428,7 +434,7 @@ def seconds_of(one: Kernel, chip: Chip) -> float:
     if one.exchanged:
         return one.exchanged / (NETWORK * chip.interconnect)
     if one.attention is not None:
-        forward, backward = chip.attention_shares(one.head_dim)
+        forward, backward = attention_shares(chip, one.head_dim)
         rate = (forward if one.attention == "forward" else backward) * chip.peak_flops
         return max(one.flops / rate, one.bytes / (BANDWIDTH * chip.memory_bandwidth))
     if one.hosted:
@@ -436,23 +442,37 @@ def seconds_of(one: Kernel, chip: Chip) -> float:
     return max(one.bytes / (BANDWIDTH * chip.memory_bandwidth), one.flops / (PRODUCTS * chip.peak_flops))
 
 
-def static_cost(text: str, chip: Chip) -> Cost:
-    """Of one device's program, from its optimized HLO."""
-    module = parse(text)
+def static_cost(text: str, chip: Chip, context: tuple[str, int] = ("gather", 1)) -> Cost:
+    """Of one device's program, from its optimized HLO.
+
+    `context`: the way of attention over a context axis, and its size: calls have offsets or no mask there (`context_scale`).
+    """
+    module, scale = parse(text), context_scale(*context)
     moved_bytes, flops, count = defaultdict(float), defaultdict(float), 0
     for one, times in kernels(module):
         moved_bytes[one.part] += times * (one.bytes + one.exchanged + one.hosted)
-        flops[one.part] += times * one.flops
+        flops[one.part] += times * one.flops * (scale if one.attention else 1.0)
         count += times
-    return Cost(dict(_schedule(module, module.entry, chip)), dict(moved_bytes), dict(flops), count)
+    return Cost(dict(_schedule(module, module.entry, chip, scale)), dict(moved_bytes), dict(flops), count)
 
 
-def static_seconds(text: str, chip: Chip) -> float:
+def context_scale(method: str, size: int) -> float:
+    """Scores that calls of attention on one of `size` devices compute, over half of queries x keys, which is counted.
+
+    By "gather" a block of the front sees half of the front's keys in the mean, one of the back three quarters of all; by "ring"
+    all but the first of `size` visits are of queries that see all of their keys.
+    """
+    if size == 1:
+        return 1.0
+    return 4 / 3 if method == "gather" else 2 * size / (size + 1)
+
+
+def static_seconds(text: str, chip: Chip, context: tuple[str, int] = ("gather", 1)) -> float:
     """`static_cost(...).total`."""
-    return static_cost(text, chip).total
+    return static_cost(text, chip, context).total
 
 
-def _schedule(module: Module, name: str, chip: Chip) -> dict[str, float]:
+def _schedule(module: Module, name: str, chip: Chip, scale: float) -> dict[str, float]:
     """Seconds of a computation by part: kernels one after another, what is asynchronous beside them until it is waited for."""
     here = module.computations[name]
     seconds: dict[str, float] = defaultdict(float)
@@ -468,15 +488,17 @@ def _schedule(module: Module, name: str, chip: Chip) -> dict[str, float]:
     for one in here.instructions.values():
         if one.operation == "while":
             times = trips(module, one)
-            for part, value in _schedule(module, one.attribute(r"body=%?([\w.\-]+)"), chip).items():
+            for part, value in _schedule(module, one.attribute(r"body=%?([\w.\-]+)"), chip, scale).items():
                 add(part, times * value)
         elif one.operation == "call":
-            for part, value in _schedule(module, one.called, chip).items():
+            for part, value in _schedule(module, one.called, chip, scale).items():
                 add(part, value)
         elif one.operation.endswith("-done") and one.operands and one.operands[0] in ends:
             part, end = ends[one.operands[0]]
             add(part, max(0.0, end - now))
         elif (found := kernel(module, here, one)) is not None:
+            if found.attention:
+                found = dataclasses.replace(found, flops=scale * found.flops)
             if found.part in free and one.operation.endswith("-start"):
                 free[found.part] = max(now, free[found.part]) + seconds_of(found, chip)
                 ends[one.name] = found.part, free[found.part]

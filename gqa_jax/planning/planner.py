@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -22,8 +23,7 @@ from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig, divisors
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Chip
 from gqa_jax.mesh import PARAMETERS, MeshShape
-from gqa_jax.planning import traffic
-from gqa_jax.planning.hlo import host_bandwidth
+from gqa_jax.planning import hlo, traffic
 from gqa_jax.planning.share import Execution, Share
 
 CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS
@@ -31,7 +31,9 @@ CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS
 # GPUs (attention by pallas_triton) 1.11 times; tests/test_planner.py has them.
 MARGIN, MARGIN_GPU = 1.1, 1.2
 SUM_BYTES = 4  # of a value of gradients that are summed, over micro-batches and devices: gqa_jax.program does it in float32
-EXPOSED = 0.2  # PLACEHOLDER
+# Of what GPUs receive, the share that the compiled schedules wait for, by what it is: gathered weights and summed gradients of
+# them, sums over the tensor axis, keys and values over the context axis, sums of gradients over the data axis.
+EXPOSED = {"weights": 0.2, "tensor": 0.55, "context": 0.55, "data": 0.85}
 ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
 PARTS = ("matmul", "attention", "memory", "network", "host")
 SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
@@ -97,12 +99,13 @@ def resolve(config: TrainConfig, device_kind: str, n_devices: int, n_processes: 
     """`config` with mesh, model.remat, accumulation_steps and context_attention filled in; what was given is kept.
 
     `device_kind` is JAX's name. On a CPU, or on a device that no table knows: unless a mesh is given one device, or fsdp over
-    those of several processes; nothing computed again, no accumulation. Elsewhere the best of `choose`. Raises ConfigError for
-    a mesh that is not of `n_devices`, and where none suits.
+    those of several processes; nothing computed again, no accumulation. Elsewhere the best of `choose`, in the memory that this
+    process' environment lets JAX take (`hardware.memory_fraction`). Raises ConfigError for a mesh that is not of `n_devices`,
+    and where none suits.
     """
     chip = hardware.chip_of(device_kind)
     if chip is not None:
-        return choose(config, chip, n_devices)[0].execution.resolved(config)
+        return choose(config, hardware.on_this_machine(chip, os.environ), n_devices)[0].execution.resolved(config)
     if config.mesh is not None and config.mesh_shape.n_devices not in (1, n_devices):
         raise ConfigError(_mesh_of_another_size(config, n_devices))
     default = MeshShape() if n_processes == 1 else MeshShape(fsdp=n_devices)
@@ -247,21 +250,21 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
     gathers_again = execution.remat != "none"
     ring = execution.context_attention == "ring"
 
-    network = {  # axes and bytes
+    network = {  # what for, axes and bytes
         "forward": [
-            (weights_axes, weights * s.activation),
-            ("tensor", 2 * s.layers * stream),
-            ("context", keys * s.activation),
+            ("weights", weights_axes, weights * s.activation),
+            ("tensor", "tensor", 2 * s.layers * stream),
+            ("context", "context", keys * s.activation),
         ],
         "backward": [
-            (weights_axes, weights * (s.activation + 4)),
-            ("tensor", (3 if gathers_again else 2) * s.layers * stream),
-            ("context", keys * ((s.activation if gathers_again or ring else 0) + 4)),
+            ("weights", weights_axes, weights * (s.activation + 4)),
+            ("tensor", "tensor", (3 if gathers_again else 2) * s.layers * stream),
+            ("context", "context", keys * ((s.activation if gathers_again or ring else 0) + 4)),
         ],
-        "loss": [(embedding_axes, embedding * (s.activation + 8)), ("tensor", 2 * stream)],
-        "optimizer": [("data", 2 * s.parameters * SUM_BYTES * lacking(mesh.data))],
+        "loss": [("weights", embedding_axes, embedding * (s.activation + 8)), ("tensor", "tensor", 2 * stream)],
+        "optimizer": [("data", "data", 2 * s.parameters * SUM_BYTES * lacking(mesh.data))],
     }
-    for axes, value in itertools.chain.from_iterable(network.values()):
+    for _, axes, value in itertools.chain.from_iterable(network.values()):
         if value:
             collectives[axes] += value
 
@@ -271,6 +274,11 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
     offloaded = 2 * steps * s.layers * s.tokens * s.d * s.activation if execution.remat == "offload" else 0
 
     backward_scores = 2.5 * scores / backward_share + again_scores / forward_share  # five products for the forward pass' two
+    reached = hlo.attention_shares(chip, s.h)
+    attention_seconds = {
+        "forward": scores / reached[0] / chip.peak_flops,
+        "backward": (2.5 * scores / reached[1] + again_scores / reached[0]) / chip.peak_flops,
+    }
     work = {  # FLOPs of products, of attention over its share of the peak, bytes of memory, of the host's memory
         "forward": (projections + ffn, scores / forward_share, layer_bytes, offloaded / 2),
         "backward": (2 * (projections + ffn) + again_products, backward_scores, 2 * layer_bytes, offloaded / 2),
@@ -279,7 +287,8 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
         # parameters and moments read and written; gradients read for their norm and again
         "optimizer": (0.0, 0.0, s.parameters * (6 * s.parameter + 2 * SUM_BYTES), 0.0),
     }
-    received = {name: sum(value for _, value in network.get(name, ())) for name in work}
+    received = {name: sum(value for *_, value in network.get(name, ())) for name in work}
+    waited = {name: sum(EXPOSED[what] * value for what, _, value in network.get(name, ())) for name in work}
     phases = []
     for name, (flops, attention, memory, host) in work.items():
         peak = {
@@ -287,12 +296,13 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
             "attention": attention / chip.peak_flops,
             "memory": memory / chip.memory_bandwidth,
             "network": received[name] / chip.interconnect,
-            "host": host / host_bandwidth(chip),
+            "host": host / hlo.host_bandwidth(chip),
         }
         phases.append(Phase(name, peak, _overlapped(peak, chip) if s.tiled else {}))
     if not s.tiled:
         phases = [
-            dataclasses.replace(phase, expected=value) for phase, value in zip(phases, _added(s, phases, chip), strict=True)
+            dataclasses.replace(phase, expected=value)
+            for phase, value in zip(phases, _added(s, phases, attention_seconds, waited, chip), strict=True)
         ]
     return phases, dict(collectives), again_products + again_scores
 
@@ -312,16 +322,20 @@ def _overlapped(peak: dict[str, float], chip: Chip) -> dict[str, float]:
     return {part: at[part] if part in longest else 0.0 for part in PARTS}
 
 
-def _added(s: Share, phases: list[Phase], chip: Chip) -> list[dict[str, float]]:
-    """Of each phase on a GPU: kernels one after another, collectives and copies to the host beside them as far as they go."""
+def _added(
+    s: Share, phases: list[Phase], scores: dict[str, float], waited: dict[str, float], chip: Chip
+) -> list[dict[str, float]]:
+    """Of each phase on a GPU: kernels one after another, collectives and copies to the host beside them as far as they go.
+
+    By phase, `scores`: seconds of attention; `waited`: bytes from other devices that nothing hides.
+    """
     reached = hardware.calibration(chip)
     flops, memory = reached.products * chip.peak_flops, reached.bandwidth * chip.memory_bandwidth
     moved, found = traffic.moved(s), []
     matmul = _matmul(s, flops, memory)
     for phase in phases:
-        attention = phase.at_peak["attention"]
+        attention = scores.get(phase.name, 0.0)
         passes = moved[phase.name] / memory
-        network = phase.at_peak["network"] / reached.network
         # what comes back from the host is waited for; what goes there is written beside the rest of the layer
         beside = matmul["forward"] + attention + passes if phase.name == "forward" else 0.0
         found.append(
@@ -329,7 +343,7 @@ def _added(s: Share, phases: list[Phase], chip: Chip) -> list[dict[str, float]]:
                 "matmul": matmul.get(phase.name, 0.0),
                 "attention": attention,
                 "memory": passes,
-                "network": network * EXPOSED,
+                "network": waited[phase.name] / (reached.network * chip.interconnect),
                 "host": max(0.0, phase.at_peak["host"] - beside),
             }
         )
