@@ -81,7 +81,9 @@ class Share:
     def kept(self) -> float:
         """Bytes that the layers keep for the backward pass of a micro-batch (gqa_jax.model), by policy."""
         a, heads, keys = self.activation, self.n * self.h, self.k * self.h
-        attention = a * heads * (1 if self.tiled else 2) + 4 * self.n  # the output, on GPUs twice, and its log-sum-exp
+        # the output and its log-sum-exp; a GPU's programs of sharded weights may hold the output twice where n_h = n_kv
+        twice = not self.tiled and self.execution.mesh.parameters > 1 and self.n == self.k
+        attention = a * heads * (2 if twice else 1) + 4 * self.n
         of_a_token = {
             "full": a * self.d,
             "attention_only": a * self.d + attention,
