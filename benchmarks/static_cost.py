@@ -63,6 +63,9 @@ CELLS = (
     Cell("h100:8", "85M", 8, 1, 128, True, ("fsdp=4,context=2", "data=4,context=2")),
     Cell("v5e:4x4", "470M", 8, 1, 8, False, ("fsdp=16",)),
     Cell("v6e:2x4", "1.2B", 32, 8, 8, True, ("fsdp=8",)),
+    Cell("v5e:2x2", "19M", 8, 1, 2, True, ("data=4",)),
+    Cell("v5e:4x4", "150M", 32, 8, 8, True, ("fsdp=16",)),
+    Cell("v6e:2x2", "85M", 8, 1, 32, False, ("fsdp=4",)),
 )
 
 

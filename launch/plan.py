@@ -283,7 +283,7 @@ def explanation_screen(fits: Sequence[Fit]) -> list[Table]:
             *(f"{part} at peak" for part in planner.PARTS[:4]),
             "at least",
         ):
-            view.add_column(name, justify="left" if name == "phase" else "right")
+            view.add_column(name, justify="left" if name == "phase" else "right", no_wrap=name == "phase")
         expected = rows.pivot_table(index="phase", columns="part", values="seconds_expected", sort=False)
         peak = rows.pivot_table(index="phase", columns="part", values="seconds_at_peak", sort=False)
         least = rows.groupby("phase", sort=False)["at_least"].first()

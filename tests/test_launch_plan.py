@@ -18,7 +18,7 @@ from tests import grid_fakes
 PAPER = "configs/grids/paper.py"
 ONE = "size=1.2B,context=8192,n_heads=8,n_kv_heads=1"
 ADDED = (
-    "topology,fits,mesh,remat,batch_per_device,bytes_arguments,bytes_temporary,bytes_limit,hours,limited_by,chip_hours,"
+    "topology,fits,mesh,remat,batch_per_device,bytes_arguments,bytes_temporary,bytes_limit,hours_at_least,hours,limited_by,chip_hours,"
     "price_usd,accumulation_steps,context_attention,collective_bytes,flops,proof,choice"
 )
 
@@ -82,7 +82,11 @@ def test_a_row_per_cell_and_slice_with_the_promised_columns(capsys):
         assert float(row["chip_hours"]) == pytest.approx(chips * hours)
         price = hardware.find(row["topology"]).chip.price.usd_per_hour
         assert float(row["price_usd"]) == pytest.approx(chips * hours * price)
-        assert hours * 3600 * chips >= float(row["train_flops"]) / hardware.find(row["topology"]).chip.peak_flops
+        assert hours >= float(row["hours_at_least"])
+        assert (
+            float(row["hours_at_least"]) * 3600 * chips
+            >= float(row["train_flops"]) / hardware.find(row["topology"]).chip.peak_flops
+        )
     assert {v5e["choice"], h200["choice"]} == {"cheapest", "fastest"}
 
 
@@ -93,7 +97,8 @@ def test_efficiency_divides_and_prices_are_taken_from_a_file(capsys, tmp_path):
         capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE, "--efficiency", "0.5",
         "--prices", str(tmp_path / "prices.json"),
     )  # fmt: skip
-    assert float(half["hours"]) == pytest.approx(2 * float(plain["hours"]))
+    assert half["hours_at_least"] == plain["hours_at_least"]
+    assert float(half["hours"]) == pytest.approx(2 * float(plain["hours_at_least"]))
     assert float(half["price_usd"]) == pytest.approx(10 * float(half["chip_hours"]))
     assert half["choice"] == "cheapest fastest"
 
@@ -105,14 +110,42 @@ def test_hours_are_over_what_was_measured_on_the_chip_unless_given(capsys, monke
     chip = dataclasses.replace(where.chip, measured=measured)
     monkeypatch.setitem(hardware.SLICES, where.name, dataclasses.replace(where, chip=chip))
     (reached,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE)
-    assert float(reached["hours"]) == pytest.approx(float(bound["hours"]) / 0.4)
+    assert float(reached["hours"]) == pytest.approx(float(bound["hours_at_least"]) / 0.4)
     (given,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE, "--efficiency", "1")
-    assert given["hours"] == bound["hours"]
+    assert given["hours"] == given["hours_at_least"] == bound["hours_at_least"]
     asked = ["plan", PAPER, "--topology", "v5e:4x4,h100:8", "--estimate", "--where", ONE]
     assert launch.main(asked) == 0
-    assert "--efficiency 1; v5e: 40% of it, as measured (1.2B, T = 8K, fsdp=16, 2026-12-01)\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        "at least: every phase at its roofline; hours: v5e at 40% of it, as measured (1.2B, T = 8K, fsdp=16, 2026-12-01); "
+        in out
+    )
+    error, programs = hardware.calibration(hardware.CHIPS["h100"])[3:5]
+    assert f"; h100 as expected, within {error:.0%} of {programs} compiled programs' static cost\n" in out
+    assert "GiB: h100: 0.75 of the board" in out
     assert launch.main([*asked, "--efficiency", "0.5"]) == 0
-    assert "every phase at its roofline; --efficiency 0.5\n" in capsys.readouterr().out
+    assert "at least: every phase at its roofline; hours: at 0.5 of it (--efficiency)\n" in capsys.readouterr().out
+
+
+def test_explain_says_where_a_step_goes_and_adds_up_to_the_hours(capsys, tmp_path):
+    asked = ["plan", PAPER, "--topology", "h100:8,v5e:4x4", "--where", ONE, "--explain", "s1p2b"]
+    assert launch.main([*asked, "--format", "csv", "--out", str(tmp_path / "where.csv")]) == 0
+    rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "where.csv"))
+    assert list(rows["topology"].unique()) == ["h100:8", "v5e:4x4"]
+    assert set(rows["part"]) == {"matmul", "attention", "memory", "network", "host"}
+    assert set(rows["phase"]) == {"forward", "backward", "loss", "accumulation", "optimizer"}
+    planned = table(capsys, "--topology", "h100:8,v5e:4x4", "--estimate", "--where", ONE)
+    for row in planned:
+        own = rows[rows["topology"] == row["topology"]]
+        steps = float(row["train_flops"]) / float(row["flops"])
+        assert steps * own["seconds_expected"].sum() / 3600 == pytest.approx(float(row["hours"]), rel=1e-3)
+        bound = own.groupby("phase")["at_least"].first().sum()
+        assert steps * bound / 3600 == pytest.approx(float(row["hours_at_least"]), rel=1e-3)
+    assert launch.main(asked) == 0
+    out = capsys.readouterr().out
+    for words in ("on h100:8: mesh ", "micro-batches; ms a step", "backward", "at least", "expected", "100%"):
+        assert words in out
 
 
 def test_whose_prices_they_are_is_said(capsys, tmp_path):
@@ -195,6 +228,8 @@ def test_bad_input_is_a_sentence_and_exit_2(capsys, tmp_path):
         (["--topology", "v5e:4x5"], "unknown topology 'v5e:4x5': of v5e there are v5e:1x1"),
         (["--topology", "v5:4x4"], "did you mean 'v5e:4x4'"),
         (["--estimate"], "--estimate needs --topology"),
+        (["--explain", "s1p2b"], "--explain needs --topology"),
+        (["--topology", "v5e:4x4", "--explain", "s9"], "'s9' is no cell of the grid"),
         (["--topology", "v5e:4x4", "--estimate", "--efficiency", "1.5"], "must be above 0 and at most 1"),
         (["--topology", "v5e:4x4", "--estimate", "--prices", str(tmp_path / "gone.json")], "No such file"),
         (["--topology", "v5e:4x4", "--workers", "0"], "--workers 0: must be at least 1"),
@@ -245,6 +280,8 @@ def test_run_on_cpus_refuses_what_the_machine_cannot_hold(small, capsys, monkeyp
 
 
 def test_the_slice_of_a_gpu_machine_is_found_by_its_name(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
     class Found:
         returncode, stdout = 0, "NVIDIA A100-SXM4-40GB\nNVIDIA A100-SXM4-40GB\n"  # what a cell sees of them is asked for
 
@@ -253,6 +290,9 @@ def test_the_slice_of_a_gpu_machine_is_found_by_its_name(monkeypatch):
     where = fit.here(2)
     assert (where.name, where.n_chips) == ("a100:2", 2)
     assert where.chip.memory_bytes == 0.75 * 40e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert fit.here(2).chip.memory_bytes == pytest.approx(0.9 * 40e9)
+    assert hardware.find("a100:2").chip.memory_bytes == 0.75 * 80e9  # elsewhere nothing is known
     monkeypatch.setattr(Found, "stdout", "NVIDIA GeForce RTX 4090\n")
     assert fit.here(1) is None
     assert fit.here(0) is None

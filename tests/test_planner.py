@@ -222,7 +222,7 @@ def test_what_fits_is_ranked_by_time_and_else_by_memory():
     chip = hardware.find("v5e:4x4").chip
     ranked = planner.choose(config("1.2B", (32, 32)), chip, 16)
     assert all(e.fits for e in ranked)
-    cost = [planner.cost(e, chip) for e in ranked]
+    cost = [e.seconds_expected for e in ranked]
     assert cost[0] <= (1 + planner.ALIKE) * min(cost)
     too_large = planner.choose(config("1.2B", (32, 32), remat="none", accumulation_steps=1), chip, 16)
     used = [e.bytes_arguments + e.bytes_temporary for e in too_large]
@@ -335,7 +335,7 @@ def test_the_choice_is_never_much_slower_than_the_best_that_was_compiled():
         groups[tuple(row[name] for name in ("topology", "size", "n_heads", "n_kv_heads", "context", "finer"))].append(row)
     assert len(groups) >= 10
     for group in groups.values():
-        chosen = min(group, key=lambda row: planner.cost(*estimated(row)))
+        chosen = min(group, key=lambda row: estimated(row)[0].seconds_expected)
         assert static(chosen) <= 1.05 * min(map(static, group)), program_name(chosen)
 
 

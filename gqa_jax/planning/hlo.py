@@ -1,11 +1,12 @@
 """What a compiled program does, read from its optimized HLO: kernels, their bytes and FLOPs, loops counted by their trips.
 
-`static_cost` adds them up to seconds, without the device. On a GPU kernels run one after another, so each takes the longer of
-its bytes over BANDWIDTH of the memory's peak and its FLOPs over PRODUCTS of the chip's; attention takes its FLOPs at the rate
-that was published for the chip (`hardware.Chip.attention_shares`), whichever kernel stands in the program; a collective runs
-beside the kernels between its start and its end, and costs what is not hidden there. On a TPU the compiler notes the cycles
-that it scheduled for each fusion, and those are taken. Kernels that a cache of the chip serves, launches and load imbalance are
-not in it: trust ratios more than seconds.
+`static_cost` adds them up to seconds, without the device. Kernels run one after another. On a GPU each takes the longer of its
+bytes over BANDWIDTH of the memory's peak and its FLOPs over PRODUCTS of the chip's; attention takes its FLOPs at the rate that
+was published for the chip (`hardware.Chip.attention_shares`), whichever kernel stands in the program; a collective runs beside
+the kernels between its start and its end, and costs what is not hidden there. On a TPU the compiler notes the cycles that it
+estimates for a fusion, and those are taken; copies between the chip's memories that it starts ahead cost nothing, nor do
+collectives inside fusions. Kernels whose operands are in a cache, launches and what devices wait for each other are not in it:
+trust ratios more than seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ PRODUCTS, BANDWIDTH, NETWORK = 0.75, 0.9, 0.82
 # Bytes/s between a device and its host's memory, one way: TPU hosts, jax-ml.github.io/scaling-book/tpus; GPUs, PCIe 5.0 x 16.
 _HOST_BANDWIDTH = {"tpu": 16e9, "gpu": 64e9}
 
+#: Cycles a second of TPUs (sources: `hardware`).
+_CLOCK = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
+
 #: What kernels are for. `stacking`: what a scan over layers writes and copies to keep values for the backward pass.
 PARTS = (
     "products", "attention", "elementwise", "stacking", "loss products", "loss", "optimizer", "collectives", "host",
@@ -43,7 +47,11 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id", "replica-id",
     "opt-barrier", "add-dependency", "domain",
 }  # fmt: skip
-_FREE_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}  # custom calls likewise
+#: Custom calls likewise; an asynchronous collective of a TPU goes on inside the fusions beside it.
+_FREE_CALLS = {
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "Sharding",
+    "SPMDFullToShardShape", "SPMDShardToFullShape",
+}  # fmt: skip
 _HOST_SPACE = "S(5)"  # memory space of a layout: the host's
 
 
@@ -126,6 +134,7 @@ class Kernel:
     exchanged: float = 0  # bytes received from other devices
     hosted: float = 0  # bytes to and from the host's memory
     cycles: float | None = None  # as the TPU's compiler scheduled it
+    started: bool = False  # asynchronous: it runs beside others until it is waited for
 
     @property
     def phase(self) -> str:
@@ -253,7 +262,7 @@ def _is_gemm(one: Instruction) -> bool:
 
 def moved(module: Module, here: Computation, one: Instruction) -> float:
     """Bytes that a kernel reads and writes: of what is sliced the slice, of what is updated in place the update."""
-    if one.operation in ("fusion", "fusion-start") and one.called in module.computations:
+    if one.operation in ("fusion", "fusion-start", "async-start") and one.called in module.computations:
         body = module.computations[one.called]
         read = sum(_reads(module, body, p) for p in body.instructions.values() if p.operation == "parameter")
         return read + _writes(module, body, body.root)
@@ -323,6 +332,9 @@ def kernel(module: Module, here: Computation, one: Instruction) -> Kernel | None
         return Kernel(one.name, "attention", bytes_of(one.type) + operands, share * flops, one.path, way, head_dim)
     flops = _product(here, one)
     if one.operation in ("fusion", "fusion-start", "async-start") and one.called in module.computations:
+        inner = module.computations[one.called].instructions.values()
+        if any('custom_call_target="AsyncCollective' in other.text for other in inner):
+            return None
         flops = products(module, one.called)
     size, hosted = moved(module, here, one), 0.0
     if _HOST_SPACE in one.type or any(_HOST_SPACE in here.type_of(name) for name in one.operands):
@@ -335,6 +347,7 @@ def kernel(module: Module, here: Computation, one: Instruction) -> Kernel | None
         flops,
         one.path,
         hosted=hosted,
+        started=one.operation.endswith("-start"),
         cycles=None if cycles is None else float(cycles),
     )
 
@@ -365,13 +378,22 @@ def _attention(one: Instruction) -> str | None:
 
 
 def _attention_flops(here: Computation, one: Instruction) -> tuple[float, int]:
-    """FLOPs of one product of the size of the scores, causal, and the head size."""
-    sizes = [array[1] for name in one.operands for array in arrays(here.type_of(name))[:1] if len(array[1]) >= 4]
-    if len(sizes) < 2:
+    """FLOPs of one product of the size of the scores, causal, and the head size; zeros where the operands don't say.
+
+    On GPUs queries are (B, T, K, G, H) or (B, T, N, H) and keys (B, S, K, H); on TPUs (B K, G, H, T) and (B K, S, H).
+    """
+    sizes = [array[1] for name in one.operands for array in arrays(here.type_of(name))[:1] if array[0] != "f32"]
+    queries = next((size for size in sizes if len(size) >= 4), None)
+    if queries is None:
         return 0.0, 0
-    queries, keys = sizes[0], sizes[1]
-    head_dim = queries[-1]
-    length = keys[1] if len(keys) == 4 else keys[-2]
+    if "tpu_custom_call" in one.text:
+        head_dim = queries[2]
+        keys = next((size for size in sizes if len(size) == 3 and head_dim in size[1:]), None)
+        length = 0 if keys is None else math.prod(keys[1:]) // head_dim
+    else:
+        head_dim = queries[-1]
+        keys = [size for size in sizes if len(size) >= 4][1:2]
+        length = keys[0][1] if keys else 0
     return 2.0 * math.prod(queries) * length / 2, head_dim
 
 
@@ -431,12 +453,16 @@ def host_bandwidth(chip: Chip) -> float:
 
 def seconds_of(one: Kernel, chip: Chip) -> float:
     """Of a kernel alone; of a collective or a copy to the host if nothing hid it."""
+    if one.cycles is not None and chip.name in _CLOCK:
+        return one.cycles / _CLOCK[chip.name]
+    if one.started and chip.tpu is not None and not one.hosted:
+        return 0.0  # copies between the chip's memories, under way while others compute
     if one.exchanged:
         return one.exchanged / (NETWORK * chip.interconnect)
     if one.attention is not None:
         forward, backward = attention_shares(chip, one.head_dim)
         rate = (forward if one.attention == "forward" else backward) * chip.peak_flops
-        return max(one.flops / rate, one.bytes / (BANDWIDTH * chip.memory_bandwidth))
+        return max(one.flops / rate if one.flops else 0.0, one.bytes / (BANDWIDTH * chip.memory_bandwidth))
     if one.hosted:
         return one.hosted / host_bandwidth(chip)
     return max(one.bytes / (BANDWIDTH * chip.memory_bandwidth), one.flops / (PRODUCTS * chip.peak_flops))
@@ -502,8 +528,6 @@ def _schedule(module: Module, name: str, chip: Chip, scale: float) -> dict[str, 
             if found.part in free and one.operation.endswith("-start"):
                 free[found.part] = max(now, free[found.part]) + seconds_of(found, chip)
                 ends[one.name] = found.part, free[found.part]
-            elif found.cycles is not None and chip.tpu is not None:
-                add(found.part, found.cycles / (chip.tpu_clock if hasattr(chip, "tpu_clock") else 1e9))
             else:
                 add(found.part, seconds_of(found, chip))
     return seconds

@@ -2,10 +2,9 @@
 
 Arithmetic on shapes, a fraction of a millisecond a case. Memory is calibrated against programs compiled ahead of time
 (`gqa_jax.planning.compile_check`). Time is told twice. The bound is what no step beats: in each phase the slowest of compute,
-memory and network at their peaks, all the others hidden behind it. The expectation is what compiled programs have: on GPUs,
-where kernels run one after another, products, attention and passes over memory add up, each at the share of its peak that
-kernels reach (`hardware.Calibration`), with the bytes that the compiler's kernels move (`planning.traffic`); on TPUs, where
-they overlap within a phase, the slowest of them at such shares.
+memory and network at their peaks, all the others hidden behind it. The expectation is what compiled programs have, whose
+kernels run one after another: products, attention and passes over memory add up, each at the share of its peak that kernels
+reach (`hardware.Calibration`), with the bytes that the compiler's kernels move (`planning.traffic`).
 """
 
 from __future__ import annotations
@@ -34,6 +33,9 @@ SUM_BYTES = 4  # of a value of gradients that are summed, over micro-batches and
 # Of what GPUs receive, the share that the compiled schedules wait for, by what it is: gathered weights and summed gradients of
 # them, sums over the tensor axis, keys and values over the context axis, sums of gradients over the data axis.
 EXPOSED = {"weights": 0.2, "tensor": 0.55, "context": 0.55, "data": 0.85}
+# Of the bytes that a GPU's kernels move between products, the share that a TPU's compiled step moves, by the cycles that its
+# compiler estimates: it fuses norms and SwiGLU into products.
+FUSED = {"forward": 0.62, "backward": 0.62, "loss": 0.54, "accumulation": 0.62, "optimizer": 1.3}
 ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
 PARTS = ("matmul", "attention", "memory", "network", "host")
 SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
@@ -134,7 +136,7 @@ def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
     fitting = [e for e in best.values() if e.fits]
     if not fitting:
         return sorted(best.values(), key=lambda e: e.bytes_arguments + e.bytes_temporary)
-    seconds = {id(e): cost(e, chip) for e in fitting}
+    seconds = {id(e): e.seconds_expected for e in fitting}
     alike = (1 + ALIKE) * min(seconds.values())
 
     def order(e: Estimate) -> tuple[bool, int, float]:
@@ -142,11 +144,6 @@ def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
         return not near, e.collectives if near else 0, seconds[id(e)]
 
     return sorted(fitting, key=order)
-
-
-def cost(e: Estimate, chip: Chip) -> float:
-    """Seconds by which executions are ranked: as expected; on TPUs half of the network that it hides, which is no model's."""
-    return e.seconds_expected + (e.seconds_hidden / 2 if chip.tpu is not None else 0.0)
 
 
 def candidates(config: TrainConfig, chip: Chip, n_devices: int) -> Iterator[Execution]:
@@ -308,44 +305,28 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
             "network": received[name] / chip.interconnect,
             "host": host / hlo.host_bandwidth(chip),
         }
-        phases.append(Phase(name, peak, _overlapped(peak, chip) if s.tiled else {}))
-    if not s.tiled:
-        phases = [
-            dataclasses.replace(phase, expected=value)
-            for phase, value in zip(phases, _added(s, phases, attention_seconds, waited, chip), strict=True)
-        ]
+        phases.append(Phase(name, peak, {}))
+    expected = _expected(s, phases, attention_seconds, waited, chip)
+    phases = [dataclasses.replace(phase, expected=value) for phase, value in zip(phases, expected, strict=True)]
     return phases, dict(collectives), again_products + again_scores
 
 
-def _overlapped(peak: dict[str, float], chip: Chip) -> dict[str, float]:
-    """Of a phase on a TPU: its longest resource, each at the share of its peak that the chip's calibration has."""
-    reached = hardware.calibration(chip)
-    at = {
-        "matmul": peak["matmul"] / reached.products,
-        "attention": peak["attention"],  # at its share already
-        "memory": peak["memory"] / reached.bandwidth,
-        "network": peak["network"] / reached.network,
-        "host": peak["host"],
-    }
-    groups = ("matmul", "attention"), ("memory", "host"), ("network",)
-    longest = max(groups, key=lambda names: sum(at[name] for name in names))
-    return {part: at[part] if part in longest else 0.0 for part in PARTS}
-
-
-def _added(
+def _expected(
     s: Share, phases: list[Phase], scores: dict[str, float], waited: dict[str, float], chip: Chip
 ) -> list[dict[str, float]]:
-    """Of each phase on a GPU: kernels one after another, collectives and copies to the host beside them as far as they go.
+    """Of each phase what it adds to the step: kernels one after another, copies to the host beside them as far as they go.
 
     By phase, `scores`: seconds of attention; `waited`: bytes from other devices that nothing hides.
     """
     reached = hardware.calibration(chip)
     flops, memory = reached.products * chip.peak_flops, reached.bandwidth * chip.memory_bandwidth
     moved, found = traffic.moved(s), []
-    matmul = _matmul(s, flops, memory)
+    matmul = (
+        {phase.name: phase.at_peak["matmul"] / reached.products for phase in phases} if s.tiled else _matmul(s, flops, memory)
+    )
     for phase in phases:
         attention = scores.get(phase.name, 0.0)
-        passes = moved[phase.name] / memory
+        passes = moved[phase.name] * (FUSED[phase.name] if s.tiled else 1.0) / memory
         # what comes back from the host is waited for; what goes there is written beside the rest of the layer
         beside = matmul["forward"] + attention + passes if phase.name == "forward" else 0.0
         found.append(
