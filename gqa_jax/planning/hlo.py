@@ -268,10 +268,15 @@ def moved(module: Module, here: Computation, one: Instruction) -> float:
         return read + _writes(module, body, body.root)
     operands = [here.type_of(name) for name in one.operands]
     match one.operation:
-        case "dynamic-slice" | "slice" | "copy-start" | "slice-start" | "gather":
-            size = bytes_of(one.type) if not one.operation.endswith("start") else bytes_of(one.type) / 2
-            return 2 * size
-        case "dynamic-update-slice":
+        case "dynamic-slice" | "slice" | "gather":
+            return 2 * bytes_of(one.type)
+        case "copy-start" | "slice-start":  # its type holds operand, result and context
+            return bytes_of(one.type)
+        case "dynamic-slice-start":
+            sizes = one.attribute(r"dynamic_slice_sizes=\{([\d,]+)\}")
+            (item, _), *_ = arrays(operands[0])
+            return 2 * _ITEM.get(item, 0) * math.prod(map(int, sizes.split(",")))
+        case "dynamic-update-slice" | "dynamic-update-slice-start":
             return 2 * bytes_of(operands[1])
         case "scatter":
             return 3 * bytes_of(operands[2])
