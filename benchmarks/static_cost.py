@@ -192,6 +192,8 @@ def main() -> None:
     if arguments.compare:
         compare(known)
         return
+    if arguments.keep is not None:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
     os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
     rows = {name_of(Cell(*(one[f] for f in Cell._fields)), case_of(one)[1]): one for one in known}
     for cell in CELLS:
@@ -201,12 +203,12 @@ def main() -> None:
                 continue
             started, kept = time.monotonic(), None if arguments.keep is None else arguments.keep / f"{name}.txt.gz"
             if kept is not None and kept.exists():
-                memory = {key: rows[name][key] for key in ("bytes_arguments", "bytes_temporary")}
-                text = gzip.decompress(kept.read_bytes()).decode()
+                head, _, text = gzip.decompress(kept.read_bytes()).decode().partition("\n")
+                memory = json.loads(head)
             else:
                 text, memory = compiled(cell, one)
                 if kept is not None:
-                    kept.write_bytes(gzip.compress(text.encode(), 3))
+                    kept.write_bytes(gzip.compress(f"{json.dumps(memory)}\n{text}".encode(), 3))
             rows[name] = row(cell, one, text, hardware.find(cell.topology).chip) | memory
             print(
                 f"{name}: {sum(rows[name]['seconds'].values()):.3f} s, {time.monotonic() - started:.0f} s to count", flush=True

@@ -108,7 +108,8 @@ class Calibration(NamedTuple):
     products: float  # of the peak FLOP/s, in products
     bandwidth: float  # of the bytes/s of the memory
     network: float  # of the bytes/s to other devices
-    error: float  # largest relative difference from the static cost, of programs that were held out
+    passes: float  # bytes of norms, SwiGLU, stacked arrays over those of a GPU's kernels (`planning.traffic`)
+    error: float  # largest relative difference from the static cost, held out programs included
     programs: int  # that were compared
     source: str
 
@@ -479,16 +480,18 @@ def on_this_machine(chip: Chip, environment: Mapping[str, str]) -> Chip:
     return dataclasses.replace(chip, memory_bytes=chip.board_bytes * memory_fraction(environment))
 
 
-#: What compiled training steps have, by class of device.
+#: What compiled training steps have, by class of device, and by chip where it differs.
+_STATIC = "benchmarks/results/static_cost.json, of {}, 2026-11-28, jax 0.11.2"
 CALIBRATED = {
-    "gpu": Calibration(0.75, 0.9, 0.82, 0.15, 30, "PLACEHOLDER"),
-    "tpu": Calibration(0.75, 0.9, 0.82, 0.15, 30, "PLACEHOLDER"),
+    "gpu": Calibration(0.75, 0.9, 0.82, 1.0, 0.07, 104, _STATIC.format("H100")),
+    "tpu": Calibration(0.8, 0.75, 0.82, 0.6, 0.15, 4, _STATIC.format("v5e")),
+    "v6e": Calibration(0.62, 0.65, 0.82, 1.3, 0.15, 4, _STATIC.format("v6e")),
 }
 
 
 def calibration(chip: Chip) -> Calibration:
-    """Of the chip's class, GPU or TPU."""
-    return CALIBRATED["tpu" if chip.tpu is not None else "gpu"]
+    """Of the chip itself where it has one, else of its class, GPU or TPU."""
+    return CALIBRATED.get(chip.name, CALIBRATED["tpu" if chip.tpu is not None else "gpu"])
 
 
 #: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md).

@@ -33,9 +33,8 @@ SUM_BYTES = 4  # of a value of gradients that are summed, over micro-batches and
 # Of what GPUs receive, the share that the compiled schedules wait for, by what it is: gathered weights and summed gradients of
 # them, sums over the tensor axis, keys and values over the context axis, sums of gradients over the data axis.
 EXPOSED = {"weights": 0.2, "tensor": 0.55, "context": 0.55, "data": 0.85}
-# Of the bytes that a GPU's kernels move between products, the share that a TPU's compiled step moves, by the cycles that its
-# compiler estimates: it fuses norms and SwiGLU into products.
-FUSED = {"forward": 0.62, "backward": 0.62, "loss": 0.54, "accumulation": 0.62, "optimizer": 1.3}
+# Passes over logits and parameters on a TPU, by the cycles that its compiler estimates, over those of a GPU's kernels.
+TILED_PASSES = {"loss": 0.54, "optimizer": 1.3}
 ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
 PARTS = ("matmul", "attention", "memory", "network", "host")
 SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
@@ -321,12 +320,10 @@ def _expected(
     reached = hardware.calibration(chip)
     flops, memory = reached.products * chip.peak_flops, reached.bandwidth * chip.memory_bandwidth
     moved, found = traffic.moved(s), []
-    matmul = (
-        {phase.name: phase.at_peak["matmul"] / reached.products for phase in phases} if s.tiled else _matmul(s, flops, memory)
-    )
+    matmul = _matmul(s, flops, memory)
     for phase in phases:
         attention = scores.get(phase.name, 0.0)
-        passes = moved[phase.name] * (FUSED[phase.name] if s.tiled else 1.0) / memory
+        passes = moved[phase.name] * (TILED_PASSES.get(phase.name, reached.passes) if s.tiled else 1.0) / memory
         # what comes back from the host is waited for; what goes there is written beside the rest of the layer
         beside = matmul["forward"] + attention + passes if phase.name == "forward" else 0.0
         found.append(
