@@ -177,8 +177,8 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
     best = frame[frame["choice"].notna()].drop_duplicates("cell") if several else frame
     best = pd.concat([best, frame[~frame["cell"].isin(best["cell"])].drop_duplicates("cell")]).sort_index()
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = ("cell", "topology", "mesh", "remat", "batch", "GiB", "of", "at least", "hours", "limited by", "USD", "proof")
-    numbers = ("batch", "GiB", "of", "at least", "hours", "USD")
+    columns = ("cell", "topology", "mesh", "remat", "batch", "GiB", "of", "at least", "expected", "limited\nby", "USD", "proof")
+    numbers = ("batch", "GiB", "of", "at least", "expected", "USD")
     for name in columns:
         view.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     for row in best.itertuples():
@@ -213,17 +213,19 @@ def _seconds(chosen: Estimate, chip: Chip, efficiency: float | None) -> float:
 
 def hours_are(fits: Sequence[Fit], efficiency: float | None) -> str:
     """What the hours on the chips of those slices are."""
-    text = "at least: every phase at its roofline"
+    text = "hours at least: every phase at its roofline"
     if efficiency is not None:
-        return f"{text}; hours: at {efficiency:g} of it (--efficiency)"
+        return f"{text}; expected: at {efficiency:g} of it (--efficiency)"
     words = []
     for name, chip in {one.slice.chip.name: one.slice.chip for one in fits}.items():
         if (measured := chip.measured) is not None:
             words.append(f"{name} at {measured.training:.0%} of it, as measured ({measured.case}, {measured.date})")
         else:
             known = hardware.calibration(chip)
-            words.append(f"{name} as expected, within {known.error:.0%} of {known.programs} compiled programs' static cost")
-    return f"{text}; hours: {'; '.join(words)}"
+            words.append(
+                f"{name} as kernels add up, within {known.error:.0%} of {known.programs} compiled programs' static cost"
+            )
+    return f"{text}; expected: {'; '.join(words)}"
 
 
 def memory_is(fits: Sequence[Fit]) -> str | None:

@@ -125,16 +125,20 @@ def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
     Of each mesh, policy and way of attention, only the fewest micro-batches that fit. Where nothing fits the list has what
     needs the least memory first. Raises ConfigError when no mesh of `n_devices` suits the run.
     """
-    best: dict[tuple, Estimate] = {}
+    chosen: dict[tuple, Execution] = {}
+    settled = set()
     for execution in candidates(config, chip, n_devices):
         group = execution.mesh, execution.remat, execution.context_attention
-        if group not in best or not best[group].fits:
-            best[group] = estimate(config, execution, chip)
+        if group not in settled:
+            chosen[group] = execution
+            if _fits(_memory(Share(config, execution, chip.tpu is not None)), chip):
+                settled.add(group)
+    best = [estimate(config, execution, chip) for execution in chosen.values()]
     if not best:
         raise ConfigError(_no_mesh(config, n_devices))
-    fitting = [e for e in best.values() if e.fits]
+    fitting = [e for e in best if e.fits]
     if not fitting:
-        return sorted(best.values(), key=lambda e: e.bytes_arguments + e.bytes_temporary)
+        return sorted(best, key=lambda e: e.bytes_arguments + e.bytes_temporary)
     seconds = {id(e): e.seconds_expected for e in fitting}
     alike = (1 + ALIKE) * min(seconds.values())
 
@@ -213,7 +217,7 @@ def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
         bytes_arguments=arguments,
         bytes_temporary=temporary,
         bytes_limit=chip.memory_bytes,
-        fits=(arguments + temporary) * (MARGIN if share.tiled else MARGIN_GPU) <= chip.memory_bytes,
+        fits=_fits((arguments, temporary), chip),
         flops=float(flops),
         flops_again=again * execution.mesh.n_devices,
         collective_bytes=collectives,
@@ -222,6 +226,11 @@ def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
         collectives=_count_collectives(share),
         phases=tuple(phases),
     )
+
+
+def _fits(used: tuple[float, float], chip: Chip) -> bool:
+    """Whether a program of these bytes fits, with a margin for the error of the estimate."""
+    return sum(used) * (MARGIN if chip.tpu is not None else MARGIN_GPU) <= chip.memory_bytes
 
 
 def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 from gqa_jax import costs
@@ -77,7 +78,7 @@ class Share:
         """Values of the embedding that lie on this device."""
         return math.prod(self.shapes[0])
 
-    @property
+    @functools.cached_property
     def kept(self) -> float:
         """Bytes that the layers keep for the backward pass of a micro-batch (gqa_jax.model), by policy."""
         a, heads, keys = self.activation, self.n * self.h, self.k * self.h
@@ -95,7 +96,7 @@ class Share:
         gathered = a * self.layer_weights if self.execution.remat == "none" and self.execution.mesh.parameters > 1 else 0
         return self.layers * (self.tokens * of_a_token + gathered)
 
-    @property
+    @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of the parameters that lie on this device (gqa_jax.sharding.RULES)."""
         layers, parts, tensor = self.layers, self.execution.mesh.parameters, self.execution.mesh.tensor
@@ -105,7 +106,7 @@ class Share:
         ffn = (layers, own, f), (layers, own, f), (layers, f, own)
         return (self.config.model.vocab_size, own // tensor), *norms, *attention, *ffn
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         """Parameters that lie on this device."""
         return sum(map(math.prod, self.shapes))
