@@ -484,8 +484,8 @@ def on_this_machine(chip: Chip, environment: Mapping[str, str]) -> Chip:
 _STATIC = "benchmarks/results/static_cost.json, of {}, 2026-11-28, jax 0.11.2"
 CALIBRATED = {
     "gpu": Calibration(0.75, 0.9, 0.82, 1.0, 0.07, 104, _STATIC.format("H100")),
-    "tpu": Calibration(0.8, 0.75, 0.82, 0.6, 0.15, 4, _STATIC.format("v5e")),
-    "v6e": Calibration(0.62, 0.65, 0.82, 1.3, 0.15, 4, _STATIC.format("v6e")),
+    "tpu": Calibration(0.95, 0.55, 0.82, 0.7, 0.14, 12, _STATIC.format("v5e")),
+    "v6e": Calibration(0.62, 0.7, 0.82, 1.3, 0.06, 7, _STATIC.format("v6e")),
 }
 
 

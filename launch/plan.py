@@ -271,9 +271,11 @@ def explanation_screen(fits: Sequence[Fit]) -> list[Table]:
     for one in fits:
         rows = explanation([one])
         execution = one.chosen.execution
+        steps = execution.accumulation_steps
+        fits = "" if one.chosen.fits else " ([red]does not fit[/])"
         view = Table(
             title=f"{one.cell.name} on {one.slice.name}: mesh {execution.mesh}, remat {execution.remat}, "
-            f"{execution.accumulation_steps} micro-batches; ms a step" + ("" if one.chosen.fits else " ([red]does not fit[/])"),
+            f"{steps} x {one.cell.config.batch_size // steps} sequences; ms a step{fits}",
             title_justify="left",
             box=box.SIMPLE_HEAD,
         )

@@ -112,7 +112,7 @@ TABLE = (
     Row("launch.run", ".errors .storage launch.grid launch.executor launch.local launch.state"),
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
-    Row("launch.plan", ".errors .formatting .hardware .costs launch.grid launch.state launch.fit"),
+    Row("launch.plan", ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit"),
     Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
     Row("launch.answer", ".formatting .storage .results .laws .search.optimum .plots launch.grid launch.rules launch.studies"),
     Row(
@@ -146,8 +146,8 @@ TABLE = (
     Row(
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
-        ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies .results "
-        ".shape_search .laws .presets "
+        ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
+        ".results .shape_search .laws .presets "
         ".search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
         outside="jax",
     ),

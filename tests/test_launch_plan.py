@@ -143,7 +143,7 @@ def test_explain_says_where_a_step_goes_and_adds_up_to_the_hours(capsys, tmp_pat
         assert steps * bound / 3600 == pytest.approx(float(row["hours_at_least"]), rel=1e-3)
     assert launch.main(asked) == 0
     out = capsys.readouterr().out
-    for words in ("on h100:8: mesh ", "micro-batches; ms a step", "backward", "at least", "expected", "100%"):
+    for words in ("on h100:8: mesh ", "sequences; ms a step", "backward", "at least", "expected", "100%"):
         assert words in out
 
 
