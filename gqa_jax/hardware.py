@@ -446,6 +446,15 @@ def default_efficiency(chip: Chip) -> Efficiency:
     return SERVED["tpu" if chip.tpu is not None else "gpu"]
 
 
+#: Model FLOPs utilisation of training in public measurements, median by class of device (docs/training-measured.md).
+TRAINED = {"gpu": 0.4, "tpu": 0.5}
+
+
+def trained_mfu(chip: Chip) -> float:
+    """Share of the peak in bfloat16 that training is taken to reach where it was not measured on the chip."""
+    return TRAINED["tpu" if chip.tpu is not None else "gpu"]
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one device, or None where no data sheet is recorded (CPUs): MFU is then left empty."""
     chip = chip_of(device_kind)

@@ -20,8 +20,8 @@ import pandas as pd
 
 from gqa_jax import costs, formatting, shape_search
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw, posterior
-from gqa_jax.search import objectives
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search import objectives, roofline
+from gqa_jax.search.roofline import Layout, Serving
 from gqa_jax.shapes import paper_aspect
 
 Aspect = Callable[[Any], Any]
@@ -33,6 +33,13 @@ FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, an
 CANDIDATES = (
     "n_heads", "n_kv_heads", "n_params", "n_params_low", "n_params_high", "n_layers", "d_model", "c_infer", "m_infer", "cost",
     "cost_low", "cost_high", "rank", "probability", "expected_regret", "saving_vs_llama3", "pareto", "note",
+)  # fmt: skip
+
+
+#: Columns of the candidates beside these, of costs that are of devices.
+SERVED = (
+    "layout", "batch", "memory_bytes", "ttft", "tpot", "request_seconds", "usd_per_million_input", "usd_per_million_output",
+    "prefill_limit", "decode_limit", "replication",
 )  # fmt: skip
 
 
@@ -294,7 +301,8 @@ def regrets(
     table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
     if table.known.draws is None:
         raise ValueError(f"no draws, so no regrets: {table.known.no_draws or 'plain laws, or draws=0'}")
-    cost = _limited(objective or objectives.Z(convention), table.shape_SxH, context_served, memory_limit)
+    fixed = objectives.settled(objective or objectives.Z(convention), table.shape_H, context_served)
+    cost = _limited(fixed, table.shape_SxH, context_served, memory_limit)
     own = cost[:, : table.known.n_candidates]
     return Regrets(table.heads[: table.known.n_candidates], regret(own), np.isfinite(own.min(1)))
 
@@ -407,7 +415,9 @@ class _Table:
     ) -> _Rows:
         """The candidates at one served context, the answer first."""
         k = self.known.n_candidates
+        objective = objectives.settled(objective, self.shape_H, context)
         cost_H = _limited(objective, self.shape_H, context, memory_limit)
+        serving = getattr(objective, "serving", None)
         frame = pd.DataFrame([h._asdict() for h in self.heads[:k]]).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
         finite = np.isfinite(self.n_params_H[:k])
 
@@ -420,17 +430,25 @@ class _Table:
         frame["m_infer"] = known(costs.infer_memory(self.shape_H, context, convention))
         frame["cost"] = known(cost_H)
         frame["pareto"] = _pareto(frame["c_infer"].to_numpy(), frame["m_infer"].to_numpy())
-        frame["note"] = pd.array(
-            [self._note(h, n, c, memory_limit) for h, n, c in zip(self.heads, self.n_params_H, cost_H, strict=True)][:k],
-            dtype="string",
-        )
+        notes = [self._note(h, n, c, memory_limit) for h, n, c in zip(self.heads, self.n_params_H, cost_H, strict=True)][:k]
+        columns = list(CANDIDATES)
+        if serving is not None:
+            by = objectives.chosen_by(objective)
+            for name, values in _served(serving, self.shape_H, context, by).items():
+                frame[name] = values[:k]
+            notes = [
+                note if np.isfinite(c) or not np.isfinite(n) else _why(serving, self.shape_H, i, context, by) or note
+                for i, (note, n, c) in enumerate(zip(notes, self.n_params_H[:k], cost_H[:k], strict=True))
+            ]
+            columns += SERVED
+        frame["note"] = pd.array(notes, dtype="string")
         facts = self._uncertain(frame, cost_H, context, objective, memory_limit)
         by = "expected_regret" if self.known.draws is not None else "cost"
         order = frame.assign(hopeless=~np.isfinite(frame["cost"])).sort_values(["hopeless", by, "cost"], kind="stable").index
         frame = frame.loc[order].reset_index(drop=True)
         frame["rank"] = pd.array(np.arange(1, k + 1), dtype="Int64")
         frame.loc[~np.isfinite(frame["cost"]), "rank"] = pd.NA
-        return _Rows(frame.reindex(columns=list(CANDIDATES)), facts)
+        return _Rows(frame.reindex(columns=columns), facts)
 
     def _uncertain(
         self,
@@ -533,6 +551,46 @@ class _Table:
             if not np.isfinite(row["n_params_high"]):
                 found.append("N* is not bounded above: the data allow an E at or above the loss")
         return found
+
+
+def _served(serving: Serving, shape: costs.Shape, context: int, by: str) -> dict[str, Any]:
+    """Columns SERVED: how every H is served; empty where it can't be."""
+    load = serving.load(shape, context, by)
+    count = np.broadcast_shapes(np.shape(shape.n_layers), np.shape(load.token_seconds))
+
+    def known(values: Any) -> np.ndarray:
+        return np.where(np.broadcast_to(load.possible, count), np.broadcast_to(values, count), np.nan)
+
+    usd = serving.usd_per_million(1.0) if serving.has_price else np.nan
+    possible = np.broadcast_to(load.possible, count)
+    chosen = _each(load.layout, count)
+    return {
+        "layout": pd.array([str(one) if ok else None for one, ok in zip(chosen, possible, strict=True)], dtype="string"),
+        "batch": known(load.batch),
+        "memory_bytes": known(load.memory),
+        "ttft": known(load.ttft),
+        "tpot": known(load.tpot),
+        "request_seconds": known(load.request),
+        "usd_per_million_input": known(usd * load.input_seconds),
+        "usd_per_million_output": known(usd * load.output_seconds),
+        "prefill_limit": pd.array(np.broadcast_to(load.prefill.limit, count), dtype="string"),
+        "decode_limit": pd.array(np.broadcast_to(load.decode.limit, count), dtype="string"),
+        "replication": known(roofline.replication_cost(serving, shape, context, by)),
+    }
+
+
+def _each(layout: Layout, count: tuple[int, ...]) -> list[Layout]:
+    """The layouts of a row of H, one by one."""
+    return [Layout(*map(int, one)) for one in zip(*(np.broadcast_to(values, count) for values in layout), strict=True)]
+
+
+def _why(serving: Serving, shape: costs.Shape, index: int, context: int, by: str) -> str:
+    """Why the H of that index can't be served; empty where it can."""
+    fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+    one = costs.Shape(**{name: np.broadcast_to(value, np.shape(shape.n_layers))[index] for name, value in fields.items()})
+    if isinstance(serving.parallelism, Layout):
+        serving = dataclasses.replace(serving, parallelism=_each(serving.parallelism, np.shape(shape.n_layers))[index])
+    return roofline.obstacle_text(serving, one, context, by)
 
 
 def _limited(
@@ -669,6 +727,10 @@ def _beyond(laws: Mapping[Heads, PowerLaw], context_served: int) -> list[str]:
 def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFrame, memory_limit: float | Serving | None) -> str:
     least = min(law.entropy for law in laws.values())
     lowest = min((law.loss.min() for law in laws.values() if len(law.loss)), default=np.inf)
+    notes = frame.loc[frame["n_params"].notna(), "note"].dropna()
+    if loss > least and memory_limit is None and len(notes):
+        said = "; ".join(f"{_heads(frame.loc[i])}: {note}" for i, note in notes.head(3).items())
+        return f"no head configuration can be served as asked at a loss of {loss:g}: {said}. Allow more"
     if loss <= least:
         return (
             f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss "

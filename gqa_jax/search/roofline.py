@@ -278,6 +278,11 @@ class Serving:
         return self.device if isinstance(self.device, Chip) else CHIPS[self.device]
 
     @property
+    def has_price(self) -> bool:
+        """Whether an hour of a device has a known price."""
+        return self.usd_per_hour is not None or self.chip.price is not None
+
+    @property
     def usd(self) -> float:
         """US dollars for an hour of one device. Raises ValueError where none is known."""
         if self.usd_per_hour is not None:
@@ -362,7 +367,6 @@ class Serving:
         """The numbers of this module's formulas, for JSON."""
         chip, efficiency = self.chip, self.efficiency
         listed = chip.price if self.usd_per_hour is None else None
-        known = self.usd_per_hour is not None or listed is not None
         return {
             "device": chip.name,
             "peak_flops": chip.peak(self.param_dtype),
@@ -385,18 +389,19 @@ class Serving:
             "disaggregated": self.disaggregated,
             "ttft": self.ttft,
             "tpot": self.tpot,
-            "usd_per_hour": self.usd if known else None,
+            "usd_per_hour": self.usd if self.has_price else None,
             "price": listed.origin if listed else "as given",
             "convention": dataclasses.asdict(costs.CONVENTIONS[CONVENTION]),
         }
 
     # One layout.
 
-    def _load(self, shape: HasShape, context: Any, layout: Layout, by: str) -> Load:
+    def _load(self, shape: HasShape, context: Any, layout: Layout, by: str, batch: Any = None) -> Load:
         context = np.asarray(context, np.float64)[()]
         prompt, generated = (1 - self.decode_share) * context, self.decode_share * context
         prefill = self.prefill(shape, prompt, layout) if self.decode_share < 1 else _nothing(shape, context)
-        batch, room = self._slots(shape, context, layout, by, prefill.seconds)
+        given, (batch, room) = batch, self._slots(shape, context, layout, by, prefill.seconds)
+        batch = batch if given is None else given
         decode = self.decode_step(shape, (1 - self.decode_share / 2) * context, layout, batch)
         rounds = _up(batch / layout.sequences)
         first, step = prefill.seconds, decode.seconds if self.decode_share > 0 else np.zeros_like(decode.seconds)
@@ -433,7 +438,7 @@ class Serving:
         layout = layout or Layout(self.n_devices)
         tokens = np.asarray(tokens, np.float64)[()]
         t, p, c = (np.asarray(x, np.float64) for x in layout)
-        part = _Parts.of(shape, t)
+        part = self._parts(shape, t)
         n, layers, d = self.n_devices, shape.n_layers, shape.d_model
         exchanged = 2 * _ACTIVATION * d * (_lacking(n) * p * tokens + _lacking(t) * tokens / c)
         exchanged = exchanged + _lacking(c) * 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens
@@ -457,7 +462,7 @@ class Serving:
         batch = batch if batch is not None else 1 if isinstance(self.batch, str) else self.batch
         keys = np.asarray(keys, np.float64)[()]
         t, p, c = (np.asarray(x, np.float64) for x in layout)
-        part = _Parts.of(shape, t)
+        part = self._parts(shape, t)
         n, layers, d, own = self.n_devices, shape.n_layers, shape.d_model, _up(batch / p)
         exchanged = 2 * _ACTIVATION * d * (_lacking(n) * batch + _lacking(t * c) * own)
         exchanged = exchanged + _lacking(c) * own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM)
@@ -503,9 +508,12 @@ class Serving:
         value = cache_value_bytes(self.cache_dtype, shape.head_dim)
         return 2 * shape.n_layers * shape.head_dim * part.kv_heads * value * tokens
 
+    def _parts(self, shape: HasShape, heads_over: Any) -> _Parts:
+        return _Parts.of(shape, kv_heads_held(shape.n_heads, shape.n_kv_heads, heads_over))
+
     def _memory(self, shape: HasShape, context: Any, layout: Layout, batch: Any) -> Any:
         t, p, c = (np.asarray(x, np.float64) for x in layout)
-        part = _Parts.of(shape, t)
+        part = self._parts(shape, t)
         head = 2.0 if self.untied else 1.0
         held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=head)
         return held + _up(batch / p) * self._cache(shape, part, np.asarray(context, np.float64)) / c
@@ -565,9 +573,8 @@ class _Parts:
     kv_heads: Any
 
     @classmethod
-    def of(cls, shape: HasShape, heads_over: Any) -> _Parts:
+    def of(cls, shape: HasShape, held: Any) -> _Parts:
         count = costs.count_params(shape, CONVENTION)
-        held = kv_heads_held(shape.n_heads, shape.n_kv_heads, heads_over)
         each = 2 * shape.n_layers * shape.d_model * shape.head_dim
         return cls(count.ffn, each * shape.n_heads, each * held, count.embedding, count.norms, held)
 
@@ -575,6 +582,70 @@ class _Parts:
         """Parameters on one device, with so many times the vocabulary's matrix."""
         shared = (self.ffn + vocabulary * self.vocabulary) / n_devices
         return shared + self.queries / group + self.keys + self.norms
+
+
+class _Undivided(Serving):
+    """As if key/value heads could be divided as finely as query heads: what replicating them costs is the difference."""
+
+    def _parts(self, shape: HasShape, heads_over: Any) -> _Parts:
+        return _Parts.of(shape, shape.n_kv_heads / heads_over)
+
+
+def replication_cost(serving: Serving, shape: HasShape, context: Any, by: str = "price") -> Any:
+    """What devices that hold the same key/value heads cost, relative: 0 where none do or where other things decide.
+
+    Of the layout and the number of requests with which the model is served. NaN where it can't be served.
+    """
+    load = serving.load(shape, context, by)
+    fields = {field.name: getattr(serving, field.name) for field in dataclasses.fields(serving)}
+    as_served = fields | {"parallelism": load.layout, "ttft": None, "tpot": None}
+    with np.errstate(invalid="ignore"):
+        values = []
+        for kind in (Serving, _Undivided):
+            other = kind(**as_served)._load(shape, context, load.layout, by, load.batch)
+            values.append(other.request if by == "latency" else other.token_seconds)
+        return np.where(load.possible, values[0] / values[1] - 1, np.nan)[()]
+
+
+def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "price") -> str:
+    """Why one model can't be served as asked, with what comes closest; empty where it can."""
+    loads = [serving._load(shape, context, layout, by) for layout in serving.layouts()]
+    if any(load.possible for load in loads):
+        return ""
+    load = max(loads, key=lambda load: float(load.obstacle))  # the layout that comes furthest
+    chip, kind = serving.chip, OBSTACLES[int(load.obstacle)]
+    if kind == "heads":
+        return (
+            f"{_number(load.layout.heads)} devices can't share {_number(shape.n_heads)} query heads: {_nearest(serving, shape)}"
+        )
+    if kind == "batch":
+        return f"{_number(load.batch)} requests can't be divided over {_number(load.layout.sequences)} devices"
+    if kind == "memory":
+        one = serving.memory_bytes(shape, context, batch=max(1, load.layout.sequences))
+        most = _number(serving.largest_batch(shape, context))
+        count = "" if isinstance(serving.batch, str) else f" with {_number(load.batch)} requests ({most} fit)"
+        return (
+            f"takes {float(load.memory if count else one) / 1e9:.1f} GB of each {chip.name}{count}, and a server has "
+            f"{chip.server_bytes / 1e9:.1f} GB"
+        )
+    least = min(float(getattr(other, kind)) for other in loads if other.obstacle == load.obstacle)
+    name = "first token" if kind == "ttft" else "token"
+    return f"{name} after {least:.3g} s, not {getattr(serving, kind):.3g} s"
+
+
+def _nearest(serving: Serving, shape: HasShape) -> str:
+    """Layouts of these devices that the heads allow, and numbers of devices that could share them."""
+    heads = float(shape.n_heads)
+    allowed = [one for one in layouts(serving.n_devices) if serving._divides(shape, one)]
+    counts = [count for count in range(1, int(heads) + 1) if heads % count == 0]
+    below = max((count for count in counts if count < serving.n_devices), default=None)
+    above = min((count for count in counts if count > serving.n_devices), default=None)
+    near = " or ".join(str(count) for count in (below, above) if count is not None)
+    return f"parallelism {' or '.join(map(str, allowed[:3]))}" + (f", or tensor over {near}" if near else "")
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):g}"
 
 
 def read_efficiency(path: str) -> Efficiency:
