@@ -93,8 +93,8 @@ class Answer:
             "noise_model": self.noise_model,
             "price_of_doubt": _plain(self.price_of_doubt),
             "objective": self.objective,
-            "candidates": _records(self.candidates),
-            "buildable": _records(self.buildable),
+            "candidates": records(self.candidates),
+            "buildable": records(self.buildable),
             "warnings": list(self.warnings),
         }
 
@@ -757,7 +757,7 @@ def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain Python values."""
     return [
         {

@@ -60,7 +60,7 @@ import numpy as np
 from gqa_jax import costs, hardware
 from gqa_jax.costs import HasShape
 from gqa_jax.errors import closest
-from gqa_jax.hardware import CHIPS, Chip, Efficiency
+from gqa_jax.hardware import CHIPS, Chip, Efficiency, Price
 
 CONVENTION = "exact"
 TENSOR, BEST, FITS = "tensor", "best", "fits"
@@ -202,7 +202,8 @@ class Serving:
     cache_dtype: str = "bfloat16"
     untied: bool = False  # whether the unembedding is a matrix of its own
     efficiency: Efficiency | float | str | None = None
-    usd_per_hour: float | None = None  # of one device; None: the dated list price of `gqa_jax.hardware`
+    usd_per_hour: float | None = None  # of one device; None: that of `price`
+    price: Price | None = None  # None: the dated list price of `gqa_jax.hardware`
     disaggregated: bool = False  # prompts are read by other devices than those that generate
     ttft: float | None = None  # seconds allowed to the first token
     tpot: float | None = None  # seconds allowed for each generated token
@@ -280,16 +281,27 @@ class Serving:
     @property
     def has_price(self) -> bool:
         """Whether an hour of a device has a known price."""
-        return self.usd_per_hour is not None or self.chip.price is not None
+        return self.usd_per_hour is not None or self._listed is not None
+
+    @property
+    def _listed(self) -> Price | None:
+        return self.chip.price if self.price is None else self.price
+
+    @property
+    def origin(self) -> str:
+        """Whose price an hour of a device has, where and since when."""
+        if self.usd_per_hour is not None:
+            return "as given"
+        return "no price" if self._listed is None else self._listed.origin
 
     @property
     def usd(self) -> float:
         """US dollars for an hour of one device. Raises ValueError where none is known."""
         if self.usd_per_hour is not None:
             return self.usd_per_hour
-        if self.chip.price is None:
+        if self._listed is None:
             raise ValueError(f"device {self.chip.name!r} has no list price: give usd_per_hour")
-        return self.chip.price.usd_per_hour
+        return self._listed.usd_per_hour
 
     def layouts(self) -> list[Layout]:
         """Those that may be chosen."""
@@ -366,7 +378,6 @@ class Serving:
     def describe(self) -> dict[str, Any]:
         """The numbers of this module's formulas, for JSON."""
         chip, efficiency = self.chip, self.efficiency
-        listed = chip.price if self.usd_per_hour is None else None
         return {
             "device": chip.name,
             "peak_flops": chip.peak(self.param_dtype),
@@ -390,7 +401,7 @@ class Serving:
             "ttft": self.ttft,
             "tpot": self.tpot,
             "usd_per_hour": self.usd if self.has_price else None,
-            "price": listed.origin if listed else "as given",
+            "price": self.origin,
             "convention": dataclasses.asdict(costs.CONVENTIONS[CONVENTION]),
         }
 
