@@ -64,23 +64,24 @@ class Efficiency(NamedTuple):
     weights_bandwidth: float  # of the bytes/s, reading parameters
     cache_bandwidth: float  # of the bytes/s, reading keys and values
     layer_seconds: float  # of every layer in every phase: kernels that start one after another
+    exchange: float = 1.0  # of the links: least over measured seconds of exchanges
     source: str = "as given"
     bound: bool = False  # all parts overlap: what no server beats
 
     @classmethod
     def uniform(cls, share: float) -> Efficiency:
         """The same share of every peak."""
-        return cls(share, share, share, share, 0.0)
+        return cls(share, share, share, share, 0.0, share)
 
     @classmethod
     def of_bound(cls) -> Efficiency:
         """Peaks, all at once."""
-        return cls(1.0, 1.0, 1.0, 1.0, 0.0, "the bound: every peak reached, all at once", bound=True)
+        return cls(1.0, 1.0, 1.0, 1.0, 0.0, source="the bound: every peak reached, all at once", bound=True)
 
     def checked(self) -> Efficiency:
         """Itself. Raises ValueError for what is no share."""
-        for name, value in zip(self._fields[:4], self[:4], strict=True):
-            if not 0 < value <= 1:
+        for name in ("matmul", "attention", "weights_bandwidth", "cache_bandwidth", "exchange"):
+            if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(f"efficiency: {name} = {value}: a share above 0 and at most 1")
         if not 0 <= self.layer_seconds < math.inf:
             raise ValueError(f"efficiency: layer_seconds = {self.layer_seconds}: seconds of at least 0")
@@ -135,6 +136,7 @@ class Gpu:
     shared_memory: int  # bytes of a multiprocessor; a program may have 1 KiB less
     clock_ghz: float
     l2_bytes: int
+    board_mib: int  # of memory, as nvidia-smi shows it: what a server has a fraction of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,11 @@ class Chip:
     @property
     def board_bytes(self) -> float:
         """Memory of the device, as far as programs may have it."""
-        return self.memory_bytes if self.gpu is None else self.memory_bytes / ALLOCATOR_FRACTION
+        if self.gpu is None:
+            return self.memory_bytes
+        board = self.gpu.board_mib * 2**20
+        smaller = self.memory_bytes / ALLOCATOR_FRACTION  # of a smaller board of the same chip (`chip_of`)
+        return board if smaller > 0.9 * board else smaller
 
     @property
     def server_bytes(self) -> float:
@@ -234,6 +240,11 @@ _CYCLENERD = "https://github.com/Cyclenerd/google-cloud-pricing-cost-calculator 
 _SILYBENCH = "https://github.com/tgarg01/silybench-data prices/gpu_hourly.yaml"
 _TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
 _EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml"
+
+# cuDNN on an H100: 538 and 645 TFLOP/s forward at 16K tokens, causal, bfloat16 (the autotuning files of
+# github.com/openxla/tokamax, July and August 2026); backward FlashAttention-3's 474 and 561 (arXiv 2407.08608, FP16). Other GPUs
+# are taken to reach the same shares until somebody measures.
+_HOPPER_ATTENTION = ((64, 538 / 989, 474 / 989), (128, 645 / 989, 561 / 989))
 
 # Seconds of collectives. The least that was published for these links: a server's own kernels, captured in a graph.
 _HOP = "1 us a hop (github.com/jax-ml/scaling-book sharding.md, commit 0819a7d), there and back around a torus; not measured"
@@ -348,7 +359,10 @@ CHIPS = {
             host_memory_bytes=369e9,  # a3-ultragpu-8g: 2,952 GB for 8
             shapes=_HOST,
             price=Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
-            gpu=Gpu("H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu(
+                "H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20, board_mib=143771
+            ),
         ),
         Chip(
             "h100",
@@ -363,7 +377,17 @@ CHIPS = {
             host_memory_bytes=234e9,  # a3-highgpu-8g: 1,872 GB for 8
             shapes=_HOST,
             price=Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
-            gpu=Gpu("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu(
+                "H100",
+                "NVIDIA H100 80GB HBM3",
+                (9, 0),
+                132,
+                shared_memory=233472,
+                clock_ghz=1.98,
+                l2_bytes=50 * 2**20,
+                board_mib=81559,
+            ),
         ),
         Chip(
             "a100",
@@ -378,8 +402,16 @@ CHIPS = {
             host_memory_bytes=170e9,  # a2-ultragpu-8g: 1,360 GB for 8
             shapes=_HOST,
             price=Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
+            attention_share=_HOPPER_ATTENTION,
             gpu=Gpu(
-                "A100-80GB", "NVIDIA A100-SXM4-80GB", (8, 0), 108, shared_memory=167936, clock_ghz=1.41, l2_bytes=40 * 2**20
+                "A100-80GB",
+                "NVIDIA A100-SXM4-80GB",
+                (8, 0),
+                108,
+                shared_memory=167936,
+                clock_ghz=1.41,
+                l2_bytes=40 * 2**20,
+                board_mib=81920,
             ),
         ),
         Chip(
@@ -394,7 +426,17 @@ CHIPS = {
             narrow_flops=(("float8", 4500e12), ("int8", 4500e12), ("float4", 9000e12)),
             shapes=_HOST,
             price=Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "US", "2026-09-20", _EVANGELIST),
-            gpu=Gpu("B200", "NVIDIA B200", (10, 0), 148, shared_memory=233472, clock_ghz=1.96, l2_bytes=126 * 2**20),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu(
+                "B200",
+                "NVIDIA B200",
+                (10, 0),
+                148,
+                shared_memory=233472,
+                clock_ghz=1.96,
+                l2_bytes=126 * 2**20,
+                board_mib=183359,
+            ),
         ),
         Chip(
             "l4",
@@ -408,7 +450,8 @@ CHIPS = {
             host_memory_bytes=16e9,  # g2-standard-4
             shapes=_HOST,
             price=Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),
-            gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_memory=102400, clock_ghz=2.04, l2_bytes=48 * 2**20),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_memory=102400, clock_ghz=2.04, l2_bytes=48 * 2**20, board_mib=23034),
         ),
     )
 }
@@ -434,16 +477,23 @@ def chip_of(device_kind: str) -> Chip | None:
     return dataclasses.replace(chip, memory_bytes=min(memory, chip.memory_bytes))
 
 
-#: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md).
+_PUBLIC = "public measurements of {} (docs/serving-measured.md)"
+#: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md); MATMUL: of the peak of
+#: operands of so many bits.
 SERVED = {
-    "gpu": Efficiency(0.55, 0.6, 0.75, 0.6, 10e-6, "PLACEHOLDER"),
-    "tpu": Efficiency(0.55, 0.8, 0.75, 0.6, 10e-6, "PLACEHOLDER"),
+    "gpu": Efficiency(0.665, 0.92, 0.84, 0.95, 58e-6, 0.61, _PUBLIC.format("GPU servers, 2023 to 2025")),
+    "tpu": Efficiency(0.62, 1.0, 1.0, 0.57, 1e-6, 1.0, _PUBLIC.format("TPU servers, 2024 to 2025")),
 }
+MATMUL = {"gpu": {16: 0.665, 8: 0.51, 4: 0.36}, "tpu": {}}
 
 
-def default_efficiency(chip: Chip) -> Efficiency:
-    """What is taken of a chip that nobody has calibrated: that of its class, GPU or TPU."""
-    return SERVED["tpu" if chip.tpu is not None else "gpu"]
+def default_efficiency(chip: Chip, param_dtype: str = "bfloat16") -> Efficiency:
+    """What is taken of a chip that nobody has calibrated: that of its class, GPU or TPU, for parameters of a dtype."""
+    kind = "tpu" if chip.tpu is not None else "gpu"
+    bits = (
+        {"float8": 8, "int8": 8, "float4": 4, "int4": 4}.get(param_dtype, 16) if param_dtype in dict(chip.narrow_flops) else 16
+    )
+    return SERVED[kind]._replace(matmul=MATMUL[kind].get(bits, SERVED[kind].matmul))
 
 
 #: Model FLOPs utilisation of training in public measurements, median by class of device (docs/training-measured.md).

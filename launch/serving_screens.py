@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -50,8 +49,7 @@ def said(found: Answer) -> list[str]:
     ]
     if pd.notna(row["usd_per_million_input"]) or pd.notna(row["usd_per_million_output"]):
         lines.append(_money(row, serving))
-    if (sentence := replication(found.heads, layout, float(row["replication"]))) is not None:
-        lines.append(sentence)
+    lines += replication(found)
     lines.append(f"of the peaks are reached: {efficiency(serving['efficiency'])}")
     if found.objective.get("training_mfu") is not None:
         lines.append(f"training at {found.objective['training_mfu']:.0%} of the peak in bfloat16")
@@ -78,13 +76,18 @@ def seconds(value: float) -> str:
     return f"{formatting.three(1e3 * value)} ms" if value < 0.1 else f"{formatting.three(value)} s"
 
 
-def replication(heads: Heads, layout: Layout, cost: float) -> str | None:
-    """What it costs that devices hold the same key/value heads; None where none do."""
-    kv = heads.n_kv_heads
-    if kv < 0 or layout.heads <= kv or np.isnan(cost):
-        return None
-    fewer = f"{kv} key/value head{'s' * (kv != 1)} for heads divided over {layout.heads} devices, so that these hold the same"
-    return f"{fewer}: this costs " + ("nothing here" if cost < NO_SHARE else f"{cost:.1%} here")
+def replication(found: Answer) -> list[str]:
+    """What it costs that devices hold the same key/value heads, where some do: a sentence, or none."""
+    costs = {}
+    for row in found.candidates.to_dict("records"):
+        heads = Heads(None if pd.isna(row["n_heads"]) else int(row["n_heads"]), int(row["n_kv_heads"]))
+        over = 1 if pd.isna(row["layout"]) else Layout.parse(row["layout"]).heads
+        if 0 < heads.n_kv_heads < over and pd.notna(row["replication"]):
+            costs[heads] = row["replication"]
+    if not costs:
+        return []
+    told = ", ".join(f"{heads} {'nothing' if cost < NO_SHARE else f'{cost:.1%}'}" for heads, cost in costs.items())
+    return [f"fewer key/value heads than devices that divide the heads, so that several hold the same: costs {told} here"]
 
 
 def efficiency(given: Mapping[str, Any]) -> str:
@@ -94,7 +97,7 @@ def efficiency(given: Mapping[str, Any]) -> str:
     return (
         f"matrices {given['matmul']:.0%}, attention {given['attention']:.0%} of its kernels' rate, bandwidth for parameters "
         f"{given['weights_bandwidth']:.0%} and for the cache {given['cache_bandwidth']:.0%}, "
-        f"{1e6 * given['layer_seconds']:.3g} us a layer: {given['source']}"
+        f"links {given['exchange']:.0%}, {1e6 * given['layer_seconds']:.3g} us a layer: {given['source']}"
     )
 
 
@@ -103,7 +106,8 @@ def print_comparison(found: Comparison, one: Fitted, console: Console) -> None:
     first = next(iter(found.answers.values()))
     unit = f", {first.objective['unit']}" if first.objective["unit"] else ""
     console.print(
-        f"loss {first.loss:g} served at {first.context_served:,} tokens, laws of runs trained at {one.context:,}; {_load(first)}",
+        f"loss {first.loss:g} served at {first.context_served:,} tokens, laws of runs trained at {one.context:,}; "
+        f"{_load(first)}",
         highlight=False,
     )
     view = Table(title="The answer on each", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

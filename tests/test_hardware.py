@@ -69,7 +69,7 @@ def test_heads_smaller_than_those_measured_take_the_time_of_the_next_size():
     v5e = CHIPS["v5e"]
     assert v5e.attention_shares(32) == pytest.approx([share / 2 for share in v5e.attention_shares(64)])
     assert v5e.attention_shares(256) == v5e.attention_shares(128)
-    assert CHIPS["h200"].attention_shares(64) == (1.0, 1.0)
+    assert CHIPS["v4"].attention_shares(64) == (1.0, 1.0)  # nobody knows
 
 
 def test_memory_is_what_a_program_may_use():

@@ -26,13 +26,16 @@ all-gather is taken as half of one. With t = n these are the two all-reduces a l
 for the logits; c > 1 is decode-context parallelism (arXiv 2507.07120): queries are gathered, each device attends to its part of
 the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered.
 
-Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of links, and five efficiencies (`Efficiency`):
+Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of links, and the efficiencies of each part
+(`Efficiency`):
 
-    max(matrices/(e_m F), parameters/(e_w W)) + max(attention/(e_a F), cache/(e_c W)) + exchanges + L e_l      expected
-    max((matrices + attention)/F, (parameters + cache)/W, exchanges)                                         the bound
+    matrices/(e_m F) + parameters/(e_w W) + attention/(e_a F) + cache/(e_c W) + exchanges/e_x + L e_l      expected
+    max((matrices + attention)/F, (parameters + cache)/W, exchanges)                                     the bound
 
-In the bound everything that a device does overlaps and reaches its peak: no server with this layout is faster. F of matrices is
-the peak of the parameters' dtype where the chip has one. The expectation is what the search compares.
+In the bound everything that a device does overlaps and reaches its peak: no server with this layout is faster. In the
+expectation the parts add: measured steps grow along a straight line with the number of requests, also where reading parameters
+and multiplying by them take as long (docs/serving-measured.md). F of matrices is the peak of the parameters' dtype where the
+chip has one. The expectation is what the search compares.
 
 The load, with seconds u of a prefill and q of a decode step at the mean number of keys, (1 - s/2) T:
 
@@ -149,7 +152,7 @@ class Phase(NamedTuple):
         if self.overlapped:
             compute, memory = self.matmul + self.attention, self.weights + self.cache
             return np.maximum(np.maximum(compute, memory), self.exchange)
-        return np.maximum(self.matmul, self.weights) + np.maximum(self.attention, self.cache) + self.exchange + self.layers
+        return self.matmul + self.weights + self.attention + self.cache + self.exchange + self.layers
 
     @property
     def limit(self) -> Any:
@@ -213,14 +216,14 @@ class Serving:
             raise ValueError(f"device {self.device!r} is unknown: {closest(str(self.device), CHIPS)}")
         if isinstance(self.n_devices, bool) or not isinstance(self.n_devices, int) or self.n_devices < 1:
             raise ValueError(f"n_devices = {self.n_devices!r}: must be an integer of at least 1")
-        object.__setattr__(self, "efficiency", _efficiency(self.efficiency, self.chip))
+        for name in ("param_dtype", "cache_dtype"):
+            costs.dtype_bytes(getattr(self, name))
+        object.__setattr__(self, "efficiency", _efficiency(self.efficiency, self.chip, self.param_dtype))
         self._check_links()
         self._check_layout()
         self._check_batch()
         if not 0 <= self.decode_share <= 1:
             raise ValueError(f"decode_share = {self.decode_share}: from 0 (prefill only) to 1 (every token generated)")
-        for name in ("param_dtype", "cache_dtype"):
-            costs.dtype_bytes(getattr(self, name))
         for name in ("ttft", "tpot"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -497,7 +500,7 @@ class Serving:
         if self.n_devices == 1:
             exchange = np.zeros_like(weights)
         else:
-            exchange = exchanged / chip.interconnect + waited
+            exchange = (exchanged / chip.interconnect + waited) / reached.exchange
         return Phase(
             matmul / (reached.matmul * chip.peak(self.param_dtype)),
             attention / (reached.attention * share * chip.peak_flops),
@@ -626,9 +629,9 @@ def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "
     load = max(loads, key=lambda load: float(load.obstacle))  # the layout that comes furthest
     chip, kind = serving.chip, OBSTACLES[int(load.obstacle)]
     if kind == "heads":
-        return (
-            f"{_number(load.layout.heads)} devices can't share {_number(shape.n_heads)} query heads: {_nearest(serving, shape)}"
-        )
+        plural = "s" if shape.n_heads > 1 else ""
+        count = f"{_number(shape.n_heads)} query head{plural}"
+        return f"{_number(load.layout.heads)} devices can't share {count}: {_nearest(serving, shape)}"
     if kind == "batch":
         return f"{_number(load.batch)} requests can't be divided over {_number(load.layout.sequences)} devices"
     if kind == "memory":
@@ -645,14 +648,14 @@ def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "
 
 
 def _nearest(serving: Serving, shape: HasShape) -> str:
-    """Layouts of these devices that the heads allow, and numbers of devices that could share them."""
+    """What comes closest: numbers of devices that can share the heads, and layouts of these devices that can."""
     heads = float(shape.n_heads)
     allowed = [one for one in layouts(serving.n_devices) if serving._divides(shape, one)]
     counts = [count for count in range(1, int(heads) + 1) if heads % count == 0]
     below = max((count for count in counts if count < serving.n_devices), default=None)
     above = min((count for count in counts if count > serving.n_devices), default=None)
     near = " or ".join(str(count) for count in (below, above) if count is not None)
-    return f"parallelism {' or '.join(map(str, allowed[:3]))}" + (f", or tensor over {near}" if near else "")
+    return f"{near} can; so can these as {' or '.join(map(str, allowed[:2]))}"
 
 
 def _number(value: Any) -> str:
@@ -668,21 +671,23 @@ def read_efficiency(path: str) -> Efficiency:
         given = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"efficiency {path}: {error}") from error
-    names = [name for name in Efficiency._fields if name not in ("source", "bound")]
+    names = list(Efficiency._fields[:5])
     numbers = given.get("efficiency") if isinstance(given, dict) else None
-    if not isinstance(numbers, dict) or set(numbers) != set(names):
+    if not isinstance(numbers, dict) or set(numbers) - {"exchange"} != set(names):
         raise ValueError(f'efficiency {path}: must have {{"efficiency": {{{", ".join(names)}}}}}, each a number')
     try:
-        return Efficiency(**{name: float(numbers[name]) for name in names}, source=str(given.get("source") or path)).checked()
+        return Efficiency(
+            **{name: float(value) for name, value in numbers.items()}, source=str(given.get("source") or path)
+        ).checked()
     except (TypeError, ValueError) as error:
         raise ValueError(f"efficiency {path}: {error}") from error
 
 
-def _efficiency(given: Efficiency | float | str | None, chip: Chip) -> Efficiency:
+def _efficiency(given: Efficiency | float | str | None, chip: Chip, param_dtype: str) -> Efficiency:
     if isinstance(given, Efficiency):
         return given.checked()
     if given is None:
-        return hardware.default_efficiency(chip)
+        return hardware.default_efficiency(chip, param_dtype)
     if isinstance(given, str):
         if given == "bound":
             return Efficiency.of_bound()
