@@ -242,8 +242,8 @@ _TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
 _EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml"
 
 # cuDNN on an H100: 538 and 645 TFLOP/s forward at 16K tokens, causal, bfloat16 (the autotuning files of
-# github.com/openxla/tokamax, July and August 2026); backward FlashAttention-3's 474 and 561 (arXiv 2407.08608, FP16). Other GPUs
-# are taken to reach the same shares until somebody measures.
+# github.com/openxla/tokamax, July and August 2026); backward FlashAttention-3's 474 and 561 (arXiv 2407.08608, FP16). Other
+# GPUs are taken to reach the same shares until somebody measures.
 _HOPPER_ATTENTION = ((64, 538 / 989, 474 / 989), (128, 645 / 989, 561 / 989))
 
 # Seconds of collectives. The least that was published for these links: a server's own kernels, captured in a graph.
