@@ -440,11 +440,14 @@ class _Table:
                 note if np.isfinite(c) or not np.isfinite(n) else _why(serving, self.shape_H, i, context, by) or note
                 for i, (note, n, c) in enumerate(zip(notes, self.n_params_H[:k], cost_H[:k], strict=True))
             ]
+            frame["excess"] = _excess(serving, self.shape_H, context, by)[:k]
             columns += SERVED
         frame["note"] = pd.array(notes, dtype="string")
         facts = self._uncertain(frame, cost_H, context, objective, memory_limit)
         by = "expected_regret" if self.known.draws is not None else "cost"
-        order = frame.assign(hopeless=~np.isfinite(frame["cost"])).sort_values(["hopeless", by, "cost"], kind="stable").index
+        keys = frame.assign(hopeless=~np.isfinite(frame["cost"]))
+        ranks = ["hopeless", by, "cost", *(["excess"] if serving is not None else [])]
+        order = keys.sort_values(ranks, kind="stable").index
         frame = frame.loc[order].reset_index(drop=True)
         frame["rank"] = pd.array(np.arange(1, k + 1), dtype="Int64")
         frame.loc[~np.isfinite(frame["cost"]), "rank"] = pd.NA
@@ -577,6 +580,21 @@ def _served(serving: Serving, shape: costs.Shape, context: int, by: str) -> dict
         "decode_limit": pd.array(np.broadcast_to(load.decode.limit, count), dtype="string"),
         "replication": known(roofline.replication_cost(serving, shape, context, by)),
     }
+
+
+def _excess(serving: Serving, shape: costs.Shape, context: int, by: str) -> np.ndarray:
+    """By what factor every H misses the limit that it misses, in its best layout; 0 where it keeps all, infinite for heads."""
+    count = np.shape(shape.n_layers)
+    least = np.full(count, np.inf)
+    for layout in serving.layouts():
+        load = serving.load(shape, context, by, layout)
+        over = [0.0, np.inf, np.inf, load.memory / serving.chip.server_bytes]
+        over += [
+            np.inf if limit is None else value / limit
+            for value, limit in ((load.ttft, serving.ttft), (load.tpot, serving.tpot))
+        ]
+        least = np.fmin(least, np.choose(load.obstacle, [np.broadcast_to(one, count) for one in over]))
+    return least
 
 
 def _each(layout: Layout, count: tuple[int, ...]) -> list[Layout]:
@@ -729,8 +747,11 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
     lowest = min((law.loss.min() for law in laws.values() if len(law.loss)), default=np.inf)
     notes = frame.loc[frame["n_params"].notna(), "note"].dropna()
     if loss > least and memory_limit is None and len(notes):
-        said = "; ".join(f"{_heads(frame.loc[i])}: {note}" for i, note in notes.head(3).items())
-        return f"no head configuration can be served as asked at a loss of {loss:g}: {said}. Allow more"
+        nearest = f"{_heads(frame.loc[notes.index[0]])} {notes.iloc[0]}"
+        return (
+            f"no head configuration can be served as asked at a loss of {loss:g}; what comes closest: {nearest}. Allow more time, "
+            "other devices, a higher loss, a shorter context or fewer requests at once"
+        )
     if loss <= least:
         return (
             f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss "

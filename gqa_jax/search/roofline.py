@@ -312,12 +312,14 @@ class Serving:
             return [self.parallelism]
         return [Layout(self.n_devices)] if self.parallelism == TENSOR else layouts(self.n_devices)
 
-    def load(self, shape: HasShape, context: Any, by: str = "price") -> Load:
+    def load(self, shape: HasShape, context: Any, by: str = "price", layout: Layout | None = None) -> Load:
         """The steady state of requests of `context` tokens, in the layout and with the batch that cost the least.
 
         by: "price" (device-seconds per token) or "latency" (seconds of a request): what the least is of, where the layout or
-        the batch is open. Layout and batch may differ between elements of arrays.
+        the batch is open. Layout and batch may differ between elements of arrays. layout: that one, and no other.
         """
+        if layout is not None:
+            return self._load(shape, context, layout, by)
         loads = [self._load(shape, context, layout, by) for layout in self.layouts()]
         if len(loads) == 1:
             return loads[0]
