@@ -749,8 +749,8 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
     if loss > least and memory_limit is None and len(notes):
         nearest = f"{_heads(frame.loc[notes.index[0]])} {notes.iloc[0]}"
         return (
-            f"no head configuration can be served as asked at a loss of {loss:g}; what comes closest: {nearest}. Allow more time, "
-            "other devices, a higher loss, a shorter context or fewer requests at once"
+            f"no head configuration can be served as asked at a loss of {loss:g}; what comes closest: {nearest}. Allow more "
+            "time, other devices, a higher loss, a shorter context or fewer requests at once"
         )
     if loss <= least:
         return (
