@@ -766,7 +766,7 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
 def _limit_text(memory_limit: float | Serving | None) -> str:
     if isinstance(memory_limit, Serving):
         count, chip = memory_limit.n_devices, memory_limit.chip
-        return f"the {formatting.gb(count * chip.memory_bytes)} of {count} x {chip.name}"
+        return f"the {formatting.gb(chip.server_bytes)} that a server fills of each of {count} x {chip.name}"
     return f"the {formatting.gb(memory_limit or 0)} of the limit"
 
 
