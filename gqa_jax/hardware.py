@@ -27,9 +27,9 @@ CHIPS_PER_HOST = 4  # of a TPU slice of several hosts
 
 
 class Price(NamedTuple):
-    """US dollars for an hour of one chip with its share of the host, on demand, without storage and taxes.
+    """US dollars for an hour of one chip with its share of the host, without storage and taxes.
 
-    Lists of on-demand prices change and differ by vendor and region: every row of `CHIPS` fills in all fields.
+    Lists of prices change and differ by vendor and region: every row of `CHIPS` fills in all fields.
     """
 
     usd_per_hour: float
@@ -38,11 +38,12 @@ class Price(NamedTuple):
     region: str = ""
     date: str = ""  # of the price list; a month: when it was read
     source: str = ""
+    spot: bool = False  # of a machine that may be taken back; else on demand
 
     @property
     def origin(self) -> str:
-        """Who asks for it, where, since when."""
-        return ", ".join(filter(None, (self.vendor, self.region, self.date)))
+        """Who asks for it, where, since when; and that it is a spot price, if it is."""
+        return ", ".join(filter(None, (self.vendor, self.region, "spot" if self.spot else "", self.date)))
 
 
 class Collectives(NamedTuple):
@@ -155,7 +156,7 @@ class Chip:
     narrow_flops: tuple[tuple[str, float], ...] = ()
     kinds: tuple[str, ...] = ()  # JAX's names of it: of a TPU whole device kinds, of a GPU words of them
     shapes: tuple[str, ...] = ()  # of slices that can be rented: a TPU's topologies, GPUs of one host
-    price: Price | None = None
+    prices: tuple[Price, ...] = ()  # the first is taken where none is asked for (`gqa_jax.prices`)
     measured: Measured | None = None  # None: never run on; `plan` then gives hours at the roofline
     #: Share of the peak that the attention kernels reach: head size -> (forward, backward). Empty: taken as 1.
     attention_share: tuple[tuple[int, float, float], ...] = ()
@@ -168,6 +169,11 @@ class Chip:
                 raise ValueError(
                     f"{self.name}: collectives of {count} devices take {seconds} s: must be above 0, of 2 devices or more"
                 )
+
+    @property
+    def price(self) -> Price | None:
+        """What an hour costs where no other price is asked for; None: nobody lists it."""
+        return self.prices[0] if self.prices else None
 
     @property
     def board_bytes(self) -> float:
@@ -238,6 +244,10 @@ _HOST = ("1", "2", "4", "8")
 _SKYPILOT = "https://github.com/skypilot-org/skypilot-catalog catalogs/v8/gcp/vms.csv, commit 006059e0"
 _CYCLENERD = "https://github.com/Cyclenerd/google-cloud-pricing-cost-calculator pricing.yml, commit dac31281"
 _SILYBENCH = "https://github.com/tgarg01/silybench-data prices/gpu_hourly.yaml"
+_SILYBENCH_COST = "https://github.com/tgarg01/silybench-data derived/cost.json, commit 045df3b"
+_DATARECEIPTS = (
+    "https://github.com/datareceipts/data-receipts 109-gpu-pricing/hyperscalers.json (read as quoted in a search result)"
+)
 _TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
 _EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml"
 
@@ -293,7 +303,10 @@ CHIPS = {
             collectives=_CUBE_TORUS,
             host_memory_bytes=407e9 / 4,
             shapes=_CUBE,
-            price=Price(12.88 / 4, "Google Cloud", "Cloud TPU v4-8", "us-central2", "2026-11", _SKYPILOT),
+            prices=(
+                Price(12.88 / 4, "Google Cloud", "Cloud TPU v4-8", "us-central2", "2026-11", _SKYPILOT),
+                Price(0.922, "Google Cloud", "Cloud TPU v4", "us-central2", "2026-11", _SKYPILOT, spot=True),
+            ),
             # Its matrix units are those of a v5p. Its two cores work as one device, as they do on Google Cloud, when libtpu is
             # told so; those of a v5p always do.
             tpu=Tpu("v4", counted=2, image="tpu-ubuntu2204-base", tiles=(_TILES_128,), libtpu_config="megacore"),
@@ -310,7 +323,14 @@ CHIPS = {
             narrow_flops=(("int8", 394e12),),
             host_memory_bytes=48e9,  # ct5lp-hightpu-4t: 192 GB for 4 chips
             shapes=_FLAT,
-            price=Price(1.20, "Google Cloud", "Cloud TPU v5litepod-1", "us-central1", "2026-11", _SKYPILOT),
+            prices=(
+                Price(1.20, "Google Cloud", "Cloud TPU v5litepod-1", "us-central1", "2026-11", _SKYPILOT),
+                Price(0.245, "Google Cloud", "Cloud TPU v5e", "us-central1", "2026-11", _SKYPILOT, spot=True),
+                Price(1.56, "Google Cloud", "Cloud TPU v5e", "europe-west4", "2026-11", _SKYPILOT),
+                Price(0.445, "Google Cloud", "Cloud TPU v5e", "europe-west4", "2026-11", _SKYPILOT, spot=True),
+                Price(0.48, "Google Cloud", "Cloud TPU v5e", "us-west4", "2026-11", _SKYPILOT, spot=True),
+                Price(0.6, "Google Cloud", "Cloud TPU v5e", "us-east5", "2026-11", _SKYPILOT, spot=True),
+            ),
             attention_share=_shares(197e12 / 1.5e9, (64, 3212, 7322), (128, 4239, 10408)),
             tpu=Tpu("v5litepod", counted=1, image="v2-alpha-tpuv5-lite", tiles=(_TILES_128,)),
         ),
@@ -326,7 +346,13 @@ CHIPS = {
             narrow_flops=(("int8", 918e12),),
             host_memory_bytes=448e9 / 4,
             shapes=_CUBE,
-            price=Price(25804.8 / 6144, "Google Cloud", "Cloud TPU v5p-12288", "us-central1", "2026-11", _SKYPILOT),
+            prices=(
+                Price(25804.8 / 6144, "Google Cloud", "Cloud TPU v5p-12288", "us-central1", "2026-11", _SKYPILOT),
+                Price(0.836, "Google Cloud", "Cloud TPU v5p", "us-central1", "2026-11", _SKYPILOT, spot=True),
+                Price(1.68, "Google Cloud", "Cloud TPU v5p", "us-east5", "2026-11", _SKYPILOT, spot=True),
+                Price(4.2525, "Google Cloud", "Cloud TPU v5p", "europe-west4", "2026-11", _SKYPILOT),
+                Price(1.349, "Google Cloud", "Cloud TPU v5p", "europe-west4", "2026-11", _SKYPILOT, spot=True),
+            ),
             attention_share=_shares(459e12 / 2 / 1.75e9, (64, 3222, 7323), (128, 4242, 10409)),  # of a core
             tpu=Tpu("v5p", counted=2, image="v2-alpha-tpuv5", tiles=(_TILES_128,)),
         ),
@@ -342,7 +368,16 @@ CHIPS = {
             narrow_flops=(("int8", 1836e12),),
             host_memory_bytes=1536 * GIB / 8,
             shapes=_FLAT,
-            price=Price(2.70, "Google Cloud", "Cloud TPU v6e-1", "us-central1", "2026-11", _SKYPILOT),
+            prices=(
+                Price(2.70, "Google Cloud", "Cloud TPU v6e-1", "us-central1", "2026-11", _SKYPILOT),
+                Price(0.544, "Google Cloud", "Cloud TPU v6e", "us-central1", "2026-11", _SKYPILOT, spot=True),
+                Price(1.215, "Google Cloud", "Cloud TPU v6e", "us-east5", "2026-11", _SKYPILOT, spot=True),
+                Price(1.35, "Google Cloud", "Cloud TPU v6e", "us-south1", "2026-11", _SKYPILOT, spot=True),
+                Price(2.97, "Google Cloud", "Cloud TPU v6e", "europe-west4", "2026-11", _SKYPILOT),
+                Price(1.037, "Google Cloud", "Cloud TPU v6e", "europe-west4", "2026-11", _SKYPILOT, spot=True),
+                Price(3.24, "Google Cloud", "Cloud TPU v6e", "asia-northeast1", "2026-11", _SKYPILOT),
+                Price(0.944, "Google Cloud", "Cloud TPU v6e", "asia-northeast1", "2026-11", _SKYPILOT, spot=True),
+            ),
             attention_share=_shares(918e12 / 1.75e9, (64, 2144, 4055), (128, 2440, 4437)),
             tpu=Tpu("v6e", counted=1, image="v2-alpha-tpuv6e", tiles=(_TILES_256,)),
         ),
@@ -358,7 +393,12 @@ CHIPS = {
             narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
             host_memory_bytes=369e9,  # a3-ultragpu-8g: 2,952 GB for 8
             shapes=_HOST,
-            price=Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
+            prices=(
+                Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
+                Price(4.59, "RunPod", "RunPod secure H200 SXM", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(3.59, "RunPod", "RunPod community H200 SXM", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(4.5, "Nebius", "Nebius H200", "any", "2026-09-25", _SILYBENCH_COST),
+            ),
             attention_share=_HOPPER_ATTENTION,
             gpu=Gpu(
                 "H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20, board_mib=143771
@@ -376,7 +416,19 @@ CHIPS = {
             narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
             host_memory_bytes=234e9,  # a3-highgpu-8g: 1,872 GB for 8
             shapes=_HOST,
-            price=Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
+            prices=(
+                Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
+                Price(
+                    6.57, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH_COST, spot=True
+                ),
+                Price(3.99, "Lambda", "Lambda 8x H100 SXM", "US", "2026-09-25", _SILYBENCH_COST),
+                Price(4.29, "Lambda", "Lambda 1x H100 SXM", "US", "2026-09-25", _SILYBENCH_COST),
+                Price(3.49, "RunPod", "RunPod secure H100 SXM", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(2.69, "RunPod", "RunPod community H100 SXM", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(3.85, "Nebius", "Nebius HGX H100", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(6.88, "AWS", "AWS p5.48xlarge", "us-east-1", "2026-11-09", _DATARECEIPTS),
+                Price(12.29, "Azure", "Azure ND96isr_H100_v5", "eastus", "2026-11-09", _DATARECEIPTS),
+            ),
             attention_share=_HOPPER_ATTENTION,
             gpu=Gpu(
                 "H100",
@@ -401,7 +453,13 @@ CHIPS = {
             narrow_flops=(("int8", 624e12),),
             host_memory_bytes=170e9,  # a2-ultragpu-8g: 1,360 GB for 8
             shapes=_HOST,
-            price=Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
+            prices=(
+                Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
+                Price(2.79, "Lambda", "Lambda 8x A100 80GB SXM", "US", "2026-09-25", _SILYBENCH_COST),
+                Price(1.59, "RunPod", "RunPod secure A100 80GB SXM", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(1.39, "RunPod", "RunPod community A100 80GB", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(3.43, "AWS", "AWS p4de.24xlarge", "us-east-1", "2026-11-09", _DATARECEIPTS),
+            ),
             attention_share=_HOPPER_ATTENTION,
             gpu=Gpu(
                 "A100-80GB",
@@ -425,7 +483,13 @@ CHIPS = {
             collectives=_NVLINK_5,
             narrow_flops=(("float8", 4500e12), ("int8", 4500e12), ("float4", 9000e12)),
             shapes=_HOST,
-            price=Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "US", "2026-09-20", _EVANGELIST),
+            prices=(
+                Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "US", "2026-09-20", _EVANGELIST),
+                Price(6.99, "Lambda", "Lambda 1x B200", "US", "2026-09-25", _SILYBENCH_COST),
+                Price(6.79, "RunPod", "RunPod secure B200", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(5.98, "RunPod", "RunPod community B200", "any", "2026-09-25", _SILYBENCH_COST),
+                Price(7.15, "Nebius", "Nebius B200", "any", "2026-09-25", _SILYBENCH_COST),
+            ),
             attention_share=_HOPPER_ATTENTION,
             gpu=Gpu(
                 "B200",
@@ -449,7 +513,7 @@ CHIPS = {
             narrow_flops=(("float8", 242e12), ("int8", 242e12)),
             host_memory_bytes=16e9,  # g2-standard-4
             shapes=_HOST,
-            price=Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),
+            prices=(Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),),
             attention_share=_HOPPER_ATTENTION,
             gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_memory=102400, clock_ghz=2.04, l2_bytes=48 * 2**20, board_mib=23034),
         ),

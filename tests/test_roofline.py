@@ -163,6 +163,6 @@ def test_every_device_has_a_price_and_describes_itself_in_json():
 
 
 def test_a_device_of_your_own():
-    mine = dataclasses.replace(CHIPS["h200"], name="mine", memory_bandwidth=4e12, price=None)
+    mine = dataclasses.replace(CHIPS["h200"], name="mine", memory_bandwidth=4e12, prices=())
     ratio = Serving(mine, usd_per_hour=2).decode_step(FEW, T).seconds / Serving("h200").decode_step(FEW, T).seconds
     assert ratio == pytest.approx(4.8 / 4)

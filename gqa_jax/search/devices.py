@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gqa_jax import prices
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.search import objectives, optimum
 from gqa_jax.search.objectives import Objective
@@ -38,6 +39,7 @@ class Comparison:
     answers: dict[str, Answer]
     table: pd.DataFrame
     front: pd.DataFrame
+    vendors: str | None  # what to say where prices of several vendors are compared
 
 
 def compare(
@@ -71,7 +73,9 @@ def compare(
         raise ValueError("; ".join(f"{row['device']}: {row['note']}" for row in rows))
     table = pd.DataFrame(rows).reindex(columns=list(COLUMNS)).sort_values("cost", kind="stable", ignore_index=True)
     reached = [goal for name, goal in named.items() if name in answers]
-    return Comparison(answers, table, front(laws, loss, context_served, [goal.serving for goal in reached], **options))
+    ways = front(laws, loss, context_served, [goal.serving for goal in reached], **options)
+    listed = {name: goal.serving.listed for name, goal in named.items() if goal.serving.listed is not None}
+    return Comparison(answers, table, ways, prices.compared(named, listed))
 
 
 def front(
@@ -79,8 +83,9 @@ def front(
 ) -> pd.DataFrame:
     """Money against time: for every device and number of requests (powers of two) the cheapest and the fastest heads.
 
-    By the fitted laws, in the layout that is the cheapest or the fastest for them. Only those of which none costs less and takes
-    less time per request; columns FRONT, fastest first. Time limits of the servings hold. Devices without a price are left out.
+    By the fitted laws, in the layout that is the cheapest or the fastest for them. Only those of which none costs less and
+    takes less time per request; columns FRONT, fastest first. Time limits of the servings hold. Devices without a price are
+    left out.
     """
     options = {name: value for name, value in options.items() if name in ("aspect", "memory_limit")}
     found = []
