@@ -481,10 +481,10 @@ _PUBLIC = "public measurements of {} (docs/serving-measured.md)"
 #: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md); MATMUL: of the peak of
 #: operands of so many bits.
 SERVED = {
-    "gpu": Efficiency(0.665, 0.92, 0.84, 0.95, 58e-6, 0.61, _PUBLIC.format("GPU servers, 2023 to 2025")),
-    "tpu": Efficiency(0.62, 1.0, 1.0, 0.57, 1e-6, 1.0, _PUBLIC.format("TPU servers, 2024 to 2025")),
+    "gpu": Efficiency(0.71, 1.0, 0.81, 0.95, 51e-6, 0.52, _PUBLIC.format("GPU servers, 2023 to 2026")),
+    "tpu": Efficiency(0.54, 1.0, 1.0, 0.68, 1e-6, 1.0, _PUBLIC.format("TPU servers, 2024 to 2026")),
 }
-MATMUL = {"gpu": {16: 0.665, 8: 0.51, 4: 0.36}, "tpu": {}}
+MATMUL = {"gpu": {16: 0.71, 8: 0.52, 4: 0.39}, "tpu": {}}
 
 
 def default_efficiency(chip: Chip, param_dtype: str = "bfloat16") -> Efficiency:

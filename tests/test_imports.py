@@ -147,7 +147,7 @@ TABLE = (
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
         ".program .run_folder .checkpoint .planning.planner .topologies .results .shape_search .laws .presets "
-        ".search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
+        ".search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
         outside="jax",
     ),
 )
