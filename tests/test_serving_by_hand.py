@@ -64,8 +64,8 @@ def test_hand_counts_the_published_parameters_of_llama_3():
 
 
 def test_a_bound_in_float8_is_of_a_cache_in_float8_and_not_of_parameters():
-    # vLLM with FlashAttention-3 computes attention in float8 where the cache is (docs/features/quantization/quantized_kvcache.md);
-    # on an H100 at up to 1.2 PFLOP/s (arXiv 2407.08608), above the 989 TFLOP/s of bfloat16.
+    # vLLM with FlashAttention-3 computes attention in float8 where the cache is (its documentation, "Quantized KV Cache"); on
+    # an H100 at up to 1.2 PFLOP/s (arXiv 2407.08608), above the 989 TFLOP/s of bfloat16.
     case = hand.CASES["as many key/value heads, t p c"]
     for weights, cache in itertools.product(("bfloat16", "float8"), repeat=2):
         one = case._replace(weights=weights, cache=cache)
