@@ -87,6 +87,21 @@ def compared(chips: Iterable[str], table: Mapping[str, Price]) -> str | None:
     return f"prices of several vendors are compared ({asked}), which ask for different things: {instead}"
 
 
+def markdown() -> str:
+    """The table of docs/prices.md: a row per list price."""
+    rows = [
+        "| chip | vendor, product | region | terms | US dollars an hour of a chip | date | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for chip in CHIPS.values():
+        for price in chip.prices:
+            terms = SPOT if price.spot else "on demand"
+            amount = f"{price.usd_per_hour:.4f}".rstrip("0").ljust(4, "0")
+            source = price.source.removeprefix("https://")
+            rows.append(f"| {chip.name} | {price.product} | {price.region} | {terms} | {amount} | {price.date} | {source} |")
+    return "\n".join(rows) + "\n"
+
+
 def _read(path: str) -> dict[str, Price]:
     try:
         text = Path(path).read_text()
@@ -113,3 +128,7 @@ def _price(path: str, name: str, value: Any) -> Price:
         raise ValueError(f"prices {path}: {name} = {usd!r}: must be US dollars per chip-hour, a number above 0")
     texts = {field: str(fields[field]) for field in ("product", "region", "date") if field in fields}
     return Price(float(usd), vendor=str(fields.get("vendor") or path), **texts, spot=bool(fields.get("spot", False)))
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

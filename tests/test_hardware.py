@@ -78,8 +78,7 @@ def test_memory_is_what_a_program_may_use():
 
 
 def test_every_price_says_whose_where_and_when():
-    for chip in CHIPS.values():
-        price = chip.price
+    for price in (price for chip in CHIPS.values() for price in chip.prices):
         assert 0.1 < price.usd_per_hour < 20
         assert all((price.vendor, price.product, price.region))
         assert price.source.startswith("https://")
