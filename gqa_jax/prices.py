@@ -27,7 +27,7 @@ def load(spec: str | None = None) -> dict[str, Price]:
     """Prices by name of the chip: the first of each chip's list; those that `spec` names; or those of a file.
 
     Args:
-      spec: words of list prices (`choose`; chips of which none has them are left out), or a path that ends in .json or .toml,
+      spec: words of list prices (`find`; chips of which none has them are left out), or a path that ends in .json or .toml,
         whose prices take the place of the first of the lists: US dollars per chip-hour by name of the chip, or a table of
         usd_per_hour, vendor, product, region, date and spot.
 
@@ -40,13 +40,13 @@ def load(spec: str | None = None) -> dict[str, Price]:
         return first
     if spec.lower().endswith(FILES):
         return first | _read(spec)
-    found = {name: price for name in CHIPS if (price := choose(name, spec)) is not None}
+    found = {name: price for name in CHIPS if (price := find(name, spec)) is not None}
     if not found:
         raise ValueError(f"prices {spec!r}: {_missing(spec)}")
     return found
 
 
-def choose(chip: str, words: str) -> Price | None:
+def find(chip: str, words: str) -> Price | None:
     """The first list price of a chip that has all of the words; None where none has.
 
     Args:
@@ -187,3 +187,7 @@ def _price(path: str, name: str, value: Any) -> Price:
         raise ValueError(f"prices {path}: {name}.spot = {spot!r}: must be true or false")
     texts = {field: str(fields[field]) for field in ("product", "region", "date") if field in fields}
     return Price(float(usd), vendor=str(fields.get("vendor") or path), **texts, spot=spot)
+
+
+if __name__ == "__main__":
+    print(markdown())

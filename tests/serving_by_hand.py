@@ -7,15 +7,14 @@ devices are literals, so that no row of `hardware.py` moves a result. Integer sp
 devices are 682.67 each.
 
 Layout: device (i_t, i_p, i_c) of t p c. Its group is the t c devices that share i_p. Feed-forward network and unembedding are
-split over all t p c; query and output projections over the group; key and value projections follow the query heads.
+split over all t p c; query and output projections over the group; key and value projections follow the query heads. In prefill
+with c > 1 a device has a c-th of the prompt for all its heads, but holds a c-th of their query and output projections: the rest
+is gathered over c and read, in every layer.
 
 What is simplified, as in `roofline`, unless a case names it in `besides`:
 
 embedding     one that is split over the vocabulary gives partial sums, a reduce-scatter over all devices before the first
               layer; and rows are gathered over all of them once more before the logits
-projections   in prefill with c > 1 a device has a c-th of the prompt for all its heads, but holds a c-th of their query and
-              output projections: the rest is gathered over c and read, in every layer
-rounds        where p does not divide the batch, the last round of a cycle's prefills has fewer than p prompts
 rings         where it does not, chunks differ, and the device that sends the most sends more than the mean
 first token   a prefill ends with logits of the last position
 """
@@ -33,7 +32,7 @@ WEIGHT_BYTES = {"bfloat16": 2, "float8": 1, "int8": 1}
 
 
 #: What can be named in `Case.besides`.
-BESIDES = ("embedding", "projections", "rounds", "rings", "first token")
+BESIDES = ("embedding", "rings", "first token")
 
 
 class Model(NamedTuple):
@@ -298,8 +297,7 @@ def prefill_messages(case: Case, tokens: float, prompts: int) -> tuple[list[Mess
         _over(case, "tpc", "sums of the feed-forward network", lambda group: ring_reduce_scatter(to_all(group))),
     ]
     once = []
-    if "projections" in case.besides:
-        layer.append(_over(case, "c", "query and output projections", lambda group: ring_all_gather(projections(group))))
+    layer.append(_over(case, "c", "query and output projections", lambda group: ring_all_gather(projections(group))))
     if "embedding" in case.besides:
         once.append(_over(case, "tpc", "sums of the embedding", lambda group: ring_reduce_scatter(to_all(group))))
     if "first token" in case.besides:
@@ -388,8 +386,7 @@ def prefill(case: Case, tokens: float, prompts: int | None = None) -> Count:
                     matmul += model.layers * 2 * prompts * tokens * held(case, place, matrix)
                 case "heads":  # all of its heads for its own tokens
                     matmul += model.layers * 2 * own * c * held(case, place, matrix)
-                    if "projections" in case.besides:
-                        weights += model.layers * (c - 1) * held(case, place, matrix) * WEIGHT_BYTES[case.weights]
+                    weights += model.layers * (c - 1) * held(case, place, matrix) * WEIGHT_BYTES[case.weights]
                 case "kv_heads":
                     matmul += model.layers * 2 * own * held(case, place, matrix)
         if logits:
@@ -456,19 +453,16 @@ class Bill(NamedTuple):
 
 
 def bill(case: Case) -> Bill:
-    """A cycle of a full replica: every group reads as many prompts, one after another, as it has slots, then all generate.
+    """A cycle of a full replica, in which the batch's requests are served once each.
 
-    In that time the batch's requests are served once each. Who pays what is read off the cycle, not off a formula.
+    Prompts are read p at a time, one in each group, as they come, whatever the cycle in which their requests began. Who pays
+    what is read off the cycle, not off a formula.
     """
     _, p, _ = case.layout
-    slots = [len(range(i, case.batch, p)) for i in range(p)]  # of each group
     read = seconds(case, prefill(case, case.prompt))
     step = seconds(case, decode(case, (case.prompt + case.context) / 2))  # the mean of first and last
     generating = case.generated * step
-    reading = max(slots) * read  # seconds of a cycle, as is `generating`
-    if "rounds" in case.besides:
-        prompts = [sum(slot > r for slot in slots) for r in range(max(slots))]  # of round r
-        reading = sum(seconds(case, prefill(case, case.prompt, number)) for number in prompts)
+    reading = case.batch / p * read  # seconds of a cycle, as is `generating`
     # A request that generates is in its slot for a whole cycle; one that doesn't ends with its own prefill. Elsewhere
     # (disaggregated) nobody's prefill is in the way.
     request = read if case.disaggregated or not case.generated else reading

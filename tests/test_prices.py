@@ -46,7 +46,7 @@ def test_every_row_can_be_named():
     for name, chip in CHIPS.items():
         for price in chip.prices:
             term = prices.SPOT if price.spot else prices.ON_DEMAND
-            assert prices.choose(name, f"{price.product}:{price.region}:{term}") == price
+            assert prices.find(name, f"{price.product}:{price.region}:{term}") == price
 
 
 def test_a_word_is_found_where_one_begins():
@@ -75,7 +75,7 @@ def test_words_that_name_nothing_are_refused(words, message):
 
 
 def test_a_chip_without_the_words_has_no_price_and_its_rows_are_listed():
-    assert prices.choose("h200", "azure") is None
+    assert prices.find("h200", "azure") is None
     assert "h200" not in prices.load("azure")
     assert prices.listing("h200") == (
         "Google Cloud a3-ultragpu-8g, us-central1: $10.44; RunPod secure H200, any region: $4.59; "

@@ -81,24 +81,12 @@ def error(case: hand.Case, left_out: str) -> float:
 
 @pytest.mark.parametrize("shares", hand.SHARES)
 def test_what_is_left_out_is_small(shares):
-    """Of models of 12 layers an embedding's exchanges are 1 of 24; a layout over the context wants long prompts."""
+    """Of models of 12 layers an embedding's exchanges are 1 of 24."""
     cases = {name: case._replace(shares=hand.SHARES[shares]) for name, case in hand.CASES.items()}
     for name, case in cases.items():
         assert 0 <= error(case, "embedding") < (0.015 if case.model.layers > 12 else 0.06), name
-        assert 0 <= error(case, "projections") < 0.05, name
         assert 0 <= error(case, "rings") < 0.001, name
         assert 0 <= error(case, "first token") < 0.01, name
-        assert -0.1 < error(case, "rounds") <= 0, name
-
-
-def test_what_is_left_out_is_large_where_a_layout_over_the_context_has_short_prompts_or_a_batch_just_more_than_p():
-    llama = hand.ask("Llama 3 8B", "h100", (1, 1, 8), 1, 8192, shares=hand.SHARES["servers"])
-    assert error(llama, "projections") == pytest.approx(0.19, abs=0.005)
-    assert error(llama._replace(context=1024), "projections") == pytest.approx(1.02, abs=0.005)
-    assert error(llama._replace(context=131072), "projections") == pytest.approx(0.006, abs=0.001)
-    nine = llama._replace(layout=(1, 8, 1), batch=9)
-    assert error(nine, "rounds") == pytest.approx(-0.35, abs=0.005)
-    assert error(nine._replace(batch=16), "rounds") == 0
 
 
 def shape(case: hand.Case) -> Shape:

@@ -5,8 +5,8 @@ n = t p c: t over heads, p over sequences, c over the context (`Layout`). It ser
 P = (1 - s) T tokens and G = s T generated ones, and takes up the next request as one ends: a steady state.
 
 Of one device, with b = ceil(B / p) sequences in each of the p groups of g = t c devices; w, v, a bytes of a parameter, of a
-cached value and of an activation (2); k key/value heads that a device holds (`kv_heads_held`): n_kv / t where t divides n_kv, and
-at least one, which devices of the same group then hold in common (key/value heads are replicated where n_kv < t):
+cached value and of an activation (2); k key/value heads that a device holds (`kv_heads_held`): n_kv / t where t divides n_kv,
+and at least one, which devices of the same group then hold in common (key/value heads are replicated where n_kv < t):
 
     parameters    w [(3 L d F + V d)/n + 2 L d d_h n_h/(t c) + 2 L d d_h k + (2 L + 1) d]    bytes; an untied head: V d/n more
     cache         2 L d_h k v x/c                                                      bytes of x tokens of a sequence
@@ -24,9 +24,9 @@ at least one, which devices of the same group then hold in common (key/value hea
 s(m) is what an all-reduce of a few bytes over m devices takes (`Chip.collective_seconds`), s(1) = 0; a reduce-scatter or an
 all-gather is taken as half of one. With t = n these are the two all-reduces a layer of Megatron-LM (arXiv 1909.08053) and one
 for the logits; c > 1 is decode-context parallelism (arXiv 2507.07120): queries are gathered, each device attends to its part of
-the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered, and
-the parameters of queries and output, of which every device then reads 2 L d d_h n_h/t. An all-reduce sends what it does around a
-ring; a switch that adds on the way (NVLink SHARP) sends half of it.
+the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered,
+and the parameters of queries and output, of which every device then reads 2 L d d_h n_h/t. An all-reduce sends what it does
+around a ring; a switch that adds on the way (NVLink SHARP) sends half of it.
 
 Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of links, and the efficiencies of each part
 (`Efficiency`):
@@ -126,9 +126,9 @@ def layouts(n_devices: int) -> list[Layout]:
 def kv_heads_held(n_heads: Any, n_kv_heads: Any, over: Any) -> Any:
     """Key/value heads that a device needs where query heads are divided over so many devices: k of this module's formulas.
 
-    m = n_h / t neighbouring query heads, of which every r = n_h / n_kv read the same: ceil((m - gcd(m, r)) / r) + 1 at most, which
-    is n_kv / t where t divides n_kv and 1 where n_kv divides t. Of heads that are no whole numbers (they grow with a width that
-    is none): n_kv / t, and at least 1.
+    m = n_h / t neighbouring query heads, of which every r = n_h / n_kv read the same: ceil((m - gcd(m, r)) / r) + 1 at most,
+    which is n_kv / t where t divides n_kv and 1 where n_kv divides t. Of heads that are no whole numbers (they grow with a
+    width that is none): n_kv / t, and at least 1.
     """
     n_heads, n_kv_heads, over = (np.asarray(x, np.float64) for x in (n_heads, n_kv_heads, over))
     with np.errstate(invalid="ignore", divide="ignore"):
