@@ -422,7 +422,7 @@ class Serving:
         rounds = _up(batch / layout.sequences)
         first, step = prefill.seconds, decode.seconds if self.decode_share > 0 else np.zeros_like(decode.seconds)
         with np.errstate(invalid="ignore", divide="ignore"):
-            between = 0.0 if self.disaggregated or self.decode_share == 0 else (rounds - 1) * first / generated
+            between = 0.0 if self.disaggregated or self.decode_share == 0 else _times(rounds - 1, first) / generated
             per_token = step + between
             input_seconds = self.n_devices * rounds * first / (batch * prompt)
             output_seconds = self.n_devices * step / batch
@@ -456,8 +456,8 @@ class Serving:
         t, p, c = (np.asarray(x, np.float64) for x in layout)
         part = self._parts(shape, t)
         n, layers, d = self.n_devices, shape.n_layers, shape.d_model
-        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * p * tokens + _lacking(t) * tokens / c)
-        exchanged = exchanged + _lacking(c) * 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens
+        exchanged = 2 * _ACTIVATION * (_lacking(n, d * p * tokens) + _lacking(t, d * tokens / c))
+        exchanged = exchanged + _lacking(c, 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens)
         seconds = self._collective(t) + self._collective(n) + self._collective(c) / 2
         return self._phase(
             shape,
@@ -465,8 +465,8 @@ class Serving:
             attention=4 * layers * shape.head_dim * shape.n_heads / t * tokens * (tokens / 2) / c,
             weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c, vocabulary=0.0),
             cache=self._cache(shape, part, tokens) / c,
-            exchanged=layers * exchanged,
-            waited=layers * seconds,
+            exchanged=_times(exchanged, layers),
+            waited=_times(seconds, layers),
         )
 
     def decode_step(self, shape: HasShape, keys: Any, layout: Layout | None = None, batch: Any = None) -> Phase:
@@ -480,8 +480,8 @@ class Serving:
         t, p, c = (np.asarray(x, np.float64) for x in layout)
         part = self._parts(shape, t)
         n, layers, d, own = self.n_devices, shape.n_layers, shape.d_model, _up(batch / p)
-        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * batch + _lacking(t * c) * own)
-        exchanged = exchanged + _lacking(c) * own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM)
+        exchanged = 2 * _ACTIVATION * (_lacking(n, d * batch) + _lacking(t * c, d * own))
+        exchanged = exchanged + _lacking(c, own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM))
         seconds = self._collective(t * c) + self._collective(n) + self._collective(c)
         return self._phase(
             shape,
@@ -489,8 +489,8 @@ class Serving:
             attention=4 * own * layers * shape.head_dim * shape.n_heads / t * keys / c,
             weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c),
             cache=own * self._cache(shape, part, keys) / c,
-            exchanged=layers * exchanged,
-            waited=layers * seconds + self._collective(n),
+            exchanged=_times(exchanged, layers),
+            waited=_times(seconds, layers) + self._collective(n),
         )
 
     def _phase(
@@ -509,7 +509,7 @@ class Serving:
             weights / (reached.weights_bandwidth * chip.memory_bandwidth),
             cache / (reached.cache_bandwidth * chip.memory_bandwidth),
             exchange,
-            shape.n_layers * reached.layer_seconds,
+            _times(reached.layer_seconds, shape.n_layers),
             reached.bound,
         )
 
@@ -532,13 +532,13 @@ class Serving:
         part = self._parts(shape, t)
         head = 2.0 if self.untied else 1.0
         held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=head)
-        return held + _up(batch / p) * self._cache(shape, part, np.asarray(context, np.float64)) / c
+        return held + _times(_up(batch / p), self._cache(shape, part, np.asarray(context, np.float64)) / c)
 
     def _room(self, shape: HasShape, context: Any, layout: Layout) -> Any:
         """The most requests that fit; whole numbers."""
         empty = self._memory(shape, context, layout, 0.0)
-        one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
-        with np.errstate(invalid="ignore", divide="ignore"):  # none of an infinite size fits
+        with np.errstate(invalid="ignore"):  # none of an infinite size fits
+            one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
             return np.fmax(0.0, np.floor((self.chip.server_bytes - empty) / one)) * layout.sequences
 
     def _slots(self, shape: HasShape, context: Any, layout: Layout, by: str, prefill: Any) -> tuple[Any, Any]:
@@ -559,7 +559,7 @@ class Serving:
         generated, keys = self.decode_share * context, (1 - self.decode_share / 2) * context
 
         def seconds(own: Any) -> Any:
-            between = 0.0 if self.disaggregated else (own - 1) * prefill / generated
+            between = 0.0 if self.disaggregated else _times(own - 1, prefill) / generated
             return self.decode_step(shape, keys, layout, own * layout.sequences).seconds + between
 
         low, high = np.ones_like(np.asarray(rounds, np.float64)), np.asarray(rounds, np.float64)
@@ -596,7 +596,7 @@ class _Parts:
 
     def held(self, n_devices: int, group: Any, vocabulary: float = 1.0) -> Any:
         """Parameters on one device, with so many times the vocabulary's matrix."""
-        shared = (self.ffn + vocabulary * self.vocabulary) / n_devices
+        shared = (self.ffn + _times(vocabulary, self.vocabulary)) / n_devices
         return shared + self.queries / group + self.keys + self.norms
 
 
@@ -746,9 +746,14 @@ def _take(loads: list[Load], index: np.ndarray) -> Load:
     return Load(*(each([load[i] for load in loads]) for i in range(len(loads[0]))))
 
 
-def _lacking(over: Any) -> Any:
-    """Of what is on so many devices, the share that one has not: (m - 1)/m."""
-    return (over - 1) / over
+def _lacking(over: Any, value: Any) -> Any:
+    """Of a value that is divided over so many devices, what one of them has not: (m - 1)/m."""
+    return _times((over - 1) / over, value)
+
+
+def _times(count: Any, value: Any) -> Any:
+    """Their product; 0 where the count is, also of a value that is infinite."""
+    return count * np.where(np.equal(count, 0), 0.0, value)[()]
 
 
 def _up(value: Any) -> Any:
