@@ -357,18 +357,14 @@ class Serving:
     def memory_bytes(self, shape: HasShape, context: Any, batch: Any = None, layout: Layout | None = None) -> Any:
         """Bytes on the fullest device: its parameters and its caches of `context` tokens.
 
-        batch: requests; default: that of `batch`, 1 where it is open. layout: default: the one that needs the least.
+        batch: requests; default: that of `batch`, one for each group of sequences where it is open. layout: default: the one
+        that needs the least.
         """
-        count = batch if batch is not None else 1 if isinstance(self.batch, str) else self.batch
-        chosen = self.layouts() if layout is None else [layout]
-        needed = [
-            np.where(
-                self._divides(shape, one) & (np.asarray(one.sequences) <= count),
-                self._memory(shape, context, one, count),
-                np.inf,
-            )
-            for one in chosen
-        ]
+        given, needed = self.batch if batch is None else batch, []
+        for one in self.layouts() if layout is None else [layout]:
+            count = one.sequences if isinstance(given, str) else given
+            can = self._divides(shape, one) & (np.asarray(one.sequences) <= count)
+            needed.append(np.where(can, self._memory(shape, context, one, np.asarray(count, np.float64)), np.inf))
         return np.minimum.reduce(needed)[()]
 
     def fits(self, shape: HasShape, context: Any) -> Any:
@@ -637,11 +633,10 @@ def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "
     if kind == "batch":
         return f"{_number(load.batch)} requests can't be divided over {_number(load.layout.sequences)} devices"
     if kind == "memory":
-        one = serving.memory_bytes(shape, context, batch=max(1, load.layout.sequences))
         most = _number(serving.largest_batch(shape, context))
         count = "" if isinstance(serving.batch, str) else f" with {_number(load.batch)} requests ({most} fit)"
         return (
-            f"takes {float(load.memory if count else one) / 1e9:.1f} GB of each {chip.name}{count}, and a server has "
+            f"takes {float(serving.memory_bytes(shape, context)) / 1e9:.1f} GB of each {chip.name}{count}, and a server has "
             f"{chip.server_bytes / 1e9:.1f} GB"
         )
     least = min(float(getattr(other, kind)) for other in loads if other.obstacle == load.obstacle)
