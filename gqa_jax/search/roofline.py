@@ -255,6 +255,8 @@ class Serving:
                 return
             given = Layout.parse(given)
         layout = Layout(*given)
+        if any(np.any((np.asarray(count) < 1) | (np.asarray(count) % 1 != 0)) for count in layout):
+            raise ValueError(f"parallelism {layout}: must be integers of at least 1")
         object.__setattr__(self, "parallelism", layout)
         wrong = np.asarray(layout.n_devices) != self.n_devices
         if np.any(wrong):
@@ -648,7 +650,7 @@ def _nearest(serving: Serving, shape: HasShape) -> str:
     """What comes closest: numbers of devices that can share the heads, and layouts of these devices that can."""
     heads = float(shape.n_heads)
     allowed = [one for one in layouts(serving.n_devices) if serving._divides(shape, one)]
-    counts = [count for count in range(1, int(heads) + 1) if heads % count == 0]
+    counts = [count for count in range(1, int(heads) + 1) if serving._divides(shape, Layout(count))]
     below = max((count for count in counts if count < serving.n_devices), default=None)
     above = min((count for count in counts if count > serving.n_devices), default=None)
     near = " or ".join(str(count) for count in (below, above) if count is not None)
