@@ -123,16 +123,16 @@ def layouts(n_devices: int) -> list[Layout]:
 def kv_heads_held(n_heads: Any, n_kv_heads: Any, over: Any) -> Any:
     """Key/value heads that a device needs where query heads are divided over so many devices: k of this module's formulas.
 
-    Where neither of n_kv and t divides the other, the most that the n_h / t neighbours of a device can need. Of heads that are
-    no whole numbers (they grow with a width that is none): n_kv / t, and at least 1.
+    Neighbouring query heads lie on a device, m = n_h / t of them, and G = n_h / n_kv neighbours share a key/value head. The
+    device that needs most begins gcd(m, G) before the end of a group: 1 + ceil((m - gcd(m, G)) / G). Of heads that are no whole
+    numbers (they grow with a width that is none): n_kv / t, and at least 1.
     """
     n_heads, n_kv_heads, over = (np.asarray(x, np.float64) for x in (n_heads, n_kv_heads, over))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        whole = (n_heads % 1 == 0) & (n_kv_heads % 1 == 0)
+    with np.errstate(invalid="ignore"):
         group, own = n_heads / n_kv_heads, n_heads / over
-        plain = np.maximum(n_kv_heads / over, 1.0)
-        uneven = whole & (n_kv_heads % over != 0) & (over % n_kv_heads != 0)
-        return np.where(uneven, np.minimum(n_kv_heads, np.ceil((own - 1) / group) + 1), plain)[()]
+        whole = (group % 1 == 0) & (own % 1 == 0)
+        common = np.gcd(*(np.where(whole, count, 1).astype(np.int64) for count in (own, group)))
+        return np.where(whole, 1 + np.ceil((own - common) / group), np.maximum(n_kv_heads / over, 1.0))[()]
 
 
 class Phase(NamedTuple):
