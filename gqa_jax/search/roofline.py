@@ -318,15 +318,15 @@ class Serving:
         """The steady state of requests of `context` tokens, in the layout and with the batch that cost the least.
 
         by: "price" (device-seconds per token) or "latency" (seconds of a request): what the least is of, where the layout or
-        the batch is open. Layout and batch may differ between elements of arrays. layout: that one, and no other.
+        the batch is open; where none is possible it is the layout that comes nearest. Layout and batch may differ between
+        elements of arrays. layout: that one, and no other.
         """
         if layout is not None:
             return self._load(shape, context, layout, by)
         loads = [self._load(shape, context, layout, by) for layout in self.layouts()]
         if len(loads) == 1:
             return loads[0]
-        cost = np.stack(np.broadcast_arrays(*[_cost(load, by) for load in loads]))
-        return _take(loads, _least(cost))
+        return _take(loads, _best(loads, by))
 
     def settled(self, shape: HasShape, context: Any, by: str = "price") -> Serving:
         """With the layout fixed that is the best for `shape`, one for each of its elements."""
@@ -535,7 +535,7 @@ class Serving:
     def _room(self, shape: HasShape, context: Any, layout: Layout) -> Any:
         """The most requests that fit; whole numbers."""
         empty = self._memory(shape, context, layout, 0.0)
-        with np.errstate(invalid="ignore"):  # none of an infinite size fits
+        with np.errstate(invalid="ignore", divide="ignore"):  # none of an infinite size fits, or of one that hides the cache
             one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
             return np.fmax(0.0, np.floor((self.chip.server_bytes - empty) / one)) * layout.sequences
 
@@ -716,6 +716,14 @@ def _cost(load: Load, by: str) -> Any:
     """What is minimised; infinite where it can't be, NaN for NaN."""
     value = load.request if by == "latency" else load.token_seconds
     return np.where(load.possible | np.isnan(value), value, np.inf)
+
+
+def _best(loads: list[Load], by: str) -> np.ndarray:
+    """Index of the load that costs the least; where none is possible, of those that come furthest the one that misses least."""
+    rows = [np.broadcast_arrays(_cost(load, by), load.obstacle, load.memory, load.ttft, load.tpot) for load in loads]
+    cost, stop, *missed = (np.stack(values) for values in zip(*rows, strict=True))
+    over = np.select([stop == OBSTACLES.index(name) for name in ("memory", "ttft", "tpot")], missed)
+    return np.where((stop == 0).any(0), _least(cost), _least(np.where(stop == stop.max(0), over, np.inf)))
 
 
 def _least(cost: np.ndarray) -> np.ndarray:
