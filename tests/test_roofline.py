@@ -467,6 +467,18 @@ class TestBestLayout:
         shape = dataclasses.replace(FEW, n_heads=1)
         assert server("h100", 4, batch=1).load(shape, T).layout == (1, 1, 4)
 
+    @pytest.mark.parametrize(
+        ("kind", "limit"), [("tpot", {"tpot": 1e-6}), ("ttft", {"ttft": 1e-6}), ("memory", {"batch": 4000})]
+    )
+    def test_is_the_nearest_to_be_possible_where_none_is(self, kind, limit):
+        """One query head: tensor parallelism does not come far."""
+        serving, shape = server("h100", 8, **limit), dataclasses.replace(FEW, n_heads=1)
+        load, field = serving.load(shape, T), "memory" if kind == "memory" else kind
+        assert OBSTACLES[load.obstacle] == kind
+        alone = [serving.load(shape, T, layout=one) for one in layouts(8)]
+        assert getattr(load, field) == min(getattr(one, field) for one in alone if OBSTACLES[one.obstacle] == kind)
+        assert obstacle_text(serving.settled(shape, T), shape, T) == obstacle_text(serving, shape, T)
+
     def test_all_layouts_are_tried_tensor_parallelism_first(self):
         found = layouts(12)
         assert found[0] == Layout(12)
@@ -635,6 +647,11 @@ class TestArrays:
         np.testing.assert_array_equal(serving.largest_batch(ODD, T)[1:], [0, 0])
         np.testing.assert_array_equal(serving.decode_step(ODD, T).limit[1:], ["", ""])
         assert serving.throughput(ODD, T)[1] == 0
+
+    def test_a_size_beside_which_the_cache_is_nothing_does_not_fit(self):
+        """As draws have them near the entropy: 1e40 parameters."""
+        assert Serving("h200").largest_batch(costs.Shape(1e12, 1e14, 8, 1), T) == 0
+        assert Serving("h200").request_seconds(costs.Shape(1e12, 1e14, 8, 1), T) == math.inf
 
     @pytest.mark.parametrize("parallelism", ["best", "tensor", Layout(2, 2, 1)])
     @pytest.mark.parametrize("batch", ["best", "fits", 8])
