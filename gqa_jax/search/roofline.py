@@ -126,17 +126,16 @@ def layouts(n_devices: int) -> list[Layout]:
 def kv_heads_held(n_heads: Any, n_kv_heads: Any, over: Any) -> Any:
     """Key/value heads that a device needs where query heads are divided over so many devices: k of this module's formulas.
 
-    m = n_h / t neighbouring query heads, of which every r = n_h / n_kv read the same: ceil((m - gcd(m, r)) / r) + 1 at most,
-    which is n_kv / t where t divides n_kv and 1 where n_kv divides t. Of heads that are no whole numbers (they grow with a
-    width that is none): n_kv / t, and at least 1.
+    Neighbouring query heads lie on a device, m = n_h / t of them, and G = n_h / n_kv neighbours share a key/value head. The
+    device that needs most begins gcd(m, G) before the end of a group: 1 + ceil((m - gcd(m, G)) / G). Of heads that are no whole
+    numbers (they grow with a width that is none): n_kv / t, and at least 1.
     """
     n_heads, n_kv_heads, over = (np.asarray(x, np.float64) for x in (n_heads, n_kv_heads, over))
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore"):
         group, own = n_heads / n_kv_heads, n_heads / over
-        plain = np.maximum(n_kv_heads / over, 1.0)
-        whole = (group % 1 == 0) & (own % 1 == 0) & (group >= 1) & (own >= 1)
-        common = np.gcd(np.where(whole, group, 1).astype(np.int64), np.where(whole, own, 1).astype(np.int64))
-        return np.where(whole, np.ceil((own - common) / group) + 1, plain)[()]
+        whole = (group % 1 == 0) & (own % 1 == 0)
+        common = np.gcd(*(np.where(whole, count, 1).astype(np.int64) for count in (own, group)))
+        return np.where(whole, 1 + np.ceil((own - common) / group), np.maximum(n_kv_heads / over, 1.0))[()]
 
 
 class Phase(NamedTuple):
@@ -259,6 +258,8 @@ class Serving:
                 return
             given = Layout.parse(given)
         layout = Layout(*given)
+        if any(np.any((np.asarray(count) < 1) | (np.asarray(count) % 1 != 0)) for count in layout):
+            raise ValueError(f"parallelism {layout}: must be integers of at least 1")
         object.__setattr__(self, "parallelism", layout)
         wrong = np.asarray(layout.n_devices) != self.n_devices
         if np.any(wrong):
@@ -323,15 +324,15 @@ class Serving:
         """The steady state of requests of `context` tokens, in the layout and with the batch that cost the least.
 
         by: "price" (device-seconds per token) or "latency" (seconds of a request): what the least is of, where the layout or
-        the batch is open. Layout and batch may differ between elements of arrays. layout: that one, and no other.
+        the batch is open; where none is possible it is the layout that comes nearest. Layout and batch may differ between
+        elements of arrays. layout: that one, and no other.
         """
         if layout is not None:
             return self._load(shape, context, layout, by)
         loads = [self._load(shape, context, layout, by) for layout in self.layouts()]
         if len(loads) == 1:
             return loads[0]
-        cost = np.stack(np.broadcast_arrays(*[_cost(load, by) for load in loads]))
-        return _take(loads, _least(cost))
+        return _take(loads, _best(loads, by))
 
     def settled(self, shape: HasShape, context: Any, by: str = "price") -> Serving:
         """With the layout fixed that is the best for `shape`, one for each of its elements."""
@@ -364,18 +365,14 @@ class Serving:
     def memory_bytes(self, shape: HasShape, context: Any, batch: Any = None, layout: Layout | None = None) -> Any:
         """Bytes on the fullest device: its parameters and its caches of `context` tokens.
 
-        batch: requests; default: that of `batch`, 1 where it is open. layout: default: the one that needs the least.
+        batch: requests; default: that of `batch`, one for each group of sequences where it is open. layout: default: the one
+        that needs the least.
         """
-        count = batch if batch is not None else 1 if isinstance(self.batch, str) else self.batch
-        chosen = self.layouts() if layout is None else [layout]
-        needed = [
-            np.where(
-                self._divides(shape, one) & (np.asarray(one.sequences) <= count),
-                self._memory(shape, context, one, count),
-                np.inf,
-            )
-            for one in chosen
-        ]
+        given, needed = self.batch if batch is None else batch, []
+        for one in self.layouts() if layout is None else [layout]:
+            count = one.sequences if isinstance(given, str) else given
+            can = self._divides(shape, one) & (np.asarray(one.sequences) <= count)
+            needed.append(np.where(can, self._memory(shape, context, one, np.asarray(count, np.float64)), np.inf))
         return np.minimum.reduce(needed)[()]
 
     def fits(self, shape: HasShape, context: Any) -> Any:
@@ -429,7 +426,7 @@ class Serving:
         rounds = batch / layout.sequences  # of prefills, while each request generates its tokens
         first, step = prefill.seconds, decode.seconds if self.decode_share > 0 else np.zeros_like(decode.seconds)
         with np.errstate(invalid="ignore", divide="ignore"):
-            between = 0.0 if self.disaggregated or self.decode_share == 0 else (rounds - 1) * first / generated
+            between = 0.0 if self.disaggregated or self.decode_share == 0 else _times(rounds - 1, first) / generated
             per_token = step + between
             input_seconds = self.n_devices * rounds * first / (batch * prompt)
             output_seconds = self.n_devices * step / batch
@@ -463,10 +460,10 @@ class Serving:
         t, p, c = (np.asarray(x, np.float64) for x in layout)
         part = self._parts(shape, t)
         n, layers, d = self.n_devices, shape.n_layers, shape.d_model
-        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * p * tokens + _lacking(t) * tokens / c)
-        exchanged = exchanged + _lacking(c) * 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens
+        exchanged = 2 * _ACTIVATION * (_lacking(n, d * p * tokens) + _lacking(t, d * tokens / c))
+        exchanged = exchanged + _lacking(c, 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens)
         gathered = costs.dtype_bytes(self.param_dtype) * 2 * d * shape.head_dim * shape.n_heads / t
-        exchanged = exchanged + _lacking(c) * gathered
+        exchanged = exchanged + _lacking(c, gathered)
         seconds = self._collective(t) + self._collective(n) + self._collective(c)
         return self._phase(
             shape,
@@ -474,8 +471,8 @@ class Serving:
             attention=4 * layers * shape.head_dim * shape.n_heads / t * tokens * (tokens / 2) / c,
             weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t, vocabulary=0.0),
             cache=self._cache(shape, part, tokens) / c,
-            exchanged=layers * exchanged,
-            waited=layers * seconds,
+            exchanged=_times(exchanged, layers),
+            waited=_times(seconds, layers),
         )
 
     def decode_step(self, shape: HasShape, keys: Any, layout: Layout | None = None, batch: Any = None) -> Phase:
@@ -489,8 +486,8 @@ class Serving:
         t, p, c = (np.asarray(x, np.float64) for x in layout)
         part = self._parts(shape, t)
         n, layers, d, own = self.n_devices, shape.n_layers, shape.d_model, _up(batch / p)
-        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * batch + _lacking(t * c) * own)
-        exchanged = exchanged + _lacking(c) * own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM)
+        exchanged = 2 * _ACTIVATION * (_lacking(n, d * batch) + _lacking(t * c, d * own))
+        exchanged = exchanged + _lacking(c, own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM))
         seconds = self._collective(t * c) + self._collective(n) + self._collective(c)
         return self._phase(
             shape,
@@ -498,8 +495,8 @@ class Serving:
             attention=4 * own * layers * shape.head_dim * shape.n_heads / t * keys / c,
             weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c),
             cache=own * self._cache(shape, part, keys) / c,
-            exchanged=layers * exchanged,
-            waited=layers * seconds + self._collective(n),
+            exchanged=_times(exchanged, layers),
+            waited=_times(seconds, layers) + self._collective(n),
         )
 
     def _phase(
@@ -519,7 +516,7 @@ class Serving:
             weights / (reached.weights_bandwidth * chip.memory_bandwidth),
             cache / (reached.cache_bandwidth * chip.memory_bandwidth),
             exchange,
-            shape.n_layers * reached.layer_seconds,
+            _times(reached.layer_seconds, shape.n_layers),
             reached.bound,
         )
 
@@ -542,13 +539,13 @@ class Serving:
         part = self._parts(shape, t)
         head = 2.0 if self.untied else 1.0
         held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=head)
-        return held + _up(batch / p) * self._cache(shape, part, np.asarray(context, np.float64)) / c
+        return held + _times(_up(batch / p), self._cache(shape, part, np.asarray(context, np.float64)) / c)
 
     def _room(self, shape: HasShape, context: Any, layout: Layout) -> Any:
         """The most requests that fit; whole numbers."""
         empty = self._memory(shape, context, layout, 0.0)
-        one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
-        with np.errstate(invalid="ignore", divide="ignore"):  # none of an infinite size fits
+        with np.errstate(invalid="ignore", divide="ignore"):  # none of an infinite size fits, or of one that hides the cache
+            one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
             return np.fmax(0.0, np.floor((self.chip.server_bytes - empty) / one)) * layout.sequences
 
     def _slots(self, shape: HasShape, context: Any, layout: Layout, by: str, prefill: Any) -> tuple[Any, Any]:
@@ -569,7 +566,7 @@ class Serving:
         generated, keys = self.decode_share * context, (1 - self.decode_share / 2) * context
 
         def seconds(own: Any) -> Any:
-            between = 0.0 if self.disaggregated else (own - 1) * prefill / generated
+            between = 0.0 if self.disaggregated else _times(own - 1, prefill) / generated
             return self.decode_step(shape, keys, layout, own * layout.sequences).seconds + between
 
         low, high = np.ones_like(np.asarray(rounds, np.float64)), np.asarray(rounds, np.float64)
@@ -606,7 +603,7 @@ class _Parts:
 
     def held(self, n_devices: int, group: Any, vocabulary: float = 1.0) -> Any:
         """Parameters on one device, with so many times the vocabulary's matrix."""
-        shared = (self.ffn + vocabulary * self.vocabulary) / n_devices
+        shared = (self.ffn + _times(vocabulary, self.vocabulary)) / n_devices
         return shared + self.queries / group + self.keys + self.norms
 
 
@@ -647,11 +644,10 @@ def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "
     if kind == "batch":
         return f"{_number(load.batch)} requests can't be divided over {_number(load.layout.sequences)} devices"
     if kind == "memory":
-        one = serving.memory_bytes(shape, context, batch=max(1, load.layout.sequences))
         most = _number(serving.largest_batch(shape, context))
         count = "" if isinstance(serving.batch, str) else f" with {_number(load.batch)} requests ({most} fit)"
         return (
-            f"takes {float(load.memory if count else one) / 1e9:.1f} GB of each {chip.name}{count}, and a server has "
+            f"takes {float(serving.memory_bytes(shape, context)) / 1e9:.1f} GB of each {chip.name}{count}, and a server has "
             f"{chip.server_bytes / 1e9:.1f} GB"
         )
     least = min(float(getattr(other, kind)) for other in loads if other.obstacle == load.obstacle)
@@ -663,7 +659,7 @@ def _nearest(serving: Serving, shape: HasShape) -> str:
     """What comes closest: numbers of devices that can share the heads, and layouts of these devices that can."""
     heads = float(shape.n_heads)
     allowed = [one for one in layouts(serving.n_devices) if serving._divides(shape, one)]
-    counts = [count for count in range(1, int(heads) + 1) if heads % count == 0]
+    counts = [count for count in range(1, int(heads) + 1) if serving._divides(shape, Layout(count))]
     below = max((count for count in counts if count < serving.n_devices), default=None)
     above = min((count for count in counts if count > serving.n_devices), default=None)
     near = " or ".join(str(count) for count in (below, above) if count is not None)
@@ -731,6 +727,14 @@ def _cost(load: Load, by: str) -> Any:
     return np.where(load.possible | np.isnan(value), value, np.inf)
 
 
+def _best(loads: list[Load], by: str) -> np.ndarray:
+    """Index of the load that costs the least; where none is possible, of those that come furthest the one that misses least."""
+    rows = [np.broadcast_arrays(_cost(load, by), load.obstacle, load.memory, load.ttft, load.tpot) for load in loads]
+    cost, stop, *missed = (np.stack(values) for values in zip(*rows, strict=True))
+    over = np.select([stop == OBSTACLES.index(name) for name in ("memory", "ttft", "tpot")], missed)
+    return np.where((stop == 0).any(0), _least(cost), _least(np.where(stop == stop.max(0), over, np.inf)))
+
+
 def _least(cost: np.ndarray) -> np.ndarray:
     """Index of the least along the first axis; of those alike the first."""
     return np.argmin(np.where(np.isnan(cost), np.inf, cost), axis=0)
@@ -756,9 +760,14 @@ def _take(loads: list[Load], index: np.ndarray) -> Load:
     return Load(*(each([load[i] for load in loads]) for i in range(len(loads[0]))))
 
 
-def _lacking(over: Any) -> Any:
-    """Of what is on so many devices, the share that one has not: (m - 1)/m."""
-    return (over - 1) / over
+def _lacking(over: Any, value: Any) -> Any:
+    """Of a value that is divided over so many devices, what one of them has not: (m - 1)/m."""
+    return _times((over - 1) / over, value)
+
+
+def _times(count: Any, value: Any) -> Any:
+    """Their product; 0 where the count is, also of a value that is infinite."""
+    return count * np.where(np.equal(count, 0), 0.0, value)[()]
 
 
 def _up(value: Any) -> Any:
