@@ -581,7 +581,7 @@ def default_efficiency(chip: Chip, param_dtype: str = "bfloat16") -> Efficiency:
 
 
 #: Model FLOPs utilisation of training in public measurements, median by class of device (docs/training-measured.md).
-TRAINED = {"gpu": 0.4, "tpu": 0.5}
+TRAINED = {"gpu": 0.4, "tpu": 0.49}
 
 
 def trained_mfu(chip: Chip) -> float:

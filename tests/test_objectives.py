@@ -32,6 +32,7 @@ SETTINGS = [
     ("throughput", {"device": "v6e", "batch": 16, "n_devices": 4}),
     ("throughput", {"device": "b200", "n_devices": 8, "batch": "fits", "param_dtype": "float4", "cache_dtype": "float8"}),
     ("throughput", {"device": "l4", "n_devices": 2, "tpot": 0.2, "untied": True, "cache_dtype": "int4"}),
+    ("throughput", {"device": "l4", "batch": "fits", "untied": True}),
     ("price", {"device": "h100", "batch": 32, "param_dtype": "float8"}),
     ("price", {"device": "v5e", "usd_per_hour": 0.5, "n_devices": 4, "tpot": 0.03, "efficiency": 0.5}),
     ("price", {"device": "h100", "n_devices": 2, "tpot": 0.03, "disaggregated": True, "batch": "best"}),
@@ -117,14 +118,15 @@ class Server:
     def prefill(self, t, p, c, tokens):
         n, layers, d, h = self.said["n_devices"], self.shape.n_layers, self.shape.d_model, self.shape.head_dim
         ffn, _, queries, keys, norms, kv = self.parts(t)
-        sent = 4 * d * ((n - 1) / n * p * tokens + (t - 1) / t * tokens / c) + (c - 1) / c * 4 * h * kv * tokens
+        gathered = 4 * h * kv * tokens + self.said["param_bytes"] * 2 * d * h * self.shape.n_heads / t
+        sent = 4 * d * ((n - 1) / n * p * tokens + (t - 1) / t * tokens / c) + (c - 1) / c * gathered
         return self.seconds(
             2 * tokens * (p * ffn / n + queries / (t * c) + keys / c),
             2 * layers * h * self.shape.n_heads / t * tokens**2 / c,
-            self.said["param_bytes"] * (ffn / n + queries / (t * c) + keys + norms),
+            self.said["param_bytes"] * (ffn / n + queries / t + keys + norms),
             self.cached(t, tokens) / c,
             layers * sent,
-            layers * (self.waits[t] + self.waits[n] + self.waits[c] / 2),
+            layers * (self.waits[t] + self.waits[n] + self.waits[c]),
         )
 
     def step(self, t, p, c, seen, batch):
@@ -144,7 +146,7 @@ class Server:
     def load(self, t, p, c, batch):
         said, share = self.said, self.said["decode_share"]
         prompt, generated = (1 - share) * self.context, share * self.context
-        rounds = math.ceil(batch / p)
+        rounds = batch / p
         first = self.prefill(t, p, c, prompt) if share < 1 else 0.0
         each = self.step(t, p, c, (1 - share / 2) * self.context, batch) if share > 0 else 0.0
         others = 0.0 if said["disaggregated"] or share == 0 else (rounds - 1) * first / generated

@@ -170,7 +170,9 @@ class TestPrefill:
         heads=2 * 2 * 2 * 8 * (7 / 8 * 40 + 7 / 8 * 40) + 2 * (100 + 100),
         sequences=2 * 2 * 2 * 8 * (7 / 8 * 8 * 40) + 2 * 100,
         context=2 * 2 * 2 * 8 * (7 / 8 * 40) + 2 * 7 / 8 * (2 * 2 * 4 * 2 * 40 + 2 * 512) + 2 * (100 + 100),
-        mixed=2 * 2 * 2 * 8 * (7 / 8 * 2 * 40 + 1 / 2 * 40 / 2) + 2 * 1 / 2 * (2 * 2 * 4 * 1 * 40 + 2 * 256) + 2 * (1 + 100 + 1),
+        mixed=2 * 2 * 2 * 8 * (7 / 8 * 2 * 40 + 1 / 2 * 40 / 2)
+        + 2 * 1 / 2 * (2 * 2 * 4 * 1 * 40 + 2 * 256)
+        + 2 * (1 + 100 + 1),
     )
     def test_exchanges(self, layout, expected):
         assert unit().prefill(SMALL, PROMPT, layout).exchange == expected
