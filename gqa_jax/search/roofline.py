@@ -72,6 +72,7 @@ CONVENTION = "exact"
 TENSOR, BEST, FITS = "tensor", "best", "fits"
 _ACTIVATION = 2  # bytes of a value exchanged: bfloat16
 _SUM = 4  # bytes of a log-sum-exp
+_ALIKE = 1e-9  # relative: costs of layouts that divide the same work otherwise, each with its own rounding
 #: Bytes of a cached value beside `costs.DTYPE_BYTES`: int8 has a 16-bit scale for every position and head (as in
 #: github.com/jax-ml/jax-llm-examples), int4 one for every 32 values (llama.cpp's Q4_0: 18 bytes for 32).
 _SCALE = {"int8": lambda head_dim: 2 / head_dim, "int4": lambda head_dim: 2 / 32}
@@ -391,6 +392,7 @@ class Serving:
             "device": chip.name,
             "peak_flops": chip.peak(self.param_dtype),
             "attention_flops": chip.peak(self.cache_dtype) if efficiency.bound else chip.peak_flops,
+            "bfloat16_flops": chip.peak_flops,
             "memory_bandwidth": chip.memory_bandwidth,
             "interconnect": chip.interconnect,
             "collective_seconds": [
@@ -736,8 +738,9 @@ def _best(loads: list[Load], by: str) -> np.ndarray:
 
 
 def _least(cost: np.ndarray) -> np.ndarray:
-    """Index of the least along the first axis; of those alike the first."""
-    return np.argmin(np.where(np.isnan(cost), np.inf, cost), axis=0)
+    """Index of the least along the first axis; of those that are alike but for rounding the first."""
+    cost = np.where(np.isnan(cost), np.inf, cost)
+    return np.argmax(cost <= cost.min(0) * (1 + _ALIKE), axis=0)
 
 
 def _take(loads: list[Load], index: np.ndarray) -> Load:
