@@ -122,7 +122,8 @@ TABLE = (
     ),
     Row(
         "launch.report",
-        ".formatting .costs .hardware .storage .laws .search.roofline .search.objectives .search.optimum launch.grid",
+        ".formatting .costs .hardware .storage .laws .search.roofline .search.objectives .search.optimum launch.grid "
+        "launch.serving_screens",
     ),
     Row(
         "launch.findings",
