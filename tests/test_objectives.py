@@ -32,6 +32,7 @@ SETTINGS = [
     ("throughput", {"device": "v6e", "batch": 16, "n_devices": 4}),
     ("throughput", {"device": "b200", "n_devices": 8, "batch": "fits", "param_dtype": "float4", "cache_dtype": "float8"}),
     ("throughput", {"device": "l4", "n_devices": 2, "tpot": 0.2, "untied": True, "cache_dtype": "int4"}),
+    ("throughput", {"device": "l4", "batch": "fits", "untied": True}),
     ("price", {"device": "h100", "batch": 32, "param_dtype": "float8"}),
     ("price", {"device": "v5e", "usd_per_hour": 0.5, "n_devices": 4, "tpot": 0.03, "efficiency": 0.5}),
     ("price", {"device": "h100", "n_devices": 2, "tpot": 0.03, "disaggregated": True, "batch": "best"}),

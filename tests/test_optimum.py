@@ -211,7 +211,7 @@ class TestServed:
     """Costs that are of devices (`roofline.Serving`)."""
 
     def test_the_example_of_the_readme(self, paper):
-        """v5e x 4, int8 cache, one request at 128K, tensor parallelism, the bound: two key/value heads more than Z wants.
+        """v5e x 4, int8 cache, a request of 128K, the bound: over heads (8,4), a key/value head each; over the context (8,1).
 
         By hand, without roofline.py: a prefill of 1.269 s (attention), steps of 1.984 ms (bytes). Without the 16-bit scales of
         the cache it would be $0.2742; seconds per collective overlap with what takes longer and have no part in it.
@@ -296,6 +296,10 @@ class TestServed:
             many = shape_search.solve_shape(sizes, heads, calibrated.aspect)
             costs_SxH[:, i], free_SxH[:, i] = fixed(many, 131_072), objective(many, 131_072)
         assert found.regret_SxH == pytest.approx(optimum.regret(costs_SxH))
+        frame = optimum.search(calibrated, 2.35, 131_072, objective, draws=50).candidates.set_index(["n_heads", "n_kv_heads"])
+        low, high = np.quantile(costs_SxH, [0.025, 0.975], axis=0)
+        assert frame.loc[found.heads, "cost_low"].tolist() == pytest.approx(low)
+        assert frame.loc[found.heads, "cost_high"].tolist() == pytest.approx(high)
         assert (free_SxH < costs_SxH * (1 - 1e-9)).any()
 
     def test_whoever_can_not_be_served_has_no_numbers_and_a_note(self, paper):
