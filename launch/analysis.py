@@ -238,7 +238,7 @@ def _price(arguments: argparse.Namespace, given: dict) -> Price | None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if given["device"] in hardware.CHIPS and given["device"] not in listed:
-        raise ConfigError(f"--prices {arguments.prices}: no price of {given['device']} there")
+        raise ConfigError(f"--prices {arguments.prices}: {given['device']} has {prices.listing(given['device'])}")
     return listed.get(given["device"])
 
 

@@ -143,6 +143,8 @@ def print_comparison(found: Comparison, one: Fitted, console: Console) -> None:
     for row in found.table.to_dict("records"):
         hour = "" if pd.isna(row["usd_per_hour"]) else f"${row['usd_per_hour']:.2f} an hour, "
         console.print(f"{row['device']}: {hour}{row['price']}", highlight=False, soft_wrap=True)
+    if found.vendors is not None:
+        console.print(f"[yellow]warning:[/] {found.vendors}", highlight=False)
     for source in dict.fromkeys(efficiency(answer.objective["serving"]["efficiency"]) for answer in found.answers.values()):
         console.print(f"of the peaks are reached: {source}", highlight=False, soft_wrap=True)
     by_warning: dict[str, list[str]] = {}

@@ -187,13 +187,45 @@ class TestEfficiency:
 
 def test_every_price_says_whose_where_and_when():
     for chip in CHIPS.values():
-        price = chip.price
-        assert 0.1 < price.usd_per_hour < 20
-        assert all((price.vendor, price.product, price.region))
-        assert price.source.startswith("https://")
-        datetime.date.fromisoformat(_day(price.date))
-    assert CHIPS["v5e"].price.usd_per_hour == 1.2
-    assert CHIPS["b200"].price.origin == "Lambda, US, 2026-09-20"
+        assert chip.price is chip.prices[0]
+        assert not chip.price.spot
+        for price in chip.prices:
+            assert 0.1 < price.usd_per_hour < 20
+            assert price.product.startswith(price.vendor)
+            assert price.region
+            assert price.source.startswith("https://")
+            datetime.date.fromisoformat(price.date if price.date.count("-") == 2 else f"{price.date}-01")
+        assert len({price.origin for price in chip.prices}) == len(chip.prices)  # it tells them apart
+
+
+def test_prices_that_are_taken_where_none_is_asked_for():
+    assert {name: round(chip.price.usd_per_hour, 4) for name, chip in CHIPS.items()} == {
+        "v4": 3.22, "v5e": 1.2, "v5p": 4.2, "v6e": 2.7,
+        "h200": 10.4365, "h100": 10.9791, "a100": 5.0688, "b200": 6.69, "l4": 0.7068,
+    }  # fmt: skip
+
+
+def test_spot_is_below_on_demand():
+    for chip in CHIPS.values():
+        for spot in (price for price in chip.prices if price.spot):
+            (usual,) = (row for row in chip.prices if not row.spot and (row.product, row.region) == (spot.product, spot.region))
+            assert spot.usd_per_hour < usual.usd_per_hour
+
+
+def test_the_origin_of_a_price_has_the_product_where_it_is_needed():
+    v5e, h100 = CHIPS["v5e"].prices, CHIPS["h100"].prices
+    assert [price.origin for price in v5e[:2]] == [
+        "Google Cloud, us-central1, 2026-11",
+        "Google Cloud, us-central1, spot, 2026-11",
+    ]
+    assert h100[2].origin == "Lambda 8x H100 SXM, any region, 2026-09-20"
+    assert hardware.Price(2.0, "Lambda", "Lambda 8x H100 SXM").origin == "Lambda"  # of no list here
+
+
+@pytest.mark.parametrize("usd", [0, -1.0, float("nan"), float("inf")])
+def test_what_is_no_price_of_a_chip_is_refused(usd):
+    with pytest.raises(ValueError, match=r"v5e: usd_per_hour = .*: must be US dollars, a number above 0"):
+        dataclasses.replace(CHIPS["v5e"], prices=(hardware.Price(usd, "A Vendor"),))
 
 
 @pytest.mark.parametrize(

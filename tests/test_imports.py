@@ -85,7 +85,7 @@ TABLE = (
     Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
     Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
     Row("gqa_jax.search.optimum", ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives"),
-    Row("gqa_jax.search.devices", ".laws .search.objectives .search.optimum .search.roofline"),
+    Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.optimum .search.roofline"),
     Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.optimum"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(

@@ -118,14 +118,15 @@ class Server:
     def prefill(self, t, p, c, tokens):
         n, layers, d, h = self.said["n_devices"], self.shape.n_layers, self.shape.d_model, self.shape.head_dim
         ffn, _, queries, keys, norms, kv = self.parts(t)
-        sent = 4 * d * ((n - 1) / n * p * tokens + (t - 1) / t * tokens / c) + (c - 1) / c * 4 * h * kv * tokens
+        gathered = 4 * h * kv * tokens + self.said["param_bytes"] * 2 * d * h * self.shape.n_heads / t
+        sent = 4 * d * ((n - 1) / n * p * tokens + (t - 1) / t * tokens / c) + (c - 1) / c * gathered
         return self.seconds(
             2 * tokens * (p * ffn / n + queries / (t * c) + keys / c),
             2 * layers * h * self.shape.n_heads / t * tokens**2 / c,
-            self.said["param_bytes"] * (ffn / n + queries / (t * c) + keys + norms),
+            self.said["param_bytes"] * (ffn / n + queries / t + keys + norms),
             self.cached(t, tokens) / c,
             layers * sent,
-            layers * (self.waits[t] + self.waits[n] + self.waits[c] / 2),
+            layers * (self.waits[t] + self.waits[n] + self.waits[c]),
         )
 
     def step(self, t, p, c, seen, batch):
@@ -145,7 +146,7 @@ class Server:
     def load(self, t, p, c, batch):
         said, share = self.said, self.said["decode_share"]
         prompt, generated = (1 - share) * self.context, share * self.context
-        rounds = math.ceil(batch / p)
+        rounds = batch / p
         first = self.prefill(t, p, c, prompt) if share < 1 else 0.0
         each = self.step(t, p, c, (1 - share / 2) * self.context, batch) if share > 0 else 0.0
         others = 0.0 if said["disaggregated"] or share == 0 else (rounds - 1) * first / generated
@@ -276,7 +277,7 @@ def test_the_price_of_a_token_is_the_time_of_devices():
 
 @pytest.mark.parametrize("cost", ["price", "lifetime"])
 def test_dollars_need_a_price(cost):
-    mine = dataclasses.replace(CHIPS["h100"], name="mine", price=None)
+    mine = dataclasses.replace(CHIPS["h100"], name="mine", prices=())
     tokens = {"served_tokens": 1e9} if cost == "lifetime" else {}
     with pytest.raises(ValueError, match="'mine' has no list price: give usd_per_hour"):
         make(cost, device=mine, **tokens)

@@ -137,8 +137,8 @@ class TestPrefill:
     @each_layout(
         heads=2 * (768 / 8 + 1024 / 8 + 128 * 1 + 40),
         sequences=2 * (768 / 8 + 1024 + 128 * 2 + 40),
-        context=2 * (768 / 8 + 1024 / 8 + 128 * 2 + 40),
-        mixed=2 * (768 / 8 + 1024 / 4 + 128 * 1 + 40),
+        context=2 * (768 / 8 + 1024 + 128 * 2 + 40),  # those of queries and output are gathered over the context, and read
+        mixed=2 * (768 / 8 + 1024 / 2 + 128 * 1 + 40),
     )
     def test_parameters_read_without_those_of_logits(self, layout, expected):
         assert unit().prefill(SMALL, PROMPT, layout).weights == expected
@@ -169,8 +169,10 @@ class TestPrefill:
     @each_layout(
         heads=2 * 2 * 2 * 8 * (7 / 8 * 40 + 7 / 8 * 40) + 2 * (100 + 100),
         sequences=2 * 2 * 2 * 8 * (7 / 8 * 8 * 40) + 2 * 100,
-        context=2 * 2 * 2 * 8 * (7 / 8 * 40) + 2 * 2 * 7 / 8 * 2 * 4 * 2 * 40 + 2 * (100 + 100 / 2),
-        mixed=2 * 2 * 2 * 8 * (7 / 8 * 2 * 40 + 1 / 2 * 40 / 2) + 2 * 2 * 1 / 2 * 2 * 4 * 1 * 40 + 2 * (1 + 100 + 1 / 2),
+        context=2 * 2 * 2 * 8 * (7 / 8 * 40) + 2 * 7 / 8 * (2 * 2 * 4 * 2 * 40 + 2 * 512) + 2 * (100 + 100),
+        mixed=2 * 2 * 2 * 8 * (7 / 8 * 2 * 40 + 1 / 2 * 40 / 2)
+        + 2 * 1 / 2 * (2 * 2 * 4 * 1 * 40 + 2 * 256)
+        + 2 * (1 + 100 + 1),
     )
     def test_exchanges(self, layout, expected):
         assert unit().prefill(SMALL, PROMPT, layout).exchange == expected
@@ -715,7 +717,7 @@ class TestDescribe:
         assert (found["usd_per_hour"], found["price"]) == (2.0, "as given")
 
     def test_a_device_without_a_price_is_described_and_has_no_price_of_tokens(self):
-        mine = Serving(dataclasses.replace(CHIPS["h200"], name="mine", price=None))
+        mine = Serving(dataclasses.replace(CHIPS["h200"], name="mine", prices=()))
         assert (mine.describe()["usd_per_hour"], mine.describe()["price"]) == (None, "no price")
         assert mine.request_seconds(FEW, T) == Serving("h200").request_seconds(FEW, T)
         with pytest.raises(ValueError, match="device 'mine' has no list price: give usd_per_hour"):

@@ -88,9 +88,9 @@ class TestScreens:
         assert "(8,4) query and key/value heads" in text
         assert "served on 4 x v5e, heads over 4: 1 request at a time, 10.0% of their tokens generated" in text
         assert "of the 15.22 GB that a server fills of each device" in text
-        assert "first token after 1.27 s (attention), then 1.98 ms a token (reading parameters)" in text
+        assert "first token after 0.906 s (products with parameters), then 1.98 ms a token (reading parameters)" in text
         assert "at $1.20 an hour of a device (Google Cloud" in text
-        assert "so that several hold the same: costs (8,2) 24.4%, (8,1) 40.0%, (4,1) 38.7% here" in text
+        assert "so that several hold the same: costs (8,2) 24.8%, (8,1) 40.7%, (4,1) 39.0% here" in text
         assert "of the peaks are reached: the bound: every peak reached, all at once" in text
         assert "4 devices can't share 1 query head: 1 can" in text
 

@@ -1,1 +1,1 @@
-"""Public measurements of serving as data (`serving_measured.csv`), and the models and devices that they are of."""
+"""Public measurements of other people's software, and the shapes that they are of."""

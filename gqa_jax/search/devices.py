@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gqa_jax import prices
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.search import objectives, optimum
 from gqa_jax.search.objectives import Objective
@@ -38,6 +39,7 @@ class Comparison:
     answers: dict[str, Answer]
     table: pd.DataFrame
     front: pd.DataFrame
+    vendors: str | None  # what to say where prices of several vendors are compared
 
 
 def compare(
@@ -71,37 +73,44 @@ def compare(
         raise ValueError("; ".join(f"{row['device']}: {row['note']}" for row in rows))
     table = pd.DataFrame(rows).reindex(columns=list(COLUMNS)).sort_values("cost", kind="stable", ignore_index=True)
     reached = [goal for name, goal in named.items() if name in answers]
-    return Comparison(answers, table, front(laws, loss, context_served, [goal.serving for goal in reached], **options))
+    ways = front(laws, loss, context_served, [goal.serving for goal in reached], **options)
+    listed = {name: goal.serving.listed for name, goal in named.items() if goal.serving.listed is not None}
+    return Comparison(answers, table, ways, prices.compared(named, listed))
 
 
 def front(
     laws: Mapping[Heads, PowerLaw], loss: float, context_served: int, servings: Sequence[Serving], **options: Any
 ) -> pd.DataFrame:
-    """Money against time: for every device and number of requests (powers of two) the cheapest heads by the fitted laws.
+    """Money against time: for every device and number of requests (powers of two) the cheapest and the fastest heads.
 
-    Only those of which none costs less and takes less time per request; columns FRONT, fastest first. Time limits of the
-    servings hold. Devices without a price are left out.
+    By the fitted laws, in the layout that is the cheapest or the fastest for them. Only those of which none costs less and
+    takes less time per request; columns FRONT, fastest first. Time limits of the servings hold. Devices without a price are
+    left out.
     """
     options = {name: value for name, value in options.items() if name in ("aspect", "memory_limit")}
     found = []
     for serving in servings:
         batch = 1
         while serving.has_price and batch <= _LARGEST_BATCH:
-            one = dataclasses.replace(serving, batch=batch) if _allowed(serving, batch) else None
-            if one is not None:
-                rows = optimum.optimum_map(laws, [loss], [context_served], objectives.Price(one), draws=0, **options)
-                best = rows.iloc[0]
+            ways = _ways(dataclasses.replace(serving, batch=batch)) if _allowed(serving, batch) else []
+            for goal in ways:
+                best = optimum.optimum_map(laws, [loss], [context_served], goal, draws=0, **options).iloc[0]
                 if not np.isfinite(best["cost"]):
-                    break  # with more requests memory and time only grow
-                found.append(
-                    {name: best[name] for name in FRONT if name in best.index}
-                    | {"device": serving.chip.name, "n_devices": serving.n_devices, "usd_per_million": best["cost"]}
-                )
+                    batch = _LARGEST_BATCH  # with more requests memory and time only grow
+                    break
+                about = {"device": serving.chip.name, "n_devices": serving.n_devices, "usd_per_million": _usd(best, serving)}
+                found.append({name: best[name] for name in FRONT if name in best.index} | about)
             batch *= 2
     frame = pd.DataFrame(found).reindex(columns=list(FRONT))
     frame = frame.sort_values(["request_seconds", "usd_per_million"], kind="stable", ignore_index=True)
     cheaper = frame["usd_per_million"] < frame["usd_per_million"].cummin().shift(fill_value=np.inf)
     return frame[cheaper].reset_index(drop=True)
+
+
+def _ways(serving: Serving) -> list[Objective]:
+    """By money and, where layouts differ, by time."""
+    ways: list[Objective] = [objectives.Price(serving), objectives.Latency(serving)]
+    return ways if serving.n_devices > 1 else ways[:1]
 
 
 def _allowed(serving: Serving, batch: int) -> bool:

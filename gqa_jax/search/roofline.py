@@ -5,8 +5,8 @@ n = t p c: t over heads, p over sequences, c over the context (`Layout`). It ser
 P = (1 - s) T tokens and G = s T generated ones, and takes up the next request as one ends: a steady state.
 
 Of one device, with b = ceil(B / p) sequences in each of the p groups of g = t c devices; w, v, a bytes of a parameter, of a
-cached value and of an activation (2); k key/value heads that a device holds: n_kv / t where t divides n_kv, and at least one,
-which devices of the same group then hold in common (key/value heads are replicated where n_kv < t):
+cached value and of an activation (2); k key/value heads that a device holds (`kv_heads_held`): n_kv / t where t divides n_kv,
+and at least one, which devices of the same group then hold in common (key/value heads are replicated where n_kv < t):
 
     parameters    w [(3 L d F + V d)/n + 2 L d d_h n_h/(t c) + 2 L d d_h k + (2 L + 1) d]    bytes; an untied head: V d/n more
     cache         2 L d_h k v x/c                                                      bytes of x tokens of a sequence
@@ -18,31 +18,34 @@ which devices of the same group then hold in common (key/value heads are replica
     prefill of    6 p P L d F/n + P (4 L d d_h n_h/(t c) + 4 L d d_h k/c)                 FLOPs of matrices, without logits
     p prompts of  4 L d_h (n_h/t) P (P/2)/c                                            FLOPs of attention, causal
     P tokens, one 2 a L d [(n - 1)/n p P + (t - 1)/t P/c]                              bytes exchanged: activations, and with
-    in each group 2 a (c - 1)/c L d_h k P                                              c > 1 keys and values
-                  L (s(t) + s(n) + s(c)/2)                                             seconds of exchanges of few bytes
+    in each group (c - 1)/c L (2 a d_h k P + 2 w d d_h n_h/t)                            c > 1 keys, values and parameters
+                  L (s(t) + s(n) + s(c))                                               seconds of exchanges of few bytes
 
 s(m) is what an all-reduce of a few bytes over m devices takes (`Chip.collective_seconds`), s(1) = 0; a reduce-scatter or an
 all-gather is taken as half of one. With t = n these are the two all-reduces a layer of Megatron-LM (arXiv 1909.08053) and one
 for the logits; c > 1 is decode-context parallelism (arXiv 2507.07120): queries are gathered, each device attends to its part of
-the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered.
+the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered,
+and the parameters of queries and output, of which every device then reads 2 L d d_h n_h/t. An all-reduce sends what it does
+around a ring; a switch that adds on the way (NVLink SHARP) sends half of it.
 
 Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of links, and the efficiencies of each part
 (`Efficiency`):
 
     matrices/(e_m F) + parameters/(e_w W) + attention/(e_a F) + cache/(e_c W) + exchanges/e_x + L e_l      expected
-    max((matrices + attention)/F, (parameters + cache)/W, exchanges)                                     the bound
+    max(matrices/F + attention/F', (parameters + cache)/W, exchanges)                                    the bound
 
 In the bound everything that a device does overlaps and reaches its peak: no server with this layout is faster. In the
 expectation the parts add: measured steps grow along a straight line with the number of requests, also where reading parameters
 and multiplying by them take as long (docs/serving-measured.md). F of matrices is the peak of the parameters' dtype where the
-chip has one. The expectation is what the search compares.
+chip has one; F' that of the cache's, as attention may be computed in it, while the expectation has it in bfloat16. The
+expectation is what the search compares.
 
 The load, with seconds u of a prefill and q of a decode step at the mean number of keys, (1 - s/2) T:
 
     time to first token     u                                    its own prefill
-    time per output token   q + (b - 1) u / G                    the prompts of the others of its group are read in between;
+    time per output token   q + (B/p - 1) u / G                  the prompts of the others are read in between, p at once;
                                                                  `disaggregated`: q, other devices read them
-    device-seconds          n b u / (B P) of an input token, n q / B of an output token
+    device-seconds          n u / (p P) of an input token, n q / B of an output token
 
 so that P of the one and G of the other are all that the devices do for a request. Parameters and FLOPs are those of the model
 that is trained (convention "exact"). Everything broadcasts over NumPy arrays of shapes and contexts; the cost of a size that no
@@ -69,6 +72,7 @@ CONVENTION = "exact"
 TENSOR, BEST, FITS = "tensor", "best", "fits"
 _ACTIVATION = 2  # bytes of a value exchanged: bfloat16
 _SUM = 4  # bytes of a log-sum-exp
+_ALIKE = 1e-9  # relative: costs of layouts that divide the same work otherwise, each with its own rounding
 #: Bytes of a cached value beside `costs.DTYPE_BYTES`: int8 has a 16-bit scale for every position and head (as in
 #: github.com/jax-ml/jax-llm-examples), int4 one for every 32 values (llama.cpp's Q4_0: 18 bytes for 32).
 _SCALE = {"int8": lambda head_dim: 2 / head_dim, "int4": lambda head_dim: 2 / 32}
@@ -286,10 +290,13 @@ class Serving:
     @property
     def has_price(self) -> bool:
         """Whether an hour of a device has a known price."""
-        return self.usd_per_hour is not None or self._listed is not None
+        return self.usd_per_hour is not None or self.listed is not None
 
     @property
-    def _listed(self) -> Price | None:
+    def listed(self) -> Price | None:
+        """The list price that an hour of a device is taken to cost; None: it is given, or nobody lists it."""
+        if self.usd_per_hour is not None:
+            return None
         return self.chip.price if self.price is None else self.price
 
     @property
@@ -297,16 +304,16 @@ class Serving:
         """Whose price an hour of a device has, where and since when."""
         if self.usd_per_hour is not None:
             return "as given"
-        return "no price" if self._listed is None else self._listed.origin
+        return "no price" if self.listed is None else self.listed.origin
 
     @property
     def usd(self) -> float:
         """US dollars for an hour of one device. Raises ValueError where none is known."""
         if self.usd_per_hour is not None:
             return self.usd_per_hour
-        if self._listed is None:
+        if self.listed is None:
             raise ValueError(f"device {self.chip.name!r} has no list price: give usd_per_hour")
-        return self._listed.usd_per_hour
+        return self.listed.usd_per_hour
 
     def layouts(self) -> list[Layout]:
         """Those that may be chosen."""
@@ -384,7 +391,8 @@ class Serving:
         return {
             "device": chip.name,
             "peak_flops": chip.peak(self.param_dtype),
-            "attention_flops": chip.peak_flops,
+            "attention_flops": chip.peak(self.cache_dtype) if efficiency.bound else chip.peak_flops,
+            "bfloat16_flops": chip.peak_flops,
             "memory_bandwidth": chip.memory_bandwidth,
             "interconnect": chip.interconnect,
             "collective_seconds": [
@@ -417,7 +425,7 @@ class Serving:
         given, (batch, room) = batch, self._slots(shape, context, layout, by, prefill.seconds)
         batch = batch if given is None else given
         decode = self.decode_step(shape, (1 - self.decode_share / 2) * context, layout, batch)
-        rounds = _up(batch / layout.sequences)
+        rounds = batch / layout.sequences  # of prefills, while each request generates its tokens
         first, step = prefill.seconds, decode.seconds if self.decode_share > 0 else np.zeros_like(decode.seconds)
         with np.errstate(invalid="ignore", divide="ignore"):
             between = 0.0 if self.disaggregated or self.decode_share == 0 else _times(rounds - 1, first) / generated
@@ -456,12 +464,14 @@ class Serving:
         n, layers, d = self.n_devices, shape.n_layers, shape.d_model
         exchanged = 2 * _ACTIVATION * (_lacking(n, d * p * tokens) + _lacking(t, d * tokens / c))
         exchanged = exchanged + _lacking(c, 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens)
-        seconds = self._collective(t) + self._collective(n) + self._collective(c) / 2
+        gathered = costs.dtype_bytes(self.param_dtype) * 2 * d * shape.head_dim * shape.n_heads / t
+        exchanged = exchanged + _lacking(c, gathered)
+        seconds = self._collective(t) + self._collective(n) + self._collective(c)
         return self._phase(
             shape,
             matmul=2 * tokens * (p * part.ffn / n + part.queries / (t * c) + part.keys / c),
             attention=4 * layers * shape.head_dim * shape.n_heads / t * tokens * (tokens / 2) / c,
-            weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c, vocabulary=0.0),
+            weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t, vocabulary=0.0),
             cache=self._cache(shape, part, tokens) / c,
             exchanged=_times(exchanged, layers),
             waited=_times(seconds, layers),
@@ -496,14 +506,15 @@ class Serving:
     ) -> Phase:
         """Seconds of FLOPs, bytes, bytes exchanged and seconds of collectives, of the busiest device."""
         chip, reached = self.chip, self.efficiency
-        share = 1.0 if reached.bound else chip.attention_shares(shape.head_dim)[0]
+        shares = chip.attention_shares(shape.head_dim)[0]
+        attention_flops = chip.peak(self.cache_dtype) if reached.bound else reached.attention * shares * chip.peak_flops
         if self.n_devices == 1:
             exchange = np.zeros_like(weights)
         else:
             exchange = (exchanged / chip.interconnect + waited) / reached.exchange
         return Phase(
             matmul / (reached.matmul * chip.peak(self.param_dtype)),
-            attention / (reached.attention * share * chip.peak_flops),
+            attention / attention_flops,
             weights / (reached.weights_bandwidth * chip.memory_bandwidth),
             cache / (reached.cache_bandwidth * chip.memory_bandwidth),
             exchange,
@@ -727,8 +738,9 @@ def _best(loads: list[Load], by: str) -> np.ndarray:
 
 
 def _least(cost: np.ndarray) -> np.ndarray:
-    """Index of the least along the first axis; of those alike the first."""
-    return np.argmin(np.where(np.isnan(cost), np.inf, cost), axis=0)
+    """Index of the least along the first axis; of those that are alike but for rounding the first."""
+    cost = np.where(np.isnan(cost), np.inf, cost)
+    return np.argmax(cost <= cost.min(0) * (1 + _ALIKE), axis=0)
 
 
 def _take(loads: list[Load], index: np.ndarray) -> Load:
