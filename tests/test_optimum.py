@@ -335,6 +335,19 @@ class TestServed:
             optimum.search(paper, 2.615, 131_072, _typical("price", **settings), draws=draws)
         assert str(error.value).startswith("no head configuration can be served as asked at a loss of 2.615; ")
 
+    @pytest.mark.parametrize(
+        ("preset", "loss", "draws"), [("paper", 2.615, 0), ("paper", 2.615, 50), ("paper-table4", 2.6, 50)]
+    )
+    def test_nothing_is_saved_against_heads_that_can_not_be_served(self, preset, loss, draws):
+        """Llama 3's 8 key/value heads: too much to read for 2.2 ms a token. `paper` has a law of them, the other only draws."""
+        objective = objectives.make("price", device="h200", tpot=2.2e-3, efficiency="bound")
+        found = optimum.search(presets.load(preset), loss, 131_072, objective, draws=draws)
+        assert found.candidates["saving_vs_llama3"].isna().all()
+        assert np.isnan(found.saving_interval).all()
+        assert [warning for warning in found.warnings if warning.startswith("no saving")] == [
+            "no saving against Llama 3's heads: they can't be served as asked"
+        ]
+
     def test_a_loss_below_every_entropy_is_said_as_of_other_costs(self, paper):
         with pytest.raises(ValueError, match="a loss of 2 can't be reached at any size"):
             optimum.search(paper, 2.0, 131_072, _typical("latency"))

@@ -464,16 +464,20 @@ class _Table:
         """Adds what the draws say to the candidates."""
         k, baseline = self.known.n_candidates, self.known.baseline
         llama3 = np.nan if baseline is None else cost_H[baseline]
-        too_large = baseline is not None and np.isinf(llama3) and np.isfinite(self.n_params_H[baseline])
-        if too_large:
+        impossible = baseline is not None and np.isinf(llama3) and np.isfinite(self.n_params_H[baseline])
+        if impossible:
             llama3 = np.nan
         for name in ("n_params_low", "n_params_high", "cost_low", "cost_high", "probability", "expected_regret"):
             frame[name] = np.nan
         frame["saving_vs_llama3"] = 1 - frame["cost"] / llama3
         if self.known.draws is None:
             said = (f"no probabilities: {self.known.no_draws}",) if self.known.no_draws else ()
-            return _Facts(np.nan, (np.nan, np.nan), said + self._llama3_missing(llama3))
+            why = (_impossible(memory_limit),) if impossible else self._llama3_missing(llama3)
+            return _Facts(np.nan, (np.nan, np.nan), said + why)
         cost_SxH = _limited(objective, self.shape_SxH, context, memory_limit)
+        if baseline is not None and np.isnan(self.n_params_H[baseline]):  # no law of its own: in most draws
+            sizes_S, served_S = np.isfinite(self.n_params_SxH[:, baseline]), np.isfinite(cost_SxH[:, baseline])
+            impossible = served_S.sum() < 0.5 * sizes_S.sum()
         own = cost_SxH[:, :k]
         least = own.min(1)
         reached = np.isfinite(least)
@@ -486,9 +490,9 @@ class _Table:
             frame["expected_regret"] = regret(own[reached]).mean(0)
             if np.isfinite(frame["cost"]).any():
                 chosen = int(frame["expected_regret"].where(np.isfinite(frame["cost"])).idxmin())
-        if too_large:
+        if impossible:
             frame["saving_vs_llama3"] = np.nan
-            said.append(f"no saving against Llama 3's heads: they take more than {_limit_text(memory_limit)}")
+            said.append(_impossible(memory_limit))
         elif baseline is None:
             said += self._llama3_missing(np.nan)
         else:
@@ -761,6 +765,11 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
         f"no head configuration reaches a loss of {loss:g} within {_limit_text(memory_limit)} at this context: allow more "
         "memory, a higher loss, a shorter context or a smaller batch"
     )
+
+
+def _impossible(memory_limit: float | Serving | None) -> str:
+    why = "can't be served as asked" if memory_limit is None else f"take more than {_limit_text(memory_limit)}"
+    return f"no saving against Llama 3's heads: they {why}"
 
 
 def _limit_text(memory_limit: float | Serving | None) -> str:
