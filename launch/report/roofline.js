@@ -173,21 +173,32 @@ function mostWithin(high, allowed) {
   return low;
 }
 
-/** The load of the layout that costs the least, with `cost`: seconds of a request or device-seconds of a token; infinite where it can't be. */
+/**
+ * The load of the layout that costs the least, with `cost`: seconds of a request or device-seconds of a token; infinite where it
+ * can't be. Where none can, of those that come furthest the one that misses least.
+ */
 export function bestLoad(shape, model, serving, context, by, layouts) {
   const loads = layouts.map((layout) => {
     const one = load(shape, model, serving, context, layout, by);
     one.cost = one.obstacle >= 0 ? Infinity : by === "latency" ? one.request_seconds : one.token_seconds;
     return one;
   });
-  const least = Math.min(...loads.map((one) => one.cost));
-  return loads.find((one) => one.cost <= least * (1 + ALIKE)) ?? loads[0];
+  if (loads.some((one) => one.obstacle < 0)) return leastOf(loads, (one) => one.cost);
+  const furthest = Math.max(...loads.map((one) => one.obstacle));
+  const missed = ({ obstacle, memory_bytes: bytes, ttft, tpot }) => [0, 0, bytes, ttft, tpot][obstacle];
+  return leastOf(loads.filter((one) => one.obstacle === furthest), missed);
 }
 
-/** How a model is served in `layout`, for people; or, in `obstacle`, why it can't be in any. */
+/** The first of those whose value is the least but for rounding. */
+function leastOf(loads, value) {
+  const least = Math.min(...loads.map(value));
+  return loads.find((one) => value(one) <= least * (1 + ALIKE));
+}
+
+/** How a model is served in `layout`, for people; or, in `obstacle`, why it can't be. */
 export function served(shape, model, serving, context, by, layout) {
   const one = bestLoad(shape, model, serving, context, by, [layout]);
-  if (one.cost === Infinity) return { obstacle: OBSTACLES[Math.max(...layoutsOf(serving).map((other) => load(shape, model, serving, context, other, by).obstacle))] };
+  if (one.cost === Infinity) return { obstacle: OBSTACLES[one.obstacle] };
   const usd = (seconds) => (serving.usd_per_hour === null ? NaN : usdPerMillion(serving, seconds));
   const [reading, decode] = one.phases;
   return {
@@ -207,9 +218,11 @@ export function served(shape, model, serving, context, by, layout) {
 
 export const usdPerMillion = (serving, deviceSeconds) => ((1e6 * serving.usd_per_hour) / 3600) * deviceSeconds;
 
-/** Whether some layout keeps the limit of memory. */
+/** Whether some layout keeps the limit of memory; with one request for each group of sequences where their number is open. */
 export function fits(shape, model, serving, context) {
-  const batch = typeof serving.batch === "number" ? serving.batch : 1;
-  const kept = (layout) => memoryBytes(partsOf(shape, model, serving, layout), serving, layout, context, batch) <= serving.memory_bytes;
-  return layoutsOf(serving).some((layout) => divides(shape, layout) && layout[1] <= batch && kept(layout));
+  return layoutsOf(serving).some((layout) => {
+    const batch = typeof serving.batch === "number" ? serving.batch : layout[1];
+    if (!divides(shape, layout) || layout[1] > batch) return false;
+    return memoryBytes(partsOf(shape, model, serving, layout), serving, layout, context, batch) <= serving.memory_bytes;
+  });
 }
