@@ -484,3 +484,21 @@ def _regret(frame, loss, context, heads):
     """What the paper's choice costs above the cheapest."""
     rows = frame[(frame["loss"] == loss) & (frame["context_served"] == context)].set_index(["n_heads", "n_kv_heads"])
     return float(rows.loc[heads, "cost"] / rows["cost"].min() - 1)
+
+
+def test_heads_without_a_law_of_their_own_are_served_in_the_layout_that_suits_the_middle_of_their_draws():
+    """Llama 3's rule on Table 4: only the draws know its size; tensor parallelism would not be a fair thing to save against."""
+    calibrated, settings = presets.load("paper-table4"), {"device": "h100", "n_devices": 8}
+    table = optimum._Table.of(calibrated, 2.6, calibrated.aspect, 50, 0, None)
+    baseline = table.known.baseline
+    assert np.isnan(table.n_params_H[baseline])
+    assert np.isfinite(table.typical_H.n_layers).all()
+    fixed = objectives.settled(objectives.make("price", **settings), table.typical_H, 131_072).serving.parallelism
+    assert [int(x[baseline]) for x in fixed] != [8, 1, 1]
+    savings = [
+        optimum.search(
+            calibrated, 2.6, 131_072, objectives.make("price", parallelism=one, batch=8, **settings), draws=50
+        ).saving_vs_llama3
+        for one in ("best", "1,8,1")
+    ]
+    assert savings[0] == pytest.approx(savings[1], abs=0.02)

@@ -12,6 +12,7 @@ regret hardly does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -301,7 +302,7 @@ def regrets(
     table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
     if table.known.draws is None:
         raise ValueError(f"no draws, so no regrets: {table.known.no_draws or 'plain laws, or draws=0'}")
-    fixed = objectives.settled(objective or objectives.Z(convention), table.shape_H, context_served)
+    fixed = objectives.settled(objective or objectives.Z(convention), table.typical_H, context_served)
     cost = _limited(fixed, table.shape_SxH, context_served, memory_limit)
     own = cost[:, : table.known.n_candidates]
     return Regrets(table.heads[: table.known.n_candidates], regret(own), np.isfinite(own.min(1)))
@@ -387,11 +388,7 @@ class _Table:
         cls, laws: Mapping[Heads, PowerLaw], loss: float, aspect: Aspect, count: int, seed: int, method: str | None
     ) -> _Table:
         known = coefficients(laws, count, seed, method)
-        about = (
-            (laws.head_dim, laws.vocab_size, laws.size_convention)
-            if isinstance(laws, LawsByHeads)
-            else (64.0, 50_304.0, "figures")
-        )
+        about = _about(laws)
         n_params = _sizes(loss, known.entropy_H, known.log_a_H, known.b_H)
         shape = shape_search.solve_shape(n_params, known.heads, aspect, *about)
         if (drawn := known.draws) is None:
@@ -406,6 +403,14 @@ class _Table:
     def heads(self) -> list[Heads]:
         return self.known.heads
 
+    @functools.cached_property
+    def typical_H(self) -> costs.Shape:
+        """`shape_H`, and the middle of the draws where an H has no law of its own: what a layout is chosen by."""
+        if self.n_params_SxH is None or not np.isnan(self.n_params_H).any():
+            return self.shape_H
+        size_H = np.where(np.isnan(self.n_params_H), quantiles(self.n_params_SxH, [0.5])[0], self.n_params_H)
+        return shape_search.solve_shape(size_H, self.known.heads, self.aspect, *_about(self.laws))
+
     def rows(
         self,
         context: int,
@@ -415,7 +420,7 @@ class _Table:
     ) -> _Rows:
         """The candidates at one served context, the answer first."""
         k = self.known.n_candidates
-        objective = objectives.settled(objective, self.shape_H, context)
+        objective = objectives.settled(objective, self.typical_H, context)
         cost_H = _limited(objective, self.shape_H, context, memory_limit)
         serving = getattr(objective, "serving", None)
         frame = pd.DataFrame([h._asdict() for h in self.heads[:k]]).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
@@ -613,6 +618,13 @@ def _why(serving: Serving, shape: costs.Shape, index: int, context: int, by: str
     if isinstance(serving.parallelism, Layout):
         serving = dataclasses.replace(serving, parallelism=_each(serving.parallelism, np.shape(shape.n_layers))[index])
     return roofline.obstacle_text(serving, one, context, by)
+
+
+def _about(laws: Mapping[Heads, PowerLaw]) -> tuple[float, float, str]:
+    """Head size, vocabulary and convention of sizes."""
+    if isinstance(laws, LawsByHeads):
+        return laws.head_dim, laws.vocab_size, laws.size_convention
+    return 64.0, 50_304.0, "figures"
 
 
 def _limited(

@@ -201,13 +201,20 @@ function costOf(model, query, layouts = settled(model, query)) {
   };
 }
 
-/** The layout of each of the heads that is the best by the fitted laws, in a list: it holds for all draws. Null without a device. */
+/**
+ * The layout of each of the heads that is the best by the fitted laws, in a list: it holds for all draws. Where heads have no law
+ * of their own, by the middle of the draws. Null without a device.
+ */
 function settled(model, { context, loss, objective }) {
   const serving = objective.serving ?? null;
   if (serving === null) return null;
   const open = layoutsOf(serving);
   return model.heads.map((_, h) => {
-    const params = pointParams(model, loss, h);
+    let params = pointParams(model, loss, h);
+    if (Number.isNaN(params) && model.draws.count > 0) {
+      const logGap = (s) => Math.log(loss - model.draws.entropy[s * model.heads.length + h]);
+      params = quantile(Float64Array.from({ length: model.draws.count }, (_, s) => drawnParams(model, s, h, logGap(s))), 0.5);
+    }
     if (open.length === 1 || !(params < Infinity)) return open.slice(0, 1);
     return [bestLoad(shapeOf(model, params, h), model, serving, context, chosenBy(objective), open).layout];
   });
