@@ -30,22 +30,29 @@ CHIPS_PER_HOST = 4  # of a TPU slice of several hosts
 
 
 class Price(NamedTuple):
-    """US dollars for an hour of one chip with its share of the host, on demand, without storage and taxes.
+    """US dollars for an hour of one chip with its share of the host, without storage and taxes.
 
-    Lists of on-demand prices change and differ by vendor and region: every row of `CHIPS` fills in all fields.
+    Lists of prices change and differ by vendor and region: every row of `CHIPS` fills in all fields.
     """
 
     usd_per_hour: float
     vendor: str
-    product: str = ""  # by its whole name
-    region: str = ""
+    product: str = ""  # by its whole name, the vendor's first
+    region: str = ""  # "any region": the list names none
     date: str = ""  # of the price list; a month: when it was read
     source: str = ""
+    spot: bool = False  # of a machine that may be taken back; else on demand
 
     @property
     def origin(self) -> str:
-        """Who asks for it, where, since when."""
-        return ", ".join(filter(None, (self.vendor, self.region, self.date)))
+        """Who asks for it, where, on which terms unless on demand, since when.
+
+        The product too, where the vendor has others of the same chip, region and terms.
+        """
+        rows = next((chip.prices for chip in CHIPS.values() if self in chip.prices), ())
+        alike = {row.product for row in rows if (row.vendor, row.region, row.spot) == (self.vendor, self.region, self.spot)}
+        seller = self.product if len(alike) > 1 else self.vendor
+        return ", ".join(filter(None, (seller, self.region, "spot" if self.spot else "", self.date)))
 
 
 class Collectives(NamedTuple):
@@ -67,23 +74,24 @@ class Efficiency(NamedTuple):
     weights_bandwidth: float  # of the bytes/s, reading parameters
     cache_bandwidth: float  # of the bytes/s, reading keys and values
     layer_seconds: float  # of every layer in every phase: kernels that start one after another
+    exchange: float = 1.0  # of the links: least over measured seconds of exchanges
     source: str = "as given"
     bound: bool = False  # all parts overlap: what no server beats
 
     @classmethod
     def uniform(cls, share: float) -> Efficiency:
         """The same share of every peak."""
-        return cls(share, share, share, share, 0.0)
+        return cls(share, share, share, share, 0.0, share)
 
     @classmethod
     def of_bound(cls) -> Efficiency:
         """Peaks, all at once."""
-        return cls(1.0, 1.0, 1.0, 1.0, 0.0, "the bound: every peak reached, all at once", bound=True)
+        return cls(1.0, 1.0, 1.0, 1.0, 0.0, source="the bound: every peak reached, all at once", bound=True)
 
     def checked(self) -> Efficiency:
         """Itself. Raises ValueError for what is no share."""
-        for name, value in zip(self._fields[:4], self[:4], strict=True):
-            if not 0 < value <= 1:
+        for name in ("matmul", "attention", "weights_bandwidth", "cache_bandwidth", "exchange"):
+            if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(f"efficiency: {name} = {value}: a share above 0 and at most 1")
         if not 0 <= self.layer_seconds < math.inf:
             raise ValueError(f"efficiency: layer_seconds = {self.layer_seconds}: seconds of at least 0")
@@ -153,6 +161,7 @@ class Gpu:
     shared_memory: int  # bytes of a multiprocessor; a program may have 1 KiB less
     clock_ghz: float
     l2_bytes: int
+    board_mib: int  # of memory, as nvidia-smi shows it: what a server has a fraction of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +180,7 @@ class Chip:
     narrow_flops: tuple[tuple[str, float], ...] = ()
     kinds: tuple[str, ...] = ()  # JAX's names of it: of a TPU whole device kinds, of a GPU words of them
     shapes: tuple[str, ...] = ()  # of slices that can be rented: a TPU's topologies, GPUs of one host
-    price: Price | None = None
+    prices: tuple[Price, ...] = ()  # the first is taken where none is asked for (`gqa_jax.prices`)
     measured: Measured | None = None  # None: never run on; `plan` then gives hours at the roofline
     #: Share of the peak that the attention kernels reach: head size -> (forward, backward). Empty: taken as 1.
     attention_share: tuple[tuple[int, float, float], ...] = ()
@@ -184,11 +193,23 @@ class Chip:
                 raise ValueError(
                     f"{self.name}: collectives of {count} devices take {seconds} s: must be above 0, of 2 devices or more"
                 )
+        for price in self.prices:
+            if not 0 < price.usd_per_hour < math.inf:
+                raise ValueError(f"{self.name}: usd_per_hour = {price.usd_per_hour}: must be US dollars, a number above 0")
+
+    @property
+    def price(self) -> Price | None:
+        """What an hour costs where no other price is asked for; None: nobody lists it."""
+        return self.prices[0] if self.prices else None
 
     @property
     def board_bytes(self) -> float:
         """Memory of the device, as far as programs may have it."""
-        return self.memory_bytes if self.gpu is None else self.memory_bytes / ALLOCATOR_FRACTION
+        if self.gpu is None:
+            return self.memory_bytes
+        board = self.gpu.board_mib * 2**20
+        smaller = self.memory_bytes / ALLOCATOR_FRACTION  # of a smaller board of the same chip (`chip_of`)
+        return board if smaller > 0.9 * board else smaller
 
     @property
     def server_bytes(self) -> float:
@@ -249,9 +270,27 @@ _HOST = ("1", "2", "4", "8")
 # Price lists.
 _SKYPILOT = "https://github.com/skypilot-org/skypilot-catalog catalogs/v8/gcp/vms.csv, commit 006059e0"
 _CYCLENERD = "https://github.com/Cyclenerd/google-cloud-pricing-cost-calculator pricing.yml, commit dac31281"
-_SILYBENCH = "https://github.com/tgarg01/silybench-data prices/gpu_hourly.yaml"
+_SILYBENCH = "https://github.com/tgarg01/silybench-data prices/gpu_hourly.yaml, commit 045df3b5"
+_DATARECEIPTS = (
+    "https://github.com/datareceipts/data-receipts 109-gpu-pricing/hyperscalers.json (as a search quoted it; not opened)"
+)
 _TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
-_EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml"
+_EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml, commit 1929382e"
+
+
+def _cloud_tpu(name: str, *rows: tuple[str, float, float]) -> tuple[Price, ...]:
+    """Google's prices of a TPU, from (region, on demand, spot): of a chip, where the list has that of a slice."""
+    return tuple(
+        Price(usd, "Google Cloud", f"Google Cloud TPU {name}", region, "2026-11", _SKYPILOT, spot)
+        for region, on_demand, spot_usd in rows
+        for usd, spot in ((on_demand, False), (spot_usd, True))
+    )
+
+
+# cuDNN on an H100: 538 and 645 TFLOP/s forward at 16K tokens, causal, bfloat16 (the autotuning files of
+# github.com/openxla/tokamax, July and August 2026); backward FlashAttention-3's 474 and 561 (arXiv 2407.08608, FP16). Other
+# GPUs are taken to reach the same shares until somebody measures.
+_HOPPER_ATTENTION = ((64, 538 / 989, 474 / 989), (128, 645 / 989, 561 / 989))
 
 # Seconds of collectives. The least that was published for these links: a server's own kernels, captured in a graph.
 _HOP = "1 us a hop (github.com/jax-ml/scaling-book sharding.md, commit 0819a7d), there and back around a torus; not measured"
@@ -284,11 +323,6 @@ _TILES_256 = (
     Tiles(rows=1024, keys=1024, strip=256, chunk=256, ahead=3, together=2),
 )
 
-# Attention on Hopper. Forward: cuDNN through jax.nn, causal, bfloat16, 16K tokens on an H100, 538 TFLOP/s at a head size of 64
-# and 645 at 128 (github.com/openxla/tokamax, its autotuning results of July and August 2026). Backward: FlashAttention-3, 474
-# and 561 TFLOP/s at 16K (arXiv 2407.08608, 2024). At 8K the forward pass of that paper reaches 3% less, at 4K 11%.
-_HOPPER = (64, 538 / 989, 474 / 989), (128, 645 / 989, 561 / 989)
-
 # memory_bytes of TPUs is what XLA (libtpu 0.0.51) says it has when a program compiled ahead of time is too large, "exceeds
 # available HBM (15.75G)". Attention: cycles of the compiler's static schedule of our kernels for blocks without a mask (README,
 # "What it costs on a TPU"; `python -m benchmarks.tpu_cycles`), not run on a chip. v4 has no such figures.
@@ -305,7 +339,7 @@ CHIPS = {
             collectives=_CUBE_TORUS,
             host_memory_bytes=407e9 / 4,
             shapes=_CUBE,
-            price=Price(12.88 / 4, "Google Cloud", "Cloud TPU v4-8", "us-central2", "2026-11", _SKYPILOT),
+            prices=_cloud_tpu("v4", ("us-central2", 3.22, 0.922)),
             # Its matrix units are those of a v5p. Its two cores work as one device, as they do on Google Cloud, when libtpu is
             # told so; those of a v5p always do.
             tpu=Tpu("v4", counted=2, image="tpu-ubuntu2204-base", tiles=(_TILES_128,), libtpu_config="megacore"),
@@ -322,7 +356,16 @@ CHIPS = {
             narrow_flops=(("int8", 394e12),),
             host_memory_bytes=48e9,  # ct5lp-hightpu-4t: 192 GB for 4 chips
             shapes=_FLAT,
-            price=Price(1.20, "Google Cloud", "Cloud TPU v5litepod-1", "us-central1", "2026-11", _SKYPILOT),
+            prices=_cloud_tpu(
+                "v5e",
+                ("us-central1", 1.20, 0.245),
+                ("us-east1", 1.20, 0.245),
+                ("us-west1", 1.20, 0.245),
+                ("us-west4", 1.20, 0.48),
+                ("us-east4", 1.20, 0.60),
+                ("us-east5", 1.20, 0.60),
+                ("europe-west4", 1.56, 0.445),
+            ),
             attention_share=_shares(197e12 / 1.5e9, (64, 3212, 7322), (128, 4239, 10408)),
             tpu=Tpu("v5litepod", counted=1, image="v2-alpha-tpuv5-lite", tiles=(_TILES_128,)),
         ),
@@ -338,7 +381,13 @@ CHIPS = {
             narrow_flops=(("int8", 918e12),),
             host_memory_bytes=448e9 / 4,
             shapes=_CUBE,
-            price=Price(25804.8 / 6144, "Google Cloud", "Cloud TPU v5p-12288", "us-central1", "2026-11", _SKYPILOT),
+            prices=_cloud_tpu(
+                "v5p",
+                ("us-central1", 4.20, 0.836),
+                ("us-east1", 4.20, 0.836),
+                ("us-east5", 4.20, 1.68),
+                ("europe-west4", 4.2525, 1.349),
+            ),
             attention_share=_shares(459e12 / 2 / 1.75e9, (64, 3222, 7323), (128, 4242, 10409)),  # of a core
             tpu=Tpu("v5p", counted=2, image="v2-alpha-tpuv5", tiles=(_TILES_128,)),
         ),
@@ -354,7 +403,16 @@ CHIPS = {
             narrow_flops=(("int8", 1836e12),),
             host_memory_bytes=1536 * GIB / 8,
             shapes=_FLAT,
-            price=Price(2.70, "Google Cloud", "Cloud TPU v6e-1", "us-central1", "2026-11", _SKYPILOT),
+            prices=_cloud_tpu(
+                "v6e",
+                ("us-central1", 2.70, 0.544),
+                ("us-east1", 2.70, 0.544),
+                ("us-west1", 2.70, 0.544),
+                ("us-east5", 2.70, 1.215),
+                ("us-south1", 2.70, 1.35),
+                ("europe-west4", 2.97, 1.037),
+                ("asia-northeast1", 3.24, 0.944),
+            ),
             attention_share=_shares(918e12 / 1.75e9, (64, 2144, 4055), (128, 2440, 4437)),
             tpu=Tpu("v6e", counted=1, image="v2-alpha-tpuv6e", tiles=(_TILES_256,)),
         ),
@@ -370,9 +428,16 @@ CHIPS = {
             narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
             host_memory_bytes=369e9,  # a3-ultragpu-8g: 2,952 GB for 8
             shapes=_HOST,
-            price=Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
-            attention_share=_HOPPER,
-            gpu=Gpu("H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
+            prices=(
+                Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
+                Price(4.59, "RunPod", "RunPod secure H200", "any region", "2026-09-25", _SILYBENCH),
+                Price(3.59, "RunPod", "RunPod community H200", "any region", "2026-09-25", _SILYBENCH),
+                Price(4.50, "Nebius", "Nebius HGX H200", "any region", "2026-09-25", _SILYBENCH),
+            ),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu(
+                "H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20, board_mib=143771
+            ),
         ),
         Chip(
             "h100",
@@ -386,9 +451,31 @@ CHIPS = {
             narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
             host_memory_bytes=234e9,  # a3-highgpu-8g: 1,872 GB for 8
             shapes=_HOST,
-            price=Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
-            attention_share=_HOPPER,
-            gpu=Gpu("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20),
+            prices=(
+                # The sum of its parts on demand: machines of one H100 are rented as spot alone.
+                Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
+                Price(6.571, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH, spot=True),
+                Price(3.99, "Lambda", "Lambda 8x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
+                Price(4.09, "Lambda", "Lambda 4x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
+                Price(4.19, "Lambda", "Lambda 2x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
+                Price(4.29, "Lambda", "Lambda 1x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
+                Price(3.49, "RunPod", "RunPod secure H100 SXM", "any region", "2026-09-25", _SILYBENCH),
+                Price(2.69, "RunPod", "RunPod community H100 SXM", "any region", "2026-09-25", _SILYBENCH),
+                Price(3.85, "Nebius", "Nebius HGX H100", "any region", "2026-09-25", _SILYBENCH),
+                Price(6.88, "AWS", "AWS p5.48xlarge", "us-east-1", "2026-11-09", _DATARECEIPTS),
+                Price(12.29, "Azure", "Azure ND96isr_H100_v5", "eastus", "2026-11-09", _DATARECEIPTS),
+            ),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu(
+                "H100",
+                "NVIDIA H100 80GB HBM3",
+                (9, 0),
+                132,
+                shared_memory=233472,
+                clock_ghz=1.98,
+                l2_bytes=50 * 2**20,
+                board_mib=81559,
+            ),
         ),
         Chip(
             "a100",
@@ -402,9 +489,23 @@ CHIPS = {
             narrow_flops=(("int8", 624e12),),
             host_memory_bytes=170e9,  # a2-ultragpu-8g: 1,360 GB for 8
             shapes=_HOST,
-            price=Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
+            prices=(
+                Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
+                Price(2.79, "Lambda", "Lambda 8x A100 SXM 80 GB", "any region", "2026-09-20", _EVANGELIST),
+                Price(1.59, "RunPod", "RunPod secure A100 SXM", "any region", "2026-09-25", _SILYBENCH),
+                Price(1.39, "RunPod", "RunPod community A100 SXM", "any region", "2026-09-25", _SILYBENCH),
+                Price(3.43, "AWS", "AWS p4de.24xlarge", "us-east-1", "2026-11-09", _DATARECEIPTS),
+            ),
+            attention_share=_HOPPER_ATTENTION,
             gpu=Gpu(
-                "A100-80GB", "NVIDIA A100-SXM4-80GB", (8, 0), 108, shared_memory=167936, clock_ghz=1.41, l2_bytes=40 * 2**20
+                "A100-80GB",
+                "NVIDIA A100-SXM4-80GB",
+                (8, 0),
+                108,
+                shared_memory=167936,
+                clock_ghz=1.41,
+                l2_bytes=40 * 2**20,
+                board_mib=81920,
             ),
         ),
         Chip(
@@ -418,8 +519,26 @@ CHIPS = {
             collectives=_NVLINK_5,
             narrow_flops=(("float8", 4500e12), ("int8", 4500e12), ("float4", 9000e12)),
             shapes=_HOST,
-            price=Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "US", "2026-09-20", _EVANGELIST),
-            gpu=Gpu("B200", "NVIDIA B200", (10, 0), 148, shared_memory=233472, clock_ghz=1.96, l2_bytes=126 * 2**20),
+            prices=(
+                Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
+                Price(6.79, "Lambda", "Lambda 4x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
+                Price(6.89, "Lambda", "Lambda 2x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
+                Price(6.99, "Lambda", "Lambda 1x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
+                Price(6.79, "RunPod", "RunPod secure B200", "any region", "2026-09-25", _SILYBENCH),
+                Price(5.98, "RunPod", "RunPod community B200", "any region", "2026-09-25", _SILYBENCH),
+                Price(7.15, "Nebius", "Nebius HGX B200", "any region", "2026-09-25", _SILYBENCH),
+            ),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu(
+                "B200",
+                "NVIDIA B200",
+                (10, 0),
+                148,
+                shared_memory=233472,
+                clock_ghz=1.96,
+                l2_bytes=126 * 2**20,
+                board_mib=183359,
+            ),
         ),
         Chip(
             "l4",
@@ -432,8 +551,9 @@ CHIPS = {
             narrow_flops=(("float8", 242e12), ("int8", 242e12)),
             host_memory_bytes=16e9,  # g2-standard-4
             shapes=_HOST,
-            price=Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),
-            gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_memory=102400, clock_ghz=2.04, l2_bytes=48 * 2**20),
+            prices=(Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),),
+            attention_share=_HOPPER_ATTENTION,
+            gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_memory=102400, clock_ghz=2.04, l2_bytes=48 * 2**20, board_mib=23034),
         ),
     )
 }
@@ -477,7 +597,7 @@ def on_this_machine(chip: Chip, environment: Mapping[str, str]) -> Chip:
     """`chip` with the memory that JAX takes of it here: that of a GPU by `memory_fraction`."""
     if chip.gpu is None:
         return chip
-    return dataclasses.replace(chip, memory_bytes=chip.board_bytes * memory_fraction(environment))
+    return dataclasses.replace(chip, memory_bytes=chip.memory_bytes / ALLOCATOR_FRACTION * memory_fraction(environment))
 
 
 #: What compiled training steps have, by class of device, and by chip where it differs.
@@ -494,16 +614,32 @@ def calibration(chip: Chip) -> Calibration:
     return CALIBRATED.get(chip.name, CALIBRATED["tpu" if chip.tpu is not None else "gpu"])
 
 
-#: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md).
+_PUBLIC = "public measurements of {} (docs/serving-measured.md)"
+#: What servers reached in public measurements, fitted by class of device (docs/serving-measured.md); MATMUL: of the peak of
+#: operands of so many bits.
 SERVED = {
-    "gpu": Efficiency(0.55, 0.6, 0.75, 0.6, 10e-6, "PLACEHOLDER"),
-    "tpu": Efficiency(0.55, 0.8, 0.75, 0.6, 10e-6, "PLACEHOLDER"),
+    "gpu": Efficiency(0.71, 1.0, 0.81, 0.95, 51e-6, 0.52, _PUBLIC.format("GPU servers, 2023 to 2026")),
+    "tpu": Efficiency(0.54, 1.0, 1.0, 0.68, 1e-6, 1.0, _PUBLIC.format("TPU servers, 2024 to 2026")),
 }
+MATMUL = {"gpu": {16: 0.71, 8: 0.52, 4: 0.39}, "tpu": {}}
 
 
-def default_efficiency(chip: Chip) -> Efficiency:
-    """What is taken of a chip that nobody has calibrated: that of its class, GPU or TPU."""
-    return SERVED["tpu" if chip.tpu is not None else "gpu"]
+def default_efficiency(chip: Chip, param_dtype: str = "bfloat16") -> Efficiency:
+    """What is taken of a chip that nobody has calibrated: that of its class, GPU or TPU, for parameters of a dtype."""
+    kind = "tpu" if chip.tpu is not None else "gpu"
+    bits = (
+        {"float8": 8, "int8": 8, "float4": 4, "int4": 4}.get(param_dtype, 16) if param_dtype in dict(chip.narrow_flops) else 16
+    )
+    return SERVED[kind]._replace(matmul=MATMUL[kind].get(bits, SERVED[kind].matmul))
+
+
+#: Model FLOPs utilisation of training in public measurements, median by class of device (docs/training-measured.md).
+TRAINED = {"gpu": 0.4, "tpu": 0.49}
+
+
+def trained_mfu(chip: Chip) -> float:
+    """Share of the peak in bfloat16 that training is taken to reach where it was not measured on the chip."""
+    return TRAINED["tpu" if chip.tpu is not None else "gpu"]
 
 
 def peak_flops(device_kind: str) -> float | None:

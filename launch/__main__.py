@@ -26,6 +26,7 @@ from launch.grid import Cell, Layout
 from launch.rules import Choice
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNFINISHED = 0, 1, 2, 3
+WHOSE_PRICES = 'words of a list price, as "google:spot", or a .json or .toml file of your own (docs/prices.md)'
 
 EPILOG = """
 examples:
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--flops_per_second", type=float, metavar="X", help="rate of the estimate (default: finished cells')")
     command.add_argument("--topology", metavar="NAME[,NAME...]", help="slices that are not here, as below: fits, hours, money")
     command.add_argument("--estimate", action="store_true", help="by arithmetic alone; else every step is compiled (kept)")
-    command.add_argument("--prices", metavar="FILE", help='JSON or TOML, US dollars per chip-hour: {"v5e": 1.2}')
+    command.add_argument("--prices", metavar="ROW|FILE", help=WHOSE_PRICES)
     command.add_argument(
         "--efficiency", type=float, metavar="X", help="hours at this share of the roofline (default: measured, else expected)"
     )
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add_where(command)
     add_on(command, "where it was last run")
     command.add_argument("--json", action="store_true", help="rows as JSON")
-    command.add_argument("--prices", metavar="FILE", help='JSON or TOML, US dollars per chip-hour: {"v5e": 1.2}')
+    command.add_argument("--prices", metavar="ROW|FILE", help=WHOSE_PRICES)
     command = add("logs", _logs, "what a cell printed")
     add_on(command, "where it was last run")
     command.add_argument("cell", nargs="?", metavar="CELL", help="name of a cell, or its beginning (default: list them)")

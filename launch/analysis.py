@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from gqa_jax import hardware
+from gqa_jax import hardware, prices
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import read_context
+from gqa_jax.hardware import Price
 from launch import rules
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
@@ -160,25 +161,54 @@ def add_objective(command: argparse.ArgumentParser) -> None:
         ("beta", "exponent of FLOPs in z (1/3)"),
     ):
         group.add_argument(f"--{name}", type=float, metavar="X", help=text)
-    group.add_argument("--device", metavar="NAME", help=f"of latency, throughput, price, lifetime: {', '.join(hardware.CHIPS)}")
-    group.add_argument("--n_devices", type=int, metavar="N", help="that share one copy of the model (1)")
-    group.add_argument("--batch", type=int, metavar="B", help="sequences decoded together (1)")
-    group.add_argument("--decode_share", type=float, metavar="S", help="share of a request's tokens that are generated (0.1)")
-    group.add_argument("--param_dtype", metavar="DTYPE", help="of parameters where bytes count (bfloat16)")
-    group.add_argument("--cache_dtype", metavar="DTYPE", help="of keys and values where bytes count (bfloat16)")
-    group.add_argument("--efficiency", type=float, metavar="X", help="share of a device's peaks that is reached (1)")
-    group.add_argument("--usd_per_hour", type=float, metavar="X", help="of one device (the dated list price)")
     group.add_argument("--tokens", type=float, metavar="D", help="trained on, for train and lifetime (20 per parameter)")
     group.add_argument("--served_tokens", type=float, metavar="D", help="over its lifetime, for lifetime")
 
+    group = command.add_argument_group("how it is served, for latency, throughput, price and lifetime (docs/serving.md)")
+    group.add_argument(
+        "--device", metavar="NAME[,NAME...]", help=f"one, or for optimum several to compare: {', '.join(hardware.CHIPS)}"
+    )
+    group.add_argument("--n_devices", type=int, metavar="N", help="that share one copy of the model (1)")
+    group.add_argument(
+        "--parallelism", metavar="HOW", help="of attention: best (default), tensor (over heads alone), or t,p,c: devices over "
+        "which heads, sequences and context are divided",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch", type=_batch, metavar="B", help="requests served at once: a number, fits (the most that memory holds), or "
+        "best (default: what costs the least within --ttft and --tpot)",
+    )  # fmt: skip
+    group.add_argument("--decode_share", type=float, metavar="S", help="share of a request's tokens that are generated (0.1)")
+    group.add_argument("--ttft", type=float, metavar="S", help="seconds allowed to the first token")
+    group.add_argument("--tpot", type=float, metavar="S", help="seconds allowed for each generated token")
+    group.add_argument(
+        "--disaggregated", action="store_const", const=True, help="prompts are read by other devices than those that generate"
+    )
+    group.add_argument("--param_dtype", metavar="DTYPE", help="of parameters where bytes count (bfloat16)")
+    group.add_argument("--cache_dtype", metavar="DTYPE", help="of keys and values where bytes count (bfloat16)")
+    group.add_argument(
+        "--efficiency", metavar="X", help="of the peaks: one share, bound (all at once), or a JSON file of measurements "
+        "(default: what servers of the class reached in public measurements)",
+    )  # fmt: skip
+    group.add_argument("--training_mfu", type=float, metavar="X", help="share of the peak that training reaches, for lifetime")
+    group.add_argument("--usd_per_hour", type=float, metavar="X", help="of one device (the dated list price)")
+    group.add_argument("--prices", metavar="ROW|FILE", help="whose prices: words of a list price, or a file (docs/prices.md)")
 
-def objective(arguments: argparse.Namespace, convention: str):
-    """The objective of those options. Raises ValueError for one that its cost has no use for."""
+
+def objective(arguments: argparse.Namespace, convention: str, device: str | None = None):
+    """The objective of those options, on `device` of several. Raises ConfigError for one that its cost has no use for."""
     from gqa_jax.search import objectives
 
-    names = ("flops", "lam", "alpha", "beta", "device", "n_devices", "batch", "decode_share", "param_dtype", "cache_dtype",
-             "efficiency", "usd_per_hour", "tokens", "served_tokens", "convention")  # fmt: skip
+    names = ("flops", "lam", "alpha", "beta", "n_devices", "parallelism", "batch", "decode_share", "ttft", "tpot",
+             "disaggregated", "param_dtype", "cache_dtype", "efficiency", "training_mfu", "usd_per_hour", "tokens",
+             "served_tokens", "convention")  # fmt: skip
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    named = devices(arguments)
+    if device is None and len(named) > 1:
+        raise ConfigError(f"--device {arguments.device}: one device here; `optimum` compares several")
+    if named:
+        given["device"] = device or named[0]
+    if arguments.prices is not None:
+        given["price"] = _price(arguments, given)
     if getattr(arguments, "fits", None) and arguments.cost not in ("latency", "throughput", "price", "lifetime"):
         for name in ("n_devices", "batch"):
             given.pop(name, None)  # of --fits
@@ -190,6 +220,34 @@ def objective(arguments: argparse.Namespace, convention: str):
         return objectives.make(arguments.cost, **given)
     except ValueError as error:
         raise ConfigError(f"--cost {arguments.cost}: {error}") from error
+
+
+def devices(arguments: argparse.Namespace) -> list[str]:
+    """The names of --device, in their order; none: it was not given."""
+    return [name.strip() for name in (arguments.device or "").split(",") if name.strip()]
+
+
+def _price(arguments: argparse.Namespace, given: dict) -> Price | None:
+    """The row of --prices for a device. Raises ConfigError."""
+    if "device" not in given:
+        raise ConfigError(f"--prices {arguments.prices} given without a device: add --device")
+    if arguments.usd_per_hour is not None:
+        raise ConfigError(f"--prices {arguments.prices} or --usd_per_hour {arguments.usd_per_hour}: not both")
+    try:
+        listed = prices.load(arguments.prices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if given["device"] in hardware.CHIPS and given["device"] not in listed:
+        raise ConfigError(f"--prices {arguments.prices}: {given['device']} has {prices.listing(given['device'])}")
+    return listed.get(given["device"])
+
+
+def _batch(text: str) -> int | str:
+    """A number of requests, fits or best."""
+    try:
+        return int(text)
+    except ValueError:
+        return text  # Serving says what there is
 
 
 def _add_context(command: argparse.ArgumentParser) -> None:
@@ -276,12 +334,14 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _optimum(arguments: argparse.Namespace, console: Console) -> int:
+    from gqa_jax.search import devices as devices_of
     from gqa_jax.search import optimum
     from gqa_jax.search.roofline import Serving
     from launch import answer, studies
 
     source = _source(arguments)
-    goal = objective(arguments, source.convention)
+    named = devices(arguments)
+    goals = [objective(arguments, source.convention, name) for name in named or [None]]
     one = studies.fit(source).at(arguments.train_context)
     limit = None
     if arguments.fits:
@@ -289,16 +349,11 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         limit = Serving(arguments.fits, **{name: value for name, value in own.items() if value is not None})
     convention = arguments.convention or source.convention
     how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": _aspect(arguments.aspect)}
-    found = optimum.search(
-        one.laws,
-        arguments.loss,
-        arguments.context,
-        goal,
-        convention=convention,
-        memory_limit=limit,
-        method=arguments.method,
-        **how,
-    )
+    limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
+    question = one.laws, arguments.loss, arguments.context
+    if len(goals) > 1:
+        return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console)
+    found = optimum.search(*question, goals[0], **limits, **how)
     if arguments.format == "json":
         about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
         print(json.dumps(about | found.to_dict(), indent=1, allow_nan=False))
@@ -309,6 +364,22 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.conventions:
         frame = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
         console.print(answer.conventions_screen(frame))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, source, one, found, console: Console) -> int:
+    from gqa_jax.search.optimum import records
+    from launch import serving_screens
+
+    if arguments.conventions:
+        raise ConfigError("--conventions is for one device: leave it out, or name one")
+    if arguments.format == "json":
+        about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
+        by_device = {name: each.to_dict() for name, each in found.answers.items()}
+        tables = {"devices": records(found.table), "front": records(found.front)}
+        print(json.dumps(about | tables | {"answers": by_device}, indent=1, allow_nan=False))
+        return 0
+    serving_screens.print_comparison(found, one, console)
     return 0
 
 

@@ -23,7 +23,7 @@ from gqa_jax.laws import Heads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import optimum
 from gqa_jax.search.optimum import Answer
-from launch import rules, studies
+from launch import rules, serving_screens, studies
 from launch.grid import Layout
 from launch.studies import Fits, Fitted, Source
 
@@ -346,6 +346,8 @@ def print_answer(found: Answer, one: Fitted, console: Console) -> None:
             f"cheapest (this answer {regret(found.expected_regret)})",
             highlight=False,
         )
+    for sentence in serving_screens.said(found):
+        console.print(sentence, highlight=False)
     if found.noise_model:
         price = "" if np.isnan(found.price_of_doubt) else f"; {found.price_of_doubt:.1f} times as wide as for a power law alone"
         console.print(f"intervals: {found.noise_model}{price}", highlight=False)

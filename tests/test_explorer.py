@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import shlex
 
 import numpy as np
@@ -15,9 +16,9 @@ from selenium.webdriver.common.keys import Keys
 
 from benchmarks.report import DRAG
 from gqa_jax import costs, formatting, shape_search
-from gqa_jax.hardware import CHIPS
+from gqa_jax.hardware import CHIPS, Efficiency
 from gqa_jax.laws import LLAMA3, Heads, bends
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import objectives, optimum, roofline
 from gqa_jax.search.roofline import Serving
 from launch import analysis, report
 from launch.report import words
@@ -75,15 +76,43 @@ def explorer(chromium, page):
     return opened
 
 
+def random_efficiency(generator):
+    """One of every kind that may be given."""
+    own = Efficiency(
+        *generator.uniform(0.2, 1, 4),
+        layer_seconds=generator.uniform(0, 2e-5),
+        exchange=generator.uniform(0.2, 1),
+        source="of a test",
+    )
+    return [None, "bound", generator.uniform(0.2, 1), own][generator.integers(4)]
+
+
 def random_serving(generator):
-    return {
-        "device": str(generator.choice(list(CHIPS))),
-        "n_devices": int(generator.integers(1, 9)),
-        "batch": float(generator.integers(1, 257)),
-        "decode_share": generator.choice([0.0, 1.0, generator.random()]),
+    """Any device, as many as share a model, any layout, batch, limits and precisions that are allowed together."""
+    device = str(generator.choice(list(CHIPS)))
+    most = max(math.prod(map(int, shape.split("x"))) for shape in CHIPS[device].shapes)
+    n_devices = int(generator.choice([one for one in (1, 2, 3, 4, 6, 8, 16) if one <= most]))
+    parallelism = [roofline.BEST, roofline.TENSOR, generator.choice([str(one) for one in roofline.layouts(n_devices)])]
+    parallelism = str(parallelism[generator.choice(3, p=[0.6, 0.2, 0.2])])
+    least = roofline.Layout.parse(parallelism).sequences if "," in parallelism else 1
+    batch = [roofline.BEST, roofline.FITS, float(generator.integers(least, least + 12))][generator.choice(3, p=[0.5, 0.2, 0.3])]
+    decode_share = generator.choice([0.0, 1.0, generator.random()], p=[0.1, 0.1, 0.8])
+    limits = {
+        "ttft": 10 ** generator.uniform(-1, 3) if decode_share < 1 and generator.random() < 0.3 else None,
+        "tpot": 10 ** generator.uniform(-2.5, 0.5) if decode_share > 0 and generator.random() < 0.4 else None,
+    }
+    return limits | {
+        "device": device,
+        "n_devices": n_devices,
+        "parallelism": parallelism,
+        "batch": batch,
+        "decode_share": decode_share,
         "param_dtype": str(generator.choice(list(costs.DTYPE_BYTES))),
         "cache_dtype": str(generator.choice(list(costs.DTYPE_BYTES))),
-        "efficiency": generator.uniform(0.2, 1),
+        "efficiency": random_efficiency(generator),
+        "untied": bool(generator.integers(2)),
+        "disaggregated": bool(generator.integers(2)),
+        "usd_per_hour": generator.choice([None, generator.uniform(1, 20)]),
     }
 
 
@@ -109,18 +138,22 @@ def random_objective(generator):
         return objectives.make(cost, **training)
     serving = random_serving(generator)
     if cost == "lifetime":
-        served = {"served_tokens": 10 ** generator.uniform(9, 14)} | training
-        return objectives.make(cost, **served, **(serving if generator.random() < 0.5 else {}))
+        served = {"served_tokens": generator.choice([0.0, 10 ** generator.uniform(9, 14)], p=[0.1, 0.9])} | training
+        on = serving | {"training_mfu": generator.choice([None, generator.uniform(0.1, 1)])}
+        return objectives.make(cost, **served, **(on if generator.random() < 0.5 else {}))
     return objectives.make(cost, **serving)
 
 
 def random_question(generator, study):
     """A loss, often where some draws don't reach it, a context, a cost, and a limit of memory one time in five."""
-    entropy = min(law.entropy for law in study.laws.values())
-    loss = entropy + np.exp(generator.uniform(np.log(0.005), np.log(2.0)))
-    context = int(2 ** generator.uniform(10, 20))
+    objective = random_objective(generator)
     limit = Serving(**random_serving(generator)) if generator.random() < 0.2 else None
-    return loss, context, random_objective(generator), limit
+    on_devices = limit is not None or getattr(objective, "serving", None) is not None
+    entropy = min(law.entropy for law in study.laws.values())
+    least = 0.25 if on_devices and generator.random() < 0.9 else 0.005  # of larger models no device holds one
+    loss = entropy + np.exp(generator.uniform(np.log(least), np.log(2.0)))
+    context = int(2 ** generator.uniform(10, 17 if on_devices else 20))
+    return loss, context, objective, limit
 
 
 def as_query(loss, context, objective, limit):
@@ -192,7 +225,25 @@ class TestNumbers:
         best = rows[0]
         same(1 - answer.saving_vs_llama3, 1 - float(best["saving"]), what)
         same([1 - x for x in answer.saving_interval], [1 - float(x) for x in best["saving_interval"]], what)
+        if answer.objective.get("serving"):
+            self.compare_served(frame, rows, what)
         return True
+
+    def compare_served(self, frame, rows, what):
+        """How each H is served, or that it can't be."""
+        found = [row["served"] or {"obstacle": "not reached"} for row in rows]
+        assert [one["obstacle"] is not None for one in found] == list(frame["layout"].isna()), what
+        for (_, ours), theirs in zip(frame.iterrows(), found, strict=True):
+            if theirs["obstacle"] is not None:
+                continue
+            assert ours["layout"] == ",".join(map(str, theirs["layout"])), what
+            for name in ("batch", "memory_bytes", "ttft", "tpot", "request_seconds"):
+                same(ours[name], theirs[name], f"{name} of {what}")
+            for name in ("usd_per_million_input", "usd_per_million_output"):
+                same(ours[name], theirs[name], f"{name} of {what}")
+            if theirs["prefill_limit"] is not None:
+                assert ours["prefill_limit"] == theirs["prefill_limit"], what
+            assert ours["decode_limit"] == theirs["decode_limit"], what
 
     def test_regrets_are_written_as_python_writes_them(self, explorer):
         """Also those beyond the largest, and of nothing."""
@@ -294,7 +345,14 @@ class TestPage:
         analysis.add_commands(parser.add_subparsers())
         changes = [("cost", "flops"), ("flops", "per_token"), ("cost", "z"), ("lam", 0.25), ("convention", "exact")]
         changes += [("cache_dtype", "int8"), ("limit", "h200"), ("context", 70_000), ("loss", 2.7), ("cost", "price")]
-        changes += [("device", "v5e"), ("batch", 12), ("decode_share", 0.4), ("param_dtype", "int4"), ("limit", "")]
+        changes += [
+            ("device", "v5e"),
+            ("batch", 12),
+            ("decode_share", 0.4),
+            ("param_dtype", "int4"),
+            ("limit", ""),
+            ("batch", ""),
+        ]
         for element, value in changes:
             set_to(chromium, element, value)
             line = text(chromium, "command")
@@ -304,8 +362,8 @@ class TestPage:
             objective = analysis.objective(given, "figures")
             if given.fits:
                 kept = {name: getattr(given, name) for name in ("param_dtype", "cache_dtype") if getattr(given, name)}
-                limit = Serving(given.fits, batch=given.batch or 1, **kept).describe()
-                for name in ("device", "n_devices", "batch", "memory_bytes", "param_bytes", "cache_bytes", "convention"):
+                limit = Serving(given.fits, batch=given.batch or roofline.BEST, **kept).describe()
+                for name in ("device", "n_devices", "batch", "memory_bytes", "param_bytes", "cache_dtype", "convention"):
                     assert asked["memory_limit"][name] == limit[name], (line, name)
             else:
                 assert asked["memory_limit"] is None
@@ -324,6 +382,75 @@ class TestPage:
         assert "loss=2.75" in address
         again = explorer(fragment=address.removeprefix("#"))
         assert again.run("return gqa.query()") == asked | {"loss": 2.75}
+
+    @pytest.fixture
+    def shared(self, chromium, tmp_path):
+        """A page about a price on eight devices that share a model; its study, and the browser."""
+        goal = objectives.make("price", device="h100", n_devices=8, disaggregated=True)
+        study = report_fakes.study(report_fakes.loss_table(), objective=goal, more=False)
+        path = tmp_path / "index.html"
+        path.write_text(report.page(report_fakes.findings(study)), encoding="utf-8")
+        chromium.open(path)
+        chromium.run("while (!globalThis.gqa) await new Promise((resolve) => setTimeout(resolve, 20))")
+        return study, chromium
+
+    def test_how_the_answer_is_served_is_said_as_python_says_it(self, shared):
+        study, chromium = shared
+        answer = study.questions[0].answer
+        assert text(chromium, "served") == " ".join(words.served(answer.candidates.iloc[0], answer.objective["serving"]))
+        for element, value in (
+            ("parallelism", "tensor"),
+            ("batch", 16),
+            ("decode_share", 0),
+            ("device", "h200"),
+            ("batch", ""),
+        ):
+            set_to(chromium, element, value)
+            serving = chromium.run("return gqa.query().objective.serving")
+            asked = {"n_devices": 8, "disaggregated": True} | {
+                name: serving[name] for name in ("device", "parallelism", "batch", "decode_share")
+            }
+            assert Serving(**asked).describe() == serving
+            answer = optimum.search(study.laws, 2.615, 131_072, objectives.make("price", **asked), aspect=study.aspect)
+            said = " ".join(words.served(answer.candidates.iloc[0], answer.objective["serving"]))
+            assert text(chromium, "served") == said, (element, value)
+        assert chromium.console() == []
+
+    def test_a_layout_is_chosen_where_several_devices_share_a_model(self, shared, explorer):
+        _, chromium = shared
+        shown = "return document.getElementById('parallelism').checkVisibility()"
+        assert chromium.run(shown)
+        set_to(chromium, "parallelism", "tensor")
+        assert "heads over 8" in text(chromium, "served")
+        assert "--parallelism tensor" in text(chromium, "command")
+        set_to(chromium, "cost", "z")
+        assert not chromium.run(shown)
+        assert text(chromium, "served") == ""
+        chromium = explorer()
+        set_to(chromium, "cost", "latency")
+        assert not chromium.run(shown)
+
+    def test_the_best_number_of_requests_is_left_of_one(self, shared):
+        _, chromium = shared
+        assert chromium.run("return gqa.query().objective.serving.batch") == "best"
+        assert chromium.run("return document.getElementById('batch').placeholder") == "best"
+        set_to(chromium, "batch-slider", 5)
+        assert chromium.run("return [gqa.query().objective.serving.batch, document.getElementById('batch').value]") == [
+            32,
+            "32",
+        ]
+        set_to(chromium, "batch-slider", -0.25)
+        assert chromium.run("return gqa.query().objective.serving.batch") == "best"
+        spoken = "return document.getElementById('batch-slider').getAttribute('aria-valuetext')"
+        assert chromium.run(spoken) == "the best number of requests"
+
+    def test_what_can_not_be_served_is_said(self, explorer):
+        chromium = explorer()
+        for element, value in (("cost", "latency"), ("device", "l4"), ("context", 1_048_576), ("batch", 1024)):
+            set_to(chromium, element, value)
+        assert "but not as asked: with every one of these heads it is too large." in text(chromium, "sentence")
+        assert text(chromium, "served") == ""
+        assert chromium.console() == []
 
     def test_a_cell_of_the_map_opens_its_question(self, chromium, tmp_path):
         path = tmp_path / "index.html"

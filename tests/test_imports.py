@@ -89,8 +89,9 @@ TABLE = (
     Row("gqa_jax.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
-    Row("gqa_jax.search.objectives", ".errors .costs .search.roofline"),
+    Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
     Row("gqa_jax.search.optimum", ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives"),
+    Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.optimum .search.roofline"),
     Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.optimum"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
@@ -114,7 +115,12 @@ TABLE = (
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
     Row("launch.plan", ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit"),
     Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
-    Row("launch.answer", ".formatting .storage .results .laws .search.optimum .plots launch.grid launch.rules launch.studies"),
+    Row("launch.serving_screens", ".formatting .laws .search.devices .search.optimum .search.roofline launch.studies"),
+    Row(
+        "launch.answer",
+        ".formatting .storage .results .laws .search.optimum .plots launch.grid launch.rules launch.studies "
+        "launch.serving_screens",
+    ),
     Row(
         "launch.next_cells",
         ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.grid launch.rules launch.state "
@@ -122,7 +128,8 @@ TABLE = (
     ),
     Row(
         "launch.report",
-        ".formatting .costs .hardware .storage .laws .search.roofline .search.objectives .search.optimum launch.grid",
+        ".formatting .costs .hardware .storage .laws .search.roofline .search.objectives .search.optimum launch.grid "
+        "launch.serving_screens",
     ),
     Row(
         "launch.findings",
@@ -131,9 +138,9 @@ TABLE = (
     ),
     Row(
         "launch.analysis",
-        ".errors .formatting .hardware launch.rules",
-        lazily=".shapes .search.roofline .search.objectives .search.optimum launch.studies launch.answer launch.next_cells "
-        "launch.report launch.findings",
+        ".errors .formatting .hardware .prices launch.rules",
+        lazily=".shapes .search.roofline .search.objectives .search.optimum .search.devices launch.studies launch.answer "
+        "launch.serving_screens launch.next_cells launch.report launch.findings",
     ),
     Row(
         "launch.__main__",
@@ -148,7 +155,7 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
-        ".search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
+        ".search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
         outside="jax",
     ),
 )

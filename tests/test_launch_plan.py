@@ -155,7 +155,7 @@ def test_whose_prices_they_are_is_said(capsys, tmp_path):
 
 
 def test_a_chip_without_a_price_has_an_empty_cell(capsys, monkeypatch):
-    monkeypatch.setitem(hardware.CHIPS, "v5e", dataclasses.replace(hardware.CHIPS["v5e"], price=None))
+    monkeypatch.setitem(hardware.CHIPS, "v5e", dataclasses.replace(hardware.CHIPS["v5e"], prices=()))
     (row,) = table(capsys, "--topology", "v5e:4x4", "--estimate", "--where", ONE)
     assert row["price_usd"] == ""
     assert row["choice"] == "fastest"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,8 +6,9 @@ import pandas as pd
 import pytest
 
 from gqa_jax import costs, laws, presets, shape_search
+from gqa_jax.hardware import CHIPS, Efficiency
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import objectives, optimum, roofline
 from gqa_jax.search.roofline import Serving
 from gqa_jax.shapes import Aspect, paper_aspect
 from tests.law_tables import TRACED, synthetic
@@ -153,17 +155,20 @@ class TestSearch:
             assert row.loss == pytest.approx(2.7, abs=0.01)
 
     def test_what_must_fit_a_device_can_change_the_heads(self, paper):
-        h100 = Serving("h100", batch=24)
+        h100 = Serving("h100", batch=28)
         free = optimum.search(paper, 2.615, 131_072, objectives.make("memory"))
         flops = optimum.search(paper, 2.615, 131_072, objectives.make("flops"), memory_limit=h100)
         assert h100.fits(shape_search.solve_shape(flops.n_params, flops.heads, paper.aspect), 131_072)
         held = flops.candidates[~np.isfinite(flops.candidates["cost"])]
         assert not held.empty
-        assert held["note"].str.contains("60 GB of 1 x h100").all()
+        assert held["note"].str.contains("takes more than the 76.97 GB that a server fills of each of 1 x h100").all()
         assert held["rank"].isna().all()
-        tight = optimum.search(paper, 2.615, 131_072, objectives.make("memory"), memory_limit=Serving("h100", batch=32))
+        tight = optimum.search(paper, 2.615, 131_072, objectives.make("memory"), memory_limit=Serving("h100", batch=44))
         assert np.isnan(tight.saving_vs_llama3)
-        assert "no saving against Llama 3's heads: they take more than the 60 GB of 1 x h100" in tight.warnings
+        assert (
+            "no saving against Llama 3's heads: they take more than the 76.97 GB that a server fills of each of 1 x h100"
+            in tight.warnings
+        )
         with pytest.raises(ValueError, match=r"no head configuration reaches a loss of 2.615 within the 1 GB of the limit"):
             optimum.search(paper, 2.615, 131_072, memory_limit=1e9)
         assert free.candidates["cost"].notna().all()
@@ -194,6 +199,169 @@ class TestSearch:
         text = " ".join(found.warnings)
         assert "no probabilities: as many coefficients as runs" in text
         assert "no saving against Llama 3's heads" in text
+
+
+def _typical(cost, **settings):
+    """A cost of devices that doesn't follow what is measured of servers from one month to the next."""
+    efficiency = Efficiency(0.6, 0.9, 0.8, 0.7, 2e-5, 0.5)
+    return objectives.make(cost, **({"device": "h100", "n_devices": 4, "efficiency": efficiency} | settings))
+
+
+class TestServed:
+    """Costs that are of devices (`roofline.Serving`)."""
+
+    def test_the_example_of_the_readme(self, paper):
+        """v5e x 4, int8 cache, a request of 128K, the bound: over heads (8,4), a key/value head each; over the context (8,1).
+
+        By hand, without roofline.py: a prefill of 0.906 s, steps of 1.984 ms (bytes). Without the 16-bit scales of the cache it
+        would be $0.2705; seconds per collective overlap with what takes longer and have no part in it.
+        """
+        told = {"device": "v5e", "n_devices": 4, "cache_dtype": "int8", "batch": 1, "efficiency": "bound"}
+        found = optimum.search(paper, 2.615, 131_072, objectives.make("price", parallelism="tensor", **told))
+        assert found.heads == Heads(8, 4)
+        shape = shape_search.solve_shape(paper[Heads(8, 4)].solve(2.615), Heads(8, 4), paper.aspect)
+        assert found.cost == pytest.approx(_dollars_by_hand(shape, 1 + 2 / 64))
+        assert found.cost == pytest.approx(0.2738, abs=5e-5)
+        assert _dollars_by_hand(shape, 1) == pytest.approx(0.2705, abs=5e-5)
+        best = optimum.search(paper, 2.615, 131_072, objectives.make("price", **told))
+        assert best.heads == Heads(8, 1)
+        assert best.candidates["layout"].iloc[0] == "1,1,4"
+        assert best.cost == pytest.approx(0.2208, abs=5e-5)
+
+    def test_over_heads_eight_devices_want_eight_key_value_heads(self):
+        """Llama 3's (32,8), by tensor parallelism; over the context one key/value head is enough and four times as fast."""
+        told = {"device": "h100", "n_devices": 8, "batch": 8, "efficiency": "bound"}
+        calibrated = presets.load("paper-table4")
+        tensor, best = (
+            optimum.search(calibrated, 2.6, 131_072, objectives.make("latency", parallelism=one, **told), draws=200)
+            for one in ("tensor", "best")
+        )
+        assert (tensor.heads, best.heads) == (Heads(32, 8), Heads(8, 1))
+        assert tensor.cost == pytest.approx(36.52, abs=0.005)
+        assert best.cost == pytest.approx(8.958, abs=0.0005)
+        assert best.candidates["layout"].iloc[0] == "1,2,4"
+
+    @pytest.mark.parametrize("cost", ["z", "memory", "train"])
+    def test_costs_of_a_model_alone_have_no_columns_of_serving(self, paper, cost):
+        frame = optimum.search(paper, 2.7, 8192, objectives.make(cost), draws=0).candidates
+        assert tuple(frame.columns) == optimum.CANDIDATES
+
+    @pytest.mark.parametrize(("cost", "by"), [("price", "price"), ("latency", "latency"), ("throughput", "price")])
+    def test_columns_say_how_each_h_is_served(self, paper, cost, by):
+        objective = _typical(cost)
+        frame = optimum.search(paper, 2.615, 131_072, objective, draws=50).candidates
+        assert tuple(frame.columns) == (*optimum.CANDIDATES, *optimum.SERVED)
+        for row in frame.itertuples():
+            heads = Heads(row.n_heads, row.n_kv_heads)
+            shape = shape_search.solve_shape(paper[heads].solve(2.615), heads, paper.aspect)
+            load = objective.serving.load(shape, 131_072, by)
+            assert row.cost == pytest.approx(objective(shape, 131_072))
+            assert (row.layout, row.batch) == (str(load.layout), load.batch)
+            found = [row.memory_bytes, row.ttft, row.tpot, row.request_seconds]
+            assert found == pytest.approx([load.memory, load.ttft, load.tpot, load.request])
+            usd = 1e6 * objective.serving.usd / 3600
+            assert row.usd_per_million_input == pytest.approx(usd * load.input_seconds)
+            assert row.usd_per_million_output == pytest.approx(usd * load.output_seconds)
+            assert (row.prefill_limit, row.decode_limit) == (load.prefill.limit, load.decode.limit)
+            assert row.replication == pytest.approx(roofline.replication_cost(objective.serving, shape, 131_072, by))
+
+    def test_input_and_output_add_up_to_the_price(self, paper):
+        frame = optimum.search(paper, 2.615, 131_072, _typical("price", decode_share=0.25), draws=0).candidates
+        total = 0.75 * frame["usd_per_million_input"] + 0.25 * frame["usd_per_million_output"]
+        np.testing.assert_allclose(total, frame["cost"])
+
+    def test_without_a_price_columns_of_dollars_are_empty(self, paper):
+        mine = dataclasses.replace(CHIPS["h100"], name="mine", prices=())
+        frame = optimum.search(paper, 2.615, 131_072, _typical("latency", device=mine), draws=0).candidates
+        assert frame["usd_per_million_input"].isna().all()
+        assert frame["request_seconds"].notna().all()
+
+    def test_in_json_too(self, paper):
+        objective = _typical("price", tpot=0.01)
+        values = json.loads(json.dumps(optimum.search(paper, 2.615, 131_072, objective).to_dict(), allow_nan=False))
+        assert set(optimum.SERVED) <= set(values["candidates"][0])
+        assert values["objective"]["serving"]["parallelism"] == "best"
+
+    def test_the_layout_is_that_of_the_fitted_laws_in_every_draw(self):
+        """Nobody changes servers with the noise of a loss: in some draws another layout would be cheaper."""
+        calibrated, objective = presets.load("paper-table4"), _typical("price")
+        found = optimum.regrets(calibrated, 2.35, 131_072, objective, draws=50)
+        drawn = calibrated.draws(50)
+        costs_SxH, free_SxH = np.zeros((2, 50, len(found.heads)))
+        for i, heads in enumerate(found.heads):
+            shape = shape_search.solve_shape(calibrated[heads].solve(2.35), heads, calibrated.aspect)
+            layout = objective.serving.load(shape, 131_072).layout
+            fixed = dataclasses.replace(objective, serving=dataclasses.replace(objective.serving, parallelism=layout))
+            sizes = np.exp(drawn.log_size(2.35)[:, drawn.heads.index(heads)])
+            many = shape_search.solve_shape(sizes, heads, calibrated.aspect)
+            costs_SxH[:, i], free_SxH[:, i] = fixed(many, 131_072), objective(many, 131_072)
+        assert found.regret_SxH == pytest.approx(optimum.regret(costs_SxH))
+        frame = optimum.search(calibrated, 2.35, 131_072, objective, draws=50).candidates.set_index(["n_heads", "n_kv_heads"])
+        low, high = np.quantile(costs_SxH, [0.025, 0.975], axis=0)
+        assert frame.loc[found.heads, "cost_low"].tolist() == pytest.approx(low)
+        assert frame.loc[found.heads, "cost_high"].tolist() == pytest.approx(high)
+        assert (free_SxH < costs_SxH * (1 - 1e-9)).any()
+
+    def test_whoever_can_not_be_served_has_no_numbers_and_a_note(self, paper):
+        frame = optimum.search(paper, 2.615, 131_072, _typical("price", parallelism="tensor"), draws=50).candidates
+        few = frame[frame["n_heads"] < 4]
+        assert np.isinf(few["cost"]).all()
+        assert few["rank"].isna().all()
+        assert few[[name for name in optimum.SERVED if not name.endswith("_limit")]].isna().all().all()
+        assert few["note"].str.match(r"4 devices can't share [12] query heads?: [12] can; so can these as ").all()
+        assert frame["rank"].dropna().tolist() == [1, 2, 3, 4, 5]
+
+    def test_a_note_is_of_the_layout_that_comes_nearest(self, paper):
+        """(1,1) can't be divided over heads; divided over the context it is too slow, and that is what the note says."""
+        objective = objectives.make("price", device="v5e", n_devices=4, tpot=2.9e-3, efficiency="bound")
+        frame = optimum.search(paper, 2.615, 131_072, objective, draws=0).candidates
+        notes = frame.set_index(["n_heads", "n_kv_heads"])["note"]
+        assert notes.loc[(1, 1)].startswith("token after 0.00")
+        assert notes.loc[(1, 1)].endswith(" s, not 0.0029 s")
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"tpot": 1e-5}, r"what comes closest: \(8,1\) token after \S+ s, not 1e-05 s"),
+            ({"ttft": 1e-3}, r"what comes closest: \(\d,\d\) first token after \S+ s, not 0.001 s"),
+            ({"device": "l4", "batch": 64}, r"what comes closest: \(8,1\) takes \S+ GB of each l4 with 64 requests \(\d+ fit"),
+            ({"n_devices": 8, "parallelism": "8,1,1", "batch": 64}, r"closest: \(8,8\) takes \S+ GB of each h100 with 64"),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("draws", [0, 20])
+    def test_where_none_can_be_served_the_error_names_what_comes_closest(self, paper, settings, message, draws):
+        with pytest.raises(ValueError, match=message) as error:
+            optimum.search(paper, 2.615, 131_072, _typical("price", **settings), draws=draws)
+        assert str(error.value).startswith("no head configuration can be served as asked at a loss of 2.615; ")
+
+    @pytest.mark.parametrize(
+        ("preset", "loss", "draws"), [("paper", 2.615, 0), ("paper", 2.615, 50), ("paper-table4", 2.6, 50)]
+    )
+    def test_nothing_is_saved_against_heads_that_can_not_be_served(self, preset, loss, draws):
+        """Llama 3's 8 key/value heads: too much to read for 2.2 ms a token. `paper` has a law of them, the other only draws."""
+        objective = objectives.make("price", device="h200", tpot=2.2e-3, efficiency="bound")
+        found = optimum.search(presets.load(preset), loss, 131_072, objective, draws=draws)
+        assert found.candidates["saving_vs_llama3"].isna().all()
+        assert np.isnan(found.saving_interval).all()
+        assert [warning for warning in found.warnings if warning.startswith("no saving")] == [
+            "no saving against Llama 3's heads: they can't be served as asked"
+        ]
+
+    def test_a_loss_below_every_entropy_is_said_as_of_other_costs(self, paper):
+        with pytest.raises(ValueError, match="a loss of 2 can't be reached at any size"):
+            optimum.search(paper, 2.0, 131_072, _typical("latency"))
+
+
+def _dollars_by_hand(shape, value_bytes):
+    """Of a million tokens, at 128K and a tenth of them generated: 4 v5e, each with 2 query and 1 key/value heads of (8,4)."""
+    layers, d, context = shape.n_layers, shape.d_model, 131_072
+    read, written, keys = 0.9 * context, 0.1 * context, 0.95 * context
+    network, heads = 3 * layers * d * shape.d_ff / 4, 2 * layers * d * 64 * (8 / 4 + 1)
+    cache = 2 * layers * 64 * 1 * value_bytes
+    prefill = 2 * read * (network + heads) / 197e12 + 4 * layers * 64 * 2 * read * read / 2 / 394e12  # attention: int8 at best
+    step = (2 * (network + d * 50_304 / 4 + heads + (2 * layers + 1) * d) + cache * keys) / 819e9
+    return 1e6 * 1.20 / 3600 * 4 * (prefill + written * step) / context
 
 
 class TestRegret:
@@ -316,3 +484,21 @@ def _regret(frame, loss, context, heads):
     """What the paper's choice costs above the cheapest."""
     rows = frame[(frame["loss"] == loss) & (frame["context_served"] == context)].set_index(["n_heads", "n_kv_heads"])
     return float(rows.loc[heads, "cost"] / rows["cost"].min() - 1)
+
+
+def test_heads_without_a_law_of_their_own_are_served_in_the_layout_that_suits_the_middle_of_their_draws():
+    """Llama 3's rule on Table 4: only the draws know its size; tensor parallelism would not be a fair thing to save against."""
+    calibrated, settings = presets.load("paper-table4"), {"device": "h100", "n_devices": 8}
+    table = optimum._Table.of(calibrated, 2.6, calibrated.aspect, 50, 0, None)
+    baseline = table.known.baseline
+    assert np.isnan(table.n_params_H[baseline])
+    assert np.isfinite(table.typical_H.n_layers).all()
+    fixed = objectives.settled(objectives.make("price", **settings), table.typical_H, 131_072).serving.parallelism
+    assert [int(x[baseline]) for x in fixed] != [8, 1, 1]
+    savings = [
+        optimum.search(
+            calibrated, 2.6, 131_072, objectives.make("price", parallelism=one, batch=8, **settings), draws=50
+        ).saving_vs_llama3
+        for one in ("best", "1,8,1")
+    ]
+    assert savings[0] == pytest.approx(savings[1], abs=0.02)

@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from gqa_jax import laws
+from gqa_jax import hardware, laws
 from gqa_jax.laws import LLAMA3, Heads, bends, posterior
 from gqa_jax.search import objectives, optimum
 from launch import report
 from launch.grid import Layout
-from launch.report import Picture, pictures, words
+from launch.report import Picture, pictures, sections, tables, words
 from launch.report.payload import DRAWS, payload
 from launch.report.table import Column, Table
 from tests import gcs, report_fakes
@@ -162,6 +162,47 @@ class TestPage:
         assert "unknown" in page.text["answer"]
         assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.text["main"].lower())
 
+    def test_how_the_answer_is_served_is_said_with_its_efficiencies_and_its_price(self):
+        goal = objectives.make("price", device="h200", n_devices=4)
+        study = report_fakes.study(report_fakes.loss_table(), objective=goal)
+        answer, serving = study.questions[0].answer, goal.serving.describe()
+        made = report_fakes.findings(study)
+        page = Page(report.page(made))
+        said = words.served(answer.candidates.iloc[0], serving)
+        for sentence in said:
+            assert sentence in page.text["answer"]
+        assert serving["efficiency"]["source"] in " ".join(said)
+        assert serving["price"] in said[-1]
+        (table,) = [one for one in sections.tables_of(sections.parts(made)) if one.name == "serving-t8192"]
+        assert len(table.rows) == len(answer.candidates)
+        assert "added by shared key/value heads" in table.headings
+        assert f"{answer.candidates['batch'].iloc[0]:,.0f}" in table.rows[0]
+        assert table.latex().isascii()
+
+    def test_heads_that_can_not_be_served_have_no_costs(self):
+        goal = objectives.make("latency", device="v5e")
+        table = report_fakes.loss_table()
+        study = report_fakes.study(table, context=262_144, objective=goal)
+        answer = study.questions[0].answer
+        refused = answer.candidates[~np.isfinite(answer.candidates["cost"])]
+        assert 0 < len(refused) < len(answer.candidates)
+        shown = tables.candidates(study)
+        for row in shown.rows[-len(refused) :]:
+            assert row[shown.headings.index("time of a request")] == "not served"
+        assert "of each v5e" in shown.notes[-1]
+        assert words.served(refused.iloc[0], goal.serving.describe()) == []
+        page = Page(report.page(report_fakes.findings(study)))
+        assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.text["main"].lower())
+
+    def test_a_question_that_can_not_be_served_is_no_loss_out_of_reach(self):
+        goal = objectives.make("latency", device="v5e", batch=64)
+        laws_known = report_fakes.study(report_fakes.loss_table(), more=False)
+        frame = optimum.optimum_map(laws_known.laws, [2.5, 1.9], [8192, 1_048_576], goal, aspect=laws_known.aspect)
+        study = dataclasses.replace(laws_known, objective=goal, optimum_map=frame)
+        rows = dict(sections.parts(report_fakes.findings(study))[0].blocks[0].map.rows)
+        assert [cell.text for cell in rows["2.5"]][1] == "not served"
+        assert {cell.text for cell in rows["1.9"]} == {"not reached"}
+
     def test_laws_without_runs_are_shown_without_them(self, study):
         page = Page(report.page(report_fakes.findings(study, table=report_fakes.loss_table().iloc[:0])))
         assert "runs" not in page.ids
@@ -201,6 +242,13 @@ class TestPayload:
         assert data["defaults"]["cost"] == "latency"
         assert data["defaults"]["cache_dtype"] == "int8"
         assert data["objectives"]["latency"] == goal.describe()
+        assert data["objectives"]["price"]["serving"] == goal.serving.describe()  # the others are served alike
+        assert set(data["devices"]) == set(hardware.CHIPS)
+        assert data["devices"]["h100"]["collective_seconds"] == [[2, hardware.CHIPS["h100"].collective_seconds(2)]]
+        goal = objectives.make("latency", device="v5e", n_devices=16, parallelism="4,4,1")
+        data = payload(report_fakes.study(report_fakes.loss_table(), objective=goal, more=False))
+        assert "h100" not in data["devices"]  # no host has so many
+        assert data["layouts"] == ["best", "tensor", "4,4,1"]
         goal = objectives.make("train", tokens_per_param=100.0)
         assert payload(report_fakes.study(report_fakes.loss_table(), objective=goal, more=False))["objectives"]["train"]
 
@@ -243,8 +291,6 @@ class TestTables:
         text = Table.of(self.frame, self.columns, "name", "Caption.").latex()
         assert r"2 & 50\% \& more\_\{x\} \\" in text
         assert r"\begin{tabular}{rl}" in text
-        from launch.report import sections
-
         for table in sections.tables_of(sections.parts(findings)):
             assert table.latex().isascii(), table.name
             assert table.latex().count(r"\\") == len(table.rows) + 1

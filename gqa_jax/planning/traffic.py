@@ -212,7 +212,7 @@ TRAFFIC: dict[str, tuple[Traffic, Traffic]] = {
         ),
     ),
 }
-LOSS = 18.5  # bytes of a logit beside the products: read four times in float32, its gradient written in bfloat16, and rows' sums
+LOSS = 18.5  # bytes of a logit beside products: read four times in float32, its gradient written in bfloat16, and rows' sums
 #: Of a value that is summed over micro-batches: read twice, written once, in float32.
 ACCUMULATION = 12.0
 OPTIMIZER = 32.0  # of a parameter: AdamW, its gradient twice, and the norm

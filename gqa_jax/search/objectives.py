@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gqa_jax import costs
+from gqa_jax import costs, hardware
 from gqa_jax.costs import Convention, HasShape
 from gqa_jax.errors import closest
+from gqa_jax.search import roofline
 from gqa_jax.search.roofline import Serving
 
 TOKENS_PER_PARAM = 20.0  # of the paper's runs (Section 5.1)
@@ -48,6 +49,22 @@ class Objective(Protocol):
     def describe(self) -> dict[str, Any]:
         """Name, label, unit and every number that the cost is computed from, for JSON."""
         ...
+
+
+def settled(objective: Objective, shape: HasShape, context: Any) -> Objective:
+    """With what it leaves open fixed as is best for `shape`, element by element: the layout of a `Serving`.
+
+    The layout is chosen once, by the fitted laws, and holds for all draws: nobody changes servers with the noise of a loss.
+    """
+    serving = getattr(objective, "serving", None)
+    if serving is None or serving.parallelism != roofline.BEST:
+        return objective
+    return dataclasses.replace(objective, serving=serving.settled(shape, context, chosen_by(objective)))
+
+
+def chosen_by(objective: Objective) -> str:
+    """What layout and batch are chosen by: the time of a request, or device-seconds (`Serving.load`)."""
+    return "latency" if isinstance(objective, Latency) else "price"
 
 
 def _described(objective: Objective, **numbers: Any) -> dict[str, Any]:
@@ -181,7 +198,7 @@ class Z:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds from the start of a request of T tokens to its last (`Serving.request_seconds`)."""
+    """Seconds from the start of a request of T tokens to its last (`Serving.request_seconds`); infinite where it can't be."""
 
     serving: Serving
 
@@ -217,9 +234,15 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars per million tokens of requests, prompt and generated alike."""
+    """US dollars per million tokens of requests, prompt and generated alike; infinite where they can't be served.
+
+    Raises ValueError for a device without a price.
+    """
 
     serving: Serving
+
+    def __post_init__(self):
+        _ = self.serving.usd
 
     name = "price"
     label = "price of a million tokens"
@@ -282,19 +305,35 @@ class Training:
 class Lifetime:
     """Training and then serving `served_tokens` tokens, in requests of the served context.
 
-    With a `serving`, US dollars: training at the peak of its devices times its efficiency, serving at its price per token.
-    Without one, FLOPs: C_train and the forward FLOPs of the tokens served, each of which sees T/2 keys on average.
+    With a `serving`, US dollars: training on its devices at `training_mfu` of their peak in bfloat16 (None: what was measured
+    of their class, `hardware.TRAINED`), serving at its price per token. Without one, FLOPs: C_train and the forward FLOPs of
+    the tokens served, each of which sees T/2 keys on average.
     """
 
     served_tokens: float
     training: Training = dataclasses.field(default_factory=Training)
     serving: Serving | None = None
+    training_mfu: float | None = None
 
     name = "lifetime"
 
     def __post_init__(self):
         if not 0 <= self.served_tokens < math.inf:
             raise ValueError(f"served_tokens = {self.served_tokens}: must be a finite number of tokens, at least 0")
+        if self.serving is not None:
+            _ = self.serving.usd
+        if self.training_mfu is not None:
+            if self.serving is None:
+                raise ValueError(f"training_mfu = {self.training_mfu} given without a device: FLOPs have no use for it")
+            if not 0 < self.training_mfu <= 1:
+                raise ValueError(f"training_mfu = {self.training_mfu}: a share of the peak, above 0 and at most 1")
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the peak that training is taken to reach; None where nothing is trained on a device."""
+        if self.serving is None:
+            return None
+        return hardware.trained_mfu(self.serving.chip) if self.training_mfu is None else self.training_mfu
 
     @property
     def label(self) -> str:
@@ -308,7 +347,7 @@ class Lifetime:
         training = self.training(shape, context)
         if self.serving is not None:
             chip = self.serving.chip
-            training = training / (self.serving.efficiency * chip.peak_flops) * self.serving.usd / 3600
+            training = training / (self.mfu * chip.peak_flops) * self.serving.usd / 3600
         if self.served_tokens == 0:  # an infinite size too
             return training
         if self.serving is not None:
@@ -323,6 +362,7 @@ class Lifetime:
             served_tokens=self.served_tokens,
             training=self.training.describe(),
             serving=None if self.serving is None else self.serving.describe(),
+            training_mfu=self.mfu,
         )
 
 

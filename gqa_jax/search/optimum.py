@@ -12,6 +12,7 @@ regret hardly does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ import pandas as pd
 
 from gqa_jax import costs, formatting, shape_search
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw, posterior
-from gqa_jax.search import objectives
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search import objectives, roofline
+from gqa_jax.search.roofline import Layout, Serving
 from gqa_jax.shapes import paper_aspect
 
 Aspect = Callable[[Any], Any]
@@ -33,6 +34,13 @@ FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, an
 CANDIDATES = (
     "n_heads", "n_kv_heads", "n_params", "n_params_low", "n_params_high", "n_layers", "d_model", "c_infer", "m_infer", "cost",
     "cost_low", "cost_high", "rank", "probability", "expected_regret", "saving_vs_llama3", "pareto", "note",
+)  # fmt: skip
+
+
+#: Columns of the candidates beside these, of costs that are of devices.
+SERVED = (
+    "layout", "batch", "memory_bytes", "ttft", "tpot", "request_seconds", "usd_per_million_input", "usd_per_million_output",
+    "prefill_limit", "decode_limit", "replication",
 )  # fmt: skip
 
 
@@ -86,8 +94,8 @@ class Answer:
             "noise_model": self.noise_model,
             "price_of_doubt": _plain(self.price_of_doubt),
             "objective": self.objective,
-            "candidates": _records(self.candidates),
-            "buildable": _records(self.buildable),
+            "candidates": records(self.candidates),
+            "buildable": records(self.buildable),
             "warnings": list(self.warnings),
         }
 
@@ -294,7 +302,8 @@ def regrets(
     table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
     if table.known.draws is None:
         raise ValueError(f"no draws, so no regrets: {table.known.no_draws or 'plain laws, or draws=0'}")
-    cost = _limited(objective or objectives.Z(convention), table.shape_SxH, context_served, memory_limit)
+    fixed = objectives.settled(objective or objectives.Z(convention), table.typical_H, context_served)
+    cost = _limited(fixed, table.shape_SxH, context_served, memory_limit)
     own = cost[:, : table.known.n_candidates]
     return Regrets(table.heads[: table.known.n_candidates], regret(own), np.isfinite(own.min(1)))
 
@@ -379,11 +388,7 @@ class _Table:
         cls, laws: Mapping[Heads, PowerLaw], loss: float, aspect: Aspect, count: int, seed: int, method: str | None
     ) -> _Table:
         known = coefficients(laws, count, seed, method)
-        about = (
-            (laws.head_dim, laws.vocab_size, laws.size_convention)
-            if isinstance(laws, LawsByHeads)
-            else (64.0, 50_304.0, "figures")
-        )
+        about = _about(laws)
         n_params = _sizes(loss, known.entropy_H, known.log_a_H, known.b_H)
         shape = shape_search.solve_shape(n_params, known.heads, aspect, *about)
         if (drawn := known.draws) is None:
@@ -398,6 +403,14 @@ class _Table:
     def heads(self) -> list[Heads]:
         return self.known.heads
 
+    @functools.cached_property
+    def typical_H(self) -> costs.Shape:
+        """`shape_H`, and the middle of the draws where an H has no law of its own: what a layout is chosen by."""
+        if self.n_params_SxH is None or not np.isnan(self.n_params_H).any():
+            return self.shape_H
+        size_H = np.where(np.isnan(self.n_params_H), quantiles(self.n_params_SxH, [0.5])[0], self.n_params_H)
+        return shape_search.solve_shape(size_H, self.known.heads, self.aspect, *_about(self.laws))
+
     def rows(
         self,
         context: int,
@@ -407,7 +420,9 @@ class _Table:
     ) -> _Rows:
         """The candidates at one served context, the answer first."""
         k = self.known.n_candidates
+        objective = objectives.settled(objective, self.typical_H, context)
         cost_H = _limited(objective, self.shape_H, context, memory_limit)
+        serving = getattr(objective, "serving", None)
         frame = pd.DataFrame([h._asdict() for h in self.heads[:k]]).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
         finite = np.isfinite(self.n_params_H[:k])
 
@@ -420,17 +435,28 @@ class _Table:
         frame["m_infer"] = known(costs.infer_memory(self.shape_H, context, convention))
         frame["cost"] = known(cost_H)
         frame["pareto"] = _pareto(frame["c_infer"].to_numpy(), frame["m_infer"].to_numpy())
-        frame["note"] = pd.array(
-            [self._note(h, n, c, memory_limit) for h, n, c in zip(self.heads, self.n_params_H, cost_H, strict=True)][:k],
-            dtype="string",
-        )
+        notes = [self._note(h, n, c, memory_limit) for h, n, c in zip(self.heads, self.n_params_H, cost_H, strict=True)][:k]
+        columns = list(CANDIDATES)
+        if serving is not None:
+            by = objectives.chosen_by(objective)
+            for name, values in _served(serving, self.shape_H, context, by).items():
+                frame[name] = values[:k]
+            notes = [
+                note if np.isfinite(c) or not np.isfinite(n) else _why(serving, self.shape_H, i, context, by) or note
+                for i, (note, n, c) in enumerate(zip(notes, self.n_params_H[:k], cost_H[:k], strict=True))
+            ]
+            frame["excess"] = _excess(serving, self.shape_H, context, by)[:k]
+            columns += SERVED
+        frame["note"] = pd.array(notes, dtype="string")
         facts = self._uncertain(frame, cost_H, context, objective, memory_limit)
         by = "expected_regret" if self.known.draws is not None else "cost"
-        order = frame.assign(hopeless=~np.isfinite(frame["cost"])).sort_values(["hopeless", by, "cost"], kind="stable").index
+        keys = frame.assign(hopeless=~np.isfinite(frame["cost"]))
+        ranks = ["hopeless", by, "cost", *(["excess"] if serving is not None else [])]
+        order = keys.sort_values(ranks, kind="stable").index
         frame = frame.loc[order].reset_index(drop=True)
         frame["rank"] = pd.array(np.arange(1, k + 1), dtype="Int64")
         frame.loc[~np.isfinite(frame["cost"]), "rank"] = pd.NA
-        return _Rows(frame.reindex(columns=list(CANDIDATES)), facts)
+        return _Rows(frame.reindex(columns=columns), facts)
 
     def _uncertain(
         self,
@@ -443,16 +469,20 @@ class _Table:
         """Adds what the draws say to the candidates."""
         k, baseline = self.known.n_candidates, self.known.baseline
         llama3 = np.nan if baseline is None else cost_H[baseline]
-        too_large = baseline is not None and np.isinf(llama3) and np.isfinite(self.n_params_H[baseline])
-        if too_large:
+        impossible = baseline is not None and np.isinf(llama3) and np.isfinite(self.n_params_H[baseline])
+        if impossible:
             llama3 = np.nan
         for name in ("n_params_low", "n_params_high", "cost_low", "cost_high", "probability", "expected_regret"):
             frame[name] = np.nan
         frame["saving_vs_llama3"] = 1 - frame["cost"] / llama3
         if self.known.draws is None:
             said = (f"no probabilities: {self.known.no_draws}",) if self.known.no_draws else ()
-            return _Facts(np.nan, (np.nan, np.nan), said + self._llama3_missing(llama3))
+            why = (_impossible(memory_limit),) if impossible else self._llama3_missing(llama3)
+            return _Facts(np.nan, (np.nan, np.nan), said + why)
         cost_SxH = _limited(objective, self.shape_SxH, context, memory_limit)
+        if baseline is not None and np.isnan(self.n_params_H[baseline]):  # no law of its own: in most draws
+            sizes_S, served_S = np.isfinite(self.n_params_SxH[:, baseline]), np.isfinite(cost_SxH[:, baseline])
+            impossible = served_S.sum() < 0.5 * sizes_S.sum()
         own = cost_SxH[:, :k]
         least = own.min(1)
         reached = np.isfinite(least)
@@ -465,9 +495,9 @@ class _Table:
             frame["expected_regret"] = regret(own[reached]).mean(0)
             if np.isfinite(frame["cost"]).any():
                 chosen = int(frame["expected_regret"].where(np.isfinite(frame["cost"])).idxmin())
-        if too_large:
+        if impossible:
             frame["saving_vs_llama3"] = np.nan
-            said.append(f"no saving against Llama 3's heads: they take more than {_limit_text(memory_limit)}")
+            said.append(_impossible(memory_limit))
         elif baseline is None:
             said += self._llama3_missing(np.nan)
         else:
@@ -533,6 +563,68 @@ class _Table:
             if not np.isfinite(row["n_params_high"]):
                 found.append("N* is not bounded above: the data allow an E at or above the loss")
         return found
+
+
+def _served(serving: Serving, shape: costs.Shape, context: int, by: str) -> dict[str, Any]:
+    """Columns SERVED: how every H is served; empty where it can't be."""
+    load = serving.load(shape, context, by)
+    count = np.broadcast_shapes(np.shape(shape.n_layers), np.shape(load.token_seconds))
+
+    def known(values: Any) -> np.ndarray:
+        return np.where(np.broadcast_to(load.possible, count), np.broadcast_to(values, count), np.nan)
+
+    usd = serving.usd_per_million(1.0) if serving.has_price else np.nan
+    possible = np.broadcast_to(load.possible, count)
+    chosen = _each(load.layout, count)
+    return {
+        "layout": pd.array([str(one) if ok else None for one, ok in zip(chosen, possible, strict=True)], dtype="string"),
+        "batch": known(load.batch),
+        "memory_bytes": known(load.memory),
+        "ttft": known(load.ttft),
+        "tpot": known(load.tpot),
+        "request_seconds": known(load.request),
+        "usd_per_million_input": known(usd * load.input_seconds),
+        "usd_per_million_output": known(usd * load.output_seconds),
+        "prefill_limit": pd.array(np.broadcast_to(load.prefill.limit, count), dtype="string"),
+        "decode_limit": pd.array(np.broadcast_to(load.decode.limit, count), dtype="string"),
+        "replication": known(roofline.replication_cost(serving, shape, context, by)),
+    }
+
+
+def _excess(serving: Serving, shape: costs.Shape, context: int, by: str) -> np.ndarray:
+    """By what factor every H misses the limit that it misses, in its best layout; 0 where it keeps all, infinite for heads."""
+    count = np.shape(shape.n_layers)
+    least = np.full(count, np.inf)
+    for layout in serving.layouts():
+        load = serving.load(shape, context, by, layout)
+        over = [0.0, np.inf, np.inf, load.memory / serving.chip.server_bytes]
+        over += [
+            np.inf if limit is None else value / limit
+            for value, limit in ((load.ttft, serving.ttft), (load.tpot, serving.tpot))
+        ]
+        least = np.fmin(least, np.choose(load.obstacle, [np.broadcast_to(one, count) for one in over]))
+    return least
+
+
+def _each(layout: Layout, count: tuple[int, ...]) -> list[Layout]:
+    """The layouts of a row of H, one by one."""
+    return [Layout(*map(int, one)) for one in zip(*(np.broadcast_to(values, count) for values in layout), strict=True)]
+
+
+def _why(serving: Serving, shape: costs.Shape, index: int, context: int, by: str) -> str:
+    """Why the H of that index can't be served; empty where it can."""
+    fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+    one = costs.Shape(**{name: np.broadcast_to(value, np.shape(shape.n_layers))[index] for name, value in fields.items()})
+    if isinstance(serving.parallelism, Layout):
+        serving = dataclasses.replace(serving, parallelism=_each(serving.parallelism, np.shape(shape.n_layers))[index])
+    return roofline.obstacle_text(serving, one, context, by)
+
+
+def _about(laws: Mapping[Heads, PowerLaw]) -> tuple[float, float, str]:
+    """Head size, vocabulary and convention of sizes."""
+    if isinstance(laws, LawsByHeads):
+        return laws.head_dim, laws.vocab_size, laws.size_convention
+    return 64.0, 50_304.0, "figures"
 
 
 def _limited(
@@ -669,6 +761,13 @@ def _beyond(laws: Mapping[Heads, PowerLaw], context_served: int) -> list[str]:
 def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFrame, memory_limit: float | Serving | None) -> str:
     least = min(law.entropy for law in laws.values())
     lowest = min((law.loss.min() for law in laws.values() if len(law.loss)), default=np.inf)
+    notes = frame.loc[frame["n_params"].notna(), "note"].dropna()
+    if loss > least and memory_limit is None and len(notes):
+        nearest = f"{_heads(frame.loc[notes.index[0]])} {notes.iloc[0]}"
+        return (
+            f"no head configuration can be served as asked at a loss of {loss:g}; what comes closest: {nearest}. Allow more "
+            "time, other devices, a higher loss, a shorter context or fewer requests at once"
+        )
     if loss <= least:
         return (
             f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss "
@@ -680,10 +779,15 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
     )
 
 
+def _impossible(memory_limit: float | Serving | None) -> str:
+    why = "can't be served as asked" if memory_limit is None else f"take more than {_limit_text(memory_limit)}"
+    return f"no saving against Llama 3's heads: they {why}"
+
+
 def _limit_text(memory_limit: float | Serving | None) -> str:
     if isinstance(memory_limit, Serving):
         count, chip = memory_limit.n_devices, memory_limit.chip
-        return f"the {formatting.gb(count * chip.memory_bytes)} of {count} x {chip.name}"
+        return f"the {formatting.gb(chip.server_bytes)} that a server fills of each of {count} x {chip.name}"
     return f"the {formatting.gb(memory_limit or 0)} of the limit"
 
 
@@ -695,7 +799,7 @@ def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain Python values."""
     return [
         {

@@ -5,8 +5,8 @@ n = t p c: t over heads, p over sequences, c over the context (`Layout`). It ser
 P = (1 - s) T tokens and G = s T generated ones, and takes up the next request as one ends: a steady state.
 
 Of one device, with b = ceil(B / p) sequences in each of the p groups of g = t c devices; w, v, a bytes of a parameter, of a
-cached value and of an activation (2); k key/value heads that a device holds: n_kv / t where t divides n_kv, and at least one,
-which devices of the same group then hold in common (key/value heads are replicated where n_kv < t):
+cached value and of an activation (2); k key/value heads that a device holds (`kv_heads_held`): n_kv / t where t divides n_kv,
+and at least one, which devices of the same group then hold in common (key/value heads are replicated where n_kv < t):
 
     parameters    w [(3 L d F + V d)/n + 2 L d d_h n_h/(t c) + 2 L d d_h k + (2 L + 1) d]    bytes; an untied head: V d/n more
     cache         2 L d_h k v x/c                                                      bytes of x tokens of a sequence
@@ -18,28 +18,34 @@ which devices of the same group then hold in common (key/value heads are replica
     prefill of    6 p P L d F/n + P (4 L d d_h n_h/(t c) + 4 L d d_h k/c)                 FLOPs of matrices, without logits
     p prompts of  4 L d_h (n_h/t) P (P/2)/c                                            FLOPs of attention, causal
     P tokens, one 2 a L d [(n - 1)/n p P + (t - 1)/t P/c]                              bytes exchanged: activations, and with
-    in each group 2 a (c - 1)/c L d_h k P                                              c > 1 keys and values
-                  L (s(t) + s(n) + s(c)/2)                                             seconds of exchanges of few bytes
+    in each group (c - 1)/c L (2 a d_h k P + 2 w d d_h n_h/t)                            c > 1 keys, values and parameters
+                  L (s(t) + s(n) + s(c))                                               seconds of exchanges of few bytes
 
 s(m) is what an all-reduce of a few bytes over m devices takes (`Chip.collective_seconds`), s(1) = 0; a reduce-scatter or an
 all-gather is taken as half of one. With t = n these are the two all-reduces a layer of Megatron-LM (arXiv 1909.08053) and one
 for the logits; c > 1 is decode-context parallelism (arXiv 2507.07120): queries are gathered, each device attends to its part of
-the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered.
+the context, and the parts are merged by their log-sum-exp. A prompt is split along c too: its keys and values are gathered,
+and the parameters of queries and output, of which every device then reads 2 L d d_h n_h/t. An all-reduce sends what it does
+around a ring; a switch that adds on the way (NVLink SHARP) sends half of it.
 
-Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of links, and five efficiencies (`Efficiency`):
+Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of links, and the efficiencies of each part
+(`Efficiency`):
 
-    max(matrices/(e_m F), parameters/(e_w W)) + max(attention/(e_a F), cache/(e_c W)) + exchanges + L e_l      expected
-    max((matrices + attention)/F, (parameters + cache)/W, exchanges)                                         the bound
+    matrices/(e_m F) + parameters/(e_w W) + attention/(e_a F) + cache/(e_c W) + exchanges/e_x + L e_l      expected
+    max(matrices/F + attention/F', (parameters + cache)/W, exchanges)                                    the bound
 
-In the bound everything that a device does overlaps and reaches its peak: no server with this layout is faster. F of matrices is
-the peak of the parameters' dtype where the chip has one. The expectation is what the search compares.
+In the bound everything that a device does overlaps and reaches its peak: no server with this layout is faster. In the
+expectation the parts add: measured steps grow along a straight line with the number of requests, also where reading parameters
+and multiplying by them take as long (docs/serving-measured.md). F of matrices is the peak of the parameters' dtype where the
+chip has one; F' that of the cache's, as attention may be computed in it, while the expectation has it in bfloat16. The
+expectation is what the search compares.
 
 The load, with seconds u of a prefill and q of a decode step at the mean number of keys, (1 - s/2) T:
 
     time to first token     u                                    its own prefill
-    time per output token   q + (b - 1) u / G                    the prompts of the others of its group are read in between;
+    time per output token   q + (B/p - 1) u / G                  the prompts of the others are read in between, p at once;
                                                                  `disaggregated`: q, other devices read them
-    device-seconds          n b u / (B P) of an input token, n q / B of an output token
+    device-seconds          n u / (p P) of an input token, n q / B of an output token
 
 so that P of the one and G of the other are all that the devices do for a request. Parameters and FLOPs are those of the model
 that is trained (convention "exact"). Everything broadcasts over NumPy arrays of shapes and contexts; the cost of a size that no
@@ -60,12 +66,13 @@ import numpy as np
 from gqa_jax import costs, hardware
 from gqa_jax.costs import HasShape
 from gqa_jax.errors import closest
-from gqa_jax.hardware import CHIPS, Chip, Efficiency
+from gqa_jax.hardware import CHIPS, Chip, Efficiency, Price
 
 CONVENTION = "exact"
 TENSOR, BEST, FITS = "tensor", "best", "fits"
 _ACTIVATION = 2  # bytes of a value exchanged: bfloat16
 _SUM = 4  # bytes of a log-sum-exp
+_ALIKE = 1e-9  # relative: costs of layouts that divide the same work otherwise, each with its own rounding
 #: Bytes of a cached value beside `costs.DTYPE_BYTES`: int8 has a 16-bit scale for every position and head (as in
 #: github.com/jax-ml/jax-llm-examples), int4 one for every 32 values (llama.cpp's Q4_0: 18 bytes for 32).
 _SCALE = {"int8": lambda head_dim: 2 / head_dim, "int4": lambda head_dim: 2 / 32}
@@ -120,16 +127,16 @@ def layouts(n_devices: int) -> list[Layout]:
 def kv_heads_held(n_heads: Any, n_kv_heads: Any, over: Any) -> Any:
     """Key/value heads that a device needs where query heads are divided over so many devices: k of this module's formulas.
 
-    Where neither of n_kv and t divides the other, the most that the n_h / t neighbours of a device can need. Of heads that are
-    no whole numbers (they grow with a width that is none): n_kv / t, and at least 1.
+    Neighbouring query heads lie on a device, m = n_h / t of them, and G = n_h / n_kv neighbours share a key/value head. The
+    device that needs most begins gcd(m, G) before the end of a group: 1 + ceil((m - gcd(m, G)) / G). Of heads that are no whole
+    numbers (they grow with a width that is none): n_kv / t, and at least 1.
     """
     n_heads, n_kv_heads, over = (np.asarray(x, np.float64) for x in (n_heads, n_kv_heads, over))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        whole = (n_heads % 1 == 0) & (n_kv_heads % 1 == 0)
+    with np.errstate(invalid="ignore"):
         group, own = n_heads / n_kv_heads, n_heads / over
-        plain = np.maximum(n_kv_heads / over, 1.0)
-        uneven = whole & (n_kv_heads % over != 0) & (over % n_kv_heads != 0)
-        return np.where(uneven, np.minimum(n_kv_heads, np.ceil((own - 1) / group) + 1), plain)[()]
+        whole = (group % 1 == 0) & (own % 1 == 0)
+        common = np.gcd(*(np.where(whole, count, 1).astype(np.int64) for count in (own, group)))
+        return np.where(whole, 1 + np.ceil((own - common) / group), np.maximum(n_kv_heads / over, 1.0))[()]
 
 
 class Phase(NamedTuple):
@@ -149,7 +156,7 @@ class Phase(NamedTuple):
         if self.overlapped:
             compute, memory = self.matmul + self.attention, self.weights + self.cache
             return np.maximum(np.maximum(compute, memory), self.exchange)
-        return np.maximum(self.matmul, self.weights) + np.maximum(self.attention, self.cache) + self.exchange + self.layers
+        return self.matmul + self.weights + self.attention + self.cache + self.exchange + self.layers
 
     @property
     def limit(self) -> Any:
@@ -202,7 +209,8 @@ class Serving:
     cache_dtype: str = "bfloat16"
     untied: bool = False  # whether the unembedding is a matrix of its own
     efficiency: Efficiency | float | str | None = None
-    usd_per_hour: float | None = None  # of one device; None: the dated list price of `gqa_jax.hardware`
+    usd_per_hour: float | None = None  # of one device; None: that of `price`
+    price: Price | None = None  # None: the dated list price of `gqa_jax.hardware`
     disaggregated: bool = False  # prompts are read by other devices than those that generate
     ttft: float | None = None  # seconds allowed to the first token
     tpot: float | None = None  # seconds allowed for each generated token
@@ -212,14 +220,14 @@ class Serving:
             raise ValueError(f"device {self.device!r} is unknown: {closest(str(self.device), CHIPS)}")
         if isinstance(self.n_devices, bool) or not isinstance(self.n_devices, int) or self.n_devices < 1:
             raise ValueError(f"n_devices = {self.n_devices!r}: must be an integer of at least 1")
-        object.__setattr__(self, "efficiency", _efficiency(self.efficiency, self.chip))
+        for name in ("param_dtype", "cache_dtype"):
+            costs.dtype_bytes(getattr(self, name))
+        object.__setattr__(self, "efficiency", _efficiency(self.efficiency, self.chip, self.param_dtype))
         self._check_links()
         self._check_layout()
         self._check_batch()
         if not 0 <= self.decode_share <= 1:
             raise ValueError(f"decode_share = {self.decode_share}: from 0 (prefill only) to 1 (every token generated)")
-        for name in ("param_dtype", "cache_dtype"):
-            costs.dtype_bytes(getattr(self, name))
         for name in ("ttft", "tpot"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -251,6 +259,8 @@ class Serving:
                 return
             given = Layout.parse(given)
         layout = Layout(*given)
+        if any(np.any((np.asarray(count) < 1) | (np.asarray(count) % 1 != 0)) for count in layout):
+            raise ValueError(f"parallelism {layout}: must be integers of at least 1")
         object.__setattr__(self, "parallelism", layout)
         wrong = np.asarray(layout.n_devices) != self.n_devices
         if np.any(wrong):
@@ -278,13 +288,32 @@ class Serving:
         return self.device if isinstance(self.device, Chip) else CHIPS[self.device]
 
     @property
+    def has_price(self) -> bool:
+        """Whether an hour of a device has a known price."""
+        return self.usd_per_hour is not None or self.listed is not None
+
+    @property
+    def listed(self) -> Price | None:
+        """The list price that an hour of a device is taken to cost; None: it is given, or nobody lists it."""
+        if self.usd_per_hour is not None:
+            return None
+        return self.chip.price if self.price is None else self.price
+
+    @property
+    def origin(self) -> str:
+        """Whose price an hour of a device has, where and since when."""
+        if self.usd_per_hour is not None:
+            return "as given"
+        return "no price" if self.listed is None else self.listed.origin
+
+    @property
     def usd(self) -> float:
         """US dollars for an hour of one device. Raises ValueError where none is known."""
         if self.usd_per_hour is not None:
             return self.usd_per_hour
-        if self.chip.price is None:
+        if self.listed is None:
             raise ValueError(f"device {self.chip.name!r} has no list price: give usd_per_hour")
-        return self.chip.price.usd_per_hour
+        return self.listed.usd_per_hour
 
     def layouts(self) -> list[Layout]:
         """Those that may be chosen."""
@@ -292,17 +321,19 @@ class Serving:
             return [self.parallelism]
         return [Layout(self.n_devices)] if self.parallelism == TENSOR else layouts(self.n_devices)
 
-    def load(self, shape: HasShape, context: Any, by: str = "price") -> Load:
+    def load(self, shape: HasShape, context: Any, by: str = "price", layout: Layout | None = None) -> Load:
         """The steady state of requests of `context` tokens, in the layout and with the batch that cost the least.
 
         by: "price" (device-seconds per token) or "latency" (seconds of a request): what the least is of, where the layout or
-        the batch is open. Layout and batch may differ between elements of arrays.
+        the batch is open; where none is possible it is the layout that comes nearest. Layout and batch may differ between
+        elements of arrays. layout: that one, and no other.
         """
+        if layout is not None:
+            return self._load(shape, context, layout, by)
         loads = [self._load(shape, context, layout, by) for layout in self.layouts()]
         if len(loads) == 1:
             return loads[0]
-        cost = np.stack(np.broadcast_arrays(*[_cost(load, by) for load in loads]))
-        return _take(loads, _least(cost))
+        return _take(loads, _best(loads, by))
 
     def settled(self, shape: HasShape, context: Any, by: str = "price") -> Serving:
         """With the layout fixed that is the best for `shape`, one for each of its elements."""
@@ -335,18 +366,14 @@ class Serving:
     def memory_bytes(self, shape: HasShape, context: Any, batch: Any = None, layout: Layout | None = None) -> Any:
         """Bytes on the fullest device: its parameters and its caches of `context` tokens.
 
-        batch: requests; default: that of `batch`, 1 where it is open. layout: default: the one that needs the least.
+        batch: requests; default: that of `batch`, one for each group of sequences where it is open. layout: default: the one
+        that needs the least.
         """
-        count = batch if batch is not None else 1 if isinstance(self.batch, str) else self.batch
-        chosen = self.layouts() if layout is None else [layout]
-        needed = [
-            np.where(
-                self._divides(shape, one) & (np.asarray(one.sequences) <= count),
-                self._memory(shape, context, one, count),
-                np.inf,
-            )
-            for one in chosen
-        ]
+        given, needed = self.batch if batch is None else batch, []
+        for one in self.layouts() if layout is None else [layout]:
+            count = one.sequences if isinstance(given, str) else given
+            can = self._divides(shape, one) & (np.asarray(one.sequences) <= count)
+            needed.append(np.where(can, self._memory(shape, context, one, np.asarray(count, np.float64)), np.inf))
         return np.minimum.reduce(needed)[()]
 
     def fits(self, shape: HasShape, context: Any) -> Any:
@@ -361,12 +388,11 @@ class Serving:
     def describe(self) -> dict[str, Any]:
         """The numbers of this module's formulas, for JSON."""
         chip, efficiency = self.chip, self.efficiency
-        listed = chip.price if self.usd_per_hour is None else None
-        known = self.usd_per_hour is not None or listed is not None
         return {
             "device": chip.name,
             "peak_flops": chip.peak(self.param_dtype),
-            "attention_flops": chip.peak_flops,
+            "attention_flops": chip.peak(self.cache_dtype) if efficiency.bound else chip.peak_flops,
+            "bfloat16_flops": chip.peak_flops,
             "memory_bandwidth": chip.memory_bandwidth,
             "interconnect": chip.interconnect,
             "collective_seconds": [
@@ -385,23 +411,24 @@ class Serving:
             "disaggregated": self.disaggregated,
             "ttft": self.ttft,
             "tpot": self.tpot,
-            "usd_per_hour": self.usd if known else None,
-            "price": listed.origin if listed else "as given",
+            "usd_per_hour": self.usd if self.has_price else None,
+            "price": self.origin,
             "convention": dataclasses.asdict(costs.CONVENTIONS[CONVENTION]),
         }
 
     # One layout.
 
-    def _load(self, shape: HasShape, context: Any, layout: Layout, by: str) -> Load:
+    def _load(self, shape: HasShape, context: Any, layout: Layout, by: str, batch: Any = None) -> Load:
         context = np.asarray(context, np.float64)[()]
         prompt, generated = (1 - self.decode_share) * context, self.decode_share * context
         prefill = self.prefill(shape, prompt, layout) if self.decode_share < 1 else _nothing(shape, context)
-        batch, room = self._slots(shape, context, layout, by, prefill.seconds)
+        given, (batch, room) = batch, self._slots(shape, context, layout, by, prefill.seconds)
+        batch = batch if given is None else given
         decode = self.decode_step(shape, (1 - self.decode_share / 2) * context, layout, batch)
-        rounds = _up(batch / layout.sequences)
+        rounds = batch / layout.sequences  # of prefills, while each request generates its tokens
         first, step = prefill.seconds, decode.seconds if self.decode_share > 0 else np.zeros_like(decode.seconds)
         with np.errstate(invalid="ignore", divide="ignore"):
-            between = 0.0 if self.disaggregated or self.decode_share == 0 else (rounds - 1) * first / generated
+            between = 0.0 if self.disaggregated or self.decode_share == 0 else _times(rounds - 1, first) / generated
             per_token = step + between
             input_seconds = self.n_devices * rounds * first / (batch * prompt)
             output_seconds = self.n_devices * step / batch
@@ -433,19 +460,21 @@ class Serving:
         layout = layout or Layout(self.n_devices)
         tokens = np.asarray(tokens, np.float64)[()]
         t, p, c = (np.asarray(x, np.float64) for x in layout)
-        part = _Parts.of(shape, t)
+        part = self._parts(shape, t)
         n, layers, d = self.n_devices, shape.n_layers, shape.d_model
-        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * p * tokens + _lacking(t) * tokens / c)
-        exchanged = exchanged + _lacking(c) * 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens
-        seconds = self._collective(t) + self._collective(n) + self._collective(c) / 2
+        exchanged = 2 * _ACTIVATION * (_lacking(n, d * p * tokens) + _lacking(t, d * tokens / c))
+        exchanged = exchanged + _lacking(c, 2 * _ACTIVATION * shape.head_dim * part.kv_heads * tokens)
+        gathered = costs.dtype_bytes(self.param_dtype) * 2 * d * shape.head_dim * shape.n_heads / t
+        exchanged = exchanged + _lacking(c, gathered)
+        seconds = self._collective(t) + self._collective(n) + self._collective(c)
         return self._phase(
             shape,
             matmul=2 * tokens * (p * part.ffn / n + part.queries / (t * c) + part.keys / c),
             attention=4 * layers * shape.head_dim * shape.n_heads / t * tokens * (tokens / 2) / c,
-            weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c, vocabulary=0.0),
+            weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t, vocabulary=0.0),
             cache=self._cache(shape, part, tokens) / c,
-            exchanged=layers * exchanged,
-            waited=layers * seconds,
+            exchanged=_times(exchanged, layers),
+            waited=_times(seconds, layers),
         )
 
     def decode_step(self, shape: HasShape, keys: Any, layout: Layout | None = None, batch: Any = None) -> Phase:
@@ -457,10 +486,10 @@ class Serving:
         batch = batch if batch is not None else 1 if isinstance(self.batch, str) else self.batch
         keys = np.asarray(keys, np.float64)[()]
         t, p, c = (np.asarray(x, np.float64) for x in layout)
-        part = _Parts.of(shape, t)
+        part = self._parts(shape, t)
         n, layers, d, own = self.n_devices, shape.n_layers, shape.d_model, _up(batch / p)
-        exchanged = 2 * _ACTIVATION * d * (_lacking(n) * batch + _lacking(t * c) * own)
-        exchanged = exchanged + _lacking(c) * own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM)
+        exchanged = 2 * _ACTIVATION * (_lacking(n, d * batch) + _lacking(t * c, d * own))
+        exchanged = exchanged + _lacking(c, own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM))
         seconds = self._collective(t * c) + self._collective(n) + self._collective(c)
         return self._phase(
             shape,
@@ -468,8 +497,8 @@ class Serving:
             attention=4 * own * layers * shape.head_dim * shape.n_heads / t * keys / c,
             weights=costs.dtype_bytes(self.param_dtype) * part.held(n, t * c),
             cache=own * self._cache(shape, part, keys) / c,
-            exchanged=layers * exchanged,
-            waited=layers * seconds + self._collective(n),
+            exchanged=_times(exchanged, layers),
+            waited=_times(seconds, layers) + self._collective(n),
         )
 
     def _phase(
@@ -477,18 +506,19 @@ class Serving:
     ) -> Phase:
         """Seconds of FLOPs, bytes, bytes exchanged and seconds of collectives, of the busiest device."""
         chip, reached = self.chip, self.efficiency
-        share = 1.0 if reached.bound else chip.attention_shares(shape.head_dim)[0]
+        shares = chip.attention_shares(shape.head_dim)[0]
+        attention_flops = chip.peak(self.cache_dtype) if reached.bound else reached.attention * shares * chip.peak_flops
         if self.n_devices == 1:
             exchange = np.zeros_like(weights)
         else:
-            exchange = exchanged / chip.interconnect + waited
+            exchange = (exchanged / chip.interconnect + waited) / reached.exchange
         return Phase(
             matmul / (reached.matmul * chip.peak(self.param_dtype)),
-            attention / (reached.attention * share * chip.peak_flops),
+            attention / attention_flops,
             weights / (reached.weights_bandwidth * chip.memory_bandwidth),
             cache / (reached.cache_bandwidth * chip.memory_bandwidth),
             exchange,
-            shape.n_layers * reached.layer_seconds,
+            _times(reached.layer_seconds, shape.n_layers),
             reached.bound,
         )
 
@@ -503,18 +533,21 @@ class Serving:
         value = cache_value_bytes(self.cache_dtype, shape.head_dim)
         return 2 * shape.n_layers * shape.head_dim * part.kv_heads * value * tokens
 
+    def _parts(self, shape: HasShape, heads_over: Any) -> _Parts:
+        return _Parts.of(shape, kv_heads_held(shape.n_heads, shape.n_kv_heads, heads_over))
+
     def _memory(self, shape: HasShape, context: Any, layout: Layout, batch: Any) -> Any:
         t, p, c = (np.asarray(x, np.float64) for x in layout)
-        part = _Parts.of(shape, t)
+        part = self._parts(shape, t)
         head = 2.0 if self.untied else 1.0
         held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=head)
-        return held + _up(batch / p) * self._cache(shape, part, np.asarray(context, np.float64)) / c
+        return held + _times(_up(batch / p), self._cache(shape, part, np.asarray(context, np.float64)) / c)
 
     def _room(self, shape: HasShape, context: Any, layout: Layout) -> Any:
         """The most requests that fit; whole numbers."""
         empty = self._memory(shape, context, layout, 0.0)
-        one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
-        with np.errstate(invalid="ignore", divide="ignore"):  # none of an infinite size fits
+        with np.errstate(invalid="ignore", divide="ignore"):  # none of an infinite size fits, or of one that hides the cache
+            one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
             return np.fmax(0.0, np.floor((self.chip.server_bytes - empty) / one)) * layout.sequences
 
     def _slots(self, shape: HasShape, context: Any, layout: Layout, by: str, prefill: Any) -> tuple[Any, Any]:
@@ -535,7 +568,7 @@ class Serving:
         generated, keys = self.decode_share * context, (1 - self.decode_share / 2) * context
 
         def seconds(own: Any) -> Any:
-            between = 0.0 if self.disaggregated else (own - 1) * prefill / generated
+            between = 0.0 if self.disaggregated else _times(own - 1, prefill) / generated
             return self.decode_step(shape, keys, layout, own * layout.sequences).seconds + between
 
         low, high = np.ones_like(np.asarray(rounds, np.float64)), np.asarray(rounds, np.float64)
@@ -565,16 +598,78 @@ class _Parts:
     kv_heads: Any
 
     @classmethod
-    def of(cls, shape: HasShape, heads_over: Any) -> _Parts:
+    def of(cls, shape: HasShape, held: Any) -> _Parts:
         count = costs.count_params(shape, CONVENTION)
-        held = kv_heads_held(shape.n_heads, shape.n_kv_heads, heads_over)
         each = 2 * shape.n_layers * shape.d_model * shape.head_dim
         return cls(count.ffn, each * shape.n_heads, each * held, count.embedding, count.norms, held)
 
     def held(self, n_devices: int, group: Any, vocabulary: float = 1.0) -> Any:
         """Parameters on one device, with so many times the vocabulary's matrix."""
-        shared = (self.ffn + vocabulary * self.vocabulary) / n_devices
+        shared = (self.ffn + _times(vocabulary, self.vocabulary)) / n_devices
         return shared + self.queries / group + self.keys + self.norms
+
+
+class _Undivided(Serving):
+    """As if key/value heads could be divided as finely as query heads: what replicating them costs is the difference."""
+
+    def _parts(self, shape: HasShape, heads_over: Any) -> _Parts:
+        return _Parts.of(shape, shape.n_kv_heads / heads_over)
+
+
+def replication_cost(serving: Serving, shape: HasShape, context: Any, by: str = "price") -> Any:
+    """What devices that hold the same key/value heads cost, relative: 0 where none do or where other things decide.
+
+    Of the layout and the number of requests with which the model is served. NaN where it can't be served.
+    """
+    load = serving.load(shape, context, by)
+    fields = {field.name: getattr(serving, field.name) for field in dataclasses.fields(serving)}
+    as_served = fields | {"parallelism": load.layout, "ttft": None, "tpot": None}
+    with np.errstate(invalid="ignore"):
+        values = []
+        for kind in (Serving, _Undivided):
+            other = kind(**as_served)._load(shape, context, load.layout, by, load.batch)
+            values.append(other.request if by == "latency" else other.token_seconds)
+        return np.where(load.possible, values[0] / values[1] - 1, np.nan)[()]
+
+
+def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "price") -> str:
+    """Why one model can't be served as asked, with what comes closest; empty where it can."""
+    loads = [serving._load(shape, context, layout, by) for layout in serving.layouts()]
+    if any(load.possible for load in loads):
+        return ""
+    load = max(loads, key=lambda load: float(load.obstacle))  # the layout that comes furthest
+    chip, kind = serving.chip, OBSTACLES[int(load.obstacle)]
+    if kind == "heads":
+        plural = "s" if shape.n_heads > 1 else ""
+        count = f"{_number(shape.n_heads)} query head{plural}"
+        return f"{_number(load.layout.heads)} devices can't share {count}: {_nearest(serving, shape)}"
+    if kind == "batch":
+        return f"{_number(load.batch)} requests can't be divided over {_number(load.layout.sequences)} devices"
+    if kind == "memory":
+        most = _number(serving.largest_batch(shape, context))
+        count = "" if isinstance(serving.batch, str) else f" with {_number(load.batch)} requests ({most} fit)"
+        return (
+            f"takes {float(serving.memory_bytes(shape, context)) / 1e9:.1f} GB of each {chip.name}{count}, and a server has "
+            f"{chip.server_bytes / 1e9:.1f} GB"
+        )
+    least = min(float(getattr(other, kind)) for other in loads if other.obstacle == load.obstacle)
+    name = "first token" if kind == "ttft" else "token"
+    return f"{name} after {least:.3g} s, not {getattr(serving, kind):.3g} s"
+
+
+def _nearest(serving: Serving, shape: HasShape) -> str:
+    """What comes closest: numbers of devices that can share the heads, and layouts of these devices that can."""
+    heads = float(shape.n_heads)
+    allowed = [one for one in layouts(serving.n_devices) if serving._divides(shape, one)]
+    counts = [count for count in range(1, int(heads) + 1) if serving._divides(shape, Layout(count))]
+    below = max((count for count in counts if count < serving.n_devices), default=None)
+    above = min((count for count in counts if count > serving.n_devices), default=None)
+    near = " or ".join(str(count) for count in (below, above) if count is not None)
+    return f"{near} can; so can these as {' or '.join(map(str, allowed[:2]))}"
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):g}"
 
 
 def read_efficiency(path: str) -> Efficiency:
@@ -586,21 +681,23 @@ def read_efficiency(path: str) -> Efficiency:
         given = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"efficiency {path}: {error}") from error
-    names = [name for name in Efficiency._fields if name not in ("source", "bound")]
+    names = list(Efficiency._fields[:5])
     numbers = given.get("efficiency") if isinstance(given, dict) else None
-    if not isinstance(numbers, dict) or set(numbers) != set(names):
+    if not isinstance(numbers, dict) or set(numbers) - {"exchange"} != set(names):
         raise ValueError(f'efficiency {path}: must have {{"efficiency": {{{", ".join(names)}}}}}, each a number')
     try:
-        return Efficiency(**{name: float(numbers[name]) for name in names}, source=str(given.get("source") or path)).checked()
+        return Efficiency(
+            **{name: float(value) for name, value in numbers.items()}, source=str(given.get("source") or path)
+        ).checked()
     except (TypeError, ValueError) as error:
         raise ValueError(f"efficiency {path}: {error}") from error
 
 
-def _efficiency(given: Efficiency | float | str | None, chip: Chip) -> Efficiency:
+def _efficiency(given: Efficiency | float | str | None, chip: Chip, param_dtype: str) -> Efficiency:
     if isinstance(given, Efficiency):
         return given.checked()
     if given is None:
-        return hardware.default_efficiency(chip)
+        return hardware.default_efficiency(chip, param_dtype)
     if isinstance(given, str):
         if given == "bound":
             return Efficiency.of_bound()
@@ -632,9 +729,18 @@ def _cost(load: Load, by: str) -> Any:
     return np.where(load.possible | np.isnan(value), value, np.inf)
 
 
+def _best(loads: list[Load], by: str) -> np.ndarray:
+    """Index of the load that costs the least; where none is possible, of those that come furthest the one that misses least."""
+    rows = [np.broadcast_arrays(_cost(load, by), load.obstacle, load.memory, load.ttft, load.tpot) for load in loads]
+    cost, stop, *missed = (np.stack(values) for values in zip(*rows, strict=True))
+    over = np.select([stop == OBSTACLES.index(name) for name in ("memory", "ttft", "tpot")], missed)
+    return np.where((stop == 0).any(0), _least(cost), _least(np.where(stop == stop.max(0), over, np.inf)))
+
+
 def _least(cost: np.ndarray) -> np.ndarray:
-    """Index of the least along the first axis; of those alike the first."""
-    return np.argmin(np.where(np.isnan(cost), np.inf, cost), axis=0)
+    """Index of the least along the first axis; of those that are alike but for rounding the first."""
+    cost = np.where(np.isnan(cost), np.inf, cost)
+    return np.argmax(cost <= cost.min(0) * (1 + _ALIKE), axis=0)
 
 
 def _take(loads: list[Load], index: np.ndarray) -> Load:
@@ -657,9 +763,14 @@ def _take(loads: list[Load], index: np.ndarray) -> Load:
     return Load(*(each([load[i] for load in loads]) for i in range(len(loads[0]))))
 
 
-def _lacking(over: Any) -> Any:
-    """Of what is on so many devices, the share that one has not: (m - 1)/m."""
-    return (over - 1) / over
+def _lacking(over: Any, value: Any) -> Any:
+    """Of a value that is divided over so many devices, what one of them has not: (m - 1)/m."""
+    return _times((over - 1) / over, value)
+
+
+def _times(count: Any, value: Any) -> Any:
+    """Their product; 0 where the count is, also of a value that is infinite."""
+    return count * np.where(np.equal(count, 0), 0.0, value)[()]
 
 
 def _up(value: Any) -> Any:

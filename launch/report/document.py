@@ -11,10 +11,12 @@ import jinja2
 from markupsafe import Markup
 
 from gqa_jax import costs, formatting
+from gqa_jax.search.roofline import Layout
 from launch.report import charts, sections
 from launch.report.findings import Findings
 from launch.report.opening import opening
 from launch.report.payload import COSTS, DRAWS, payload
+from launch.serving_screens import LIMITS
 
 _CHOICES = {
     "z": "Z: memory and compute, weighted",
@@ -26,6 +28,7 @@ _CHOICES = {
     "train": "compute of training",
     "lifetime": "training and serving, over a lifetime",
 }
+_LAYOUTS = {"best": "whatever costs the least", "tensor": "heads alone (tensor parallelism)"}
 _FLOPS = {"half_T": "half a sequence: T/2 tokens", "per_token": "a token", "full_T": "a sequence: T tokens"}
 _CONVENTIONS = {
     "paper": "the paper's tables",
@@ -55,6 +58,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         "studies": studies,
         "charts": charts.charts(),
         "command": findings.ask,
+        "limited_by": LIMITS,
     }
     asked = [answering.objective.name] if answering.objective.name not in COSTS else []
     return environment.get_template("page.html").render(
@@ -68,6 +72,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         costs=[(cost, _CHOICES[cost]) for cost in (*COSTS, *asked)],
         devices=[(name, _device_text(one)) for name, one in studies[0]["devices"].items()],
         limits=[("", "nothing: any memory"), *((name, _limit_text(one)) for name, one in studies[0]["devices"].items())],
+        layouts=[(one, _LAYOUTS.get(one) or Layout.parse(one).describe()) for one in studies[0]["layouts"]],
         dtypes=[(name, name) for name in costs.DTYPE_BYTES],
         conventions=[(name, _CONVENTIONS[name]) for name in studies[0]["conventions"]],
         flops_rules=list(_FLOPS.items()),
@@ -79,8 +84,9 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
 
 
 def _device_text(one: dict) -> str:
-    peak, bandwidth = one["peak_flops"] / 1e12, one["memory_bandwidth"] / 1e12
-    return f"{one['device']}: {peak:.0f} TFLOP/s, {bandwidth:.2f} TB/s, ${one['usd_per_hour']:.2f}/h"
+    peak, bandwidth = one["bfloat16_flops"] / 1e12, one["memory_bandwidth"] / 1e12
+    price = "" if one["usd_per_hour"] is None else f", ${one['usd_per_hour']:.2f}/h"
+    return f"{one['device']}: {peak:.0f} TFLOP/s, {bandwidth:.2f} TB/s{price}"
 
 
 def _limit_text(one: dict) -> str:
@@ -100,7 +106,7 @@ def _inline(name: str) -> Markup:
 
 def _scripts() -> Iterator[str]:
     """The scripts as one module: a page has no second file to import from."""
-    for name in ("explorer.js", "numbers.js", "charts.js", "page.js"):
+    for name in ("costs.js", "roofline.js", "explorer.js", "numbers.js", "charts.js", "page.js"):
         yield from (line for line in _inline(name).splitlines(keepends=True) if not line.startswith("import "))
 
 

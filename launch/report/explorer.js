@@ -4,9 +4,12 @@
 //    in a draw with a bend q: b (log_a - ln N*) - q(ln N*) = ln(L* - E)             (gqa_jax.laws.bends)
 // 2. aspect ratio r = d / L: linear between knots (N_i, r_i), constant outside      (Appendix B.1)
 // 3. layers L: the one positive root of N(L) = N* with d = r L, d_ff = 8 d / 3, a cubic
-// 4. cost of that shape at the served context                                       (Eq. 3 to 5, or a roofline)
+// 4. cost of that shape at the served context                                       (Eq. 3 to 5, or roofline.js)
 //
 // Draws are the joint uncertainty of all coefficients. Matrices are flat and draw after draw: index s * H + h.
+
+import { cacheValues, embeddingParams, forwardFlops, innerParams } from "./costs.js";
+import { bestLoad, fits, layoutsOf, served, usdPerMillion } from "./roofline.js";
 
 /** The payload with its numbers unpacked: draws as Float64Array of S x H (none: of 0 x H; bends: of S), NaN for what is null. */
 export function unpack(payload) {
@@ -130,31 +133,11 @@ export function solveLayers(params, ratio, heads, convention, headDim) {
 
 const SEQUENCE_FACTOR = { per_token: () => 1, half_T: (context) => context / 2, full_T: (context) => context };
 
-// What a shape {layers, d, nHeads, nKv} is made of (gqa_jax.costs), as `convention` counts.
-const attentionParams = (shape, model) => 2 * shape.layers * shape.d * model.head_dim * (shape.nHeads + shape.nKv);
-const ffnParams = (shape, convention) => convention.ffn_matrices * shape.layers * shape.d * ((8 * shape.d) / 3);
-const normParams = (shape, convention) => (convention.norms ? (2 * shape.layers + 1) * shape.d : 0);
-const embeddingParams = (shape, model, convention) => (convention.embedding ? shape.d * model.vocab_size : 0);
-const attentionFlops = (shape, model, keys) => 4 * shape.layers * keys * shape.nHeads * model.head_dim;
-const cacheValues = (shape, model, tokens) => 2 * tokens * shape.layers * model.head_dim * shape.nKv;
-
-function allParams(shape, model, convention) {
-  const inside = attentionParams(shape, model) + ffnParams(shape, convention) + normParams(shape, convention);
-  return inside + embeddingParams(shape, model, convention);
-}
-
-/** Forward FLOPs of a token that sees `keys` keys, without or with the output embedding. */
-function bodyFlops(shape, model, convention, keys) {
-  return 2 * (attentionParams(shape, model) + ffnParams(shape, convention)) + attentionFlops(shape, model, keys);
-}
-function forwardFlops(shape, model, convention, keys) {
-  return bodyFlops(shape, model, convention, keys) + 2 * embeddingParams(shape, model, convention);
-}
-
 /** M_infer: values (bytes of 1 each), or bytes. */
 function inferMemory(shape, model, objective, context) {
   const { convention, param_bytes: param, cache_bytes: cache } = objective;
-  return param * allParams(shape, model, convention) + cache * cacheValues(shape, model, context);
+  const params = innerParams(shape, model, convention) + embeddingParams(shape, model, convention);
+  return param * params + cache * cacheValues(shape, model, context);
 }
 
 /** C_infer: of a token, or of a sequence, as the convention says. */
@@ -162,59 +145,29 @@ function inferFlops(shape, model, objective, context) {
   return forwardFlops(shape, model, objective.convention, context) * SEQUENCE_FACTOR[objective.convention.flops](context);
 }
 
-/** Bytes of the parameters, and of the caches of a batch of requests of so many tokens. */
-function heldBytes(shape, model, serving, tokens) {
-  const { convention, batch, param_bytes: param, cache_bytes: cache } = serving;
-  return param * allParams(shape, model, convention) + batch * cache * cacheValues(shape, model, tokens);
-}
-
-/** Seconds of a batch of requests of `context` tokens at the roofline of a device (gqa_jax.search.roofline). */
-function requestSeconds(shape, model, serving, context) {
-  const { batch, n_devices: devices, efficiency, convention, decode_share: generated } = serving;
-  const reached = devices * efficiency;
-  const held = (tokens) => heldBytes(shape, model, serving, tokens);
-  const exchanged = devices === 1 ? 0 : ((8 * (devices - 1)) / devices) * shape.layers * batch * shape.d;
-  const phase = (flops, bytes, exchange) =>
-    Math.max(
-      flops / (reached * serving.peak_flops),
-      bytes / (reached * serving.memory_bandwidth),
-      exchange / (efficiency * serving.interconnect),
-    );
-  let seconds = 0;
-  if (generated < 1) {
-    const tokens = (1 - generated) * context;
-    seconds += phase(batch * tokens * bodyFlops(shape, model, convention, tokens / 2), held(tokens), tokens * exchanged);
-  }
-  if (generated > 0) {
-    const keys = (1 - generated / 2) * context;
-    seconds += generated * context * phase(batch * forwardFlops(shape, model, convention, keys), held(keys), exchanged);
-  }
-  return seconds;
-}
-
-const secondsPerToken = (shape, model, serving, context) =>
-  (serving.n_devices * requestSeconds(shape, model, serving, context)) / (serving.batch * context);
-const usdPerMillionTokens = (shape, model, serving, context) =>
-  ((1e6 * serving.usd_per_hour) / 3600) * secondsPerToken(shape, model, serving, context);
-
 function trainFlops(shape, model, training, context) {
   const { convention } = training;
-  const inside = attentionParams(shape, model) + ffnParams(shape, convention) + normParams(shape, convention);
-  const tokens = training.tokens ?? training.tokens_per_param * inside;
+  const tokens = training.tokens ?? training.tokens_per_param * innerParams(shape, model, convention);
   return 3 * tokens * forwardFlops(shape, model, convention, (training.train_context ?? context) / 2);
 }
 
-function lifetime(shape, model, objective, context) {
-  const { serving, training, served_tokens: served } = objective;
+function lifetime(shape, model, objective, context, layouts) {
+  const { serving, training, served_tokens: tokens } = objective;
   const trained = trainFlops(shape, model, training, context);
-  if (serving === null) return trained + served * forwardFlops(shape, model, training.convention, context / 2);
-  const usd = ((trained / (serving.efficiency * serving.peak_flops)) * serving.usd_per_hour) / 3600;
-  return usd + (served / 1e6) * usdPerMillionTokens(shape, model, serving, context);
+  if (serving === null) return trained + tokens * forwardFlops(shape, model, training.convention, context / 2);
+  const usd = ((trained / (objective.training_mfu * serving.bfloat16_flops)) * serving.usd_per_hour) / 3600;
+  return tokens === 0 ? usd : usd + (tokens / 1e6) * price(shape, model, objective, context, layouts);
 }
+
+const throughput = (shape, model, { serving }, context, layouts) => bestLoad(shape, model, serving, context, "price", layouts).cost;
+const price = (shape, model, objective, context, layouts) => usdPerMillion(objective.serving, throughput(shape, model, objective, context, layouts));
 
 const power = (x, exponent) => (exponent === 1 / 2 ? Math.sqrt(x) : exponent === 1 / 3 ? Math.cbrt(x) : x ** exponent);
 
-/** What is minimised, by name (gqa_jax.search.objectives): (shape, model, objective, context) -> cost; `objective` is `describe()`. */
+/**
+ * What is minimised, by name (gqa_jax.search.objectives): (shape, model, objective, context, layouts) -> cost; `objective` is
+ * `describe()`, `layouts` are those that may be chosen where there is a `serving`.
+ */
 const COSTS = {
   z: (shape, model, objective, context) => {
     const { lam, alpha, beta } = objective;
@@ -223,24 +176,48 @@ const COSTS = {
   },
   memory: inferMemory,
   flops: inferFlops,
-  latency: (shape, model, objective, context) => requestSeconds(shape, model, objective.serving, context),
-  throughput: (shape, model, objective, context) => secondsPerToken(shape, model, objective.serving, context),
-  price: (shape, model, objective, context) => usdPerMillionTokens(shape, model, objective.serving, context),
+  latency: (shape, model, { serving }, context, layouts) => bestLoad(shape, model, serving, context, "latency", layouts).cost,
+  throughput,
+  price,
   train: trainFlops,
   lifetime,
 };
+const chosenBy = (objective) => (objective.cost === "latency" ? "latency" : "price");
 
-/** (N, h) -> cost of the h-th heads of that size, for a question; infinite where they don't keep its limit, NaN for NaN. */
-function costOf(model, query) {
+/**
+ * (N, h) -> cost of the h-th heads of that size, for a question; infinite where they don't keep its limit, NaN for NaN.
+ *
+ * `layouts`, one list for each of the heads, are those that may be chosen; default: `settled`.
+ */
+function costOf(model, query, layouts = settled(model, query)) {
   const { context, objective, memory_limit: limit } = query;
   const cost = COSTS[objective.cost];
   if (cost === undefined) throw new Error(`cost ${objective.cost} is unknown here: ${Object.keys(COSTS).join(", ")}`);
   return (params, h) => {
     if (!(params < Infinity)) return params;
     const shape = shapeOf(model, params, h);
-    if (limit !== null && heldBytes(shape, model, limit, context) > limit.n_devices * limit.memory_bytes) return Infinity;
-    return cost(shape, model, objective, context);
+    if (limit !== null && !fits(shape, model, limit, context)) return Infinity;
+    return cost(shape, model, objective, context, layouts?.[h]);
   };
+}
+
+/**
+ * The layout of each of the heads that is the best by the fitted laws, in a list: it holds for all draws. Where heads have no law
+ * of their own, by the middle of the draws. Null without a device.
+ */
+function settled(model, { context, loss, objective }) {
+  const serving = objective.serving ?? null;
+  if (serving === null) return null;
+  const open = layoutsOf(serving);
+  return model.heads.map((_, h) => {
+    let params = pointParams(model, loss, h);
+    if (Number.isNaN(params) && model.draws.count > 0) {
+      const logGap = (s) => Math.log(loss - model.draws.entropy[s * model.heads.length + h]);
+      params = quantile(Float64Array.from({ length: model.draws.count }, (_, s) => drawnParams(model, s, h, logGap(s))), 0.5);
+    }
+    if (open.length === 1 || !(params < Infinity)) return open.slice(0, 1);
+    return [bestLoad(shapeOf(model, params, h), model, serving, context, chosenBy(objective), open).layout];
+  });
 }
 
 /** Shape of N parameters for the h-th heads. */
@@ -302,14 +279,16 @@ function interval(values) {
  * into model.heads; null where none reaches the loss), order (candidates, the answer first), not_reached (share of draws), rows,
  * baseline (cost and cost_interval of Llama-3's heads, or null)}.
  * A row per candidate, in the order of model.heads: n_params, n_params_interval, n_layers, d_model, cost, cost_interval,
- * probability, expected_regret, regret_interval, saving, saving_interval, beyond (N* over the nearest trained size; 1 inside).
+ * probability, expected_regret, regret_interval, saving, saving_interval, beyond (N* over the nearest trained size; 1 inside),
+ * served (`served` of roofline.js; null without a device, or where the loss is not reached).
  * The last of model.heads may be Llama-3's: no candidate then, only compared with. Without draws what they say is NaN.
  */
 export function search(model, query) {
   const width = model.heads.length;
   const { n_candidates: candidates, baseline, largest_regret: largest } = model;
   const { count, entropy } = model.draws;
-  const cost = costOf(model, query);
+  const layouts = settled(model, query);
+  const cost = costOf(model, query, layouts);
 
   const params = model.heads.map(() => new Float64Array(count));
   const costs = model.heads.map(() => new Float64Array(count));
@@ -373,6 +352,7 @@ export function search(model, query) {
       saving: tooLarge ? NaN : Number.isNaN(baseCost) ? quantile(savings, 0.5) : 1 - own / baseCost,
       saving_interval: interval(savings),
       beyond: n > high ? n / high : n < low ? n / low : 1,
+      served: layouts && n < Infinity ? served(shape, model, query.objective.serving, query.context, chosenBy(query.objective), layouts[h][0]) : null,
     });
   }
 
@@ -428,9 +408,12 @@ function interpolatedMiddle(model, h) {
  * Cost of reaching each of `losses` with the h-th heads; infinite where it is not reached.
  *
  * By the fitted coefficients; of heads without a law of their own (Llama-3's, by the head law) by the middle of the draws.
+ * Each size in the layout that is the best for it.
  */
 export function costCurve(model, query, losses, h) {
-  const cost = costOf(model, query);
-  const params = Number.isNaN(model.point.b[h]) ? middleParams(model, h) : (loss) => pointParams(model, loss, h);
+  const known = !Number.isNaN(model.point.b[h]);
+  const serving = query.objective.serving ?? null;
+  const cost = serving && known ? costOf(model, query, model.heads.map(() => layoutsOf(serving))) : costOf(model, query);
+  const params = known ? (loss) => pointParams(model, loss, h) : middleParams(model, h);
   return losses.map((loss) => cost(params(loss), h));
 }

@@ -44,6 +44,7 @@ export function span([low, high], text) {
   return low === -Infinity ? `${text(high)} or less` : `${text(low)} to ${text(high)}`;
 }
 
+export const seconds = (value) => (value < 0.1 ? `${three(1000 * value)} ms` : `${three(value)} s`);
 export const range = (ends, text) => (Number.isNaN(ends[0]) ? "" : `95%: ${span(ends, text)}`);
 export const contextLabel = (tokens) => (tokens % 1024 === 0 ? `${tokens / 1024}K` : decimals[0].format(tokens));
 export const counted = (count, noun) => `${decimals[0].format(count)} ${noun}${count === 1 ? "" : "s"}`;

@@ -27,6 +27,7 @@ class Opening(NamedTuple):
     headline: str
     lead: str
     facts: Sequence[Fact]
+    served: str  # how, of costs that are of devices
     basis: str
     warnings: Sequence[str]
 
@@ -67,6 +68,7 @@ def opening(findings: Findings) -> Opening:
         f"{where} costs least with {words.heads(found.heads, laws.head_dim)}.",
         " ".join(lead),
         facts,
+        " ".join(words.served(found.candidates.iloc[0], serving)) if (serving := found.objective.get("serving")) else "",
         f"Based on {words.ended(findings.about)}",
         warnings(findings, found.warnings),
     )

@@ -2,7 +2,7 @@
 
 import { Charts } from "./charts.js";
 import { costCurve, search, unpack } from "./explorer.js";
-import { contextLabel, costText, counted, decimals, long, percent, range, regretText, short, span, tenths, three } from "./numbers.js";
+import { contextLabel, costText, counted, decimals, long, percent, range, regretText, seconds, short, span, tenths, three } from "./numbers.js";
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("payload").textContent);
@@ -24,10 +24,17 @@ const SLIDERS = {
   context: { ...octaves, whole: true, said: (x) => `${contextLabel(x)} tokens` },
   loss: { ...identity, said: (x) => `${x} nats per token` },
   lam: { ...identity, said: (x) => String(x) },
-  batch: { ...octaves, whole: true, said: (x) => counted(x, "request") },
+  batch: {
+    // A number of requests, or a word: left of one request is the best number.
+    words: ["best", "fits"],
+    to: (x) => (typeof x === "string" ? -0.25 : Math.log2(x)),
+    from: (x) => (x < 0 ? "best" : octaves.from(x)),
+    whole: true,
+    said: (x) => ({ best: "the best number of requests", fits: "as many requests as fit" })[x] ?? counted(x, "request"),
+  },
   decode_share: { ...identity, said: (x) => `${Math.round(100 * x)} percent` },
 };
-const CHOICES = ["study", "cost", "device", "param_dtype", "cache_dtype", "convention", "flops", "limit"].filter((name) => $(name));
+const CHOICES = ["study", "cost", "device", "parallelism", "param_dtype", "cache_dtype", "convention", "flops", "limit"].filter((name) => $(name));
 const COUNTED = ["z", "flops", "memory"]; // costs that a convention counts
 let model = studies[0];
 let state = {};
@@ -35,8 +42,8 @@ let state = {};
 /** What a study is asked first. */
 function firstQuestion(study) {
   const { context, loss, cost } = studies[study].defaults;
-  const served = Object.values(studies[study].objectives).find((one) => one.serving)?.serving;
   const own = studies[study].objectives[cost];
+  const serving = own.serving ?? studies[study].objectives.latency.serving;
   const z = studies[study].objectives.z;
   return {
     study: String(study),
@@ -46,9 +53,10 @@ function firstQuestion(study) {
     lam: z.lam,
     convention: studies[study].defaults.convention,
     flops: (own.convention ?? z.convention).flops,
-    device: (own.serving ?? served).device,
-    batch: (own.serving ?? served).batch,
-    decode_share: (own.serving ?? served).decode_share,
+    device: serving.device,
+    parallelism: String(serving.parallelism),
+    batch: serving.batch,
+    decode_share: serving.decode_share,
     param_dtype: studies[study].defaults.param_dtype,
     cache_dtype: studies[study].defaults.cache_dtype,
     limit: "",
@@ -58,25 +66,43 @@ function firstQuestion(study) {
 /** Whether memory is counted, and in bytes: precisions matter. */
 const inBytes = () => ["z", "memory"].includes(state.cost) && model.conventions[state.convention].memory === "bytes";
 
+/** An objective on the device of the controls, served as they say. Efficiencies that were given stay, others are the device's own. */
+function serve(objective) {
+  const { serving } = objective;
+  const { device: asked, efficiency } = serving;
+  const own = model.devices[asked];
+  const { peaks, efficiencies, training_mfu: mfu, ...device } = model.devices[state.device];
+  if (asked !== state.device) Object.assign(serving, device);
+  if (efficiency.source === own.efficiencies.bfloat16.source) serving.efficiency = efficiencies[state.param_dtype];
+  if (objective.training_mfu === own.training_mfu) objective.training_mfu = mfu;
+  serving.peak_flops = peaks[state.param_dtype];
+  serving.attention_flops = peaks[efficiency.bound ? state.cache_dtype : "bfloat16"];
+  serving.param_bytes = model.dtype_bytes[state.param_dtype];
+  serving.parallelism = state.parallelism.includes(",") ? state.parallelism.split(",").map(Number) : state.parallelism;
+  for (const name of ["cache_dtype", "batch", "decode_share"]) serving[name] = state[name];
+}
+
 /** The question of the controls, as explorer.js takes it. */
 function query() {
   const objective = structuredClone(model.objectives[state.cost]);
   const bytes = { param_bytes: model.dtype_bytes[state.param_dtype], cache_bytes: model.dtype_bytes[state.cache_dtype] };
-  const ones = { param_bytes: 1, cache_bytes: 1 };
-  const twos = { param_bytes: 2, cache_bytes: 2 };
-  if (objective.serving) {
-    const other = objective.serving.device === state.device ? {} : model.devices[state.device];
-    Object.assign(objective.serving, other, bytes, { batch: state.batch, decode_share: state.decode_share });
-  } else if (COUNTED.includes(state.cost)) {
+  if (objective.serving) serve(objective);
+  else if (COUNTED.includes(state.cost)) {
     objective.convention = { ...model.conventions[state.convention], flops: state.flops };
-    Object.assign(objective, inBytes() ? bytes : ones);
+    Object.assign(objective, inBytes() ? bytes : { param_bytes: 1, cache_bytes: 1 });
     if (state.cost === "z") objective.lam = state.lam;
     if (state.cost === "memory") objective.unit = objective.convention.memory;
     if (state.cost === "flops") objective.label = model.flops_rules[state.flops];
   }
-  const own = objective.serving ?? { n_devices: 1, batch: 1, ...(inBytes() ? bytes : twos) };
-  const limit = state.limit && { ...model.serving, ...own, ...model.devices[state.limit] };
-  return { context: state.context, loss: state.loss, objective, memory_limit: limit || null };
+  return { context: state.context, loss: state.loss, objective, memory_limit: state.limit ? limitOn(state.limit, objective.serving) : null };
+}
+
+/** The memory of a device that a model must fit, as the objective serves it; one request at a time where that is not asked. */
+function limitOn(device, serving) {
+  const { memory_bytes: bytes } = model.devices[device];
+  const limit = { ...model.serving, device, memory_bytes: bytes };
+  if (serving) return { ...limit, n_devices: serving.n_devices, batch: serving.batch, param_bytes: serving.param_bytes, cache_dtype: serving.cache_dtype };
+  return inBytes() ? { ...limit, param_bytes: model.dtype_bytes[state.param_dtype], cache_dtype: state.cache_dtype } : limit;
 }
 
 /** The same question as a command: what differs from its defaults. */
@@ -92,8 +118,12 @@ function command(asked) {
   add("alpha", objective.alpha, 1 / 2);
   add("beta", objective.beta, 1 / 3);
   if (serving) {
-    for (const [name, usual] of [["device"], ["n_devices", 1], ["batch", 1], ["decode_share", 0.1], ["efficiency", 1]]) add(name, serving[name], usual);
-    if (serving.price === "as given") add("usd_per_hour", serving.usd_per_hour);
+    for (const [name, usual] of [["device"], ["n_devices", 1], ["parallelism", "best"], ["batch", "best"], ["decode_share", 0.1], ["ttft"], ["tpot"]]) add(name, serving[name], usual);
+    if (serving.disaggregated) flags.push(["disaggregated"]);
+    const { bound, matmul, source } = serving.efficiency;
+    if (bound || source === "as given") add("efficiency", bound ? "bound" : matmul);
+    add("usd_per_hour", serving.usd_per_hour, model.devices[state.device].usd_per_hour);
+    add("training_mfu", objective.training_mfu, model.devices[state.device].training_mfu);
   }
   if (serving || inBytes()) {
     for (const name of ["param_dtype", "cache_dtype"]) add(name, state[name], "bfloat16");
@@ -101,21 +131,24 @@ function command(asked) {
   add("tokens", (training ?? objective).tokens);
   add("served_tokens", objective.served_tokens);
   if (state.limit) add("fits", state.limit);
-  return `${data.command} ${flags.map(([name, value]) => `--${name} ${value}`).join(" ")}`;
+  return `${data.command} ${flags.map(([name, value]) => (value === undefined ? `--${name}` : `--${name} ${value}`)).join(" ")}`;
 }
 
 /** Shows the state in the controls, all or but the one that is being used. */
 function showControls(but = null) {
   for (const [name, slider] of Object.entries(SLIDERS)) {
     if (but !== $(name)) {
-      $(name).value = String(state[name]);
+      const word = slider.words?.includes(state[name]);
+      $(name).value = word ? "" : String(state[name]);
+      $(name).placeholder = word ? state[name] : "";
       refuse(name, "");
     }
     if (but !== $(`${name}-slider`)) $(`${name}-slider`).value = String(slider.to(state[name]));
     $(`${name}-slider`).setAttribute("aria-valuetext", slider.said(state[name]));
   }
   for (const name of CHOICES) $(name).value = state[name];
-  const shown = inBytes() ? [state.cost, "bytes"] : [state.cost];
+  const several = model.objectives[state.cost].serving?.n_devices > 1;
+  const shown = [state.cost, inBytes() && "bytes", several && "several"];
   for (const part of document.querySelectorAll("[data-for]")) part.hidden = !shown.some((one) => part.dataset.for.split(" ").includes(one));
 }
 
@@ -135,9 +168,10 @@ function read(event) {
   }
   const slider = SLIDERS[name];
   const exact = event.target.type === "number";
-  const value = exact ? event.target.valueAsNumber : slider.from(event.target.valueAsNumber);
+  const { value: text, valueAsNumber: number } = event.target;
+  const value = !exact ? slider.from(number) : slider.words && text === "" && !event.target.validity.badInput ? slider.words[0] : number;
   const { min, max } = $(name);
-  const inside = value >= Number(min) && value <= Number(max) && (!slider.whole || Number.isInteger(value));
+  const inside = slider.words?.includes(value) || (value >= Number(min) && value <= Number(max) && (!slider.whole || Number.isInteger(value)));
   if (!inside) {
     const kind = slider.whole ? "a whole number" : "a number";
     return refuse(name, `${kind} from ${decimals[slider.whole ? 0 : 3].format(min)} to ${decimals[slider.whole ? 0 : 3].format(max)}`);
@@ -187,7 +221,7 @@ function showFacts(asked, result) {
   fact("cost", capital(asked.objective.label), text(row.cost), range(row.cost_interval, text) + (/^(|seconds|US dollars)$/.test(asked.objective.unit) ? "" : `, ${asked.objective.unit}`));
   if (model.baseline === null) fact("saving", "Saving against Llama 3's heads", "unknown", "they are not among the laws");
   else if (best === model.baseline) fact("saving", "Saving against Llama 3's heads", "none", "they are the cheapest");
-  else if (Number.isNaN(row.saving)) fact("saving", "Saving against Llama 3's heads", "unknown", result.baseline === null ? `they don't fit ${state.limit}` : "no law of theirs");
+  else if (Number.isNaN(row.saving)) fact("saving", "Saving against Llama 3's heads", "unknown", result.baseline === null ? "they can't be served so" : "no law of theirs");
   else fact("saving", "Saving against Llama 3's heads", tenths(row.saving), range(row.saving_interval, tenths));
   if (second === null) fact("runner-up", "Next", "none", "nothing else reaches this loss");
   else fact("runner-up", "Next", model.heads[second].label, `${regretText(rows[second].expected_regret, model.largest_regret)} extra on average`);
@@ -198,9 +232,31 @@ const capital = (text) => text[0].toUpperCase() + text.slice(1);
 function sentence(asked, result) {
   const { rows, best } = result;
   const where = `Served at ${contextLabel(asked.context)} tokens, a loss of ${asked.loss}`;
-  if (best === null && asked.memory_limit !== null) return `${where} is not reached by any of these heads in the memory of ${state.limit}.`;
+  if (best === null && rows.some((row) => Number.isFinite(row.n_params))) {
+    const whys = new Set(rows.filter((row) => Number.isFinite(row.n_params)).map(obstacle));
+    return `${where} is reached, but not as asked: with every one of these heads it is ${[...whys].join(", or ")}.`;
+  }
   if (best === null) return `${where} is not reached by any of these heads at any size: it is at or below the entropy E.`;
   return `${where} costs least with ${headsInWords(model.heads[best])}, at ${long(rows[best].n_params)} parameters.`;
+}
+
+/** Why a size that reaches the loss has no cost. */
+const WHY_NOT = { heads: "not divided so", batch: "not divided so", memory: "too large", ttft: "too slow", tpot: "too slow" };
+const obstacle = (row) => WHY_NOT[row.served?.obstacle] ?? "too large";
+
+/** How the answer is served, as words.py says it. */
+function servedText({ serving }, result) {
+  const how = result.best === null ? null : result.rows[result.best].served;
+  if (!how || how.obstacle !== null) return "";
+  const { n_devices: count, device, usd_per_hour: price, efficiency } = serving;
+  const parts = ["heads", "sequences", "context"].map((name, i) => how.layout[i] > 1 && `${name} over ${how.layout[i]}`).filter(Boolean);
+  const cost = (kind, usd) => (price === null ? "" : `; a million ${kind} tokens cost $${three(usd)}`);
+  const said = [`Served on ${count} ${device}${parts.length ? ` (${parts.join(", ")})` : ""}, ${counted(how.batch, "request")} at once${serving.disaggregated ? "; prompts are read on others" : ""}.`];
+  if (!Number.isNaN(how.ttft)) said.push(`The first token comes after ${seconds(how.ttft)} (mostly ${data.limited_by[how.prefill_limit]})${cost("input", how.usd_per_million_input)}.`);
+  if (!Number.isNaN(how.tpot)) said.push(`Each generated token takes ${seconds(how.tpot)} (a step is mostly ${data.limited_by[how.decode_limit]})${cost("output", how.usd_per_million_output)}.`);
+  said.push(`Efficiencies: ${efficiency.source}${/[.!?]$/.test(efficiency.source) ? "" : "."}`);
+  if (price !== null) said.push(`Price: $${decimals[2].format(price)} an hour and device, ${serving.price}.`);
+  return said.join(" ");
 }
 
 function warnings(asked, result) {
@@ -248,7 +304,7 @@ function showRanking(asked, result) {
       reached ? `${short(row.n_params)}${row.beyond === 1 ? "" : "*"}` : "none",
       reached ? span(row.n_params_interval, short) : "",
       reached ? `${row.n_layers.toFixed(1)} × ${decimals[0].format(row.d_model)}` : "",
-      Number.isFinite(row.cost) ? text(row.cost) : reached ? "too large" : "",
+      Number.isFinite(row.cost) ? text(row.cost) : reached ? obstacle(row) : "",
       Number.isFinite(row.cost) ? span(row.cost_interval, text) : "",
       saves ? tenths(row.saving) : "",
       saves ? span(row.saving_interval, tenths) : "",
@@ -267,6 +323,7 @@ function showWords(asked, result) {
   const said = sentence(asked, result);
   write("sentence", said);
   showFacts(asked, result);
+  write("served", servedText(asked.objective, result));
   const care = warnings(asked, result);
   $("explorer-care").hidden = care.length === 0;
   if (care.join() !== $("explorer-warnings").dataset.said) {
@@ -329,7 +386,8 @@ function readAddress() {
   for (const [name, text] of given) {
     if (name in SLIDERS) {
       const value = Number(text);
-      if (value >= Number($(name).min) && value <= Number($(name).max)) state[name] = value;
+      if (SLIDERS[name].words?.includes(text)) state[name] = text;
+      else if (value >= Number($(name).min) && value <= Number($(name).max)) state[name] = value;
     } else if (CHOICES.includes(name) && [...$(name).options].some((one) => one.value === text)) state[name] = text;
   }
   return true;

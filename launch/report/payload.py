@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gqa_jax import costs, formatting
-from gqa_jax.hardware import CHIPS
+from gqa_jax import costs, formatting, hardware
+from gqa_jax.hardware import CHIPS, Chip
 from gqa_jax.laws import Draws, bends
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import objectives, optimum, roofline
 from gqa_jax.search.roofline import Serving
 from launch.report import words
 from launch.report.findings import Study
@@ -38,9 +38,10 @@ def payload(study: Study) -> dict[str, Any]:
     named = next((name for name, rule in conventions.items() if own and rule | {"flops": own["flops"]} == own), None)
     if own and named is None:
         conventions[named := "own"] = own
-    kinds = {
-        cost: objectives.make(cost, device=DEVICE) if cost in ("latency", "price") else objectives.make(cost) for cost in COSTS
-    }
+    serving = getattr(study.objective, "serving", None) or Serving(DEVICE)
+    priced = serving if serving.has_price else Serving(DEVICE)
+    kinds = [objectives.make(cost) for cost in ("z", "flops", "memory")]
+    kinds += [objectives.Latency(serving), objectives.Price(priced)]
     return {
         "heads": [{**one._asdict(), "label": words.label(one, laws.head_dim)} for one in known.heads],
         "n_candidates": known.n_candidates,
@@ -50,15 +51,18 @@ def payload(study: Study) -> dict[str, Any]:
         "draws": None if known.draws is None else _draws(known.draws),
         "trained": [_numbers(sizes) for sizes in known.trained_Hx2],
         "aspect": {"params": list(study.aspect.params), "ratio": list(study.aspect.ratio)},
+        "context_trained": int(laws.context),
         "head_dim": float(laws.head_dim),
         "vocab_size": float(laws.vocab_size),
         "shape_convention": dataclasses.asdict(costs.named_convention(laws.size_convention)),
-        "serving": Serving(DEVICE).describe(),
+        "serving": Serving(DEVICE).describe(),  # of a limit of memory
         "conventions": conventions,
         "flops_rules": {rule: objectives.Flops(flops=rule).label for rule in ("per_token", "half_T", "full_T")},
-        "devices": {name: _device(name) for name, chip in CHIPS.items() if chip.price is not None},
+        "devices": _devices(serving),
+        "layouts": _layouts(serving),
         "dtype_bytes": costs.DTYPE_BYTES,
-        "objectives": {name: kind.describe() for name, kind in kinds.items()} | {asked["cost"]: asked},
+        "cache_bytes": {name: float(roofline.cache_value_bytes(name, laws.head_dim)) for name in costs.DTYPE_BYTES},
+        "objectives": {kind.name: kind.describe() for kind in kinds} | {asked["cost"]: asked},
         "ranges": {"context": list(CONTEXTS), "loss": _loss_range(study)},
         "defaults": {
             "context": int(question.context_served),
@@ -91,11 +95,35 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
-def _device(name: str) -> dict[str, Any]:
-    """Numbers of a device that a `Serving` on it is described by."""
-    described = Serving(name).describe()
-    fields = ("device", "peak_flops", "memory_bandwidth", "interconnect", "memory_bytes", "usd_per_hour", "price")
-    return {field: described[field] for field in fields}
+def _devices(serving: Serving) -> dict[str, dict[str, Any]]:
+    """Those that the explorer offers: with a price, and as many of them joined as share a model; and the one asked for."""
+    chips = {name: chip for name, chip in CHIPS.items() if chip.price is not None} | {serving.chip.name: serving.chip}
+    found = {name: _device(chip, serving.n_devices) for name, chip in chips.items()}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _device(chip: Chip, n_devices: int) -> dict[str, Any] | None:
+    """Numbers of a device that a `Serving` on it is described by, some by dtype; None where so many have no links."""
+    try:
+        described = Serving(chip, n_devices).describe()
+    except ValueError:
+        return None
+    fields = (
+        "device", "bfloat16_flops", "memory_bandwidth", "interconnect", "collective_seconds", "memory_bytes", "attention_share",
+        "usd_per_hour", "price",
+    )  # fmt: skip
+    own = {field: described[field] for field in fields}
+    by_dtype = {
+        "peaks": {dtype: chip.peak(dtype) for dtype in costs.DTYPE_BYTES},
+        "efficiencies": {dtype: hardware.default_efficiency(chip, dtype)._asdict() for dtype in costs.DTYPE_BYTES},
+    }
+    return own | by_dtype | {"training_mfu": hardware.trained_mfu(chip)}
+
+
+def _layouts(serving: Serving) -> list[str]:
+    """Layouts that the explorer offers: the two with a name, and the one asked for."""
+    own = serving.parallelism if isinstance(serving.parallelism, str) else str(serving.parallelism)
+    return list(dict.fromkeys((roofline.BEST, roofline.TENSOR, own)))
 
 
 def _dtypes(objective: Any) -> dict[str, str]:

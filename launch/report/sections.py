@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gqa_jax import formatting
 from launch.report import pictures, tables, words
 from launch.report.findings import Findings, Study
@@ -90,16 +92,21 @@ def _questions(findings: Findings) -> list[Block]:
             blocks.append(Block("map", map=_map(study, index)))
         blocks += _pictures(study, "questions") + _table(tables.buildable(study))
         blocks.append(Block("folded", "Every head configuration for the first question", table=tables.candidates(study)))
+        if (how := tables.serving(study)) is not None:
+            blocks.append(Block("folded", "How each of them is served", table=how))
     return blocks
 
 
 def _map(study: Study, index: int) -> Map:
     best = study.optimum_map[study.optimum_map["rank"] == 1]
+    reached = study.optimum_map[np.isfinite(study.optimum_map["n_params"])].groupby("loss")["context_served"].agg(set)
     contexts = sorted(study.optimum_map["context_served"].unique())
     rows = []
     for loss in sorted(study.optimum_map["loss"].unique(), reverse=True):
         found = {row.context_served: row for row in best[best["loss"] == loss].itertuples()}
-        rows.append((f"{loss:g}", [_map_cell(found.get(context), study, index) for context in contexts]))
+        none = ["not served" if context in reached.get(loss, ()) else "not reached" for context in contexts]
+        cells = [_map_cell(found.get(context), study, index, text) for context, text in zip(contexts, none, strict=True)]
+        rows.append((f"{loss:g}", cells))
     caption = (
         "The cheapest heads for each loss (nats per token, rows) and context served (tokens, columns), with the share of "
         f"{DRAWS:,} draws in which they are, and N*. Kept low: {study.objective.label}."
@@ -107,9 +114,10 @@ def _map(study: Study, index: int) -> Map:
     return Map(f"optimum-t{study.laws.context}", caption, [formatting.context(int(one)) for one in contexts], rows)
 
 
-def _map_cell(row: Any, study: Study, index: int) -> MapCell:
+def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
+    """Of the cheapest heads; `none`: what is said where there are none."""
     if row is None or words.missing(row.n_params) or math.isinf(row.n_params):
-        return MapCell("not reached")
+        return MapCell(none)
     size = words.short(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
     return MapCell(
         words.label(tables.heads_of(row), study.laws.head_dim),

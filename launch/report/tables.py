@@ -10,6 +10,8 @@ import pandas as pd
 
 from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads, posterior
+from gqa_jax.search.roofline import Layout
+from launch import serving_screens
 from launch.report import words
 from launch.report.findings import Findings, Study
 from launch.report.table import Column, Table
@@ -34,6 +36,10 @@ def candidates(study: Study) -> Table:
     def size(row: Any) -> str:
         return words.short(row.n_params) + ("*" if _outside(row) else "")
 
+    def possible(text: Callable[[Any], str], otherwise: str = "") -> Callable[[Any], str]:
+        """Of costs: a size that can't be served has none."""
+        return lambda row: otherwise if math.isinf(row.cost) and math.isfinite(row.n_params) else text(row)
+
     columns = [
         Column("heads", lambda row: words.label(heads_of(row), head_dim), "left"),
         Column("cheapest in", lambda row: words.percent(row.probability)),
@@ -41,9 +47,9 @@ def candidates(study: Study) -> Table:
         Column("size N*", size),
         Column("95%", between("n_params", words.short), "range"),
         Column(f"layers {words.TIMES} width", _layers_by_width),
-        Column(f"{goal.label}{words.unit(goal.unit)}", lambda row: cost(row.cost)),
-        Column("95%", between("cost", cost), "range"),
-        Column("saving", lambda row: "" if heads_of(row) == LLAMA3 else words.tenths(row.saving_vs_llama3)),
+        Column(f"{goal.label}{words.unit(goal.unit)}", possible(lambda row: cost(row.cost), "not served")),
+        Column("95%", possible(between("cost", cost)), "range"),
+        Column("saving", possible(lambda row: "" if heads_of(row) == LLAMA3 else words.tenths(row.saving_vs_llama3))),
     ]
     frame = question.answer.candidates
     notes = [_NOTE]
@@ -57,6 +63,42 @@ def candidates(study: Study) -> Table:
     if question.answer.noise_model:
         caption += f" Ranges are {question.answer.noise_model}."
     return Table.of(frame, columns, f"candidates-t{study.laws.context}", caption, notes)
+
+
+def serving(study: Study) -> Table | None:
+    """How every H is served for the first question of a study; None of costs that are of no device."""
+    question, head_dim = study.questions[0], study.laws.head_dim
+    described = question.answer.objective.get("serving")
+    if not described:
+        return None
+
+    def usd(value: float) -> str:
+        return "" if words.missing(value) else f"${formatting.three(value)}"
+
+    def limit(seconds: float, name: Any) -> str:
+        return "" if words.missing(seconds) else serving_screens.LIMITS[name]
+
+    columns = [
+        Column("heads", lambda row: words.label(heads_of(row), head_dim), "left"),
+        Column("layout", lambda row: "" if words.missing(row.layout) else Layout.parse(row.layout).describe(), "left"),
+        Column("requests at once", lambda row: "" if words.missing(row.batch) else f"{row.batch:,.0f}"),
+        Column("memory", lambda row: "" if words.missing(row.memory_bytes) else formatting.gb(row.memory_bytes)),
+        Column("first token", lambda row: words.seconds(row.ttft)),
+        Column("mostly", lambda row: limit(row.ttft, row.prefill_limit), "left"),
+        Column("generated token", lambda row: words.seconds(row.tpot)),
+        Column("mostly", lambda row: limit(row.tpot, row.decode_limit), "left"),
+        Column("a request", lambda row: words.seconds(row.request_seconds)),
+        Column("a million input tokens", lambda row: usd(row.usd_per_million_input)),
+        Column("a million output tokens", lambda row: usd(row.usd_per_million_output)),
+    ]
+    notes = [f"Of the peaks are reached: {words.ended(serving_screens.efficiency(described['efficiency']))}"]
+    if described["usd_per_hour"] is not None:
+        notes.append(f"Price: {described['price']}.")
+    if described["n_devices"] > 1:
+        columns.append(Column("added by shared key/value heads", lambda row: words.tenths(row.replication)))
+        notes.append("Shared key/value heads: what it adds to the cost that several devices hold the same ones.")
+    caption = f"How each is served on {described['n_devices']} {described['device']}, at the size of the table above."
+    return Table.of(question.answer.candidates, columns, f"serving-t{study.laws.context}", caption, notes)
 
 
 def _outside(row: Any) -> bool:

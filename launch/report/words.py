@@ -11,6 +11,9 @@ import pandas as pd
 from gqa_jax import formatting
 from gqa_jax.formatting import three
 from gqa_jax.laws import Heads
+from gqa_jax.search.roofline import Layout
+from launch import serving_screens
+from launch.serving_screens import LIMITS
 
 MINUS, TIMES = "\u2212", "\u00d7"  # signs that look like a hyphen and an x
 NAMES = (" sextillion", " quintillion", " quadrillion", " trillion", " billion", " million", " thousand")
@@ -114,6 +117,34 @@ def heads(one: Heads, head_dim: float = 64) -> str:
 def label(one: Heads, head_dim: float = 64) -> str:
     """(8,1); (d/64,8) for Llama-3's rule."""
     return str(one).replace("d/d_h", f"d/{head_dim:g}")
+
+
+def seconds(value: float) -> str:
+    """12.3 ms, 3.21 s; empty where not known."""
+    return "" if missing(value) else serving_screens.seconds(value)
+
+
+def served(row: Any, serving: dict[str, Any]) -> list[str]:
+    """How a model is served, in sentences; of none that can't be.
+
+    row: with the columns `gqa_jax.search.optimum.SERVED`; serving: `gqa_jax.search.roofline.Serving.describe()`.
+    """
+    if missing(row.layout):
+        return []
+    layout, price = Layout.parse(row.layout).describe(), serving["usd_per_hour"]
+    on = f"{serving['n_devices']} {serving['device']}{f' ({layout})' if layout else ''}"
+    others = "; prompts are read on others" if serving["disaggregated"] else ""
+    said = [f"Served on {on}, {counted(int(row.batch), 'request')} at once{others}."]
+    if not missing(row.ttft):
+        cost = "" if price is None else f"; a million input tokens cost ${three(row.usd_per_million_input)}"
+        said.append(f"The first token comes after {seconds(row.ttft)} (mostly {LIMITS[row.prefill_limit]}){cost}.")
+    if not missing(row.tpot):
+        cost = "" if price is None else f"; a million output tokens cost ${three(row.usd_per_million_output)}"
+        said.append(f"Each generated token takes {seconds(row.tpot)} (a step is mostly {LIMITS[row.decode_limit]}){cost}.")
+    said.append(f"Efficiencies: {ended(serving['efficiency']['source'])}")
+    if price is not None:
+        said.append(f"Price: ${price:,.2f} an hour and device, {serving['price']}.")
+    return said
 
 
 def missing(value: Any) -> bool:

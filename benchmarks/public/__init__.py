@@ -1,0 +1,1 @@
+"""Public measurements of other people's software, and the shapes that they are of."""
