@@ -506,7 +506,7 @@ def _what_fits(config: TrainConfig, device_kind: str, n_devices: int) -> str:
     model = dataclasses.replace(config.model, remat=None)
     anyhow = dataclasses.replace(config, mesh=None, accumulation_steps=None, context_attention=None, model=model)
     tried = planner.Execution.of(config)
-    for estimate in planner.choose(anyhow, chip, n_devices):
+    for estimate in planner.choose(anyhow, hardware.on_this_machine(chip, os.environ), n_devices):
         if estimate.fits and (other := estimate.execution) != tried:
             return (
                 f"mesh={other.mesh}, model.remat={other.remat}, accumulation_steps={other.accumulation_steps}, "
