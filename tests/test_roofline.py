@@ -814,3 +814,12 @@ class TestRefused:
 
     def test_a_chip_of_your_own_may_have_any_number_of_links(self):
         assert Serving(UNIT, 64).decode_step(SMALL, KEYS, Layout(8, 8, 1), 8).exchange > 0
+
+
+def test_head_sizes_may_be_an_array_too():
+    sizes = np.array([64.0, 128.0, 64.0])
+    serving = Serving("h200", batch=2, cache_dtype="int8")
+    many = serving.load(dataclasses.replace(LLAMA, head_dim=sizes), 8192)
+    for i, size in enumerate((64, 128, 64)):
+        one = serving.load(dataclasses.replace(LLAMA, head_dim=size), 8192)
+        assert (many.ttft[i], many.tpot[i], many.memory[i]) == pytest.approx((one.ttft, one.tpot, one.memory))

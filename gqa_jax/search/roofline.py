@@ -506,7 +506,7 @@ class Serving:
     ) -> Phase:
         """Seconds of FLOPs, bytes, bytes exchanged and seconds of collectives, of the busiest device."""
         chip, reached = self.chip, self.efficiency
-        shares = chip.attention_shares(shape.head_dim)[0]
+        shares = _attention_shares(chip, shape.head_dim)
         attention_flops = chip.peak(self.cache_dtype) if reached.bound else reached.attention * shares * chip.peak_flops
         if self.n_devices == 1:
             exchange = np.zeros_like(weights)
@@ -715,6 +715,13 @@ def _plain_layout(parallelism: str | Layout) -> Any:
     if isinstance(parallelism, str):
         return parallelism
     return np.stack(np.broadcast_arrays(*parallelism), -1).tolist()
+
+
+def _attention_shares(chip: Chip, head_dim: Any) -> Any:
+    """Of the peak that attention of a prompt reaches at head sizes; arrays too."""
+    if np.ndim(head_dim) == 0:
+        return chip.attention_shares(head_dim)[0]
+    return np.vectorize(lambda size: chip.attention_shares(size)[0], otypes=[float])(head_dim)
 
 
 def _nothing(shape: HasShape, context: Any) -> Phase:
