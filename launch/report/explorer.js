@@ -319,7 +319,11 @@ export function search(model, query) {
   }
 
   const baseCost = baseline === null ? NaN : cost(pointParams(model, query.loss, baseline), baseline);
-  const tooLarge = baseCost === Infinity && Number.isFinite(pointParams(model, query.loss, baseline)); // for the limit
+  let tooLarge = baseCost === Infinity && Number.isFinite(pointParams(model, query.loss, baseline)); // for the limit, or a server
+  if (Number.isNaN(baseCost) && baseline !== null && Number.isNaN(pointParams(model, query.loss, baseline))) {
+    const ofSize = costs[baseline].filter((_, s) => Number.isFinite(params[baseline][s]));
+    tooLarge = ofSize.filter((one) => Number.isFinite(one)).length < 0.5 * ofSize.length; // no law of its own: in most draws
+  }
   const baseCosts = baseline === null || tooLarge ? null : costs[baseline];
   const rows = [];
   for (let h = 0; h < candidates; h++) {
