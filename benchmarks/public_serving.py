@@ -32,8 +32,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import optimize
 
+from benchmarks.public import comparison
+from benchmarks.public.comparison import Errors, every_other, markdown
 from benchmarks.public.devices import DEVICES
 from benchmarks.public.models import MODELS
 from gqa_jax.hardware import Efficiency
@@ -245,50 +246,22 @@ class Table(NamedTuple):
 
 def halves(device_class: str) -> tuple[list[Case], list[Case]]:
     """What efficiencies are fitted on, and the rest: of each group, kind and width of operands every other case."""
-    seen, found = {}, ([], [])
-    for case in cases():
-        if case.fitted and case.device_class == device_class:
-            key = (case.group, case.kind, case.bits)
-            found[seen.get(key, 0) % 2].append(case)
-            seen[key] = seen.get(key, 0) + 1
-    return found
+    of_class = (case for case in cases() if case.fitted and case.device_class == device_class)
+    return every_other(of_class, lambda case: (case.group, case.kind, case.bits))
 
 
 def fit(given: list[Case], names: tuple[str, ...], rule: Callable = summed) -> Fitted:
-    """Efficiencies `names` that come closest: least squares of logarithms, soft from 10% on, all kinds weighing alike."""
+    """Efficiencies `names` that come closest (`comparison.fit`), all kinds weighing alike."""
     table = Table.of(given)
     kinds, index, counts = np.unique(table.kinds, return_inverse=True, return_counts=True)
     weights = np.sqrt(len(given) / len(kinds) / counts[index])
-    start, low, high = np.log([FREE[name] for name in names]).T
-
-    def of(free: np.ndarray) -> Fitted:
-        return Fitted(**dict(zip(names, map(float, np.exp(free)), strict=True)))
-
-    found = optimize.least_squares(
-        lambda free: weights * np.log(table.ratios(of(free), rule)), start, bounds=(low, high), loss="soft_l1", f_scale=0.1
-    )
-    return of(found.x)
+    return Fitted(**comparison.fit(names, FREE, lambda numbers: table.ratios(Fitted(**numbers), rule), weights))
 
 
 @functools.cache
 def fitted(device_class: str) -> Fitted:
     """The defaults of `gqa_jax.hardware`: fitted on the first half, two digits."""
     return fit(halves(device_class)[0], OF_CLASS[device_class]).rounded()
-
-
-class Errors(NamedTuple):
-    """How far expectations are off, as factors of at least 1."""
-
-    count: int
-    median: float
-    percentile_95: float
-    largest: float
-    ratio: float  # median of expected over measured
-
-    @classmethod
-    def of(cls, ratios: np.ndarray) -> Errors:
-        off = np.exp(np.abs(np.log(ratios)))
-        return cls(len(off), float(np.median(off)), float(np.quantile(off, 0.95)), float(off.max()), float(np.median(ratios)))
 
 
 def errors(given: list[Case], found: Fitted, rule: Callable = summed) -> dict[str, Errors]:
@@ -340,13 +313,6 @@ def expected(case: Case) -> float:
     return float(Table.of([case]).ratios(fitted(case.device_class))[0])
 
 
-def _markdown(header: str, lines: list[tuple]) -> str:
-    columns = header.split(" | ")
-    return "\n".join(
-        ["| " + header + " |", "|" + "---|" * len(columns), *("| " + " | ".join(map(str, line)) + " |" for line in lines)]
-    )
-
-
 def bound_table() -> str:
     lines = []
     for kind in KINDS:
@@ -359,7 +325,7 @@ def bound_table() -> str:
                 ", ".join(f"{case.bound / case.seconds:.2f} (row {case.row}, {case.chip})" for case in nearest),
             )
         )  # fmt: skip
-    return _markdown("kind | measurements | faster than the bound | bound / measured, median | nearest", lines)
+    return markdown("kind | measurements | faster than the bound | bound / measured, median | nearest", lines)
 
 
 def efficiencies_table() -> str:
@@ -367,7 +333,7 @@ def efficiencies_table() -> str:
     for name in Fitted._fields:
         values = [getattr(fitted(kind), name) for kind in OF_CLASS]
         lines.append((LABELS[name], *(_number(name, value, kind) for value, kind in zip(values, OF_CLASS, strict=True))))
-    return _markdown("share of | GPU | TPU", lines)
+    return markdown("share of | GPU | TPU", lines)
 
 
 LABELS = {
@@ -400,8 +366,8 @@ def errors_table() -> str:
         seen, other, back = errors(first, found), errors(second, found), errors(first, exchanged)
         for kind in other:
             both = pooled(kind, (second, found), (first, exchanged))
-            lines.append((device_class.upper(), kind, *(_errors(each) for each in (seen[kind], other[kind], back[kind], both))))
-    return _markdown(
+            lines.append((device_class.upper(), kind, seen[kind], other[kind], back[kind], both))
+    return markdown(
         "class | kind | first half, fitted | **second half** | first half, fitted on the second | all, each by the other half",
         lines,
     )
@@ -411,10 +377,6 @@ def pooled(kind: str, *pairs: tuple[list[Case], Fitted]) -> Errors:
     """Of a kind, over several lists of cases, each with efficiencies of its own."""
     ratios = [Table.of(given).ratios(found)[[case.kind == kind for case in given]] for given, found in pairs]
     return Errors.of(np.concatenate(ratios))
-
-
-def _errors(found: Errors) -> str:
-    return f"{found.count}: {found.median - 1:.1%}, x {found.percentile_95:.2f}"
 
 
 def variants() -> dict[str, tuple[tuple[str, ...], Callable]]:
@@ -433,8 +395,8 @@ def rules_table() -> str:
     lines = []
     for label, (names, rule) in variants().items():
         found = errors(second, fit(first, names, rule).rounded(), rule)
-        lines.append((label, *(_errors(found[kind]) for kind in KINDS)))
-    return _markdown("GPU, second half | " + " | ".join(KINDS), lines)
+        lines.append((label, *(found[kind] for kind in KINDS)))
+    return markdown("GPU, second half | " + " | ".join(KINDS), lines)
 
 
 def groups_table() -> str:
@@ -457,7 +419,7 @@ def groups_table() -> str:
                 f"{ratios.min():.2f} to {ratios.max():.2f}",
             )
         )
-    return _markdown("group | engine | published | measurements | expected / measured, median | from, to", lines)
+    return markdown("group | engine | published | measurements | expected / measured, median | from, to", lines)
 
 
 def misses_table() -> str:
@@ -468,7 +430,7 @@ def misses_table() -> str:
         if case.fitted and max(ratio, 1 / ratio) > MISSED:
             why = _ungrouped(case) if case.row in UNGROUPED else WHY.get(case.row, "not known")
             lines.append((case.row, case.group, _what(frame.loc[case.row]), case.kind, f"{ratio:.2f}", why))
-    return _markdown("row | group | what | kind | expected / measured | why", lines)
+    return markdown("row | group | what | kind | expected / measured | why", lines)
 
 
 def _ungrouped(case: Case) -> str:
@@ -494,7 +456,7 @@ def unfitted_table() -> str:
         for case in cases()
         if not case.fitted
     ]
-    return _markdown("row | group | what | bound / measured | expected / measured | why", lines)
+    return markdown("row | group | what | bound / measured | expected / measured | why", lines)
 
 
 def _reason(row) -> str:
@@ -517,7 +479,7 @@ def rows_table(classes) -> str:
                     f"{case.seconds * expected(case):.4g}", f"{case.bound:.4g}", f"{expected(case):.2f}",
                 )
             )  # fmt: skip
-    return _markdown("row | group | what | kind | requests | seconds | expected | bound | expected / measured", lines)
+    return markdown("row | group | what | kind | requests | seconds | expected | bound | expected / measured", lines)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import optimize
 
+from benchmarks.public import comparison
+from benchmarks.public.comparison import Errors, every_other, markdown
 from benchmarks.public.training_models import DEVICES, JOINED, KERNELS, MODELS, Model
 from gqa_jax.hardware import Chip
 
@@ -219,49 +220,19 @@ def ratios(given: list[Case], fitted: Fitted) -> np.ndarray:
 
 def halves(device_class: str) -> tuple[list[Case], list[Case]]:
     """Rows of a class that are fitted: every other one of each group, chip and width."""
-    found, seen = ([], []), {}
-    for case in cases():
-        if case.fitted and case.device_class == device_class:
-            key = (case.group, case.chip, case.bits)
-            found[seen.get(key, 0) % 2].append(case)
-            seen[key] = seen.get(key, 0) + 1
-    return found
+    of_class = (case for case in cases() if case.fitted and case.device_class == device_class)
+    return every_other(of_class, lambda case: (case.group, case.chip, case.bits))
 
 
 def fit(given: list[Case], names: tuple[str, ...]) -> Fitted:
-    """Efficiencies `names` that come closest: least squares of logarithms, soft from 10% on."""
-    start, low, high = np.log([FREE[name] for name in names]).T
-
-    def of(free: np.ndarray) -> Fitted:
-        return Fitted(**dict(zip(names, map(float, np.exp(free)), strict=True)))
-
-    found = optimize.least_squares(
-        lambda free: np.log(ratios(given, of(free))), start, bounds=(low, high), loss="soft_l1", f_scale=0.1
-    )
-    return of(found.x)
+    """Efficiencies `names` that come closest (`comparison.fit`)."""
+    return Fitted(**comparison.fit(names, FREE, lambda numbers: ratios(given, Fitted(**numbers))))
 
 
 @functools.cache
 def fitted(device_class: str) -> Fitted:
     """On the first half, two digits."""
     return fit(halves(device_class)[0], OF_CLASS[device_class]).rounded()
-
-
-class Errors(NamedTuple):
-    """How far expectations are off, as factors of at least 1."""
-
-    count: int
-    median: float
-    percentile_95: float
-    largest: float
-
-    @classmethod
-    def of(cls, found: np.ndarray) -> Errors:
-        off = np.exp(np.abs(np.log(found)))
-        return cls(len(off), float(np.median(off)), float(np.quantile(off, 0.95)), float(off.max()))
-
-    def __str__(self) -> str:
-        return f"{self.count}: {self.median - 1:.1%}, x {self.percentile_95:.2f}"
 
 
 def utilisation(device_class: str, bits: int = 16, **where) -> np.ndarray:
@@ -304,13 +275,6 @@ def tables() -> dict[str, str]:
     }
 
 
-def _markdown(header: str, lines: list[tuple]) -> str:
-    columns = header.split(" | ")
-    return "\n".join(
-        ["| " + header + " |", "|" + "---|" * len(columns), *("| " + " | ".join(map(str, line)) + " |" for line in lines)]
-    )
-
-
 def bound_table() -> str:
     lines = []
     for label, bits, device_class in (("GPU, 16 bits", 16, "gpu"), ("GPU, 8 bits", 8, "gpu"), ("TPU, 16 bits", 16, "tpu")):
@@ -323,7 +287,7 @@ def bound_table() -> str:
                 ", ".join(f"{case.bound / case.seconds:.2f} (row {case.row}, {case.chip})" for case in nearest),
             )
         )  # fmt: skip
-    return _markdown("class | rows | faster than the bound | bound / measured, median | nearest", lines)
+    return markdown("class | rows | faster than the bound | bound / measured, median | nearest", lines)
 
 
 def utilisation_table() -> str:
@@ -341,7 +305,7 @@ def utilisation_table() -> str:
             add("GPU, 8 bits", utilisation(device_class, bits=8))
             for group in ("torchtitan", "megatron-bridge"):
                 add(f"{group}, 8 bits", utilisation(device_class, bits=8, group=group))
-    return _markdown("rows of | rows | share of the peak, median | quartiles", lines)
+    return markdown("rows of | rows | share of the peak, median | quartiles", lines)
 
 
 LABELS = {
@@ -360,7 +324,7 @@ def efficiencies_table() -> str:
         if name == "matmul_8":
             values[1] = "none measured"
         lines.append((label, *values))
-    return _markdown("share of | GPU | TPU", lines)
+    return markdown("share of | GPU | TPU", lines)
 
 
 def errors_table() -> str:
@@ -371,7 +335,7 @@ def errors_table() -> str:
         both = np.concatenate([ratios(second, found), ratios(first, back)])
         each = (ratios(first, found), ratios(second, found), ratios(first, back), both)
         lines.append((device_class.upper(), *map(Errors.of, each)))
-    return _markdown(
+    return markdown(
         "class | first half, fitted | **second half** | first half, fitted on the second | all, each by the other half", lines
     )
 
@@ -393,7 +357,7 @@ def variants_table() -> str:
     for label, names in VARIANTS.items():
         found = [Errors.of(ratios(halves(kind)[1], fit(halves(kind)[0], names[kind]).rounded())) for kind in OF_CLASS]
         lines.append((label, *found))
-    return _markdown("second half | GPU | TPU", lines)
+    return markdown("second half | GPU | TPU", lines)
 
 
 def groups_table() -> str:
@@ -405,7 +369,7 @@ def groups_table() -> str:
                 found = np.array([ratio for case in given for ratio in ratios([case], fitted(case.device_class))])
                 label = f"{np.median(found):.2f} | {found.min():.2f} to {found.max():.2f}"
                 lines.append((group, ", ".join(dict.fromkeys(case.chip for case in given)), bits, len(given), label))
-    return _markdown("group | chips | bits | rows | expected / measured, median | from, to", lines)
+    return markdown("group | chips | bits | rows | expected / measured, median | from, to", lines)
 
 
 def _what(row) -> str:
@@ -424,7 +388,7 @@ def misses_table() -> str:
         else:
             continue
         lines.append((case.row, case.group, _what(frame.loc[case.row]), case.bits, f"{ratio:.2f}", why))
-    return _markdown("row | group | what | bits | expected / measured | why", lines)
+    return markdown("row | group | what | bits | expected / measured | why", lines)
 
 
 def _why(case: Case, row) -> str:
@@ -453,7 +417,7 @@ def rows_table() -> str:
             )
         )  # fmt: skip
     header = "row | group | what | bits | tokens/s of a device | expected | bound | expected / measured, seconds | MFU"
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 if __name__ == "__main__":

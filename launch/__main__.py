@@ -167,13 +167,11 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
     if fits is not None:
         table = prices.load(arguments.prices)
         frame = plan.on_slices(frame, fits, table, arguments.efficiency)
-    if arguments.out:
-        plan.write(frame, arguments.out)
-    if arguments.format == "csv":
-        print(frame.to_csv(index=False), end="")
-    elif arguments.format == "json":
-        print(frame.to_json(orient="records", indent=1))
-    elif fits is not None:
+    for name in sorted({cell.config.data.store for cell in chosen if cell.data_fingerprint is None}):
+        print(f"launch: token store {name} is not prepared yet: the names of its cells will change", file=sys.stderr)
+    if _as_data(arguments, frame):
+        return EXIT_DONE
+    if fits is not None:
         console.print(*plan.slices_screen(frame, f"{the.grid.name}: {len(chosen)} cells"))
         console.print(plan.hours_are(fits, arguments.efficiency), soft_wrap=True)
         if (memory := plan.memory_is(fits)) is not None:
@@ -186,8 +184,6 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
             console.print(f"time: training FLOPs at {si(rate)}FLOP/s ({source}), one cell after another")
         else:
             console.print("time: not known before a cell has finished here; --flops_per_second X estimates it")
-    for name in sorted({cell.config.data.store for cell in chosen if cell.data_fingerprint is None}):
-        print(f"launch: token store {name} is not prepared yet: the names of its cells will change", file=sys.stderr)
     return EXIT_DONE
 
 
@@ -200,16 +196,23 @@ def _explain(arguments, chosen: list[Cell], console: Console) -> int:
     where = [hardware.find(name) for name in dict.fromkeys(arguments.topology.split(","))]
     fits = [fit.estimate(cell, one) for cell in chosen for one in where]
     frame = plan.explanation(fits)
+    if not _as_data(arguments, frame):
+        console.print(*plan.explanation_screen(fits))
+        console.print(plan.hours_are(fits, None), soft_wrap=True)
+    return EXIT_DONE
+
+
+def _as_data(arguments, frame) -> bool:
+    """Writes a plan's table to --out, and prints it as --format asks; False where a screen is asked for."""
+    from launch import plan
+
     if arguments.out:
         plan.write(frame, arguments.out)
     if arguments.format == "csv":
         print(frame.to_csv(index=False), end="")
     elif arguments.format == "json":
         print(frame.to_json(orient="records", indent=1))
-    else:
-        console.print(*plan.explanation_screen(fits))
-        console.print(plan.hours_are(fits, None), soft_wrap=True)
-    return EXIT_DONE
+    return arguments.format != "table"
 
 
 def _begun(the: Choice, layout: Layout) -> Choice:

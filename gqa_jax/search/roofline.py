@@ -160,9 +160,10 @@ class Phase(NamedTuple):
 
     @property
     def limit(self) -> Any:
-        """What most of it goes to: matmul, attention, weights, cache, exchange or layers; empty where it is no number."""
+        """What most of it goes to: matmul, attention, weights, cache, exchange or layers; empty of no time, or no number."""
         parts = np.stack(np.broadcast_arrays(*self[:-1]))
-        return np.where(np.isfinite(self.seconds), np.array(self._fields[:-1])[np.argmax(parts, axis=0)], "")[()]
+        taken = np.isfinite(self.seconds) & (np.asarray(self.seconds) > 0)
+        return np.where(taken, np.array(self._fields[:-1])[np.argmax(parts, axis=0)], "")[()]
 
 
 class Load(NamedTuple):
@@ -275,7 +276,7 @@ class Serving:
             if batch not in (FITS, BEST):
                 raise ValueError(f"batch {batch!r}: a number of requests, {FITS} (the most that memory holds) or {BEST}")
             return
-        if isinstance(batch, bool) or not (batch == int(batch) if 1 <= batch < math.inf else False):
+        if isinstance(batch, bool) or not (1 <= batch < math.inf and batch == int(batch)):
             raise ValueError(f"batch = {batch}: must be a whole number of requests, at least 1, or {FITS}, or {BEST}")
         if isinstance(self.parallelism, Layout) and np.any(np.asarray(self.parallelism.sequences) > batch):
             raise ValueError(
@@ -343,13 +344,11 @@ class Serving:
 
     def request_seconds(self, shape: HasShape, context: Any) -> Any:
         """From the start of the prefill of a request to its last token; infinite where it can't be served."""
-        load = self.load(shape, context, "latency")
-        return np.where(load.possible | np.isnan(load.request), load.request, np.inf)[()]
+        return _cost(self.load(shape, context, "latency"), "latency")
 
     def seconds_per_token(self, shape: HasShape, context: Any) -> Any:
         """Device-seconds per token of a request, prompt and generated alike; infinite where it can't be served."""
-        load = self.load(shape, context)
-        return np.where(load.possible | np.isnan(load.token_seconds), load.token_seconds, np.inf)[()]
+        return _cost(self.load(shape, context), "price")
 
     def throughput(self, shape: HasShape, context: Any) -> Any:
         """Tokens of requests, prompt and generated alike, per second and device; 0 where it can't be served."""
@@ -416,14 +415,12 @@ class Serving:
             "convention": dataclasses.asdict(costs.CONVENTIONS[CONVENTION]),
         }
 
-    # One layout.
-
     def _load(self, shape: HasShape, context: Any, layout: Layout, by: str, batch: Any = None) -> Load:
         context = np.asarray(context, np.float64)[()]
         prompt, generated = (1 - self.decode_share) * context, self.decode_share * context
         prefill = self.prefill(shape, prompt, layout) if self.decode_share < 1 else _nothing(shape, context)
-        given, (batch, room) = batch, self._slots(shape, context, layout, by, prefill.seconds)
-        batch = batch if given is None else given
+        if batch is None:
+            batch = self._slots(shape, context, layout, by, prefill.seconds)
         decode = self.decode_step(shape, (1 - self.decode_share / 2) * context, layout, batch)
         rounds = batch / layout.sequences  # of prefills, while each request generates its tokens
         first, step = prefill.seconds, decode.seconds if self.decode_share > 0 else np.zeros_like(decode.seconds)
@@ -438,7 +435,7 @@ class Serving:
             [
                 ~self._divides(shape, layout),
                 np.asarray(layout.sequences) > batch,
-                ~(memory <= self.chip.server_bytes) | (room < 1),
+                ~(memory <= self.chip.server_bytes),
                 np.asarray(False if self.ttft is None else first > self.ttft),
                 np.asarray(False if self.tpot is None else per_token > self.tpot),
             ],
@@ -487,7 +484,7 @@ class Serving:
         keys = np.asarray(keys, np.float64)[()]
         t, p, c = (np.asarray(x, np.float64) for x in layout)
         part = self._parts(shape, t)
-        n, layers, d, own = self.n_devices, shape.n_layers, shape.d_model, _up(batch / p)
+        n, layers, d, own = self.n_devices, shape.n_layers, shape.d_model, np.ceil(batch / p)
         exchanged = 2 * _ACTIVATION * (_lacking(n, d * batch) + _lacking(t * c, d * own))
         exchanged = exchanged + _lacking(c, own * shape.n_heads / t * (2 * _ACTIVATION * shape.head_dim + _SUM))
         seconds = self._collective(t * c) + self._collective(n) + self._collective(c)
@@ -541,7 +538,7 @@ class Serving:
         part = self._parts(shape, t)
         head = 2.0 if self.untied else 1.0
         held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=head)
-        return held + _times(_up(batch / p), self._cache(shape, part, np.asarray(context, np.float64)) / c)
+        return held + _times(np.ceil(batch / p), self._cache(shape, part, np.asarray(context, np.float64)) / c)
 
     def _room(self, shape: HasShape, context: Any, layout: Layout) -> Any:
         """The most requests that fit; whole numbers."""
@@ -550,18 +547,17 @@ class Serving:
             one = self._memory(shape, context, layout, np.asarray(layout.sequences, np.float64)) - empty
             return np.fmax(0.0, np.floor((self.chip.server_bytes - empty) / one)) * layout.sequences
 
-    def _slots(self, shape: HasShape, context: Any, layout: Layout, by: str, prefill: Any) -> tuple[Any, Any]:
-        """Requests served at once, at least one for each group of sequences; and how many fit."""
-        room = self._room(shape, context, layout)
+    def _slots(self, shape: HasShape, context: Any, layout: Layout, by: str, prefill: Any) -> Any:
+        """Requests served at once; where their number is open at least one for each group of sequences, if it fits or not."""
         if not isinstance(self.batch, str):
-            return float(self.batch), np.where(np.isnan(room), np.nan, np.maximum(room, 1))
+            return float(self.batch)
         least = np.asarray(layout.sequences, np.float64)
-        most = np.maximum(room, least)
+        most = np.maximum(self._room(shape, context, layout), least)
         if self.batch == BEST and by == "latency":
             most = np.broadcast_to(least, np.shape(most))
         elif self.batch == BEST and self.tpot is not None:
             most = least * self._within(shape, context, layout, prefill, most / least)
-        return np.asarray(most, np.float64)[()], room
+        return np.asarray(most, np.float64)[()]
 
     def _within(self, shape: HasShape, context: Any, layout: Layout, prefill: Any, rounds: Any) -> Any:
         """The most sequences of a group, up to `rounds`, with which a token takes no more than `tpot`; at least 1."""
@@ -643,8 +639,6 @@ def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "
         plural = "s" if shape.n_heads > 1 else ""
         count = f"{_number(shape.n_heads)} query head{plural}"
         return f"{_number(load.layout.heads)} devices can't share {count}: {_nearest(serving, shape)}"
-    if kind == "batch":
-        return f"{_number(load.batch)} requests can't be divided over {_number(load.layout.sequences)} devices"
     if kind == "memory":
         most = _number(serving.largest_batch(shape, context))
         count = "" if isinstance(serving.batch, str) else f" with {_number(load.batch)} requests ({most} fit)"
@@ -733,7 +727,7 @@ def _nothing(shape: HasShape, context: Any) -> Phase:
 def _cost(load: Load, by: str) -> Any:
     """What is minimised; infinite where it can't be, NaN for NaN."""
     value = load.request if by == "latency" else load.token_seconds
-    return np.where(load.possible | np.isnan(value), value, np.inf)
+    return np.where(load.possible | np.isnan(value), value, np.inf)[()]
 
 
 def _best(loads: list[Load], by: str) -> np.ndarray:
@@ -778,10 +772,6 @@ def _lacking(over: Any, value: Any) -> Any:
 def _times(count: Any, value: Any) -> Any:
     """Their product; 0 where the count is, also of a value that is infinite."""
     return count * np.where(np.equal(count, 0), 0.0, value)[()]
-
-
-def _up(value: Any) -> Any:
-    return np.ceil(value)
 
 
 def _divisors(n: int) -> list[int]:

@@ -126,9 +126,8 @@ function load(shape, model, serving, context, layout, by) {
   const memory = (batch) => memoryBytes(parts, serving, layout, context, batch);
 
   let { batch } = serving;
-  let room = 1;
   if (typeof batch !== "number") {
-    room = Math.max(0, Math.floor((serving.memory_bytes - memory(0)) / (memory(p) - memory(0)))) * p;
+    const room = Math.max(0, Math.floor((serving.memory_bytes - memory(0)) / (memory(p) - memory(0)))) * p;
     const most = Math.max(room, p);
     if (batch === "best" && by === "latency") batch = p;
     else if (batch === "best" && tpot !== null) batch = p * mostWithin(most / p, (own) => step(own * p).seconds + between(own) <= tpot);
@@ -142,7 +141,7 @@ function load(shape, model, serving, context, layout, by) {
   const obstacle = [
     !divides(shape, layout),
     p > batch,
-    !(held <= serving.memory_bytes) || room < 1,
+    !(held <= serving.memory_bytes),
     ttft !== null && first > ttft,
     tpot !== null && perToken > tpot,
   ].indexOf(true);
