@@ -823,3 +823,8 @@ def test_head_sizes_may_be_an_array_too():
     for i, size in enumerate((64, 128, 64)):
         one = serving.load(dataclasses.replace(LLAMA, head_dim=size), 8192)
         assert (many.ttft[i], many.tpot[i], many.memory[i]) == pytest.approx((one.ttft, one.tpot, one.memory))
+
+
+def test_a_phase_that_there_is_not_is_limited_by_nothing():
+    assert Serving("h200", batch=1, decode_share=1).load(LLAMA, 8192).prefill.limit == ""
+    assert Serving("h200", batch=1, decode_share=0.5).load(LLAMA, 8192).prefill.limit == "matmul"

@@ -69,6 +69,20 @@ def test_nothing_of_the_front_is_both_dearer_and_slower_than_another(paper):
             assert ((found["usd_per_million"] <= usd) & (found["request_seconds"] <= seconds)).any()
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_for_a_number_of_requests_the_cheapest_is_the_fastest(paper, batch):
+    cheap, fast = (
+        optimum.optimum_map(paper, [LOSS], [T], goal(Serving("h100", 8, batch=batch)), draws=0).iloc[0]
+        for goal in (objectives.Price, objectives.Latency)
+    )
+    assert cheap["request_seconds"] == pytest.approx(fast["request_seconds"])
+
+
+def test_prices_of_several_vendors_are_said(paper):
+    assert compare(paper, LOSS, T, goals("h200", "v6e", batch=1), draws=0).vendors is None
+    assert "--prices lambda" in compare(paper, LOSS, T, goals("b200", "h100", batch=1), draws=0).vendors
+
+
 def test_limits_of_time_hold_on_the_front(paper):
     (goal,) = goals("h200", tpot=0.01)
     assert front(paper, LOSS, T, [goal.serving])["tpot"].max() <= 0.01

@@ -81,36 +81,29 @@ def compare(
 def front(
     laws: Mapping[Heads, PowerLaw], loss: float, context_served: int, servings: Sequence[Serving], **options: Any
 ) -> pd.DataFrame:
-    """Money against time: for every device and number of requests (powers of two) the cheapest and the fastest heads.
+    """Money against time: for every device and number of requests (powers of two) the cheapest heads by the fitted laws.
 
-    By the fitted laws, in the layout that is the cheapest or the fastest for them. Only those of which none costs less and
-    takes less time per request; columns FRONT, fastest first. Time limits of the servings hold. Devices without a price are
-    left out.
+    For a number of requests these are the fastest too: a replica is paid for as long as it takes. Only those of which none
+    costs less and takes less time per request; columns FRONT, fastest first. Time limits of the servings hold. Devices without
+    a price are left out.
     """
     options = {name: value for name, value in options.items() if name in ("aspect", "memory_limit")}
     found = []
     for serving in servings:
         batch = 1
         while serving.has_price and batch <= _LARGEST_BATCH:
-            ways = _ways(dataclasses.replace(serving, batch=batch)) if _allowed(serving, batch) else []
-            for goal in ways:
+            if _allowed(serving, batch):
+                goal = objectives.Price(dataclasses.replace(serving, batch=batch))
                 best = optimum.optimum_map(laws, [loss], [context_served], goal, draws=0, **options).iloc[0]
                 if not np.isfinite(best["cost"]):
-                    batch = _LARGEST_BATCH  # with more requests memory and time only grow
-                    break
-                about = {"device": serving.chip.name, "n_devices": serving.n_devices, "usd_per_million": _usd(best, serving)}
+                    break  # with more requests memory and time only grow
+                about = {"device": serving.chip.name, "n_devices": serving.n_devices, "usd_per_million": best["cost"]}
                 found.append({name: best[name] for name in FRONT if name in best.index} | about)
             batch *= 2
     frame = pd.DataFrame(found).reindex(columns=list(FRONT))
     frame = frame.sort_values(["request_seconds", "usd_per_million"], kind="stable", ignore_index=True)
     cheaper = frame["usd_per_million"] < frame["usd_per_million"].cummin().shift(fill_value=np.inf)
     return frame[cheaper].reset_index(drop=True)
-
-
-def _ways(serving: Serving) -> list[Objective]:
-    """By money and, where layouts differ, by time."""
-    ways: list[Objective] = [objectives.Price(serving), objectives.Latency(serving)]
-    return ways if serving.n_devices > 1 else ways[:1]
 
 
 def _allowed(serving: Serving, batch: int) -> bool:
