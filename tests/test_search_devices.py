@@ -10,7 +10,6 @@ from gqa_jax.hardware import CHIPS
 from gqa_jax.search import objectives, optimum
 from gqa_jax.search.devices import compare, front
 from gqa_jax.search.roofline import Layout, Serving
-from launch import serving_screens
 from launch.__main__ import main
 
 LOSS, T = 2.615, 131_072
@@ -128,6 +127,3 @@ class TestScreens:
         argv = ["report", "--preset", "paper", "--cost", "price", "--device", "h200,v6e"]
         assert main(argv) == 2
         assert "--device h200,v6e: one device here" in capsys.readouterr().err
-
-    def test_a_time_has_three_digits(self):
-        assert [serving_screens.seconds(x) for x in (0.00198, 0.0998, 0.5, 96.6)] == ["1.98 ms", "99.8 ms", "0.500 s", "96.6 s"]
