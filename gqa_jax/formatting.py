@@ -57,9 +57,9 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def times(ratio: float) -> str:
-    """How many times: 1.8x, 12x, 1,230x."""
-    return f"{ratio:.2g}x" if ratio < 9.95 else f"{ratio:,.0f}x"
+def times(factor: float) -> str:
+    """How many times as large: 1.2x, 81x, 1,100x."""
+    return f"{figure(factor)}x"
 
 
 def alike(values: Sequence[float]) -> list[str]:
