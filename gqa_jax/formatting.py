@@ -37,11 +37,13 @@ def si(value: float) -> str:
 
 
 def size(n_params: float) -> str:
-    """A number of parameters: 2.08B; <1k and >10T outside MODELS; empty where not known."""
+    """A number of parameters, three digits: 2.00B; <1k and >10T outside MODELS; empty where not known."""
     least, most = MODELS
     if math.isnan(n_params):
         return ""
-    return f"<{short(least)}" if n_params < least else f">{short(most)}" if n_params > most else short(n_params)
+    if n_params < least:
+        return f"<{short(least)}"
+    return f">{short(most)}" if n_params > most else scaled(n_params, COUNT, three)
 
 
 def three(value: float) -> str:
@@ -147,18 +149,18 @@ def seconds(value: float) -> str:
 
 def usd(value: float) -> str:
     """US dollars, three digits: $0.0449, $1,230, $130k."""
-    return f"${short(value)}" if value >= 1e5 else f"${three(value)}"
+    return f"${scaled(value, SI, three)}" if value >= 1e5 else f"${three(value)}"
 
 
 def amount(value: float, unit: str) -> str:
-    """A cost: dollars, seconds and bytes with their sign, others with a letter for their size; empty where not known."""
+    """A cost, three digits: dollars, seconds, bytes with their sign, others with a letter for their size; empty: not known."""
     if not math.isfinite(value):
         return ""
-    return {"US dollars": usd, "seconds": seconds, "bytes": _bytes}.get(unit, si)(value)
-
-
-def _bytes(value: float) -> str:
-    return scaled(value, [f" {letter}B" for letter in SI], "{:.3g}".format) if value >= 999.5 else f"{value:.3g} B"
+    if unit in ("US dollars", "seconds"):
+        return usd(value) if unit == "US dollars" else seconds(value)
+    if unit != "bytes":
+        return scaled(value, SI, three)
+    return scaled(value, [f" {letter}B" for letter in SI], three) if value >= 999.5 else f"{three(value)} B"
 
 
 def context(tokens: int) -> str:

@@ -568,9 +568,9 @@ def _print_others(the: Choice, layout: Layout, console: Console) -> None:
 
 
 def _write_answer(layout: Layout, console: Console, asked: str | None, allow_confounded: bool = False) -> None:
-    from launch import answer  # brings scipy and matplotlib: a second that the other commands need not wait
+    from launch import export  # brings scipy and matplotlib: a second that the other commands need not wait
 
-    answer.write(layout, console, asked, allow_confounded)
+    export.write(layout, console, asked, allow_confounded)
 
 
 def _write_plan(the: Choice, layout: Layout) -> None:

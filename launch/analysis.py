@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import read_context
 from gqa_jax.hardware import Price
 from launch import rules
+from launch.tables import FORMATS
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
 CONFOUNDED = "laws also where heads of a size saw neither equal tokens nor equal tokens per parameter; every answer says so"
@@ -21,6 +23,7 @@ TABLES = (".csv", ".parquet")
 TABLE_OPTIONS = ("columns", "units", "context_trained", "heads_rule")
 UNITS = ("nats", "bits", "perplexity")
 PRESETS = ("paper", "paper-table4")
+_FORMAT = "of the answer: csv and json have all numbers as they are, the others the tables of the screen (default: table)"
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -48,7 +51,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--free_entropy", action="store_true", help="an E per head configuration instead of one for all")
     command.add_argument("--entropy", type=float, metavar="E", help="E, given instead of fitted, nats per token")
     command.add_argument("--huber_delta", type=float, metavar="D", help="residuals beyond D nats count linearly")
-    command.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    command.add_argument("--format", choices=FORMATS, default="table", help=_FORMAT)
 
     command = add("optimum", _optimum, "the cheapest size and heads for a loss and a served context, and how sure that is")
     command.add_argument("--context", type=_tokens, required=True, metavar="T", help="tokens served, like 131072 or 128K")
@@ -67,7 +70,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="of the draws (default: posterior, which allows for shared noise and bends)",
     )
     command.add_argument("--conventions", action="store_true", help="also what the answer would be in every convention of Z")
-    command.add_argument("--format", choices=("table", "json"), default="table")
+    command.add_argument("--format", choices=FORMATS, default="table", help=_FORMAT)
     command.epilog = (
         "example: python -m launch optimum --preset paper --context 131072 --loss 2.615. Memory only: --cost memory; FLOPs "
         "only: --cost flops; on a device: --cost latency --device h200 --batch 8"
@@ -79,6 +82,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--budget", type=float, required=True, metavar="FLOPS", help="of training, for all of them")
     _add_context(command)
     add_objective(command)
+    command.add_argument("--aspect", metavar="RATIO", help="d / L of the models, as for optimum (default: best)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws and simulated losses (default: 0)")
     command.add_argument("--out", metavar="FILE", help="the grid file that is written (default: GRID-next.py beside GRID)")
 
@@ -121,9 +125,9 @@ def is_table(arguments: argparse.Namespace) -> bool:
 
 def export_table(arguments: argparse.Namespace, console: Console) -> int:
     """`export` of a table of runs."""
-    from launch import answer
+    from launch import export
 
-    answer.write_of_table(_source(arguments), console)
+    export.write_of_table(_source(arguments), console)
     return 0
 
 
@@ -257,22 +261,32 @@ def _add_context(command: argparse.ArgumentParser) -> None:
 
 
 def _add_aspect(command: argparse.ArgumentParser) -> None:
-    summary = "d / L of the models: paper (its tables), or a number like 64 (default: as between the sizes that were trained)"
-    command.add_argument("--aspect", metavar="RATIO", help=summary)
+    group = command.add_argument_group("which models")
+    group.add_argument(
+        "--aspect", metavar="RATIO", help="d / L, width over layers: best (default: the cheapest of every draw, from half to "
+        "twice the runs' own, with what it costs in loss), trained (as the runs), paper (its tables), or a number like 64",
+    )  # fmt: skip
+    group.add_argument(
+        "--heads", nargs="+", type=_heads, metavar="H", help="only these, like 8,1 4,1 llama3 (default: all that have a law)"
+    )
 
 
-def _aspect(text: str | None):
-    """The aspect ratio that was asked for; None: the laws' own."""
-    from gqa_jax.shapes import Aspect, paper_aspect
+def _heads(text: str):
+    """8,1; d,8 or llama3 for as many query heads as fill the width and 8 key/value heads; mha, group:4, kv:8."""
+    from gqa_jax.laws import LLAMA3, Heads
+    from gqa_jax.laws.heads import rule
 
-    if text is None:
-        return None
-    if text == "paper":
-        return paper_aspect()
     try:
-        return Aspect.constant(float(text))
+        if text == "llama3":
+            return LLAMA3
+        if ":" in text or text == "mha":
+            return rule(text)
+        query, kv = text.strip("()").split(",")
+        return Heads(None if query in ("d", "d/d_h") else int(query), int(kv))
     except ValueError:
-        raise ConfigError(f"--aspect {text}: give paper, or the ratio d / L as a number above 0, like 64") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no heads: give query and key/value heads like 8,1, or llama3, mha, group:4, kv:8"
+        ) from None
 
 
 def _tokens(text: str) -> int:
@@ -301,7 +315,7 @@ def _source(arguments: argparse.Namespace):
 
 
 def _fit(arguments: argparse.Namespace, console: Console) -> int:
-    from launch import answer, studies
+    from launch import grid_tables, studies
 
     source = _source(arguments)
     options = {}
@@ -317,17 +331,20 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
     fits.at(arguments.train_context)
     import pandas as pd
 
-    tables = [answer.fit_table(one) for one in chosen]
+    tables = [grid_tables.fit_table(one) for one in chosen]
     if arguments.format == "csv":
         print(pd.concat(tables, ignore_index=True).to_csv(index=False), end="")
     elif arguments.format == "json":
         print(pd.concat(tables, ignore_index=True).to_json(orient="records", indent=1))
+    elif arguments.format != "table":
+        laws = [grid_tables.laws_of(one, table) for one, table in zip(chosen, tables, strict=True)]
+        print("\n".join(one.text(arguments.format) for one in laws), end="")
     else:
         for one, table in zip(chosen, tables, strict=True):
             if one.laws.source:
                 console.print(one.laws.source, highlight=False)
-            answer.print_laws(one, table, console)
-            answer.print_checks(one, console)
+            grid_tables.print_laws(one, table, console)
+            grid_tables.print_checks(one, console)
         for context, why in fits.unfitted.items():
             console.print(f"trained at T = {context:,}: no fit: {why}", highlight=False)
     return 0
@@ -336,10 +353,13 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
 def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     from gqa_jax.search import devices as devices_of
     from gqa_jax.search import optimum
+    from gqa_jax.search.answer import records
     from gqa_jax.search.roofline import Serving
-    from launch import answer, studies
+    from launch import answers, studies
 
     source = _source(arguments)
+    if arguments.conventions and arguments.format == "csv":
+        raise ConfigError("--format csv has one table: leave out --conventions, or take another format")
     named = devices(arguments)
     goals = [objective(arguments, source.convention, name) for name in named or [None]]
     one = studies.fit(source).at(arguments.train_context)
@@ -348,28 +368,58 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         own = {name: getattr(arguments, name) for name in ("n_devices", "batch", "param_dtype", "cache_dtype")}
         limit = Serving(arguments.fits, **{name: value for name, value in own.items() if value is not None})
     convention = arguments.convention or source.convention
-    how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": _aspect(arguments.aspect)}
+    how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
     question = one.laws, arguments.loss, arguments.context
     if len(goals) > 1:
         return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console)
     found = optimum.search(*question, goals[0], **limits, **how)
+    other = None
+    if arguments.conventions:
+        other = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
     if arguments.format == "json":
         about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
-        print(json.dumps(about | found.to_dict(), indent=1, allow_nan=False))
+        more = {} if other is None else {"conventions": records(other)}
+        print(json.dumps(about | found.to_dict() | more, indent=1, allow_nan=False))
         return 0
-    others = "" if source.laws is not None else f", laws of runs trained at {one.context:,} tokens"
-    console.print(f"{source.name}{others}", highlight=False)
-    answer.print_answer(found, one, console)
-    if arguments.conventions:
-        frame = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
-        console.print(answer.conventions_screen(frame))
+    also = [_of_runs(source, one), *([] if limit is None else [_within(limit)])]
+    sensitivity = [] if other is None else [answers.conventions(other)]
+    if arguments.format == "table":
+        answers.print_answer(found, one, console, also)
+        for table in sensitivity:
+            console.print(table)
+        return 0
+    tables = [*answers.tables(found, one.laws), *sensitivity]
+    _print_as(arguments.format, answers.headline(found, one.laws, also), tables)
     return 0
 
 
+def _of_runs(source, one) -> str:
+    """Whose laws they are."""
+    if source.laws is not None:
+        return f"laws of the preset {source.name}"
+    return f"laws of the runs of {source.name} that were trained at {one.context:,} tokens"
+
+
+def _within(limit) -> str:
+    from gqa_jax import formatting
+
+    room = formatting.gb(limit.chip.server_bytes)
+    return f"within the {room} that a server fills of each of {limit.n_devices} x {limit.chip.name}"
+
+
+def _print_as(form: str, headline: str, tables) -> None:
+    """An answer as a document, or its first table as data."""
+    if form == "csv":
+        print(tables[0].text(form), end="")
+        return
+    said = {"markdown": headline, "latex": f"% {headline}", "html": f"<p>{html.escape(headline, quote=False)}</p>"}[form]
+    print("\n\n".join([said, *(one.text(form).rstrip() for one in tables)]))
+
+
 def _compare(arguments: argparse.Namespace, source, one, found, console: Console) -> int:
-    from gqa_jax.search.optimum import records
-    from launch import serving_screens
+    from gqa_jax.search.answer import records
+    from launch import device_tables
 
     if arguments.conventions:
         raise ConfigError("--conventions is for one device: leave it out, or name one")
@@ -378,8 +428,10 @@ def _compare(arguments: argparse.Namespace, source, one, found, console: Console
         by_device = {name: each.to_dict() for name, each in found.answers.items()}
         tables = {"devices": records(found.table), "front": records(found.front)}
         print(json.dumps(about | tables | {"answers": by_device}, indent=1, allow_nan=False))
-        return 0
-    serving_screens.print_comparison(found, one, console)
+    elif arguments.format == "table":
+        device_tables.print_comparison(found, one, console)
+    else:
+        _print_as(arguments.format, device_tables.headline(found, one), device_tables.tables(found))
     return 0
 
 
@@ -394,7 +446,13 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
 
     source = _source(arguments)
     found = findings.of(
-        source, arguments.loss, arguments.context, objective(arguments, source.convention), console, _aspect(arguments.aspect)
+        source,
+        arguments.loss,
+        arguments.context,
+        objective(arguments, source.convention),
+        console,
+        arguments.aspect,
+        arguments.heads,
     )
     path = report.write(findings.layout(source), found)
     console.print(f"{path}", highlight=False, soft_wrap=True)

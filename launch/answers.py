@@ -50,7 +50,9 @@ def headline(answer: Answer, laws: Mapping[Heads, PowerLaw], also: Sequence[str]
 
 def _what(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> str:
     """Heads, shape, size, and how sure: without the full stop."""
-    model = f"{answer.heads}, {in_words(answer.heads, _head_dim(laws))}, in {layers(answer)} ({size(answer.n_params)} parameters)"
+    model = (
+        f"{answer.heads}, {in_words(answer.heads, _head_dim(laws))}, in {layers(answer)} ({size(answer.n_params)} parameters)"
+    )
     among = f"the cheapest of the {answer.n_candidates}"
     if answer.n_candidates == 1:
         sure = "the only heads that are compared"
@@ -76,10 +78,8 @@ def _against(answer: Answer) -> str:
 def baseline_words(answer: Answer) -> str:
     """Which model an answer is compared with: one that was measured, or what its law says at the loss asked for."""
     base = answer.baseline
-    shape = f"{base.n_layers:.0f} x {base.d_model:.0f}"
-    if base.measured:
-        return f"the measured model {shape} with {base.label} (loss {base.loss:.4f})"
-    return f"{base.label} in {shape}, by the law"
+    model = f"{base.label} in {base.n_layers:.0f} layers x {base.d_model:.0f}"
+    return f"the measured model of {model} (loss {base.loss:.4f})" if base.measured else f"{model}, by the law"
 
 
 def layers(row: Any) -> str:
@@ -111,7 +111,9 @@ def assumptions(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> list[str]:
     training = goal.get("training") if goal["cost"] == "lifetime" else goal if goal["cost"] == "train" else None
     if training is not None:
         tokens = training["tokens"]
-        each = f"{training['tokens_per_param']:g} tokens per parameter" if tokens is None else f"{formatting.short(tokens)} tokens"
+        each = (
+            f"{training['tokens_per_param']:g} tokens per parameter" if tokens is None else f"{formatting.short(tokens)} tokens"
+        )
         mfu = goal.get("training_mfu")
         found.append(f"trained on {each}{'' if mfu is None else f' at {mfu:.0%} of the peak'}")
     found.append(_shape(answer))
@@ -122,14 +124,14 @@ def assumptions(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> list[str]:
 
 def _cost(goal: Mapping[str, Any]) -> str:
     if goal["cost"] == "z":
-        weights = f"{goal['lam']:g} M^{_fraction(goal['alpha'])} + {1 - goal['lam']:.3g} C^{_fraction(goal['beta'])}"
+        weights = f"{goal['lam']:g} M^{_power(goal['alpha'])} + {1 - goal['lam']:.3g} C^{_power(goal['beta'])}"
         return f"cost Z = {weights} of memory M and FLOPs C"
     return f"cost is the {goal['label']}"
 
 
-def _fraction(exponent: float) -> str:
-    """1/3 of .3333; other numbers as they are."""
-    return next((f"1/{n}" for n in (2, 3, 4) if abs(exponent - 1 / n) < 1e-12), f"{exponent:g}")
+def _power(exponent: float) -> str:
+    """(1/3) of .3333; other numbers as they are."""
+    return next((f"(1/{n})" for n in (2, 3, 4) if abs(exponent - 1 / n) < 1e-12), f"{exponent:g}")
 
 
 def _counted(goal: Mapping[str, Any]) -> list[str]:
@@ -187,9 +189,8 @@ def candidates(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> Table:
         Column("against\nbase", lambda row: "" if row.role == "baseline" else saving(row.saving), rank=3),
         Column("N* against\ntrained sizes", _outside, "left", 6),
     ]
-    caption = (
-        f"Heads for a loss of {answer.loss:g} at {answer.context_served:,} tokens of context"
-        + ("" if np.isnan(answer.expected_regret) else ", least expected regret first")
+    caption = f"Heads for a loss of {answer.loss:g} at {answer.context_served:,} tokens of context" + (
+        "" if np.isnan(answer.expected_regret) else ", least expected regret first"
     )
     return Table.of(
         frame, columns, "candidates", caption, [*_without(frame), *_legend(answer, laws)],
@@ -224,7 +225,8 @@ def _cost_cell(answer: Answer) -> Callable[[float], str]:
 
 
 def _cost_between(row: Any, cost: Callable[[float], str]) -> str:
-    return formatting.interval(row.cost_low, row.cost_high, cost, anything="any cost")
+    """Nothing where no draw changes the cost."""
+    return "" if row.cost_low == row.cost_high else formatting.interval(row.cost_low, row.cost_high, cost, anything="any cost")
 
 
 def _shape_cell(row: Any) -> str:
@@ -261,10 +263,12 @@ def _legend(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> list[str]:
         found.append(f"base: {baseline_words(answer)}")
     found.append("N*: parameters without embeddings that reach the loss by the law of these heads")
     if answer.noise_model:
-        words = f"95%, probability: {answer.noise_model}" if np.isnan(answer.far) else f"95%: {answer.noise_model}"
+        words = f"95%: of {answer.noise_model.removeprefix('95% of ')}"
         if not np.isnan(answer.price_of_doubt):
             words += f", {answer.price_of_doubt:.1f} times as wide as for a power law alone"
-        found += [words, "expected regret: what the choice costs above the cheapest, on average over these draws"]
+        if np.isnan(answer.far):
+            words += "; probability: the share of these draws in which they are the cheapest"
+        found.append(f"{words}; expected regret: what they cost above the cheapest, on average")
     return found
 
 
@@ -279,7 +283,7 @@ def worth(answer: Answer) -> Table | None:
     ]
     for what, key in ((f"{answer.heads} alone, in its trained shape", "heads"), ("shape alone, heads of the base", "shape")):
         if not np.isnan(value := answer.worth[key]) and not (key == "heads" and other.heads == answer.heads):
-            rows.append({"change": what, "saving": value})
+            rows.append({"change": what, "cost": answer.baseline.cost * (1 - value), "saving": value})
     frame = pd.DataFrame(rows).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
     if not (np.isnan(answer.far) and np.isnan(other.far)):
         frame["probability"] = np.nan
@@ -293,10 +297,11 @@ def worth(answer: Answer) -> Table | None:
         Column("cheapest\n(prob.)", lambda row: _known(row.probability, probability), rank=2, name="probability"),
         Column("against\nbase", lambda row: saving(row.saving), rank=0),
     ]
-    low, high = (f"{one:.3g}" for one in answer.shape.k_interval)
+    shape = answer.shape
+    between = formatting.interval(*shape.k_interval, "{:.2g}".format)
     notes = [
-        f"a model whose d/L is r has (1 + k ln^2(r / {answer.shape.r0:.0f})) times the loss of its law, k = {answer.shape.k:.3g} "
-        f"({low} to {high}): {answer.shape.source}"
+        f"shapes: a model of d/L = r has 1 + k ln^2(r / {shape.r0:.0f}) times the loss of its law, k = {shape.k:.2g} ({between}): "
+        f"{shape.source}"
     ]
     return Table.of(frame, columns, "worth", "What heads are worth, and what shape is", notes, elsewhere="--format json")
 
@@ -352,7 +357,8 @@ def print_answer(found: Answer, one: Fitted, console: Console, also: Sequence[st
     """One question's answer: in words, its tables, how it is served, warnings. `also`: of `headline`."""
     print_headline(headline(found, one.laws, also), console)
     if one.laws.source:
-        console.print(escape(one.laws.source), "", highlight=False)
+        console.print(escape(one.laws.source), highlight=False)
+        console.print()
     for table in tables(found, one.laws):
         console.print(table, "")
     for sentence in serving_screens.said(found):

@@ -26,8 +26,8 @@ def headline(found: Comparison, one: Fitted) -> str:
     answer = found.answers[first["device"]]
     most = "fastest" if answer.objective["unit"] == "seconds" else "cheapest"
     cost = amount(answer.cost, answer.objective["unit"])
-    begin = f"Of {len(found.table)} devices, {first['n_devices']} x {first['device']} is the {most} ({answer.objective['label']} {cost}). "
-    return begin + answers.headline(answer, one.laws)
+    where = f"Of {len(found.table)} devices, {first['n_devices']} x {first['device']} is the {most}"
+    return f"{where} ({answer.objective['label']} {cost}). {answers.headline(answer, one.laws)}"
 
 
 def on_devices(found: Comparison) -> Table:

@@ -21,7 +21,7 @@ from gqa_jax.formatting import probability, regret, si
 from gqa_jax.laws import Heads
 from gqa_jax.search import next_runs, optimum
 from gqa_jax.search.next_runs import Candidate, Choice, Question
-from launch import answer, grid, rules, state, studies
+from launch import grid, rules, state, studies
 from launch.grid import Cell
 from launch.studies import Fitted, Source
 
@@ -59,9 +59,9 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
         raise ConfigError(f"nothing can be told yet: {why}. Cells that would make a fit possible: {_first(cells, source)}")
     one = fits.at(arguments.train_context)
     goal = objective(arguments, source.convention)
-    today = optimum.search(one.laws, arguments.loss, arguments.context, goal, seed=arguments.seed)
+    today = optimum.search(one.laws, arguments.loss, arguments.context, goal, aspect=arguments.aspect, seed=arguments.seed)
     possible = candidates(one, cells, source)
-    questions = [Question(arguments.loss, arguments.context, goal)]
+    questions = [Question(arguments.loss, arguments.context, goal, aspect=arguments.aspect)]
     choice = next_runs.choose(
         one.laws, questions, possible.candidates, arguments.budget, pending=possible.pending, seed=arguments.seed
     )
@@ -71,7 +71,7 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
         highlight=False,
     )
     console.print(
-        f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {answer.heads_text(*today.heads)}, its "
+        f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {today.heads}, its "
         f"expected regret is {regret(choice.regret_now)}, the cheapest with a probability of "
         f"{probability(choice.probability_now)}",
         highlight=False,

@@ -14,14 +14,16 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table as Screen
 from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMATS = ("table", "csv", "json", "markdown", "latex", "html")
 GAP = 2  # blanks between columns of a terminal
@@ -263,6 +265,7 @@ class Table:
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain Python values; None where one is missing or infinite."""
+    import pandas as pd  # of a frame, so it is there; command lines without one need not wait for it
 
     def plain(value: Any) -> Any:
         if isinstance(value, list | tuple):
