@@ -148,8 +148,8 @@ def seconds(value: float) -> str:
 
 
 def usd(value: float) -> str:
-    """US dollars, three digits: $0.0449, $1,230, $130k."""
-    return f"${scaled(value, SI, three)}" if value >= 1e5 else f"${three(value)}"
+    """US dollars, three digits: $0.0449, $1,230, $78.5k."""
+    return f"${scaled(value, SI, three)}" if value >= 9999.5 else f"${three(value)}"
 
 
 def amount(value: float, unit: str) -> str:

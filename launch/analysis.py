@@ -371,8 +371,9 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
     question = one.laws, arguments.loss, arguments.context
+    also = [_of_runs(source, one), *([] if limit is None else [_within(limit)])]
     if len(goals) > 1:
-        return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console)
+        return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console, also)
     found = optimum.search(*question, goals[0], **limits, **how)
     other = None
     if arguments.conventions:
@@ -382,7 +383,6 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         more = {} if other is None else {"conventions": records(other)}
         print(json.dumps(about | found.to_dict() | more, indent=1, allow_nan=False))
         return 0
-    also = [_of_runs(source, one), *([] if limit is None else [_within(limit)])]
     sensitivity = [] if other is None else [answers.conventions(other)]
     if arguments.format == "table":
         answers.print_answer(found, one, console, also)
@@ -417,7 +417,7 @@ def _print_as(form: str, headline: str, tables) -> None:
     print("\n\n".join([said, *(one.text(form).rstrip() for one in tables)]))
 
 
-def _compare(arguments: argparse.Namespace, source, one, found, console: Console) -> int:
+def _compare(arguments: argparse.Namespace, source, one, found, console: Console, also: list[str]) -> int:
     from gqa_jax.search.answer import records
     from launch import device_tables
 
@@ -429,9 +429,9 @@ def _compare(arguments: argparse.Namespace, source, one, found, console: Console
         tables = {"devices": records(found.table), "front": records(found.front)}
         print(json.dumps(about | tables | {"answers": by_device}, indent=1, allow_nan=False))
     elif arguments.format == "table":
-        device_tables.print_comparison(found, one, console)
+        device_tables.print_comparison(found, one, console, also)
     else:
-        _print_as(arguments.format, device_tables.headline(found, one), device_tables.tables(found))
+        _print_as(arguments.format, device_tables.headline(found, one, also), device_tables.tables(found))
     return 0
 
 

@@ -69,10 +69,10 @@ def _against(answer: Answer) -> str:
     """What it saves against the baseline, with the full stop."""
     if answer.baseline is None or np.isnan(answer.saving):
         return "."
-    between = saving_between(*answer.saving_interval)
-    told = saving(answer.saving)
-    than = "as" if told == "the same" else "than"
-    return f", {told}{f' ({between})' if between else ''} {than} {baseline_words(answer)}."
+    between, told = saving_between(*answer.saving_interval), saving(answer.saving)
+    if told == "the same":
+        return f", and as much as {baseline_words(answer)}."
+    return f", {told}{f' ({between})' if between else ''} than {baseline_words(answer)}."
 
 
 def baseline_words(answer: Answer) -> str:
@@ -201,12 +201,13 @@ def candidates(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> Table:
 def candidates_frame(answer: Answer) -> pd.DataFrame:
     """`Answer.candidates` and the baseline: role (answer, candidate or baseline) and the columns of the candidates.
 
-    Without probabilities where the answer is `far`.
+    Without probabilities where the answer is `far`; without shape, probability and regret where a row has no cost.
     """
     frame = answer.candidates.copy()
     frame.insert(0, "role", ["answer", *["candidate"] * (len(frame) - 1)])
     if not np.isnan(answer.far):
         frame["probability"] = np.nan
+    frame.loc[~np.isfinite(frame["cost"]), ["n_layers", "d_model", "ratio", "probability", "expected_regret"]] = np.nan
     if (base := answer.baseline) is None:
         return frame
     low, high = base.cost_interval
@@ -249,8 +250,8 @@ def _without(frame: pd.DataFrame) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for row in frame.itertuples():
         if not np.isfinite(row.cost) and not pd.isna(row.note):
-            reasons.setdefault(row.note, []).append(grid_tables.heads_text(row))
-    return [f"{', '.join(heads)}: {why}" for why, heads in reasons.items()]
+            reasons.setdefault(row.note, []).append("base" if row.role == "baseline" else grid_tables.heads_text(row))
+    return [f"{', '.join(rows)}: {why}" for why, rows in reasons.items()]
 
 
 def _legend(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> list[str]:
@@ -300,8 +301,8 @@ def worth(answer: Answer) -> Table | None:
     shape = answer.shape
     between = formatting.interval(*shape.k_interval, "{:.2g}".format)
     notes = [
-        f"shapes: a model of d/L = r has 1 + k ln^2(r / {shape.r0:.0f}) times the loss of its law, k = {shape.k:.2g} ({between}): "
-        f"{shape.source}"
+        f"shapes: a model of d/L = r has 1 + k ln^2(r / {shape.r0:.0f}) times the loss of its law, "
+        f"k = {shape.k:.2g} ({between}): {shape.source}"
     ]
     return Table.of(frame, columns, "worth", "What heads are worth, and what shape is", notes, elsewhere="--format json")
 

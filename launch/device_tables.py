@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -20,14 +20,14 @@ from launch.studies import Fitted
 from launch.tables import Column, Table
 
 
-def headline(found: Comparison, one: Fitted) -> str:
-    """Which device is the cheapest, or the fastest, and the answer on it."""
+def headline(found: Comparison, one: Fitted, also: Sequence[str] = ()) -> str:
+    """Which device is the cheapest, or the fastest, and the answer on it; `also`: of `answers.headline`."""
     first = found.table.iloc[0]
     answer = found.answers[first["device"]]
     most = "fastest" if answer.objective["unit"] == "seconds" else "cheapest"
     cost = amount(answer.cost, answer.objective["unit"])
     where = f"Of {len(found.table)} devices, {first['n_devices']} x {first['device']} is the {most}"
-    return f"{where} ({answer.objective['label']} {cost}). {answers.headline(answer, one.laws)}"
+    return f"{where} ({answer.objective['label']} {cost}). {answers.headline(answer, one.laws, also)}"
 
 
 def on_devices(found: Comparison) -> Table:
@@ -78,9 +78,9 @@ def tables(found: Comparison) -> list[Table]:
     return [on_devices(found), *([money_and_time(found)] if len(found.front) else [])]
 
 
-def print_comparison(found: Comparison, one: Fitted, console: Console) -> None:
-    """The answer, its tables, prices, what costs rest on, warnings."""
-    answers.print_headline(headline(found, one), console)
+def print_comparison(found: Comparison, one: Fitted, console: Console, also: Sequence[str] = ()) -> None:
+    """The answer, its tables, prices, what costs rest on, warnings; `also`: of `headline`."""
+    answers.print_headline(headline(found, one, also), console)
     for table in tables(found):
         console.print(table, "")
     for row in found.table.to_dict("records"):

@@ -72,6 +72,7 @@ def write_of_table(source: Source, console: Console) -> None:
         console.print(f"context {context}: no fit: {why}")
     for one in fits.fitted:
         grid_tables.print_laws(one, tables[0][tables[0]["context"] == one.context], console)
+    console.print()
     console.print(grid_tables.optimum_map(tables[1], source.convention), "")
     console.print(f"tables in {layout.tables}, pictures in {layout.figures}", highlight=False, soft_wrap=True)
 
@@ -129,6 +130,7 @@ def _print(
     grid_tables.print_losses(source.loss, differences, console)
     for one in sorted(fits.fitted, key=lambda one: one.context):
         grid_tables.print_laws(one, tables[0][tables[0]["context"] == one.context], console)
+    console.print()
     console.print(grid_tables.optimum_map(tables[1], source.convention), "")
 
 

@@ -12,9 +12,10 @@ from rich.markup import escape
 
 from gqa_jax import formatting
 from gqa_jax.formatting import size
-from gqa_jax.laws import Heads, planning, posterior, validation
+from gqa_jax.laws import Heads, LawsByHeads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import optimum
+from gqa_jax.search.optimum import FAR
 from launch import studies
 from launch.studies import Fitted
 from launch.tables import Column, Table
@@ -47,13 +48,26 @@ def _rules_of(one: Fitted) -> str | None:
 
 
 def map_table(one: Fitted) -> pd.DataFrame:
-    """Every H for every loss and served context: `gqa_jax.search.optimum.optimum_map`; context and rules of the training."""
+    """Every H for every loss and served context: `gqa_jax.search.optimum.optimum_map`; context and rules of the training.
+
+    A question whose answer is further than FAR times beyond the sizes trained has no probabilities.
+    """
     frame = optimum.optimum_map(one.laws, one.losses, one.contexts_served, convention=one.convention)
+    question = ["loss", "context_served"]
+    guesses = {tuple(row[question]) for _, row in frame[frame["rank"] == 1].iterrows() if _is_guess(one.laws, row)}
+    frame.loc[[key in guesses for key in zip(*(frame[name] for name in question), strict=True)], "probability"] = np.nan
     frame.insert(0, "context", one.context)
     frame.insert(1, "rules", _rules_of(one))
     return frame.sort_values(
         ["context", "loss", "context_served", "rank"], ascending=[True, False, True, True], ignore_index=True
     )
+
+
+def _is_guess(laws: LawsByHeads, row: pd.Series) -> bool:
+    law = laws.get(heads_of(row))
+    if law is None or not len(law.params):
+        return False
+    return not law.params.min() / FAR <= row["n_params"] <= law.params.max() * FAR
 
 
 def print_losses(loss: pd.DataFrame, differences: pd.DataFrame, console: Console) -> None:
@@ -66,6 +80,7 @@ def print_losses(loss: pd.DataFrame, differences: pd.DataFrame, console: Console
 def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
     """The laws of one training context, and what is doubtful about them."""
     laws = one.laws
+    console.print()
     console.print(laws_of(one, table), "")
     if (said := further_size(one)) is not None:
         console.print(said, highlight=False)
@@ -119,6 +134,7 @@ def print_checks(one: Fitted, console: Console) -> None:
     frame, missing = validation.hold_out_all(one.rows)
     said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings]
     if not frame.empty:
+        console.print()
         console.print(held_out(validation.summary(frame)), "")
     for sentence in said:
         console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False)
@@ -228,7 +244,7 @@ def optimum_map(table: pd.DataFrame, convention: str) -> Table:
         f"Heads (query, key/value) of least cost Z by the convention {convention}, the probability that they are the cheapest, "
         "and their size N*"
     )
-    return Table.of(frame, columns, "optimum", caption, ["* N* is outside the trained sizes"], values=table,
+    return Table.of(frame, columns, "optimum", caption, [f"* N* is outside the trained sizes; without a probability: more than {FAR:g} times, a guess"], values=table,
                     elsewhere="tables/optimum.csv")  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def assumed(found: Answer) -> list[str]:
     ]
     given = serving["efficiency"]
     reached = f"{given['matmul']:.0%} of the peak in matrices, {given['cache_bandwidth']:.0%} of the bandwidth for the cache"
-    lines.append(given["source"] if given["bound"] else f"{reached} ({given['source']})")
+    lines.append(given["source"] if given["bound"] else f"{reached}: {given['source']}")
     if found.objective["cost"] in PRICED:
         lines.append(f"${serving['usd_per_hour']:.2f} an hour of a device ({serving['price']})")
     return lines
