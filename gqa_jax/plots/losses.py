@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def loss_vs_cost(
     *,
     cost: Any = "z",
     convention: str | costs.Convention = "figures",
-    aspect: Any = None,
+    aspect: Callable[[Any], Any] | None = None,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -81,8 +81,7 @@ def loss_vs_cost(
       table: loss table of one training context, or a grid folder.
       laws: of `gqa_jax.laws.fit_by_heads`, of the same table; None: they are fitted.
       cost: "z", "flops" or "memory" in the `convention`, or an objective of `gqa_jax.search.objectives`.
-      aspect: d / L along the curves: a function of N, a number, "paper" or "trained"; default: between the runs of each H, so
-        that curves meet them.
+      aspect: d / L along the curves as a function of N; default: between the runs of each H, so that curves meet them.
     Raises:
       ValueError: an unknown cost or convention, no finished run, several training contexts, a law without a run in the table.
     """
@@ -102,7 +101,7 @@ def loss_vs_costs(
     context_served: int,
     *,
     convention: str | costs.Convention = "figures",
-    aspect: Any = None,
+    aspect: Callable[[Any], Any] | None = None,
     title: str = "",
 ) -> np.ndarray:
     """Memory, FLOPs and Z side by side, the whole of Figure 2; returns the three axes. Arguments as of `loss_vs_cost`."""
@@ -126,15 +125,12 @@ def _draw_costs(
     """Runs, curves and bands at their costs; what the legend says, what is to be noted, and what the yellow marks."""
     shared, entries, aspects, curves = run_table.shared_sem(table), [], {}, {}
     bars, bands = False, False
-    if aspect is not None:
-        aspect, words = cost_axes.shape_rule(laws, aspect)
-    else:
-        words = "shapes: as between the runs of each curve"
+    words = f"shapes: $d/L$ as {'between the runs of each curve' if aspect is None else 'given'}"
     for heads, law in laws.items():
         look, rows = style.head_look(heads), _rows(table, heads)
         sizes = np.geomspace(law.params.min() / _MARGIN, law.params.max() * _MARGIN, 100)
         head_dim, vocab_size = run_table.only(rows, "head_dim", HEAD_DIM), run_table.only(rows, "vocab_size", VOCAB_SIZE)
-        aspects[heads] = aspect or cost_axes.smooth(_aspect_between(rows))
+        aspects[heads] = cost_axes.smooth(aspect or _aspect_between(rows))
         shapes = solve_shape(sizes, heads, aspects[heads], head_dim, vocab_size, getattr(laws, "size_convention", "exact"))
         x, y = cost(shapes, context), law.predict(sizes)
         style.curve(ax, x, y, look)
@@ -153,7 +149,7 @@ def _draw_costs(
             inside = (y >= start - (end - start) / 4) & (y <= end + (end - start) / 4)
             if inside.any():
                 style.halo(ax, x[inside], y[inside])
-                marks = cost_axes.ANSWER if hasattr(laws, "band") else "least cost"
+                marks = "least expected regret" if hasattr(laws, "band") else "least cost"
     sure = style.sure(laws, run_table.shared_error(table), bars=bars, bands=bands)
     return entries, list(filter(None, (words, sure))), marks
 

@@ -127,8 +127,12 @@ def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", note: str = "", 
       note: explains, in small print above the axes, in lines as long as the figure is wide.
       cheaper: "x" or "y": that axis is a cost, which is less towards its beginning.
     """
-    ax.set_xlabel(_CHEAPER + xlabel if cheaper == "x" else xlabel, fontsize=TEXT, color=INK, loc="left" if cheaper == "x" else None)
-    ax.set_ylabel(_CHEAPER + ylabel if cheaper == "y" else ylabel, fontsize=TEXT, color=INK, loc="bottom" if cheaper == "y" else None)
+    ax.set_xlabel(
+        _CHEAPER + xlabel if cheaper == "x" else xlabel, fontsize=TEXT, color=INK, loc="left" if cheaper == "x" else None
+    )
+    ax.set_ylabel(
+        _CHEAPER + ylabel if cheaper == "y" else ylabel, fontsize=TEXT, color=INK, loc="bottom" if cheaper == "y" else None
+    )
     ax.tick_params(labelsize=SMALL, color="0.6", labelcolor=INK, length=3, width=0.7)
     ax.tick_params(which="minor", length=1.8, width=0.5)
     ax.grid(True, which="major", linewidth=0.5, color="0.91")
