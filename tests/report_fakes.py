@@ -84,11 +84,12 @@ def study(
     aspect: Any = None,
     options: dict[str, Any] | None = None,
     points: tuple[list[float], list[int]] | None = None,
+    devices: tuple[str, ...] = ("h100", "v5e"),
 ) -> Study:
     """Laws of a loss table, and their answers: to one question, and where there is `more` to others and in all conventions too.
 
     bent: draws have the bends of `bend`, instead of those that the posterior gives them. points: losses and contexts of the map
-    that the explorer reads; default: the question's and a few, with two devices, which takes a second.
+    that the explorer reads; default: the question's and a few, with two `devices`, which takes a second.
     """
     fitted = laws.fit_by_heads(table)
     points = points or (sorted({2.5, 2.8, 3.0, loss}), sorted({8192, context}))
@@ -108,7 +109,7 @@ def study(
             points[1],
             aspect=aspect,
             options=options,
-            devices=("h100", "v5e"),
+            devices=devices,
         ),
         optimum_map=optimum.optimum_map(fitted, losses, contexts, objective, aspect=aspect) if more else None,
         sensitivity=optimum.convention_sensitivity(fitted, loss, context, aspect=aspect) if more else None,

@@ -229,6 +229,7 @@ def packed(found: AnswerMap, laws: Any) -> dict[str, Any]:
         "contexts": list(found.contexts),
         "below": below_all(laws, found.losses[0]),
         "goals": goals,
+        "halo": style.HALO,
         "largest_regret": formatting.LARGEST_REGRET,
         "far": optimum.FAR,
     }

@@ -66,7 +66,7 @@ function curves(latest, width) {
   const y = (loss) => bottom - ((bottom - top) * (loss - low)) / (high - low);
   const parts = [...costAxis(asked.goal, start, end, x, [left, right, top, bottom], best === null ? 1 : rows[best].cost)];
   for (const tick of evenTicks(low, high)) {
-    parts.push(line(left, y(tick), right, y(tick), 'class="grid"'), text(left - 7, y(tick) + 4, decimals[1].format(tick), 'text-anchor="end"'));
+    parts.push(line(left, y(tick), right, y(tick), 'class="grid"'), text(left - 7, y(tick) + 4, decimals[tick % 0.1 > 1e-6 && tick % 0.1 < 0.1 - 1e-6 ? 2 : 1].format(tick), 'text-anchor="end"'));
   }
   parts.push(text(0, 14, "loss, nats per token", 'class="quiet"'));
   parts.push(line(left, y(asked.loss), right, y(asked.loss), 'class="target"'), text(right, y(asked.loss) - 6, `loss ${asked.loss}`, 'class="quiet" text-anchor="end"'));
@@ -74,6 +74,7 @@ function curves(latest, width) {
     const one = map.heads[h];
     const thick = h === best ? 3.6 : one.is_baseline || h === second ? 2.2 : 1.3;
     const points = lines[h].map(([cost, loss]) => `${px(x(cost))},${px(y(loss))}`).join(" ");
+    if (points && h === best) parts.push(`<polyline points="${points}" fill="none" stroke="${map.halo}" stroke-width="13" stroke-linecap="round"/>`);
     if (points) parts.push(`<polyline points="${points}" fill="none" stroke="${one.color}" stroke-width="${thick}" ${dashes(one, thick)}><title>${escape(one.label)}</title></polyline>`);
   }
   const marked = drawn(latest).filter((h) => (h === best || map.heads[h].is_baseline || h === second) && Number.isFinite(rows[h].cost));
@@ -117,16 +118,16 @@ function costs({ map, asked, result }, width) {
   order.forEach((h, i) => {
     const [one, row] = [map.heads[h], rows[h]];
     const y = top + ROW * (i + 0.5);
-    if (h === best) parts.push(`<rect x="0" y="${px(y - ROW / 2)}" width="${width}" height="${ROW}" class="chosen"/>`);
+    if (h === best) parts.push(`<rect x="0" y="${px(y - ROW / 2)}" width="${width}" height="${ROW}" fill="${map.halo}" fill-opacity="0.55"/>`);
     parts.push(line(0, y, 20, y, `stroke="${one.color}" stroke-width="${h === best ? 3.6 : 2.2}" ${dashes(one, 2)}`));
-    parts.push(text(27, y + 4, one.label, `class="${h === best ? "name best" : ""}"`));
+    parts.push(text(27, y + 4, one.label, `class="${h === best ? "name best row" : ""}"`));
     if (!Number.isFinite(row.cost)) return parts.push(text(left + 6, y + 4, Number.isFinite(row.n_params) ? (row.edge ? "at the edge of what can be served" : "not served so") : "not reached", 'class="quiet"'));
     const [low, high] = row.cost_interval;
     const label = `${one.label}: ${[said(row.cost), span(row.cost_interval, said) && `95%: ${span(row.cost_interval, said)}`, !Number.isNaN(row.probability) && !row.far && `cheapest in ${percent(row.probability)}`].filter(Boolean).join(", ")}`;
     const bar = Number.isNaN(low) ? "" : line(x(low), y, x(high), y, `stroke="${one.color}" stroke-width="5" stroke-opacity="0.4" stroke-linecap="round"`);
     const point = row.cost > end ? `<path d="M${px(right - 5)} ${px(y - 5)} L${px(right + 3)} ${px(y)} L${px(right - 5)} ${px(y + 5)} Z" fill="${one.color}"/>` : `<circle cx="${px(x(row.cost))}" cy="${px(y)}" r="${h === best ? 6 : 4.5}" fill="${h === best ? one.color : "#fff"}" stroke="${one.color}" stroke-width="2"/>`;
     parts.push(`<g>${bar}${point}<title>${escape(label)}</title></g>`);
-    if (beside) parts.push(text(width, y + 4, h === best ? "the answer" : moreText(row.more), `text-anchor="end" class="${h === best ? "name best" : "quiet"}"`));
+    if (beside) parts.push(text(width, y + 4, h === best ? "the answer" : moreText(row.more), `text-anchor="end" class="${h === best ? "name best row" : "quiet"}"`));
   });
   parts.unshift(...costAxis(asked.goal, start, end, x, [left, right, top, bottom], least));
   return svg(width, bottom + 50, parts);

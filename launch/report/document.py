@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from gqa_jax import formatting
 from gqa_jax.search.roofline import Serving
-from launch.report import answer_map, sections
+from gqa_jax.search.shape_rule import BEST
+from launch.report import answer_map, sections, words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
 from launch.report.opening import opening
@@ -47,6 +48,8 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
     goals = [goal for one in maps for goal in one.goals.values()]
     costs = {goal.objective.name: None for goal in goals}
     servings = {goal.device: goal.objective.serving for goal in goals if goal.device is not None}
+    data = {"studies": [_study(study) for study in findings.studies], "command": findings.ask}
+    data |= _shapes(findings.studies[0])
     return environment.get_template("page.html").render(
         findings=findings,
         opening=opening(findings),
@@ -59,7 +62,9 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         costs=[(cost, _CHOICES[cost]) for cost in _CHOICES if cost in costs],
         devices=[(name, _device_text(one)) for name, one in servings.items()],
         style=_inline("style.css"),
-        payload=_json({"studies": [_study(study) for study in findings.studies], "command": findings.ask}),
+        payload=_json(
+            {"studies": [_study(study) for study in findings.studies], "command": findings.ask, **_shapes(findings.studies[0])}
+        ),
         script=Markup("".join(_scripts())),
     )
 
@@ -74,6 +79,13 @@ def _study(study: Study) -> dict[str, Any]:
         "device": goal.device,
     }
     return {"map": answer_map.packed(study.answer_map, study.laws), "first": first, "context_trained": int(study.laws.context)}
+
+
+def _shapes(study: Study) -> dict[str, str]:
+    """How shapes are chosen, and what savings are against, in the explorer: no model that was measured."""
+    rule = study.questions[0].answer.shape.rule
+    against = "by their law, in their own cheapest shape" if rule == BEST else "by their law"
+    return {"shapes": words.rule(rule), "against": against}
 
 
 def _device_text(one: Serving) -> str:

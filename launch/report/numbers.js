@@ -33,20 +33,20 @@ export function moreText(share) {
   return share < 5e-4 ? "<0.1% more" : `${decimals[1].format(100 * share)}% more`;
 }
 
-/** A saving with its direction: 32.0% less, 4.1% more. Empty where not known. */
-export function lessText(saving) {
-  if (Number.isNaN(saving)) return "";
-  if (Math.abs(saving) < 5e-4) return "the same";
-  return saving > 0 ? `${decimals[1].format(100 * saving)}% less` : moreText(-saving);
+const tenths = (share, largest) => (Math.abs(share) >= largest ? `>${100 * largest}%` : `${decimals[1].format(100 * Math.abs(share))}%`);
+
+/** A saving with its direction: 32.0% less, 4.1% more. Empty where not known; `largest`: what is beyond it is not told apart. */
+export function savingText(share, largest) {
+  if (Number.isNaN(share)) return "";
+  return Math.abs(share) < 5e-4 ? "the same" : `${tenths(share, largest)} ${share > 0 ? "less" : "more"}`;
 }
 
-/** The interval of a saving: 28.6% to 34.9% less. */
-export function betweenText(interval) {
-  if (interval.some(Number.isNaN)) return "";
-  const [low, high] = interval.map(lessText);
-  if (low.endsWith("% less") && high.endsWith("% less")) return `${low.slice(0, -5)} to ${high}`;
-  if (low.endsWith("% more") && high.endsWith("% more")) return `${high.slice(0, -5)} to ${low}`;
-  return `${low} to ${high}`;
+/** The interval of a saving, of which the saving before it says whether it is less or more: 28.6% to 34.9%. */
+export function savingBetween([low, high], largest) {
+  if (Number.isNaN(low) || Number.isNaN(high)) return "";
+  if (low >= 0) return `${tenths(low, largest)} to ${tenths(high, largest)}`;
+  if (high <= 0) return `${tenths(high, largest)} to ${tenths(low, largest)}`;
+  return `${savingText(low, largest)} to ${savingText(high, largest)}`;
 }
 
 export function span([low, high], text) {

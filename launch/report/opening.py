@@ -26,6 +26,7 @@ class Opening(NamedTuple):
     kicker: str
     headline: str
     lead: str
+    more: Sequence[str]  # paragraphs: what is saved, the answer in other shapes, what ranges hold
     facts: Sequence[Fact]
     served: str  # how, of costs that are of devices
     basis: str
@@ -42,21 +43,22 @@ def opening(findings: Findings) -> Opening:
     where = f"Served at {formatting.context(question.context_served)} tokens, a loss of {question.loss:g}"
     guess = f" A guess: that is {formatting.times(found.far)} beyond what was trained." if far else ""
     lead = [
-        f"At {words.long(found.n_params)} parameters, in {words.shape(found.n_layers, found.d_model)} (layers {words.TIMES} "
-        f"width; width over layers is {formatting.figure(found.ratio)}, {words.rule(found.shape.rule)}).",
+        f"At {words.long(found.n_params)} parameters, in {found.n_layers:.1f} layers of width {found.d_model:,.0f}: "
+        f"{_ratio(found)}.",
         f"What is kept low is the {goal.label}.",
         _sure(found, laws, far),
-        *_worth(found, laws),
     ]
+    worth = _worth(found, laws)
     if found.noise_model:
         wider = (
             "" if words.missing(found.price_of_doubt) else f"; {found.price_of_doubt:.1f} times as wide as for power laws alone"
         )
-        lead.append(f"Ranges are {found.noise_model}{wider}.")
+        worth.append(f"Ranges are {found.noise_model}{wider}.")
     return Opening(
         " · ".join(filter(None, (findings.name, f"trained at {trained} tokens", findings.made))),
         f"{where} costs least with {words.heads(found.heads, laws.head_dim)}.{guess}",
         " ".join(filter(None, lead)),
+        worth,
         _facts(found, goal, laws, far),
         " ".join(words.served(found.candidates.iloc[0], serving)) if (serving := found.objective.get("serving")) else "",
         f"Based on {words.ended(findings.about)}",
@@ -81,8 +83,8 @@ def _worth(found: Answer, laws: Any) -> list[str]:
     said = []
     base, trained = found.baseline, found.as_trained
     if base is not None and not words.missing(found.saving) and not (base.heads == found.heads and not base.measured):
-        said.append(f"It costs {words.less(found.saving)} than {words.baseline(base)}")
-        heads, shape = (words.less(found.worth[name]) for name in ("heads", "shape"))
+        said.append(f"It costs {formatting.saving(found.saving)} than {words.baseline(base)}")
+        heads, shape = (formatting.saving(found.worth[name]) for name in ("heads", "shape"))
         if heads and shape:
             said[-1] += f": other heads alone {heads}, another shape alone {shape}"
         said[-1] += "."
@@ -94,6 +96,11 @@ def _worth(found: Answer, laws: Any) -> list[str]:
         cost = words.cost(found.objective["unit"])(trained.cost)
         said.append(f"With the shapes of the sizes that were trained the answer is {same}, {size}, at a cost of {cost}{sure}.")
     return said
+
+
+def _ratio(found: Answer) -> str:
+    """Width over layers, and how it was chosen."""
+    return f"width / layers = {formatting.figure(found.ratio)}, {words.rule(found.shape.rule)}"
 
 
 def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
@@ -110,7 +117,7 @@ def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
         Fact(
             f"Layers {words.TIMES} width",
             words.shape(found.n_layers, found.d_model),
-            f"width / layers = {formatting.figure(found.ratio)}, {words.rule(found.shape.rule)}",
+            _ratio(found),
         ),
         Fact(words.capital(goal.label), cost(found.cost), _range(found.cost_interval, cost) + words.unit(goal.unit)),
         _saving(found),
@@ -140,5 +147,5 @@ def _saving(found: Answer) -> Fact:
     if base.heads == found.heads and not base.measured:
         return Fact(name, "the same", "they are the answer")
     which = f"measured, {base.n_layers:.0f} {words.TIMES} {base.d_model:,.0f}" if base.measured else "by their law"
-    between = words.between(found.saving_interval)
-    return Fact(name, words.less(found.saving), "; ".join(filter(None, (between and f"95%: {between}", which))))
+    between = formatting.saving_between(*found.saving_interval)
+    return Fact(name, formatting.saving(found.saving), "; ".join(filter(None, (between and f"95%: {between}", which))))

@@ -2,7 +2,7 @@
 
 import { Charts } from "./charts.js";
 import { costCurve, look, unpack } from "./explorer.js";
-import { betweenText, contextLabel, costText, counted, decimals, lessText, long, moreText, percent, range, seconds, short, span, three, unitText } from "./numbers.js";
+import { contextLabel, costText, counted, decimals, long, moreText, percent, range, savingBetween, savingText, seconds, short, span, three, unitText } from "./numbers.js";
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("payload").textContent);
@@ -120,18 +120,21 @@ function showFacts({ goal }, { rows, best, runner_up: second, order }) {
     for (const name of ["probability", "params", "shape", "cost", "saving", "runner-up"]) fact(name, "", "", "");
     return;
   }
-  const { heads } = study.map;
+  const { heads, largest_regret } = study.map;
   const row = rows[best];
   const text = costText(goal.unit);
   const count = order.filter((h) => Number.isFinite(rows[h].cost)).length;
   fact("probability", "Probability", row.far ? "a guess" : percent(row.probability), row.far ? "too far from what was trained" : `that it is the cheapest of ${count}`);
   fact("params", "Parameters N*", short(row.n_params), range(row.n_params_interval, short));
-  fact("shape", "Layers × width", shapeText(row), `width / layers = ${three(row.ratio)}`);
+  fact("shape", "Layers × width", shapeText(row), `width / layers = ${decimals[row.ratio < 100 ? 1 : 0].format(row.ratio)}${data.shapes && `, ${data.shapes}`}`);
   fact("cost", capital(goal.label), text(row.cost), range(row.cost_interval, text) + unitText(goal.unit));
   const against = "Against Llama 3's heads";
   if (heads[best].is_baseline) fact("saving", against, "the same", "they are the answer");
   else if (Number.isNaN(row.saving)) fact("saving", against, "unknown", "they have no cost here");
-  else fact("saving", against, lessText(row.saving), [betweenText(row.saving_interval) && `95%: ${betweenText(row.saving_interval)}`, "by their law"].filter(Boolean).join("; "));
+  else {
+    const between = savingBetween(row.saving_interval, largest_regret);
+    fact("saving", against, savingText(row.saving, largest_regret), [between && `95%: ${between}`, data.against].filter(Boolean).join("; "));
+  }
   if (second === null) fact("runner-up", "Next", "none", "nothing else can be served so");
   else fact("runner-up", "Next", heads[second].label, moreSaid(rows[second]));
 }
@@ -200,6 +203,7 @@ const obstacle = (row) => (row.edge ? "at the edge" : "not served");
 
 function showRanking(asked, result) {
   const text = costText(asked.goal.unit);
+  const { largest_regret } = study.map;
   write("ranking-cost", asked.goal.unit === "US dollars" ? "US dollars" : asked.goal.unit || "Z");
   result.order.forEach((h, i) => {
     const row = result.rows[h];
@@ -216,8 +220,8 @@ function showRanking(asked, result) {
       reached ? shapeText(row) : "",
       served ? text(row.cost) : reached ? obstacle(row) : "not reached",
       served ? span(row.cost_interval, text) : "",
-      saves ? lessText(row.saving) : "",
-      saves ? betweenText(row.saving_interval) : "",
+      saves ? savingText(row.saving, largest_regret) : "",
+      saves ? savingBetween(row.saving_interval, largest_regret) : "",
     ];
     shown.forEach((value, k) => {
       if (cells[i][k].textContent !== value) cells[i][k].textContent = value;
@@ -332,4 +336,4 @@ addEventListener("hashchange", () => {
 });
 addEventListener("beforeprint", () => charts.draw());
 // For the browser's console, and for tests: the map by hand.
-globalThis.gqa = { answer, charts, betweenText, costCurve, lessText, look, moreText, query, studies };
+globalThis.gqa = { answer, charts, costCurve, look, moreText, query, savingBetween, savingText, studies };

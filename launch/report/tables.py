@@ -64,8 +64,8 @@ def candidates(study: Study) -> Table:
     notes = [_NOTE]
     if base is not None:
         columns += [
-            Column(f"against {base.label}", possible(lambda row: words.less(row.saving))),
-            Column("95%", possible(lambda row: words.between((row.saving_low, row.saving_high))), "range"),
+            Column(f"against {base.label}", possible(lambda row: formatting.saving(row.saving))),
+            Column("95%", possible(lambda row: formatting.saving_between(row.saving_low, row.saving_high)), "range"),
         ]
         notes.append(
             f"Against {base.label}: {words.baseline(base)}." if math.isfinite(base.cost) else words.sentence(base.note)
@@ -279,7 +279,7 @@ def sensitivity(study: Study) -> Table | None:
         Column("cheapest heads", lambda row: words.label(words.heads_of(row), study.laws.head_dim), "left"),
         Column("cheapest in", lambda row: words.percent(row.probability)),
         Column("size N*", lambda row: words.short(row.n_params)),
-        Column("against Llama 3's heads", lambda row: words.less(row.saving)),
+        Column("against Llama 3's heads", lambda row: formatting.saving(row.saving)),
         Column("the first row's heads cost", lambda row: "the same" if row.regret == 0 else words.more(row.regret)),
     ]
     caption = (

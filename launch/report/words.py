@@ -68,27 +68,6 @@ def more(share: float) -> str:
     return "<0.1% more" if share < 5e-4 else f"{100 * share:.1f}% more"
 
 
-def less(saving: float) -> str:
-    """A saving with its direction: 32.0% less, 4.1% more; empty where not known."""
-    if missing(saving):
-        return ""
-    if abs(saving) < 5e-4:
-        return "the same"
-    return f"{100 * saving:.1f}% less" if saving > 0 else more(-saving)
-
-
-def between(interval: Sequence[float]) -> str:
-    """The interval of a saving, the end that is nearer to what it is against first: 28.6% to 34.9% less."""
-    if any(map(missing, interval)):
-        return ""
-    low, high = map(less, interval)
-    if low.endswith("% less") and high.endswith("% less"):
-        return f"{low.removesuffix(' less')} to {high}"
-    if low.endswith("% more") and high.endswith("% more"):
-        return f"{high.removesuffix(' more')} to {low}"
-    return f"{low} to {high}"
-
-
 def span(interval: Sequence[float] | None, text: Callable[[float], str]) -> str:
     """1.93B to 2.11B, 1.93B or more; empty where nothing is known."""
     if interval is None or any(map(missing, interval)):
