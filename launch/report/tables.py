@@ -40,17 +40,16 @@ def candidates(study: Study) -> Table:
         return lambda row: otherwise if math.isinf(row.cost) and math.isfinite(row.n_params) else text(row)
 
     def more(row: Any) -> str:
-        return "the answer" if row.is_answer is True else words.more(row.expected_regret - best)
+        return "the answer" if row.place == 0 else words.more(row.expected_regret - best)
 
     labels = [words.label(words.heads_of(row), head_dim) for row in answer.candidates.itertuples()]
-    is_answer = [i == 0 for i, _ in enumerate(labels)]
-    frame = answer.candidates.assign(heads=labels, is_answer=pd.array(is_answer, dtype=object))
+    frame = answer.candidates.assign(heads=labels, place=range(len(labels))).astype(object)
     if not math.isnan(answer.far):
         frame["probability"] = math.nan
     if base is not None and base.measured:
-        frame.loc[len(frame), ["heads", "n_params", "n_layers", "d_model", "cost"]] = [
-            f"{words.label(base.heads, head_dim)}, measured", base.n_params, base.n_layers, base.d_model, base.cost,
-        ]  # fmt: skip
+        measured = {"heads": f"{words.label(base.heads, head_dim)}, measured", "cost": base.cost if math.isfinite(base.cost) else math.inf}
+        measured |= {name: getattr(base, name) for name in ("n_params", "n_layers", "d_model")}
+        frame = pd.DataFrame([*frame.to_dict("records"), measured])
     columns = [
         Column("heads", lambda row: row.heads, "left"),
         Column("probability", lambda row: words.percent(row.probability)),
@@ -80,7 +79,8 @@ def candidates(study: Study) -> Table:
     if answer.noise_model:
         caption += f" Ranges are {answer.noise_model}."
     name = f"candidates-t{study.laws.context}"
-    return Table.of(frame, columns, name, caption, notes, strong=lambda row: row.is_answer is True)
+    strong = lambda row: row.place == 0  # noqa: E731
+    return Table.of(frame, columns, name, caption, notes, strong=strong, values=answer.candidates)
 
 
 def serving(study: Study) -> Table | None:
