@@ -88,6 +88,7 @@ TABLE = (
     Row("gqa_jax.invariance", ".laws"),
     Row("gqa_jax.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
+    Row("gqa_jax.search.own_model", ".errors .costs"),
     Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
     Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
     Row("gqa_jax.search.optimum", ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives"),
@@ -155,7 +156,8 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
-        ".search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
+        ".search.own_model .search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid "
+        "launch.report tests",
         outside="jax",
     ),
 )
