@@ -156,8 +156,8 @@ TABLE = (
     Row(
         "launch.analysis",
         ".errors .formatting .hardware .prices launch.rules",
-        lazily=".shapes .search.roofline .search.objectives .search.optimum .search.devices launch.studies launch.answer "
-        "launch.serving_screens launch.next_cells launch.report launch.findings",
+        lazily=".shapes .search.roofline .search.objectives .search.optimum .search.own_model .search.own_answer "
+        ".search.devices launch.studies launch.answer launch.serving_screens launch.next_cells launch.report launch.findings",
     ),
     Row(
         "launch.__main__",

@@ -4,8 +4,8 @@ The target is the law's loss for the model's own N, heads and d / L, in every dr
 common cancel, and what is compared is heads and shape. Both models are taken as trained alike, on the same text and as many
 tokens. Nothing is claimed of the loss that the published model has: it saw other text and more of it.
 
-Heads are expressed in the head size of the laws: n_h d_h / 64 and n_kv d_h / 64 with the paper's. Where no run has them, the law
-of heads says what they reach, with its doubt (`gqa_jax.laws.head_law`).
+Heads are expressed in the head size of the laws: n_h d_h / 64 and n_kv d_h / 64 with the paper's. Where no run has them, the
+law of heads says what they reach, with its doubt (`gqa_jax.laws.head_law`).
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ class OwnAnswer:
         found = [
             f"Your model {own.name}: {shape.n_layers} layers x {shape.d_model}, {shape.n_heads} query and {shape.n_kv_heads} "
             f"key/value heads of {shape.head_dim}, N = {formatting.short(self.n_params)} without embeddings ({own.source})",
-            f"To beat: a loss of {self.loss:.3f} nats{between}, what the laws say of a model of its N, heads {self.heads} and d/L "
-            f"= {self.ratio:.3g} that is trained like their runs; both models are taken as trained alike, and nothing is said of "
-            "the loss that the published model has",
+            f"To beat: a loss of {self.loss:.3f} nats{between}, what the laws say of a model of its N, heads {self.heads} and "
+            f"d/L = {self.ratio:.3g} that is trained like their runs; both models are taken as trained alike, and nothing is "
+            "said of the loss that the published model has",
         ]
         if base is not None and not np.isfinite(base.cost):
             found.append(f"It has no cost here: {base.note}")
@@ -347,8 +347,8 @@ def _notes(laws: LawsByHeads, own: OwnModel, heads: Heads, source: str, beyond: 
     shape, found = own.shape, []
     if shape.head_dim != laws.head_dim:
         found.append(
-            f"heads: {shape.n_heads} and {shape.n_kv_heads} of {shape.head_dim} are taken as {heads} of {laws.head_dim:g}, which "
-            "are as wide"
+            f"heads: {shape.n_heads} and {shape.n_kv_heads} of {shape.head_dim} are taken as {heads} of {laws.head_dim:g}, "
+            "which are as wide"
         )
     found.append(f"law of {heads}: {source.partition(': ')[2] or source}")
     low, high = laws.penalty.bounds
