@@ -55,8 +55,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     goal = command.add_mutually_exclusive_group(required=True)
     goal.add_argument("--loss", type=float, metavar="L", help="loss that must be reached, nats per token")
     goal.add_argument(
-        "--like", metavar="MODEL", help="instead of a loss: what your model would reach, trained like the runs; a config.json of "
-        "Hugging Face (Llama class), its folder, or a name like llama-3.2-1b (docs/own-model.md)",
+        "--like", metavar="MODEL", help="instead of a loss: what your model would reach, trained like the runs; a config.json "
+        "of Hugging Face (Llama class), its folder, or a name like llama-3.2-1b (docs/own-model.md)",
     )  # fmt: skip
     _add_context(command)
     add_objective(command)
