@@ -217,7 +217,7 @@ class _Question:
         heads, drawn, source = _law_of(laws, own, draws, seed, method)
         n_params, penalty = own.n_params(laws.size_convention), laws.penalty
         if drawn is None:
-            loss = float(laws[heads].predict(n_params) * penalty.factor(penalty.median, own.ratio))
+            loss = float(laws[heads].predict(n_params) * penalty.factor(penalty.typical, own.ratio))
             return cls(heads, None, source, n_params, loss, None, (np.nan, np.nan))
         factor_S = penalty.factor(penalty.draw(len(drawn.b_SxH), seed), own.ratio)
         loss_S = drawn.loss(drawn.heads[0], np.array([n_params]))[:, 0] * factor_S
