@@ -20,9 +20,9 @@ from rich.console import Console
 
 from gqa_jax.search import objectives
 from launch import findings, report, studies
-from launch.analysis import PRESETS
 from tests import browser, report_fakes
 
+PRESETS = ("paper", "paper-table4")
 UPDATES = 300
 
 DRAG = """

@@ -7,6 +7,7 @@ above 0.99 on the paper's own points).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.runs import Runs
 from gqa_jax.laws.shape import Penalty
-from gqa_jax.shapes import Aspect, paper_aspect
+from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
 
 if TYPE_CHECKING:
     from gqa_jax.laws.doubt import Doubts
@@ -41,6 +42,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
       size_convention: what N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as trained; "figures" without.
       aspect: d / L of models as a function of N: between the sizes that were trained, else the paper's.
       penalty: what another d / L costs in loss (`gqa_jax.laws.shape`).
+      ffn_ratio: hidden size of the feed-forward network over d of the models that are searched.
       rows: of the loss table: the runs that were fitted; None where laws are of no table.
       llama3: runs of Llama 3's heads where they are no H of their own; llama3_source: what these are.
       method: of the draws unless another is asked for; source: whose laws these are, where not of your runs.
@@ -72,7 +74,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
     ):
         self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
         self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
-        self.penalty, self.rows = penalty or Penalty(), rows
+        self.penalty, self.rows, self.ffn_ratio = penalty or Penalty(), rows, FFN_RATIO
         self.warnings, self.source, self.method = tuple(warnings), source, method
         self.llama3, self.llama3_source, self.design, self._refit = llama3, llama3_source, design, refit
         self.sizes = dict(sizes or {})
@@ -221,6 +223,22 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         if key not in self._draws:
             self._draws[key] = posterior.draw(self, *key)
         return self._draws[key]
+
+    def draws_of(self, n_heads: float, n_kv_heads: float, count: int = 1000, seed: int = 0, method: str | None = None) -> Draws:
+        """Joint draws of one H, which may have no law of its own and any numbers of heads: then what the law of heads says.
+
+        They are consistent with `draws` of the same count, seed and method; `Draws.notes` says where they are from. Raises
+        `head_law.NoHeadLaw` where these laws say nothing of such heads.
+        """
+        from gqa_jax.laws import head_law
+
+        drawn = self.draws(count, seed, method)
+        if (n_heads, n_kv_heads) in drawn.heads:
+            return dataclasses.replace(drawn.take([drawn.heads[drawn.heads.index((n_heads, n_kv_heads))]]), notes=())
+        if not self.shared_entropy:
+            raise head_law.NoHeadLaw("every H has its own E here: a law of heads needs laws that share E")
+        generator = np.random.default_rng([seed, 10, *(round(64 * max(n, 0)) for n in (n_heads, n_kv_heads))])
+        return head_law.draws_of(drawn, self.blocks[0], self.head_dim, n_heads, n_kv_heads, generator)
 
     def intervals(self, level: float = 0.95) -> pd.DataFrame:
         """Profile-likelihood intervals, one row per H: a, a_low, a_high, b, b_low, b_high, entropy, entropy_low, entropy_high.
