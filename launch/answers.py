@@ -78,13 +78,13 @@ def _against(answer: Answer) -> str:
 def baseline_words(answer: Answer) -> str:
     """Which model an answer is compared with: one that was measured, or what its law says at the loss asked for."""
     base = answer.baseline
-    model = f"{base.label} in {base.n_layers:.0f} layers x {base.d_model:.0f}"
+    model = f"{base.label} in {layers(base)}"
     return f"the measured model of {model} (loss {base.loss:.4f})" if base.measured else f"{model}, by the law"
 
 
 def layers(row: Any) -> str:
     """42 layers x 2400."""
-    return f"{row.n_layers:.0f} layers x {row.d_model:.0f}"
+    return grid_tables.shape_text(row).replace(" x ", " layers x ")
 
 
 def in_words(one: Heads, head_dim: float) -> str:
@@ -178,7 +178,7 @@ def candidates(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> Table:
     columns = [
         Column("", lambda row: {"answer": "best", "baseline": "base"}.get(row.role, ""), "left", 0),
         Column("heads", grid_tables.heads_text, "left", 0),
-        Column("L x d", _shape_cell, rank=1),
+        Column("L x d", grid_tables.shape_text, rank=1),
         Column("d/L", lambda row: "" if pd.isna(row.ratio) else f"{row.ratio:.0f}", rank=8),
         Column("N*", lambda row: size(row.n_params), rank=2),
         Column("95%", lambda row: formatting.sizes(row.n_params_low, row.n_params_high), "range", 7, name="95% of N*"),
@@ -228,10 +228,6 @@ def _cost_cell(answer: Answer) -> Callable[[float], str]:
 def _cost_between(row: Any, cost: Callable[[float], str]) -> str:
     """Nothing where no draw changes the cost."""
     return "" if row.cost_low == row.cost_high else formatting.interval(row.cost_low, row.cost_high, cost, anything="any cost")
-
-
-def _shape_cell(row: Any) -> str:
-    return "" if not np.isfinite(row.n_layers) else f"{row.n_layers:.0f} x {row.d_model:.0f}"
 
 
 def _known(value: float, text: Callable[[float], str]) -> str:
@@ -292,7 +288,7 @@ def worth(answer: Answer) -> Table | None:
     columns = [
         Column("what is chosen", lambda row: row.change, "left", 0),
         Column("heads", lambda row: "" if pd.isna(row.n_kv_heads) else grid_tables.heads_text(row), "left", 0),
-        Column("L x d", _shape_cell, rank=1),
+        Column("L x d", grid_tables.shape_text, rank=1),
         Column("N*", lambda row: size(row.n_params), rank=3),
         Column(COSTS[answer.objective["cost"]], lambda row: cost(row.cost), rank=0),
         Column("cheapest\n(prob.)", lambda row: _known(row.probability, probability), rank=2, name="probability"),

@@ -124,12 +124,12 @@ TABLE = (
     Row("launch.run", ".errors .storage launch.grid launch.executor launch.local launch.state"),
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
+    Row("launch.tables"),
     Row(
         "launch.plan",
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
     Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
-    Row("launch.tables"),
     Row("launch.serving_screens", ".formatting .laws .search.answer .search.roofline"),
     Row("launch.grid_tables", ".formatting .laws .search.optimum launch.studies launch.tables"),
     Row(
@@ -156,13 +156,13 @@ TABLE = (
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .results .shape_search .laws .invariance .search.objectives .search.optimum .plots launch.grid "
-        "launch.state launch.studies launch.grid_tables launch.report",
+        ".errors .formatting .results .shape_search .laws .invariance .search.objectives .search.answer .search.optimum "
+        ".plots launch.grid launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(
         "launch.analysis",
         ".errors .formatting .hardware .prices launch.rules launch.tables",
-        lazily=".shapes .search.roofline .search.objectives .search.optimum .search.devices launch.studies "
+        lazily=".laws .search.roofline .search.objectives .search.answer .search.optimum .search.devices launch.studies "
         "launch.grid_tables launch.answers launch.device_tables launch.export launch.next_cells launch.report launch.findings",
     ),
     Row(
