@@ -39,7 +39,7 @@ class TestOptimum:
             "29.1% less (26.1% to 31.3%) than the measured model of Llama 3's heads in 32 layers x 2048 (loss 2.6145)" in text
         )
         assert "45 losses read off Figures 1 and 2" in text
-        assert "extrapolated: N* is 1.81x above the trained sizes" in text
+        assert "extrapolated: N* is 1.82x above the trained sizes" in text
 
     def test_json_has_the_fixed_names(self, capsys):
         assert main([*ASK, "--format", "json"]) == 0
