@@ -350,9 +350,14 @@ def tables(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> list[Table]:
 # For a terminal
 
 
-def print_answer(found: Answer, one: Fitted, console: Console, also: Sequence[str] = ()) -> None:
-    """One question's answer: in words, its tables, how it is served, warnings. `also`: of `headline`."""
+def print_answer(found: Answer, one: Fitted, console: Console, also: Sequence[str] = (), about: Sequence[str] = ()) -> None:
+    """One question's answer: in words, its tables, how it is served, warnings.
+
+    also: of `headline`; about: sentences that follow it.
+    """
     print_headline(headline(found, one.laws, also), console)
+    for sentence in about:
+        console.print(escape(sentence), highlight=False)
     if one.laws.source:
         console.print(escape(one.laws.source), highlight=False)
         console.print()

@@ -305,16 +305,32 @@ def fit_screens(folder: Path) -> str:
 
 
 def quickstart_screens(folder: Path) -> str:
-    """`export` of the finished quickstart, and what is asked of it then."""
+    """`export` of the finished quickstart, its tables at every width, and what is asked of it then."""
     finished(folder)
-    asked = screens(folder, "fit ROOT", "optimum ROOT --context 32K --loss 2.1")
-    wide = at_widths(folder, "export configs/grids/quickstart.py --root ROOT", "tables in")
-    budget = "next configs/grids/quickstart.py --root ROOT --context 32K --loss 2.1 --budget 5e11"
-    chosen = [
-        (f"{budget}, {width} columns", printed(folder, *budget.split(), "--out", f"{width}.py", width=width))
-        for width in WIDTHS
-    ]
-    return wide + asked + several(*chosen)
+    asked = screens(folder, "fit ROOT", "optimum ROOT --context 32K --loss 2.1", f"{NEXT} --out file.py")
+    chosen = (f"{NEXT}, 80 columns", printed(folder, *NEXT.split(), "--out", "80.py", width=80))
+    return several(("export configs/grids/quickstart.py --root ROOT", exported()[0]), *exported_tables(folder), chosen) + asked
+
+
+NEXT = "next configs/grids/quickstart.py --root ROOT --context 32K --loss 2.1 --budget 3e11"
+
+
+def exported_tables(folder: Path) -> list[tuple[str, str]]:
+    """The losses and the cheapest heads that `export` prints, at WIDTHS."""
+    from gqa_jax import results
+    from launch import grid_tables, studies
+
+    root = folder / "ROOT"
+    loss = results.load_results(root)
+    compared = studies.to_best(loss, results.load_differences(root))
+    optima = pd.read_csv(io.StringIO(exported()[1]["optimum"])).astype({"n_heads": "Int64"})
+    found = []
+    for width in WIDTHS:
+        out = io.StringIO()
+        tables = grid_tables.losses(loss), grid_tables.above_best(compared), grid_tables.optimum_map(optima, "figures")
+        Console(file=out, width=width).print(*tables)
+        found.append((f"its tables, {width} columns", out.getvalue()))
+    return found
 
 
 def quickstart_loss(_: Path) -> str:
