@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from gqa_jax.laws.heads import Heads
 
@@ -40,11 +41,15 @@ class Price(NamedTuple):
 
 
 class OtherRatio(NamedTuple):
-    """A run that tells what its ratio costs: ln(loss / law) there, with its standard deviation."""
+    """A run that tells what its ratio costs: ln(loss / law) there.
+
+    sd: of the run's own noise. The law of its heads is as uncertain, and errs alike for all runs of a `group`.
+    """
 
     ratio: float
     log_excess: float
     sd: float
+    group: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +69,11 @@ class Penalty:
         """Posterior at the nodes."""
         log_weight = -0.5 * (_NODES_K[:, None] ** 2 + _NODES_C**2)
         price = Price(self._k_K[:, None], self._best_C)
-        for one in self.others:
-            log_weight = log_weight - 0.5 * ((np.log(self.factor(price, one.ratio)) - one.log_excess) / one.sd) ** 2
+        for group in {one.group for one in self.others}:
+            own = [one for one in self.others if one.group == group]
+            z_KxCxO = np.stack([(np.log(self.factor(price, one.ratio)) - one.log_excess) / one.sd for one in own], -1)
+            common = z_KxCxO.sum(-1) ** 2 / (1 + len(own))  # what the law's own error explains
+            log_weight = log_weight - 0.5 * ((z_KxCxO**2).sum(-1) - common)
         weight = np.exp(log_weight - log_weight.max())
         return weight / weight.sum()
 
@@ -144,17 +152,20 @@ def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 def penalty(rows: pd.DataFrame, others: pd.DataFrame, laws: LawsByHeads) -> Penalty:
     """What the two parts of `split` say of k and c: ln(loss / law) of `others`.
 
-    A run and the law that it is compared with are both as uncertain as a run's noise. Without noise: the prior alone.
+    A run's noise is known from the residuals of the laws, and as well as their degrees of freedom allow: its standard deviation
+    is widened as Student's t is against the normal distribution at 95%. Without noise: the prior alone.
     """
     known = ratios(rows)
     if known is None or not len(known):
         return Penalty()
     found = []
+    wider = stats.t.ppf(0.975, laws.dof) / stats.norm.ppf(0.975) if laws.dof > 0 else np.nan
     for row in others.itertuples():
         heads = Heads(None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
         if heads not in laws or not laws.sigma > 0:
             continue
         expected = float(laws[heads].predict(float(row.params_non_embedding)))
         excess = float(np.log(float(row.loss) / expected))
-        found.append(OtherRatio(float(row.d_model) / float(row.n_layers), excess, float(np.sqrt(2) * laws.sigma / expected)))
+        sd = float(wider * laws.sigma / expected)
+        found.append(OtherRatio(float(row.d_model) / float(row.n_layers), excess, sd, list(laws).index(heads)))
     return Penalty(float(np.round(np.exp(np.median(np.log(known))), 9)), tuple(found))
