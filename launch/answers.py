@@ -62,7 +62,7 @@ def _what(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> str:
         sure = f"{among} with probability {probability(answer.probability)}"
         if answer.probability < answer.candidates["probability"].max():
             sure = f"the least costly choice on average, and {sure}"
-    return f"{model}: for a loss of {answer.loss:g} at {answer.context_served:,} tokens of context {sure}"
+    return f"{model}: for a loss of {answer.loss:.5g} at {answer.context_served:,} tokens of context {sure}"
 
 
 def _against(answer: Answer) -> str:
@@ -189,7 +189,7 @@ def candidates(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> Table:
         Column("against\nbase", lambda row: "" if row.role == "baseline" else saving(row.saving), rank=3),
         Column("N* against\ntrained sizes", _outside, "left", 6),
     ]
-    caption = f"Heads for a loss of {answer.loss:g} at {answer.context_served:,} tokens of context" + (
+    caption = f"Heads for a loss of {answer.loss:.5g} at {answer.context_served:,} tokens of context" + (
         "" if np.isnan(answer.expected_regret) else ", least expected regret first"
     )
     return Table.of(

@@ -72,9 +72,10 @@ def _is_guess(laws: LawsByHeads, row: pd.Series) -> bool:
 
 def print_losses(loss: pd.DataFrame, differences: pd.DataFrame, console: Console) -> None:
     """Losses, and how far they are above the best heads of their size where that is known."""
-    console.print(losses(loss), "")
+    console.print(losses(loss))
     if len(compared := studies.to_best(loss, differences)):
-        console.print(above_best(compared), "")
+        console.print()
+        console.print(above_best(compared))
 
 
 def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
@@ -244,7 +245,10 @@ def optimum_map(table: pd.DataFrame, convention: str) -> Table:
         f"Heads (query, key/value) of least cost Z by the convention {convention}, the probability that they are the cheapest, "
         "and their size N*"
     )
-    notes = [f"* N* is outside the trained sizes; without a probability: more than {FAR:g} times, a guess"]
+    first = table[table["rank"] == 1]
+    notes = ["* N* is outside the trained sizes"] if first["note"].notna().any() else []
+    if first["probability"].isna().any() and first["probability"].notna().any():
+        notes.append(f"without a probability: N* is more than {FAR:g} times outside, a guess")
     return Table.of(frame, columns, "optimum", caption, notes, values=table, elsewhere="tables/optimum.csv")
 
 

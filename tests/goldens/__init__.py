@@ -305,9 +305,9 @@ def fit_screens(folder: Path) -> str:
 
 
 def quickstart_screens(folder: Path) -> str:
-    """`export` of the finished quickstart, its tables at every width, and what is asked of it then."""
+    """`export` of the finished quickstart, its tables on narrower terminals, and what is asked of it then."""
     finished(folder)
-    asked = screens(folder, "fit ROOT", "optimum ROOT --context 32K --loss 2.1", f"{NEXT} --out file.py")
+    asked = screens(folder, "fit ROOT", "optimum ROOT --context 32K --loss 2.1")
     chosen = (f"{NEXT}, 80 columns", printed(folder, *NEXT.split(), "--out", "80.py", width=80))
     return several(("export configs/grids/quickstart.py --root ROOT", exported()[0]), *exported_tables(folder), chosen) + asked
 
@@ -316,7 +316,7 @@ NEXT = "next configs/grids/quickstart.py --root ROOT --context 32K --loss 2.1 --
 
 
 def exported_tables(folder: Path) -> list[tuple[str, str]]:
-    """The losses and the cheapest heads that `export` prints, at WIDTHS."""
+    """The losses and the cheapest heads that `export` prints, on narrower terminals."""
     from gqa_jax import results
     from launch import grid_tables, studies
 
@@ -325,7 +325,7 @@ def exported_tables(folder: Path) -> list[tuple[str, str]]:
     compared = studies.to_best(loss, results.load_differences(root))
     optima = pd.read_csv(io.StringIO(exported()[1]["optimum"])).astype({"n_heads": "Int64"})
     found = []
-    for width in WIDTHS:
+    for width in WIDTHS[:-1]:
         out = io.StringIO()
         tables = grid_tables.losses(loss), grid_tables.above_best(compared), grid_tables.optimum_map(optima, "figures")
         Console(file=out, width=width).print(*tables)
