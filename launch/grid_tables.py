@@ -242,8 +242,8 @@ def optimum_map(table: pd.DataFrame, convention: str) -> Table:
         ),
     ]  # fmt: skip
     caption = (
-        f"Heads (query, key/value) of least cost Z by the convention {convention}, the probability that they are the cheapest, "
-        "and their size N*"
+        f"Cheapest heads (query, key/value) by the cost Z in the convention {convention}, the probability that they are, and "
+        "their size N*"
     )
     first = table[table["rank"] == 1]
     notes = ["* N* is outside the trained sizes"] if first["note"].notna().any() else []
