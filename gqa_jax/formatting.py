@@ -138,7 +138,9 @@ def interval(
 
 
 def sizes(low: float, high: float) -> str:
-    """An interval of numbers of parameters: 1.93B to 2.11B, at least 1.93B, any size."""
+    """An interval of numbers of parameters: 1.93B to 2.11B, at least 1.93B, any size; <1k where all of it is of no model."""
+    if high < MODELS[0] or low > MODELS[1]:
+        return size(low)
     return interval(low, high, size, MODELS, "any size")
 
 

@@ -380,10 +380,10 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     convention = arguments.convention or source.convention
     how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
-    if arguments.like is not None:
-        return _like(arguments, source, one, goals, how | limits, console)
-    question = one.laws, arguments.loss, arguments.context
     also = [_of_runs(source, one), *([] if limit is None else [_within(limit)])]
+    if arguments.like is not None:
+        return _like(arguments, source, one, goals, how | limits, also, console)
+    question = one.laws, arguments.loss, arguments.context
     if len(goals) > 1:
         return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console, also)
     found = optimum.search(*question, goals[0], **limits, **how)
@@ -395,14 +395,7 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         more = {} if other is None else {"conventions": records(other)}
         print(json.dumps(about | found.to_dict() | more, indent=1, allow_nan=False))
         return 0
-    sensitivity = [] if other is None else [answers.conventions(other)]
-    if arguments.format == "table":
-        answers.print_answer(found, one, console, also)
-        for table in sensitivity:
-            console.print(table)
-        return 0
-    tables = [*answers.tables(found, one.laws), *sensitivity]
-    _print_as(arguments.format, answers.headline(found, one.laws, also), tables)
+    _show(arguments, found, one, also, console, others=[] if other is None else [answers.conventions(other)])
     return 0
 
 
@@ -420,19 +413,30 @@ def _within(limit) -> str:
     return f"within the {room} that a server fills of each of {limit.n_devices} x {limit.chip.name}"
 
 
-def _print_as(form: str, headline: str, tables) -> None:
+def _show(arguments: argparse.Namespace, found, one, also: list[str], console: Console, about=(), others=()) -> None:
+    """An answer as --format says. about: sentences that follow its first; others: tables that follow its own."""
+    from launch import answers
+
+    if arguments.format == "table":
+        answers.print_answer(found, one, console, also, about)
+        for table in others:
+            console.print(table)
+        return
+    _print_as(arguments.format, [answers.headline(found, one.laws, also), *about], [*answers.tables(found, one.laws), *others])
+
+
+def _print_as(form: str, sentences: list[str], tables) -> None:
     """An answer as a document, or its first table as data."""
     if form == "csv":
         print(tables[0].text(form), end="")
         return
-    said = {"markdown": headline, "latex": f"% {headline}", "html": f"<p>{html.escape(headline, quote=False)}</p>"}[form]
-    print("\n\n".join([said, *(one.text(form).rstrip() for one in tables)]))
+    said = {"markdown": "{}".format, "latex": "% {}".format, "html": lambda text: f"<p>{html.escape(text, quote=False)}</p>"}
+    print("\n\n".join([*map(said[form], sentences), *(one.text(form).rstrip() for one in tables)]))
 
 
-def _like(arguments: argparse.Namespace, source, one, goals: list, how: dict, console: Console) -> int:
+def _like(arguments: argparse.Namespace, source, one, goals: list, how: dict, also: list[str], console: Console) -> int:
     """`optimum --like`: against a model that somebody has."""
     from gqa_jax.search import own_answer, own_model
-    from launch import answers
 
     if arguments.conventions:
         raise ConfigError("--conventions is for a --loss: leave it out with --like")
@@ -447,9 +451,7 @@ def _like(arguments: argparse.Namespace, source, one, goals: list, how: dict, co
         about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
         print(json.dumps(about | found.to_dict(), indent=1, allow_nan=False))
         return 0
-    for sentence in found.sentences():
-        console.print(sentence, highlight=False)
-    answers.print_answer(found.answer, one, console, [_of_runs(source, one)])
+    _show(arguments, found.answer, one, also, console, about=found.sentences())
     return 0
 
 
@@ -467,7 +469,7 @@ def _compare(arguments: argparse.Namespace, source, one, found, console: Console
     elif arguments.format == "table":
         device_tables.print_comparison(found, one, console, also)
     else:
-        _print_as(arguments.format, device_tables.headline(found, one, also), device_tables.tables(found))
+        _print_as(arguments.format, [device_tables.headline(found, one, also)], device_tables.tables(found))
     return 0
 
 

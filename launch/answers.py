@@ -62,7 +62,7 @@ def _what(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> str:
         sure = f"{among} with probability {probability(answer.probability)}"
         if answer.probability < answer.candidates["probability"].max():
             sure = f"the least costly choice on average, and {sure}"
-    return f"{model}: for a loss of {answer.loss:g} at {answer.context_served:,} tokens of context {sure}"
+    return f"{model}: for a loss of {answer.loss:.5g} at {answer.context_served:,} tokens of context {sure}"
 
 
 def _against(answer: Answer) -> str:
@@ -78,13 +78,13 @@ def _against(answer: Answer) -> str:
 def baseline_words(answer: Answer) -> str:
     """Which model an answer is compared with: one that was measured, or what its law says at the loss asked for."""
     base = answer.baseline
-    model = f"{base.label} in {base.n_layers:.0f} layers x {base.d_model:.0f}"
+    model = f"{base.label} in {layers(base)}"
     return f"the measured model of {model} (loss {base.loss:.4f})" if base.measured else f"{model}, by the law"
 
 
 def layers(row: Any) -> str:
     """42 layers x 2400."""
-    return f"{row.n_layers:.0f} layers x {row.d_model:.0f}"
+    return grid_tables.shape_text(row).replace(" x ", " layers x ")
 
 
 def in_words(one: Heads, head_dim: float) -> str:
@@ -178,7 +178,7 @@ def candidates(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> Table:
     columns = [
         Column("", lambda row: {"answer": "best", "baseline": "base"}.get(row.role, ""), "left", 0),
         Column("heads", grid_tables.heads_text, "left", 0),
-        Column("L x d", _shape_cell, rank=1),
+        Column("L x d", grid_tables.shape_text, rank=1),
         Column("d/L", lambda row: "" if pd.isna(row.ratio) else f"{row.ratio:.0f}", rank=8),
         Column("N*", lambda row: size(row.n_params), rank=2),
         Column("95%", lambda row: formatting.sizes(row.n_params_low, row.n_params_high), "range", 7, name="95% of N*"),
@@ -189,7 +189,7 @@ def candidates(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> Table:
         Column("against\nbase", lambda row: "" if row.role == "baseline" else saving(row.saving), rank=3),
         Column("N* against\ntrained sizes", _outside, "left", 6),
     ]
-    caption = f"Heads for a loss of {answer.loss:g} at {answer.context_served:,} tokens of context" + (
+    caption = f"Heads for a loss of {answer.loss:.5g} at {answer.context_served:,} tokens of context" + (
         "" if np.isnan(answer.expected_regret) else ", least expected regret first"
     )
     return Table.of(
@@ -228,10 +228,6 @@ def _cost_cell(answer: Answer) -> Callable[[float], str]:
 def _cost_between(row: Any, cost: Callable[[float], str]) -> str:
     """Nothing where no draw changes the cost."""
     return "" if row.cost_low == row.cost_high else formatting.interval(row.cost_low, row.cost_high, cost, anything="any cost")
-
-
-def _shape_cell(row: Any) -> str:
-    return "" if not np.isfinite(row.n_layers) else f"{row.n_layers:.0f} x {row.d_model:.0f}"
 
 
 def _known(value: float, text: Callable[[float], str]) -> str:
@@ -292,7 +288,7 @@ def worth(answer: Answer) -> Table | None:
     columns = [
         Column("what is chosen", lambda row: row.change, "left", 0),
         Column("heads", lambda row: "" if pd.isna(row.n_kv_heads) else grid_tables.heads_text(row), "left", 0),
-        Column("L x d", _shape_cell, rank=1),
+        Column("L x d", grid_tables.shape_text, rank=1),
         Column("N*", lambda row: size(row.n_params), rank=3),
         Column(COSTS[answer.objective["cost"]], lambda row: cost(row.cost), rank=0),
         Column("cheapest\n(prob.)", lambda row: _known(row.probability, probability), rank=2, name="probability"),
@@ -354,9 +350,14 @@ def tables(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> list[Table]:
 # For a terminal
 
 
-def print_answer(found: Answer, one: Fitted, console: Console, also: Sequence[str] = ()) -> None:
-    """One question's answer: in words, its tables, how it is served, warnings. `also`: of `headline`."""
+def print_answer(found: Answer, one: Fitted, console: Console, also: Sequence[str] = (), about: Sequence[str] = ()) -> None:
+    """One question's answer: in words, its tables, how it is served, warnings.
+
+    also: of `headline`; about: sentences that follow it.
+    """
     print_headline(headline(found, one.laws, also), console)
+    for sentence in about:
+        console.print(escape(sentence), highlight=False)
     if one.laws.source:
         console.print(escape(one.laws.source), highlight=False)
         console.print()

@@ -14,7 +14,7 @@ from gqa_jax.formatting import amount, probability, seconds, size, usd
 from gqa_jax.search.devices import Comparison
 from gqa_jax.search.roofline import Layout
 from launch import answers, serving_screens
-from launch.grid_tables import heads_text
+from launch.grid_tables import heads_text, shape_text
 from launch.serving_screens import LIMITS
 from launch.studies import Fitted
 from launch.tables import Column, Table
@@ -37,7 +37,7 @@ def on_devices(found: Comparison) -> Table:
     columns = [
         Column("device", lambda row: f"{row.n_devices} x {row.device}", "left", 0),
         Column("heads", heads_text, "left", 0),
-        Column("L x d", lambda row: f"{row.n_layers:.0f} x {row.d_model:.0f}", rank=4),
+        Column("L x d", shape_text, rank=4),
         Column("N*", lambda row: size(row.n_params), rank=3),
         Column(answers.COSTS[goal["cost"]], lambda row: amount(row.cost, goal["unit"]), rank=0),
         Column("95%", lambda row: _between(row, goal["unit"]), "range", 5, name="95% of the cost"),

@@ -42,6 +42,7 @@ def write(layout: Layout, console: Console, asked: str | None = None, allow_conf
         if asked is None and (mixture := run_table.several_rules(loss)) is not None:
             for _, rows in loss.groupby("rules"):
                 grid_tables.print_losses(rows, differences, console)
+                console.print()
             console.print(f"[yellow]no laws:[/] {escape(mixture)}", highlight=False, soft_wrap=True)
             there = set(storage.names(layout.tables)) & {"fits.csv", "optimum.csv"}
             earlier = f"; {' and '.join(sorted(there))} are of an earlier export" if there else ""

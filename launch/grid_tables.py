@@ -72,9 +72,10 @@ def _is_guess(laws: LawsByHeads, row: pd.Series) -> bool:
 
 def print_losses(loss: pd.DataFrame, differences: pd.DataFrame, console: Console) -> None:
     """Losses, and how far they are above the best heads of their size where that is known."""
-    console.print(losses(loss), "")
+    console.print(losses(loss))
     if len(compared := studies.to_best(loss, differences)):
-        console.print(above_best(compared), "")
+        console.print()
+        console.print(above_best(compared))
 
 
 def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
@@ -241,11 +242,14 @@ def optimum_map(table: pd.DataFrame, convention: str) -> Table:
         ),
     ]  # fmt: skip
     caption = (
-        f"Heads (query, key/value) of least cost Z by the convention {convention}, the probability that they are the cheapest, "
-        "and their size N*"
+        f"Cheapest heads (query, key/value) by the cost Z in the convention {convention}, the probability that they are, and "
+        "their size N*"
     )
-    return Table.of(frame, columns, "optimum", caption, [f"* N* is outside the trained sizes; without a probability: more than {FAR:g} times, a guess"], values=table,
-                    elsewhere="tables/optimum.csv")  # fmt: skip
+    first = table[table["rank"] == 1]
+    notes = ["* N* is outside the trained sizes"] if first["note"].notna().any() else []
+    if first["probability"].isna().any() and first["probability"].notna().any():
+        notes.append(f"without a probability: N* is more than {FAR:g} times outside, a guess")
+    return Table.of(frame, columns, "optimum", caption, notes, values=table, elsewhere="tables/optimum.csv")
 
 
 def _winner(row: Any, sized: bool) -> str:
@@ -261,6 +265,14 @@ def heads_of(row: Any) -> Heads:
 def heads_text(row: Any) -> str:
     """(8,1), (d/d_h,8)."""
     return str(heads_of(row))
+
+
+def shape_text(row: Any) -> str:
+    """Layers x width, rounded: 42 x 2400, 3.4 x 54; empty where there is none."""
+    if not np.isfinite(row.n_layers):
+        return ""
+    layers = f"{row.n_layers:.0f}" if row.n_layers >= 9.95 else f"{row.n_layers:.2g}"
+    return f"{layers} x {row.d_model:.0f}"
 
 
 def words_of_heads(some: Sequence[Heads], head_dim: float) -> str:

@@ -11,7 +11,6 @@ from gqa_jax import formatting
 from gqa_jax.formatting import seconds, usd
 from gqa_jax.laws import Heads
 from gqa_jax.search.answer import Answer
-from gqa_jax.search.devices import Comparison
 from gqa_jax.search.roofline import Layout
 
 #: What most of a phase goes to (`gqa_jax.search.roofline.Phase.limit`), in words.

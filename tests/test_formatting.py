@@ -50,6 +50,8 @@ def test_sizes_of_models(n_params, text):
         ((184.0, 1.93e14), "any size"),
         ((0.0, float("inf")), "any size"),
         ((float("nan"), 2e9), ""),
+        ((0.0, 951.0), "<1k"),
+        ((1e14, 1e15), ">10T"),
     ],
 )
 def test_intervals_of_sizes(ends, text):

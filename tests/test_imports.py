@@ -130,12 +130,12 @@ TABLE = (
     Row("launch.run", ".errors .storage launch.grid launch.executor launch.local launch.state"),
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
+    Row("launch.tables"),
     Row(
         "launch.plan",
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
     Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
-    Row("launch.tables"),
     Row("launch.serving_screens", ".formatting .laws .search.answer .search.roofline"),
     Row("launch.grid_tables", ".formatting .laws .search.optimum launch.studies launch.tables"),
     Row(
@@ -168,8 +168,8 @@ TABLE = (
     Row(
         "launch.analysis",
         ".errors .formatting .hardware .prices launch.rules launch.tables",
-        lazily=".laws .search.answer .search.roofline .search.objectives .search.optimum .search.own_model "
-        ".search.own_answer .search.devices launch.studies launch.grid_tables launch.answers launch.device_tables launch.export "
+        lazily=".laws .search.roofline .search.objectives .search.answer .search.optimum .search.own_model .search.own_answer "
+        ".search.devices launch.studies launch.grid_tables launch.answers launch.device_tables launch.export "
         "launch.next_cells launch.report launch.findings",
     ),
     Row(
@@ -186,7 +186,7 @@ TABLE = (
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
         ".search.own_model .search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid "
-        "launch.report tests",
+        "launch.studies launch.report launch.findings tests",
         outside="jax",
     ),
 )

@@ -97,7 +97,7 @@ class TestPage:
             f"95%: {formatting.saving_between(*answer.saving_interval)}",
             formatting.saving(answer.saving),
             words.shape(answer.n_layers, answer.d_model),
-            "width / layers = 128, the cheapest",
+            f"width / layers = {formatting.figure(answer.ratio)}, the cheapest",
             f"costs {words.more(answer.regret_of_runner_up - answer.expected_regret)} on average",
             words.label(answer.runner_up),
             "Based on 64 runs of 8 sizes and 8 head configurations.",

@@ -47,7 +47,8 @@ def candidates(study: Study) -> Table:
     if not math.isnan(answer.far):
         frame["probability"] = math.nan
     if base is not None and base.measured:
-        measured = {"heads": f"{words.label(base.heads, head_dim)}, measured", "cost": base.cost if math.isfinite(base.cost) else math.inf}
+        cost_of_it = base.cost if math.isfinite(base.cost) else math.inf
+        measured = {"heads": f"{words.label(base.heads, head_dim)}, measured", "cost": cost_of_it}
         measured |= {name: getattr(base, name) for name in ("n_params", "n_layers", "d_model")}
         frame = pd.DataFrame([*frame.to_dict("records"), measured])
     columns = [
