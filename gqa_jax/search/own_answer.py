@@ -366,8 +366,8 @@ def _notes(laws: LawsByHeads, own: OwnModel, heads: Heads, source: str, beyond: 
         )
     if abs(np.log(shape.d_ff / (8 * shape.d_model / 3))) > np.log(1.1):
         found.append(
-            f"its feed-forward network is {shape.d_ff / shape.d_model:.3g} d wide, that of the runs 8/3 d: a parameter is taken "
-            "to be worth as much there as here"
+            f"its feed-forward network is {shape.d_ff / shape.d_model:.3g} d wide, that of the runs 8/3 d: a parameter is "
+            "taken to be worth as much there as here"
         )
     return found
 
