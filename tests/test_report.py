@@ -19,6 +19,7 @@ from gqa_jax.laws import LLAMA3, Heads, posterior
 from gqa_jax.plots import style
 from gqa_jax.search import objectives, optimum
 from launch import report
+from launch.__main__ import main
 from launch.report import Picture, answer_map, pictures, sections, tables, words
 from launch.report.table import Column, Table
 from tests import gcs, report_fakes
@@ -355,6 +356,30 @@ class TestFiles:
             path = report.write(storage.path(f"gs://{gcs.BUCKET}/grid/report"), findings)
             assert b"<!doctype html>" in storage.read_bytes(path)
             assert storage.read_bytes(path.parent / "laws-t8192.tex").startswith(b"\\begin{table}")
+
+
+@pytest.mark.usefixtures("small_map")
+class TestCommand:
+    def test_a_preset_goes_where_it_is_told(self, tmp_path, capsys):
+        argv = ["report", "--preset", "paper", "--loss", "2.615", "--out", str(tmp_path / "here"), "--aspect", "paper"]
+        assert main([*argv, "--heads", "8,1", "4,1", "llama3", "--cost", "memory"]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "here" / "index.html")
+        assert (tmp_path / "here" / "candidates-t8192.md").exists()
+        page = (tmp_path / "here" / "index.html").read_text()
+        again = "python -m launch report --preset paper --aspect paper --heads 8,1 4,1 llama3"
+        assert again in Page(page).text["provenance"]
+        data = json.loads(re.search(r'id="payload">(.*?)</script>', page, re.DOTALL)[1])
+        assert data["command"] == "python -m launch optimum --preset paper --aspect paper --heads 8,1 4,1 llama3"
+        assert [one["label"] for one in data["studies"][0]["map"]["heads"]] == ["(4,1)", "(8,1)", "(d/64,8)"]
+        assert data["studies"][0]["first"] == {"context": 131_072, "loss": 2.615, "cost": "memory", "device": None}
+
+    def test_a_run_s_own_baseline_of_the_paper(self, tmp_path):
+        """arXiv 2503.09579, abstract: 50.8% less memory and 57.8% fewer FLOPs than the measured 32 x 2048."""
+        argv = ["report", "--preset", "paper", "--loss", "2.615", "--context", "128K", "--aspect", "paper"]
+        assert main([*argv, "--cost", "memory", "--out", str(tmp_path)]) == 0
+        answer = Page((tmp_path / "index.html").read_text()).text["answer"]
+        saved = float(re.search(r"It costs ([\d.]+)% less than the measured model of Llama 3's heads, 32", answer)[1])
+        assert abs(saved - 50.8) < 0.5
 
 
 class TestTables:

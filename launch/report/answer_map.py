@@ -88,7 +88,7 @@ def of(
     heads: Sequence[Heads] | None = None,
     convention: Any = "figures",
     options: Mapping[str, Any] | None = None,
-    devices: Sequence[str] = DEVICES,
+    devices: Sequence[str] | None = None,
     draws: int = DRAWS,
 ) -> AnswerMap:
     """The map of these laws.
@@ -100,7 +100,7 @@ def of(
       aspect, heads, draws: of `optimum.search`.
       convention: of costs that are counted, where `options` has none.
       options: of the command line that asked, by name: what is given there holds for other costs too, as far as it can.
-      devices: that latency and price are worked out for, beside the one that was asked.
+      devices: that latency and price are worked out for, beside the one that was asked; default: DEVICES.
     """
     goals = goals_of(objective, convention, options or {}, devices)
     losses, contexts = tuple(sorted(map(float, losses))), tuple(sorted(map(int, contexts)))
@@ -119,7 +119,7 @@ def by_law(laws: Any) -> Any:
 
 
 def goals_of(
-    objective: Objective, convention: Any, options: Mapping[str, Any], devices: Sequence[str] = DEVICES
+    objective: Objective, convention: Any, options: Mapping[str, Any], devices: Sequence[str] | None = None
 ) -> dict[str, Goal]:
     """The costs and devices of a map by their names, what was asked first."""
     own = getattr(objective, "serving", None)
@@ -135,7 +135,7 @@ def goals_of(
             given |= {name: options[name] for name in _OF_BYTES if name in options}
         counted = "exact" if any(name in given for name in _OF_BYTES) else convention
         add(Goal(objectives.make(cost, **{"convention": counted} | given), _flags(cost, given)))
-    for device in dict.fromkeys((*([own.chip.name] if own else ()), *devices)):
+    for device in dict.fromkeys((*([own.chip.name] if own else ()), *(DEVICES if devices is None else devices))):
         given = {name: options[name] for name in _OF_SERVING if name in options} | {"device": device}
         if own is not None and own.chip.name == device:
             serving, given = own, given | {name: options[name] for name in _OF_A_PRICE if name in options}
@@ -190,11 +190,11 @@ def loss_range(laws: Any, asked: Sequence[float]) -> tuple[float, float]:
     return math.floor(1000 * low) / 1000, math.ceil(1000 * max(highest, *asked)) / 1000
 
 
-def losses_of(laws: Any, asked: Sequence[float], count: int = LOSSES) -> list[float]:
-    """`count` losses, evenly spaced in ln(loss - E); the nearest to each that was asked gives way to it."""
+def losses_of(laws: Any, asked: Sequence[float]) -> list[float]:
+    """LOSSES losses, evenly spaced in ln(loss - E); the nearest to each that was asked gives way to it."""
     low, high = loss_range(laws, asked)
     below = below_all(laws, low)
-    points = below + np.exp(np.linspace(np.log(low - below), np.log(high - below), count))
+    points = below + np.exp(np.linspace(np.log(low - below), np.log(high - below), LOSSES))
     points[0], points[-1] = low, high
     for loss in asked:
         points[np.abs(points - loss).argmin()] = loss
