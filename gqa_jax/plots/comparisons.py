@@ -68,7 +68,7 @@ def savings(
         high, low = (100 * (1 - end) for end in one.saving_interval)
         top = share
         if np.isfinite(low):
-            ax.vlines(i + 0.2, low, high, color=style.HALO, linewidth=3.2)
+            ax.vlines(i + 0.2, low, high, color="white", linewidth=3.2)
             ax.vlines(i + 0.2, low, high, color=style.INK, linewidth=1.4)
             top, sure = max(share, high) if np.isfinite(high) else share, True
         highest = max(highest, top)
@@ -86,9 +86,10 @@ def savings(
         [Patch(**other), Patch(facecolor=look.color, **frame)], [f"{theirs}: {sizes[0]}", f"{ours}: {sizes[1]}"],
         loc="upper left", bbox_to_anchor=(-0.02, -0.1), frameon=False, fontsize=style.SMALL, labelcolor=style.INK,
     )  # fmt: skip
+    shapes = cost_axes.shapes_said(laws, aspect).replace("least cost", "least $Z$")
     lines = [
         f"loss {loss:g}, served at {formatting.context(context_served)}; {against.label} = 100%",
-        "; ".join(filter(None, (cost_axes.counted(convention, show[0]), cost_axes.shapes_said(laws, aspect)))),
+        "; ".join(filter(None, (cost_axes.counted(convention, show[0]), shapes))),
         *([f"whiskers: 95%{style.rests_on(laws)}"] if sure else []),
     ]
     style.finish(ax, "", "cost of inference (%)", title, "\n".join(lines), cheaper="y")
@@ -111,8 +112,8 @@ def cost_by_context(
 ) -> Axes:
     """Cost of reaching a loss against the served context, a curve and its band per head configuration (curves of Figure 1).
 
-    Yellow marks which of them has the least expected regret, or the least cost where laws have no draws. Arguments and errors as
-    of `savings`. Curves go from the least to the greatest of `contexts_served`, which get the ticks.
+    Yellow marks which of them has the least expected regret, or the least cost where laws have no draws. Arguments and errors
+    as of `savings`. Curves go from the least to the greatest of `contexts_served`, which get the ticks.
     """
     chosen = cost_axes.objective(cost, convention)
     grid = np.unique(np.round(np.geomspace(min(contexts_served), max(contexts_served), _POINTS)).astype(int))
@@ -197,8 +198,8 @@ def savings_by_context(
         entries.append(labels.Entry(text, look, float(saving[-1])))
     style.power_of_two_axis(ax.xaxis, best["context_served"], formatting.context)
     labels.legend(ax, entries, "loss to reach\n(nats per token)")
-    note = f"heads of least expected regret, against {baseline} at the same loss; below 0 they cost more"
-    label = f"cost saved against {baseline} (%)      cheaper \u2192"
+    note = f"heads of least expected regret, against {baseline} at the same loss"
+    label = f"cost saved against\n{baseline} (%)      cheaper \u2192"
     return style.finish(ax, "context served (tokens)", label, title, note + "\nbands: 95%" * bands)
 
 
@@ -253,8 +254,8 @@ def aligned_cost(
 
 
 def _mark_cheapest(ax: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Yellow along the curve that has the least cost for each loss. A curve is costs and losses; it may rise at its end."""
-    losses = np.linspace(min(y.min() for _, y in curves), max(y.max() for _, y in curves), 200)
+    """Yellow along the curve that has the least cost for each loss that all have. A curve is costs and losses."""
+    losses = np.linspace(max(y.min() for _, y in curves), min(y[0] for _, y in curves), 200)
     at_CxL = np.full((len(curves), len(losses)), np.inf)
     for i, (x, y) in enumerate(curves):
         falling = slice(0, int(np.argmin(y)) + 1)

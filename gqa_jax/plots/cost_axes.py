@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ def answers_by_loss(
 
     rule: Any = shape_rule.ShapeRule("runs", rule_of(laws, None).penalty, aspect=ratios)  # type: ignore[arg-type]
     edges, found = np.linspace(low, high, _LOSSES + 1), []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         best = Table.of(laws, (start + end) / 2, rule, known).ranked(context, cost, "figures", None).frame.iloc[0]
         if np.isfinite(best["cost"]):
             found.append((float(start), float(end), tables.heads_of(best)))

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from gqa_jax.plots import style
 
 HEADS = "(query, key/value) heads"
-_ROWS = 13  # of a legend; more stand in two columns
+_ROWS, _ACROSS = 13, 7  # of a legend beside axes, before it has two columns; of one below, before it has two rows
 
 
 class Entry(NamedTuple):
@@ -42,9 +42,10 @@ def legend(
 def legend_below(figure: Figure, entries: Sequence[Entry], title: str, *, answer: str = "") -> None:
     """Names of series that several axes share, below them, in their own order."""
     handles, texts = _handles(entries, True, True, answer)
+    rows = -(-len(handles) // _ACROSS)
     _finish(
         figure.legend(
-            handles, texts, title=title, loc="outside lower center", ncols=min(len(handles), 7), handlelength=3.4,
+            handles, texts, title=title, loc="outside lower center", ncols=-(-len(handles) // rows), handlelength=3.4,
             labelspacing=0.6, columnspacing=1.6, **_TEXT,
         )
     )  # fmt: skip

@@ -91,7 +91,7 @@ def loss_vs_cost(
     chosen = cost_axes.objective(cost, convention)
     entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
     labels.legend(ax, entries, labels.HEADS, answer=marks)
-    note = "\n".join(filter(None, (cost_axes.counted(convention, cost), *note)))
+    note = "\n".join(filter(None, ("; ".join(filter(None, (cost_axes.counted(convention, cost), note[0]))), *note[1:])))
     return style.finish(ax, cost_axes.label(chosen, context_served), LOSS, title, note, cheaper="x")
 
 
@@ -113,7 +113,7 @@ def loss_vs_costs(
         entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
         label = cost_axes.label(chosen, context_served).replace(" at ", "\nat ")
         style.finish(ax, label, LOSS if ax is panels[0] else "", cheaper="x")
-    note = "; ".join(filter(None, (cost_axes.counted(convention, "z"), *note)))
+    note = "\n".join(("; ".join(filter(None, (cost_axes.counted(convention, "z"), note[0]))), *note[1:]))
     style.caption(panels[0], title, note, columns=3)
     labels.legend_below(panels[0].figure, entries, labels.HEADS, answer=marks)
     return panels
