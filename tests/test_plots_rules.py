@@ -16,7 +16,7 @@ from gqa_jax.invariance import context_invariance
 from gqa_jax.laws import LLAMA3, Heads, fit_by_heads, fit_query_heads
 from gqa_jax.search import objectives, optimum
 from gqa_jax.shapes import head_configurations
-from tests import plot_helpers, test_plots_comparisons, test_plots_context, test_plots_heads
+from tests import plot_helpers, test_plots_context, test_plots_heads
 
 ALL = [Heads(*heads) for heads in head_configurations()]
 SOME = {1: [Heads(8, 1)], 3: [Heads(4, 4), Heads(4, 1), Heads(1, 1)], 8: [*ALL[-7:], LLAMA3], 21: ALL}

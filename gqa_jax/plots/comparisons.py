@@ -116,6 +116,9 @@ def cost_by_context(
     as of `savings`. Curves go from the least to the greatest of `contexts_served`, which get the ticks.
     """
     chosen = cost_axes.objective(cost, convention)
+    for each in heads:
+        if each in laws:
+            laws[each].solve(loss)  # ValueError where it is not reached
     grid = np.unique(np.round(np.geomspace(min(contexts_served), max(contexts_served), _POINTS)).astype(int))
     frame = optimum.optimum_map(
         laws, [loss], [int(context) for context in grid], chosen, aspect=aspect, heads=heads, draws=_draws(laws)
@@ -126,7 +129,7 @@ def cost_by_context(
         rows = frame[[tables.heads_of(row) == each for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]]
         x, y, low, high = (tables.numbers(rows, name) for name in ("context_served", "cost", "cost_low", "cost_high"))
         if not np.isfinite(y).any():
-            raise ValueError(f"a loss of {loss:g} can't be reached by heads {each}: {rows['note'].iloc[0]}")
+            raise ValueError(f"heads {each} have no cost at a loss of {loss:g}: {rows['note'].iloc[0]}")
         look = style.head_look(each)
         style.curve(ax, x, y, look)
         if np.isfinite(low).any():

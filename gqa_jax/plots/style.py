@@ -148,7 +148,7 @@ def caption(ax: Axes, title: str, note: str, columns: int = 1) -> None:
     """Title and note above axes, as wide as `columns` of the figure's."""
     place = ax.get_subplotspec()
     share = 1.0 if place is None else columns / place.get_gridspec().ncols
-    letters = int(share * ax.figure.get_figwidth() * 72 / (0.56 * SMALL)) - 6  # a letter is about half as wide as its size
+    letters = int(share * ax.figure.get_figwidth() * 72 / (0.6 * SMALL)) - 6  # letters are about 0.6 of their size wide
     note = "\n".join(textwrap.fill(line, max(letters, 20)) for line in note.split("\n"))
     if title:
         pad = 8 + 8 * bool(note) + 10 * note.count("\n")
@@ -220,9 +220,9 @@ def sure(laws: Any, shared: SharedError | None, *, bars: bool, bands: bool) -> s
 
     shared: the error that all losses have in common. It moves all points alike and is no bar, but is said; nan: not known.
     """
-    if not (bars or bands):
-        return ""
     text = f"; held-out text: \u00b1 {shared.reach(LEVEL):.3f} for all alike" if shared is not None and shared.sem > 0 else ""
+    if not (bars or bands):
+        return text.removeprefix("; ") + " (95%)" * bool(text)
     return f"{' and '.join(['bars'] * bars + ['bands'] * bands)}: 95%{rests_on(laws)}{text}"
 
 
