@@ -70,7 +70,8 @@ def test_the_error_of_a_common_text_is_a_sentence_and_no_bar(table):
     assert any("held-out text: ± 0.083 for all alike" in text for text in plot_helpers.texts(few_documents))
     assert style.sure(None, None, bars=True, bands=True) == "bars and bands: 95%"
     assert style.sure(None, None, bars=False, bands=True) == "bands: 95%"
-    assert style.sure(fitted, fitted.shared, bars=False, bands=False) == ""
+    assert style.sure(None, None, bars=False, bands=False) == ""
+    assert style.sure(fitted, fitted.shared, bars=False, bands=False) == "held-out text: ± 0.059 for all alike (95%)"
     rows["loss_sem"] = 0.001  # each of its own
     for ax in (plots.loss_vs_params(fitted := laws.fit_by_heads(few)), plots.loss_vs_cost(few, fitted, 8192)):
         assert plot_helpers.texts(ax)[-1].endswith("bars and bands: 95% with shared noise and bends")
