@@ -85,8 +85,11 @@ def test_curves_against_the_context(laws):
         context = mark.get_xdata()[len(mark.get_xdata()) // 2]
         best = optimum.search(laws, 2.615, int(context), objectives.make("memory"), heads=[OURS, LLAMA3])
         assert mark.get_ydata()[len(mark.get_xdata()) // 2] == pytest.approx(best.cost)
-    assert sum(len(mark.get_xdata()) for mark in marks) == len(plot_helpers.curves(ax)[0].get_xdata())
     assert len(marks) == 2
+    assert [marks[0].get_xdata()[0], marks[1].get_xdata()[-1]] == [CONTEXTS[0], CONTEXTS[-1]]
+    assert marks[0].get_xdata()[-1] == marks[1].get_xdata()[0]  # no gap
+    title = ax.get_legend().get_title().get_text()
+    assert title == "(query, key/value) heads\n$d/d_h$: as many as fill the width,\n$N$ at 128K"
 
 
 def test_curves_of_a_shape_that_is_given(laws):

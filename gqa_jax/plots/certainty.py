@@ -156,7 +156,7 @@ def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | Non
         look = style.head_look(heads)
         style.points(ax, law.params, 1e3 * (law.loss - law.predict(law.params)), look, label=style.head_text(heads))
     style.log_axis(ax.xaxis, text=formatting.short)
-    labels.legend(ax, [labels.Entry(style.head_text(h), style.head_look(h)) for h in laws], labels.HEADS, lines=False)
+    labels.legend(ax, [labels.Entry(style.head_text(h), style.head_look(h)) for h in laws], labels.heads(laws), lines=False)
     note = f"band: 95% of runs, twice their standard deviation of {sigma:.4f} nats" if np.isfinite(sigma) else ""
     return style.finish(
         ax, "parameters without embeddings, $N$", f"measured {style.MINUS} fitted loss\n(0.001 nats per token)", title, note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ def cost_by_context(
         laws, [loss], [int(context) for context in grid], chosen, aspect=aspect, heads=heads, draws=_draws(laws)
     )
     ax = ax or style.new_axes()
-    entries, bands = [], False
+    entries, bands, curves = [], False, {}
     for each in heads:
         rows = frame[[tables.heads_of(row) == each for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]]
         x, y, low, high = (tables.numbers(rows, name) for name in ("context_served", "cost", "cost_low", "cost_high"))
@@ -137,13 +138,16 @@ def cost_by_context(
             bands = True
         n_params = formatting.short(tables.numbers(rows, "n_params")[-1])
         entries.append(labels.Entry(f"{style.head_text(each)}, {n_params}", look, float(y[-1])))
+        curves[each] = y
     style.power_of_two_axis(ax.xaxis, contexts_served, formatting.context)
     cost_axes.scale(ax.yaxis, chosen)
     best = frame[(frame["rank"] == 1).fillna(False)].sort_values("context_served")
     if len(heads) > 1:
-        _mark(ax, [tables.heads_of(row) for row in best.to_dict("records")], *(tables.numbers(best, c) for c in _CURVE))
+        _mark(ax, [tables.heads_of(row) for row in best.to_dict("records")], tables.numbers(best, "context_served"), curves)
     marks = "" if len(heads) == 1 else "least expected regret" if bands else "least cost"
-    labels.legend(ax, entries, f"heads, $N$ at {formatting.context(int(grid[-1]))}", markers=False, answer=marks)
+    labels.legend(
+        ax, entries, f"{labels.heads(curves)},\n$N$ at {formatting.context(int(grid[-1]))}", markers=False, answer=marks
+    )
     lines = [
         f"loss {loss:g}; "
         + "; ".join(filter(None, (cost_axes.counted(convention, cost), cost_axes.shapes_said(laws, aspect)))),
@@ -152,16 +156,14 @@ def cost_by_context(
     return style.finish(ax, "context served (tokens)", cost_axes.label(chosen), title, "\n".join(lines), cheaper="y")
 
 
-_CURVE = ("context_served", "cost")
-
-
-def _mark(ax: Axes, winners: Sequence[Heads], x: np.ndarray, y: np.ndarray) -> None:
-    """Yellow along the points of each winner, as far as half-way to where the next begins."""
-    start = 0
-    for i in range(1, len(winners) + 1):
-        if i == len(winners) or winners[i] != winners[start]:
-            style.halo(ax, x[start:i], y[start:i])
-            start = i
+def _mark(ax: Axes, winners: Sequence[Heads], x: np.ndarray, curves: Mapping[Heads, np.ndarray]) -> None:
+    """Yellow along the curve of the winner at each x, as far as half-way to where the next one begins."""
+    edges = [i for i in range(1, len(winners)) if winners[i] != winners[i - 1]]
+    for start, end in itertools.pairwise([0, *edges, len(winners)]):
+        ends = np.sqrt(x[[max(start - 1, 0), end - 1]] * x[[start, min(end, len(x) - 1)]])
+        along = np.unique([ends[0], *x[start:end], ends[1]])
+        y = np.exp(np.interp(np.log(along), np.log(x), np.log(curves[winners[start]])))
+        style.halo(ax, along, y)
 
 
 def _draws(laws: Any) -> int:
@@ -251,7 +253,7 @@ def aligned_cost(
         label = cost_axes.label(chosen)
     if len(found) > 1:
         _mark_cheapest(ax, [(tables.numbers(rows, column), tables.numbers(rows, "loss")) for rows in found.values()])
-    labels.legend(ax, entries, labels.HEADS, markers=False, answer="least cost" * (len(found) > 1))
+    labels.legend(ax, entries, labels.heads(found), markers=False, answer="least cost" * (len(found) > 1))
     note = f"same training cost for all\nbands: 95% {IN_BRIEF['independent']}"
     return style.finish(ax, label, "held-out loss (nats per token)", title, note, cheaper="x")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.artist import Artist
@@ -11,10 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
+from gqa_jax.laws import Heads
 from gqa_jax.plots import style
 
-HEADS = "(query, key/value) heads"
 _ROWS, _ACROSS = 13, 7  # of a legend beside axes, before it has two columns; of one below, before it has two rows
+
+
+def heads(shown: Iterable[Heads]) -> str:
+    """The title of a legend of heads."""
+    rule = "\n$d/d_h$: as many as fill the width" if any(each.n_heads is None for each in shown) else ""
+    return f"(query, key/value) heads{rule}"
 
 
 class Entry(NamedTuple):

@@ -61,6 +61,7 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     shown = ["$N$"] * bool(sized) + ["probability of being the cheapest (tint; hatched below 50%)"] * bool(certain)
     note = f"(query, key/value) heads of least {'expected regret' if certain else 'cost'}"
     note += f", {' and '.join(shown)}" * bool(shown) + "; * outside the sizes trained" * starred
+    note += "; $d/d_h$: as many as fill the width" * any(heads.n_heads is None for heads in winners.values())
     style.finish(ax, "context served (tokens)", "loss to reach\n(nats per token)", title, note)
     ax.grid(visible=False)
     ax.tick_params(length=0)
