@@ -67,6 +67,22 @@ def aligned(count):
     return pd.concat(frames).astype({"n_heads": "Int64"})
 
 
+@functools.cache
+def uneven():
+    """Runs whose d / L goes up and down with the size, as the paper's do: 64, 85, 64, 64, 53."""
+    table = runs(3)
+    rows = []
+    for heads, (layers, d_model) in itertools.product(SOME[3], ((4, 256), (6, 512), (12, 768), (16, 1024), (24, 1280))):
+        shape = costs.Shape(layers, d_model, heads.n_heads, heads.n_kv_heads)
+        n = int(costs.count_params(shape, "exact").non_embedding)
+        sized = {"n_layers": layers, "d_model": d_model, "n_heads": heads.n_heads, "n_kv_heads": heads.n_kv_heads}
+        noise = 0.001 * (-1) ** layers
+        loss = 1.8 + (0.9 + 0.3 / heads.n_heads + 0.1 / heads.n_kv_heads) * (1e8 / n) ** 0.2 + noise
+        rows.append(table.iloc[0].to_dict() | sized | {"size": f"{layers}", "cell": f"{heads}{layers}", "loss": loss})
+        rows[-1] |= {"params_non_embedding": n, "params_total": pd.NA}
+    return plot_helpers.table(rows)
+
+
 def of_each(count):
     """Pictures of laws and costs, by name."""
     return {
@@ -85,6 +101,7 @@ def of_each(count):
 
 SHAPE = costs.Shape(24, 1536, 24, 8)
 OTHERS = {
+    "cost-uneven": lambda: plots.loss_vs_cost(uneven(), None, 8192, cost="flops"),
     "savings": lambda: plots.savings(laws(8), 2.7, 131_072, heads=Heads(32, 1), title="Saved"),
     "savings-paper": lambda: plots.savings(presets.load("paper"), 2.615, 131_072),
     "saved": lambda: plots.savings_by_context(answers(8)),

@@ -60,11 +60,13 @@ def shapes_said(laws: Mapping[Heads, PowerLaw], aspect: Any) -> str:
 
 def smooth(aspect: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The same ratios at the knots of an `Aspect`, and between them a curve without kinks that does not leave their range."""
-    if not isinstance(aspect, Aspect) or len(aspect.params) < 3:
+    if not isinstance(aspect, Aspect) or len(aspect.params) < 2:
         return aspect
-    ends = np.log(aspect.params[0]), np.log(aspect.params[-1])
-    between = PchipInterpolator(np.log(aspect.params), np.log(aspect.ratio))
-    return lambda n_params: np.exp(between(np.clip(np.log(n_params), *ends)))
+    log_n = np.pad(
+        np.log(aspect.params), 1, "linear_ramp", end_values=(np.log(aspect.params[0]) - 1, np.log(aspect.params[-1]) + 1)
+    )
+    between = PchipInterpolator(log_n, np.pad(np.log(aspect.ratio), 1, "edge"))  # flat at the ends, as it is outside
+    return lambda n_params: np.exp(between(np.clip(np.log(n_params), log_n[0], log_n[-1])))
 
 
 def answers_by_loss(
