@@ -115,7 +115,8 @@ TABLE = (
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.optimum",
+        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.shape_rule "
+        ".search.candidates .search.optimum",
     ),
     Row("gqa_jax", lazily=".external .results"),
     # Grids: what a person runs.
