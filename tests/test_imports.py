@@ -142,7 +142,7 @@ TABLE = (
     Row("launch.grid_tables", ".formatting .laws .search.optimum launch.studies launch.tables"),
     Row(
         "launch.answers",
-        ".formatting .costs .laws .search.answer .search.serving_words .search.words launch.studies launch.tables launch.grid_tables",
+        ".formatting .laws .search.answer .search.serving_words .search.words launch.studies launch.tables launch.grid_tables",
     ),
     Row(
         "launch.device_tables",

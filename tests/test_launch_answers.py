@@ -65,7 +65,8 @@ class TestHeadline:
             in text
         )
         assert (
-            "29.2% less (25.3% to 31.0%) than the measured model of Llama 3's heads in 32 layers x 2048 (loss 2.6145). " in text
+            "29.2% less (25.3% to 31.0%) than the measured model of Llama 3's heads in 32 layers x 2048 (loss 2.6145): memory "
+            in text
         )
         assert f"Next, {found.runner_up} costs 4.74% more on average. Assumed: " in text
         assert text.endswith("; laws of nobody.")
@@ -77,7 +78,7 @@ class TestHeadline:
     def test_a_baseline_by_its_law_is_called_so(self, found, paper):
         base = dataclasses.replace(found.baseline, measured=False, n_layers=30.2, d_model=1900.4)
         text = words.headline(dataclasses.replace(found, baseline=base))
-        assert "than Llama 3's heads in 30 layers x 1900, by the law." in text
+        assert "than Llama 3's heads in 30 layers x 1900, by the law: memory " in text
         same = dataclasses.replace(found, baseline=base, saving=0.0, saving_interval=(0.0, 0.0))
         assert ", and as much as Llama 3's heads in 30 layers x 1900, by the law." in words.headline(same)
         own = dataclasses.replace(found, loss=2.675891234)
@@ -148,7 +149,7 @@ class TestAssumptions:
         assert not any("an hour" in one for one in said)
 
     @pytest.mark.parametrize(
-        ("cost", "options", "words"),
+        ("cost", "options", "said"),
         [
             ("memory", {"convention": "exact", "cache_dtype": "int8"}, "2 bytes a parameter and 1"),
             ("flops", {"flops": "full_T"}, "counted by the convention figures (FLOPs of T tokens, without embeddings)"),
@@ -157,9 +158,9 @@ class TestAssumptions:
             ("z", {"lam": 0.5}, "cost Z = 0.5 M^(1/2) + 0.5 C^(1/3)"),
         ],
     )
-    def test_of_every_cost(self, cost, options, words, paper):
+    def test_of_every_cost(self, cost, options, said, paper):
         goal = objectives.make(cost, **options)
-        assert words in "; ".join(words.assumptions(optimum.search(paper, LOSS, T, goal, draws=0)))
+        assert said in "; ".join(words.assumptions(optimum.search(paper, LOSS, T, goal, draws=0)))
 
 
 class TestCandidates:
