@@ -252,7 +252,7 @@ def _batch(text: str) -> int | str:
 
 def _add_context(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--train_context", type=_tokens, metavar="T", help="training context of the laws (default: that with most runs)"
+        "--train_context", type=_tokens, metavar="T", help="training context of the laws (default: that of least noise)"
     )
 
 

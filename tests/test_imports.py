@@ -3,7 +3,7 @@
 A row imports only rows above it, so there are no circles, and the library never knows the launcher. Where a row names no
 package of jax's family, and no row that it imports does, its modules import none: a notebook on a laptop, the launcher on a
 login node and the planner use them. An import inside a function, or for types alone, is in `lazily`. What is not seen here:
-`launch.executor` finds an engine's module by the name of the engine.
+`launch.executor` finds an engine's module by the name of the engine, and `gqa_jax` its own by the name of an attribute.
 """
 
 import ast
@@ -81,7 +81,7 @@ TABLE = (
         outside="jax optax",
     ),
     # Losses to laws, laws to answers.
-    Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder"),
+    Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder", lazily=".metrics"),
     Row("gqa_jax.shape_search", ".shapes .costs"),
     Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
     Row("gqa_jax.external", ".errors .storage .results .laws"),
@@ -98,7 +98,11 @@ TABLE = (
         "gqa_jax.plots",
         ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.optimum",
     ),
-    Row("gqa_jax", lazily=".external .results"),
+    Row(
+        "gqa_jax.search.study",
+        ".errors .formatting .storage .results .shape_search .laws .external .presets .search.objectives .search.optimum",
+    ),
+    Row("gqa_jax"),
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.grid", ".errors .costs .config .data"),
@@ -114,7 +118,7 @@ TABLE = (
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
     Row("launch.plan", ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit"),
-    Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
+    Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
     Row("launch.serving_screens", ".formatting .laws .search.devices .search.optimum .search.roofline launch.studies"),
     Row(
         "launch.answer",

@@ -141,7 +141,7 @@ class TestFit:
         file, _, _ = small
         assert main(["fit", str(file), "--free_entropy", "--entropy", "1"]) == 2
         assert main(["fit", "--preset", "paper", "--free_entropy"]) == 2
-        assert "is for grids" in capsys.readouterr().err
+        assert "is for runs of your own" in capsys.readouterr().err
 
     def test_heads_that_lack_sizes_are_left_out_and_said(self, small, capsys):
         file, layout, cells = small

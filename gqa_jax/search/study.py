@@ -103,7 +103,7 @@ class Fits:
 
 
 def by_noise(fitted: Sequence[Fitted]) -> list[Fitted]:
-    """The laws of least noise (`Fitted.noise`) first; of the same in per mille, those of most runs, then the longest context."""
+    """The laws of least noise (`Fitted.noise`) first; where it is the same, those of most runs, then of the longest context."""
     return sorted(fitted, key=lambda one: (round(one.noise, 3), -len(one.rows), -one.context))
 
 
