@@ -36,7 +36,7 @@ from gqa_jax import formatting
 from gqa_jax.errors import closest
 from gqa_jax.formatting import LARGEST_REGRET
 from gqa_jax.laws import LawsByHeads, fit_by_heads
-from gqa_jax.search import optimum
+from gqa_jax.search import optimum, ranking
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -81,7 +81,7 @@ def measure(name: str, index: int, methods: Sequence[str], *, seed: int = 0, dra
     one = grid(name, index, seed)
     heads, seconds = one.truth.heads, {}
     cost_H = one.cost(np.exp(one.log_size_H))
-    regret_H = optimum.regret(cost_H)
+    regret_H = ranking.regret(cost_H)
     said, refused, chosen = {}, None, {}
 
     def timed(what: str, function: Callable[[], Any]) -> Any:
@@ -113,14 +113,14 @@ def say(laws: LawsByHeads, one: Grid, method: str, draws: int, seed: int) -> Sai
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
     def covers(values: np.ndarray, truth: np.ndarray) -> tuple[float, np.ndarray]:
-        low, high = optimum.quantiles(values, tails)
+        low, high = ranking.quantiles(values, tails)
         return float(np.mean((low <= truth) & (truth <= high))), high - low
 
     covers_size, width_H = covers(drawn.log_size(one.asked), one.log_size_H)
     exponent_SxH = drawn.b_SxH
     if drawn.bends is not None:
         exponent_SxH = exponent_SxH + drawn.bends.at(np.array([math.log(one.middle)]))[1][:, None]
-    regrets = optimum.regrets(laws, one.asked, one.served, draws=draws, seed=seed, method=method)
+    regrets = optimum.regrets(laws, one.asked, one.served, aspect="trained", draws=draws, seed=seed, method=method)
     order = [regrets.heads.index(h) for h in one.truth.heads]
     regret_SxH = regrets.regret_SxH[regrets.reached_S][:, order]
     probability, answer = np.full(len(order), np.nan), None
@@ -259,7 +259,7 @@ def _resamples(count: int) -> np.ndarray:
 
 def resampled(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, float]:
     """A statistic of indices (..., count) of grids, with its 99% interval; ends of infinite values may be infinite."""
-    low, high = optimum.quantiles(np.asarray(statistic(_resamples(count))), [0.005, 0.995])
+    low, high = ranking.quantiles(np.asarray(statistic(_resamples(count))), [0.005, 0.995])
     return {"value": float(statistic(np.arange(count))), "low": float(low), "high": float(high)}
 
 

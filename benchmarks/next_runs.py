@@ -27,7 +27,7 @@ import pandas as pd
 from benchmarks import coverage_grids as grids
 from gqa_jax import presets, shape_search
 from gqa_jax.laws import Heads, fit_by_heads, planning
-from gqa_jax.search import next_runs, objectives, optimum
+from gqa_jax.search import next_runs, objectives, optimum, ranking
 from gqa_jax.shapes import SIZES, Aspect
 from tests import law_tables
 
@@ -73,7 +73,7 @@ def one(seed: int) -> dict[str, float]:
     budget = 0.5 * 120 * law_tables.params((8, 1), [_shape("1.2B")])[0] ** 2
     laws, today = _answer(done)
     start = time.process_time()
-    choice = next_runs.choose(laws, [next_runs.Question(LOSS, CONTEXT)], candidates, budget, seed=seed)
+    choice = next_runs.choose(laws, [next_runs.Question(LOSS, CONTEXT, aspect="trained")], candidates, budget, seed=seed)
     seconds = time.process_time() - start
     new = [c for c in candidates if c.name.endswith("-0")]
     shuffled = [new[i] for i in generator.permutation(len(new))]
@@ -157,13 +157,13 @@ def _shape(name: str) -> tuple[int, int]:
 def _answer(table: pd.DataFrame):
     laws = fit_by_heads(table)
     laws.aspect = ASPECT
-    return laws, optimum.search(laws, LOSS, CONTEXT, draws=2000).heads
+    return laws, optimum.search(laws, LOSS, CONTEXT, aspect="trained", draws=2000).heads
 
 
 def _true_regret(truth: dict) -> dict[Heads, float]:
     sizes = np.array([1e9 * ((LOSS - entropy) / amplitude) ** (-1 / b) for amplitude, b, entropy in truth.values()])
     costs = objectives.Z()(shape_search.solve_shape(sizes, list(truth), ASPECT), CONTEXT)
-    return dict(zip(truth, optimum.regret(costs), strict=True))
+    return dict(zip(truth, ranking.regret(costs), strict=True))
 
 
 def _spend(order: list[next_runs.Candidate], budget: float) -> list[str]:

@@ -48,6 +48,11 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def times(factor: float) -> str:
+    """How many times as large: 1.2x, 81x, 1,100x."""
+    return f"{figure(factor)}x"
+
+
 def alike(values: Sequence[float]) -> list[str]:
     """Numbers with as many decimals as the one that needs the most: 3 and 2.35 as "3.00" and "2.35"."""
     decimals = max(len(f"{value:.6g}".partition(".")[2]) for value in values)

@@ -122,6 +122,42 @@ def buildable(
     return sorted(found, key=found.get)[:count]
 
 
+def reaching(
+    n_params: float,
+    heads: HasHeads,
+    ratio: float,
+    bounds: tuple[float, float],
+    needed: Callable[[Any], Any],
+    head_dim: int = HEAD_DIM,
+    vocab_size: int = VOCAB_SIZE,
+    convention: str | costs.Convention = "figures",
+    *,
+    multiple: int = 64,
+) -> list[costs.Shape]:
+    """Integer shapes that have as many parameters as their aspect ratio needs: for every width the fewest layers.
+
+    Args:
+      n_params, ratio: of the real-valued model that they are to be close to; widths from 2/3 to 3/2 of its are tried.
+      bounds: least and largest d / L.
+      needed: N without embeddings as a function of d / L that a model must have, or more.
+      multiple: of hidden sizes, and where n_heads is None of n_kv d_h (of a rule with groups g d_h) too.
+
+    Feed-forward widths are those that are trained (`gqa_jax.shapes.ffn_width`). No shape within the bounds: an empty list.
+    """
+    real = solve_shape(n_params, heads, lambda _: ratio, head_dim, vocab_size, convention)
+    unit = multiple if heads.n_heads is not None else math.lcm(multiple, head_dim * abs(heads.n_kv_heads))
+    found = []
+    for width in range(max(1, int(real.d_model / 1.5 / unit)), int(1.5 * real.d_model / unit) + 2):
+        d_model = unit * width
+        per_layer = costs.count_params(_integer_shape(1, d_model, heads, head_dim, vocab_size), convention).non_embedding
+        fewest, most = max(1, math.ceil(d_model / bounds[1])), math.floor(d_model / bounds[0])
+        layers = np.arange(fewest, most + 1)
+        enough = layers[layers * per_layer >= needed(d_model / layers)] if len(layers) else layers
+        if len(enough):
+            found.append(_integer_shape(int(enough[0]), d_model, heads, head_dim, vocab_size))
+    return found
+
+
 def _integer_shape(layers: int, d_model: int, heads: HasHeads, head_dim: int, vocab_size: int) -> costs.Shape:
     n_heads = d_model // head_dim if heads.n_heads is None else heads.n_heads
     n_kv_heads = heads.n_kv_heads if heads.n_kv_heads > 0 else n_heads // -heads.n_kv_heads

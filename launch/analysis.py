@@ -79,6 +79,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--budget", type=float, required=True, metavar="FLOPS", help="of training, for all of them")
     _add_context(command)
     add_objective(command)
+    command.add_argument("--aspect", metavar="RATIO", help="d / L of the models, as for optimum (default: best)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws and simulated losses (default: 0)")
     command.add_argument("--out", metavar="FILE", help="the grid file that is written (default: GRID-next.py beside GRID)")
 
@@ -257,22 +258,32 @@ def _add_context(command: argparse.ArgumentParser) -> None:
 
 
 def _add_aspect(command: argparse.ArgumentParser) -> None:
-    summary = "d / L of the models: paper (its tables), or a number like 64 (default: as between the sizes that were trained)"
-    command.add_argument("--aspect", metavar="RATIO", help=summary)
+    group = command.add_argument_group("which models")
+    group.add_argument(
+        "--aspect", metavar="RATIO", help="d / L, width over layers: best (default: the cheapest of every draw, from half to "
+        "twice the runs' own, with what it costs in loss), trained (as the runs), paper (its tables), or a number like 64",
+    )  # fmt: skip
+    group.add_argument(
+        "--heads", nargs="+", type=_heads, metavar="H", help="only these, like 8,1 4,1 llama3 (default: all that have a law)"
+    )
 
 
-def _aspect(text: str | None):
-    """The aspect ratio that was asked for; None: the laws' own."""
-    from gqa_jax.shapes import Aspect, paper_aspect
+def _heads(text: str):
+    """8,1; d,8 or llama3 for as many query heads as fill the width and 8 key/value heads; mha, group:4, kv:8."""
+    from gqa_jax.laws import LLAMA3, Heads
+    from gqa_jax.laws.heads import rule
 
-    if text is None:
-        return None
-    if text == "paper":
-        return paper_aspect()
     try:
-        return Aspect.constant(float(text))
+        if text == "llama3":
+            return LLAMA3
+        if ":" in text or text == "mha":
+            return rule(text)
+        query, kv = text.strip("()").split(",")
+        return Heads(None if query in ("d", "d/d_h") else int(query), int(kv))
     except ValueError:
-        raise ConfigError(f"--aspect {text}: give paper, or the ratio d / L as a number above 0, like 64") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no heads: give query and key/value heads like 8,1, or llama3, mha, group:4, kv:8"
+        ) from None
 
 
 def _tokens(text: str) -> int:
@@ -348,7 +359,7 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         own = {name: getattr(arguments, name) for name in ("n_devices", "batch", "param_dtype", "cache_dtype")}
         limit = Serving(arguments.fits, **{name: value for name, value in own.items() if value is not None})
     convention = arguments.convention or source.convention
-    how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": _aspect(arguments.aspect)}
+    how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
     question = one.laws, arguments.loss, arguments.context
     if len(goals) > 1:
@@ -368,7 +379,7 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _compare(arguments: argparse.Namespace, source, one, found, console: Console) -> int:
-    from gqa_jax.search.optimum import records
+    from gqa_jax.search.answer import records
     from launch import serving_screens
 
     if arguments.conventions:
@@ -394,7 +405,13 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
 
     source = _source(arguments)
     found = findings.of(
-        source, arguments.loss, arguments.context, objective(arguments, source.convention), console, _aspect(arguments.aspect)
+        source,
+        arguments.loss,
+        arguments.context,
+        objective(arguments, source.convention),
+        console,
+        arguments.aspect,
+        arguments.heads,
     )
     path = report.write(findings.layout(source), found)
     console.print(f"{path}", highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from gqa_jax.formatting import probability, regret, short, si
 from gqa_jax.laws import Heads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import optimum
-from gqa_jax.search.optimum import Answer
+from gqa_jax.search.answer import Answer
 from launch import rules, serving_screens, studies
 from launch.grid import Layout
 from launch.studies import Fits, Fitted, Source
@@ -333,10 +333,10 @@ def print_answer(found: Answer, one: Fitted, console: Console) -> None:
         f"{_range(*found.cost_interval, si)}",
         sep="\n", highlight=False,
     )  # fmt: skip
-    if not np.isnan(found.saving_vs_llama3):
-        saves = "saves" if found.saving_vs_llama3 >= 0 else "costs more by"
+    if not np.isnan(found.saving):
+        saves = "saves" if found.saving >= 0 else "costs more by"
         console.print(
-            f"{saves} {abs(found.saving_vs_llama3):.1%}{_range(*found.saving_interval, '{:.1%}'.format)} against Llama 3's "
+            f"{saves} {abs(found.saving):.1%}{_range(*found.saving_interval, '{:.1%}'.format)} against Llama 3's "
             "heads at the same loss",
             highlight=False,
         )
@@ -386,7 +386,7 @@ def _candidates_screen(found: Answer) -> Table:
             f"{si(row.cost)}{_range(row.cost_low, row.cost_high, si)}",
             "" if np.isnan(row.probability) else probability(row.probability),
             regret(row.expected_regret),
-            "" if np.isnan(row.saving_vs_llama3) else f"{-row.saving_vs_llama3:+.1%}",
+            "" if np.isnan(row.saving) else f"{-row.saving:+.1%}",
             "" if pd.isna(row.note) else row.note.removeprefix("extrapolated: ").removesuffix(" the trained sizes"),
         )
     return view
@@ -402,7 +402,7 @@ def conventions_screen(frame: pd.DataFrame) -> Table:
     for name in ("FLOPs of", "memory in", "heads", "P(cheapest)", "vs Llama 3", "regret of the first"):
         view.add_column(name, justify="right")
     for row in frame.itertuples():
-        known = ["" if np.isnan(x) else f"{x:.1%}" for x in (row.probability, -row.saving_vs_llama3)]
+        known = ["" if np.isnan(x) else f"{x:.1%}" for x in (row.probability, -row.saving)]
         view.add_row(row.flops, row.memory, heads_text(row.n_heads, row.n_kv_heads), *known, regret(row.regret))
     return view
 

@@ -19,6 +19,7 @@ from gqa_jax import formatting, invariance, plots, results, shape_search
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import validation
 from gqa_jax.search import optimum
+from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective
 from launch import state, studies
 from launch.answer import without_checks
@@ -28,7 +29,13 @@ from launch.studies import Fitted, Source
 
 
 def of(
-    source: Source, loss: float | None, context: int | None, objective: Objective, console: Console, aspect: Any = None
+    source: Source,
+    loss: float | None,
+    context: int | None,
+    objective: Objective,
+    console: Console,
+    aspect: Any = None,
+    heads: Any = None,
 ) -> Findings:
     """The findings of every training context; the one of least noise answers the first question.
 
@@ -40,7 +47,7 @@ def of(
     fits = studies.fit(source)
     if not fits.fitted:
         fits.at(None)
-    made = [_study(one, loss, context, objective, console, aspect) for one in fits.fitted]
+    made = [_study(one, loss, context, objective, console, aspect, heads) for one in fits.fitted]
     root = source.layout.root if source.layout else None
     made[0] = _with_contexts(made[0], source, console)
     runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
@@ -73,7 +80,9 @@ def layout(source: Source) -> Layout:
     return source.layout or Layout(epath.Path("runs") / source.name)
 
 
-def _study(one: Fitted, loss: float | None, context: int | None, objective: Objective, console: Console, aspect: Any) -> Study:
+def _study(
+    one: Fitted, loss: float | None, context: int | None, objective: Objective, console: Console, aspect: Any, heads: Any
+) -> Study:
     served = sorted(one.contexts_served)
     context = context or served[-1]
     losses = sorted(one.losses, reverse=True)
@@ -83,19 +92,19 @@ def _study(one: Fitted, loss: float | None, context: int | None, objective: Obje
             raise ConfigError(f"none of the losses asked for ({', '.join(f'{x:g}' for x in losses)}) is above E: give --loss")
         loss = middle[len(middle) // 2]
     rule = getattr(objective, "convention", None) or one.convention
-    aspect = aspect or one.laws.aspect
+    which = {"aspect": one.laws.aspect, "heads": heads}
     try:
-        answer = optimum.search(one.laws, loss, context, objective, aspect=aspect, convention=rule)
+        answer = optimum.search(one.laws, loss, context, objective, **which, convention=rule)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    grid = optimum.optimum_map(one.laws, losses, served, objective, aspect=aspect, convention=rule)
+    grid = optimum.optimum_map(one.laws, losses, served, objective, **which, convention=rule)
     study = {
         "laws": one.laws,
         "questions": [Question(loss, context, answer)],
         "objective": objective,
-        "aspect": aspect,
+        "aspect": one.laws.aspect,
         "optimum_map": grid,
-        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, aspect=aspect),
+        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, **which),
         "checks": _checks(one),
     }
     pictures: dict[str, list[Picture]] = {}
@@ -111,12 +120,12 @@ def _study(one: Fitted, loss: float | None, context: int | None, objective: Obje
 
 
 def _pictures(
-    one: Fitted, answer: optimum.Answer, grid: pd.DataFrame, context: int
+    one: Fitted, answer: Answer, grid: pd.DataFrame, context: int
 ) -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
     """(part of the page, title, caption, what draws it), beside the map and the charts that the page has anyway."""
     laws, rows = one.laws, one.rows
     at = formatting.context(context)
-    if np.isfinite(answer.saving_vs_llama3):
+    if np.isfinite(answer.saving):
         yield (
             "questions",
             "Saved against Llama 3's heads",

@@ -59,9 +59,9 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
         raise ConfigError(f"nothing can be told yet: {why}. Cells that would make a fit possible: {_first(cells, source)}")
     one = fits.at(arguments.train_context)
     goal = objective(arguments, source.convention)
-    today = optimum.search(one.laws, arguments.loss, arguments.context, goal, seed=arguments.seed)
+    today = optimum.search(one.laws, arguments.loss, arguments.context, goal, aspect=arguments.aspect, seed=arguments.seed)
     possible = candidates(one, cells, source)
-    questions = [Question(arguments.loss, arguments.context, goal)]
+    questions = [Question(arguments.loss, arguments.context, goal, aspect=arguments.aspect)]
     choice = next_runs.choose(
         one.laws, questions, possible.candidates, arguments.budget, pending=possible.pending, seed=arguments.seed
     )

@@ -5,7 +5,7 @@ import pytest
 from gqa_jax import costs, shape_search
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import fit_loss_nd_by_heads
-from gqa_jax.search import equal_compute, objectives, optimum
+from gqa_jax.search import equal_compute, objectives, ranking
 from gqa_jax.search.equal_compute import SameAs, equal_training_cost, equal_training_curves
 
 BY_HEADS = {(32, 8): 470.0, (8, 8): 482.0, (8, 1): 510.0, (1, 1): 580.0}
@@ -149,7 +149,7 @@ def test_regrets_are_those_of_the_search(above_least):
     n_SxH = plan.least_params(loss, laws.draws(300, 0))
     reached = np.isfinite(n_SxH)
     cost_SxH = np.where(reached, goal(plan.shape(np.where(reached, n_SxH, np.nan), plan.heads), T), np.inf)
-    regret_SxH = optimum.regret(cost_SxH)
+    regret_SxH = ranking.regret(cost_SxH)
     assert (regret_SxH == 10).any()
     assert (regret_SxH[regret_SxH < 10] > 1).any()
     found = equal_training_cost(laws, 3e19, loss, T, goal, draws=300)

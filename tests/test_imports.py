@@ -90,9 +90,20 @@ TABLE = (
     Row("gqa_jax.search"),
     Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
     Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
-    Row("gqa_jax.search.optimum", ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives"),
-    Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.optimum .search.roofline"),
-    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.optimum"),
+    Row("gqa_jax.search.ranking", ".formatting"),
+    Row("gqa_jax.search.shape_rule", ".shapes .laws"),
+    Row("gqa_jax.search.answer", ".costs .laws"),
+    Row(
+        "gqa_jax.search.candidates",
+        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
+    ),
+    Row(
+        "gqa_jax.search.optimum",
+        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule "
+        ".search.answer .search.candidates",
+    ),
+    Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.answer .search.optimum .search.roofline"),
+    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",

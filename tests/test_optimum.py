@@ -8,7 +8,7 @@ import pytest
 from gqa_jax import costs, laws, presets, shape_search
 from gqa_jax.hardware import CHIPS, Efficiency
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
-from gqa_jax.search import objectives, optimum, roofline
+from gqa_jax.search import candidates, objectives, optimum, ranking, roofline
 from gqa_jax.search.roofline import Serving
 from gqa_jax.shapes import Aspect, paper_aspect
 from tests.law_tables import TRACED, synthetic
@@ -39,6 +39,12 @@ def traced():
     return {Heads(*h): PowerLaw(1e9 * a ** (1 / b), b, 1.95, 1.0, sizes, np.array([3.2, 2.6])) for h, (a, b) in TRACED.items()}
 
 
+def by_curves(found, losses, contexts, cost="z", convention="figures", aspect="trained"):
+    """The map by the fitted laws alone, in models shaped as those that were trained."""
+    objective = objectives.make(cost, convention=convention)
+    return optimum.optimum_map(found, losses, contexts, objective, aspect=aspect, convention=convention, draws=0)
+
+
 @pytest.fixture(scope="module")
 def paper():
     return presets.load("paper")
@@ -47,7 +53,7 @@ def paper():
 class TestPaper:
     def test_table_4_by_the_curves_of_figure_2(self):
         """Of the 9 cells won by a head configuration of Figure 2, 8 come out, nothing fitted to Table 4; a miss costs 0.14%."""
-        frame = optimum.best_heads(traced(), list(TABLE_4), CONTEXTS, aspect=Aspect.constant(64))
+        frame = by_curves(traced(), list(TABLE_4), CONTEXTS, aspect=Aspect.constant(64))
         cells = [cell for cell in table_4() if cell[2] in TRACED]
         assert len(cells) == 9
         regrets = [_regret(frame, *cell) for cell in cells]
@@ -56,7 +62,7 @@ class TestPaper:
 
     def test_table_4_by_the_calibrated_preset(self):
         calibrated = presets.load("paper-table4")
-        frame = optimum.best_heads(calibrated, list(TABLE_4), CONTEXTS)
+        frame = by_curves(calibrated, list(TABLE_4), CONTEXTS)
         regrets = [_regret(frame, *cell) for cell in table_4()]
         assert sum(regret == 0 for regret in regrets) == 33
         assert max(regrets) < 0.007
@@ -69,7 +75,7 @@ class TestPaper:
             sum((row["n_heads"], row["n_kv_heads"]) == heads for *key, heads in table_4() for row in [chosen.loc[tuple(key)]])
             == 33
         )
-        assert chosen.loc[(2.7, 131_072), "saving_vs_llama3"] > 0.25
+        assert chosen.loc[(2.7, 131_072), "saving"] > 0.25
 
     def test_flops_per_token_can_not_give_table_4(self):
         """FLOPs of a token are 0.3% of Z, so the paper must mean those of a sequence."""
@@ -93,7 +99,7 @@ class TestPaper:
         assert found.n_params == pytest.approx(2.08e9, rel=0.005)
         assert found.n_params_interval[0] < 2.02e9 < found.n_params_interval[1]  # of the paper's own E, 1.95
         assert found.probability > 0.9
-        assert 0.25 < found.saving_interval[0] < found.saving_vs_llama3 < found.saving_interval[1] < 0.4
+        assert 0.25 < found.saving_interval[0] < found.saving < found.saving_interval[1] < 0.4
         assert any("preset paper" in w for w in found.warnings)
 
     def test_memory_alone_and_flops_alone(self, paper):
@@ -164,7 +170,7 @@ class TestSearch:
         assert held["note"].str.contains("takes more than the 76.97 GB that a server fills of each of 1 x h100").all()
         assert held["rank"].isna().all()
         tight = optimum.search(paper, 2.615, 131_072, objectives.make("memory"), memory_limit=Serving("h100", batch=44))
-        assert np.isnan(tight.saving_vs_llama3)
+        assert np.isnan(tight.saving)
         assert (
             "no saving against Llama 3's heads: they take more than the 76.97 GB that a server fills of each of 1 x h100"
             in tight.warnings
@@ -183,7 +189,7 @@ class TestSearch:
             "n_params_interval",
             "probability",
             "cost",
-            "saving_vs_llama3",
+            "saving",
             "candidates",
         }
         assert wanted <= set(values)
@@ -195,7 +201,7 @@ class TestSearch:
         found = optimum.search(laws.fit_by_heads(rows), 2.9, 8192)
         assert np.isnan(found.probability)
         assert np.isnan(found.n_params_interval).all()
-        assert np.isnan(found.saving_vs_llama3)
+        assert np.isnan(found.saving)
         text = " ".join(found.warnings)
         assert "no probabilities: as many coefficients as runs" in text
         assert "no saving against Llama 3's heads" in text
@@ -244,13 +250,13 @@ class TestServed:
     @pytest.mark.parametrize("cost", ["z", "memory", "train"])
     def test_costs_of_a_model_alone_have_no_columns_of_serving(self, paper, cost):
         frame = optimum.search(paper, 2.7, 8192, objectives.make(cost), draws=0).candidates
-        assert tuple(frame.columns) == optimum.CANDIDATES
+        assert tuple(frame.columns) == candidates.CANDIDATES
 
     @pytest.mark.parametrize(("cost", "by"), [("price", "price"), ("latency", "latency"), ("throughput", "price")])
     def test_columns_say_how_each_h_is_served(self, paper, cost, by):
         objective = _typical(cost)
         frame = optimum.search(paper, 2.615, 131_072, objective, draws=50).candidates
-        assert tuple(frame.columns) == (*optimum.CANDIDATES, *optimum.SERVED)
+        assert tuple(frame.columns) == (*candidates.CANDIDATES, *candidates.SERVED)
         for row in frame.itertuples():
             heads = Heads(row.n_heads, row.n_kv_heads)
             shape = shape_search.solve_shape(paper[heads].solve(2.615), heads, paper.aspect)
@@ -279,7 +285,7 @@ class TestServed:
     def test_in_json_too(self, paper):
         objective = _typical("price", tpot=0.01)
         values = json.loads(json.dumps(optimum.search(paper, 2.615, 131_072, objective).to_dict(), allow_nan=False))
-        assert set(optimum.SERVED) <= set(values["candidates"][0])
+        assert set(candidates.SERVED) <= set(values["candidates"][0])
         assert values["objective"]["serving"]["parallelism"] == "best"
 
     def test_the_layout_is_that_of_the_fitted_laws_in_every_draw(self):
@@ -295,7 +301,7 @@ class TestServed:
             sizes = np.exp(drawn.log_size(2.35)[:, drawn.heads.index(heads)])
             many = shape_search.solve_shape(sizes, heads, calibrated.aspect)
             costs_SxH[:, i], free_SxH[:, i] = fixed(many, 131_072), objective(many, 131_072)
-        assert found.regret_SxH == pytest.approx(optimum.regret(costs_SxH))
+        assert found.regret_SxH == pytest.approx(ranking.regret(costs_SxH))
         frame = optimum.search(calibrated, 2.35, 131_072, objective, draws=50).candidates.set_index(["n_heads", "n_kv_heads"])
         low, high = np.quantile(costs_SxH, [0.025, 0.975], axis=0)
         assert frame.loc[found.heads, "cost_low"].tolist() == pytest.approx(low)
@@ -307,7 +313,7 @@ class TestServed:
         few = frame[frame["n_heads"] < 4]
         assert np.isinf(few["cost"]).all()
         assert few["rank"].isna().all()
-        assert few[[name for name in optimum.SERVED if not name.endswith("_limit")]].isna().all().all()
+        assert few[[name for name in candidates.SERVED if not name.endswith("_limit")]].isna().all().all()
         assert few["note"].str.match(r"4 devices can't share [12] query heads?: [12] can; so can these as ").all()
         assert frame["rank"].dropna().tolist() == [1, 2, 3, 4, 5]
 
@@ -342,7 +348,7 @@ class TestServed:
         """Llama 3's 8 key/value heads: too much to read for 2.2 ms a token. `paper` has a law of them, the other only draws."""
         objective = objectives.make("price", device="h200", tpot=2.2e-3, efficiency="bound")
         found = optimum.search(presets.load(preset), loss, 131_072, objective, draws=draws)
-        assert found.candidates["saving_vs_llama3"].isna().all()
+        assert found.candidates["saving"].isna().all()
         assert np.isnan(found.saving_interval).all()
         assert [warning for warning in found.warnings if warning.startswith("no saving")] == [
             "no saving against Llama 3's heads: they can't be served as asked"
@@ -367,10 +373,10 @@ def _dollars_by_hand(shape, value_bytes):
 class TestRegret:
     def test_counts_to_ten_whether_dear_or_not_possible_at_all(self):
         cost_SxH = np.array([[2.0, 2.5, 100.0, np.inf], [3.0, 33.0, 33.1, 32.9], [np.inf] * 4])
-        found = optimum.regret(cost_SxH)
+        found = ranking.regret(cost_SxH)
         np.testing.assert_allclose(found[:2], [[0, 0.25, 10, 10], [0, 10, 10, 29.9 / 3]])
         assert np.isnan(found[2]).all()
-        np.testing.assert_array_equal(optimum.regret(cost_SxH[0]), found[0])
+        np.testing.assert_array_equal(ranking.regret(cost_SxH[0]), found[0])
 
     def test_draws_that_reach_a_loss_with_some_heads_only_count_at_the_cap(self):
         """E of its own for each H: near E some draws reach the loss with one H and not with the other, some with neither."""
@@ -398,7 +404,7 @@ class TestLlama3:
         fitted = laws.fit_by_heads(table)
         found = optimum.search(fitted, 2.7, 131_072)
         assert any("from the head law" in w for w in found.warnings)
-        assert 0.2 < found.saving_interval[0] < found.saving_vs_llama3 < found.saving_interval[1] < 0.6
+        assert 0.2 < found.saving_interval[0] < found.saving < found.saving_interval[1] < 0.6
 
 
 class TestDoubts:
@@ -442,19 +448,19 @@ class TestBadInput:
 
     def test_unknown_names(self):
         with pytest.raises(ValueError, match="cost 'Z' is unknown"):
-            optimum.best_heads(traced(), [2.8], [8192], cost="Z")
+            by_curves(traced(), [2.8], [8192], cost="Z")
         with pytest.raises(ValueError, match="convention"):
-            optimum.best_heads(traced(), [2.8], [8192], convention="figure")
+            by_curves(traced(), [2.8], [8192], convention="figure")
 
 
 class TestMap:
     def test_longer_contexts_never_want_more_kv_cache(self):
-        frame = optimum.best_heads(traced(), [2.8], [1024, 8192, 131_072], cost="memory")
+        frame = by_curves(traced(), [2.8], [1024, 8192, 131_072], cost="memory")
         best = frame[frame["rank"] == 1].sort_values("context_served")
         assert best["n_kv_heads"].is_monotonic_decreasing
 
     def test_an_unreachable_loss_and_an_extrapolated_size_are_said(self):
-        frame = optimum.best_heads(traced(), [1.9, 2.3], [8192])
+        frame = by_curves(traced(), [1.9, 2.3], [8192])
         unreachable, far = frame[frame["loss"] == 1.9], frame[frame["loss"] == 2.3]
         assert unreachable["cost"].isna().all()
         assert unreachable["rank"].isna().all()
@@ -477,7 +483,7 @@ class TestMap:
         assert len(frame) == 9
         assert frame.loc[0, "regret"] == 0
         assert (frame["regret"] >= 0).all()
-        assert frame["saving_vs_llama3"].nunique() > 5
+        assert frame["saving"].nunique() > 5
 
 
 def _regret(frame, loss, context, heads):
@@ -498,7 +504,7 @@ def test_heads_without_a_law_of_their_own_are_served_in_the_layout_that_suits_th
     savings = [
         optimum.search(
             calibrated, 2.6, 131_072, objectives.make("price", parallelism=one, batch=8, **settings), draws=50
-        ).saving_vs_llama3
+        ).saving
         for one in ("best", "1,8,1")
     ]
     assert savings[0] == pytest.approx(savings[1], abs=0.02)

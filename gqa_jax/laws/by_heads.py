@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax.formatting import short
-from gqa_jax.laws import confounding, fitting
+from gqa_jax.laws import confounding, fitting, shape
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
 from gqa_jax.laws.confounding import Design
@@ -24,6 +24,7 @@ from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.runs import Runs
+from gqa_jax.laws.shape import Penalty
 from gqa_jax.shapes import Aspect, paper_aspect
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
       context: training context, tokens; head_dim, vocab_size: of the runs, or the paper's where the table has none.
       size_convention: what N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as trained; "figures" without.
       aspect: d / L of models as a function of N: between the sizes that were trained, else the paper's.
+      penalty: what another d / L costs in loss (`gqa_jax.laws.shape`).
+      rows: of the loss table: the runs that were fitted; None where laws are of no table.
       llama3: runs of Llama 3's heads where they are no H of their own; llama3_source: what these are.
       method: of the draws unless another is asked for; source: whose laws these are, where not of your runs.
       blocks: H that share an E, fitted together: one block, or one per H.
@@ -57,6 +60,8 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         vocab_size: float,
         size_convention: str = "figures",
         aspect: Aspect | None = None,
+        penalty: Penalty | None = None,
+        rows: pd.DataFrame | None = None,
         warnings: Sequence[str] = (),
         llama3: Runs | None = None,
         llama3_source: str = "",
@@ -68,6 +73,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
     ):
         self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
         self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
+        self.penalty, self.rows = penalty or Penalty(), rows
         self.warnings, self.source, self.method = tuple(warnings), source, method
         self.llama3, self.llama3_source, self.design, self._refit = llama3, llama3_source, design, refit
         self.sizes = dict(sizes or {})
@@ -340,6 +346,8 @@ def fit_by_heads(
       allow_confounded: also where heads of a size saw neither equal tokens nor equal tokens per parameter, within 5%
         (`gqa_jax.laws.confounding`); then every answer says so.
 
+    Runs of a size at another d / L than most are in no law: they tell what the shape costs (`LawsByHeads.penalty`).
+
     Weights: equal where runs say on which text they were evaluated (heldout): their standard errors are that text's, which they
     have in common (`LawsByHeads.shared`), so that it goes into E. Elsewhere, where every run has its standard error
     (loss_sem) and they differ, 1 / (tau^2 + sem^2), tau the spread of runs (seeds) that makes the residuals as large as they
@@ -353,6 +361,8 @@ def fit_by_heads(
     rows, said = run_table.usable(table)
     rows, taken = run_table.by_rule(rows)
     said += taken
+    every = rows
+    rows, others = shape.split(rows)
     groups = run_table.by_heads(rows)
     run_table.require(groups)
     lowest = min(runs.loss.min() for runs in groups.values())
@@ -361,12 +371,12 @@ def fit_by_heads(
     options = {"shared_entropy": shared_entropy, "entropy": entropy, "log": log, "huber_delta": huber_delta}
 
     def refit(left_out: Sequence[tuple[Heads, float, float]]) -> LawsByHeads:
-        drop = np.zeros(len(rows), bool)
+        drop = np.zeros(len(every), bool)
         for heads, n, loss in left_out:
-            same = rows["n_heads"].isna() if heads.n_heads is None else rows["n_heads"] == heads.n_heads
-            same &= (rows["n_kv_heads"] == heads.n_kv_heads) & (rows["params_non_embedding"] == n) & (rows["loss"] == loss)
+            same = every["n_heads"].isna() if heads.n_heads is None else every["n_heads"] == heads.n_heads
+            same &= (every["n_kv_heads"] == heads.n_kv_heads) & (every["params_non_embedding"] == n) & (every["loss"] == loss)
             drop |= same.fillna(False).to_numpy(bool)
-        again = fit_by_heads(rows[~drop], **options, allow_confounded=True)
+        again = fit_by_heads(every[~drop], **options, allow_confounded=True)
         again.aspect, again.source, again.method = found.aspect, found.source, found.method
         return again
 
@@ -374,6 +384,8 @@ def fit_by_heads(
     shared = run_table.shared_error(rows)
     blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
     said += [*run_table.warnings(groups, rows), *design.warnings]
+    if len(others):
+        said.append(f"{len(others)} runs at other d/L than their size has are in no law: they tell what the shape costs")
     found = LawsByHeads(
         blocks,
         context=int(rows["context"].iloc[0]),
@@ -381,6 +393,7 @@ def fit_by_heads(
         vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
         size_convention=run_table.size_convention(rows),
         aspect=run_table.aspect(rows),
+        rows=rows,
         warnings=said,
         llama3=None if LLAMA3 in groups else run_table.llama3(rows),
         llama3_source="runs that have them",
@@ -388,4 +401,5 @@ def fit_by_heads(
         sizes=run_table.labels_by_name(rows, run_table.size_labels(rows)),
         refit=refit,
     )
+    found.penalty = shape.penalty(rows, others, found)
     return found

@@ -131,19 +131,19 @@ def savings_by_context(frame: pd.DataFrame, *, title: str = "", ax: Axes | None 
     """What the best heads save against Llama-3's at each served context, a curve per loss to reach.
 
     Args:
-      frame: of `gqa_jax.search.optimum.optimum_map`: loss, context_served, rank, saving_vs_llama3 (0.5: one half).
+      frame: of `gqa_jax.search.optimum.optimum_map`: loss, context_served, rank, saving (0.5: one half).
     Raises:
       ValueError: no saving is known: no law of the Llama-3 heads.
     """
-    best = frame[(frame["rank"] == 1).fillna(False) & frame["saving_vs_llama3"].notna()]
+    best = frame[(frame["rank"] == 1).fillna(False) & frame["saving"].notna()]
     if best.empty:
-        raise ValueError("no saving to draw: column saving_vs_llama3 is empty; it needs a law of the Llama-3 heads")
+        raise ValueError("no saving to draw: column saving is empty; it needs a law of the Llama-3 heads")
     ax = ax or style.new_axes()
     losses = sorted(best["loss"].unique(), reverse=True)
     ends = []
     for i, (loss, text) in enumerate(zip(losses, formatting.alike(losses), strict=True)):
         rows, look = best[best["loss"] == loss].sort_values("context_served"), style.step_look(i, len(losses))
-        x, saving = tables.numbers(rows, "context_served"), 100 * tables.numbers(rows, "saving_vs_llama3")
+        x, saving = tables.numbers(rows, "context_served"), 100 * tables.numbers(rows, "saving")
         style.curve(ax, x, saving, look)
         style.points(ax, x, saving, look, label=text)
         ends.append(labels.End(x[-1], saving[-1], text, look.color))

@@ -13,12 +13,12 @@ from gqa_jax import prices
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.search import objectives, optimum
 from gqa_jax.search.objectives import Objective
-from gqa_jax.search.optimum import Answer
+from gqa_jax.search.answer import Answer
 from gqa_jax.search.roofline import Serving
 
 COLUMNS = (
-    "device", "n_devices", "n_heads", "n_kv_heads", "n_params", "n_layers", "d_model", "layout", "batch", "cost", "cost_low",
-    "cost_high", "probability", "usd_per_million", "usd_per_million_input", "usd_per_million_output", "ttft", "tpot",
+    "device", "n_devices", "n_heads", "n_kv_heads", "n_params", "n_layers", "d_model", "ratio", "layout", "batch", "cost",
+    "cost_low", "cost_high", "probability", "usd_per_million", "usd_per_million_input", "usd_per_million_output", "ttft", "tpot",
     "request_seconds", "prefill_limit", "decode_limit", "memory_bytes", "usd_per_hour", "price", "note",
 )  # fmt: skip
 FRONT = (
@@ -87,7 +87,7 @@ def front(
     costs less and takes less time per request; columns FRONT, fastest first. Time limits of the servings hold. Devices without
     a price are left out.
     """
-    options = {name: value for name, value in options.items() if name in ("aspect", "memory_limit")}
+    options = {name: value for name, value in options.items() if name in ("aspect", "heads", "memory_limit")}
     found = []
     for serving in servings:
         batch = 1

@@ -20,13 +20,12 @@ from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import LossNDByHeads
 from gqa_jax.laws.loss_nd_fit import DrawsND
 from gqa_jax.search import objectives
-from gqa_jax.search.optimum import LEVEL, quantiles, regret
+from gqa_jax.search.ranking import TAILS, quantiles, regret
 
 _BELOW, _ABOVE, _POINTS = 30.0, 1000.0, 400  # N* is looked for from least / 30 to largest trained N x 1000, first on a grid
 _HALVINGS = 30  # of a step of that grid: N* to 4e-11
 _PART = 100  # draws at a time: what fits a cache
 _FAR = 1.1  # times the trained range, beyond which a row says so
-_TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 CANDIDATES = (
     "n_heads", "n_kv_heads", "n_params", "n_params_low", "n_params_high", "tokens", "tokens_low", "tokens_high", "n_layers",
@@ -55,7 +54,7 @@ class Aligned:
     `candidates` has a row per H, least expected regret first: n_heads, n_kv_heads; n_params, the least N that reaches the loss;
     tokens, the D that the budget pays for; n_layers, d_model (real-valued); c_infer, m_infer; cost; probability, the share of
     draws in which it is the cheapest, of those in which some H reaches the loss; expected_regret, relative, of the same draws
-    (`optimum.regret`); saving, 1 - cost / cost of the baseline; note. _low and _high are the ends of 95% of the draws.
+    (`ranking.regret`); saving, 1 - cost / cost of the baseline; note. _low and _high are the ends of 95% of the draws.
     """
 
     loss: float
@@ -105,7 +104,7 @@ def equal_training_curves(
         )
         ends = [np.nan, np.nan]
         if drawn is not None:  # on the text of the runs: what all losses have in common would widen all bands alike
-            ends = quantiles(drawn.predict(i, params, tokens) - np.reshape(drawn.shift, (-1, 1)), _TAILS)
+            ends = quantiles(drawn.predict(i, params, tokens) - np.reshape(drawn.shift, (-1, 1)), TAILS)
         frame["loss_low"], frame["loss_high"] = ends
         if context_served is not None:
             frame["c_infer"] = costs.infer_flops(shape, context_served, convention)
@@ -305,9 +304,9 @@ def _add_uncertainty(
     cost_SxH = np.where(reached, objective(plan.shape(inside, plan.heads), context_served), np.inf)
     ends = {"n_params": n_SxH, "cost": cost_SxH}
     for name, values in ends.items():
-        frame[f"{name}_low"], frame[f"{name}_high"] = quantiles(values, _TAILS)
+        frame[f"{name}_low"], frame[f"{name}_high"] = quantiles(values, TAILS)
     for name, values in {"tokens": tokens_SxH, "saving": _savings(cost_SxH, against)}.items():
-        columns = [quantiles(column[~np.isnan(column)], _TAILS) for column in values.T]
+        columns = [quantiles(column[~np.isnan(column)], TAILS) for column in values.T]
         frame[f"{name}_low"], frame[f"{name}_high"] = np.array(columns, np.float64).T
     some = reached.any(axis=1)
     if some.any():

@@ -77,6 +77,7 @@ class Question:
     context_served: int
     objective: objectives.Objective | None = None  # None: `objectives.Z()`
     memory_limit: Any = None  # as in `optimum.search`
+    aspect: Any = None  # as there: the best shape of every draw, unless it is given
     weight: float = 1.0  # of its regret, relative to other questions
 
 
@@ -395,8 +396,9 @@ def _regrets(laws: LawsByHeads, questions: Sequence[Question], draws: int, seed:
     parts = []
     for one in questions:
         known = optimum.regrets(
-            laws, one.loss, one.context_served, one.objective, memory_limit=one.memory_limit, draws=draws, seed=seed
-        )
+            laws, one.loss, one.context_served, one.objective, aspect=one.aspect, memory_limit=one.memory_limit, draws=draws,
+            seed=seed,
+        )  # fmt: skip
         if not known.reached_S.any():
             raise ValueError(
                 f"loss = {one.loss:g}: no heads reach it at a context of {one.context_served} in any draw of the laws: ask "

@@ -1,173 +1,153 @@
-"""Cost-optimal heads, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1.
+"""Cost-optimal heads and shape, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1.
 
 1. Fit L(N; H) for every head configuration H (`gqa_jax.laws`). 2. Solve N*(H) for the loss that must be reached (Eq. 8).
-3. Turn N* into a shape (`shape_search`), evaluate a cost at the served context (`objectives`), compare the H (Eq. 9).
+3. Turn N* into a shape (`shape_rule`, `shape_search`), evaluate a cost at the served context (`objectives`), compare the H
+(Eq. 9).
 
-The same is done for every joint draw of the laws' coefficients. The probability of an H is the share of draws in which it is
-the cheapest; its regret in a draw is its cost over the least one, minus 1, and 10 at most (`regret`). The answer is the H of
-least expected regret, not the cheapest by the fitted curves: which H is cheapest changes with noise where costs are close, its
-regret hardly does.
+The same is done for every joint draw of the laws' coefficients and of what the shape costs in loss (`gqa_jax.laws.shape`): each
+draw takes the aspect ratio d / L of least cost. The probability of an H is the share of draws in which it is the cheapest; its
+regret in a draw is its cost over the least one, minus 1, and 10 at most (`ranking`). The answer is the H of least expected
+regret, not the cheapest by the fitted curves: which H is cheapest changes with noise where costs are close, its regret hardly
+does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from gqa_jax import costs, formatting, shape_search
-from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw, posterior
-from gqa_jax.search import objectives, roofline
-from gqa_jax.search.roofline import Layout, Serving
-from gqa_jax.shapes import paper_aspect
+from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw, posterior
+from gqa_jax.search import objectives, ranking
+from gqa_jax.search.answer import Answer, Baseline, Model, ShapeChoice, measured_model, name_of
+from gqa_jax.search.candidates import (
+    LARGEST_BUILT,
+    Coefficients,
+    Ranked,
+    Table,
+    about,
+    coefficients,
+    limit_text,
+    limited,
+    one_of,
+    rule_of,
+)
+from gqa_jax.search.objectives import Objective
+from gqa_jax.search.ranking import TAILS, quantiles, savings
+from gqa_jax.search.roofline import Serving
+from gqa_jax.search.shape_rule import TRAINED, ShapeRule
+from gqa_jax.shapes import Aspect
 
-Aspect = Callable[[Any], Any]
-
-LEVEL = 0.95
-LARGEST_BUILT = 1e13  # parameters: beyond it no model is proposed
 FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, and is called so
+LLAMA3_UNKNOWN = (
+    "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here"
+)
+_BUILT = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_params", "ratio", "loss", "cost")
 
-CANDIDATES = (
-    "n_heads", "n_kv_heads", "n_params", "n_params_low", "n_params_high", "n_layers", "d_model", "c_infer", "m_infer", "cost",
-    "cost_low", "cost_high", "rank", "probability", "expected_regret", "saving_vs_llama3", "pareto", "note",
-)  # fmt: skip
-
-
-#: Columns of the candidates beside these, of costs that are of devices.
-SERVED = (
-    "layout", "batch", "memory_bytes", "ttft", "tpot", "request_seconds", "usd_per_million_input", "usd_per_million_output",
-    "prefill_limit", "decode_limit", "replication",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The cost-optimal heads for one loss and one served context.
-
-    Costs are of real-valued models with exactly N* parameters; `buildable` are real ones close to the answer. Intervals are
-    95% of the draws; None and nan where the laws have no degrees of freedom left for noise.
-    """
-
-    loss: float
-    context_served: int
-    objective: dict[str, Any]  # Objective.describe()
-    heads: Heads
-    n_params: float  # N*, without embeddings
-    n_params_interval: tuple[float, float]
-    probability: float  # that no other H is cheaper
-    cost: float
-    cost_interval: tuple[float, float]
-    saving_vs_llama3: float  # 1 - cost / cost of Llama 3's heads at the same loss
-    saving_interval: tuple[float, float]
-    expected_regret: float  # of the answer, relative (`regret`)
-    runner_up: Heads | None
-    regret_of_runner_up: float  # expected
-    not_reached: float  # share of draws in which no H reaches the loss
-    noise_model: str  # what the intervals rest on, in words; empty where there are none
-    price_of_doubt: float  # `LawsByHeads.price_of_doubt`; nan for narrower methods
-    candidates: pd.DataFrame
-    buildable: pd.DataFrame
-    warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: plain numbers, None where a number is missing or infinite."""
-        return {
-            "loss": self.loss,
-            "context_served": self.context_served,
-            "n_heads": self.heads.n_heads,
-            "n_kv_heads": self.heads.n_kv_heads,
-            "n_params": _plain(self.n_params),
-            "n_params_interval": [_plain(x) for x in self.n_params_interval],
-            "probability": _plain(self.probability),
-            "cost": _plain(self.cost),
-            "cost_interval": [_plain(x) for x in self.cost_interval],
-            "saving_vs_llama3": _plain(self.saving_vs_llama3),
-            "saving_vs_llama3_interval": [_plain(x) for x in self.saving_interval],
-            "expected_regret": _plain(self.expected_regret),
-            "runner_up": None if self.runner_up is None else list(self.runner_up),
-            "regret_of_runner_up": _plain(self.regret_of_runner_up),
-            "not_reached": _plain(self.not_reached),
-            "noise_model": self.noise_model,
-            "price_of_doubt": _plain(self.price_of_doubt),
-            "objective": self.objective,
-            "candidates": records(self.candidates),
-            "buildable": records(self.buildable),
-            "warnings": list(self.warnings),
-        }
+AspectAsked = None | str | float | Aspect
 
 
 def search(
     laws: Mapping[Heads, PowerLaw],
     loss: float,
     context_served: int,
-    objective: objectives.Objective | None = None,
+    objective: Objective | None = None,
     *,
-    aspect: Aspect | None = None,
+    aspect: AspectAsked = None,
+    heads: Sequence[Heads] | None = None,
+    baseline: Heads | Model = LLAMA3,
     convention: str | costs.Convention = "figures",
     memory_limit: float | Serving | None = None,
     draws: int = 1000,
     seed: int = 0,
     method: str | None = None,
+    loss_S: np.ndarray | None = None,
 ) -> Answer:
-    """The heads that reach `loss` at the least cost of serving `context_served` tokens.
+    """The heads and the shape that reach `loss` at the least cost of serving `context_served` tokens.
 
     Args:
       laws: of `fit_by_heads`, or of `gqa_jax.presets`.
       loss: L*, nats per token, as in the laws.
       context_served: T of the costs, tokens.
       objective: default `objectives.Z()` with `convention`.
-      aspect: d / L of the models as a function of N; default: that of the laws (`LawsByHeads.aspect`).
+      aspect: d / L: None or "best", the best of every draw; "paper", the paper's tables; "trained", as between the trained
+        sizes (`LawsByHeads.aspect`); a ratio; or an `Aspect`. A ratio other than the runs' costs loss (`LawsByHeads.penalty`).
+      heads: candidates; default: all that have a law.
+      baseline: what savings are against: heads, of which a run within .003 nats of the loss is taken, else what their law
+        says; or a model.
       convention: of the columns c_infer and m_infer.
       memory_limit: bytes that parameters and cache (bfloat16, one sequence) may take, or the `Serving` whose devices must hold
         them at its batch and precisions; what needs more can't be chosen.
       draws, seed, method: `LawsByHeads.draws`; draws=0 for an answer without probabilities.
+      loss_S: the loss that each draw must reach, nats per token, where these differ; `loss` is then their middle.
 
     Raises:
-      ValueError: a loss that no H reaches by the fitted laws, a limit that none keeps, or a context below 1.
+      ValueError: a loss that no H reaches by the fitted laws, a limit that none keeps, a context below 1, heads without a law,
+        or an aspect ratio that nothing is known of.
     """
     objective = objective or objectives.Z(convention)
     _check(loss, [context_served])
-    table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
-    rows = table.rows(context_served, objective, convention, memory_limit)
-    frame, facts = rows.frame, rows.facts
-    if not np.isfinite(frame["cost"]).any():
-        raise ValueError(_unreachable(laws, loss, frame, memory_limit))
-    best = frame.iloc[0]
-    heads = _heads(best)
-    runner = frame.iloc[1] if len(frame) > 1 and np.isfinite(frame["cost"].iloc[1]) else None
-    drawn = table.known.draws
-    without = _without_outliers(laws, loss, context_served, objective, aspect, memory_limit, (draws, seed, method), heads)
+    rule = rule_of(laws, aspect)
+    known = coefficients(laws, draws, seed, method, heads=heads, compared=_compared(baseline))
+    table = Table.of(laws, loss, rule, known, seed, loss_S)
+    found = table.ranked(context_served, objective, convention, memory_limit)
+    if not np.isfinite(found.frame["cost"]).any():
+        raise ValueError(_unreachable(laws, loss, found.frame, memory_limit))
+    against, said = _against(table, found, baseline, objective, context_served, convention, memory_limit)
+    best = found.frame.iloc[0]
+    best_heads = _heads(best)
+    i = found.heads.index(best_heads)
+    runner = found.frame.iloc[1] if len(found.frame) > 1 and np.isfinite(found.frame["cost"].iloc[1]) else None
+    far = _far(known, i, float(best["n_params"]))
     warnings = [
         *_common_warnings(laws),
-        *without,
+        *_without_outliers(laws, loss, context_served, objective, rule, known, memory_limit, (draws, seed, method), best_heads),
         *_beyond(laws, context_served),
-        *table.warnings(heads, best),
-        *facts.warnings,
+        *_doubts(table, best_heads, best, far),
+        *([] if found.ranking is not None or not known.no_draws else [f"no probabilities: {known.no_draws}"]),
+        *said,
+        *_not_reached(found),
     ]
+    trained = None
+    if rule.is_free:
+        trained = search(
+            laws, loss, context_served, objective, aspect=TRAINED, heads=heads, baseline=baseline, convention=convention,
+            memory_limit=memory_limit, draws=draws, seed=seed, method=method, loss_S=loss_S,
+        )  # fmt: skip
+    drawn = known.draws
     return Answer(
         loss=float(loss),
         context_served=int(context_served),
         objective=objective.describe(),
-        heads=heads,
+        heads=best_heads,
         n_params=float(best["n_params"]),
         n_params_interval=(float(best["n_params_low"]), float(best["n_params_high"])),
-        probability=float(best["probability"]),
+        n_layers=float(best["n_layers"]),
+        d_model=float(best["d_model"]),
+        probability=np.nan if np.isfinite(far) else float(best["probability"]),
+        n_candidates=int(np.isfinite(found.frame["cost"]).sum()),
         cost=float(best["cost"]),
         cost_interval=(float(best["cost_low"]), float(best["cost_high"])),
-        saving_vs_llama3=float(best["saving_vs_llama3"]),
-        saving_interval=facts.saving_interval,
+        baseline=against,
+        saving=float(best["saving"]),
+        saving_interval=(float(best["saving_low"]), float(best["saving_high"])),
+        saving_memory=np.nan if not _known(against) else float(1 - best["m_infer"] / against.m_infer),
+        saving_flops=np.nan if not _known(against) else float(1 - best["c_infer"] / against.c_infer),
         expected_regret=float(best["expected_regret"]),
         runner_up=None if runner is None else _heads(runner),
         regret_of_runner_up=np.nan if runner is None else float(runner["expected_regret"]),
-        not_reached=facts.not_reached,
+        not_reached=np.nan if found.ranking is None else found.ranking.not_reached,
+        far=far,
+        shape=_choice(table, found, i, best),
+        worth=_worth(found.frame, against, trained),
+        as_trained=trained,
         noise_model="" if drawn is None else posterior.NOISE_MODELS[drawn.method],
         price_of_doubt=laws.price_of_doubt(loss, draws, seed) if drawn is not None and drawn.method == "posterior" else np.nan,
-        candidates=frame,
-        buildable=_buildable(laws, heads, float(best["n_params"]), table, context_served, objective),
+        candidates=found.frame,
+        buildable=_buildable(table, found, i, context_served, objective),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -176,9 +156,11 @@ def optimum_map(
     laws: Mapping[Heads, PowerLaw],
     losses: Sequence[float],
     contexts_served: Sequence[int],
-    objective: objectives.Objective | None = None,
+    objective: Objective | Mapping[str, Objective] | None = None,
     *,
-    aspect: Aspect | None = None,
+    aspect: AspectAsked = None,
+    heads: Sequence[Heads] | None = None,
+    baseline: Heads | Model = LLAMA3,
     convention: str | costs.Convention = "figures",
     memory_limit: float | Serving | None = None,
     draws: int = 1000,
@@ -187,40 +169,27 @@ def optimum_map(
 ) -> pd.DataFrame:
     """Every H for every loss and served context: loss, context_served and those of `Answer.candidates`; rank 1 answers.
 
-    Arguments as in `search`; draws=0 leaves out what is uncertain, and ranks by the cost of the fitted laws. A loss that an H
-    does not reach gives a row without numbers and with a note.
+    Arguments as in `search`; draws=0 leaves out what is uncertain, and ranks by the cost of the fitted laws. objective: several
+    by name share what they can, and the first column is then objective, the name. A loss that an H does not reach gives a row
+    without numbers and with a note.
     """
-    objective = objective or objectives.Z(convention)
-    aspect = aspect or _aspect(laws)
+    several = objective if isinstance(objective, Mapping) else {"": objective or objectives.Z(convention)}
+    rule = rule_of(laws, aspect)
+    known = coefficients(laws, draws, seed, method, heads=heads, compared=_compared(baseline))
     frames = []
     for loss in losses:
         _check(loss, contexts_served)
-        table = _Table.of(laws, loss, aspect, draws, seed, method)
+        table = Table.of(laws, loss, rule, known, seed)
         for context in contexts_served:
-            frame = table.rows(context, objective, convention, memory_limit).frame
-            frame.insert(0, "loss", float(loss))
-            frame.insert(1, "context_served", int(context))
-            frames.append(frame)
+            for name, one in several.items():
+                found = table.ranked(context, one, convention, memory_limit)
+                _against(table, found, baseline, one, context, convention, memory_limit)
+                found.frame.insert(0, "loss", float(loss))
+                found.frame.insert(1, "context_served", int(context))
+                if several is objective:
+                    found.frame.insert(0, "objective", name)
+                frames.append(found.frame)
     return pd.concat(frames, ignore_index=True)
-
-
-def best_heads(
-    laws: Mapping[Heads, PowerLaw],
-    losses: Sequence[float],
-    contexts_served: Sequence[int],
-    *,
-    convention: str = "figures",
-    cost: str = "z",
-    aspect: Aspect | None = None,
-) -> pd.DataFrame:
-    """`optimum_map` by the fitted laws alone: without draws, so without probabilities and intervals, and with a column z.
-
-    Raises ValueError for an unknown cost or convention.
-    """
-    objective = objectives.make(cost, convention=convention)
-    frame = optimum_map(laws, losses, contexts_served, objective, aspect=aspect, convention=convention, draws=0)
-    frame["z"] = costs.hardware_aware_cost(frame["m_infer"], frame["c_infer"])
-    return frame.sort_values(["loss", "context_served", "rank"], ascending=[False, True, True], ignore_index=True)
 
 
 def convention_sensitivity(
@@ -228,19 +197,20 @@ def convention_sensitivity(
     loss: float,
     context_served: int,
     *,
-    aspect: Aspect | None = None,
+    aspect: AspectAsked = None,
+    heads: Sequence[Heads] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """What the answer under Z would be in every convention for FLOPs and memory: one row each, the paper's figures first.
 
-    Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving_vs_llama3,
-    and regret: how much more the answer of the first row costs in this convention (`regret`).
+    Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving, and regret:
+    how much more the answer of the first row costs in this convention (`ranking.regret`).
     """
     rows, first = [], None
     for flops in ("half_T", "full_T", "per_token"):
         for memory in ("values", "bfloat16", "int8 cache"):
-            rule = dataclasses.replace(
+            convention = dataclasses.replace(
                 costs.named_convention("figures"), flops=flops, memory="values" if memory == "values" else "bytes"
             )
             dtypes = (
@@ -248,31 +218,21 @@ def convention_sensitivity(
                 if memory == "values"
                 else {"param_dtype": "bfloat16", "cache_dtype": "int8" if "int8" in memory else "bfloat16"}
             )
-            answer = search(
-                laws, loss, context_served, objectives.Z(rule, **dtypes), aspect=aspect, convention=rule, draws=draws, seed=seed
-            )
-            first = first or answer.heads
-            own = answer.candidates
-            regret_H = regret(own["cost"].fillna(np.inf).to_numpy())
+            own = optimum_map(
+                laws, [loss], [context_served], objectives.Z(convention, **dtypes), aspect=aspect, heads=heads,
+                convention=convention, draws=draws, seed=seed,
+            )  # fmt: skip
+            best = own.iloc[0]
+            if not np.isfinite(best["cost"]):
+                raise ValueError(_unreachable(laws, loss, own, None))
+            first = first or _heads(best)
+            regret_H = ranking.regret(own["cost"].fillna(np.inf).to_numpy())
             rows.append(
-                {"flops": flops, "memory": memory, **answer.heads._asdict(), "n_params": answer.n_params,
-                 "probability": answer.probability, "saving_vs_llama3": answer.saving_vs_llama3,
+                {"flops": flops, "memory": memory, **_heads(best)._asdict(), "n_params": best["n_params"],
+                 "probability": best["probability"], "saving": best["saving"],
                  "regret": float(regret_H[[_heads(row) for _, row in own.iterrows()].index(first)])}
             )  # fmt: skip
     return pd.DataFrame(rows).astype({"n_heads": "Int64"})
-
-
-def regret(cost_H: np.ndarray) -> np.ndarray:
-    """What each H costs above the cheapest, relative: cost_(...)xH / the least of them - 1, 10 at most.
-
-    A cost is infinite where the H does not reach the loss or keep the limit of memory. Next to an H that does, its regret is 10
-    too: otherwise the few draws in which a size is astronomical would decide, and one far dearer would count for more than one
-    that is not possible. nan where no H is possible.
-    """
-    cost_H = np.asarray(cost_H, np.float64)
-    least = cost_H.min(-1, keepdims=True)
-    ratio = np.divide(cost_H, least, out=np.full(cost_H.shape, np.nan), where=np.isfinite(least))
-    return np.minimum(ratio - 1, formatting.LARGEST_REGRET)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +240,7 @@ class Regrets:
     """What each H costs above the cheapest, in every draw."""
 
     heads: list[Heads]
-    regret_SxH: np.ndarray  # of `regret`; nan in draws in which no H reaches the loss
+    regret_SxH: np.ndarray  # of `ranking.regret`; nan in draws in which no H reaches the loss
     reached_S: np.ndarray
 
 
@@ -288,9 +248,10 @@ def regrets(
     laws: Mapping[Heads, PowerLaw],
     loss: float,
     context_served: int,
-    objective: objectives.Objective | None = None,
+    objective: Objective | None = None,
     *,
-    aspect: Aspect | None = None,
+    aspect: AspectAsked = None,
+    heads: Sequence[Heads] | None = None,
     convention: str | costs.Convention = "figures",
     memory_limit: float | Serving | None = None,
     draws: int = 1000,
@@ -299,404 +260,200 @@ def regrets(
 ) -> Regrets:
     """The regrets that `search` averages, of its candidates. Arguments as there; ValueError where nothing can be drawn."""
     _check(loss, [context_served])
-    table = _Table.of(laws, loss, aspect or _aspect(laws), draws, seed, method)
-    if table.known.draws is None:
-        raise ValueError(f"no draws, so no regrets: {table.known.no_draws or 'plain laws, or draws=0'}")
-    fixed = objectives.settled(objective or objectives.Z(convention), table.typical_H, context_served)
-    cost = _limited(fixed, table.shape_SxH, context_served, memory_limit)
-    own = cost[:, : table.known.n_candidates]
-    return Regrets(table.heads[: table.known.n_candidates], regret(own), np.isfinite(own.min(1)))
+    known = coefficients(laws, draws, seed, method, heads=heads, compared=None)
+    if known.draws is None:
+        raise ValueError(f"no draws, so no regrets: {known.no_draws or 'plain laws, or draws=0'}")
+    table = Table.of(laws, loss, rule_of(laws, aspect), known, seed)
+    settled = table.settled(objective or objectives.Z(convention), context_served)
+    cost_SxH, _ = table.drawn_costs(settled, context_served, memory_limit)
+    return Regrets(known.heads, ranking.regret(cost_SxH), np.isfinite(cost_SxH.min(1)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Coefficients:
-    """What a search starts from: candidates, then Llama 3's heads where they are known and no candidate."""
-
-    heads: list[Heads]
-    n_candidates: int  # the first of `heads`; the rest is only compared with
-    entropy_H: np.ndarray  # of the fitted laws; nan for Llama 3's heads where only the draws have them
-    log_a_H: np.ndarray
-    b_H: np.ndarray
-    trained_Hx2: np.ndarray  # least and largest N that the law was fitted to
-    draws: Draws | None  # of `heads`, in their order
-    no_draws: str | None  # why there are none
-
-    @property
-    def baseline(self) -> int | None:
-        """Index of Llama 3's heads."""
-        return self.heads.index(LLAMA3) if LLAMA3 in self.heads else None
+def _compared(baseline: Heads | Model) -> Heads | None:
+    """The heads whose law savings are against; None for a model."""
+    return None if isinstance(baseline, Model) else Heads(*baseline)
 
 
-def coefficients(laws: Mapping[Heads, PowerLaw], draws: int = 1000, seed: int = 0, method: str | None = None) -> Coefficients:
-    """Coefficients of the fitted laws and their joint draws (none with draws=0, or where no noise is known)."""
-    if draws < 0 or draws == 1:
-        raise ValueError(f"draws = {draws}: draw 2 or more, or 0 for an answer without probabilities")
-    drawn, why = None, None
-    if draws and isinstance(laws, LawsByHeads):
-        try:
-            drawn = laws.draws(draws, seed, method)
-        except ValueError as error:
-            why = str(error)
-    candidates = [h for h in laws if h.n_heads is not None] or list(laws)
-    heads = list(candidates)
-    if LLAMA3 not in heads and (LLAMA3 in laws or (drawn is not None and LLAMA3 in drawn.heads)):
-        heads.append(LLAMA3)
+def _against(
+    table: Table,
+    found: Ranked,
+    asked: Heads | Model,
+    objective: Objective,
+    context: int,
+    convention: str | costs.Convention,
+    memory_limit: float | Serving | None,
+) -> tuple[Baseline | None, list[str]]:
+    """What savings are against, and warnings; fills in the columns of savings.
 
-    def each(value: Callable[[PowerLaw], Any], empty: Any = np.nan) -> np.ndarray:
-        return np.array([value(laws[h]) if h in laws else empty for h in heads], np.float64)
+    A model that is given, or that was measured, costs what its own shape does in every draw.
+    """
+    frame, k = found.frame, table.known.n_candidates
+    model = asked if isinstance(asked, Model) else measured_model(table.laws, Heads(*asked), table.loss)
+    if model is not None:
+        cost, against_S = _cost_of(model, objective, context, memory_limit), None
+        shape, n_params = model.shape, model.n_params
+        about_it = {
+            "label": model.label,
+            "heads": model.heads,
+            "measured": model.measured,
+            "run": model.run,
+            "loss": model.loss,
+        }
+        interval = (cost, cost)
+    else:
+        heads = Heads(*asked)
+        i = found.heads.index(heads) if heads in found.heads else None
+        about_it = {"label": name_of(heads), "heads": heads, "measured": False, "run": None, "loss": table.loss}
+        if i is None:
+            why = LLAMA3_UNKNOWN if heads == LLAMA3 else f"no saving against heads {heads}: they have no law here"
+            return None, [why]
+        cost, against_S = float(found.cost_H[i]), None if found.cost_SxH is None else found.cost_SxH[:, i]
+        shape, n_params = one_of(found.shape_H, i), float(found.n_params_H[i])
+        interval = (np.nan, np.nan) if against_S is None else tuple(float(x) for x in quantiles(against_S, TAILS))
+    said = list(table.known.draws.notes) if table.known.draws is not None and model is None else []
+    where = {
+        "n_params": float(n_params), "n_layers": float(shape.n_layers), "d_model": float(shape.d_model),
+        "c_infer": float(costs.infer_flops(shape, context, convention)),
+        "m_infer": float(costs.infer_memory(shape, context, convention)),
+    }  # fmt: skip
+    if not np.isfinite(cost):
+        note = _impossible(about_it["label"], memory_limit, np.isfinite(n_params))
+        return Baseline(**about_it, **where, cost=np.nan, cost_interval=(np.nan, np.nan), note=note), [note]
+    frame["saving"] = 1 - frame["cost"] / cost
+    if found.cost_SxH is not None:
+        low, _, high = savings(found.cost_SxH[:, :k], cost if against_S is None else against_S)
+        order = [found.heads.index(_heads(row)) for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]
+        frame["saving_low"], frame["saving_high"] = low[order], high[order]
+    return Baseline(**about_it, **where, cost=cost, cost_interval=interval), said
 
-    return Coefficients(
-        heads,
-        len(candidates),
-        each(lambda law: law.entropy),
-        each(lambda law: np.log(law.a)),
-        each(lambda law: law.b),
-        each(lambda law: (law.params.min(), law.params.max()) if len(law.params) else (np.nan, np.nan), (np.nan, np.nan)),
-        None if drawn is None else drawn.take(heads),
-        why,
+
+def _cost_of(model: Model, objective: Objective, context: int, memory_limit: float | Serving | None) -> float:
+    """What a model costs; infinite where it can't be served, or does not keep the limit."""
+    own = objectives.settled(objective, model.shape, context)
+    return float(limited(own, model.shape, context, memory_limit))
+
+
+def _known(against: Baseline | None) -> bool:
+    return against is not None and np.isfinite(against.cost)
+
+
+def _far(known: Coefficients, i: int, n_params: float) -> float:
+    """How many times N* of the i-th heads is beyond the sizes that were trained, where that is more than FAR; else nan."""
+    smallest, largest = known.trained_Hx2[i]
+    beyond = max(n_params / largest, smallest / n_params)
+    return float(beyond) if beyond > FAR else np.nan
+
+
+def _choice(table: Table, found: Ranked, i: int, best: pd.Series) -> ShapeChoice:
+    """The shape of the answer, the i-th of the heads."""
+    rule, interval = table.rule, (np.nan, np.nan)
+    if rule.is_free and found.ratio_SxH is not None:
+        own = found.ratio_SxH[np.isfinite(found.cost_SxH[:, i]), i]
+        interval = tuple(float(x) for x in quantiles(own, TAILS))
+    penalty = rule.penalty
+    return ShapeChoice(
+        rule.name,
+        float(best["ratio"]),
+        interval,
+        penalty.bounds,
+        penalty.center,
+        penalty.median,
+        penalty.interval,
+        penalty.source,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    frame: pd.DataFrame
-    facts: _Facts
+def _worth(frame: pd.DataFrame, against: Baseline | None, trained: Answer | None) -> dict[str, float]:
+    """What other heads alone save, the shape alone, and both."""
+    known = {"heads": np.nan, "shape": np.nan, "both": np.nan}
+    if trained is None or against is None:
+        return known
+    same = [_heads(row) == against.heads for row in frame.to_dict("records")]
+    shape = float(frame.loc[same, "saving"].iloc[0]) if any(same) else np.nan
+    return {"heads": trained.saving, "shape": shape, "both": float(frame["saving"].iloc[0])}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    not_reached: float
-    saving_interval: tuple[float, float]
-    warnings: tuple[str, ...]
+def _not_reached(found: Ranked) -> list[str]:
+    share = 0.0 if found.ranking is None else found.ranking.not_reached
+    if share <= 0.005:
+        return []
+    return [f"in {share:.0%} of the draws no size of any H reaches the loss: probabilities are of the others"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    """Shapes of every H (and of Llama 3's, last, where it is no candidate) for one loss, by the fits and by every draw."""
-
-    laws: Mapping[Heads, PowerLaw]
-    loss: float
-    known: Coefficients
-    n_params_H: np.ndarray  # by the fitted laws; inf where no size reaches the loss, nan without a law
-    shape_H: costs.Shape
-    n_params_SxH: np.ndarray | None
-    shape_SxH: costs.Shape | None
-    aspect: Aspect
-
-    @classmethod
-    def of(
-        cls, laws: Mapping[Heads, PowerLaw], loss: float, aspect: Aspect, count: int, seed: int, method: str | None
-    ) -> _Table:
-        known = coefficients(laws, count, seed, method)
-        about = _about(laws)
-        n_params = _sizes(loss, known.entropy_H, known.log_a_H, known.b_H)
-        shape = shape_search.solve_shape(n_params, known.heads, aspect, *about)
-        if (drawn := known.draws) is None:
-            return cls(laws, loss, known, n_params, shape, None, None, aspect)
-        with np.errstate(over="ignore"):  # draws whose sizes are astronomical
-            n_SxH = np.exp(drawn.log_size(loss))
-        return cls(
-            laws, loss, known, n_params, shape, n_SxH, shape_search.solve_shape(n_SxH, known.heads, aspect, *about), aspect
-        )
-
-    @property
-    def heads(self) -> list[Heads]:
-        return self.known.heads
-
-    @functools.cached_property
-    def typical_H(self) -> costs.Shape:
-        """`shape_H`, and the middle of the draws where an H has no law of its own: what a layout is chosen by."""
-        if self.n_params_SxH is None or not np.isnan(self.n_params_H).any():
-            return self.shape_H
-        size_H = np.where(np.isnan(self.n_params_H), quantiles(self.n_params_SxH, [0.5])[0], self.n_params_H)
-        return shape_search.solve_shape(size_H, self.known.heads, self.aspect, *_about(self.laws))
-
-    def rows(
-        self,
-        context: int,
-        objective: objectives.Objective,
-        convention: str | costs.Convention,
-        memory_limit: float | Serving | None,
-    ) -> _Rows:
-        """The candidates at one served context, the answer first."""
-        k = self.known.n_candidates
-        objective = objectives.settled(objective, self.typical_H, context)
-        cost_H = _limited(objective, self.shape_H, context, memory_limit)
-        serving = getattr(objective, "serving", None)
-        frame = pd.DataFrame([h._asdict() for h in self.heads[:k]]).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
-        finite = np.isfinite(self.n_params_H[:k])
-
-        def known(values: np.ndarray) -> np.ndarray:
-            return np.where(finite, np.broadcast_to(values, (len(self.heads),))[:k], np.nan)
-
-        frame["n_params"] = known(self.n_params_H)
-        frame["n_layers"], frame["d_model"] = known(self.shape_H.n_layers), known(self.shape_H.d_model)
-        frame["c_infer"] = known(costs.infer_flops(self.shape_H, context, convention))
-        frame["m_infer"] = known(costs.infer_memory(self.shape_H, context, convention))
-        frame["cost"] = known(cost_H)
-        frame["pareto"] = _pareto(frame["c_infer"].to_numpy(), frame["m_infer"].to_numpy())
-        notes = [self._note(h, n, c, memory_limit) for h, n, c in zip(self.heads, self.n_params_H, cost_H, strict=True)][:k]
-        columns = list(CANDIDATES)
-        if serving is not None:
-            by = objectives.chosen_by(objective)
-            for name, values in _served(serving, self.shape_H, context, by).items():
-                frame[name] = values[:k]
-            notes = [
-                note if np.isfinite(c) or not np.isfinite(n) else _why(serving, self.shape_H, i, context, by) or note
-                for i, (note, n, c) in enumerate(zip(notes, self.n_params_H[:k], cost_H[:k], strict=True))
-            ]
-            frame["excess"] = _excess(serving, self.shape_H, context, by)[:k]
-            columns += SERVED
-        frame["note"] = pd.array(notes, dtype="string")
-        facts = self._uncertain(frame, cost_H, context, objective, memory_limit)
-        by = "expected_regret" if self.known.draws is not None else "cost"
-        keys = frame.assign(hopeless=~np.isfinite(frame["cost"]))
-        ranks = ["hopeless", by, "cost", *(["excess"] if serving is not None else [])]
-        order = keys.sort_values(ranks, kind="stable").index
-        frame = frame.loc[order].reset_index(drop=True)
-        frame["rank"] = pd.array(np.arange(1, k + 1), dtype="Int64")
-        frame.loc[~np.isfinite(frame["cost"]), "rank"] = pd.NA
-        return _Rows(frame.reindex(columns=columns), facts)
-
-    def _uncertain(
-        self,
-        frame: pd.DataFrame,
-        cost_H: np.ndarray,
-        context: int,
-        objective: objectives.Objective,
-        memory_limit: float | Serving | None,
-    ) -> _Facts:
-        """Adds what the draws say to the candidates."""
-        k, baseline = self.known.n_candidates, self.known.baseline
-        llama3 = np.nan if baseline is None else cost_H[baseline]
-        impossible = baseline is not None and np.isinf(llama3) and np.isfinite(self.n_params_H[baseline])
-        if impossible:
-            llama3 = np.nan
-        for name in ("n_params_low", "n_params_high", "cost_low", "cost_high", "probability", "expected_regret"):
-            frame[name] = np.nan
-        frame["saving_vs_llama3"] = 1 - frame["cost"] / llama3
-        if self.known.draws is None:
-            said = (f"no probabilities: {self.known.no_draws}",) if self.known.no_draws else ()
-            why = (_impossible(memory_limit),) if impossible else self._llama3_missing(llama3)
-            return _Facts(np.nan, (np.nan, np.nan), said + why)
-        cost_SxH = _limited(objective, self.shape_SxH, context, memory_limit)
-        if baseline is not None and np.isnan(self.n_params_H[baseline]):  # no law of its own: in most draws
-            sizes_S, served_S = np.isfinite(self.n_params_SxH[:, baseline]), np.isfinite(cost_SxH[:, baseline])
-            impossible = served_S.sum() < 0.5 * sizes_S.sum()
-        own = cost_SxH[:, :k]
-        least = own.min(1)
-        reached = np.isfinite(least)
-        tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-        frame["n_params_low"], frame["n_params_high"] = quantiles(self.n_params_SxH[:, :k], tails)
-        frame["cost_low"], frame["cost_high"] = quantiles(own, tails)
-        interval, said, chosen = (np.nan, np.nan), [], 0
-        if reached.any():
-            frame["probability"] = np.bincount(own[reached].argmin(1), minlength=k) / reached.sum()
-            frame["expected_regret"] = regret(own[reached]).mean(0)
-            if np.isfinite(frame["cost"]).any():
-                chosen = int(frame["expected_regret"].where(np.isfinite(frame["cost"])).idxmin())
-        if impossible:
-            frame["saving_vs_llama3"] = np.nan
-            said.append(_impossible(memory_limit))
-        elif baseline is None:
-            said += self._llama3_missing(np.nan)
-        else:
-            with np.errstate(invalid="ignore"):  # neither reaches the loss
-                saving_SxH = 1 - own / cost_SxH[:, baseline, None]
-            if np.isnan(llama3):  # no law of its own: the middle of the draws
-                frame["saving_vs_llama3"] = [float(quantiles(column[~np.isnan(column)], [0.5])[0]) for column in saving_SxH.T]
-            interval = tuple(float(x) for x in quantiles(saving_SxH[~np.isnan(saving_SxH[:, chosen]), chosen], tails))
-            said += self.known.draws.notes
-        share = float(1 - reached.mean())
-        if share > 0.005:
-            said.append(f"in {share:.0%} of the draws no size of any H reaches the loss: probabilities are of the others")
-        return _Facts(share, interval, tuple(said))
-
-    def _llama3_missing(self, cost: float) -> tuple[str, ...]:
-        if np.isfinite(cost):
-            return ()
-        return (
-            "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here",
-        )
-
-    def _note(self, heads: Heads, n_params: float, cost: float, memory_limit: float | Serving | None) -> str | None:
-        law = self.laws.get(heads)
-        if law is None:
-            return None
-        if not np.isfinite(n_params):
-            return f"not reached at any size: E = {law.entropy:.4f}"
-        if memory_limit is not None and not np.isfinite(cost):
-            return f"takes more than {_limit_text(memory_limit)}"
-        if not len(law.params):
-            return "never trained"
-        smallest, largest = law.params.min(), law.params.max()
-        if smallest <= n_params <= largest:
-            return None
-        factor, side = (n_params / largest, "above") if n_params > largest else (smallest / n_params, "below")
-        return f"extrapolated: N* is {factor:.2g}x {side} the trained sizes"
-
-    def warnings(self, heads: Heads, row: pd.Series) -> list[str]:
-        """What makes this answer doubtful."""
-        found = []
-        law = self.laws[heads]
-        highest = max((one.loss.max() for one in self.laws.values() if len(one.loss)), default=np.inf)
-        if self.loss > highest:
-            found.append(
-                f"a loss of {self.loss:g} is above every measured one (at most {highest:.3f}): smaller than every trained model"
-            )
-        counts = [h.n_heads for h in self.heads[: self.known.n_candidates] if h.n_heads is not None]
-        if len(counts) > 1 and heads.n_heads == max(counts):
-            found.append(f"{heads} has the most query heads of those that were trained: with more it may be cheaper still")
-        n = row["n_params"]
-        if len(law.params) and n > FAR * law.params.max():
-            found.append(
-                f"N* is {n / law.params.max():.0f} times the largest model of {heads}: this is a guess, not a measurement"
-            )
-        elif pd.notna(row["note"]):
-            found.append(f"{heads}: {row['note']}")
-        if np.isfinite(row["n_params_low"]):
-            if not row["n_params_low"] <= n <= row["n_params_high"]:
-                found.append(
-                    f"N* of the curve of {heads} lies outside the interval of the draws, in which the other heads have a say: "
-                    "this H does not follow its neighbours"
-                )
-            if not np.isfinite(row["n_params_high"]):
-                found.append("N* is not bounded above: the data allow an E at or above the loss")
-        return found
-
-
-def _served(serving: Serving, shape: costs.Shape, context: int, by: str) -> dict[str, Any]:
-    """Columns SERVED: how every H is served; empty where it can't be."""
-    load = serving.load(shape, context, by)
-    count = np.broadcast_shapes(np.shape(shape.n_layers), np.shape(load.token_seconds))
-
-    def known(values: Any) -> np.ndarray:
-        return np.where(np.broadcast_to(load.possible, count), np.broadcast_to(values, count), np.nan)
-
-    usd = serving.usd_per_million(1.0) if serving.has_price else np.nan
-    possible = np.broadcast_to(load.possible, count)
-    chosen = _each(load.layout, count)
-    return {
-        "layout": pd.array([str(one) if ok else None for one, ok in zip(chosen, possible, strict=True)], dtype="string"),
-        "batch": known(load.batch),
-        "memory_bytes": known(load.memory),
-        "ttft": known(load.ttft),
-        "tpot": known(load.tpot),
-        "request_seconds": known(load.request),
-        "usd_per_million_input": known(usd * load.input_seconds),
-        "usd_per_million_output": known(usd * load.output_seconds),
-        "prefill_limit": pd.array(np.broadcast_to(load.prefill.limit, count), dtype="string"),
-        "decode_limit": pd.array(np.broadcast_to(load.decode.limit, count), dtype="string"),
-        "replication": known(roofline.replication_cost(serving, shape, context, by)),
-    }
-
-
-def _excess(serving: Serving, shape: costs.Shape, context: int, by: str) -> np.ndarray:
-    """By what factor every H misses the limit that it misses, in its best layout; 0 where it keeps all, infinite for heads."""
-    count = np.shape(shape.n_layers)
-    least = np.full(count, np.inf)
-    for layout in serving.layouts():
-        load = serving.load(shape, context, by, layout)
-        over = [0.0, np.inf, np.inf, load.memory / serving.chip.server_bytes]
-        over += [
-            np.inf if limit is None else value / limit
-            for value, limit in ((load.ttft, serving.ttft), (load.tpot, serving.tpot))
-        ]
-        least = np.fmin(least, np.choose(load.obstacle, [np.broadcast_to(one, count) for one in over]))
-    return least
-
-
-def _each(layout: Layout, count: tuple[int, ...]) -> list[Layout]:
-    """The layouts of a row of H, one by one."""
-    return [Layout(*map(int, one)) for one in zip(*(np.broadcast_to(values, count) for values in layout), strict=True)]
-
-
-def _why(serving: Serving, shape: costs.Shape, index: int, context: int, by: str) -> str:
-    """Why the H of that index can't be served; empty where it can."""
-    fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
-    one = costs.Shape(**{name: np.broadcast_to(value, np.shape(shape.n_layers))[index] for name, value in fields.items()})
-    if isinstance(serving.parallelism, Layout):
-        serving = dataclasses.replace(serving, parallelism=_each(serving.parallelism, np.shape(shape.n_layers))[index])
-    return roofline.obstacle_text(serving, one, context, by)
-
-
-def _about(laws: Mapping[Heads, PowerLaw]) -> tuple[float, float, str]:
-    """Head size, vocabulary and convention of sizes."""
-    if isinstance(laws, LawsByHeads):
-        return laws.head_dim, laws.vocab_size, laws.size_convention
-    return 64.0, 50_304.0, "figures"
-
-
-def _limited(
-    objective: objectives.Objective, shape: costs.Shape, context: int, memory_limit: float | Serving | None
-) -> np.ndarray:
-    """The cost; infinite where a model does not keep the limit, or where no size reaches the loss."""
-    with np.errstate(over="ignore"):  # draws whose sizes are astronomical
-        cost = np.asarray(objective(shape, context), np.float64)
-    cost = np.where(np.isfinite(shape.n_layers), cost, np.where(np.isnan(shape.n_layers), np.nan, np.inf))
-    if memory_limit is None:
-        return cost
-    if isinstance(memory_limit, Serving):
-        kept = memory_limit.fits(shape, context)
-    else:
-        kept = costs.infer_memory(shape, context, "exact") <= memory_limit
-    return np.where(kept | np.isnan(cost), cost, np.inf)
-
-
-def _sizes(loss: float, entropy: np.ndarray, log_a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """N* = a / (L - E)^(1/b); inf where E is not below the loss, nan where there is no law."""
-    gap = loss - entropy
-    with np.errstate(over="ignore"):
-        return np.where(gap <= 0, np.inf, np.exp(log_a - np.log(np.where(gap > 0, gap, 1.0)) / b))
-
-
-def quantiles(values: np.ndarray, at: Sequence[float]) -> list[np.ndarray]:
-    """Quantiles along the first axis by NumPy's linear rule, which between infinite values would give nan; nan of nothing."""
-    if not len(values):
-        return [np.full(values.shape[1:], np.nan)] * len(at)
-    ordered = np.sort(values, 0)
+def _doubts(table: Table, heads: Heads, row: pd.Series, far: float) -> list[str]:
+    """What makes this answer doubtful."""
     found = []
-    for share in at:
-        position = share * (len(ordered) - 1)
-        low = ordered[int(np.floor(position))]
-        high = ordered[int(np.ceil(position))]
-        with np.errstate(invalid="ignore"):
-            found.append(np.where(low == high, low, low + (high - low) * (position - np.floor(position))))
+    law = table.laws[heads]
+    highest = max((one.loss.max() for one in table.laws.values() if len(one.loss)), default=np.inf)
+    if table.loss > highest:
+        found.append(
+            f"a loss of {table.loss:g} is above every measured one (at most {highest:.3f}): smaller than every trained model"
+        )
+    candidates = table.heads[: table.known.n_candidates]
+    counts = [h.n_heads for h in candidates if h.n_heads is not None]
+    if len(counts) > 1 and heads.n_heads == max(counts):
+        found.append(f"{heads} has the most query heads of those that were trained: with more it may be cheaper still")
+    n = float(row["n_params"])
+    if np.isfinite(far):
+        side = "times the largest" if n > law.params.max() else "times below the smallest"
+        found.append(f"N* is {formatting.figure(far)} {side} model of {heads}: this is a guess, not a measurement")
+    elif pd.notna(row["note"]):
+        found.append(f"{heads}: {row['note']}")
+    if np.isfinite(row["n_params_low"]):
+        own = law.solve(table.loss) if table.loss > law.entropy else np.inf
+        if table.rule.aspect is not None and not row["n_params_low"] <= own <= row["n_params_high"]:
+            found.append(
+                f"N* of the curve of {heads} lies outside the interval of the draws, in which the other heads have a say: "
+                "this H does not follow its neighbours"
+            )
+        if not np.isfinite(row["n_params_high"]):
+            found.append("N* is not bounded above: the data allow an E at or above the loss")
+    bounds = table.rule.penalty.bounds
+    if table.rule.is_free and any(np.isclose(row["ratio"], bound, rtol=1e-6) for bound in bounds):
+        found.append(
+            f"d/L = {row['ratio']:.3g} is at the edge of what is looked at ({bounds[0]:.3g} to {bounds[1]:.3g}): beyond it nothing "
+            "is known of the loss"
+        )
     return found
 
 
-def _pareto(flops: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Whether no other H needs less of one without more of the other."""
-    worse = (flops[None] <= flops[:, None]) & (memory[None] <= memory[:, None])
-    strictly = (flops[None] < flops[:, None]) | (memory[None] < memory[:, None])
-    return ~(worse & strictly).any(1) & np.isfinite(flops)
+def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Objective) -> pd.DataFrame:
+    """The cheapest models of whole layers and rounded widths near the answer that reach the loss; none that miss it.
 
-
-def _buildable(
-    laws: Mapping[Heads, PowerLaw], heads: Heads, n_params: float, table: _Table, context: int, objective: objectives.Objective
-) -> pd.DataFrame:
-    """Real models close to the answer, with the loss their size promises and their cost."""
-    head_dim, vocab_size, rule = 64, 50_304, "figures"
-    if isinstance(laws, LawsByHeads):
-        head_dim, vocab_size, rule = int(laws.head_dim), int(laws.vocab_size), laws.size_convention
-    unit = 64 if n_params > 1e7 else 16
+    A model reaches the loss where it has the typical N* of its own d / L, or more.
+    """
+    head_dim, vocab_size, convention = about(table.laws)
+    heads, n_params = found.heads[i], float(found.n_params_H[i])
+    if not n_params <= LARGEST_BUILT:
+        return pd.DataFrame(columns=list(_BUILT))
+    shape = one_of(found.shape_H, i)
+    ratio = float(shape.d_model / shape.n_layers)
+    bounds = table.rule.penalty.bounds if table.rule.is_free else (ratio / 1.25, ratio * 1.25)
     rows = []
-    if n_params > LARGEST_BUILT:
-        return pd.DataFrame(
-            columns=["n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_params", "loss", "cost"]
-        )
-    for shape in shape_search.buildable(n_params, heads, table.aspect, head_dim, vocab_size, rule, multiple=unit):
-        count = costs.count_params(shape, rule).non_embedding
+    for one in shape_search.reaching(
+        n_params, heads, ratio, bounds, lambda r: table.needed(i, r), int(head_dim), int(vocab_size), convention,
+        multiple=64 if n_params > 1e7 else 16,
+    ):  # fmt: skip
+        n = float(costs.count_params(one, convention).non_embedding)
+        own = one.d_model / one.n_layers
         rows.append(
-            {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_heads": shape.n_heads, "n_kv_heads": shape.n_kv_heads,
-             "head_dim": shape.head_dim, "d_ff": shape.d_ff, "n_params": count, "loss": float(laws[heads].predict(count)),
-             "cost": float(objective(shape, context))}
+            {"n_layers": one.n_layers, "d_model": one.d_model, "n_heads": one.n_heads, "n_kv_heads": one.n_kv_heads,
+             "head_dim": one.head_dim, "d_ff": one.d_ff, "n_params": n, "ratio": own, "loss": _loss_of(table, i, n, own),
+             "cost": float(objective(one, context))}
         )  # fmt: skip
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=list(_BUILT))
+    return frame.sort_values("cost", kind="stable", ignore_index=True).head(3)
 
 
-def _aspect(laws: Mapping[Heads, PowerLaw]) -> Aspect:
-    return laws.aspect if isinstance(laws, LawsByHeads) else paper_aspect()
+def _loss_of(table: Table, i: int, n_params: float, ratio: float) -> float:
+    """Typical loss of the i-th heads at N and d / L."""
+    rule, heads = table.rule, table.heads[i]
+    drawn = table.known.draws
+    k = rule.penalty.median if drawn is None else rule.penalty.draw(len(drawn.b_SxH), table.seed)
+    more = 1.0 if rule.ratios_R is None else rule.penalty.factor(k, ratio)
+    if drawn is None:
+        return float(table.laws[heads].predict(n_params) * more)
+    return float(np.median(drawn.loss(heads, np.array([n_params]))[:, 0] * more))
 
 
 def _check(loss: float, contexts: Sequence[int]) -> None:
@@ -711,8 +468,9 @@ def _without_outliers(
     laws: Mapping[Heads, PowerLaw],
     loss: float,
     context_served: int,
-    objective: objectives.Objective,
-    aspect: Aspect | None,
+    objective: Objective,
+    rule: ShapeRule,
+    known: Coefficients,
     memory_limit: float | Serving | None,
     how: tuple[int, int, str | None],
     heads: Heads,
@@ -726,8 +484,8 @@ def _without_outliers(
         return [f"without {which} too few sizes are left for a law"]
     draws, seed, method = how
     try:
-        table = _Table.of(others, loss, aspect or _aspect(laws), draws, seed, method)
-        frame = table.rows(context_served, objective, "figures", memory_limit).frame
+        again = coefficients(others, draws, seed, method, heads=known.heads[: known.n_candidates], compared=None)
+        frame = Table.of(others, loss, rule, again, seed).ranked(context_served, objective, "figures", memory_limit).frame
     except ValueError as error:
         return [f"without {which} there is no answer: {error}"]
     best = frame.iloc[0]
@@ -768,43 +526,23 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
             f"no head configuration can be served as asked at a loss of {loss:g}; what comes closest: {nearest}. Allow more "
             "time, other devices, a higher loss, a shorter context or fewer requests at once"
         )
-    if loss <= least:
+    if frame["n_params"].isna().all():
+        said = f"the fitted entropy E is {least:.4f}" + ("" if loss <= least else ", and most draws of it are above the loss")
         return (
-            f"a loss of {loss:g} can't be reached at any size: the fitted entropy E is {least:.4f}; the lowest measured loss "
+            f"a loss of {loss:g} can't be reached at any size: {said}; the lowest measured loss "
             f"is {lowest:.4f}, so ask for {least + 0.25 * (lowest - least):.3f} or more"
         )
     return (
-        f"no head configuration reaches a loss of {loss:g} within {_limit_text(memory_limit)} at this context: allow more "
+        f"no head configuration reaches a loss of {loss:g} within {limit_text(memory_limit)} at this context: allow more "
         "memory, a higher loss, a shorter context or a smaller batch"
     )
 
 
-def _impossible(memory_limit: float | Serving | None) -> str:
-    why = "can't be served as asked" if memory_limit is None else f"take more than {_limit_text(memory_limit)}"
-    return f"no saving against Llama 3's heads: they {why}"
+def _impossible(label: str, memory_limit: float | Serving | None, reached: bool) -> str:
+    why = "can't be served as asked" if memory_limit is None else f"take more than {limit_text(memory_limit)}"
+    why = why if reached else "do not reach this loss"
+    return f"no saving against {label}: they {why}"
 
 
-def _limit_text(memory_limit: float | Serving | None) -> str:
-    if isinstance(memory_limit, Serving):
-        count, chip = memory_limit.n_devices, memory_limit.chip
-        return f"the {formatting.gb(chip.server_bytes)} that a server fills of each of {count} x {chip.name}"
-    return f"the {formatting.gb(memory_limit or 0)} of the limit"
-
-
-def _heads(row: pd.Series) -> Heads:
+def _heads(row: Mapping | pd.Series) -> Heads:
     return Heads(None if pd.isna(row["n_heads"]) else int(row["n_heads"]), int(row["n_kv_heads"]))
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain Python values."""
-    return [
-        {
-            key: None if pd.isna(v) or (isinstance(v, float) and not np.isfinite(v)) else v.item() if hasattr(v, "item") else v
-            for key, v in row.items()
-        }
-        for row in frame.to_dict("records")
-    ]

@@ -88,6 +88,6 @@ def _saving(found: Any) -> Fact:
     name = "Saving against Llama 3's heads"
     if found.heads == LLAMA3:
         return Fact(name, "none", "they are the cheapest")
-    if words.missing(found.saving_vs_llama3):
+    if words.missing(found.saving):
         return Fact(name, "unknown", "there is no law of theirs")
-    return Fact(name, words.tenths(found.saving_vs_llama3), _range(found.saving_interval, words.tenths))
+    return Fact(name, words.tenths(found.saving), _range(found.saving_interval, words.tenths))

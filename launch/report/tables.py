@@ -49,7 +49,7 @@ def candidates(study: Study) -> Table:
         Column(f"layers {words.TIMES} width", _layers_by_width),
         Column(f"{goal.label}{words.unit(goal.unit)}", possible(lambda row: cost(row.cost), "not served")),
         Column("95%", possible(between("cost", cost)), "range"),
-        Column("saving", possible(lambda row: "" if heads_of(row) == LLAMA3 else words.tenths(row.saving_vs_llama3))),
+        Column("saving", possible(lambda row: "" if heads_of(row) == LLAMA3 else words.tenths(row.saving))),
     ]
     frame = question.answer.candidates
     notes = [_NOTE]
@@ -264,7 +264,7 @@ def sensitivity(study: Study) -> Table | None:
         Column("cheapest heads", lambda row: words.label(heads_of(row), study.laws.head_dim), "left"),
         Column("cheapest in", lambda row: words.percent(row.probability)),
         Column("size N*", lambda row: words.short(row.n_params)),
-        Column("saving against Llama 3's", lambda row: words.tenths(row.saving_vs_llama3)),
+        Column("saving against Llama 3's", lambda row: words.tenths(row.saving)),
         Column("the first row's heads cost more by", lambda row: formatting.regret(row.regret)),
     ]
     caption = (

@@ -1,0 +1,204 @@
+"""An answer: which heads and which shape, how sure, against what."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gqa_jax import costs
+from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw
+
+MEASURED_WITHIN = 0.003  # nats per token: a run this close to the loss asked is the model that savings are against
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that savings are to be against: its own shape, whatever the laws say."""
+
+    label: str
+    heads: Heads
+    shape: costs.Shape
+    loss: float  # nats per token, measured or by the law
+    n_params: float  # without embeddings
+    measured: bool = False  # a run of these laws
+    run: str | None = None  # its name, where it has one
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What savings are against. Without a cost: `note` says why there is none."""
+
+    label: str
+    heads: Heads
+    measured: bool  # a run of these laws; else what the law of these heads says for the loss asked
+    run: str | None
+    loss: float
+    n_params: float
+    n_layers: float
+    d_model: float
+    c_infer: float  # as in the columns of the candidates
+    m_infer: float
+    cost: float  # nan where there is none
+    cost_interval: tuple[float, float]  # 95% of the draws; the cost twice where no draw changes it
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return _plain_fields(self, ("label", "measured", "run", "note")) | self.heads._asdict()
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeChoice:
+    """How the shape was chosen, and what is known of its price in loss (`gqa_jax.laws.shape.Penalty`)."""
+
+    rule: str  # best, paper, trained, given, or a number
+    ratio: float  # d / L of the answer
+    ratio_interval: tuple[float, float]  # 95% of the draws' best; nan where the rule fixes it, or without draws
+    bounds: tuple[float, float]
+    r0: float
+    k: float  # median
+    k_interval: tuple[float, float]
+    source: str  # of k, in words
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return _plain_fields(self, ("rule", "source"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The cost-optimal heads and shape for one loss and one served context.
+
+    Costs are of real-valued models of exactly N* parameters; `buildable` are real ones close to the answer that reach the loss.
+    Estimates and intervals are of one estimator, the draws: N* is their median, the shape that of least cost at it, and an
+    interval holds 95% of the draws. Where there are no draws estimates are the fitted laws', intervals None and nan.
+    """
+
+    loss: float
+    context_served: int
+    objective: dict[str, Any]  # Objective.describe()
+    heads: Heads
+    n_params: float  # N*, without embeddings
+    n_params_interval: tuple[float, float]
+    n_layers: float
+    d_model: float
+    probability: float  # that no other H is cheaper; nan where `far`
+    n_candidates: int  # of which it is the cheapest
+    cost: float
+    cost_interval: tuple[float, float]
+    baseline: Baseline | None
+    saving: float  # 1 - cost / cost of the baseline
+    saving_interval: tuple[float, float]
+    saving_memory: float  # the same of the memory and the FLOPs of serving, in the convention of the candidates' columns
+    saving_flops: float
+    expected_regret: float  # of the answer, relative (`ranking.regret`)
+    runner_up: Heads | None
+    regret_of_runner_up: float  # expected
+    not_reached: float  # share of draws in which no H reaches the loss
+    far: float  # how many times N* is beyond the trained sizes, where that is more than 10; else nan
+    shape: ShapeChoice
+    worth: dict[str, float]  # savings of other heads alone (trained shapes), of the shape alone, of both; nan where unknown
+    as_trained: Answer | None  # the same question with the shapes of the trained sizes, where the shape was free
+    noise_model: str  # what the intervals rest on, in words; empty where there are none
+    price_of_doubt: float  # `LawsByHeads.price_of_doubt`; nan for narrower methods
+    candidates: pd.DataFrame
+    buildable: pd.DataFrame
+    warnings: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        """d / L."""
+        return self.d_model / self.n_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: plain numbers, None where a number is missing or infinite."""
+        own = ("n_params", "n_params_interval", "n_layers", "d_model", "ratio", "probability", "cost", "cost_interval",
+               "saving", "saving_interval", "saving_memory", "saving_flops", "expected_regret")  # fmt: skip
+        plain = {name: _plain(getattr(self, name)) for name in own}
+        brief = ("n_params", "n_layers", "d_model", "ratio", "probability", "cost", "saving")
+        trained = self.as_trained
+        return {
+            "loss": self.loss,
+            "context_served": self.context_served,
+            **self.heads._asdict(),
+            **plain,
+            "n_candidates": self.n_candidates,
+            "baseline": None if self.baseline is None else self.baseline.to_dict(),
+            "runner_up": None if self.runner_up is None else list(self.runner_up),
+            "regret_of_runner_up": _plain(self.regret_of_runner_up),
+            "not_reached": _plain(self.not_reached),
+            "far": _plain(self.far),
+            "shape": self.shape.to_dict(),
+            "worth": {name: _plain(value) for name, value in self.worth.items()},
+            "as_trained": None
+            if trained is None
+            else trained.heads._asdict() | {name: _plain(getattr(trained, name)) for name in brief},
+            "noise_model": self.noise_model,
+            "price_of_doubt": _plain(self.price_of_doubt),
+            "objective": self.objective,
+            "candidates": records(self.candidates),
+            "buildable": records(self.buildable),
+            "warnings": list(self.warnings),
+        }
+
+
+def measured_model(laws: Mapping[Heads, PowerLaw], heads: Heads, loss: float) -> Model | None:
+    """The run of these heads whose loss is closest to the one asked, where that is within MEASURED_WITHIN; else None.
+
+    Heads that grow with the width are found among runs of any heads that happen to have them.
+    """
+    rows = laws.rows if isinstance(laws, LawsByHeads) else None
+    if rows is None or not {"n_layers", "d_model"} <= {*rows.columns}:
+        return None
+    rows = rows.dropna(subset=["n_layers", "d_model"])
+    own = rows["d_model"].astype(float) / laws.head_dim
+    n_heads = rows["n_heads"].astype("Float64").fillna(own).astype(float)
+    d_model = rows["d_model"].astype(float)
+    n_kv = np.where(rows["n_kv_heads"] < 0, n_heads / -rows["n_kv_heads"].astype(float), rows["n_kv_heads"].astype(float))
+    has = np.isclose(n_heads, heads.query_heads(d_model, laws.head_dim)) & np.isclose(
+        n_kv, heads.kv_heads(d_model, laws.head_dim)
+    )
+    away = (rows["loss"].astype(float) - loss).abs()
+    close = rows[has & (away <= MEASURED_WITHIN)]
+    if close.empty:
+        return None
+    at = away[close.index].idxmin()
+    row = rows.loc[at]
+    shape = costs.Shape(
+        float(row["n_layers"]), float(row["d_model"]), float(n_heads[at]), float(n_kv[rows.index.get_loc(at)]), laws.head_dim,
+        vocab_size=laws.vocab_size,
+    )  # fmt: skip
+    run = str(row["cell"]) if "cell" in rows and pd.notna(row["cell"]) else None
+    return Model(name_of(heads), heads, shape, float(row["loss"]), float(row["params_non_embedding"]), True, run)
+
+
+def name_of(heads: Heads) -> str:
+    """What a baseline is called: Llama 3's heads, or the heads themselves."""
+    return "Llama 3's heads" if heads == LLAMA3 else f"heads {heads}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(x) for x in value]
+    return float(value) if np.isfinite(value) else None
+
+
+def _plain_fields(one: Any, words: tuple[str, ...]) -> dict[str, Any]:
+    """Fields by name; `words` as they are, numbers plain, heads left to the caller."""
+    values = {field.name: getattr(one, field.name) for field in dataclasses.fields(one) if field.name != "heads"}
+    return {name: value if name in words else _plain(value) for name, value in values.items()}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain Python values."""
+    return [
+        {
+            key: None if pd.isna(v) or (isinstance(v, float) and not np.isfinite(v)) else v.item() if hasattr(v, "item") else v
+            for key, v in row.items()
+        }
+        for row in frame.to_dict("records")
+    ]

@@ -1,0 +1,399 @@
+"""What every head configuration needs to reach a loss: sizes and shapes by the laws and by their draws, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gqa_jax import costs, formatting, shape_search
+from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
+from gqa_jax.laws.shape import Penalty
+from gqa_jax.search import objectives, ranking, roofline, shape_rule
+from gqa_jax.search.objectives import Objective
+from gqa_jax.search.ranking import TAILS, quantiles
+from gqa_jax.search.roofline import Layout, Serving
+from gqa_jax.search.shape_rule import ShapeRule
+from gqa_jax.shapes import Aspect, paper_aspect
+
+LEAST_BUILT, LARGEST_BUILT = 1e3, 1e13  # parameters: no model is proposed outside
+
+CANDIDATES = (
+    "n_heads", "n_kv_heads", "n_params", "n_params_low", "n_params_high", "n_layers", "d_model", "ratio", "c_infer", "m_infer",
+    "cost", "cost_low", "cost_high", "rank", "probability", "expected_regret", "saving", "saving_low", "saving_high", "pareto",
+    "note",
+)  # fmt: skip
+
+
+#: Columns of the candidates beside these, of costs that are of devices.
+SERVED = (
+    "layout", "batch", "memory_bytes", "ttft", "tpot", "request_seconds", "usd_per_million_input", "usd_per_million_output",
+    "prefill_limit", "decode_limit", "replication",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """What a search starts from: candidates, then the heads that savings are against where they are no candidate."""
+
+    heads: list[Heads]
+    n_candidates: int  # the first of `heads`; the rest is only compared with
+    entropy_H: np.ndarray  # of the fitted laws; nan for heads that only the draws have
+    log_a_H: np.ndarray
+    b_H: np.ndarray
+    trained_Hx2: np.ndarray  # least and largest N that the law was fitted to
+    draws: Draws | None  # of `heads`, in their order
+    no_draws: str | None  # why there are none
+
+
+def coefficients(
+    laws: Mapping[Heads, PowerLaw],
+    draws: int = 1000,
+    seed: int = 0,
+    method: str | None = None,
+    *,
+    heads: Sequence[Heads] | None = None,
+    compared: Heads | None = LLAMA3,
+) -> Coefficients:
+    """Coefficients of the fitted laws and their joint draws (none with draws=0, or where no noise is known).
+
+    heads: candidates; default: all that have a law. compared: what savings are against, where it has a law or draws. Raises
+    ValueError for candidates without a law.
+    """
+    if draws < 0 or draws == 1:
+        raise ValueError(f"draws = {draws}: draw 2 or more, or 0 for an answer without probabilities")
+    candidates = list(laws) if heads is None else list(dict.fromkeys(Heads(*one) for one in heads))
+    if missing := [one for one in candidates if one not in laws]:
+        raise ValueError(f"heads {', '.join(map(str, missing))} have no law here: there are {', '.join(map(str, laws))}")
+    if not candidates:
+        raise ValueError(f"heads: none was given; there are {', '.join(map(str, laws))}")
+    drawn, why = None, None
+    if draws and isinstance(laws, LawsByHeads):
+        try:
+            drawn = laws.draws(draws, seed, method)
+        except ValueError as error:
+            why = str(error)
+    every = list(candidates)
+    if compared is not None and compared not in every and (compared in laws or (drawn is not None and compared in drawn.heads)):
+        every.append(compared)
+
+    def each(value: Callable[[PowerLaw], Any], empty: Any = np.nan) -> np.ndarray:
+        return np.array([value(laws[h]) if h in laws else empty for h in every], np.float64)
+
+    return Coefficients(
+        every,
+        len(candidates),
+        each(lambda law: law.entropy),
+        each(lambda law: np.log(law.a)),
+        each(lambda law: law.b),
+        each(lambda law: (law.params.min(), law.params.max()) if len(law.params) else (np.nan, np.nan), (np.nan, np.nan)),
+        None if drawn is None else drawn.take(every),
+        why,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """Every H for one question: `frame` has a row per candidate, the answer first; the arrays are in the order of `heads`."""
+
+    frame: pd.DataFrame  # columns CANDIDATES, and SERVED of costs that are of devices; savings are empty yet
+    heads: list[Heads]
+    cost_H: np.ndarray  # typical; infinite where it can't be
+    n_params_H: np.ndarray
+    shape_H: costs.Shape
+    cost_SxH: np.ndarray | None  # at the best ratio of every draw
+    ratio_SxH: np.ndarray | None
+    ranking: ranking.Ranking | None
+    objective: Objective  # with its layout settled
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Sizes and shapes of every H for one loss, at every ratio d / L of a rule: typical ones, and those of every draw.
+
+    Typical is the median of the draws; where there are none, what the fitted laws say.
+    """
+
+    laws: Mapping[Heads, PowerLaw]
+    loss: float
+    rule: ShapeRule
+    known: Coefficients
+    n_params_RxH: np.ndarray  # typical; inf where the loss is not reached, nan without a law
+    n_params_RxSxH: np.ndarray | None
+    seed: int = 0  # of the draws of k
+
+    @classmethod
+    def of(
+        cls,
+        laws: Mapping[Heads, PowerLaw],
+        loss: float,
+        rule: ShapeRule,
+        known: Coefficients,
+        seed: int = 0,
+        loss_S: np.ndarray | None = None,
+    ) -> Table:
+        """`loss_S`: the loss that each draw must reach, where it is not the same for all; `loss` is then its middle."""
+        if (drawn := known.draws) is None:
+            asked_R = loss / rule.factor(rule.penalty.median)
+            return cls(laws, loss, rule, known, _sizes(asked_R[:, None], known.entropy_H, known.log_a_H, known.b_H), None)
+        k_S = rule.penalty.draw(len(drawn.b_SxH), seed)
+        asked_RxS = (loss if loss_S is None else loss_S) / rule.factor(k_S)
+        with np.errstate(over="ignore"):  # draws whose sizes are astronomical
+            n_RxSxH = np.stack([np.exp(drawn.log_size(asked_S[:, None])) for asked_S in asked_RxS])
+        n_RxSxH = np.maximum(n_RxSxH, LEAST_BUILT)
+        return cls(laws, loss, rule, known, np.stack([quantiles(n_SxH, [0.5])[0] for n_SxH in n_RxSxH]), n_RxSxH, seed)
+
+    @property
+    def heads(self) -> list[Heads]:
+        return self.known.heads
+
+    @functools.cached_property
+    def shape_RxH(self) -> costs.Shape:
+        return self._shapes(self.n_params_RxH)
+
+    @functools.cached_property
+    def shape_RxSxH(self) -> costs.Shape | None:
+        return None if self.n_params_RxSxH is None else self._shapes(self.n_params_RxSxH)
+
+    def _shapes(self, n_params: np.ndarray) -> costs.Shape:
+        return shape_search.solve_shape(n_params, self.heads, self.rule, *about(self.laws))
+
+    @property
+    def log_ratios_R(self) -> np.ndarray:
+        """ln of the ratios; of a table of models, where there is one for each size, a single 0."""
+        return np.zeros(1) if self.rule.ratios_R is None else np.log(self.rule.ratios_R)
+
+    def settled(self, objective: Objective, context: int) -> Objective:
+        """With the layout that suits each H at its best typical shape."""
+        first = objectives.settled(objective, _at(self.shape_RxH, self.rule.usual), context)
+        if first is objective or self.rule.n_ratios == 1:
+            return first
+        return objectives.settled(objective, self._typical(first, context, None)[2], context)
+
+    def _typical(
+        self, objective: Objective, context: int, memory_limit: float | Serving | None
+    ) -> tuple[np.ndarray, np.ndarray, costs.Shape]:
+        """(cost_H, N*_H, shape_H) at the ratio of least cost."""
+        cost_RxH = limited(objective, self.shape_RxH, context, memory_limit)
+        if self.rule.n_ratios == 1:
+            return cost_RxH[0], self.n_params_RxH[0], _at(self.shape_RxH, 0)
+        found = shape_rule.least(cost_RxH, self.log_ratios_R)
+        n_H = np.exp(found.of(np.log(self.n_params_RxH)))
+        ratio_H = found.ratio
+        shape_H = shape_search.solve_shape(n_H, self.heads, lambda _: ratio_H, *about(self.laws))
+        return limited(objective, shape_H, context, memory_limit), n_H, shape_H
+
+    def ranked(
+        self,
+        context: int,
+        objective: Objective,
+        convention: str | costs.Convention,
+        memory_limit: float | Serving | None,
+    ) -> Ranked:
+        """The candidates at one served context, the answer first."""
+        k = self.known.n_candidates
+        objective = self.settled(objective, context)
+        cost_H, n_H, shape_H = self._typical(objective, context, memory_limit)
+        serving = getattr(objective, "serving", None)
+        frame = pd.DataFrame([h._asdict() for h in self.heads[:k]]).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
+        finite = np.isfinite(n_H[:k])
+
+        def known(values: np.ndarray) -> np.ndarray:
+            return np.where(finite, np.broadcast_to(values, (len(self.heads),))[:k], np.nan)
+
+        frame["n_params"] = known(n_H)
+        frame["n_layers"], frame["d_model"] = known(shape_H.n_layers), known(shape_H.d_model)
+        frame["ratio"] = frame["d_model"] / frame["n_layers"]
+        frame["c_infer"] = known(costs.infer_flops(shape_H, context, convention))
+        frame["m_infer"] = known(costs.infer_memory(shape_H, context, convention))
+        frame["cost"] = known(cost_H)
+        frame["pareto"] = ranking.pareto(frame["c_infer"].to_numpy(), frame["m_infer"].to_numpy())
+        notes = [self._note(i, n_H[i], cost_H[i], memory_limit) for i in range(k)]
+        columns = list(CANDIDATES)
+        if serving is not None:
+            by = objectives.chosen_by(objective)
+            for name, values in served(serving, shape_H, context, by).items():
+                frame[name] = values[:k]
+            notes = [
+                note if np.isfinite(c) or not np.isfinite(n) else _why(serving, shape_H, i, context, by) or note
+                for i, (note, n, c) in enumerate(zip(notes, n_H[:k], cost_H[:k], strict=True))
+            ]
+            frame["excess"] = _excess(serving, shape_H, context, by)[:k]
+            columns += SERVED
+        frame["note"] = pd.array(notes, dtype="string")
+        for name in CANDIDATES:
+            if name not in frame:
+                frame[name] = np.nan
+        cost_SxH, ratio_SxH, found = self._drawn(objective, context, memory_limit, frame)
+        keys = frame.assign(hopeless=~np.isfinite(frame["cost"]))
+        by = "cost" if found is None else "expected_regret"
+        ranks = ["hopeless", by, "cost", *(["excess"] if serving is not None else [])]
+        frame = frame.loc[keys.sort_values(ranks, kind="stable").index].reset_index(drop=True)
+        frame["rank"] = pd.array(np.arange(1, k + 1), dtype="Int64")
+        frame.loc[~np.isfinite(frame["cost"]), "rank"] = pd.NA
+        return Ranked(frame.reindex(columns=columns), self.heads, cost_H, n_H, shape_H, cost_SxH, ratio_SxH, found, objective)
+
+    def drawn_costs(
+        self, objective: Objective, context: int, memory_limit: float | Serving | None
+    ) -> tuple[np.ndarray, shape_rule.Least]:
+        """cost_SxH at the best ratio of every draw, and where that is. `objective` is settled."""
+        cost_RxSxH = limited(objective, self.shape_RxSxH, context, memory_limit)
+        found = shape_rule.least(cost_RxSxH, self.log_ratios_R)
+        return found.cost, found
+
+    def _drawn(
+        self, objective: Objective, context: int, memory_limit: float | Serving | None, frame: pd.DataFrame
+    ) -> tuple[np.ndarray | None, np.ndarray | None, ranking.Ranking | None]:
+        """Adds what the draws say to the candidates: (cost_SxH, ratio_SxH, ranking), or nothing without draws."""
+        if self.n_params_RxSxH is None:
+            return None, None, None
+        k = self.known.n_candidates
+        cost_SxH, found = self.drawn_costs(objective, context, memory_limit)
+        with np.errstate(divide="ignore"):
+            n_SxH = np.exp(found.of(np.log(self.n_params_RxSxH)))
+        frame["n_params_low"], frame["n_params_high"] = quantiles(n_SxH[:, :k], TAILS)
+        frame["cost_low"], frame["cost_high"] = quantiles(cost_SxH[:, :k], TAILS)
+        ranked = ranking.rank(cost_SxH[:, :k])
+        frame["probability"], frame["expected_regret"] = ranked.probability_H, ranked.expected_regret_H
+        ratio_SxH = None if self.rule.ratios_R is None else found.ratio
+        return cost_SxH, ratio_SxH, ranked
+
+    def _note(self, i: int, n_params: float, cost: float, memory_limit: float | Serving | None) -> str | None:
+        law = self.laws.get(self.heads[i])
+        if law is None:
+            return None
+        if not np.isfinite(n_params):
+            if self.loss <= law.entropy or self.n_params_RxSxH is None:
+                return f"not reached at any size: E = {law.entropy:.4f}"
+            share = np.isfinite(self.n_params_RxSxH[self.rule.usual, :, i]).mean()
+            return f"not reached at any size in {1 - share:.0%} of the draws"
+        if memory_limit is not None and not np.isfinite(cost):
+            return f"takes more than {limit_text(memory_limit)}"
+        if n_params <= LEAST_BUILT * (1 + 1e-9):
+            return "smaller than any model: every size reaches this loss"
+        if not len(law.params):
+            return "never trained"
+        smallest, largest = law.params.min(), law.params.max()
+        if smallest <= n_params <= largest:
+            return None
+        factor, side = (n_params / largest, "above") if n_params > largest else (smallest / n_params, "below")
+        return f"extrapolated: N* is {formatting.times(factor)} {side} the trained sizes"
+
+    def needed(self, i: int, ratio: Any) -> np.ndarray:
+        """The typical N of the i-th heads that reaches the loss at these d / L."""
+        if self.rule.n_ratios == 1:
+            return np.broadcast_to(self.n_params_RxH[0, i], np.shape(ratio))
+        return np.exp(np.interp(np.log(ratio), self.log_ratios_R, np.log(self.n_params_RxH[:, i])))
+
+
+def _at(shape: costs.Shape, index: int) -> costs.Shape:
+    """The shapes of one ratio."""
+    count = np.shape(shape.n_layers)
+    fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+    return costs.Shape(**{name: np.broadcast_to(v, count)[index] if np.ndim(v) > 1 else v for name, v in fields.items()})
+
+
+def _sizes(loss: np.ndarray, entropy: np.ndarray, log_a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """N* = a / (L - E)^(1/b); inf where E is not below the loss, nan where there is no law."""
+    gap = loss - entropy
+    with np.errstate(over="ignore"):
+        n = np.exp(log_a - np.log(np.where(gap > 0, gap, 1.0)) / b)
+    return np.where(np.isnan(gap), np.nan, np.where(gap <= 0, np.inf, np.maximum(n, LEAST_BUILT)))
+
+
+def about(laws: Mapping[Heads, PowerLaw]) -> tuple[float, float, str]:
+    """Head size, vocabulary and convention of sizes."""
+    if isinstance(laws, LawsByHeads):
+        return laws.head_dim, laws.vocab_size, laws.size_convention
+    return 64.0, 50_304.0, "figures"
+
+
+def rule_of(laws: Mapping[Heads, PowerLaw], asked: None | str | float | Aspect) -> ShapeRule:
+    """The `ShapeRule` that is asked of these laws."""
+    if isinstance(laws, LawsByHeads):
+        return ShapeRule.of(asked, laws.penalty, laws.aspect)
+    return ShapeRule.of(asked, Penalty(), paper_aspect())
+
+
+def served(serving: Serving, shape: costs.Shape, context: int, by: str) -> dict[str, Any]:
+    """Columns SERVED: how every H is served; empty where it can't be."""
+    load = serving.load(shape, context, by)
+    count = np.broadcast_shapes(np.shape(shape.n_layers), np.shape(load.token_seconds))
+
+    def known(values: Any) -> np.ndarray:
+        return np.where(np.broadcast_to(load.possible, count), np.broadcast_to(values, count), np.nan)
+
+    usd = serving.usd_per_million(1.0) if serving.has_price else np.nan
+    possible = np.broadcast_to(load.possible, count)
+    chosen = _each(load.layout, count)
+    return {
+        "layout": pd.array([str(one) if ok else None for one, ok in zip(chosen, possible, strict=True)], dtype="string"),
+        "batch": known(load.batch),
+        "memory_bytes": known(load.memory),
+        "ttft": known(load.ttft),
+        "tpot": known(load.tpot),
+        "request_seconds": known(load.request),
+        "usd_per_million_input": known(usd * load.input_seconds),
+        "usd_per_million_output": known(usd * load.output_seconds),
+        "prefill_limit": pd.array(np.broadcast_to(load.prefill.limit, count), dtype="string"),
+        "decode_limit": pd.array(np.broadcast_to(load.decode.limit, count), dtype="string"),
+        "replication": known(roofline.replication_cost(serving, shape, context, by)),
+    }
+
+
+def _excess(serving: Serving, shape: costs.Shape, context: int, by: str) -> np.ndarray:
+    """By what factor every H misses the limit that it misses, in its best layout; 0 where it keeps all, infinite for heads."""
+    count = np.shape(shape.n_layers)
+    least = np.full(count, np.inf)
+    for layout in serving.layouts():
+        load = serving.load(shape, context, by, layout)
+        over = [0.0, np.inf, np.inf, load.memory / serving.chip.server_bytes]
+        over += [
+            np.inf if limit is None else value / limit
+            for value, limit in ((load.ttft, serving.ttft), (load.tpot, serving.tpot))
+        ]
+        least = np.fmin(least, np.choose(load.obstacle, [np.broadcast_to(one, count) for one in over]))
+    return least
+
+
+def _each(layout: Layout, count: tuple[int, ...]) -> list[Layout]:
+    """The layouts of a row of H, one by one."""
+    return [Layout(*map(int, one)) for one in zip(*(np.broadcast_to(values, count) for values in layout), strict=True)]
+
+
+def _why(serving: Serving, shape: costs.Shape, index: int, context: int, by: str) -> str:
+    """Why the H of that index can't be served; empty where it can."""
+    if isinstance(serving.parallelism, Layout):
+        serving = dataclasses.replace(serving, parallelism=_each(serving.parallelism, np.shape(shape.n_layers))[index])
+    return roofline.obstacle_text(serving, one_of(shape, index), context, by)
+
+
+def one_of(shape: costs.Shape, index: int) -> costs.Shape:
+    """The shape of the H of that index."""
+    fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+    return costs.Shape(**{name: np.broadcast_to(value, np.shape(shape.n_layers))[index] for name, value in fields.items()})
+
+
+def limited(objective: Objective, shape: costs.Shape, context: int, memory_limit: float | Serving | None) -> np.ndarray:
+    """The cost; infinite where a model does not keep the limit, or where no size reaches the loss; nan without a size."""
+    with np.errstate(over="ignore", invalid="ignore"):  # draws whose sizes are astronomical
+        cost = np.asarray(objective(shape, context), np.float64)
+    cost = np.where(np.isfinite(shape.n_layers), cost, np.where(np.isnan(shape.n_layers), np.nan, np.inf))
+    if memory_limit is None:
+        return cost
+    if isinstance(memory_limit, Serving):
+        kept = memory_limit.fits(shape, context)
+    else:
+        kept = costs.infer_memory(shape, context, "exact") <= memory_limit
+    return np.where(kept | np.isnan(cost), cost, np.inf)
+
+
+def limit_text(memory_limit: float | Serving | None) -> str:
+    if isinstance(memory_limit, Serving):
+        count, chip = memory_limit.n_devices, memory_limit.chip
+        return f"the {formatting.gb(chip.server_bytes)} that a server fills of each of {count} x {chip.name}"
+    return f"the {formatting.gb(memory_limit or 0)} of the limit"

@@ -1,0 +1,135 @@
+"""Which aspect ratios d / L an answer may have: the best of every draw, one, or those of a table of models."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from gqa_jax.laws.shape import Penalty
+from gqa_jax.shapes import Aspect, paper_aspect
+
+BEST, PAPER, TRAINED = "best", "paper", "trained"
+RATIOS = 9  # that are looked at, evenly in ln r from one bound to the other; between them costs are parabolas of ln r
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeRule:
+    """How N becomes depth and width.
+
+    `ratios_R`: the d / L that are looked at; loss rises away from the laws' own by `penalty`. None: `aspect` says d / L as a
+    function of N, and the laws hold as they are: models of that size have that shape.
+    """
+
+    name: str  # best, paper, trained, given, or the ratio
+    penalty: Penalty
+    ratios_R: np.ndarray | None = None
+    aspect: Aspect | None = None
+
+    @classmethod
+    def of(cls, asked: None | str | float | Aspect, penalty: Penalty, trained: Aspect) -> ShapeRule:
+        """The rule that was asked for; None: the best.
+
+        Args:
+          asked: best, paper (the tables of the paper), trained (between the sizes that were trained), a ratio d / L, or an
+            `Aspect`.
+          trained: that of the laws.
+
+        Raises ValueError for another word, and for a ratio that neither runs nor the prior say anything about.
+        """
+        if asked is None or asked == BEST:
+            return cls(BEST, penalty, np.geomspace(*penalty.bounds, RATIOS))
+        if asked == PAPER:
+            return cls(PAPER, penalty, aspect=paper_aspect())
+        if asked == TRAINED:
+            return cls(TRAINED, penalty, aspect=trained)
+        if isinstance(asked, Aspect):
+            if len(asked.ratio) > 1:
+                return cls("given", penalty, aspect=asked)
+            asked = asked.ratio[0]
+        try:
+            ratio = float(asked)
+        except (TypeError, ValueError):
+            raise ValueError(f"aspect {asked}: give best, paper, trained, or the ratio d / L as a number, like 64") from None
+        low, high = penalty.bounds
+        if not low * (1 - 1e-9) <= ratio <= high * (1 + 1e-9):
+            raise ValueError(
+                f"aspect {ratio:g}: what a d / L outside {low:.3g} to {high:.3g} does to loss is known from no run and no prior "
+                f"(the runs have {penalty.center:.3g})"
+            )
+        return cls(f"{ratio:g}", penalty, np.array([ratio]))
+
+    @property
+    def is_free(self) -> bool:
+        return self.ratios_R is not None and len(self.ratios_R) > 1
+
+    @property
+    def n_ratios(self) -> int:
+        return 1 if self.ratios_R is None else len(self.ratios_R)
+
+    def __call__(self, n_RxX: np.ndarray) -> np.ndarray:
+        """d / L of models of N parameters, at every ratio along the first axis: what `shape_search.solve_shape` asks."""
+        return self.aspect(n_RxX) if self.ratios_R is None else self._along(np.ndim(n_RxX))
+
+    def factor(self, k: Any) -> np.ndarray:
+        """How many times the law's loss the loss of each ratio is: R x the shape of k."""
+        return np.ones((1, *np.shape(k))) if self.ratios_R is None else self.penalty.factor(k, self._along(1 + np.ndim(k)))
+
+    def _along(self, n_axes: int) -> np.ndarray:
+        return self.ratios_R.reshape(-1, *[1] * (n_axes - 1))
+
+    @property
+    def usual(self) -> int:
+        """Index of the ratio that is closest to that of the laws."""
+        return 0 if self.ratios_R is None else int(np.argmin(np.abs(np.log(self.ratios_R / self.penalty.center))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Least:
+    """Where along the ratios a cost is least, element by element: weights of the three ratios about it."""
+
+    cost: np.ndarray
+    log_ratio: np.ndarray
+    index: np.ndarray  # of the middle one of the three
+    weights: np.ndarray  # 3 x ...: of a parabola through them at the least
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """d / L, without the last digits of a logarithm: a bound is that bound."""
+        return np.round(np.exp(self.log_ratio), 9)
+
+    def of(self, log_values_R: np.ndarray) -> np.ndarray:
+        """Another quantity at the least, from its logarithms at the ratios (first axis)."""
+        last = len(log_values_R) - 1
+        total = 0.0
+        for step, weight in zip((-1, 0, 1), self.weights, strict=True):
+            at = np.clip(self.index + step, 0, last)
+            part = np.take_along_axis(log_values_R, at[None], 0)[0]
+            total = total + np.where(weight == 0, 0.0, weight * part)
+        return total
+
+
+def least(cost_R: np.ndarray, log_ratios_R: np.ndarray) -> Least:
+    """The least of costs along the first axis, between ratios by parabolas in ln cost against ln ratio.
+
+    At either end, or next to a ratio without a cost, it is the least of the ratios.
+    """
+    index = np.argmin(np.where(np.isnan(cost_R), np.inf, cost_R), 0)
+    here = np.take_along_axis(cost_R, index[None], 0)[0]
+    weights = np.zeros((3, *here.shape))
+    weights[1] = 1.0
+    if len(cost_R) < 3:
+        return Least(here, log_ratios_R[index], index, weights)
+    last = len(cost_R) - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        before, middle, after = (
+            np.log(np.take_along_axis(cost_R, np.clip(index + step, 0, last)[None], 0)[0]) for step in (-1, 0, 1)
+        )
+        bend = before - 2 * middle + after
+        inside = (index > 0) & (index < last) & np.isfinite(bend) & (bend > 0)
+        x = np.where(inside, np.clip((before - after) / (2 * np.where(inside, bend, 1.0)), -0.5, 0.5), 0.0)
+        weights = np.stack([x * (x - 1) / 2, 1 - x * x, x * (x + 1) / 2])
+        log_cost = middle + np.where(inside, x * (after - before) / 2 + x * x * bend / 2, 0.0)
+    step = log_ratios_R[1] - log_ratios_R[0]
+    return Least(np.where(inside, np.exp(log_cost), here), log_ratios_R[index] + x * step, index, weights)
