@@ -280,12 +280,16 @@ class Study:
     @property
     def laws(self) -> LawsByHeads:
         """Those of `context`. Raises ConfigError where no training context has any."""
-        return self.fits.at(None).laws
+        return self.at().laws
 
     @property
     def context(self) -> int:
         """The training context whose laws answer where none is named."""
-        return self.fits.at(None).context
+        return self.at().context
+
+    def at(self, train_context: int | None = None) -> Fitted:
+        """A training context: its laws, the `rows` that they were fitted to, and what is asked of them. Raises ConfigError."""
+        return self.fits.at(train_context)
 
     @property
     def contexts(self) -> dict[int, LawsByHeads]:
@@ -315,7 +319,7 @@ class Study:
           device: that costs in seconds or money are of (`gqa_jax.hardware.CHIPS`).
           options: settings of that cost (`objectives.make`: batch=8, decode_share=0.1), and arguments of `search`.
         """
-        one = self.fits.at(train_context)
+        one = self.at(train_context)
         objective, rest = _asked(one, cost, device, options, optimum.search)
         return optimum.search(one.laws, loss, _tokens(context), objective, **rest)
 
@@ -333,7 +337,7 @@ class Study:
 
         losses, contexts: None for those that the grid asks. The rest as in `answer`; `plots.optimum_map` draws it.
         """
-        one = self.fits.at(train_context)
+        one = self.at(train_context)
         objective, rest = _asked(one, cost, device, options, optimum.optimum_map)
         served = one.contexts_served if contexts is None else [_tokens(context) for context in contexts]
         return optimum.optimum_map(one.laws, one.losses if losses is None else losses, served, objective, **rest)
@@ -361,7 +365,7 @@ class Study:
           noise is not known), trained (whether N lies between trained sizes), n_layers, d_model, context_served, cost (inf:
           can't be served).
         """
-        one = self.fits.at(train_context)
+        one = self.at(train_context)
         laws, served = one.laws, max(one.contexts_served) if context is None else _tokens(context)
         objective, _ = _asked(one, cost, device, options, None)
         if points < 2:
@@ -395,11 +399,11 @@ class Study:
           loss: of the question that both are asked (default: the middle of the losses that this grid asks). The rest as in
             `answer`; context: the longest that this grid asks for.
         """
-        one = self.fits.at(train_context)
+        one = self.at(train_context)
         loss = one.losses[len(one.losses) // 2] if loss is None else loss
         context = max(one.contexts_served) if context is None else _tokens(context)
         both = (self, other)
-        at = [one, other.fits.at(train_context if train_context in other.contexts else None)]
+        at = [one, other.at(train_context if train_context in other.contexts else None)]
         found, notes = [], _not_alike(self, other)
         for study, fitted in zip(both, at, strict=True):
             row: dict[str, Any] = {"study": study.name, "train_context": fitted.context}
