@@ -52,7 +52,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     command = add("optimum", _optimum, "the cheapest size and heads for a loss and a served context, and how sure that is")
     command.add_argument("--context", type=_tokens, required=True, metavar="T", help="tokens served, like 131072 or 128K")
-    command.add_argument("--loss", type=float, required=True, metavar="L", help="loss that must be reached, nats per token")
+    goal = command.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--loss", type=float, metavar="L", help="loss that must be reached, nats per token")
+    goal.add_argument(
+        "--like", metavar="MODEL", help="instead of a loss: what your model would reach, trained like the runs; a config.json "
+        "of Hugging Face (Llama class), its folder, or a name like llama-3.2-1b (docs/own-model.md)",
+    )  # fmt: skip
     _add_context(command)
     add_objective(command)
     _add_aspect(command)
@@ -70,7 +75,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--format", choices=("table", "json"), default="table")
     command.epilog = (
         "example: python -m launch optimum --preset paper --context 131072 --loss 2.615. Memory only: --cost memory; FLOPs "
-        "only: --cost flops; on a device: --cost latency --device h200 --batch 8"
+        "only: --cost flops; on a device: --cost latency --device h200 --batch 8; against a model: --like llama-3.2-1b"
     )
 
     command = add("next", _next, "the runs that would make the answer surer, within a budget, as a grid file for `run`", True)
@@ -361,6 +366,8 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     convention = arguments.convention or source.convention
     how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
+    if arguments.like is not None:
+        return _like(arguments, source, one, goals, how | limits, console)
     question = one.laws, arguments.loss, arguments.context
     if len(goals) > 1:
         return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console)
@@ -375,6 +382,32 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.conventions:
         frame = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
         console.print(answer.conventions_screen(frame))
+    return 0
+
+
+def _like(arguments: argparse.Namespace, source, one, goals: list, how: dict, console: Console) -> int:
+    """`optimum --like`: against a model that somebody has."""
+    from gqa_jax.search import own_answer, own_model
+    from launch import answer
+
+    if arguments.conventions:
+        raise ConfigError("--conventions is for a --loss: leave it out with --like")
+    if len(goals) > 1:
+        raise ConfigError(f"--device {arguments.device}: one device with --like")
+    own = own_model.load(arguments.like)
+    try:
+        found = own_answer.compare_own(one.laws, own, arguments.context, goals[0], **how)
+    except ValueError as error:
+        raise ConfigError(f"--like {arguments.like}: {error}") from error
+    if arguments.format == "json":
+        about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
+        print(json.dumps(about | found.to_dict(), indent=1, allow_nan=False))
+        return 0
+    others = "" if source.laws is not None else f", laws of runs trained at {one.context:,} tokens"
+    console.print(f"{source.name}{others}", highlight=False)
+    for sentence in found.sentences():
+        console.print(sentence, highlight=False)
+    answer.print_answer(found.answer, one, console)
     return 0
 
 

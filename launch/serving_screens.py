@@ -13,8 +13,8 @@ from rich.table import Table
 from gqa_jax import formatting
 from gqa_jax.formatting import probability, short
 from gqa_jax.laws import Heads
-from gqa_jax.search.devices import Comparison
 from gqa_jax.search.answer import Answer
+from gqa_jax.search.devices import Comparison
 from gqa_jax.search.roofline import Layout
 from launch.studies import Fitted
 

@@ -88,6 +88,7 @@ TABLE = (
     Row("gqa_jax.invariance", ".laws"),
     Row("gqa_jax.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
+    Row("gqa_jax.search.own_model", ".errors .costs"),
     Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
     Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
     Row("gqa_jax.search.ranking", ".formatting"),
@@ -101,6 +102,11 @@ TABLE = (
         "gqa_jax.search.optimum",
         ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule "
         ".search.answer .search.candidates",
+    ),
+    Row(
+        "gqa_jax.search.own_answer",
+        ".formatting .laws .search.own_model .search.roofline .search.objectives .search.ranking .search.answer "
+        ".search.candidates .search.optimum",
     ),
     Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.answer .search.optimum .search.roofline"),
     Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
@@ -154,8 +160,8 @@ TABLE = (
     Row(
         "launch.analysis",
         ".errors .formatting .hardware .prices launch.rules",
-        lazily=".shapes .search.roofline .search.objectives .search.optimum .search.devices launch.studies launch.answer "
-        "launch.serving_screens launch.next_cells launch.report launch.findings",
+        lazily=".shapes .search.roofline .search.objectives .search.optimum .search.own_model .search.own_answer "
+        ".search.devices launch.studies launch.answer launch.serving_screens launch.next_cells launch.report launch.findings",
     ),
     Row(
         "launch.__main__",
@@ -170,7 +176,8 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
-        ".search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid launch.report tests",
+        ".search.own_model .search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid "
+        "launch.report tests",
         outside="jax",
     ),
 )

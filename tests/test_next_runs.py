@@ -15,7 +15,7 @@ from gqa_jax.search.next_runs import Candidate, Question, choose, gains
 from gqa_jax.shapes import SIZES
 from tests import law_tables
 
-QUESTION = Question(loss=2.6, context_served=131_072)
+QUESTION = Question(loss=2.6, context_served=131_072, aspect="trained")
 TAU, MEAN = 0.01, -0.004  # of the one number that the laws of `OneNumber` leave open
 
 
@@ -38,7 +38,7 @@ class OneNumber(dict):
 
 @pytest.fixture
 def two_answers(monkeypatch):
-    def regrets(laws, loss, context, objective=None, *, memory_limit, draws, seed):
+    def regrets(laws, loss, context, objective=None, *, aspect, memory_limit, draws, seed):
         d = laws.draws(draws, seed).entropy_SxH[:, 0] - 3
         regret = np.stack([np.maximum(d, 0), np.maximum(-d, 0)], 1)
         return optimum.Regrets([Heads(1, 1), Heads(2, 1)], regret, np.ones(draws, bool))
@@ -266,7 +266,7 @@ def test_too_few_draws_or_runs_are_said():
 SMALL = law_tables.SIZES[1:5]
 LARGE = law_tables.SIZES[5:8]
 HEADS = [(1, 1), (4, 1), (8, 1), (8, 8), (16, 8), (32, 16)]
-ASKED = [Question(2.5, 65_536)]
+ASKED = [Question(2.5, 65_536, aspect="trained")]
 
 
 @pytest.fixture(scope="module")

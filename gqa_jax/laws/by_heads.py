@@ -7,6 +7,7 @@ above 0.99 on the paper's own points).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,6 +223,22 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         if key not in self._draws:
             self._draws[key] = posterior.draw(self, *key)
         return self._draws[key]
+
+    def draws_of(self, n_heads: float, n_kv_heads: float, count: int = 1000, seed: int = 0, method: str | None = None) -> Draws:
+        """Joint draws of one H, which may have no law of its own and any numbers of heads: then what the law of heads says.
+
+        They are consistent with `draws` of the same count, seed and method; `Draws.notes` says where they are from. Raises
+        `head_law.NoHeadLaw` where these laws say nothing of such heads.
+        """
+        from gqa_jax.laws import head_law
+
+        drawn = self.draws(count, seed, method)
+        if (n_heads, n_kv_heads) in drawn.heads:
+            return dataclasses.replace(drawn.take([drawn.heads[drawn.heads.index((n_heads, n_kv_heads))]]), notes=())
+        if not self.shared_entropy:
+            raise head_law.NoHeadLaw("every H has its own E here: a law of heads needs laws that share E")
+        generator = np.random.default_rng([seed, 10, *(round(64 * max(n, 0)) for n in (n_heads, n_kv_heads))])
+        return head_law.draws_of(drawn, self.blocks[0], self.head_dim, n_heads, n_kv_heads, generator)
 
     def intervals(self, level: float = 0.95) -> pd.DataFrame:
         """Profile-likelihood intervals, one row per H: a, a_low, a_high, b, b_low, b_high, entropy, entropy_low, entropy_high.

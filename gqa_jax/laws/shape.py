@@ -1,92 +1,126 @@
-"""What depth against width costs in loss: L(N, r; H) = L(N; H) (1 + k ln^2(r / r0)), r = d / L the aspect ratio.
+"""What depth against width costs in loss, with r = d / L the aspect ratio and c the best of them:
 
-L(N; H) is the law of runs of one ratio r0, or of ratios about it. Away from r0 loss rises in proportion; how fast, k, is drawn
-with the coefficients of the laws: from runs of one size at several ratios where there are some, else from a prior alone.
+    L(N, r; H) = L(N; H) (1 + k ln^2(r / c)) / (1 + k ln^2(r0 / c))
 
-The prior is lognormal about .005. Kaplan et al. (arXiv 2001.08361, Section 3.1) find (L, d) = (6, 4288) within 3% of (48, 1600):
-d / L = 715 and 33, of which the second is next to nothing from r0 = 64; so k = .03 / (ln^2(715 / 64) - ln^2(33 / 64)) = .0056 at
-most. The spread of other sources about it is in docs/shape.md.
+L(N; H) is the law of runs whose ratios are about r0. How fast loss rises, k, and where it is least, c, are drawn with the
+coefficients of the laws: from runs of one size at several ratios where there are some, else from a prior alone.
+
+The prior of k is lognormal about .005, that of c about 50. Kaplan et al. (arXiv 2001.08361, Section 3.1) find the loss of
+(L, d) = (6, 4288) within 3% of that of (48, 1600), which is k = .006 at most; the 22 models of Gemstones (arXiv 2502.06857;
+d / L from 3 to 320, one recipe) lie on this form with k = .004 and c = 45. docs/shape.md has both calculations.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+
+from gqa_jax.laws.heads import Heads
 
 if TYPE_CHECKING:
     from gqa_jax.laws.by_heads import LawsByHeads
 
-PRIOR_K = 0.005  # median of the prior
-PRIOR_LOG_SD = 0.7  # standard deviation of ln k: 95% from .0013 to .02
+PRIOR_K, PRIOR_LOG_K_SD = 0.005, 0.5  # median, and standard deviation of ln k: 95% from .0019 to .013
+PRIOR_C, PRIOR_LOG_C_SD = 50.0, 0.3  # the same of c: 95% from 28 to 90
 PAPER_RATIO = 64.0  # d / L of the models of the paper's Figures 1 and 2
 REACH = 2.0  # ratios from r0 / REACH to r0 REACH are looked at: beyond them neither runs nor the prior say anything
 SAME_SIZE, OTHER_RATIO = np.log(1.1), np.log(1.2)  # runs of one size, and of different ratios
-_NODES = np.linspace(-6.0, 6.0, 2401)  # standard deviations of the prior, at which its product with the runs is summed
+_NODES_K, _NODES_C = np.linspace(-5.0, 5.0, 161), np.linspace(-4.0, 4.0, 65)  # standard deviations of the priors
+
+
+class Price(NamedTuple):
+    """k and c: numbers, or one for each draw."""
+
+    k: Any
+    best: Any
+
+
+class OtherRatio(NamedTuple):
+    """A run that tells what its ratio costs: ln(loss / law) there.
+
+    sd: of the run's own noise. The law of its heads is as uncertain, and errs alike for all runs of a `group`.
+    """
+
+    ratio: float
+    log_excess: float
+    sd: float
+    group: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Penalty:
-    """k with its uncertainty, and the ratio r0 that the laws are of.
+    """k and c with their uncertainty, for laws of runs of the ratio r0."""
 
-    `measured` and `sem`: what `runs` runs at other ratios say of k, with a standard error; nan of none.
-    """
-
-    center: float = PAPER_RATIO  # r0
-    measured: float = np.nan
-    sem: float = np.nan
-    runs: int = 0
+    ratio: float = PAPER_RATIO  # r0
+    others: tuple[OtherRatio, ...] = ()
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Least and largest d / L that may be answered."""
-        return self.center / REACH, self.center * REACH
+        return self.ratio / REACH, self.ratio * REACH
 
     @functools.cached_property
-    def _cumulated(self) -> tuple[np.ndarray, np.ndarray]:
-        """ln k at the nodes, and the share of k below."""
-        log_k = np.log(PRIOR_K) + PRIOR_LOG_SD * _NODES
-        log_density = -0.5 * _NODES**2
-        if self.runs:
-            log_density = log_density - 0.5 * ((np.exp(log_k) - self.measured) / self.sem) ** 2
-        density = np.exp(log_density - log_density.max())
-        below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-        return log_k, below / below[-1]
-
-    def at(self, share: Any) -> Any:
-        """Quantiles of k."""
-        log_k, below = self._cumulated
-        return np.exp(np.interp(share, below, log_k))
+    def _weight_KxC(self) -> np.ndarray:
+        """Posterior at the nodes."""
+        log_weight = -0.5 * (_NODES_K[:, None] ** 2 + _NODES_C**2)
+        price = Price(self._k_K[:, None], self._best_C)
+        for group in {one.group for one in self.others}:
+            own = [one for one in self.others if one.group == group]
+            z_KxCxO = np.stack([(np.log(self.factor(price, one.ratio)) - one.log_excess) / one.sd for one in own], -1)
+            common = z_KxCxO.sum(-1) ** 2 / (1 + len(own))  # what the law's own error explains
+            log_weight = log_weight - 0.5 * ((z_KxCxO**2).sum(-1) - common)
+        weight = np.exp(log_weight - log_weight.max())
+        return weight / weight.sum()
 
     @property
-    def median(self) -> float:
-        return float(self.at(0.5))
+    def _k_K(self) -> np.ndarray:
+        return PRIOR_K * np.exp(PRIOR_LOG_K_SD * _NODES_K)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95% of k."""
-        low, high = self.at([0.025, 0.975])
-        return float(low), float(high)
+    def _best_C(self) -> np.ndarray:
+        return PRIOR_C * np.exp(PRIOR_LOG_C_SD * _NODES_C)
 
-    def draw(self, count: int, seed: int = 0) -> np.ndarray:
-        """k_S, one from each of `count` equal parts of its distribution, in random order."""
+    def quantiles(self, share: Any) -> Price:
+        """Of k and of c, each by itself."""
+
+        def of(weight: np.ndarray, values: np.ndarray) -> np.ndarray:
+            return np.exp(np.interp(share, np.cumsum(weight) - weight / 2, np.log(values)))
+
+        return Price(of(self._weight_KxC.sum(1), self._k_K), of(self._weight_KxC.sum(0), self._best_C))
+
+    @property
+    def typical(self) -> Price:
+        """The medians."""
+        return self.quantiles(0.5)
+
+    def draw(self, count: int, seed: int = 0) -> Price:
+        """`count` draws of both, one from each equal part of their distribution, in random order."""
         generator = np.random.default_rng([seed, 7])
-        return self.at((generator.permutation(count) + generator.random(count)) / count)
+        below = np.cumsum(self._weight_KxC)
+        node = np.searchsorted(below, (generator.permutation(count) + generator.random(count)) / count * below[-1])
+        node = np.minimum(node, below.size - 1)
+        jitter = generator.random((2, count)) - 0.5  # within a cell of the grid
+        k = _NODES_K[node // _NODES_C.size] + jitter[0] * (_NODES_K[1] - _NODES_K[0])
+        best = _NODES_C[node % _NODES_C.size] + jitter[1] * (_NODES_C[1] - _NODES_C[0])
+        return Price(PRIOR_K * np.exp(PRIOR_LOG_K_SD * k), PRIOR_C * np.exp(PRIOR_LOG_C_SD * best))
 
-    def factor(self, k: Any, ratio: Any) -> Any:
-        """1 + k ln^2(ratio / r0): how many times the loss of r0 the loss at a ratio is; broadcasts."""
-        return 1.0 + k * np.log(np.asarray(ratio, np.float64) / self.center) ** 2
+    def factor(self, price: Price, ratio: Any) -> Any:
+        """How many times the loss of r0 the loss at a ratio is; broadcasts."""
+        at, usual = np.log(np.asarray(ratio, np.float64) / price.best), np.log(self.ratio / price.best)
+        return (1.0 + price.k * at**2) / (1.0 + price.k * usual**2)
 
     @property
     def source(self) -> str:
-        """Where k is from, in words."""
-        if not self.runs:
-            return "a prior (Kaplan et al. 2020), no run of these laws"
-        noun = "run" if self.runs == 1 else "runs"
-        return f"{self.runs} {noun} at other d/L ({self.measured:.4f} +- {self.sem:.4f}) and a prior (Kaplan et al. 2020)"
+        """Where k and c are from, in words."""
+        prior = "a prior (Kaplan et al. 2020, Gemstones 2025)"
+        if not self.others:
+            return f"{prior}, no run of these laws"
+        return f"{len(self.others)} {'run' if len(self.others) == 1 else 'runs'} at other d/L and {prior}"
 
 
 def ratios(rows: pd.DataFrame) -> np.ndarray | None:
@@ -116,28 +150,22 @@ def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def penalty(rows: pd.DataFrame, others: pd.DataFrame, laws: LawsByHeads) -> Penalty:
-    """k from the two parts of `split`: ln(loss / law) of `others` against how far their ln^2(r / r0) is from the law's.
+    """What the two parts of `split` say of k and c: ln(loss / law) of `others`.
 
-    A run and the law that it is compared with are both as uncertain as a run's noise. Without noise, or where no other ratio
-    differs, the prior alone.
+    A run's noise is known from the residuals of the laws, and as well as their degrees of freedom allow: its standard deviation
+    is widened as Student's t is against the normal distribution at 95%. Without noise: the prior alone.
     """
     known = ratios(rows)
     if known is None or not len(known):
         return Penalty()
-    center = float(np.exp(np.median(np.log(known))))
-    x, y, sd = [], [], []
+    found = []
+    wider = stats.t.ppf(0.975, laws.dof) / stats.norm.ppf(0.975) if laws.dof > 0 else np.nan
     for row in others.itertuples():
-        heads = next((h for h in laws if h == (None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))), None)
-        if heads is None:
+        heads = Heads(None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
+        if heads not in laws or not laws.sigma > 0:
             continue
-        n = float(row.params_non_embedding)
-        usual = np.log(float(laws.aspect(n)) / center) ** 2
-        expected = float(laws[heads].predict(n))
-        x.append(np.log(row.d_model / row.n_layers / center) ** 2 - usual)
-        y.append(np.log(float(row.loss) / expected))
-        sd.append(np.sqrt(2) * laws.sigma / expected)
-    x, y, sd = np.array(x), np.array(y), np.array(sd)
-    if not (len(x) and np.isfinite(sd).all() and (sd > 0).all() and (x**2).sum() > 1e-4):
-        return Penalty(center)
-    information = float(np.sum((x / sd) ** 2))
-    return Penalty(center, float(np.sum(x * y / sd**2)) / information, information**-0.5, len(x))
+        expected = float(laws[heads].predict(float(row.params_non_embedding)))
+        excess = float(np.log(float(row.loss) / expected))
+        sd = float(wider * laws.sigma / expected)
+        found.append(OtherRatio(float(row.d_model) / float(row.n_layers), excess, sd, list(laws).index(heads)))
+    return Penalty(float(np.round(np.exp(np.median(np.log(known))), 9)), tuple(found))

@@ -59,10 +59,12 @@ class ShapeChoice:
     ratio: float  # d / L of the answer
     ratio_interval: tuple[float, float]  # 95% of the draws' best; nan where the rule fixes it, or without draws
     bounds: tuple[float, float]
-    r0: float
+    r0: float  # of the runs
     k: float  # median
     k_interval: tuple[float, float]
-    source: str  # of k, in words
+    best: float  # c: where loss is least; median
+    best_interval: tuple[float, float]
+    source: str  # of both, in words
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -124,7 +124,7 @@ class Table:
     known: Coefficients
     n_params_RxH: np.ndarray  # typical; inf where the loss is not reached, nan without a law
     n_params_RxSxH: np.ndarray | None
-    seed: int = 0  # of the draws of k
+    seed: int = 0  # of the draws of what the shape costs
 
     @classmethod
     def of(
@@ -138,10 +138,10 @@ class Table:
     ) -> Table:
         """`loss_S`: the loss that each draw must reach, where it is not the same for all; `loss` is then its middle."""
         if (drawn := known.draws) is None:
-            asked_R = loss / rule.factor(rule.penalty.median)
+            asked_R = loss / rule.factor(rule.penalty.typical)
             return cls(laws, loss, rule, known, _sizes(asked_R[:, None], known.entropy_H, known.log_a_H, known.b_H), None)
-        k_S = rule.penalty.draw(len(drawn.b_SxH), seed)
-        asked_RxS = (loss if loss_S is None else loss_S) / rule.factor(k_S)
+        price_S = rule.penalty.draw(len(drawn.b_SxH), seed)
+        asked_RxS = (loss if loss_S is None else loss_S) / rule.factor(price_S)
         with np.errstate(over="ignore"):  # draws whose sizes are astronomical
             n_RxSxH = np.stack([np.exp(drawn.log_size(asked_S[:, None])) for asked_S in asked_RxS])
         n_RxSxH = np.maximum(n_RxSxH, LEAST_BUILT)
@@ -182,7 +182,7 @@ class Table:
         if self.rule.n_ratios == 1:
             return cost_RxH[0], self.n_params_RxH[0], _at(self.shape_RxH, 0)
         found = shape_rule.least(cost_RxH, self.log_ratios_R)
-        n_H = np.exp(found.of(np.log(self.n_params_RxH)))
+        n_H = np.maximum(np.exp(found.of(np.log(self.n_params_RxH))), LEAST_BUILT)
         ratio_H = found.ratio
         shape_H = shape_search.solve_shape(n_H, self.heads, lambda _: ratio_H, *about(self.laws))
         return limited(objective, shape_H, context, memory_limit), n_H, shape_H
@@ -312,7 +312,7 @@ def about(laws: Mapping[Heads, PowerLaw]) -> tuple[float, float, str]:
     return 64.0, 50_304.0, "figures"
 
 
-def rule_of(laws: Mapping[Heads, PowerLaw], asked: None | str | float | Aspect) -> ShapeRule:
+def rule_of(laws: Mapping[Heads, PowerLaw], asked: str | float | Aspect | None) -> ShapeRule:
     """The `ShapeRule` that is asked of these laws."""
     if isinstance(laws, LawsByHeads):
         return ShapeRule.of(asked, laws.penalty, laws.aspect)

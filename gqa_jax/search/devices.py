@@ -12,14 +12,14 @@ import pandas as pd
 from gqa_jax import prices
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.search import objectives, optimum
-from gqa_jax.search.objectives import Objective
 from gqa_jax.search.answer import Answer
+from gqa_jax.search.objectives import Objective
 from gqa_jax.search.roofline import Serving
 
 COLUMNS = (
     "device", "n_devices", "n_heads", "n_kv_heads", "n_params", "n_layers", "d_model", "ratio", "layout", "batch", "cost",
-    "cost_low", "cost_high", "probability", "usd_per_million", "usd_per_million_input", "usd_per_million_output", "ttft", "tpot",
-    "request_seconds", "prefill_limit", "decode_limit", "memory_bytes", "usd_per_hour", "price", "note",
+    "cost_low", "cost_high", "probability", "usd_per_million", "usd_per_million_input", "usd_per_million_output", "ttft",
+    "tpot", "request_seconds", "prefill_limit", "decode_limit", "memory_bytes", "usd_per_hour", "price", "note",
 )  # fmt: skip
 FRONT = (
     "device", "n_devices", "batch", "n_heads", "n_kv_heads", "n_params", "layout", "usd_per_million", "request_seconds", "ttft",

@@ -45,6 +45,7 @@ FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, an
 LLAMA3_UNKNOWN = (
     "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here"
 )
+_SPARE = 1.001  # sizes between the ratios that are looked at are interpolated: to a thousandth
 _BUILT = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_params", "ratio", "loss", "cost")
 
 AspectAsked = None | str | float | Aspect
@@ -319,7 +320,7 @@ def _against(
     if not np.isfinite(cost):
         note = _impossible(about_it["label"], memory_limit, np.isfinite(n_params))
         return Baseline(**about_it, **where, cost=np.nan, cost_interval=(np.nan, np.nan), note=note), [note]
-    frame["saving"] = 1 - frame["cost"] / cost
+    frame["saving"] = (1 - frame["cost"] / cost).where(np.isfinite(frame["cost"]))
     if found.cost_SxH is not None:
         low, _, high = savings(found.cost_SxH[:, :k], cost if against_S is None else against_S)
         order = [found.heads.index(_heads(row)) for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]
@@ -351,15 +352,18 @@ def _choice(table: Table, found: Ranked, i: int, best: pd.Series) -> ShapeChoice
         own = found.ratio_SxH[np.isfinite(found.cost_SxH[:, i]), i]
         interval = tuple(float(x) for x in quantiles(own, TAILS))
     penalty = rule.penalty
+    ends = penalty.quantiles(TAILS)
     return ShapeChoice(
-        rule.name,
-        float(best["ratio"]),
-        interval,
-        penalty.bounds,
-        penalty.center,
-        penalty.median,
-        penalty.interval,
-        penalty.source,
+        rule=rule.name,
+        ratio=float(best["ratio"]),
+        ratio_interval=interval,
+        bounds=penalty.bounds,
+        r0=penalty.ratio,
+        k=float(penalty.typical.k),
+        k_interval=(float(ends.k[0]), float(ends.k[1])),
+        best=float(penalty.typical.best),
+        best_interval=(float(ends.best[0]), float(ends.best[1])),
+        source=penalty.source,
     )
 
 
@@ -411,8 +415,8 @@ def _doubts(table: Table, heads: Heads, row: pd.Series, far: float) -> list[str]
     bounds = table.rule.penalty.bounds
     if table.rule.is_free and any(np.isclose(row["ratio"], bound, rtol=1e-6) for bound in bounds):
         found.append(
-            f"d/L = {row['ratio']:.3g} is at the edge of what is looked at ({bounds[0]:.3g} to {bounds[1]:.3g}): beyond it nothing "
-            "is known of the loss"
+            f"d/L = {row['ratio']:.3g} is at the edge of what is looked at ({bounds[0]:.3g} to {bounds[1]:.3g}): beyond it "
+            "nothing is known of the loss"
         )
     return found
 
@@ -420,7 +424,7 @@ def _doubts(table: Table, heads: Heads, row: pd.Series, far: float) -> list[str]
 def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Objective) -> pd.DataFrame:
     """The cheapest models of whole layers and rounded widths near the answer that reach the loss; none that miss it.
 
-    A model reaches the loss where it has the typical N* of its own d / L, or more.
+    A model reaches the loss where its typical loss, the median of the draws, is not above it.
     """
     head_dim, vocab_size, convention = about(table.laws)
     heads, n_params = found.heads[i], float(found.n_params_H[i])
@@ -431,7 +435,7 @@ def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Obj
     bounds = table.rule.penalty.bounds if table.rule.is_free else (ratio / 1.25, ratio * 1.25)
     rows = []
     for one in shape_search.reaching(
-        n_params, heads, ratio, bounds, lambda r: table.needed(i, r), int(head_dim), int(vocab_size), convention,
+        n_params, heads, ratio, bounds, lambda r: _SPARE * table.needed(i, r), int(head_dim), int(vocab_size), convention,
         multiple=64 if n_params > 1e7 else 16,
     ):  # fmt: skip
         n = float(costs.count_params(one, convention).non_embedding)
@@ -442,6 +446,7 @@ def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Obj
              "cost": float(objective(one, context))}
         )  # fmt: skip
     frame = pd.DataFrame(rows, columns=list(_BUILT))
+    frame = frame[frame["loss"] <= table.loss]
     return frame.sort_values("cost", kind="stable", ignore_index=True).head(3)
 
 
@@ -449,8 +454,8 @@ def _loss_of(table: Table, i: int, n_params: float, ratio: float) -> float:
     """Typical loss of the i-th heads at N and d / L."""
     rule, heads = table.rule, table.heads[i]
     drawn = table.known.draws
-    k = rule.penalty.median if drawn is None else rule.penalty.draw(len(drawn.b_SxH), table.seed)
-    more = 1.0 if rule.ratios_R is None else rule.penalty.factor(k, ratio)
+    price = rule.penalty.typical if drawn is None else rule.penalty.draw(len(drawn.b_SxH), table.seed)
+    more = 1.0 if rule.ratios_R is None else rule.penalty.factor(price, ratio)
     if drawn is None:
         return float(table.laws[heads].predict(n_params) * more)
     return float(np.median(drawn.loss(heads, np.array([n_params]))[:, 0] * more))

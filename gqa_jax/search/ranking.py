@@ -76,7 +76,8 @@ def quantiles(values: np.ndarray, at: Sequence[float]) -> list[np.ndarray]:
         low = ordered[int(np.floor(position))]
         high = ordered[int(np.ceil(position))]
         with np.errstate(invalid="ignore"):
-            found.append(np.where(low == high, low, low + (high - low) * (position - np.floor(position))))
+            between = low + (high - low) * (position - np.floor(position))
+        found.append(np.where((low == high) | np.isneginf(low), low, between))
     return found
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
-from gqa_jax.laws.shape import Penalty
+from gqa_jax.laws.shape import Penalty, Price
 from gqa_jax.shapes import Aspect, paper_aspect
 
 BEST, PAPER, TRAINED = "best", "paper", "trained"
@@ -28,7 +27,7 @@ class ShapeRule:
     aspect: Aspect | None = None
 
     @classmethod
-    def of(cls, asked: None | str | float | Aspect, penalty: Penalty, trained: Aspect) -> ShapeRule:
+    def of(cls, asked: str | float | Aspect | None, penalty: Penalty, trained: Aspect) -> ShapeRule:
         """The rule that was asked for; None: the best.
 
         Args:
@@ -55,8 +54,8 @@ class ShapeRule:
         low, high = penalty.bounds
         if not low * (1 - 1e-9) <= ratio <= high * (1 + 1e-9):
             raise ValueError(
-                f"aspect {ratio:g}: what a d / L outside {low:.3g} to {high:.3g} does to loss is known from no run and no prior "
-                f"(the runs have {penalty.center:.3g})"
+                f"aspect {ratio:g}: what a d / L outside {low:.3g} to {high:.3g} does to loss is known from no run and no "
+                f"prior (the runs have {penalty.ratio:.3g})"
             )
         return cls(f"{ratio:g}", penalty, np.array([ratio]))
 
@@ -72,9 +71,11 @@ class ShapeRule:
         """d / L of models of N parameters, at every ratio along the first axis: what `shape_search.solve_shape` asks."""
         return self.aspect(n_RxX) if self.ratios_R is None else self._along(np.ndim(n_RxX))
 
-    def factor(self, k: Any) -> np.ndarray:
-        """How many times the law's loss the loss of each ratio is: R x the shape of k."""
-        return np.ones((1, *np.shape(k))) if self.ratios_R is None else self.penalty.factor(k, self._along(1 + np.ndim(k)))
+    def factor(self, price: Price) -> np.ndarray:
+        """How many times the law's loss the loss of each ratio is: R x the shape of a draw."""
+        if self.ratios_R is None:
+            return np.ones((1, *np.shape(price.k)))
+        return self.penalty.factor(price, self._along(1 + np.ndim(price.k)))
 
     def _along(self, n_axes: int) -> np.ndarray:
         return self.ratios_R.reshape(-1, *[1] * (n_axes - 1))
@@ -82,7 +83,7 @@ class ShapeRule:
     @property
     def usual(self) -> int:
         """Index of the ratio that is closest to that of the laws."""
-        return 0 if self.ratios_R is None else int(np.argmin(np.abs(np.log(self.ratios_R / self.penalty.center))))
+        return 0 if self.ratios_R is None else int(np.argmin(np.abs(np.log(self.ratios_R / self.penalty.ratio))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,12 @@ class Least:
     def of(self, log_values_R: np.ndarray) -> np.ndarray:
         """Another quantity at the least, from its logarithms at the ratios (first axis)."""
         last = len(log_values_R) - 1
-        total = 0.0
+        total = np.zeros(self.index.shape)
         for step, weight in zip((-1, 0, 1), self.weights, strict=True):
-            at = np.clip(self.index + step, 0, last)
-            part = np.take_along_axis(log_values_R, at[None], 0)[0]
-            total = total + np.where(weight == 0, 0.0, weight * part)
+            part = np.take_along_axis(log_values_R, np.clip(self.index + step, 0, last)[None], 0)[0]
+            total += np.multiply(
+                weight, part, out=np.zeros(total.shape), where=weight != 0
+            )  # what has no weight may be infinite
         return total
 
 

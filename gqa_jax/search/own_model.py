@@ -1,0 +1,223 @@
+"""A model that somebody has: its shape from a Hugging Face config.json of the Llama class, or from a table of public models.
+
+The laws are of one kind of model: pre-norm, gated feed-forward network of three matrices, grouped queries, rotary positions, no
+biases, every layer alike. What is not of that kind is refused by the field that says so, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gqa_jax import costs
+from gqa_jax.costs import Shape
+from gqa_jax.errors import ConfigError, close, first_line
+
+CONFIG = "config.json"
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+#: Fields that make another kind of model unless they are missing, null, false, 0 or empty; and what they mean.
+_OTHER_KINDS = {
+    "sliding_window": "attention to a window: its cache does not grow with the context",
+    "attention_bias": "biases, which the laws' models have not",
+    "mlp_bias": "biases, which the laws' models have not",
+    "qkv_bias": "biases, which the laws' models have not",
+    "use_bias": "biases, which the laws' models have not",
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "num_experts_per_tok": "a mixture of experts",
+    "moe_intermediate_size": "a mixture of experts",
+    "kv_lora_rank": "latent attention (MLA): its cache holds no heads",
+    "q_lora_rank": "latent attention (MLA): its cache holds no heads",
+    "qk_rope_head_dim": "latent attention (MLA): its cache holds no heads",
+    "v_head_dim": "latent attention (MLA): its cache holds no heads",
+    "cross_attention_layers": "attention to something that is no text",
+    "num_nextn_predict_layers": "further layers that predict several tokens",
+    "block_configs": "layers that differ",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnModel:
+    """The shape of a model: its real depth, widths, heads and vocabulary."""
+
+    name: str
+    shape: Shape
+    untied: bool  # whether the unembedding is a matrix of its own
+    source: str  # of these numbers
+
+    def n_params(self, convention: str | costs.Convention = "exact") -> float:
+        """N without embeddings, as the convention counts it."""
+        return float(costs.count_params(self.shape, convention).non_embedding)
+
+    @property
+    def total_params(self) -> int:
+        """Every parameter, an unembedding of its own too: what its publisher counts."""
+        return int(costs.count_params(self.shape, "exact").total + self.untied * self.shape.d_model * self.shape.vocab_size)
+
+    @property
+    def ratio(self) -> float:
+        """d / L."""
+        return self.shape.d_model / self.shape.n_layers
+
+    def heads_of(self, head_dim: float) -> tuple[float, float]:
+        """(n_h, n_kv) of heads of another size with the same widths of queries and of keys: n_h d_h / head_dim, and n_kv's."""
+        factor = self.shape.head_dim / head_dim
+        return self.shape.n_heads * factor, self.shape.n_kv_heads * factor
+
+    @property
+    def fills_width(self) -> bool:
+        """Whether the query heads fill the width, n_h d_h = d."""
+        return self.shape.n_heads * self.shape.head_dim == self.shape.d_model
+
+
+def load(text: str | Path) -> OwnModel:
+    """The model of a config.json, of a folder that holds one, or of that name (`PUBLIC`).
+
+    Raises ConfigError: no such file or name, no JSON, or a field that is missing, wrong or of another kind of model.
+    """
+    path = Path(text)
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise ConfigError(f"{text}: the folder holds no {CONFIG}")
+        path = path / CONFIG
+    if path.is_file():
+        return from_config(_read(path), _name_of(path), str(path))
+    if str(text).endswith(".json"):
+        raise ConfigError(f"{text}: there is no such file")
+    return _public(str(text))
+
+
+def from_config(config: Any, name: str, source: str) -> OwnModel:
+    """The model that the fields of a config.json describe. Raises ConfigError naming the field, its value and what is wrong."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{source}: it holds no fields of a model, but a {type(config).__name__}")
+
+    def wrong(field: str, why: str) -> ConfigError:
+        said = f"{field} = {_short(config[field])}" if field in config else f"{field} is missing"
+        return ConfigError(f"{source}: {said}: {why}")
+
+    kind = config.get("model_type")
+    if kind not in CLASSES:
+        raise wrong("model_type", f"only models of the Llama class can be compared: {', '.join(CLASSES)}")
+    if (named := config.get("architectures")) is not None and named != [CLASSES[kind]]:
+        raise wrong("architectures", f"a model_type of {kind} must be a [{CLASSES[kind]!r}]")
+    for field, what in _OTHER_KINDS.items():
+        if config.get(field) not in (None, False, 0, "", [], {}):
+            raise wrong(field, f"{what}; only models of the Llama class can be compared")
+    if kind == "mistral" and "sliding_window" not in config:
+        raise wrong("sliding_window", "a Mistral without that field has a window of 4,096; write null if yours has none")
+    layers = config.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(one != "full_attention" for one in layers)):
+        raise wrong("layer_types", "layers that differ; only models whose layers all see the whole context can be compared")
+    if config.get("hidden_act", "silu") != "silu":
+        raise wrong("hidden_act", "the laws' models have silu")
+
+    def number(field: str, default: int | None = None) -> int:
+        value = config.get(field)
+        if value is None and default is not None:
+            return default
+        if field not in config:
+            raise wrong(field, "a model can't be counted without it")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise wrong(field, "it must be a whole number above 0")
+        return value
+
+    d_model, n_heads = number("hidden_size"), number("num_attention_heads")
+    n_kv_heads = number("num_key_value_heads", n_heads if kind == "llama" else None)  # a Mistral's default is 8, not n_h
+    if n_heads % n_kv_heads:
+        raise wrong("num_key_value_heads", f"it must divide num_attention_heads = {n_heads}")
+    if config.get("head_dim") is None and n_heads > d_model:
+        raise wrong("num_attention_heads", f"more than hidden_size = {d_model}, and no head_dim")
+    shape = Shape(
+        n_layers=number("num_hidden_layers"),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=number("head_dim", d_model // n_heads),
+        d_ff=number("intermediate_size"),
+        vocab_size=number("vocab_size"),
+    )
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise wrong("tie_word_embeddings", "it must be true or false")
+    return OwnModel(name, shape, not tied, source)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: it is no JSON file of a model: {first_line(error)}") from error
+
+
+def _name_of(path: Path) -> str:
+    """A config.json is called like its folder; one from the hub's cache like its model."""
+    hub = re.search(r"models--([^/\\]+)[/\\]snapshots", str(path.absolute()))
+    if hub:
+        return hub[1].split("--")[-1]
+    return path.absolute().parent.name if path.name == CONFIG else path.stem
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _public(text: str) -> OwnModel:
+    name = re.sub(r"[\s_]+", "-", text.strip().lower().rpartition("/")[2]).removeprefix("meta-")
+    name = name.removesuffix("-hf").removesuffix("-instruct").removesuffix("-base")
+    if name in PUBLIC:
+        return PUBLIC[name]
+    near = close(name, PUBLIC)
+    hint = "" if near is None else f"; did you mean {near}?"
+    raise ConfigError(
+        f"{text}: neither a {CONFIG}, nor a folder that holds one, nor a model of the table{hint} (there are "
+        f"{', '.join(PUBLIC)})"
+    )
+
+
+def _model(
+    name: str,
+    layers: int,
+    d: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    d_ff: int,
+    vocabulary: int,
+    untied: bool,
+    source: str,
+) -> OwnModel:
+    return OwnModel(name, Shape(layers, d, heads, kv_heads, head_dim, d_ff, vocabulary), untied, source)
+
+
+#: Public models of the Llama class, by name. A test compares `total_params` with the count in each one's published weights.
+PUBLIC: dict[str, OwnModel] = {
+    one.name: one
+    for one in (
+        _model("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, False, "config.json of HuggingFaceTB/SmolLM2-135M"),
+        _model("smollm2-360m", 32, 960, 15, 5, 64, 2560, 49152, False, "config.json of HuggingFaceTB/SmolLM2-360M"),
+        _model("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, False, "config.json of HuggingFaceTB/SmolLM2-1.7B"),
+        _model("tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, 32000, True, "arXiv 2401.02385; config.json of TinyLlama"),
+        _model("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, False, "config.json of meta-llama/Llama-3.2-1B"),
+        _model("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, False, "config.json of meta-llama/Llama-3.2-3B"),
+        _model("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256, True, "arXiv 2407.21783, Table 3; Llama 3 8B has the same"),
+        _model("llama-3.1-70b", 80, 8192, 64, 8, 128, 28672, 128256, True, "arXiv 2407.21783, Table 3; Llama 3.3 has the same"),
+        _model("llama-3.1-405b", 126, 16384, 128, 8, 128, 53248, 128256, True, "arXiv 2407.21783, Table 3"),
+        _model("llama-7b", 32, 4096, 32, 32, 128, 11008, 32000, True, "arXiv 2302.13971, Table 2; F: config.json of llama-7b"),
+        _model("llama-2-7b", 32, 4096, 32, 32, 128, 11008, 32000, True, "arXiv 2307.09288; config.json of Llama-2-7b-hf"),
+        _model("llama-2-13b", 40, 5120, 40, 40, 128, 13824, 32000, True, "arXiv 2307.09288; config.json of Llama-2-13b-hf"),
+        _model("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000, True, "arXiv 2307.09288; config.json of Llama-2-70b-hf"),
+        _model("mistral-7b-v0.3", 32, 4096, 32, 8, 128, 14336, 32768, True, "config.json of mistralai/Mistral-7B-v0.3"),
+        _model("mistral-nemo-12b", 40, 5120, 32, 8, 128, 14336, 131072, True, "config.json of Mistral-Nemo-Base-2407"),
+        _model("mistral-small-24b", 40, 5120, 32, 8, 128, 32768, 131072, True, "config.json of Mistral-Small-24B-Base-2501"),
+        _model("yi-6b", 32, 4096, 32, 4, 128, 11008, 64000, True, "arXiv 2403.04652; config.json of 01-ai/Yi-6B"),
+        _model("yi-34b", 60, 7168, 56, 8, 128, 20480, 64000, True, "arXiv 2403.04652; config.json of 01-ai/Yi-34B"),
+    )
+}

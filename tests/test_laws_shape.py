@@ -1,0 +1,91 @@
+"""What depth against width costs: priors, runs at other ratios, and that laws are of one ratio."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gqa_jax import laws, presets
+from gqa_jax.laws import Heads
+from gqa_jax.laws.shape import OtherRatio, Penalty, Price, split
+from tests.law_tables import synthetic
+
+SIZES = [(6, 512), (12, 768), (16, 1024), (24, 1536)]
+
+
+def with_other_ratios(k, c, *, noise=0.0, seed=0):
+    """A synthetic table at its own ratios, and wider and deeper models of about the same sizes whose loss follows k and c."""
+    table = synthetic(noise=noise, seed=seed, heads=[(8, 8), (8, 1)], sizes=SIZES)
+    law = laws.fit_by_heads(synthetic(noise=0.0, seed=seed, heads=[(8, 8), (8, 1)], sizes=SIZES))
+    usual = law.penalty.ratio
+    rows = []
+    for row in table.to_dict("records"):
+        if row["d_model"] not in (768, 1024):
+            continue
+        for ratio in (usual / 2, usual * 2):
+            dearer = Penalty(usual).factor(Price(k, c), ratio)
+            d = 64 * round((row["d_model"] ** 3 * ratio / (row["d_model"] / row["n_layers"]) / 64**3) ** (1 / 3))
+            loss = float(law[Heads(row["n_heads"], row["n_kv_heads"])].predict(row["params_non_embedding"])) * dearer
+            generator = np.random.default_rng([seed, len(rows)])
+            rows.append(row | {"d_model": d, "n_layers": d / ratio, "loss": loss + noise * generator.normal()})
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
+
+
+def test_the_prior_is_what_its_sources_say():
+    penalty = Penalty()
+    assert penalty.typical == pytest.approx((0.005, 50), rel=1e-3)
+    assert penalty.quantiles([0.025, 0.975]).k == pytest.approx([0.0019, 0.0133], rel=0.02)
+    assert penalty.quantiles([0.025, 0.975]).best == pytest.approx([27.8, 90], rel=0.02)
+    kaplan = penalty.factor(Price(0.0056, 64), [4288 / 6, 1600 / 48])  # within 3%
+    assert kaplan[0] / kaplan[1] == pytest.approx(1.03, abs=0.001)
+    assert penalty.bounds == (32, 128)
+    assert "no run of these laws" in penalty.source
+
+
+def test_the_runs_own_ratio_costs_nothing_and_the_best_one_is_the_best():
+    penalty, price = Penalty(64), Price(np.array([0.002, 0.01]), np.array([40.0, 90.0]))
+    np.testing.assert_array_equal(penalty.factor(price, 64), 1)
+    grid = np.geomspace(20, 200, 400)
+    found = penalty.factor(Price(0.01, 90), grid)
+    assert grid[found.argmin()] == pytest.approx(90, rel=0.01)
+    assert found.min() < 1
+
+
+def test_draws_follow_the_quantiles_and_the_seed():
+    penalty = Penalty(64, (OtherRatio(128, 0.004, 0.001), OtherRatio(32, 0.001, 0.001)))
+    draw = penalty.draw(4000, 3)
+    for shares in (0.1, 0.5, 0.9):
+        known = penalty.quantiles(shares)
+        assert np.quantile(draw.k, shares) == pytest.approx(known.k, rel=0.03)
+        assert np.quantile(draw.best, shares) == pytest.approx(known.best, rel=0.03)
+    np.testing.assert_array_equal(draw.k, penalty.draw(4000, 3).k)
+    assert (draw.k != penalty.draw(4000, 4).k).any()
+
+
+@pytest.mark.parametrize(("k", "c"), [(0.003, 50), (0.012, 70)])
+def test_runs_at_other_ratios_tell_k_and_c(k, c):
+    found = laws.fit_by_heads(with_other_ratios(k, c, noise=0.0005)).penalty
+    ends = found.quantiles([0.025, 0.975])
+    assert ends.k[0] < k < ends.k[1]
+    assert ends.best[0] < c < ends.best[1]
+    prior = Penalty().quantiles([0.025, 0.975])
+    assert ends.k[1] / ends.k[0] < 0.6 * prior.k[1] / prior.k[0]
+    assert found.source.startswith("8 runs at other d/L and a prior")
+
+
+def test_they_are_in_no_law():
+    both, alone = with_other_ratios(0.02, 64), synthetic(noise=0.0, seed=0, heads=[(8, 8), (8, 1)], sizes=SIZES)
+    with_them, without = laws.fit_by_heads(both), laws.fit_by_heads(alone)
+    assert with_them[Heads(8, 1)].solve(2.9) == pytest.approx(without[Heads(8, 1)].solve(2.9), rel=1e-9)
+    assert "8 runs at other d/L than their size has are in no law: they tell what the shape costs" in with_them.warnings
+    kept, others = split(both)
+    assert (len(kept), len(others)) == (8, 8)
+
+
+def test_tables_of_one_ratio_for_each_size_stay_whole():
+    """Sizes of several ratios, as the paper's Table 9, and seeds of one size: nothing tells what a ratio costs."""
+    table = synthetic(noise=0.001, heads=[(8, 8), (8, 1)])
+    assert len(split(table)[1]) == 0
+    assert len(split(presets.paper_losses())[1]) == 0
+    assert len(split(table.drop(columns="n_layers"))[1]) == 0
+    assert presets.load("paper").penalty == Penalty(64)
+    assert presets.load("paper-table4").penalty == Penalty(64)
