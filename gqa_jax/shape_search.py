@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gqa_jax import costs
-from gqa_jax.shapes import HEAD_DIM, VOCAB_SIZE, ffn_width
+from gqa_jax.shapes import FFN_RATIO, HEAD_DIM, VOCAB_SIZE, ffn_width
 
 #: Of Newton's method. From where it starts 5 reach the last digits of float64, whatever the size, heads and aspect ratio.
 NEWTON_STEPS = 6
@@ -33,15 +33,16 @@ def solve_shape(
     head_dim: float = HEAD_DIM,
     vocab_size: float = VOCAB_SIZE,
     convention: str | costs.Convention = "figures",
+    ffn_ratio: float = FFN_RATIO,
 ) -> costs.Shape:
     """The real-valued shape with `n_params` parameters without embeddings and the aspect ratio r = d / L = aspect(N).
 
-    With d = r L and d_ff = 8 d / 3 the count is a cubic in L,
+    With d = r L and d_ff = f d the count is a cubic in L,
 
-        N = c3 L^3 + c2 L^2 + c1 L,   c3 = r^2 (8 m / 3 + 2 u),   c2 = 2 r (d_h (n_h + n_kv) + s),   c1 = r s
+        N = c3 L^3 + c2 L^2 + c1 L,   c3 = r^2 (f m + 2 u),   c2 = 2 r (d_h (n_h + n_kv) + s),   c1 = r s
 
-    with m FFN matrices and s = 1 or 0 norms of the convention; where n_heads is None, u = 1 and n_h in c2 is 0, else u = 0;
-    where n_kv is n_h / g too, u = 1 + 1 / g, and n_kv in c2 is 0.
+    with f the `ffn_ratio`, m FFN matrices and s = 1 or 0 norms of the convention; where n_heads is None, u = 1 and n_h in c2 is
+    0, else u = 0; where n_kv is n_h / g too, u = 1 + 1 / g, and n_kv in c2 is 0.
     It rises and is convex for L > 0, so Newton's method from a bound above falls to its only positive root and never beyond.
 
     Args:
@@ -66,7 +67,7 @@ def solve_shape(
     n_kv_heads = np.where(grouped, 0, n_kv_heads)[()]
 
     ratio = aspect(n_params)
-    cubic = ratio**2 * (8 * rule.ffn_matrices / 3 + 2 * own_heads * (1 + share))
+    cubic = ratio**2 * (ffn_ratio * rule.ffn_matrices + 2 * own_heads * (1 + share))
     square = 2 * ratio * (head_dim * (n_heads + n_kv_heads) + rule.norms)
     linear = ratio * rule.norms
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # infinite and NaN sizes; no square term
@@ -80,7 +81,8 @@ def solve_shape(
             n_heads = np.where(own_heads, d_model / head_dim, n_heads)[()]
         if np.any(grouped):
             n_kv_heads = np.where(grouped, n_heads * share, n_kv_heads)[()]
-    return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, vocab_size=vocab_size)
+    d_ff = None if ffn_ratio == FFN_RATIO else ffn_ratio * d_model
+    return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size)
 
 
 def buildable(
@@ -131,6 +133,7 @@ def reaching(
     head_dim: int = HEAD_DIM,
     vocab_size: int = VOCAB_SIZE,
     convention: str | costs.Convention = "figures",
+    ffn_ratio: float = FFN_RATIO,
     *,
     multiple: int = 64,
 ) -> list[costs.Shape]:
@@ -144,21 +147,25 @@ def reaching(
 
     Feed-forward widths are those that are trained (`gqa_jax.shapes.ffn_width`). No shape within the bounds: an empty list.
     """
-    real = solve_shape(n_params, heads, lambda _: ratio, head_dim, vocab_size, convention)
+    real = solve_shape(n_params, heads, lambda _: ratio, head_dim, vocab_size, convention, ffn_ratio)
     unit = multiple if heads.n_heads is not None else math.lcm(multiple, head_dim * abs(heads.n_kv_heads))
     found = []
     for width in range(max(1, int(real.d_model / 1.5 / unit)), int(1.5 * real.d_model / unit) + 2):
         d_model = unit * width
-        per_layer = costs.count_params(_integer_shape(1, d_model, heads, head_dim, vocab_size), convention).non_embedding
+        per_layer = costs.count_params(
+            _integer_shape(1, d_model, heads, head_dim, vocab_size, ffn_ratio), convention
+        ).non_embedding
         fewest, most = max(1, math.ceil(d_model / bounds[1])), math.floor(d_model / bounds[0])
         layers = np.arange(fewest, most + 1)
         enough = layers[layers * per_layer >= needed(d_model / layers)] if len(layers) else layers
         if len(enough):
-            found.append(_integer_shape(int(enough[0]), d_model, heads, head_dim, vocab_size))
+            found.append(_integer_shape(int(enough[0]), d_model, heads, head_dim, vocab_size, ffn_ratio))
     return found
 
 
-def _integer_shape(layers: int, d_model: int, heads: HasHeads, head_dim: int, vocab_size: int) -> costs.Shape:
+def _integer_shape(
+    layers: int, d_model: int, heads: HasHeads, head_dim: int, vocab_size: int, ffn_ratio: float = FFN_RATIO
+) -> costs.Shape:
     n_heads = d_model // head_dim if heads.n_heads is None else heads.n_heads
     n_kv_heads = heads.n_kv_heads if heads.n_kv_heads > 0 else n_heads // -heads.n_kv_heads
-    return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, ffn_width(d_model), vocab_size)
+    return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, ffn_width(d_model, ffn_ratio), vocab_size)

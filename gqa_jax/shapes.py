@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 HEAD_DIM = 64  # d_h of every model in the paper
 VOCAB_SIZE = 50_304  # GPT-2's 50,257 ids, padded to a multiple of 64
+FFN_RATIO = 8 / 3  # hidden size of the feed-forward network over d (Section 5.1)
 HEAD_COUNTS = (1, 2, 4, 8, 16, 32)  # candidates for n_h and n_kv (Section 4.1)
 
 
@@ -49,9 +50,9 @@ LARGE_SHAPES: dict[str, tuple[int, int]] = {
 }
 
 
-def ffn_width(d_model: int) -> int:
-    """Hidden size F of the feed-forward network: the multiple of 32 closest to 8 d / 3 (Section 5.1)."""
-    return max(32, 32 * round(8 * d_model / 3 / 32))
+def ffn_width(d_model: int, ratio: float = FFN_RATIO) -> int:
+    """Hidden size F of the feed-forward network: the multiple of 32 closest to `ratio` d, 8 d / 3 (Section 5.1)."""
+    return max(32, 32 * round(ratio * d_model / 32))
 
 
 def head_configurations(counts: tuple[int, ...] = HEAD_COUNTS) -> list[tuple[int, int]]:

@@ -172,13 +172,16 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
     if _as_data(arguments, frame):
         return EXIT_DONE
     if fits is not None:
-        console.print(*plan.slices_screen(frame, f"{the.grid.name}: {len(chosen)} cells"))
+        for view in plan.slices_screen(frame, f"{the.grid.name}: {len(chosen)} cells"):
+            console.print(view)
+            console.print()
         console.print(plan.hours_are(fits, arguments.efficiency), soft_wrap=True)
         if (memory := plan.memory_is(fits)) is not None:
             console.print(f"GiB: {memory}", highlight=False, soft_wrap=True)
         console.print(f"USD: {plan.origins(fits, table)}", highlight=False, soft_wrap=True)
     else:
         console.print(plan.screen(frame, f"{the.grid.name}: {len(chosen)} cells in {layout.root}"))
+        console.print()
         source = "given" if arguments.flops_per_second else "reached by the finished cells"
         if rate:
             console.print(f"time: training FLOPs at {si(rate)}FLOP/s ({source}), one cell after another")
@@ -197,7 +200,9 @@ def _explain(arguments, chosen: list[Cell], console: Console) -> int:
     fits = [fit.estimate(cell, one) for cell in chosen for one in where]
     frame = plan.explanation(fits)
     if not _as_data(arguments, frame):
-        console.print(*plan.explanation_screen(fits))
+        for view in plan.explanation_screen(fits):
+            console.print(view)
+            console.print()
         console.print(plan.hours_are(fits, None), soft_wrap=True)
     return EXIT_DONE
 
@@ -568,9 +573,9 @@ def _print_others(the: Choice, layout: Layout, console: Console) -> None:
 
 
 def _write_answer(layout: Layout, console: Console, asked: str | None, allow_confounded: bool = False) -> None:
-    from launch import answer  # brings scipy and matplotlib: a second that the other commands need not wait
+    from launch import export  # brings scipy and matplotlib: a second that the other commands need not wait
 
-    answer.write(layout, console, asked, allow_confounded)
+    export.write(layout, console, asked, allow_confounded)
 
 
 def _write_plan(the: Choice, layout: Layout) -> None:

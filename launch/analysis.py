@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import read_context
 from gqa_jax.hardware import Price
 from launch import rules
+from launch.tables import FORMATS
 
 COSTS = ("z", "flops", "memory", "latency", "throughput", "price", "train", "lifetime")
 CONFOUNDED = "laws also where heads of a size saw neither equal tokens nor equal tokens per parameter; every answer says so"
@@ -21,6 +23,7 @@ TABLES = (".csv", ".parquet")
 TABLE_OPTIONS = ("columns", "units", "context_trained", "heads_rule")
 UNITS = ("nats", "bits", "perplexity")
 PRESETS = ("paper", "paper-table4")
+_FORMAT = "of the answer: csv and json have all numbers as they are, the others the tables of the screen (default: table)"
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -48,7 +51,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--free_entropy", action="store_true", help="an E per head configuration instead of one for all")
     command.add_argument("--entropy", type=float, metavar="E", help="E, given instead of fitted, nats per token")
     command.add_argument("--huber_delta", type=float, metavar="D", help="residuals beyond D nats count linearly")
-    command.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    command.add_argument("--format", choices=FORMATS, default="table", help=_FORMAT)
 
     command = add("optimum", _optimum, "the cheapest size and heads for a loss and a served context, and how sure that is")
     command.add_argument("--context", type=_tokens, required=True, metavar="T", help="tokens served, like 131072 or 128K")
@@ -72,7 +75,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="of the draws (default: posterior, which allows for shared noise and bends)",
     )
     command.add_argument("--conventions", action="store_true", help="also what the answer would be in every convention of Z")
-    command.add_argument("--format", choices=("table", "json"), default="table")
+    command.add_argument("--format", choices=FORMATS, default="table", help=_FORMAT)
     command.epilog = (
         "example: python -m launch optimum --preset paper --context 131072 --loss 2.615. Memory only: --cost memory; FLOPs "
         "only: --cost flops; on a device: --cost latency --device h200 --batch 8; against a model: --like llama-3.2-1b"
@@ -127,9 +130,9 @@ def is_table(arguments: argparse.Namespace) -> bool:
 
 def export_table(arguments: argparse.Namespace, console: Console) -> int:
     """`export` of a table of runs."""
-    from launch import answer
+    from launch import export
 
-    answer.write_of_table(_source(arguments), console)
+    export.write_of_table(_source(arguments), console)
     return 0
 
 
@@ -317,7 +320,7 @@ def _source(arguments: argparse.Namespace):
 
 
 def _fit(arguments: argparse.Namespace, console: Console) -> int:
-    from launch import answer, studies
+    from launch import grid_tables, studies
 
     source = _source(arguments)
     options = {}
@@ -333,17 +336,20 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
     fits.at(arguments.train_context)
     import pandas as pd
 
-    tables = [answer.fit_table(one) for one in chosen]
+    tables = [grid_tables.fit_table(one) for one in chosen]
     if arguments.format == "csv":
         print(pd.concat(tables, ignore_index=True).to_csv(index=False), end="")
     elif arguments.format == "json":
         print(pd.concat(tables, ignore_index=True).to_json(orient="records", indent=1))
+    elif arguments.format != "table":
+        laws = [grid_tables.laws_of(one, table) for one, table in zip(chosen, tables, strict=True)]
+        print("\n".join(one.text(arguments.format) for one in laws), end="")
     else:
         for one, table in zip(chosen, tables, strict=True):
             if one.laws.source:
                 console.print(one.laws.source, highlight=False)
-            answer.print_laws(one, table, console)
-            answer.print_checks(one, console)
+            grid_tables.print_laws(one, table, console)
+            grid_tables.print_checks(one, console)
         for context, why in fits.unfitted.items():
             console.print(f"trained at T = {context:,}: no fit: {why}", highlight=False)
     return 0
@@ -352,10 +358,13 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
 def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     from gqa_jax.search import devices as devices_of
     from gqa_jax.search import optimum
+    from gqa_jax.search.answer import records
     from gqa_jax.search.roofline import Serving
-    from launch import answer, studies
+    from launch import answers, studies
 
     source = _source(arguments)
+    if arguments.conventions and arguments.format == "csv":
+        raise ConfigError("--format csv has one table: leave out --conventions, or take another format")
     named = devices(arguments)
     goals = [objective(arguments, source.convention, name) for name in named or [None]]
     one = studies.fit(source).at(arguments.train_context)
@@ -366,29 +375,63 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     convention = arguments.convention or source.convention
     how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
+    also = [_of_runs(source, one), *([] if limit is None else [_within(limit)])]
     if arguments.like is not None:
-        return _like(arguments, source, one, goals, how | limits, console)
+        return _like(arguments, source, one, goals, how | limits, also, console)
     question = one.laws, arguments.loss, arguments.context
     if len(goals) > 1:
-        return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console)
+        return _compare(arguments, source, one, devices_of.compare(*question, goals, **limits, **how), console, also)
     found = optimum.search(*question, goals[0], **limits, **how)
+    other = None
+    if arguments.conventions:
+        other = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
     if arguments.format == "json":
         about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
-        print(json.dumps(about | found.to_dict(), indent=1, allow_nan=False))
+        more = {} if other is None else {"conventions": records(other)}
+        print(json.dumps(about | found.to_dict() | more, indent=1, allow_nan=False))
         return 0
-    others = "" if source.laws is not None else f", laws of runs trained at {one.context:,} tokens"
-    console.print(f"{source.name}{others}", highlight=False)
-    answer.print_answer(found, one, console)
-    if arguments.conventions:
-        frame = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
-        console.print(answer.conventions_screen(frame))
+    _show(arguments, found, one, also, console, others=[] if other is None else [answers.conventions(other)])
     return 0
 
 
-def _like(arguments: argparse.Namespace, source, one, goals: list, how: dict, console: Console) -> int:
+def _of_runs(source, one) -> str:
+    """Whose laws they are."""
+    if source.laws is not None:
+        return f"laws of the preset {source.name}"
+    return f"laws of the runs of {source.name} that were trained at {one.context:,} tokens"
+
+
+def _within(limit) -> str:
+    from gqa_jax import formatting
+
+    room = formatting.gb(limit.chip.server_bytes)
+    return f"within the {room} that a server fills of each of {limit.n_devices} x {limit.chip.name}"
+
+
+def _show(arguments: argparse.Namespace, found, one, also: list[str], console: Console, about=(), others=()) -> None:
+    """An answer as --format says. about: sentences that follow its first; others: tables that follow its own."""
+    from launch import answers
+
+    if arguments.format == "table":
+        answers.print_answer(found, one, console, also, about)
+        for table in others:
+            console.print(table)
+        return
+    _print_as(arguments.format, [answers.headline(found, one.laws, also), *about], [*answers.tables(found, one.laws), *others])
+
+
+def _print_as(form: str, sentences: list[str], tables) -> None:
+    """An answer as a document, or its first table as data."""
+    if form == "csv":
+        print(tables[0].text(form), end="")
+        return
+    said = {"markdown": "{}".format, "latex": "% {}".format, "html": lambda text: f"<p>{html.escape(text, quote=False)}</p>"}
+    print("\n\n".join([*map(said[form], sentences), *(one.text(form).rstrip() for one in tables)]))
+
+
+def _like(arguments: argparse.Namespace, source, one, goals: list, how: dict, also: list[str], console: Console) -> int:
     """`optimum --like`: against a model that somebody has."""
     from gqa_jax.search import own_answer, own_model
-    from launch import answer
 
     if arguments.conventions:
         raise ConfigError("--conventions is for a --loss: leave it out with --like")
@@ -403,17 +446,13 @@ def _like(arguments: argparse.Namespace, source, one, goals: list, how: dict, co
         about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
         print(json.dumps(about | found.to_dict(), indent=1, allow_nan=False))
         return 0
-    others = "" if source.laws is not None else f", laws of runs trained at {one.context:,} tokens"
-    console.print(f"{source.name}{others}", highlight=False)
-    for sentence in found.sentences():
-        console.print(sentence, highlight=False)
-    answer.print_answer(found.answer, one, console)
+    _show(arguments, found.answer, one, also, console, about=found.sentences())
     return 0
 
 
-def _compare(arguments: argparse.Namespace, source, one, found, console: Console) -> int:
+def _compare(arguments: argparse.Namespace, source, one, found, console: Console, also: list[str]) -> int:
     from gqa_jax.search.answer import records
-    from launch import serving_screens
+    from launch import device_tables
 
     if arguments.conventions:
         raise ConfigError("--conventions is for one device: leave it out, or name one")
@@ -422,8 +461,10 @@ def _compare(arguments: argparse.Namespace, source, one, found, console: Console
         by_device = {name: each.to_dict() for name, each in found.answers.items()}
         tables = {"devices": records(found.table), "front": records(found.front)}
         print(json.dumps(about | tables | {"answers": by_device}, indent=1, allow_nan=False))
-        return 0
-    serving_screens.print_comparison(found, one, console)
+    elif arguments.format == "table":
+        device_tables.print_comparison(found, one, console, also)
+    else:
+        _print_as(arguments.format, [device_tables.headline(found, one, also)], device_tables.tables(found))
     return 0
 
 

@@ -22,8 +22,8 @@ from gqa_jax.search import optimum
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective
 from launch import state, studies
-from launch.answer import without_checks
 from launch.grid import Layout
+from launch.grid_tables import without_checks
 from launch.report import Findings, Picture, Question, Study
 from launch.studies import Fitted, Source
 

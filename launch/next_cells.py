@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from gqa_jax import costs
 from gqa_jax.config import TrainConfig
@@ -21,9 +20,10 @@ from gqa_jax.formatting import probability, regret, si
 from gqa_jax.laws import Heads
 from gqa_jax.search import next_runs, optimum
 from gqa_jax.search.next_runs import Candidate, Choice, Question
-from launch import answer, grid, rules, state, studies
+from launch import grid, rules, state, studies
 from launch.grid import Cell
 from launch.studies import Fitted, Source
+from launch.tables import Column, Table
 
 WAITING = ("planned", "preempted", "lost")  # states of cells that can be chosen
 UNDER_WAY = ("queued", "running", "stalled")
@@ -71,9 +71,9 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
         highlight=False,
     )
     console.print(
-        f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {answer.heads_text(*today.heads)}, its "
-        f"expected regret is {regret(choice.regret_now)}, the cheapest with a probability of "
-        f"{probability(choice.probability_now)}",
+        f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {today.heads}"
+        + (f", the cheapest with probability {probability(choice.probability_now)}" if math.isnan(today.far) else ", a guess")
+        + f"; its expected regret is {regret(choice.regret_now)}",
         highlight=False,
     )
     for warning in dict.fromkeys([*today.warnings, *choice.warnings]):
@@ -82,6 +82,7 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
         console.print(f"nothing to train for it: {choice.stopped}", highlight=False)
         return 0
     console.print(_screen(choice))
+    console.print()
     console.print(choice.stopped, highlight=False)
     command = (
         f"python -m launch run {shlex.quote(os.fspath(out))} --root {shlex.quote(os.fspath(source.layout.root))}{source.option}"
@@ -179,13 +180,17 @@ def grid_file(
 
 
 def _screen(choice: Choice) -> Table:
-    view = Table(box=box.SIMPLE_HEAD)
-    for name in ("train", "FLOPs", "all so far", "expected regret after", "gain so far", "± error"):
-        view.add_column(name, justify="left" if name == "train" else "right", no_wrap=True)
-    for row in choice.steps.itertuples():
-        numbers = (si(row.cost), si(row.total_cost), regret(row.regret_after), regret(row.total_gain))
-        view.add_row(row.name, *numbers, regret(row.total_gain_error))
-    return view
+    """The runs in their order. Narrow: runs, what they cost, and the regret that is left stay."""
+    columns = [
+        Column("train", lambda row: row.name, "left", 0),
+        Column("FLOPs", lambda row: si(row.cost), rank=0),
+        Column("all so far", lambda row: si(row.total_cost), rank=3),
+        Column("expected regret\nafter it", lambda row: regret(row.regret_after), rank=0),
+        Column("gain\nso far", lambda row: regret(row.total_gain), rank=1),
+        Column("± error", lambda row: regret(row.total_gain_error), rank=2, name="error of the gain"),
+    ]
+    notes = ["expected regret: what the heads of the answer cost above the cheapest, on average over the draws of the laws"]
+    return Table.of(choice.steps, columns, "next", "What to train, in this order", notes)
 
 
 def _same(one: TrainConfig, other: TrainConfig) -> bool:

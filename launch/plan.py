@@ -5,23 +5,22 @@ On slices that are not here too: which mesh each cell gets there, whether it fit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich import box
-from rich.table import Table
 
-from gqa_jax import costs, formatting, hardware
+from gqa_jax import costs, hardware
 from gqa_jax.errors import ConfigError
-from gqa_jax.formatting import duration, short, si
+from gqa_jax.formatting import duration, figure, short, si
 from gqa_jax.hardware import Chip, Price
 from gqa_jax.planning import planner
 from gqa_jax.planning.planner import Estimate
 from launch import fit, state
 from launch.fit import Fit
 from launch.grid import Cell
+from launch.tables import Column, Table
 
 
 def table(cells: Sequence[Cell], states: Sequence[state.CellState], flops_per_second: float | None) -> pd.DataFrame:
@@ -56,32 +55,20 @@ def measured_rate(cells: Sequence[Cell], states: Sequence[state.CellState]) -> f
 
 
 def screen(frame: pd.DataFrame, title: str) -> Table:
-    """The plan for a terminal, with totals."""
-    view = Table(title=title, title_justify="left", show_footer=True, box=box.SIMPLE_HEAD)
+    """The plan, with totals. Narrow: cells, time and state stay."""
     total = frame["seconds"].sum() if frame["seconds"].notna().all() else None
-    for name, footer in (
-        ("cell", f"{len(frame)} cells"),
-        ("L x d", ""),
-        ("N", ""),
-        ("tokens", short(frame["tokens"].sum())),
-        ("FLOPs", si(frame["train_flops"].sum())),
-        ("memory", ""),
-        ("time", "" if total is None else duration(total)),
-        ("state", ""),
-    ):
-        view.add_column(name, footer, justify="left" if name in ("cell", "state") else "right", no_wrap=True)
-    for row in frame.itertuples():
-        view.add_row(
-            row.cell,
-            f"{row.n_layers}x{row.d_model}",
-            short(row.params_non_embedding),
-            short(row.tokens),
-            si(row.train_flops),
-            f"{si(row.train_bytes)}B",
-            "" if pd.isna(row.seconds) else duration(row.seconds),
-            row.state,
-        )
-    return view
+    columns = [
+        Column("cell", lambda row: row.cell, "left", 0, total=f"{len(frame)} cells"),
+        Column("L x d", lambda row: f"{row.n_layers} x {row.d_model}", rank=2),
+        Column("N", lambda row: short(row.params_non_embedding), rank=3),
+        Column("tokens", lambda row: short(row.tokens), rank=5, total=short(frame["tokens"].sum())),
+        Column("FLOPs", lambda row: si(row.train_flops), rank=1, total=si(frame["train_flops"].sum())),
+        Column("memory", lambda row: f"{si(row.train_bytes)}B", rank=4),
+        Column("time", lambda row: _known(row.seconds, duration), rank=0, total="" if total is None else duration(total)),
+        Column("state", lambda row: row.state, "left", 0),
+    ]
+    notes = ["L x d: layers x width; N: parameters without embeddings; FLOPs: of the training"]
+    return Table.of(frame, columns, "plan", title, notes, elsewhere="--format csv")
 
 
 def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Price], efficiency: float | None) -> pd.DataFrame:
@@ -172,36 +159,35 @@ def totals(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
-    """For a terminal: the best row of each cell, and the totals."""
+    """The best row of each cell, and the totals. Narrow: cells, slices, hours and money stay."""
     several = len(frame) > len(frame.drop_duplicates("cell"))
     best = frame[frame["choice"].notna()].drop_duplicates("cell") if several else frame
     best = pd.concat([best, frame[~frame["cell"].isin(best["cell"])].drop_duplicates("cell")]).sort_index()
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = ("cell", "topology", "mesh", "remat", "batch", "GiB", "of", "at least", "expected", "limited\nby", "USD", "proof")
-    numbers = ("batch", "GiB", "of", "at least", "expected", "USD")
-    for name in columns:
-        view.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
-    for row in best.itertuples():
-        batch = "" if pd.isna(row.batch_per_device) else f"{row.accumulation_steps} x {row.batch_per_device}"
-        memory = row.bytes_arguments + row.bytes_temporary
-        last = [
-            _number(row.hours_at_least),
-            _number(row.hours),
-            _text(row.limited_by),
-            _number(row.price_usd),
-            _text(row.proof),
-        ]
-        if not row.fits:
-            last = ["", "[red]does not fit[/]", "", "", f"fits: {row.would_fit}"]
-        cells = [row.cell, row.topology, _text(row.mesh), _text(row.remat), batch, _gib(memory), _gib(row.bytes_limit), *last]
-        view.add_row(*cells)
-    sums = Table(title="the whole grid, one cell after another", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("where", "cells that fit", "hours", "chip-hours", "USD"):
-        sums.add_column(name, justify="left" if name == "where" else "right", no_wrap=True)
+    columns = [
+        Column("cell", lambda row: row.cell, "left", 0),
+        Column("topology", lambda row: row.topology, "left", 0),
+        Column("mesh", lambda row: _known(row.mesh, str), "left", 5),
+        Column("remat", lambda row: _known(row.remat, str), "left", 7),
+        Column("batch", lambda row: _known(row.batch_per_device, lambda n: f"{row.accumulation_steps} x {n}"), rank=6),
+        Column("GiB", lambda row: _known(row.bytes_arguments + row.bytes_temporary, _gib), rank=2),
+        Column("of", lambda row: _known(row.bytes_limit, _gib), rank=3, name="GiB of the device"),
+        Column("hours\nat least", lambda row: _known(row.hours_at_least, figure) if row.fits else "", rank=4),
+        Column("hours\nexpected", lambda row: _known(row.hours, figure) if row.fits else "does not fit", rank=0),
+        Column("limited by", lambda row: _known(row.limited_by, str), "left", 8),
+        Column("USD", lambda row: _known(row.price_usd, figure), rank=0),
+        Column("proof", lambda row: _known(row.proof, str), "left", 9),
+    ]
+    advice = [f"{row.cell} on {row.topology}: fits: {row.would_fit}" for row in best.itertuples() if not row.fits]
+    view = Table.of(best, columns, "slices", title, advice, values=frame, elsewhere="--format csv")
     cells = frame["cell"].nunique()
-    for row in totals(frame).itertuples():
-        sums.add_row(row.where, f"{row.cells} of {cells}", _number(row.hours), _number(row.chip_hours), _number(row.price_usd))
-    return [view, sums]
+    sums = [
+        Column("where", lambda row: row.where, "left", 0),
+        Column("cells that fit", lambda row: f"{row.cells} of {cells}", rank=0),
+        Column("hours", lambda row: _known(row.hours, figure), rank=0),
+        Column("chip-hours", lambda row: _known(row.chip_hours, figure), rank=1),
+        Column("USD", lambda row: _known(row.price_usd, figure), rank=0),
+    ]
+    return [view, Table.of(totals(frame), sums, "totals", "The whole grid, one cell after another")]
 
 
 def _seconds(chosen: Estimate, chip: Chip, efficiency: float | None) -> float:
@@ -266,49 +252,47 @@ def explanation(fits: Sequence[Fit]) -> pd.DataFrame:
 
 
 def explanation_screen(fits: Sequence[Fit]) -> list[Table]:
-    """`explanation` for a terminal, in milliseconds."""
-    views = []
-    for one in fits:
-        rows = explanation([one])
-        execution = one.chosen.execution
-        steps = execution.accumulation_steps
-        fits = "" if one.chosen.fits else " ([red]does not fit[/])"
-        view = Table(
-            title=f"{one.cell.name} on {one.slice.name}: mesh {execution.mesh}, remat {execution.remat}, "
-            f"{steps} x {one.cell.config.batch_size // steps} sequences; ms a step{fits}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-        )
-        for name in (
-            "phase",
-            *planner.PARTS,
-            "expected",
-            "share",
-            *(f"{part} at peak" for part in planner.PARTS[:4]),
-            "at least",
-        ):
-            view.add_column(name, justify="left" if name == "phase" else "right", no_wrap=name == "phase")
-        expected = rows.pivot_table(index="phase", columns="part", values="seconds_expected", sort=False)
-        peak = rows.pivot_table(index="phase", columns="part", values="seconds_at_peak", sort=False)
-        least = rows.groupby("phase", sort=False)["at_least"].first()
-        whole = expected.to_numpy().sum()
-        for phase in (*expected.index, "step"):
-            of, at = (t.sum() if phase == "step" else t.loc[phase] for t in (expected, peak))
-            bound = least.sum() if phase == "step" else least[phase]
-            view.add_row(
-                phase,
-                *(_milliseconds(of[part]) for part in planner.PARTS),
-                _milliseconds(of.sum()),
-                f"{of.sum() / whole:.0%}",
-                *(_milliseconds(at[part]) for part in planner.PARTS[:4]),
-                _milliseconds(bound),
-            )
-        views.append(view)
-    return views
+    """`explanation` of each, in milliseconds. Narrow: phases, what is expected of them and at least stay."""
+    return [_explained(one) for one in fits]
+
+
+def _explained(one: Fit) -> Table:
+    rows, execution = explanation([one]), one.chosen.execution
+    expected, peak = (
+        rows.pivot_table(index="phase", columns="part", values=values, sort=False)
+        for values in ("seconds_expected", "seconds_at_peak")
+    )
+    whole = expected.to_numpy().sum()
+    frame = expected.assign(
+        **{f"{part} at peak": peak[part] for part in planner.PARTS[:4]},
+        expected=expected.sum(axis=1),
+        at_least=rows.groupby("phase", sort=False)["at_least"].first(),
+    )
+    frame.loc["step"] = frame.sum()
+    frame = frame.reset_index()
+    names = list(frame.columns)
+
+    def of(name: str) -> Callable[[Any], str]:
+        return lambda row: _milliseconds(row[names.index(name)])
+
+    columns = [
+        Column("phase", lambda row: row[0], "left", 0),
+        *(Column(part, of(part), rank=2) for part in planner.PARTS),
+        Column("expected", of("expected"), rank=0),
+        Column("share", lambda row: f"{row[names.index('expected')] / whole:.0%}", rank=1),
+        *(Column(f"{part}\nat peak", of(f"{part} at peak"), rank=3) for part in planner.PARTS[:4]),
+        Column("at least", of("at_least"), rank=0),
+    ]
+    steps = execution.accumulation_steps
+    title = (
+        f"{one.cell.name} on {one.slice.name}: mesh {execution.mesh}, remat {execution.remat}, "
+        f"{steps} x {one.cell.config.batch_size // steps} sequences; ms a step{'' if one.chosen.fits else ' (does not fit)'}"
+    )
+    return Table.of(frame, columns, "step", title, elsewhere="--format csv")
 
 
 def _milliseconds(seconds: float) -> str:
-    return formatting.figure(1e3 * seconds) if seconds else ""
+    return figure(1e3 * seconds) if seconds else ""
 
 
 def origins(fits: Sequence[Fit], prices: Mapping[str, Price]) -> str:
@@ -328,13 +312,9 @@ def write(frame: pd.DataFrame, path: str) -> None:
         raise ConfigError(f"--out {path}: must end in .parquet or .csv")
 
 
-def _text(value: str | None) -> str:
-    return "" if pd.isna(value) else value
+def _known(value: Any, text: Callable[[Any], str]) -> str:
+    return "" if pd.isna(value) else text(value)
 
 
-def _number(value: float | None) -> str:
-    return "" if pd.isna(value) else formatting.figure(value)
-
-
-def _gib(value: float | None) -> str:
-    return "" if pd.isna(value) else f"{value / 2**30:.2f}"
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f}"

@@ -24,6 +24,91 @@ def test_numbers(value, texts):
     assert [write(value) for write in COLUMNS] == texts
 
 
+@pytest.mark.parametrize(
+    ("n_params", "text"),
+    [
+        (1.99e-28, "<1k"),
+        (999.0, "<1k"),
+        (1e3, "1.00k"),
+        (2.0834e9, "2.08B"),
+        (1e13, "10.0T"),
+        (1.86e17, ">10T"),
+        (float("inf"), ">10T"),
+        (float("nan"), ""),
+    ],
+)
+def test_sizes_of_models(n_params, text):
+    assert formatting.size(n_params) == text
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [
+        ((1.93e9, 2.11e9), "1.93B to 2.11B"),
+        ((951.0, 3e9), "at most 3.00B"),
+        ((1.93e9, float("inf")), "at least 1.93B"),
+        ((184.0, 1.93e14), "any size"),
+        ((0.0, float("inf")), "any size"),
+        ((float("nan"), 2e9), ""),
+        ((0.0, 951.0), "<1k"),
+        ((1e14, 1e15), ">10T"),
+    ],
+)
+def test_intervals_of_sizes(ends, text):
+    assert formatting.sizes(*ends) == text
+
+
+def test_an_interval_is_open_where_nothing_bounds_it():
+    assert formatting.interval(0.01, float("inf"), "{:.2f}".format) == "at least 0.01"
+    assert formatting.interval(0.0, 1.888, "{:.2f}".format, (0.0, 10.0)) == "at most 1.89"
+    assert formatting.interval(-1.0, 12.0, "{:.2f}".format, (0.0, 10.0)) == "any value"
+
+
+@pytest.mark.parametrize(
+    ("saving", "low", "high", "text", "between"),
+    [
+        (0.292, 0.253, 0.31, "29.2% less", "25.3% to 31.0%"),
+        (-0.066, -0.107, -0.041, "6.6% more", "4.1% to 10.7%"),
+        (0.02, -0.02, 0.051, "2.0% less", "2.0% more to 5.1% less"),
+        (0.0004, 0.0, 0.001, "the same", "0.0% to 0.1%"),
+        (-12.0, -50.0, -3.0, ">1000% more", "300.0% to >1000%"),
+        (float("-inf"), float("-inf"), -3.0, ">1000% more", "300.0% to >1000%"),
+        (float("nan"), float("nan"), float("nan"), "", ""),
+    ],
+)
+def test_savings_say_their_direction(saving, low, high, text, between):
+    assert (formatting.saving(saving), formatting.saving_between(low, high)) == (text, between)
+
+
+def test_how_many_times():
+    assert [formatting.times(x) for x in (1.84, 81.2, 110.0, 1234.5)] == ["1.84x", "81.2x", "110x", "1,234x"]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (57_600.0, "", "57.6k"),
+        (0.0449, "US dollars", "$0.0449"),
+        (1234.0, "US dollars", "$1,234"),
+        (130e3, "US dollars", "$130k"),
+        (91.8, "seconds", "91.8 s"),
+        (0.000107, "seconds", "0.107 ms"),
+        (613e6, "bytes", "613 MB"),
+        (12.0, "bytes", "12.0 B"),
+        (62e3, "", "62.0k"),
+        (857e18, "FLOPs", "857E"),
+        (float("inf"), "FLOPs", ""),
+        (float("nan"), "seconds", ""),
+    ],
+)
+def test_amounts_of_a_cost(value, unit, text):
+    assert formatting.amount(value, unit) == text
+
+
+def test_a_time_has_three_digits():
+    assert [formatting.seconds(x) for x in (0.00198, 0.0998, 0.5, 96.6)] == ["1.98 ms", "99.8 ms", "0.500 s", "96.6 s"]
+
+
 def test_endings_may_be_words():
     names = (" sextillion", " quintillion", " quadrillion", " trillion", " billion", " million", " thousand")
     assert formatting.scaled(2.0834e9, names, formatting.three) == "2.08 billion"

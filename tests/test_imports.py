@@ -134,40 +134,53 @@ TABLE = (
     Row("launch.run", ".errors .storage launch.grid launch.executor launch.local launch.state"),
     Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
-    Row("launch.plan", ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit"),
-    Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
-    Row("launch.serving_screens", ".formatting .laws .search.devices .search.optimum .search.roofline launch.studies"),
+    Row("launch.tables"),
     Row(
-        "launch.answer",
-        ".formatting .storage .results .laws .search.optimum .plots launch.grid launch.rules launch.studies "
-        "launch.serving_screens",
+        "launch.plan",
+        ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
+    ),
+    Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
+    Row("launch.serving_screens", ".formatting .laws .search.answer .search.roofline"),
+    Row("launch.grid_tables", ".formatting .laws .search.optimum launch.studies launch.tables"),
+    Row(
+        "launch.answers",
+        ".formatting .costs .laws .search.answer launch.studies launch.serving_screens launch.tables launch.grid_tables",
+    ),
+    Row(
+        "launch.device_tables",
+        ".formatting .search.devices .search.roofline launch.studies launch.serving_screens launch.tables launch.grid_tables "
+        "launch.answers",
+    ),
+    Row(
+        "launch.export", ".formatting .storage .results .laws .plots launch.grid launch.rules launch.studies launch.grid_tables"
     ),
     Row(
         "launch.next_cells",
         ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.grid launch.rules launch.state "
-        "launch.studies launch.answer",
+        "launch.studies launch.tables",
     ),
     Row(
         "launch.report",
         ".formatting .costs .hardware .storage .laws .search.roofline .search.objectives .search.optimum launch.grid "
-        "launch.serving_screens",
+        "launch.serving_screens launch.tables",
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .results .shape_search .laws .invariance .search.objectives .search.optimum .plots launch.grid "
-        "launch.state launch.studies launch.answer launch.report",
+        ".errors .formatting .results .shape_search .laws .invariance .search.objectives .search.answer .search.optimum "
+        ".plots launch.grid launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(
         "launch.analysis",
-        ".errors .formatting .hardware .prices launch.rules",
-        lazily=".shapes .search.roofline .search.objectives .search.optimum .search.own_model .search.own_answer "
-        ".search.devices launch.studies launch.answer launch.serving_screens launch.next_cells launch.report launch.findings",
+        ".errors .formatting .hardware .prices launch.rules launch.tables",
+        lazily=".laws .search.roofline .search.objectives .search.answer .search.optimum .search.own_model .search.own_answer "
+        ".search.devices launch.studies launch.grid_tables launch.answers launch.device_tables launch.export "
+        "launch.next_cells launch.report launch.findings",
     ),
     Row(
         "launch.__main__",
         ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executor launch.local launch.state "
         "launch.run launch.screen launch.fit launch.analysis",
-        lazily="launch.plan launch.answer",
+        lazily="launch.plan launch.export",
     ),
     # What is built on both.
     Row("configs", ".errors .shapes .config .storage launch.grid"),

@@ -7,7 +7,7 @@ import pytest
 import gqa_jax
 from gqa_jax import costs, evaluation, results, storage
 from gqa_jax.metrics import write_json
-from launch import answer, grid
+from launch import export, grid
 from launch.grid import Layout
 from tests import first_version, grid_fakes
 from tests.test_grid import two_phases
@@ -81,7 +81,7 @@ def test_missing_numbers_are_empty_and_never_zero(folder):
     diverged = table[table["status"] == "diverged"]
     assert len(diverged) == 1
     assert diverged["loss"].isna().all()
-    answer.write_tables(Layout(folder), Layout(folder))
+    export.write_tables(Layout(folder), Layout(folder))
     raw = pd.read_csv(folder / "tables" / "loss.csv", dtype=str, keep_default_na=False)
     assert set(raw["mfu"]) == {""}
 
@@ -94,7 +94,7 @@ def test_cost_table_has_a_row_per_cell_context_and_convention(folder):
 
 
 def test_exported_tables_read_back_the_same(folder, tmp_path_factory):
-    loss, _ = answer.write_tables(Layout(folder), Layout(folder))
+    loss, _ = export.write_tables(Layout(folder), Layout(folder))
     cost = results.load_costs(folder)
     alone = tmp_path_factory.mktemp("alone")
     (folder / "tables").rename(alone / "tables")
@@ -134,7 +134,7 @@ def test_a_run_that_continues_another_names_it(tmp_path):
     for cell in cells:
         grid_fakes.finish(cell, Layout(tmp_path))
     write_json(tmp_path / "grid.json", grid.facts(two_phases(), cells))
-    answer.write_tables(Layout(tmp_path), Layout(tmp_path))
+    export.write_tables(Layout(tmp_path), Layout(tmp_path))
     rows = pd.read_csv(tmp_path / "tables" / "loss.csv", dtype=str, keep_default_na=False)
     assert dict(zip(rows["cell"], rows["continue_from"], strict=True)) == {
         first.name: "", second.name: first.name, third.name: second.name,

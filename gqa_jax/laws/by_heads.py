@@ -26,7 +26,7 @@ from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.runs import Runs
 from gqa_jax.laws.shape import Penalty
-from gqa_jax.shapes import Aspect, paper_aspect
+from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
 
 if TYPE_CHECKING:
     from gqa_jax.laws.doubt import Doubts
@@ -43,6 +43,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
       size_convention: what N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as trained; "figures" without.
       aspect: d / L of models as a function of N: between the sizes that were trained, else the paper's.
       penalty: what another d / L costs in loss (`gqa_jax.laws.shape`).
+      ffn_ratio: hidden size of the feed-forward network over d of the models that are searched.
       rows: of the loss table: the runs that were fitted; None where laws are of no table.
       llama3: runs of Llama 3's heads where they are no H of their own; llama3_source: what these are.
       method: of the draws unless another is asked for; source: whose laws these are, where not of your runs.
@@ -74,7 +75,7 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
     ):
         self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
         self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
-        self.penalty, self.rows = penalty or Penalty(), rows
+        self.penalty, self.rows, self.ffn_ratio = penalty or Penalty(), rows, FFN_RATIO
         self.warnings, self.source, self.method = tuple(warnings), source, method
         self.llama3, self.llama3_source, self.design, self._refit = llama3, llama3_source, design, refit
         self.sizes = dict(sizes or {})

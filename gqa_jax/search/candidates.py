@@ -18,7 +18,7 @@ from gqa_jax.search.objectives import Objective
 from gqa_jax.search.ranking import TAILS, quantiles
 from gqa_jax.search.roofline import Layout, Serving
 from gqa_jax.search.shape_rule import ShapeRule
-from gqa_jax.shapes import Aspect, paper_aspect
+from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
 
 LEAST_BUILT, LARGEST_BUILT = 1e3, 1e13  # parameters: no model is proposed outside
 
@@ -305,11 +305,11 @@ def _sizes(loss: np.ndarray, entropy: np.ndarray, log_a: np.ndarray, b: np.ndarr
     return np.where(np.isnan(gap), np.nan, np.where(gap <= 0, np.inf, np.maximum(n, LEAST_BUILT)))
 
 
-def about(laws: Mapping[Heads, PowerLaw]) -> tuple[float, float, str]:
-    """Head size, vocabulary and convention of sizes."""
+def about(laws: Mapping[Heads, PowerLaw]) -> tuple[float, float, str, float]:
+    """Head size, vocabulary, convention of sizes, and the feed-forward network's width over d."""
     if isinstance(laws, LawsByHeads):
-        return laws.head_dim, laws.vocab_size, laws.size_convention
-    return 64.0, 50_304.0, "figures"
+        return laws.head_dim, laws.vocab_size, laws.size_convention, laws.ffn_ratio
+    return 64.0, 50_304.0, "figures", FFN_RATIO
 
 
 def rule_of(laws: Mapping[Heads, PowerLaw], asked: str | float | Aspect | None) -> ShapeRule:

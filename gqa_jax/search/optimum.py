@@ -89,10 +89,46 @@ def search(
       ValueError: a loss that no H reaches by the fitted laws, a limit that none keeps, a context below 1, heads without a law,
         or an aspect ratio that nothing is known of.
     """
+    options = {"heads": heads, "baseline": baseline, "convention": convention, "memory_limit": memory_limit, "draws": draws,
+               "seed": seed, "method": method, "loss_S": loss_S}  # fmt: skip
     objective = objective or objectives.Z(convention)
+    found = _search(laws, loss, context_served, objective, aspect=aspect, **options)
+    if not found.rule.is_free:
+        return found.answer
+    trained = _search(laws, loss, context_served, objective, aspect=TRAINED, alone=False, **options).answer
+    worth = _worth(found.answer.candidates, found.answer.baseline, trained)
+    return dataclasses.replace(found.answer, as_trained=trained, worth=worth)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    answer: Answer
+    rule: ShapeRule
+
+
+def _search(
+    laws: Mapping[Heads, PowerLaw],
+    loss: float,
+    context_served: int,
+    objective: Objective,
+    *,
+    aspect: AspectAsked,
+    heads: Sequence[Heads] | None,
+    baseline: Heads | Model,
+    convention: str | costs.Convention,
+    memory_limit: float | Serving | None,
+    draws: int,
+    seed: int,
+    method: str | None,
+    loss_S: np.ndarray | None,
+    alone: bool = True,
+) -> _Found:
+    """`search` for one rule of shapes; `alone` is False where another answer beside it says what all answers of laws do."""
     _check(loss, [context_served])
     rule = rule_of(laws, aspect)
-    known = coefficients(laws, draws, seed, method, heads=heads, compared=_compared(baseline))
+    known = coefficients(
+        laws, draws, seed, method, heads=_with_laws(laws, heads, loss, draws, seed, method), compared=_compared(baseline)
+    )
     table = Table.of(laws, loss, rule, known, seed, loss_S)
     found = table.ranked(context_served, objective, convention, memory_limit)
     if not np.isfinite(found.frame["cost"]).any():
@@ -103,23 +139,23 @@ def search(
     i = found.heads.index(best_heads)
     runner = found.frame.iloc[1] if len(found.frame) > 1 and np.isfinite(found.frame["cost"].iloc[1]) else None
     far = _far(known, i, float(best["n_params"]))
+    how = (draws, seed, method)
     warnings = [
-        *_common_warnings(laws),
-        *_without_outliers(laws, loss, context_served, objective, rule, known, memory_limit, (draws, seed, method), best_heads),
+        *(_common_warnings(laws) if alone else []),
+        *(
+            _without_outliers(laws, loss, context_served, objective, rule, known, memory_limit, how, best_heads)
+            if alone
+            else []
+        ),
         *_beyond(laws, context_served),
         *_doubts(table, best_heads, best, far),
         *([] if found.ranking is not None or not known.no_draws else [f"no probabilities: {known.no_draws}"]),
         *said,
         *_not_reached(found),
     ]
-    trained = None
-    if rule.is_free:
-        trained = search(
-            laws, loss, context_served, objective, aspect=TRAINED, heads=heads, baseline=baseline, convention=convention,
-            memory_limit=memory_limit, draws=draws, seed=seed, method=method, loss_S=loss_S,
-        )  # fmt: skip
     drawn = known.draws
-    return Answer(
+    doubt = laws.price_of_doubt(loss, draws, seed) if alone and drawn is not None and drawn.method == "posterior" else np.nan
+    answer = Answer(
         loss=float(loss),
         context_served=int(context_served),
         objective=objective.describe(),
@@ -143,14 +179,15 @@ def search(
         not_reached=np.nan if found.ranking is None else found.ranking.not_reached,
         far=far,
         shape=_choice(table, found, i, best),
-        worth=_worth(found.frame, against, trained),
-        as_trained=trained,
+        worth=_worth(found.frame, against, None),
+        as_trained=None,
         noise_model="" if drawn is None else posterior.NOISE_MODELS[drawn.method],
-        price_of_doubt=laws.price_of_doubt(loss, draws, seed) if drawn is not None and drawn.method == "posterior" else np.nan,
+        price_of_doubt=doubt,
         candidates=found.frame,
         buildable=_buildable(table, found, i, context_served, objective),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+    return _Found(answer, rule)
 
 
 def optimum_map(
@@ -268,6 +305,26 @@ def regrets(
     settled = table.settled(objective or objectives.Z(convention), context_served)
     cost_SxH, _ = table.drawn_costs(settled, context_served, memory_limit)
     return Regrets(known.heads, ranking.regret(cost_SxH), np.isfinite(cost_SxH.min(1)))
+
+
+def _with_laws(
+    laws: Mapping[Heads, PowerLaw], heads: Sequence[Heads] | None, loss: float, draws: int, seed: int, method: str | None
+) -> Sequence[Heads] | None:
+    """The candidates. Raises ValueError for heads without a law, with what the law of heads says of them, if anything."""
+    missing = [Heads(*one) for one in heads or () if Heads(*one) not in laws]
+    if not missing or not draws or not isinstance(laws, LawsByHeads):
+        return heads
+    one = missing[0]
+    if one.n_heads is None:
+        return heads
+    try:
+        n_S = np.exp(laws.draws_of(one.n_heads, one.n_kv_heads, draws, seed, method).log_size(loss)[:, 0])
+    except ValueError as error:
+        said = f"and no law of heads: {error}"
+    else:
+        low, middle, high = (formatting.short(float(x)) for x in quantiles(n_S, [TAILS[0], 0.5, TAILS[1]]))
+        said = f"the law of heads would need N* = {middle} ({low} to {high}) for this loss, which no run has checked"
+    raise ValueError(f"heads {one} have no law here ({said}): there are {', '.join(map(str, laws))}")
 
 
 def _compared(baseline: Heads | Model) -> Heads | None:
@@ -426,7 +483,7 @@ def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Obj
 
     A model reaches the loss where its typical loss, the median of the draws, is not above it.
     """
-    head_dim, vocab_size, convention = about(table.laws)
+    head_dim, vocab_size, convention, ffn_ratio = about(table.laws)
     heads, n_params = found.heads[i], float(found.n_params_H[i])
     if not n_params <= LARGEST_BUILT:
         return pd.DataFrame(columns=list(_BUILT))
@@ -436,7 +493,7 @@ def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Obj
     rows = []
     for one in shape_search.reaching(
         n_params, heads, ratio, bounds, lambda r: _SPARE * table.needed(i, r), int(head_dim), int(vocab_size), convention,
-        multiple=64 if n_params > 1e7 else 16,
+        ffn_ratio, multiple=64 if n_params > 1e7 else 16,
     ):  # fmt: skip
         n = float(costs.count_params(one, convention).non_embedding)
         own = one.d_model / one.n_layers

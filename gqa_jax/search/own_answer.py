@@ -125,7 +125,7 @@ class OwnAnswer:
         if self.kept is not None and np.isfinite(self.kept.cost):
             kept = self.kept
             text = (
-                f"Its heads with the best shape of the laws' kind: {kept.n_layers:.0f} x {kept.d_model:.0f}, N = "
+                f"Its heads with the best shape: {kept.n_layers:.0f} x {kept.d_model:.0f}, N = "
                 f"{formatting.short(kept.n_params)}, cost {formatting.three(kept.cost)}"
             )
             if np.isfinite(kept.saving):
@@ -151,8 +151,8 @@ def compare_own(
     """Which heads and shape reach what `own` would reach, trained like the runs of `laws`, at the least cost.
 
     Its own shape is taken as it is: depth, widths, heads, feed-forward network, vocabulary. The candidates have its vocabulary,
-    tied or not as its is (where a cost knows of that), and the laws' head size and feed-forward width. Arguments as in
-    `optimum.search`.
+    tied or not as its is (where a cost knows of that), its feed-forward network in proportion to d, and the laws' head size.
+    Arguments as in `optimum.search`.
 
     Raises:
       NoHeadLaw (a ValueError): heads that these laws say nothing of.
@@ -164,7 +164,7 @@ def compare_own(
             f"{own.name}: d/L = {own.ratio:.3g} ({own.shape.d_model} / {own.shape.n_layers}): no run and no source has a shape "
             f"outside {KNOWN_RATIOS[0]:g} to {KNOWN_RATIOS[1]:g}, so nothing is known of its loss"
         )
-    served = _with_vocabulary(laws, own)
+    served = _in_its_likeness(laws, own)
     if (serving := getattr(objective, "serving", None)) is not None:
         objective = dataclasses.replace(objective, serving=dataclasses.replace(serving, untied=own.untied))
     if isinstance(memory_limit, Serving):
@@ -225,10 +225,11 @@ class _Question:
         return cls(heads, drawn, source, n_params, loss, loss_S, (low, high))
 
 
-def _with_vocabulary(laws: LawsByHeads, own: OwnModel) -> LawsByHeads:
-    """The laws, for models with the vocabulary of the own one: N counts none of it."""
+def _in_its_likeness(laws: LawsByHeads, own: OwnModel) -> LawsByHeads:
+    """The laws, for models with the vocabulary (of which N counts nothing) and the feed-forward network of the own one."""
     found = copy.copy(laws)
     found.vocab_size = float(own.shape.vocab_size)
+    found.ffn_ratio = own.shape.d_ff / own.shape.d_model
     return found
 
 
@@ -253,7 +254,7 @@ def _without_outliers(
     draws, seed, method = how
     try:
         asked = _Question.of(others, own, draws, seed, method)
-        others = _with_vocabulary(others, own)
+        others = _in_its_likeness(others, own)
         known = optimum.coefficients(others, draws, seed, method, heads=heads, compared=None)
         table = Table.of(others, asked.loss, rule_of(others, aspect), known, seed, asked.loss_S)
         best = table.ranked(context, objective, "figures", memory_limit).frame.iloc[0]
@@ -365,7 +366,7 @@ def _notes(laws: LawsByHeads, own: OwnModel, heads: Heads, source: str, beyond: 
         )
     if abs(np.log(shape.d_ff / (8 * shape.d_model / 3))) > np.log(1.1):
         found.append(
-            f"its feed-forward network is {shape.d_ff / shape.d_model:.3g} d wide, that of other models 8/3 d: a parameter is "
+            f"its feed-forward network is {shape.d_ff / shape.d_model:.3g} d wide, that of the runs 8/3 d: a parameter is "
             "taken to be worth as much there as here"
         )
     return found

@@ -43,6 +43,7 @@ from typing import Any
 from unittest import mock
 
 import pandas as pd
+from rich.console import Console
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent.parent
@@ -124,8 +125,11 @@ def _differences(old: Any, new: Any, relative: float, at: str = "") -> Iterator[
 # The commands
 
 
-def printed(folder: Path, *argv: str) -> str:
-    """What `python -m launch ...` prints on stdout in a folder with nothing but configs/, without compilers and engines."""
+def printed(folder: Path, *argv: str, width: int | None = None) -> str:
+    """What `python -m launch ...` prints on stdout in a folder with nothing but configs/, without compilers and engines.
+
+    width: of the terminal that it is printed to; None: a file.
+    """
     import importlib.util
 
     from launch import __main__ as launch
@@ -136,6 +140,8 @@ def printed(folder: Path, *argv: str) -> str:
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(REPOSITORY / "configs")
     with contextlib.ExitStack() as stack:
+        if width is not None:
+            stack.enter_context(mock.patch("launch.__main__._console", return_value=Console(width=width)))
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(
             mock.patch("importlib.util.find_spec", lambda name, *rest: None if name in absent else find_spec(name, *rest))
@@ -166,9 +172,23 @@ def several(*parts: tuple[str, str]) -> str:
     return "\n".join(line.rstrip() for line in whole.splitlines()) + "\n"
 
 
+WIDTHS = (80, 100, 140)  # of terminals
+
+
 def screens(folder: Path, *commands: str) -> str:
-    """What these commands print."""
+    """What these commands print to a file."""
     return several(*((one, printed(folder, *one.split())) for one in commands))
+
+
+def at_widths(folder: Path, command: str, stop: str | None = None) -> str:
+    """What a command prints at WIDTHS; but for the first, no further than the line that begins with `stop`."""
+    parts = []
+    for width in WIDTHS:
+        lines = printed(folder, *command.split(), width=width).splitlines()
+        if stop is not None and width != WIDTHS[0]:
+            lines = lines[: next(i for i, line in enumerate(lines) if line.startswith(stop))]
+        parts.append((f"{command}, {width} columns", "\n".join(lines)))
+    return several(*parts)
 
 
 # Identities, plans
@@ -207,13 +227,13 @@ def plan_slices(folder: Path) -> str:
 
 def plan_screens(folder: Path) -> str:
     paper = f"plan configs/grids/paper.py --where {FEW}"
-    return screens(
-        folder,
-        "plan configs/grids/quickstart.py",
-        "plan configs/grids/quickstart.py --flops_per_second 2e9",
-        paper,
-        f"{paper} --topology v5e:4x4,v6e:2x4,h200:8,l4:1 --estimate --efficiency 0.5",
-        f"{paper} --topology v5p:2x2x2 --estimate",
+    slices = f"{paper} --topology v5e:4x4,v6e:2x4,h200:8,l4:1 --estimate --efficiency 0.5"
+    return (
+        screens(folder, "plan configs/grids/quickstart.py")
+        + at_widths(folder, "plan configs/grids/quickstart.py --flops_per_second 2e9 --where context=128", "time:")
+        + screens(folder, paper)
+        + at_widths(folder, slices, "The whole grid")
+        + screens(folder, f"{paper} --topology v5p:2x2x2 --estimate")
     )
 
 
@@ -250,13 +270,21 @@ def optimum_quickstart(folder: Path) -> str:
 
 
 def answer_screens(folder: Path) -> str:
+    """Every kind of question; the tables of some at all widths."""
     paper = "optimum --preset paper --context 128K --loss 2.615"
-    return screens(
+    wide = [
+        at_widths(folder, one, "warning:")
+        for one in (
+            paper,
+            f"{paper} --cost price --device h200 --batch 8",
+            f"{paper} --cost price --device h200,v6e,h100",
+            "optimum --preset paper --context 128K --loss 2.35",
+        )
+    ]
+    return "".join(wide) + screens(
         folder,
-        paper,
-        f"{paper} --conventions",
-        f"{paper} --cost latency --device h200 --batch 8",
-        f"{paper} --cost throughput --device h100 --batch 8",
+        f"{paper} --conventions --aspect paper",
+        f"{paper} --cost throughput --device h100 --batch 12",
         f"{paper} --cost price --device v5e --n_devices 4 --cache_dtype int8",
         f"{paper} --cost lifetime --served_tokens 1e12 --device v6e",
         f"{paper} --cost train",
@@ -265,15 +293,44 @@ def answer_screens(folder: Path) -> str:
     )
 
 
+def answer_formats(folder: Path) -> str:
+    """One answer in every format but JSON, which has goldens of its own; laws in those of documents."""
+    paper = "optimum --preset paper --context 128K --loss 2.615"
+    asked = [f"{paper} --format {form}" for form in ("markdown", "latex", "html")]
+    return screens(folder, *asked, *(f"fit --preset paper --format {form}" for form in ("markdown", "latex")))
+
+
 def fit_screens(folder: Path) -> str:
-    return screens(folder, "fit --preset paper", "fit --preset paper-table4")
+    return at_widths(folder, "fit --preset paper") + screens(folder, "fit --preset paper-table4")
 
 
 def quickstart_screens(folder: Path) -> str:
-    """`export` of the finished quickstart, and what is asked of it then."""
+    """`export` of the finished quickstart, its tables on narrower terminals, and what is asked of it then."""
     finished(folder)
     asked = screens(folder, "fit ROOT", "optimum ROOT --context 32K --loss 2.1")
-    return several(("export configs/grids/quickstart.py --root ROOT", exported()[0])) + asked
+    chosen = (f"{NEXT}, 80 columns", printed(folder, *NEXT.split(), "--out", "80.py", width=80))
+    return several(("export configs/grids/quickstart.py --root ROOT", exported()[0]), *exported_tables(folder), chosen) + asked
+
+
+NEXT = "next configs/grids/quickstart.py --root ROOT --context 32K --loss 2.1 --budget 3e11"
+
+
+def exported_tables(folder: Path) -> list[tuple[str, str]]:
+    """The losses and the cheapest heads that `export` prints, on narrower terminals."""
+    from gqa_jax import results
+    from launch import grid_tables, studies
+
+    root = folder / "ROOT"
+    loss = results.load_results(root)
+    compared = studies.to_best(loss, results.load_differences(root))
+    optima = pd.read_csv(io.StringIO(exported()[1]["optimum"])).astype({"n_heads": "Int64"})
+    found = []
+    for width in WIDTHS[:-1]:
+        out = io.StringIO()
+        tables = grid_tables.losses(loss), grid_tables.above_best(compared), grid_tables.optimum_map(optima, "figures")
+        Console(file=out, width=width).print(*tables)
+        found.append((f"its tables, {width} columns", out.getvalue()))
+    return found
 
 
 def quickstart_loss(_: Path) -> str:
@@ -505,6 +562,7 @@ GOLDENS = (
     Golden("optimum-paper-table4.json", optimum("paper-table4"), LAWS),
     Golden("optimum-quickstart.json", optimum_quickstart, THREE_SIZES),
     Golden("answer-screens.txt", answer_screens),
+    Golden("answer-formats.txt", answer_formats),
     Golden("fit-screens.txt", fit_screens),
     Golden("laws-presets.json", laws_of_presets, LAWS),
     Golden("laws-quickstart.json", laws_of_quickstart, THREE_SIZES),
