@@ -1,7 +1,7 @@
 """A study: runs of a grid, of a table or of the paper, the laws of each training context, and what is asked of them.
 
-study = gqa_jax.load_study("runs/quickstart")    # a grid's folder, also gs://; a .csv or .parquet table; "paper"
-study.answer(2.1, "128K"), study.map(), study.curves(), study.compare(gqa_jax.load_study("runs/other"))
+study = gqa_jax.load_study("runs/quickstart")       # a grid's folder, also gs://; a .csv or .parquet table; "paper"
+study.answer(1.8, "128K"), study.map(), study.curves(), study.compare(gqa_jax.load_study("runs/other"))
 """
 
 from __future__ import annotations
@@ -74,17 +74,21 @@ class Fits:
     @property
     def why(self) -> str:
         """Which laws answer where no training context is named, and why these; empty where there is no choice."""
+        return f"laws of runs trained at {self.fitted[0].context:,} tokens: {self.reason}" if self.reason else ""
+
+    @property
+    def reason(self) -> str:
+        """Why these laws answer where no training context is named; empty where there is no choice."""
         if len(self.fitted) < 2:
             return ""
         first, *others = self.fitted
-        which = f"laws of runs trained at {first.context:,} tokens"
         if not np.isfinite(first.noise):
-            return f"{which}: of no training context the noise is known, and this one has most runs, or the longest"
+            return "of no training context the noise is known, and this one has most runs, or the longest"
         noise = f"their noise, {first.laws.sigma:.4f} nats, is {first.noise:.1%} of what the loss falls by with size"
         if round(first.noise, 3) == round(others[0].noise, 3):
-            return f"{which}: {noise}, as at {others[0].context:,}, and they are of more runs, or longer ones"
+            return f"{noise}, as at {others[0].context:,}, and they are of more runs, or longer ones"
         named = ", ".join(f"{one.context:,}: {_percent(one.noise)}" for one in others)
-        return f"{which}: {noise}, the least of {len(self.fitted)} training contexts ({named})"
+        return f"{noise}, the least of {len(self.fitted)} training contexts ({named})"
 
     def at(self, context: int | None) -> Fitted:
         """The one of that training context; the one of least noise where none is named. Raises ConfigError."""
