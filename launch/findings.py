@@ -37,7 +37,7 @@ def of(
     aspect: Any = None,
     heads: Any = None,
 ) -> Findings:
-    """The findings of every training context; the one with most runs answers the first question.
+    """The findings of every training context; the one of least noise answers the first question.
 
     `loss` and `context`: of that question; by default the grid's middle loss at the longest context served. `aspect`: d / L as
     a function of N; by default that of the laws.
