@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from etils import epath
 
@@ -222,6 +223,56 @@ def load_differences(
     return typed(pd.DataFrame(rows), DIFFERENCE_COLUMNS)
 
 
+def load_differences_between(
+    path: os.PathLike | str, other_path: os.PathLike | str, pairs: Iterable[tuple[Sequence[str], Sequence[str]]]
+) -> pd.DataFrame:
+    """Differences in held-out loss between runs of two grid folders, as `load_differences` has them within one.
+
+    Args:
+      pairs: runs of `path` and runs of `other_path`, by name, in any number of pairs: each side is the mean of its runs, like
+        seeds of one configuration.
+
+    Returns:
+      `DIFFERENCE_COLUMNS` but for the names, one row a pair; empty, with a note, where the losses by document are missing, or
+      no document is in both.
+    """
+    pairs = [(list(ours), list(theirs)) for ours, theirs in pairs]
+    found = []
+    for root, side in ((storage.path(path), 0), (storage.path(other_path), 1)):
+        names = list(dict.fromkeys(name for pair in pairs for name in pair[side]))
+        read = storage.each(_documents, [root / "cells" / name for name in names], remote=storage.is_remote(root))
+        found.append(dict(zip(names, read, strict=True)))
+    rows = [_difference(*(_mean([of[name] for name in pair[i]]) for i, of in enumerate(found))) for pair in pairs]
+    return typed(pd.DataFrame(rows), [column for column in DIFFERENCE_COLUMNS if column.name not in ("cell", "other")])
+
+
+def load_metrics(path: os.PathLike | str) -> pd.DataFrame:
+    """What runs logged while they trained, one row per logged step and evaluation: of a grid folder, or of one run's.
+
+    Columns: cell (name of the run), kind (train or eval), step, time (seconds since the epoch), loss (nats per token: of the
+    batch, or held out), and what else the run logs: grad_norm, learning_rate, tokens, tokens_per_second, mfu, seconds_train,
+    loss_sem, bits_per_byte; what a row has not is empty. Local or gs://.
+
+    Raises FileNotFoundError where neither a grid nor a run is there.
+    """
+    from gqa_jax.metrics import read_metrics
+
+    root = storage.path(path)
+    names = _cell_names(root)
+    if names is None and not storage.names(root / "metrics"):
+        raise FileNotFoundError(f"{root} is no grid folder and no run's: neither cells/ nor metrics/ is in it")
+    folders = [root] if names is None else [root / "cells" / name for name in names]
+    read = storage.each(read_metrics, folders, remote=storage.is_remote(root))
+    rows = [{"cell": folder.name} | row for folder, rows in zip(folders, read, strict=True) for row in rows]
+    first = ["cell", "kind", "step", "time", "loss"]
+    table = pd.DataFrame(rows, columns=None if rows else first)
+    table = table[first + [name for name in table if name not in first]]
+    numbers = [name for name in table if name not in ("cell", "kind")]
+    return table.astype({name: "Int64" if name in ("step", "tokens") else "Float64" for name in numbers}).astype(
+        {"cell": "string", "kind": "string"}
+    )
+
+
 def grid_facts(path: os.PathLike | str) -> dict[str, Any]:
     """grid.json of a grid folder: name, contexts_served, losses, convention, cells, and old_cells where there are any: runs
     that are done under other rules than those of the grid's cells.
@@ -408,6 +459,17 @@ def _documents(folder: epath.Path) -> evaluation.Documents | str:
         return evaluation.from_bytes(content)
     except ValueError as error:
         return f"{path.name} of {folder.name} can't be read ({error}); {AGAIN}"
+
+
+def _mean(runs: Sequence[evaluation.Documents | str]) -> evaluation.Documents | str:
+    """Of runs that were evaluated on the same documents, or why there is none."""
+    first = runs[0]
+    for one in runs:
+        if isinstance(one, str):
+            return one
+        if not all(np.array_equal(getattr(first, name), getattr(one, name)) for name in ("document", "tokens", "targets")):
+            return "runs of one configuration were evaluated on other documents each"
+    return first._replace(loss=np.mean([one.loss for one in runs], axis=0))
 
 
 def _difference(ours: evaluation.Documents | str, theirs: evaluation.Documents | str) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def _batch(text: str) -> int | str:
 
 def _add_context(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--train_context", type=_tokens, metavar="T", help="training context of the laws (default: that with most runs)"
+        "--train_context", type=_tokens, metavar="T", help="training context of the laws (default: that of least noise)"
     )
 
 
@@ -372,7 +372,8 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError("--format csv has one table: leave out --conventions, or take another format")
     named = devices(arguments)
     goals = [objective(arguments, source.convention, name) for name in named or [None]]
-    one = studies.fit(source).at(arguments.train_context)
+    fits = studies.fit(source)
+    one = fits.at(arguments.train_context)
     limit = None
     if arguments.fits:
         own = {name: getattr(arguments, name) for name in ("n_devices", "batch", "param_dtype", "cache_dtype")}
@@ -380,7 +381,10 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     convention = arguments.convention or source.convention
     how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
-    also = [_of_runs(source, one), *([] if limit is None else [_within(limit)])]
+    also = [
+        _of_runs(source, one, fits.reason if arguments.train_context is None else ""),
+        *([] if limit is None else [_within(limit)]),
+    ]
     if arguments.like is not None:
         return _like(arguments, source, one, goals, how | limits, also, console)
     question = one.laws, arguments.loss, arguments.context
@@ -399,11 +403,11 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _of_runs(source, one) -> str:
-    """Whose laws they are."""
+def _of_runs(source, one, reason: str) -> str:
+    """Whose laws they are, and why those of this training context; empty: it was asked for, or there is no other."""
     if source.laws is not None:
         return f"laws of the preset {source.name}"
-    return f"laws of the runs of {source.name} that were trained at {one.context:,} tokens"
+    return f"laws of the runs of {source.name} that were trained at {one.context:,} tokens" + f" ({reason})" * bool(reason)
 
 
 def _within(limit) -> str:
@@ -422,7 +426,7 @@ def _show(arguments: argparse.Namespace, found, one, also: list[str], console: C
         for table in others:
             console.print(table)
         return
-    _print_as(arguments.format, [answers.headline(found, one.laws, also), *about], [*answers.tables(found, one.laws), *others])
+    _print_as(arguments.format, [answers.headline(found, also), *about], [*answers.tables(found, one.laws), *others])
 
 
 def _print_as(form: str, sentences: list[str], tables) -> None:

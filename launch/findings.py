@@ -37,7 +37,7 @@ def of(
     heads: Any = None,
     options: Mapping[str, Any] | None = None,
 ) -> Findings:
-    """The findings of every training context; the one with most runs answers the first question.
+    """The findings of every training context; the one of least noise answers the first question.
 
     `loss` and `context`: of that question; by default the grid's middle loss at the longest context served. `aspect`, `heads`:
     of `optimum.search`. `options`: those of the command line that `objective` was made of, by name, which its map keeps.

@@ -1,50 +1,47 @@
-"""Where an answer comes from: the finished runs of a grid, or the paper's own data; and the laws of each training context."""
+"""Where an answer comes from, as command lines name it: a grid and the folder it was run in, a table, or the paper's data.
+
+The laws of each training context, and which of them answer, are `gqa_jax.search.study`'s.
+"""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from etils import epath
 
-from gqa_jax import external, presets, results, storage
+from gqa_jax import results, storage
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import LawsByHeads, fit_by_heads
 from gqa_jax.laws import runs as run_table
+from gqa_jax.search import study
+from gqa_jax.search.study import COUNT, Fits, Fitted, fit, reachable
 from launch import grid
 from launch import rules as ruling
 from launch.grid import Layout
 
-PAPER_LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)  # rows of its Table 4
-PAPER_CONTEXTS = (8192, 16_384, 32_768, 65_536, 131_072)  # and its columns
-COUNT = "params_non_embedding"
+__all__ = [
+    "COUNT", "Fits", "Fitted", "Source", "beside", "fit", "of_documents", "of_grid", "of_preset", "of_table", "reachable",
+    "to_best", "under",
+]  # fmt: skip
+
 CONFOUNDED = " --allow_confounded"
 DIFFERENCE = ("difference", "standard_error", "n_documents")  # columns of `gqa_jax.results.load_differences`
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is asked: a loss table, and what its grid wants to know."""
+class Source(study.Source):
+    """What is asked, and how a command line asks it."""
 
-    name: str
-    loss: pd.DataFrame  # gqa_jax.results.LOSS_COLUMNS
-    contexts_served: Sequence[int]
-    losses: Sequence[float]  # empty: chosen from what was reached
-    convention: str
-    argument: str  # how a command line names it: a grid, or --preset NAME
+    argument: str = ""  # how a command line names it: a grid, or --preset NAME
     layout: Layout | None = None  # of a grid
-    laws: LawsByHeads | None = None  # of a preset: not fitted here
     planned: Sequence[str] = ()  # names of the grid's cells
     rules: str | None = None  # of its cells: launch.rules.OLD or NEW
     asked: bool = False  # for those, of a grid that may have others too
     table: str | None = None  # the file, of runs of any trainer
-    allow_confounded: bool = False  # laws also where heads of a size saw more tokens than others
 
     @property
     def option(self) -> str:
@@ -52,46 +49,9 @@ class Source:
         return (f" --rules {self.rules}" if self.asked else "") + CONFOUNDED * self.allow_confounded
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """The laws of one training context, and the questions that are put to them."""
-
-    context: int
-    rows: pd.DataFrame  # of the loss table: those that were fitted
-    laws: LawsByHeads
-    losses: Sequence[float]
-    contexts_served: Sequence[int]
-    convention: str
-
-
-@dataclass(frozen=True)
-class Fits:
-    """Every training context of a source, the one with most runs first; why others have no laws."""
-
-    fitted: list[Fitted]
-    unfitted: dict[int, str] = field(default_factory=dict)
-
-    def at(self, context: int | None) -> Fitted:
-        """The one of that training context; the one with most runs where none is named. Raises ConfigError."""
-        if context is None:
-            if not self.fitted:
-                why = "; ".join(f"trained at {c}: {reason}" for c, reason in self.unfitted.items())
-                raise ConfigError(f"no law can be fitted: {why}")
-            return self.fitted[0]
-        for one in self.fitted:
-            if one.context == context:
-                return one
-        if context in self.unfitted:
-            raise ConfigError(f"--train_context {context}: no law can be fitted: {self.unfitted[context]}")
-        known = sorted([one.context for one in self.fitted] + list(self.unfitted))
-        raise ConfigError(f"--train_context {context}: no run was trained there; there are {', '.join(map(str, known))}")
-
-
 def of_preset(name: str) -> Source:
     """The paper's data (`gqa_jax.presets`)."""
-    laws = presets.load(name)
-    table = results.typed(presets.paper_losses() if name == "paper" else pd.DataFrame(), results.LOSS_COLUMNS)
-    return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", f"--preset {name}", laws=laws)
+    return Source(**vars(study.from_preset(name)), argument=f"--preset {name}")
 
 
 def of_table(
@@ -113,20 +73,13 @@ def of_table(
     mapped = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
     if len(mapped) < len(pairs):
         raise ConfigError(f"--columns {columns}: a column is named twice, give each once")
-    loss = external.load_table(path, mapped, units=units, context=context, heads_rule=heads_rule)
-    extra = [name for name in loss.columns if name not in {column.name for column in results.LOSS_COLUMNS}]
-    typed = results.typed(loss.assign(**{COUNT: loss[COUNT].round()}), results.LOSS_COLUMNS)
-    labels = run_table.size_labels(typed)
-    names = pd.Series(run_table.size_names(typed, labels), dtype="string")[labels].to_numpy()
-    typed["size"] = typed["size"].fillna(pd.Series(names, typed.index, dtype="string"))
     given = f" --columns {shlex.quote(columns)}" if columns else ""
     given += (f" --units {units}" if units else "") + (f" --context_trained {context}" if context else "")
     given += f" --heads_rule {heads_rule}" if heads_rule else ""
-    served = sorted({int(c) for c in loss["context"].dropna().unique()} | set(PAPER_CONTEXTS))
-    return Source(
-        Path(path).stem, typed.assign(**{name: loss[name] for name in extra}), served, (), "figures",
-        shlex.quote(path) + given + CONFOUNDED * allow_confounded, table=path, allow_confounded=allow_confounded,
-    )  # fmt: skip
+    found = study.from_table(
+        path, mapped, units=units, context=context, heads_rule=heads_rule, allow_confounded=allow_confounded
+    )
+    return Source(**vars(found), argument=shlex.quote(path) + given + CONFOUNDED * allow_confounded, table=path)
 
 
 def beside(table: str) -> Layout:
@@ -154,29 +107,24 @@ def of_grid(
       ValueError: without `rules`, runs under several.
     """
     if path.endswith(".py"):
-        name = grid.load(path).name
-        layout = Layout(storage.path(root or f"runs/{name}"))
+        layout = Layout(storage.path(root or f"runs/{grid.load(path).name}"))
     else:
         if root is not None and root != path:
             raise ConfigError(f"{path} is a folder, and --root {root} another: give one of them")
         layout = Layout(epath.Path(storage.path(path)))
-        name = Path(str(path).rstrip("/")).name
         if not storage.is_remote(layout.root) and not layout.root.exists():
             raise ConfigError(f"{path} is not there: give a grid file (.py), or the folder of a grid that was run")
-    facts = storage.read_json(layout.root / "grid.json") or {}
     try:
         loss = results.load_results(layout.root) if loss is None else loss
     except FileNotFoundError as error:
         raise ConfigError(f"{error}: run the grid first, python -m launch run {shlex.quote(path)}") from error
-    if loss.empty:
-        raise ConfigError(f"no cell of {facts.get('name', name)} has finished in {layout.root}: run it first")
-    loss, which = under(loss, rules, layout)
+    found = study.from_folder(layout.root, loss, allow_confounded=allow_confounded)
+    rows, which = under(found.loss, rules, layout)
     argument = shlex.quote(path) + (f" --root {shlex.quote(root)}" if root else "") + (f" --rules {rules}" if rules else "")
-    argument += CONFOUNDED * allow_confounded
-    served = facts.get("contexts_served") or sorted({int(c) for c in loss["context"].unique()} | set(PAPER_CONTEXTS))
+    facts = storage.read_json(layout.root / "grid.json") or {}
     return Source(
-        facts.get("name", name), loss, served, facts.get("losses") or (), facts.get("convention", "figures"), argument, layout,
-        planned=_planned(facts, which, layout), rules=which, asked=rules is not None, allow_confounded=allow_confounded,
+        **vars(found) | {"loss": rows}, argument=argument + CONFOUNDED * allow_confounded, layout=layout,
+        planned=_planned(facts, which, layout), rules=which, asked=rules is not None,
     )  # fmt: skip
 
 
@@ -236,46 +184,3 @@ def _planned(facts: dict[str, Any], which: str, layout: Layout) -> list[str]:
     configs = [values and TrainConfig.from_stored(values) for values in stored]
     pairs = zip([*names, *others], configs, strict=True)
     return [name for name, config in pairs if config and (config == config.under_old_rules()) == (which == ruling.OLD)]
-
-
-def fit(source: Source, **options: Any) -> Fits:
-    """The laws of every training context; H that have too few sizes yet are left out, and said in their warnings.
-
-    options: of `gqa_jax.laws.fit_by_heads`.
-    """
-    if source.laws is not None:
-        if options:
-            raise ConfigError(f"the laws of {source.argument} are as they are; {', '.join(options)} is for grids")
-        one = Fitted(
-            source.laws.context, source.loss, source.laws, list(source.losses), list(source.contexts_served), source.convention
-        )
-        return Fits([one])
-    fitted, unfitted = [], {}
-    for context, rows in source.loss.groupby("context"):
-        said: list[str] = []
-        try:
-            usable, _ = run_table.by_rule(run_table.usable(rows)[0])
-            chosen, said = run_table.fittable(usable)  # sizes that one H lacks are no reason to know nothing of the others
-            if chosen.empty:
-                raise ValueError("; ".join(said))
-            left_out = usable.index.difference(chosen.index)
-            laws = fit_by_heads(rows.drop(left_out), allow_confounded=source.allow_confounded, **options)
-        except ValueError as error:
-            unfitted[int(context)] = str(error)
-            continue
-        laws.warnings = (*laws.warnings, *said)
-        fitted.append(
-            Fitted(int(context), chosen, laws, list(source.losses) or reachable(laws),
-                   list(source.contexts_served), source.convention)
-        )  # fmt: skip
-    fitted.sort(key=lambda one: (-len(one.rows), -one.context))
-    return Fits(fitted, unfitted)
-
-
-def reachable(laws: LawsByHeads) -> list[float]:
-    """Three losses that every H reaches inside the sizes it was trained at, where the ranges overlap; else their middle."""
-    low = max(law.predict(law.params.max()) for law in laws.values())
-    high = min(law.predict(law.params.min()) for law in laws.values())
-    if low >= high:
-        return [round(float((low + high) / 2), 3)]
-    return [round(float(x), 3) for x in np.linspace(high, low, 5)[1:4]]

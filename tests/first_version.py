@@ -9,13 +9,14 @@
     begun/            the same as it was after ten of its 20 steps
 
 They must open for ever: held out by position, the first windows, a warm-up from zero. `tests/goldens` has a finished quickstart
-of that version, without checkpoints.
+of that version, without checkpoints, and `data/quickstart_first_version.py` the grid that it is of.
 """
 
 import tarfile
 from pathlib import Path
 
 ARCHIVE = Path(__file__).parent / "data" / "first_version.tar.xz"
+QUICKSTART = str(Path(__file__).parent / "data" / "quickstart_first_version.py")
 FINGERPRINT = "ad99c916eb1b853e4880c05f7bdac01f8413a00db2252584f9a371eea2c9839c"  # of store/
 IDENTITY = "203749a914"  # of run/ and begun/
 LOSS = 4.1405387171544135  # of run/, nats per token

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests import goldens
+from tests import first_version, goldens
 from tests.goldens import GOLDENS, Golden
 
 
@@ -40,11 +40,14 @@ def test_cells_of_the_quickstart_are_trained_to_the_same_losses(tmp_path, monkey
     assert not found, f"{goldens.MEANING}:\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("version", [goldens.NOW, goldens.FIRST_VERSION])
-def test_a_finished_grid_says_that_it_is_finished(version, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "file"),
+    [(goldens.NOW, "configs/grids/quickstart.py"), (goldens.FIRST_VERSION, first_version.QUICKSTART)],
+)
+def test_a_finished_grid_says_that_it_is_finished(version, file, tmp_path):
     """Nothing of it is trained again, also where the code of November 2026 has written it."""
     goldens.finished(tmp_path, version)
-    said = goldens.printed(tmp_path, "status", "configs/grids/quickstart.py", "--root", "ROOT", "--json")
+    said = goldens.printed(tmp_path, "status", file, "--root", "ROOT", "--json")
     assert [row["state"] for row in json.loads(said)] == ["done"] * 18
 
 

@@ -3,7 +3,7 @@
 A row imports only rows above it, so there are no circles, and the library never knows the launcher. Where a row names no
 package of jax's family, and no row that it imports does, its modules import none: a notebook on a laptop, the launcher on a
 login node and the planner use them. An import inside a function, or for types alone, is in `lazily`. What is not seen here:
-`launch.executor` finds an engine's module by the name of the engine.
+`launch.executor` finds an engine's module by the name of the engine, and `gqa_jax` its own by the name of an attribute.
 """
 
 import ast
@@ -81,7 +81,7 @@ TABLE = (
         outside="jax optax",
     ),
     # Losses to laws, laws to answers.
-    Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder"),
+    Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder", lazily=".metrics"),
     Row("gqa_jax.shape_search", ".shapes .costs"),
     Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
     Row("gqa_jax.external", ".errors .storage .results .laws"),
@@ -93,7 +93,9 @@ TABLE = (
     Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
-    Row("gqa_jax.search.answer", ".costs .laws"),
+    Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
+    Row("gqa_jax.search.words", ".costs .formatting .laws .search.serving_words"),
+    Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
         ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
@@ -113,9 +115,14 @@ TABLE = (
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.optimum",
+        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.shape_rule "
+        ".search.candidates .search.optimum",
     ),
-    Row("gqa_jax", lazily=".external .results"),
+    Row(
+        "gqa_jax.search.study",
+        ".errors .formatting .storage .results .shape_search .laws .external .presets .search.objectives .search.optimum",
+    ),
+    Row("gqa_jax"),
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.grid", ".errors .costs .config .data"),
@@ -135,17 +142,16 @@ TABLE = (
         "launch.plan",
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
-    Row("launch.studies", ".errors .config .storage .results .laws .external .presets launch.grid launch.rules"),
-    Row("launch.serving_screens", ".formatting .laws .search.answer .search.roofline"),
+    Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
     Row("launch.grid_tables", ".formatting .laws .search.optimum launch.studies launch.tables"),
     Row(
         "launch.answers",
-        ".formatting .costs .laws .search.answer launch.studies launch.serving_screens launch.tables launch.grid_tables",
+        ".formatting .laws .search.answer .search.serving_words .search.words launch.studies launch.tables launch.grid_tables",
     ),
     Row(
         "launch.device_tables",
-        ".formatting .search.devices .search.roofline launch.studies launch.serving_screens launch.tables launch.grid_tables "
-        "launch.answers",
+        ".formatting .search.devices .search.roofline .search.serving_words .search.words launch.studies launch.tables "
+        "launch.grid_tables launch.answers",
     ),
     Row(
         "launch.export", ".formatting .storage .results .laws .plots launch.grid launch.rules launch.studies launch.grid_tables"
@@ -157,8 +163,8 @@ TABLE = (
     ),
     Row(
         "launch.report",
-        ".formatting .costs .storage .laws .search.answer .search.shape_rule .search.roofline .search.objectives "
-        ".search.optimum .plots launch.serving_screens launch.tables",
+        ".formatting .costs .storage .laws .search.serving_words .search.answer .search.shape_rule .search.roofline "
+        ".search.objectives .search.optimum .plots launch.tables",
     ),
     Row(
         "launch.findings",
@@ -185,8 +191,8 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
-        ".search.own_model .search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid "
-        "launch.studies launch.report launch.findings tests",
+        ".search.ranking .search.own_model .search.roofline .search.objectives .search.optimum .search.next_runs .plots "
+        "launch.grid launch.studies launch.report launch.findings tests",
         outside="jax",
     ),
 )

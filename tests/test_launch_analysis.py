@@ -7,7 +7,7 @@ import pytest
 
 from gqa_jax import laws, results
 from launch.__main__ import main
-from tests import grid_fakes
+from tests import grid_fakes, test_study
 
 pytestmark = pytest.mark.usefixtures("small_map")  # of reports
 
@@ -158,7 +158,7 @@ class TestFit:
         file, _, _ = small
         assert main(["fit", str(file), "--free_entropy", "--entropy", "1"]) == 2
         assert main(["fit", "--preset", "paper", "--free_entropy"]) == 2
-        assert "is for grids" in capsys.readouterr().err
+        assert "is for runs of your own" in capsys.readouterr().err
 
     def test_heads_that_lack_sizes_are_left_out_and_said(self, small, capsys):
         file, layout, cells = small
@@ -200,3 +200,17 @@ def test_report_of_a_grid_is_one_file(small, capsys):
     assert pd.notna(page.index("explorer"))
     assert list((layout.root / "report").glob("*.md"))
     assert list((layout.root / "report").glob("*.tex"))
+
+
+def test_which_training_context_answers_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = test_study.trained(tmp_path / "two")
+    ask = ["optimum", str(folder), "--context", "8K", "--loss", "2.2"]
+    assert main(ask) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trained at 32 tokens (their noise, " in said
+    assert "the least of 2 training contexts (64: " in said
+    assert main([*ask, "--train_context", "64"]) == 0
+    assert "the least of" not in capsys.readouterr().out
+    assert main([*ask, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train_context"] == 32

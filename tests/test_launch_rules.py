@@ -88,7 +88,7 @@ def rows_of(layout, name="loss"):
 class TestNames:
     def test_a_finished_quickstart_of_the_first_version_has_them(self, tmp_path):
         kept = json.loads((goldens.finished(tmp_path, goldens.FIRST_VERSION) / "grid.json").read_text())["cells"]
-        whole = grid.load("configs/grids/quickstart.py")
+        whole = grid.load(first_version.QUICKSTART)
         assert [cell.name for cell in grid.cells(grid.under_old_rules(whole))] == kept
         assert not {cell.name for cell in grid.cells(whole)} & set(kept)
 
@@ -142,7 +142,7 @@ def test_folders_of_the_first_version_are_done_and_not_edited(root, tmp_path):
     states = state.of_all(old_cells(), root, 0.0, {})
     assert [now.state for now in states] == ["done"] * 6
     kept = Layout(goldens.finished(tmp_path, goldens.FIRST_VERSION))
-    cells = grid.cells(grid.under_old_rules(grid.load(os.fspath(goldens.REPOSITORY / "configs/grids/quickstart.py"))))
+    cells = grid.cells(grid.under_old_rules(grid.load(first_version.QUICKSTART)))
     assert [now.state for now in state.of_all(cells, kept, 0.0, {})] == ["done"] * 18
 
 

@@ -44,6 +44,52 @@ def test_shared_entropy_is_one_number_and_free_ones_differ_under_noise():
     assert len({law.entropy for law in laws.fit_by_heads(points, shared_entropy=False).values()}) == 3
 
 
+@pytest.fixture(scope="module")
+def fits():
+    return laws.fit_by_heads(table(synthetic(noise=0.003)))
+
+
+class TestWhatIsShown:
+    def test_frame_has_the_intervals_and_what_they_rest_on(self, fits):
+        frame = fits.to_frame()
+        own = fits.intervals()
+        assert frame[["a_low", "b_high", "entropy_low"]].equals(own[["a_low", "b_high", "entropy_low"]])
+        assert frame["points"].tolist() == [6, 6, 6]
+        assert frame["r_squared"].tolist() == [law.r_squared for law in fits.values()]
+        assert set(frame["sigma"]) == {fits.sigma}
+        assert str(frame["n_heads"].dtype) == "Int64"
+        narrow = fits.to_frame(0.5)
+        assert (narrow["b_high"] - narrow["b_low"] < frame["b_high"] - frame["b_low"]).all()
+
+    def test_summary_and_html_say_the_same(self, fits):
+        text, html = fits.summary(), fits._repr_html_()
+        low, high = fits.block(laws.Heads(8, 1)).interval(laws.Heads(8, 1), "b")
+        for said in (f"({low:.4f} to {high:.4f})", f"noise {fits.sigma:.4f} nats", "trained at 8,192 tokens", "(8,1)",
+                     "one E for all H", *fits.doubted):  # fmt: skip
+            assert said in text
+            assert said in html
+        assert "<table" in html
+        assert "one E for all" not in laws.fit_by_heads(table(synthetic(0.003)), shared_entropy=False).summary()
+
+    def test_of_other_people_s_runs_their_source_is_said(self):
+        paper = presets.load("paper")
+        assert paper.summary().startswith("preset paper: fitted to 45 losses")
+        assert "(d/d_h,8)" in paper.summary()
+        assert str(paper.to_frame()["n_heads"].iloc[-1]) == "<NA>"
+
+    def test_one_line_each(self, fits):
+        assert repr(fits).startswith("<LawsByHeads: (1,1), (8,1), (8,8); 18 runs trained at 8,192 tokens, noise 0.00")
+        assert "\n" not in repr(fits)
+        law = laws.PowerLaw(2e8, 0.19, 1.95, 0.9999, SIZES, SIZES)
+        assert repr(law) == "<PowerLaw: L(N) = (200M / N)^0.19 + 1.95, R² 0.99990 of 6 points>"
+
+    def test_without_degrees_of_freedom(self):
+        few = {h: values[:3] for h, values in synthetic().items()}
+        one = laws.fit_by_heads(table({(8, 8): few[8, 8]}))
+        assert "noise not known" in repr(one)
+        assert "(nan" not in one.summary()
+
+
 def test_points_of_the_papers_figure_2():
     """(8,8), read off arXiv 2503.09579 Figure 2 (error about 0.003): b = 0.228, E = 2.13, R^2 = 0.99985 with its own E."""
     points = {(8, 8): [(75497472, 3.1188), (167772160, 2.9518), (314572800, 2.8455), (528482304, 2.7604)]}

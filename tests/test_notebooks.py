@@ -3,7 +3,9 @@
 python -m tests.test_notebooks        # executes them on this machine's runs/quickstart, and writes their outputs
 """
 
+import ast
 import base64
+import contextlib
 import io
 import json
 import os
@@ -15,10 +17,12 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from PIL import Image
 from traitlets.config import Config
 
+from gqa_jax import hardware
 from gqa_jax.config import TrainConfig
 from gqa_jax.metrics import write_json
 from launch import grid
@@ -183,6 +187,78 @@ class TestOptimumForMyModel:
         config = TrainConfig.from_dict(scope["get_config"]().to_dict())
         assert (config.model.n_heads, config.model.n_kv_heads) == (8, 1)
         assert config.train_tokens == pytest.approx(20 * 2.38e9, rel=0.02)
+
+
+def run_cells(path, changed):
+    """The code cells of a notebook, one after the other in this process, without a kernel: what each prints and shows.
+
+    changed: id of a cell -> its source instead. Raises what a cell raises.
+    """
+    scope, said = {}, {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type != "code":
+            continue
+        source = changed.get(cell["id"], cell.source)
+        tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith("%")))
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        out = io.StringIO()
+        scope["display"] = lambda value, out=out: print(shown(value), file=out)
+        with contextlib.redirect_stdout(out):
+            exec(compile(tree, cell["id"], "exec"), scope)
+            if last is not None and (value := eval(compile(last, cell["id"], "eval"), scope)) is not None:
+                scope["display"](value)
+        said[cell["id"]] = out.getvalue()
+    return said
+
+
+def shown(value):
+    """What a notebook would show: a picture is drawn, and gives its titles."""
+    if isinstance(value, Figure):
+        value.savefig(io.BytesIO(), format="png", dpi=30)
+        return " ".join(ax.get_title() for ax in value.axes) or "a picture"
+    return value._repr_html_() if hasattr(value, "_repr_html_") else repr(value)
+
+
+def question(serving, loss=2.6, context=131_072):
+    """The first code cell of the notebook of one's own model with the question changed."""
+    source = next(cell.source for cell in nbformat.read(MODEL, as_version=4).cells if cell.get("id") == "question")
+    lines = {"LOSS": f"LOSS = {loss}", "CONTEXT": f"CONTEXT = {context}", "SERVING": f"SERVING = {serving}"}
+    found = [lines.pop(line.partition(" = ")[0], line) for line in source.splitlines()]
+    assert not lines, "the question has other lines than the test changes"
+    return {"question": "\n".join(found)}
+
+
+class TestOptimumForOtherDevices:
+    """The page says: change the three lines of the question."""
+
+    def check(self, said, fits=True):
+        assert "(8,1)" in said["z"]
+        assert "k = 0.00" in said["shape"]
+        assert ("layers x width" in said["device"]) == fits
+        assert len(said) == len([cell for cell in nbformat.read(MODEL, as_version=4).cells if cell.cell_type == "code"])
+
+    def test_the_smallest(self):
+        said = run_cells(MODEL, question('Serving("v5e", batch=8, decode_share=0.1)'))
+        self.check(said, fits=False)  # (8,1) takes 17 GB of its 16
+        assert "no head configuration can be served as asked" in said["device"]
+        assert "none can be served so" in said["goals"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("device", list(hardware.CHIPS))
+    def test_every_device(self, device):
+        self.check(run_cells(MODEL, question(f'Serving("{device}", batch="best", decode_share=0.1)')))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("device", list(hardware.CHIPS))
+    def test_every_device_with_another_batch(self, device):
+        """Four times as many requests are asked about, too."""
+        said = run_cells(MODEL, question(f'Serving("{device}", batch=8, decode_share=0.1)'))
+        self.check(said, fits=device != "v5e")
+
+    @pytest.mark.slow
+    def test_another_loss_and_context(self):
+        said = run_cells(MODEL, question('Serving("h100", n_devices=2, ttft=2.0, tpot=0.05)', loss=2.75, context=32_768))
+        assert "layers x width" in said["device"]
 
 
 def in_few_colors(png):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -260,6 +261,69 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
                      "entropy_high": e_high}
                 )  # fmt: skip
         return pd.DataFrame(rows)
+
+    def to_frame(self, level: float = 0.95) -> pd.DataFrame:
+        """`intervals`, and of each H r_squared and points (runs); sigma, nats per token, is that of all: one row per H."""
+        frame = self.intervals(level).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
+        frame["r_squared"] = [law.r_squared for law in self.values()]
+        frame["points"] = [len(law.loss) for law in self.values()]
+        frame["sigma"] = self.sigma
+        return frame
+
+    def summary(self) -> str:
+        """The laws in words: a heading, a row per H with its 95% intervals, and what is doubtful about them."""
+        heading, warnings = self._heading(), self._said()
+        return "\n".join([*heading, self._shown().to_string(index=False), *(f"warning: {text}" for text in warnings)])
+
+    def __repr__(self) -> str:
+        runs = sum(len(law.loss) for law in self.values())
+        worst = min((law.r_squared for law in self.values()), default=np.nan)
+        return (
+            f"<LawsByHeads: {', '.join(map(str, self))}; {runs} runs trained at {self.context:,} tokens, {self._noise()}, "
+            f"R² from {worst:.4f}>"
+        )
+
+    def _repr_html_(self) -> str:
+        said = "<br>".join(html.escape(line) for line in self._heading())
+        warnings = "".join(f"<li>{html.escape(text)}</li>" for text in self._said())
+        return f"<p>{said}</p>{self._shown().to_html(index=False, border=0)}" + (f"<ul>{warnings}</ul>" if warnings else "")
+
+    def _noise(self) -> str:
+        return f"noise {self.sigma:.4f} nats" if np.isfinite(self.sigma) else "noise not known"
+
+    def _heading(self) -> list[str]:
+        shared = "one E for all H" if self.shared_entropy else "an E per H"
+        lines = [
+            f"L(N; H) = (a / N)^b + E, N parameters without embeddings, {shared}; trained at {self.context:,} tokens",
+            f"{self.status}; {self._noise()}, the standard deviation of a run about its law; intervals of 95%",
+        ]
+        return [*([self.source] if self.source else []), *lines]
+
+    def _said(self) -> list[str]:
+        return list(dict.fromkeys([*self.warnings, *self.doubted, *(text for law in self.values() for text in law.warnings)]))
+
+    def _shown(self) -> pd.DataFrame:
+        """`to_frame` as text."""
+
+        def between(row: Any, name: str, text: Callable[[float], str]) -> str:
+            low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
+            value = text(getattr(row, name))
+            return value if np.isnan(low) else f"{value} ({text(low)} to {text(high) if np.isfinite(high) else 'more'})"
+
+        rows = self.to_frame().itertuples()
+        return pd.DataFrame(
+            [
+                {
+                    "heads": str(heads),
+                    "a": between(row, "a", short),
+                    "b": between(row, "b", "{:.4f}".format),
+                    "E": between(row, "entropy", "{:.3f}".format),
+                    "R²": f"{row.r_squared:.5f}",
+                    "runs": row.points,
+                }
+                for heads, row in zip(self, rows, strict=True)
+            ]
+        )
 
     def size_interval(self, heads: Heads, loss: float, level: float = 0.95) -> tuple[float, float]:
         """Profile-likelihood interval of N*, the size that reaches `loss` with H; inf above where the data do not bound it."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gqa_jax.formatting import short
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PowerLaw:
     """L(N) = (a / N)^b + E, N without embeddings, with what it was fitted to."""
 
@@ -28,6 +30,10 @@ class PowerLaw:
         if not loss > self.entropy:
             raise ValueError(f"a loss of {loss} can't be reached: the fitted entropy E is {self.entropy:.4f}")
         return float(self.a / (loss - self.entropy) ** (1 / self.b))
+
+    def __repr__(self) -> str:
+        points = f"R² {self.r_squared:.5f} of {len(self.loss)} points" if len(self.loss) else "no points"
+        return f"<PowerLaw: L(N) = ({short(self.a)} / N)^{self.b:.4g} + {self.entropy:.4g}, {points}>"
 
     @property
     def residuals(self) -> np.ndarray:

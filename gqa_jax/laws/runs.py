@@ -150,7 +150,7 @@ def several_rules(rows: pd.DataFrame) -> str | None:
     said = ", ".join(f"{name}: {count} run{'s' * (count > 1)}" for name, count in counts.sort_index().items())
     return (
         f"runs under {len(counts)} rules ({said}) are not on one law: their losses are of other held-out text, or of another "
-        "warm-up. Choose with --rules old or --rules new, or take table[table['rules'] == ...]"
+        "warm-up. Choose with --rules old or --rules new (load_study: rules=...), or take table[table['rules'] == ...]"
     )
 
 

@@ -34,12 +34,18 @@ def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str 
     for i, (_, row) in enumerate(shown.iterrows()):
         look = style.head_look(tables.heads_of(row))
         ax.barh(i, 100 * row["probability"], height=0.66, color=look.color, edgecolor=style.INK, linewidth=0.6)
-        _beside(ax, i, row["probability"], "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}")
+        _beside(
+            ax,
+            i,
+            row["probability"],
+            look.color,
+            "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}",
+        )
         names.append(style.head_text(tables.heads_of(row)))
     if len(rest):
         share = float(rest["probability"].sum())
         ax.barh(len(shown), 100 * share, height=0.66, color="0.88", hatch="//", edgecolor=style.INK, linewidth=0.6)
-        _beside(ax, len(shown), share, "")
+        _beside(ax, len(shown), share, "0.88", "")
         names.append(f"{len(rest)} other{'s' * (len(rest) > 1)}")
     note = ""
     if shown["answer"].any():
@@ -81,7 +87,7 @@ def cost_intervals(
     answer = _is_answer(frame)
     lines = [f"{_ANSWER}: the least expected regret"] if answer.any() else []
     if np.isfinite(low).any():
-        lines.append(f"bars: 95%{style.rests_on(laws)}; they move together with what is not known of E")
+        lines.append(f"bars: 95%{style.rests_on(laws)}; what is not known of E moves all alike")
     style.finish(ax, label, "", title, "\n".join(lines), cheaper="x")
     _rows(ax, [style.head_text(tables.heads_of(row)) for _, row in frame.iterrows()], answer)
     return ax
@@ -150,7 +156,7 @@ def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | Non
         look = style.head_look(heads)
         style.points(ax, law.params, 1e3 * (law.loss - law.predict(law.params)), look, label=style.head_text(heads))
     style.log_axis(ax.xaxis, text=formatting.short)
-    labels.legend(ax, [labels.Entry(style.head_text(h), style.head_look(h)) for h in laws], labels.HEADS, lines=False)
+    labels.legend(ax, [labels.Entry(style.head_text(h), style.head_look(h)) for h in laws], labels.heads(laws), lines=False)
     note = f"band: 95% of runs, twice their standard deviation of {sigma:.4f} nats" if np.isfinite(sigma) else ""
     return style.finish(
         ax, "parameters without embeddings, $N$", f"measured {style.MINUS} fitted loss\n(0.001 nats per token)", title, note
@@ -158,6 +164,7 @@ def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | Non
 
 
 _ANSWER = "yellow: the answer"
+_DRAWS_TELL = (0.001, 0.999)  # what 1,000 draws can't tell from 0 and 1 is not called so
 
 
 def _is_answer(candidates: pd.DataFrame) -> np.ndarray:
@@ -177,13 +184,14 @@ def _rows(ax: Axes, names: list[str], answer: np.ndarray) -> None:
         ax.get_yticklabels()[i].set_fontweight("bold")
 
 
-def _beside(ax: Axes, place: float, probability: float, text: str) -> None:
+def _beside(ax: Axes, place: float, probability: float, color: str, text: str) -> None:
     """The number at the end of a bar; inside it where there is no room beside it."""
-    words = "   ".join(part for part in (formatting.percent(probability), text) if part)
+    words = "   ".join(part for part in (formatting.percent(np.clip(probability, *_DRAWS_TELL)), text) if part)
     inside = probability > 0.55
+    ink = "white" if inside and style.luma(color) < 0.5 else style.INK
     ax.annotate(
         words, (100 * probability, place), (-5 if inside else 5, 0), textcoords="offset points", va="center",
-        ha="right" if inside else "left", fontsize=style.SMALL, color="white" if inside else style.INK,
+        ha="right" if inside else "left", fontsize=style.SMALL, color=ink,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def savings(
         high, low = (100 * (1 - end) for end in one.saving_interval)
         top = share
         if np.isfinite(low):
-            ax.vlines(i + 0.2, low, high, color=style.HALO, linewidth=3.2)
+            ax.vlines(i + 0.2, low, high, color="white", linewidth=3.2)
             ax.vlines(i + 0.2, low, high, color=style.INK, linewidth=1.4)
             top, sure = max(share, high) if np.isfinite(high) else share, True
         highest = max(highest, top)
@@ -86,9 +87,10 @@ def savings(
         [Patch(**other), Patch(facecolor=look.color, **frame)], [f"{theirs}: {sizes[0]}", f"{ours}: {sizes[1]}"],
         loc="upper left", bbox_to_anchor=(-0.02, -0.1), frameon=False, fontsize=style.SMALL, labelcolor=style.INK,
     )  # fmt: skip
+    shapes = cost_axes.shapes_said(laws, aspect).replace("least cost", "least $Z$")
     lines = [
         f"loss {loss:g}, served at {formatting.context(context_served)}; {against.label} = 100%",
-        "; ".join(filter(None, (cost_axes.counted(convention, show[0]), cost_axes.shapes_said(laws, aspect)))),
+        "; ".join(filter(None, (cost_axes.counted(convention, show[0]), shapes))),
         *([f"whiskers: 95%{style.rests_on(laws)}"] if sure else []),
     ]
     style.finish(ax, "", "cost of inference (%)", title, "\n".join(lines), cheaper="y")
@@ -111,21 +113,24 @@ def cost_by_context(
 ) -> Axes:
     """Cost of reaching a loss against the served context, a curve and its band per head configuration (curves of Figure 1).
 
-    Yellow marks which of them has the least expected regret, or the least cost where laws have no draws. Arguments and errors as
-    of `savings`. Curves go from the least to the greatest of `contexts_served`, which get the ticks.
+    Yellow marks which of them has the least expected regret, or the least cost where laws have no draws. Arguments and errors
+    as of `savings`. Curves go from the least to the greatest of `contexts_served`, which get the ticks.
     """
     chosen = cost_axes.objective(cost, convention)
+    for each in heads:
+        if each in laws:
+            laws[each].solve(loss)  # ValueError where it is not reached
     grid = np.unique(np.round(np.geomspace(min(contexts_served), max(contexts_served), _POINTS)).astype(int))
     frame = optimum.optimum_map(
         laws, [loss], [int(context) for context in grid], chosen, aspect=aspect, heads=heads, draws=_draws(laws)
     )
     ax = ax or style.new_axes()
-    entries, bands = [], False
+    entries, bands, curves = [], False, {}
     for each in heads:
         rows = frame[[tables.heads_of(row) == each for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]]
         x, y, low, high = (tables.numbers(rows, name) for name in ("context_served", "cost", "cost_low", "cost_high"))
         if not np.isfinite(y).any():
-            raise ValueError(f"a loss of {loss:g} can't be reached by heads {each}: {rows['note'].iloc[0]}")
+            raise ValueError(f"heads {each} have no cost at a loss of {loss:g}: {rows['note'].iloc[0]}")
         look = style.head_look(each)
         style.curve(ax, x, y, look)
         if np.isfinite(low).any():
@@ -133,13 +138,16 @@ def cost_by_context(
             bands = True
         n_params = formatting.short(tables.numbers(rows, "n_params")[-1])
         entries.append(labels.Entry(f"{style.head_text(each)}, {n_params}", look, float(y[-1])))
+        curves[each] = y
     style.power_of_two_axis(ax.xaxis, contexts_served, formatting.context)
     cost_axes.scale(ax.yaxis, chosen)
     best = frame[(frame["rank"] == 1).fillna(False)].sort_values("context_served")
     if len(heads) > 1:
-        _mark(ax, [tables.heads_of(row) for row in best.to_dict("records")], *(tables.numbers(best, c) for c in _CURVE))
+        _mark(ax, [tables.heads_of(row) for row in best.to_dict("records")], tables.numbers(best, "context_served"), curves)
     marks = "" if len(heads) == 1 else "least expected regret" if bands else "least cost"
-    labels.legend(ax, entries, f"heads, $N$ at {formatting.context(int(grid[-1]))}", markers=False, answer=marks)
+    labels.legend(
+        ax, entries, f"{labels.heads(curves)},\n$N$ at {formatting.context(int(grid[-1]))}", markers=False, answer=marks
+    )
     lines = [
         f"loss {loss:g}; "
         + "; ".join(filter(None, (cost_axes.counted(convention, cost), cost_axes.shapes_said(laws, aspect)))),
@@ -148,16 +156,14 @@ def cost_by_context(
     return style.finish(ax, "context served (tokens)", cost_axes.label(chosen), title, "\n".join(lines), cheaper="y")
 
 
-_CURVE = ("context_served", "cost")
-
-
-def _mark(ax: Axes, winners: Sequence[Heads], x: np.ndarray, y: np.ndarray) -> None:
-    """Yellow along the points of each winner, as far as half-way to where the next begins."""
-    start = 0
-    for i in range(1, len(winners) + 1):
-        if i == len(winners) or winners[i] != winners[start]:
-            style.halo(ax, x[start:i], y[start:i])
-            start = i
+def _mark(ax: Axes, winners: Sequence[Heads], x: np.ndarray, curves: Mapping[Heads, np.ndarray]) -> None:
+    """Yellow along the curve of the winner at each x, as far as half-way to where the next one begins."""
+    edges = [i for i in range(1, len(winners)) if winners[i] != winners[i - 1]]
+    for start, end in itertools.pairwise([0, *edges, len(winners)]):
+        ends = np.sqrt(x[[max(start - 1, 0), end - 1]] * x[[start, min(end, len(x) - 1)]])
+        along = np.unique([ends[0], *x[start:end], ends[1]])
+        y = np.exp(np.interp(np.log(along), np.log(x), np.log(curves[winners[start]])))
+        style.halo(ax, along, y)
 
 
 def _draws(laws: Any) -> int:
@@ -197,8 +203,8 @@ def savings_by_context(
         entries.append(labels.Entry(text, look, float(saving[-1])))
     style.power_of_two_axis(ax.xaxis, best["context_served"], formatting.context)
     labels.legend(ax, entries, "loss to reach\n(nats per token)")
-    note = f"heads of least expected regret, against {baseline} at the same loss; below 0 they cost more"
-    label = f"cost saved against {baseline} (%)      cheaper \u2192"
+    note = f"heads of least expected regret, against {baseline} at the same loss"
+    label = f"cost saved against\n{baseline} (%)      cheaper \u2192"
     return style.finish(ax, "context served (tokens)", label, title, note + "\nbands: 95%" * bands)
 
 
@@ -247,14 +253,14 @@ def aligned_cost(
         label = cost_axes.label(chosen)
     if len(found) > 1:
         _mark_cheapest(ax, [(tables.numbers(rows, column), tables.numbers(rows, "loss")) for rows in found.values()])
-    labels.legend(ax, entries, labels.HEADS, markers=False, answer="least cost" * (len(found) > 1))
+    labels.legend(ax, entries, labels.heads(found), markers=False, answer="least cost" * (len(found) > 1))
     note = f"same training cost for all\nbands: 95% {IN_BRIEF['independent']}"
     return style.finish(ax, label, "held-out loss (nats per token)", title, note, cheaper="x")
 
 
 def _mark_cheapest(ax: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Yellow along the curve that has the least cost for each loss. A curve is costs and losses; it may rise at its end."""
-    losses = np.linspace(min(y.min() for _, y in curves), max(y.max() for _, y in curves), 200)
+    """Yellow along the curve that has the least cost for each loss that all have. A curve is costs and losses."""
+    losses = np.linspace(max(y.min() for _, y in curves), min(y[0] for _, y in curves), 200)
     at_CxL = np.full((len(curves), len(losses)), np.inf)
     for i, (x, y) in enumerate(curves):
         falling = slice(0, int(np.argmin(y)) + 1)

@@ -126,7 +126,7 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
                 ax.axhspan(mean["loss"] - half, mean["loss"] + half, color=look.color, alpha=0.12, linewidth=0)
                 bands = True
     style.log_axis(ax.xaxis, text=formatting.short)
-    labels.legend(ax, entries, labels.HEADS if series == "heads" else "size")
+    labels.legend(ax, entries, labels.heads(order) if series == "heads" else "size")
     sure = style.sure(None, shared, bars=bars, bands=bands)
     note = "\n".join(filter(None, ("lines across: trained at that context from scratch", sure)))
     return style.finish(ax, f"tokens of the continuation at {formatting.context(int(context))}", LOSS, title, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,11 +60,13 @@ def shapes_said(laws: Mapping[Heads, PowerLaw], aspect: Any) -> str:
 
 def smooth(aspect: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The same ratios at the knots of an `Aspect`, and between them a curve without kinks that does not leave their range."""
-    if not isinstance(aspect, Aspect) or len(aspect.params) < 3:
+    if not isinstance(aspect, Aspect) or len(aspect.params) < 2:
         return aspect
-    ends = np.log(aspect.params[0]), np.log(aspect.params[-1])
-    between = PchipInterpolator(np.log(aspect.params), np.log(aspect.ratio))
-    return lambda n_params: np.exp(between(np.clip(np.log(n_params), *ends)))
+    log_n = np.pad(
+        np.log(aspect.params), 1, "linear_ramp", end_values=(np.log(aspect.params[0]) - 1, np.log(aspect.params[-1]) + 1)
+    )
+    between = PchipInterpolator(log_n, np.pad(np.log(aspect.ratio), 1, "edge"))  # flat at the ends, as it is outside
+    return lambda n_params: np.exp(between(np.clip(np.log(n_params), log_n[0], log_n[-1])))
 
 
 def answers_by_loss(
@@ -86,7 +89,7 @@ def answers_by_loss(
 
     rule: Any = shape_rule.ShapeRule("runs", rule_of(laws, None).penalty, aspect=ratios)  # type: ignore[arg-type]
     edges, found = np.linspace(low, high, _LOSSES + 1), []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         best = Table.of(laws, (start + end) / 2, rule, known).ranked(context, cost, "figures", None).frame.iloc[0]
         if np.isfinite(best["cost"]):
             found.append((float(start), float(end), tables.heads_of(best)))

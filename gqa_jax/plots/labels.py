@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.artist import Artist
@@ -11,10 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
+from gqa_jax.laws import Heads
 from gqa_jax.plots import style
 
-HEADS = "(query, key/value) heads"
-_ROWS = 13  # of a legend; more stand in two columns
+_ROWS, _ACROSS = 13, 7  # of a legend beside axes, before it has two columns; of one below, before it has two rows
+
+
+def heads(shown: Iterable[Heads]) -> str:
+    """The title of a legend of heads."""
+    rule = "\n$d/d_h$: as many as fill the width" if any(each.n_heads is None for each in shown) else ""
+    return f"(query, key/value) heads{rule}"
 
 
 class Entry(NamedTuple):
@@ -42,9 +48,10 @@ def legend(
 def legend_below(figure: Figure, entries: Sequence[Entry], title: str, *, answer: str = "") -> None:
     """Names of series that several axes share, below them, in their own order."""
     handles, texts = _handles(entries, True, True, answer)
+    rows = -(-len(handles) // _ACROSS)
     _finish(
         figure.legend(
-            handles, texts, title=title, loc="outside lower center", ncols=min(len(handles), 7), handlelength=3.4,
+            handles, texts, title=title, loc="outside lower center", ncols=-(-len(handles) // rows), handlelength=3.4,
             labelspacing=0.6, columnspacing=1.6, **_TEXT,
         )
     )  # fmt: skip

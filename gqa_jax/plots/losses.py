@@ -53,7 +53,7 @@ def loss_vs_params(
         style.points(ax, law.params, law.loss, look, error=error, label=style.head_text(heads))
         entries.append(labels.Entry(style.head_text(heads), look, float(law.predict(grid[-1]))))
     style.log_axis(ax.xaxis, text=formatting.short)
-    labels.legend(ax, entries, labels.HEADS)
+    labels.legend(ax, entries, labels.heads(laws))
     beyond = "thin: beyond the runs" if until is not None else ""
     sure = style.sure(laws, getattr(laws, "shared", None), bars=bars, bands=bands)
     note = "\n".join(filter(None, (beyond, sure)))
@@ -90,8 +90,8 @@ def loss_vs_cost(
     ax = ax or style.new_axes()
     chosen = cost_axes.objective(cost, convention)
     entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
-    labels.legend(ax, entries, labels.HEADS, answer=marks)
-    note = "\n".join(filter(None, (cost_axes.counted(convention, cost), *note)))
+    labels.legend(ax, entries, labels.heads(laws), answer=marks)
+    note = "\n".join(filter(None, ("; ".join(filter(None, (cost_axes.counted(convention, cost), note[0]))), *note[1:])))
     return style.finish(ax, cost_axes.label(chosen, context_served), LOSS, title, note, cheaper="x")
 
 
@@ -113,9 +113,9 @@ def loss_vs_costs(
         entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
         label = cost_axes.label(chosen, context_served).replace(" at ", "\nat ")
         style.finish(ax, label, LOSS if ax is panels[0] else "", cheaper="x")
-    note = "; ".join(filter(None, (cost_axes.counted(convention, "z"), *note)))
+    note = "\n".join(("; ".join(filter(None, (cost_axes.counted(convention, "z"), note[0]))), *note[1:]))
     style.caption(panels[0], title, note, columns=3)
-    labels.legend_below(panels[0].figure, entries, labels.HEADS, answer=marks)
+    labels.legend_below(panels[0].figure, entries, labels.heads(laws), answer=marks)
     return panels
 
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
 from gqa_jax import formatting
 from gqa_jax.laws import Heads
 from gqa_jax.plots import style, tables
 
-# Shades of the probability that the heads are the cheapest: light enough for dark text and the borders of regions.
-_SHADES = LinearSegmentedColormap.from_list("certainty", ["#FFFFFF", "#F1F1F1", "#E0E0E0", "#CECECE", "#BBBBBB"])
+_TINT = (0.04, 0.3)  # how far cells are from white, from impossible to certain, whatever their hue: light enough for dark text
 _HATCH = (0.1, 0.1, 0.1, 0.3)
 _DOUBT = 0.5  # below it the heads are more likely not the cheapest: hatched
-_EDGE = 0.09  # of a cell: a stripe in the colour of its heads
+_DRAWS_TELL = 0.999  # what 1,000 draws can't tell from 1 is not called so
 
 
 def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
     """The heads of least expected regret for each loss (rows, easiest on top) and served context (columns).
 
-    Shade and number: probability that they are the cheapest; hatched below one half; a star: N* lies outside the sizes that were
-    trained. Heavy lines part regions of different heads, whose colour is at the left of each cell. A cell without an answer is
-    left empty with a dash.
+    Colour: the heads, stronger the more probable it is that they are the cheapest; hatched below one half; a star: N* lies
+    outside the sizes that were trained. Heavy lines part regions of different heads. A cell without an answer is left empty
+    with a dash.
 
     Args:
       frame: of `search.optimum.optimum_map`: columns loss, context_served, n_heads, n_kv_heads, rank (1: the answer) and,
@@ -60,9 +58,10 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     ax.set_yticks(range(len(losses)), formatting.alike(losses))
     starred = any("note" in best and not pd.isna(note) for note in best.get("note", []))
     sized = "n_params" in best and best["n_params"].notna().any()
-    shown = ["$N$"] * bool(sized) + ["probability of being the cheapest (shade; hatched below 50%)"] * bool(certain)
+    shown = ["$N$"] * bool(sized) + ["probability of being the cheapest (tint; hatched below 50%)"] * bool(certain)
     note = f"(query, key/value) heads of least {'expected regret' if certain else 'cost'}"
     note += f", {' and '.join(shown)}" * bool(shown) + "; * outside the sizes trained" * starred
+    note += "; $d/d_h$: as many as fill the width" * any(heads.n_heads is None for heads in winners.values())
     style.finish(ax, "context served (tokens)", "loss to reach\n(nats per token)", title, note)
     ax.grid(visible=False)
     ax.tick_params(length=0)
@@ -73,7 +72,8 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
 def _cell(ax: Axes, row: int, column: int, answer: pd.Series, certain: bool) -> Heads:
     probability = float(answer["probability"]) if certain and not pd.isna(answer["probability"]) else None
     heads = tables.heads_of(answer)
-    color = _SHADES(probability) if probability is not None else "#F1F1F1"
+    own, away = style.head_look(heads).color, np.interp(0.5 if probability is None else probability, (0, 1), _TINT)
+    color = style.mix(own, away / max(1 - style.luma(own), _TINT[1]))
     ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
     if probability is not None and probability < _DOUBT:
         ax.add_patch(
@@ -81,13 +81,10 @@ def _cell(ax: Axes, row: int, column: int, answer: pd.Series, certain: bool) -> 
                 (column - 0.5, row - 0.5), 1, 1, facecolor="none", edgecolor=_HATCH, hatch="////", linewidth=0, zorder=1.2
             )
         )
-    stripe = Rectangle((column - 0.5, row - 0.5), _EDGE, 1, facecolor=style.head_look(heads).color, linewidth=0, zorder=1.3)
-    ax.add_patch(stripe)
     star = "*" if not pd.isna(answer.get("note", pd.NA)) else ""
     halo = {"boxstyle": "round,pad=0.12", "facecolor": color, "edgecolor": "none"}
     small = [formatting.short(answer["n_params"])] if not pd.isna(answer.get("n_params", pd.NA)) else []
-    small += [formatting.percent(probability)] if probability is not None else []
-    column += _EDGE / 2
+    small += [formatting.percent(min(probability, _DRAWS_TELL))] if probability is not None else []
     ax.text(
         column, row - (0.16 if small else 0), style.head_text(heads) + star, ha="center", va="center", color=style.INK,
         fontsize=style.TEXT, fontweight="bold", bbox=halo,

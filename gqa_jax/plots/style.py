@@ -1,9 +1,9 @@
 """The one style of all pictures: a look for each head configuration, axes, curves and points, files.
 
 No two head configurations share a colour, and nothing is said by colour alone. Key/value heads are the hue, the line style and
-the fill of a marker; query heads are how dark the colour is, and the marker. So both survive a black-and-white printer, and one of
-them always does for people who tell few colours apart. Rules such as Llama 3's, whose heads grow with the width, are greys with
-stars, Llama 3's own black. A broad yellow line or field is the answer, in every picture.
+the fill of a marker; query heads are how dark the colour is, and the marker. So both survive a black-and-white printer. Rules
+such as Llama 3's, whose heads grow with the width, are greys with stars, Llama 3's own black. A broad yellow line or field is
+the answer, in every picture.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TEXT, SMALL = 9.0, 8.0  # points
 
 HALO = "#FFE07A"  # of the answer: the heads of least expected regret
 
-# Colours by key/value heads (1, 2, 4, ... 32) and, within, by query heads from as many on to 32. Lightness and hue are placed so
-# that the closest two of all are as far apart as can be (OKLab), also for people without red or green cones (Machado et al. 2009).
+# Colours by key/value heads (1, 2, 4, ... 32) and, within, by query heads from as many on to 32. Lightness and hue are such
+# that the closest two are as far apart as can be (in OKLab), also for people without red or green cones (Machado et al. 2009).
 _HEAD_COLORS = (
     ("#0EB7FE", "#139AED", "#0A73D3", "#1D55C9", "#2E38B2", "#2C008D"),
     ("#EE5F20", "#C14509", "#A33706", "#852B04", "#5A1700"),
@@ -57,7 +57,8 @@ AREAS = (("#DCE6F2", ""), ("#A9C4E4", "//"), ("#F3D7A2", ".."), ("#D9806A", ""),
 
 # Ticks of a logarithmic axis within a decade; those that give about five are taken.
 _TICKS = (
-    (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), np.arange(2, 20) / 2, np.arange(5, 50) / 5, np.arange(10, 100) / 10,
+    (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
+    np.arange(2, 20) / 2, np.arange(5, 50) / 5, np.arange(10, 100) / 10,
     np.arange(50, 500) / 50, np.arange(100, 1000) / 100,
 )  # fmt: skip
 
@@ -78,12 +79,12 @@ def head_look(heads: Heads) -> Look:
     if heads.n_heads is None:
         colors = _RULE_COLORS if heads.group is None else _GROUP_COLORS
         color = _between(colors, level / (len(colors) - 1))
-        return Look(color, "*" if heads.group is None else "X", _line(level), _mix(color, min(level / 5, 1.0)), 8.0)
+        return Look(color, "*" if heads.group is None else "X", _line(level), mix(color, min(level / 5, 1.0)), 8.0)
     color = _head_color(np.log2(heads.n_heads), level)
     power = int(np.log2(heads.n_heads))
     known = heads.n_heads == 2**power and power < len(_MARKERS)
     marker = _MARKERS[power] if known else _OTHER_MARKERS[heads.n_heads % len(_OTHER_MARKERS)]
-    return Look(color, marker, _line(level), _mix(color, min(level / 5, 1.0)))
+    return Look(color, marker, _line(level), mix(color, min(level / 5, 1.0)))
 
 
 def _head_color(level: float, kv_level: float) -> str:
@@ -94,9 +95,9 @@ def _head_color(level: float, kv_level: float) -> str:
     for row in {below, min(below + 1, last)}:
         colors = _HEAD_COLORS[row]
         each.append(_between(colors, (level - row) / max(len(colors) - 1, 1)))
-    color = each[0] if len(each) == 1 else _mix(each[0], 1 - (kv_level - below), each[1])
-    color = _mix(color, 0.6 ** max(level - last, 0), "#000000")
-    return _mix(color, 0.75 ** max(kv_level - last, 0), "#808080")
+    color = each[0] if len(each) == 1 else mix(each[0], 1 - (kv_level - below), each[1])
+    color = mix(color, 0.6 ** max(level - last, 0), "#000000")
+    return mix(color, 0.75 ** max(kv_level - last, 0), "#808080")
 
 
 def head_text(heads: Heads) -> str:
@@ -147,18 +148,23 @@ def caption(ax: Axes, title: str, note: str, columns: int = 1) -> None:
     """Title and note above axes, as wide as `columns` of the figure's."""
     place = ax.get_subplotspec()
     share = 1.0 if place is None else columns / place.get_gridspec().ncols
-    letters = int(share * ax.figure.get_figwidth() * 72 / (0.56 * SMALL)) - 6  # a letter is about half as wide as its size
+    letters = int(share * ax.figure.get_figwidth() * 72 / (0.6 * SMALL)) - 6  # letters are about 0.6 of their size wide
     note = "\n".join(textwrap.fill(line, max(letters, 20)) for line in note.split("\n"))
     if title:
         pad = 8 + 8 * bool(note) + 10 * note.count("\n")
         ax.set_title(title, fontsize=TEXT + 0.5, color=INK, loc="left", pad=pad, wrap=True)
+    if note and columns > 1 and not title:  # keeps the room for a note that is left out of the layout
+        ax.set_title(" ", fontsize=SMALL, loc="left", pad=4 + 10 * note.count("\n"))
     if note:
-        ax.annotate(note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=QUIET)
+        small = ax.annotate(
+            note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=QUIET
+        )
+        small.set_in_layout(columns == 1)  # one that is wider than its axes would push the others away
 
 
 def halo(ax: Axes, x: Any, y: Any) -> None:
     """Marks a part of a curve as that of the answer."""
-    ax.plot(x, y, color=HALO, linewidth=8, solid_capstyle="round", label="_answer", zorder=1.2)
+    ax.plot(x, y, color=HALO, linewidth=8, solid_capstyle="round", label="_answer", zorder=1.7)
 
 
 def curve(ax: Axes, x: Any, y: Any, look: Look, **options: Any) -> None:
@@ -212,11 +218,11 @@ def rests_on(laws: Any) -> str:
 def sure(laws: Any, shared: SharedError | None, *, bars: bool, bands: bool) -> str:
     """What the bars and bands that are drawn are; "" where none is.
 
-    shared: the error that all losses have in common. It moves all points alike and is no bar, but is said; nan: it is not known.
+    shared: the error that all losses have in common. It moves all points alike and is no bar, but is said; nan: not known.
     """
-    if not (bars or bands):
-        return ""
     text = f"; held-out text: \u00b1 {shared.reach(LEVEL):.3f} for all alike" if shared is not None and shared.sem > 0 else ""
+    if not (bars or bands):
+        return text.removeprefix("; ") + " (95%)" * bool(text)
     return f"{' and '.join(['bars'] * bars + ['bands'] * bands)}: 95%{rests_on(laws)}{text}"
 
 
@@ -280,6 +286,11 @@ def _between(colors: Sequence[str], place: float) -> str:
     return to_hex([np.interp(x, np.arange(len(colors)), channel) for channel in rgb_Cx3.T])
 
 
-def _mix(color: str, share: float, other: str = "#FFFFFF") -> str:
+def mix(color: str, share: float, other: str = "#FFFFFF") -> str:
     """`share` of the colour, the rest another."""
     return to_hex(share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(other)))
+
+
+def luma(color: str) -> float:
+    """How light a colour is in black and white, 0 to 1."""
+    return float(np.array(to_rgb(color)) @ [0.299, 0.587, 0.114])

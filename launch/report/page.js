@@ -177,7 +177,7 @@ function warnings(asked, { rows, best, order }) {
   }
   if (probability < 0.5) said.push("No heads are the cheapest in most draws: several are about as good.");
   if (steps) said.push("How many requests are served at once changes in steps here, and the cost with it: it is read off between two of them. The command line has it exactly.");
-  if (!study.map.contexts.includes(asked.context)) said.push("Probabilities between two contexts of the map are read off a straight line.");
+  if (!study.map.contexts.includes(asked.context)) said.push("Between two contexts of the map shapes and probabilities are approximate.");
   return said;
 }
 
