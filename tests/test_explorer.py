@@ -472,7 +472,7 @@ class TestCharts:
         script = """
           const map = gqa.studies[0].map;
           const losses = Array.from({ length: 60 }, (_, i) => 2.52 + 0.008 * i);
-          return map.heads.map((_, h) => gqa.costCurve(map, gqa.query(), losses, h));
+          return gqa.costCurves(map, gqa.query(), losses);
         """
         for curve in chromium.run(script):
             slope = np.diff(np.log(curve))

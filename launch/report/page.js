@@ -1,7 +1,7 @@
 // The explorer of the page: reads the controls, looks the answer up, and shows it. The map is read by explorer.js.
 
 import { Charts } from "./charts.js";
-import { costCurve, look, unpack } from "./explorer.js";
+import { costCurves, look, unpack } from "./explorer.js";
 import { contextLabel, costText, counted, decimals, long, moreText, percent, range, savingBetween, savingText, seconds, short, span, three, unitText } from "./numbers.js";
 
 const $ = (id) => document.getElementById(id);
@@ -336,4 +336,4 @@ addEventListener("hashchange", () => {
 });
 addEventListener("beforeprint", () => charts.draw());
 // For the browser's console, and for tests: the map by hand.
-globalThis.gqa = { answer, charts, costCurve, look, moreText, query, savingBetween, savingText, studies };
+globalThis.gqa = { answer, charts, costCurves, look, moreText, query, savingBetween, savingText, studies };
