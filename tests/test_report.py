@@ -262,6 +262,14 @@ class TestOpening:
         shown = tables.candidates(study)
         assert "probability" not in shown.headings
 
+    def test_a_guess_in_the_map_has_no_probability_either(self, study):
+        far = dataclasses.replace(study, optimum_map=optimum.optimum_map(study.laws, [2.25, 2.8], [8192]))
+        rows = dict(sections.parts(report_fakes.findings(far))[0].blocks[0].map.rows)
+        (guess,), (known,) = rows["2.25"], rows["2.8"]
+        assert guess.small.startswith("a guess · ")
+        assert guess.sure == 0.0
+        assert "%" in known.small
+
     def test_what_was_measured_is_a_row_of_the_table(self, study):
         shown = tables.candidates(study)
         assert shown.rows[-1][0] == "(d/64,8), measured"

@@ -111,8 +111,8 @@ def _shapes(study: Study) -> dict[str, str]:
 def _device_text(one: Serving) -> str:
     count = "" if one.n_devices == 1 else f"{one.n_devices} x "
     price = f", ${one.usd:.2f}/h" if one.has_price else ""
-    peak, bandwidth = one.chip.peak_flops / 1e12, one.chip.memory_bandwidth / 1e12
-    return f"{count}{one.chip.name}: {peak:.0f} TFLOP/s, {bandwidth:.2f} TB/s, {formatting.gb(one.chip.server_bytes)}{price}"
+    room, peak = formatting.gb(one.chip.server_bytes), one.chip.peak_flops / 1e12
+    return f"{count}{one.chip.name}: {room}{price}, {peak:.0f} TFLOP/s, {one.chip.memory_bandwidth / 1e12:.2f} TB/s"
 
 
 def _file(name: str) -> str:
