@@ -110,7 +110,10 @@ TABLE = (
         ".formatting .laws .search.own_model .search.roofline .search.objectives .search.ranking .search.answer "
         ".search.candidates .search.optimum",
     ),
-    Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.answer .search.optimum .search.roofline"),
+    Row(
+        "gqa_jax.search.devices",
+        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline",
+    ),
     Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
