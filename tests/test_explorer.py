@@ -69,7 +69,7 @@ def compare(row, seen):
                 assert number(theirs) == pytest.approx(row[f"{name}_{end}"], rel=EXACT), f"{name}_{end}"
     for name, theirs in zip(("saving", "saving_low", "saving_high"), (seen["saving"], *seen["saving_interval"]), strict=True):
         if np.isfinite(row[name]):
-            assert 1 - number(theirs) == pytest.approx(1 - row[name], rel=EXACT), name
+            assert 1 - number(theirs) == pytest.approx(1 - row[name], rel=EXACT, abs=2 * EXACT), name
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ class TestPoints:
         assert said == [formatting.saving_between(*one) for one in ends]
         nothing = """
             const { moreText, savingText, savingBetween, short, range, costText } = gqa;
-            const known = [moreText(NaN), savingText(NaN, 10), savingBetween([NaN, 1], 10), short(NaN), range([NaN, NaN], short)];
-            return [...known, costText("seconds")(NaN), costText("US dollars")(NaN)];
+            const shares = [moreText(NaN), savingText(NaN, 10), savingBetween([NaN, 1], 10)];
+            return [...shares, short(NaN), range([NaN, NaN], short), costText("seconds")(NaN), costText("US dollars")(NaN)];
         """
         assert explorer_node.run(tmp_path, [], nothing) == [""] * 7
 
@@ -215,7 +215,8 @@ def test_between_the_points_numbers_are_within_a_percent_and_the_answer_is_hardl
                 continue
             compared += 1
             assert number(one["cost"]) == pytest.approx(row["cost"], rel=WITHIN), (name, context, loss)
-            sizes = WITHIN if context in found.contexts else 2 * WITHIN  # of shapes, the best changes from context to context
+            # Of shapes, and of sizes with them, many are about as good: the best may jump from one to another.
+            sizes = WITHIN * (4 if "@" in name else 1 if context in found.contexts else 2)
             assert number(one["n_params"]) == pytest.approx(row["n_params"], rel=sizes), (name, context, loss)
         regrets = rows_of(frame, study.laws)["expected_regret"].to_numpy()
         if result["best"] is not None and not any(one["edge"] for one in result["rows"]):

@@ -110,7 +110,10 @@ TABLE = (
         ".formatting .laws .search.own_model .search.roofline .search.objectives .search.ranking .search.answer "
         ".search.candidates .search.optimum",
     ),
-    Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.answer .search.optimum .search.roofline"),
+    Row(
+        "gqa_jax.search.devices",
+        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline",
+    ),
     Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
@@ -191,7 +194,7 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
-        ".search.ranking .search.own_model .search.roofline .search.objectives .search.optimum .search.next_runs .plots "
+        ".search.own_model .search.roofline .search.objectives .search.ranking .search.optimum .search.next_runs .plots "
         "launch.grid launch.studies launch.report launch.findings tests",
         outside="jax",
     ),

@@ -172,12 +172,12 @@ class Table:
         first = objectives.settled(objective, _at(self.shape_RxH, self.rule.usual), context)
         if first is objective or self.rule.n_ratios == 1:
             return first
-        return objectives.settled(objective, self._typical(first, context, None)[2], context)
+        return objectives.settled(objective, self.typical(first, context, None)[2], context)
 
-    def _typical(
+    def typical(
         self, objective: Objective, context: int, memory_limit: float | Serving | None
     ) -> tuple[np.ndarray, np.ndarray, costs.Shape]:
-        """(cost_H, N*_H, shape_H) at the ratio of least cost."""
+        """(cost_H, N*_H, shape_H), typical, at the ratio of least cost. `objective` is settled."""
         cost_RxH = limited(objective, self.shape_RxH, context, memory_limit)
         if self.rule.n_ratios == 1:
             return cost_RxH[0], self.n_params_RxH[0], _at(self.shape_RxH, 0)
@@ -197,7 +197,7 @@ class Table:
         """The candidates at one served context, the answer first."""
         k = self.known.n_candidates
         objective = self.settled(objective, context)
-        cost_H, n_H, shape_H = self._typical(objective, context, memory_limit)
+        cost_H, n_H, shape_H = self.typical(objective, context, memory_limit)
         serving = getattr(objective, "serving", None)
         finite = np.isfinite(n_H[:k])
 
