@@ -11,11 +11,13 @@ from rich.markup import escape
 
 from gqa_jax import formatting
 from gqa_jax.formatting import amount, probability, seconds, size, usd
+from gqa_jax.search import serving_words, words
 from gqa_jax.search.devices import Comparison
 from gqa_jax.search.roofline import Layout
-from launch import answers, serving_screens
-from launch.grid_tables import heads_text, shape_text
-from launch.serving_screens import LIMITS
+from gqa_jax.search.serving_words import LIMITS
+from gqa_jax.search.words import shape_text
+from launch import answers
+from launch.grid_tables import heads_text
 from launch.studies import Fitted
 from launch.tables import Column, Table
 
@@ -27,7 +29,7 @@ def headline(found: Comparison, one: Fitted, also: Sequence[str] = ()) -> str:
     most = "fastest" if answer.objective["unit"] == "seconds" else "cheapest"
     cost = amount(answer.cost, answer.objective["unit"])
     where = f"Of {len(found.table)} devices, {first['n_devices']} x {first['device']} is the {most}"
-    return f"{where} ({answer.objective['label']} {cost}). {answers.headline(answer, one.laws, also)}"
+    return f"{where} ({answer.objective['label']} {cost}). {words.headline(answer, also)}"
 
 
 def on_devices(found: Comparison) -> Table:
@@ -89,7 +91,7 @@ def print_comparison(found: Comparison, one: Fitted, console: Console, also: Seq
     if found.vendors is not None:
         answers.print_warnings([found.vendors], console)
     efficiencies = (answer.objective["serving"]["efficiency"] for answer in found.answers.values())
-    for source in dict.fromkeys(map(serving_screens.efficiency, efficiencies)):
+    for source in dict.fromkeys(map(serving_words.efficiency, efficiencies)):
         console.print(f"of the peaks are reached: {escape(source)}", highlight=False)
     by_warning: dict[str, list[str]] = {}
     for name, answer in found.answers.items():

@@ -267,14 +267,6 @@ def heads_text(row: Any) -> str:
     return str(heads_of(row))
 
 
-def shape_text(row: Any) -> str:
-    """Layers x width, rounded: 42 x 2400, 3.4 x 54; empty where there is none."""
-    if not np.isfinite(row.n_layers):
-        return ""
-    layers = f"{row.n_layers:.0f}" if row.n_layers >= 9.95 else f"{row.n_layers:.2g}"
-    return f"{layers} x {row.d_model:.0f}"
-
-
 def words_of_heads(some: Sequence[Heads], head_dim: float) -> str:
     """What (8,1) and (d/d_h,8) stand for, of those kinds that there are."""
     said = []

@@ -93,7 +93,9 @@ TABLE = (
     Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
-    Row("gqa_jax.search.answer", ".costs .laws"),
+    Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
+    Row("gqa_jax.search.words", ".costs .formatting .laws .search.serving_words"),
+    Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
         ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
@@ -113,7 +115,8 @@ TABLE = (
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.optimum",
+        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.shape_rule "
+        ".search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
@@ -140,16 +143,15 @@ TABLE = (
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
     Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
-    Row("launch.serving_screens", ".formatting .laws .search.answer .search.roofline"),
     Row("launch.grid_tables", ".formatting .laws .search.optimum launch.studies launch.tables"),
     Row(
         "launch.answers",
-        ".formatting .costs .laws .search.answer launch.studies launch.serving_screens launch.tables launch.grid_tables",
+        ".formatting .laws .search.answer .search.serving_words .search.words launch.studies launch.tables launch.grid_tables",
     ),
     Row(
         "launch.device_tables",
-        ".formatting .search.devices .search.roofline launch.studies launch.serving_screens launch.tables launch.grid_tables "
-        "launch.answers",
+        ".formatting .search.devices .search.roofline .search.serving_words .search.words launch.studies launch.tables "
+        "launch.grid_tables launch.answers",
     ),
     Row(
         "launch.export", ".formatting .storage .results .laws .plots launch.grid launch.rules launch.studies launch.grid_tables"
@@ -161,8 +163,8 @@ TABLE = (
     ),
     Row(
         "launch.report",
-        ".formatting .costs .hardware .storage .laws .search.roofline .search.objectives .search.optimum launch.grid "
-        "launch.serving_screens launch.tables",
+        ".formatting .costs .hardware .storage .laws .search.serving_words .search.roofline .search.objectives .search.optimum "
+        "launch.grid launch.tables",
     ),
     Row(
         "launch.findings",
@@ -189,8 +191,8 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
-        ".search.own_model .search.roofline .search.objectives .search.optimum .search.next_runs .plots launch.grid "
-        "launch.report tests",
+        ".search.own_model .search.roofline .search.objectives .search.ranking .search.optimum .search.next_runs .plots "
+        "launch.grid launch.report tests",
         outside="jax",
     ),
 )

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gqa_jax import presets
 from gqa_jax.laws import LLAMA3, Heads
-from gqa_jax.search import devices, objectives, optimum
+from gqa_jax.search import devices, objectives, optimum, words
 from launch import answers, device_tables, grid_tables
 from launch.__main__ import main
 
@@ -56,7 +56,7 @@ class TestHeadline:
             expected_regret=0.001,
             regret_of_runner_up=0.0484,
         )
-        text = answers.headline(exact, paper, ["laws of nobody"])
+        text = words.headline(exact, ["laws of nobody"])
         assert text.startswith(
             f"(8,1), 8 query heads and 1 key/value head, in {found.n_layers:.0f} layers x {found.d_model:.0f} ("
         )
@@ -65,33 +65,34 @@ class TestHeadline:
             in text
         )
         assert (
-            "29.2% less (25.3% to 31.0%) than the measured model of Llama 3's heads in 32 layers x 2048 (loss 2.6145). " in text
+            "29.2% less (25.3% to 31.0%) than the measured model of Llama 3's heads in 32 layers x 2048 (loss 2.6145): memory "
+            in text
         )
         assert f"Next, {found.runner_up} costs 4.74% more on average. Assumed: " in text
         assert text.endswith("; laws of nobody.")
 
     def test_a_dearer_answer_says_more_and_ascends(self, found, paper):
         dear = dataclasses.replace(found, saving=-0.066, saving_interval=(-0.107, -0.041))
-        assert ", 6.6% more (4.1% to 10.7%) than the measured model" in answers.headline(dear, paper)
+        assert ", 6.6% more (4.1% to 10.7%) than the measured model" in words.headline(dear)
 
     def test_a_baseline_by_its_law_is_called_so(self, found, paper):
         base = dataclasses.replace(found.baseline, measured=False, n_layers=30.2, d_model=1900.4)
-        text = answers.headline(dataclasses.replace(found, baseline=base), paper)
-        assert "than Llama 3's heads in 30 layers x 1900, by the law." in text
+        text = words.headline(dataclasses.replace(found, baseline=base))
+        assert "than Llama 3's heads in 30 layers x 1900, by the law: memory " in text
         same = dataclasses.replace(found, baseline=base, saving=0.0, saving_interval=(0.0, 0.0))
-        assert ", and as much as Llama 3's heads in 30 layers x 1900, by the law." in answers.headline(same, paper)
+        assert ", and as much as Llama 3's heads in 30 layers x 1900, by the law." in words.headline(same)
         own = dataclasses.replace(found, loss=2.675891234)
-        assert ": for a loss of 2.6759 at" in answers.headline(own, paper)
-        assert "than" not in answers.headline(dataclasses.replace(found, baseline=None), paper).split("Assumed")[0]
+        assert ": for a loss of 2.6759 at" in words.headline(own)
+        assert "than" not in words.headline(dataclasses.replace(found, baseline=None)).split("Assumed")[0]
 
     def test_that_others_are_cheaper_more_often_is_said(self, found, paper):
         table = found.candidates.assign(probability=[0.3, 0.7, *[0.0] * 6])
-        text = answers.headline(dataclasses.replace(found, probability=0.3, candidates=table), paper)
+        text = words.headline(dataclasses.replace(found, probability=0.3, candidates=table))
         assert "the least costly choice on average, and the cheapest of the 8 with probability 30.0%" in text
 
     def test_a_guess_comes_first_and_has_no_probability(self, far, paper):
         assert not np.isnan(far.far)
-        text = answers.headline(far, paper)
+        text = words.headline(far)
         assert text.startswith(f"N* is {far.far:.1f}x beyond the trained sizes, further than 10x: a guess. (")
         assert "by the fitted laws" in text
         shown = text + "".join(table.markdown() + printed(table, 200) for table in answers.tables(far, paper))
@@ -99,20 +100,20 @@ class TestHeadline:
         assert "(prob.)" not in shown
 
     def test_without_draws_there_is_no_probability_and_no_interval(self, paper):
-        text = answers.headline(optimum.search(paper, LOSS, T, draws=0), paper)
+        text = words.headline(optimum.search(paper, LOSS, T, draws=0))
         assert "the cheapest of the 8 by the fitted laws, " in text
         assert "probability" not in text
         assert " to " not in text.split("Assumed")[0]
 
     def test_llama_3s_rule_in_words(self):
-        assert answers.in_words(LLAMA3, 64) == "a query head per 64 of the width and 8 key/value heads"
-        assert answers.in_words(Heads(None, -1), 64) == "a query head per 64 of the width and a key/value head for each"
-        assert answers.in_words(Heads(None, -4), 64).endswith("a key/value head for every 4 of them")
+        assert words.in_words(LLAMA3, 64) == "a query head per 64 of the width and 8 key/value heads"
+        assert words.in_words(Heads(None, -1), 64) == "a query head per 64 of the width and a key/value head for each"
+        assert words.in_words(Heads(None, -4), 64).endswith("a key/value head for every 4 of them")
 
 
 class TestAssumptions:
     def test_of_z(self, found, paper):
-        assert answers.assumptions(found, paper) == [
+        assert words.assumptions(found) == [
             "cost Z = 0.9 M^(1/2) + 0.1 C^(1/3) of memory M and FLOPs C",
             "counted by the convention figures (FLOPs of T/2 tokens, memory in values, without embeddings)",
             f"d/L (width over layers) {found.ratio:.0f}, the best of 32 to 128",
@@ -123,10 +124,10 @@ class TestAssumptions:
         [("paper", "as in the paper's tables"), ("trained", "as between the trained sizes"), (64, "64, as given")],
     )
     def test_of_shapes(self, aspect, text, paper):
-        assert answers.assumptions(optimum.search(paper, LOSS, T, aspect=aspect, draws=0), paper)[-1].endswith(text)
+        assert words.assumptions(optimum.search(paper, LOSS, T, aspect=aspect, draws=0))[-1].endswith(text)
 
     def test_of_serving(self, served, paper):
-        said = answers.assumptions(served, paper)
+        said = words.assumptions(served)
         row = served.candidates.iloc[0]
         assert said[0] == "cost is the price of a million tokens"
         assert said[2].startswith("served on 4 x v5e (")
@@ -143,12 +144,12 @@ class TestAssumptions:
 
     def test_prices_stand_where_they_move_the_answer(self, paper):
         goal = objectives.make("latency", device="h200", batch=1)
-        said = answers.assumptions(optimum.search(paper, LOSS, T, goal, draws=0), paper)
+        said = words.assumptions(optimum.search(paper, LOSS, T, goal, draws=0))
         assert "1 request at a time" in said
         assert not any("an hour" in one for one in said)
 
     @pytest.mark.parametrize(
-        ("cost", "options", "words"),
+        ("cost", "options", "said"),
         [
             ("memory", {"convention": "exact", "cache_dtype": "int8"}, "2 bytes a parameter and 1"),
             ("flops", {"flops": "full_T"}, "counted by the convention figures (FLOPs of T tokens, without embeddings)"),
@@ -157,9 +158,9 @@ class TestAssumptions:
             ("z", {"lam": 0.5}, "cost Z = 0.5 M^(1/2) + 0.5 C^(1/3)"),
         ],
     )
-    def test_of_every_cost(self, cost, options, words, paper):
+    def test_of_every_cost(self, cost, options, said, paper):
         goal = objectives.make(cost, **options)
-        assert words in "; ".join(answers.assumptions(optimum.search(paper, LOSS, T, goal, draws=0), paper))
+        assert said in "; ".join(words.assumptions(optimum.search(paper, LOSS, T, goal, draws=0)))
 
 
 class TestCandidates:
@@ -181,7 +182,7 @@ class TestCandidates:
         assert "not shown at this width: d/L, 95% of N*, expected regret" in " ".join(text.split())
 
     def test_the_baseline_is_a_row(self, found):
-        frame = answers.candidates_frame(found)
+        frame = found.to_frame()
         assert list(frame["role"]) == ["answer", *["candidate"] * 7, "baseline"]
         last = frame.iloc[-1]
         assert (last["cost"], last["n_layers"], last["d_model"]) == (found.baseline.cost, 32, 2048)
@@ -202,7 +203,7 @@ class TestCandidates:
             n_params=[1.99e-28] * 8, n_params_low=[0.0] * 8, n_params_high=[1.86e17] * 4 + [951.0] * 4
         )
         small = dataclasses.replace(small, candidates=table)
-        text = answers.headline(small, paper) + printed(answers.candidates(small, paper), 200)
+        text = words.headline(small) + printed(answers.candidates(small, paper), 200)
         assert "e-28" not in text
         assert "186P" not in text
         assert "(<1k parameters)" in text

@@ -33,7 +33,9 @@ def by_size(noise=0.0):
 def test_a_curve_per_size_through_the_papers_points():
     ax = plots.loss_vs_query_heads(fit_query_heads(by_size(), constant="per_curve"))
     assert list(plot_helpers.points(ax)) == ["470M", "680M", "1.2B"]
-    assert "curves: sizes, $T$ = 1K, $n_{kv}$ = 1; bars and bands: 95% with independent noise" in plot_helpers.texts(ax)
+    said = "trained at $T$ = 1K, $n_{kv}$ = 1\nbars and bands: 95% with independent noise"
+    assert said in plot_helpers.texts(ax)
+    assert ax.get_legend().get_title().get_text() == "size"
     for curve, (a, b, c) in zip(plot_helpers.curves(ax), SIZES.values(), strict=True):
         np.testing.assert_allclose(curve.get_ydata(), a * curve.get_xdata() ** b + c, rtol=1e-5)
     assert plot_helpers.texts_of_ticks(ax.xaxis) == ["1", "2", "4", "8", "16", "32"]
@@ -43,7 +45,8 @@ def test_a_curve_per_context():
     rows = [row for t, law in CONTEXTS.items() for row in runs(*law, size="470M", context=t, params_non_embedding=10**8)]
     ax = plots.loss_vs_query_heads(plot_helpers.table(rows))
     assert list(plot_helpers.points(ax)) == ["1K", "2K", "8K"]
-    assert any(text.startswith("curves: training contexts, 470M") for text in plot_helpers.texts(ax))
+    assert ax.get_legend().get_title().get_text() == "trained at (tokens)"
+    assert any(text.startswith("470M, ") for text in plot_helpers.texts(ax))
 
 
 def test_sizes_and_contexts():

@@ -10,9 +10,8 @@ from matplotlib.collections import LineCollection
 
 from gqa_jax import costs, laws, plots, presets
 from gqa_jax.laws import LLAMA3, Heads
-from gqa_jax.plots import style
-from gqa_jax.plots.measures import measure
-from gqa_jax.search import objectives
+from gqa_jax.plots import cost_axes, style
+from gqa_jax.search import objectives, optimum
 from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import Aspect
 from launch import grid
@@ -41,7 +40,7 @@ def test_points_and_curves_are_where_the_data_are(paper):
         assert line.get_marker() == plots.head_look(heads).marker
         np.testing.assert_allclose(curve.get_ydata(), law.predict(curve.get_xdata()))
         assert curve.get_xdata()[0] < law.params.min() < law.params.max() < curve.get_xdata()[-1]
-    assert {plots.head_text(heads) for heads in paper} <= set(plot_helpers.texts(ax))
+    assert {plots.head_text(heads) for heads in paper} == {text.get_text() for text in ax.get_legend().get_texts()}
     assert matplotlib.get_backend() == backend
 
 
@@ -66,20 +65,24 @@ def test_the_error_of_a_common_text_is_a_sentence_and_no_bar(table):
             assert any(np.isfinite(each.get_segments()).any() for each in bars) == drawn
             assert any("held-out text: ± 0.059 for all alike" in text for text in plot_helpers.texts(ax)) != drawn
     unknown = plots.loss_vs_params(laws.fit_by_heads(rows.assign(loss_sem=np.nan)))
-    assert any(text.endswith("\nbands: 95% with shared noise and bends") for text in plot_helpers.texts(unknown))
+    assert plot_helpers.texts(unknown)[-1] == "bands: 95% with shared noise and bends"
     few_documents = plots.loss_vs_params(laws.fit_by_heads(rows.assign(eval_documents=5)))  # Student's t
     assert any("held-out text: ± 0.083 for all alike" in text for text in plot_helpers.texts(few_documents))
-    assert style.sure(None) == style.SURE == "bars and bands: 95%"
+    assert style.sure(None, None, bars=True, bands=True) == "bars and bands: 95%"
+    assert style.sure(None, None, bars=False, bands=True) == "bands: 95%"
+    assert style.sure(None, None, bars=False, bands=False) == ""
+    assert style.sure(fitted, fitted.shared, bars=False, bands=False) == "held-out text: ± 0.059 for all alike (95%)"
     rows["loss_sem"] = 0.001  # each of its own
     for ax in (plots.loss_vs_params(fitted := laws.fit_by_heads(few)), plots.loss_vs_cost(few, fitted, 8192)):
-        assert plot_helpers.texts(ax)[-1].endswith("\nbars and bands: 95% with shared noise and bends")
+        assert plot_helpers.texts(ax)[-1].endswith("bars and bands: 95% with shared noise and bends")
     fitted.method = "independent"
-    assert plot_helpers.texts(plots.loss_vs_params(fitted))[-1].endswith("\nbars and bands: 95% with independent noise")
+    assert plot_helpers.texts(plots.loss_vs_params(fitted))[-1] == "bars and bands: 95% with independent noise"
 
 
 def test_a_plain_dict_of_laws_has_no_bands(paper):
     ax = plots.loss_vs_params(dict(paper))
     assert not ax.collections
+    assert not plot_helpers.texts(ax)  # nothing to say of bands
     assert len(plot_helpers.curves(ax)) == 8
 
 
@@ -89,12 +92,6 @@ def test_curves_can_be_continued_beyond_the_runs(paper):
     assert beyond.get_xdata()[0] == inside.get_xdata()[-1]
     assert beyond.get_xdata()[-1] == pytest.approx(1e10)
     assert beyond.get_linewidth() < inside.get_linewidth()
-
-
-def test_many_curves_get_a_legend():
-    ax = plots.loss_vs_params(dict(presets.load("paper-table4")))
-    assert len(ax.get_legend().get_texts()) == 21
-    assert plots.loss_vs_params(dict(presets.load("paper"))).get_legend() is None
 
 
 def test_a_grid_folder_will_do(tmp_path):
@@ -153,7 +150,7 @@ def test_longer_contexts_move_points_by_their_cost_and_keep_the_loss(paper, tabl
 def test_an_objective_is_an_axis(paper, table):
     objective = objectives.make("latency", device="h200")
     ax = plots.loss_vs_cost(table, paper, 8192, cost=objective)
-    assert ax.get_xlabel() == f"{objective.label} at 8K ({objective.unit})"
+    assert ax.get_xlabel() == f"\u2190 cheaper      {objective.label} at 8K ({objective.unit})"
     row = table[(table["n_heads"] == 8) & (table["n_kv_heads"] == 1)].iloc[0]
     shape = costs.Shape(row["n_layers"], row["d_model"], 8, 1)
     assert plot_helpers.points(ax)["(8,1)"].get_xdata()[0] == pytest.approx(objective(shape, 8192))
@@ -161,11 +158,9 @@ def test_an_objective_is_an_axis(paper, table):
 
 def test_the_three_panels_of_figure_2(paper, table):
     panels = plots.loss_vs_costs(table, paper, 131_072, title="t")
-    assert [ax.get_xlabel().split(" at ")[0] for ax in panels] == [
-        "inference memory",
-        "inference compute",
-        "hardware-aware cost $Z$",
-    ]
+    assert [ax.get_xlabel().removeprefix("\u2190 cheaper      ") for ax in panels] == [
+        "inference memory\nat 128K (values)", "forward FLOPs of T/2 tokens\nat 128K", "hardware-aware cost Z\nat 128K (no unit)"
+    ]  # fmt: skip
     assert len({tuple(plot_helpers.points(ax)["(8,1)"].get_ydata()) for ax in panels}) == 1
     assert len(panels[0].figure.legends) == 1
 
@@ -181,23 +176,53 @@ def test_continued_runs_are_not_drawn_among_others():
 
 
 @pytest.mark.parametrize(
-    ("cost", "convention", "typical", "unit"),
+    ("cost", "convention", "label", "typical", "tick"),
     [
-        ("memory", "figures", 5.7e9, (1e9, "billion values")),
-        ("memory", "exact", 5.7e9, (1e9, "GB")),
-        ("memory", "figures", 3e16, (1e12, "trillion values")),
-        ("flops", "paper", 3e10, (1e9, "GFLOPs per token")),
-        ("flops", "figures", 2.4e15, (1e15, "PFLOPs per sequence")),
-        ("z", "figures", 4e4, (1.0, "")),
+        ("memory", "figures", "inference memory at 8K (values)", 2e9, "2B"),
+        ("memory", "exact", "inference memory at 8K (bytes)", 2e9, "2G"),
+        ("flops", "paper", "forward FLOPs of a token at 8K", 3e10, "30G"),
+        ("flops", "figures", "forward FLOPs of T/2 tokens at 8K", 2e15, "2P"),
+        ("z", "figures", "hardware-aware cost Z at 8K (no unit)", 4e4, "40k"),
     ],
 )
-def test_units(cost, convention, typical, unit):
-    assert measure(cost, convention).unit(typical) == unit
+def test_units(cost, convention, label, typical, tick):
+    chosen = cost_axes.objective(cost, convention)
+    assert cost_axes.label(chosen, 8192) == label
+    ax = style.new_axes()
+    ax.set_xlim(typical / 3, typical * 3)
+    cost_axes.scale(ax.xaxis, chosen)
+    assert tick in plot_helpers.texts_of_ticks(ax.xaxis)
 
 
 def test_a_convention_of_ones_own():
     rule = dataclasses.replace(costs.named_convention("figures"), flops="per_token")
-    assert measure("flops", rule).unit(1e6) == (1e6, "MFLOPs per token")
+    assert cost_axes.label(cost_axes.objective("flops", rule)) == "forward FLOPs of a token"
+    assert cost_axes.counted(rule, "flops") == ""
+
+
+def test_ratios_between_sizes_are_those_of_the_runs_and_have_no_kinks():
+    table = Aspect((1e6, 1e7, 1e8, 1e9), (64.0, 85.0, 43.0, 57.0))
+    smooth = cost_axes.smooth(table)
+    np.testing.assert_allclose(smooth(np.array(table.params)), table.ratio)
+    np.testing.assert_allclose(smooth(np.array([1e5, 1e11])), [64, 57])  # as the table has it outside
+    ratio = smooth(np.geomspace(1e6, 1e9, 601))
+    assert ratio.min() >= 43 - 1e-9
+    assert ratio.max() <= 85 + 1e-9
+    kinked = table(np.geomspace(1e6, 1e9, 601))
+    assert np.abs(np.diff(ratio, 2)).max() < 0.2 * np.abs(np.diff(kinked, 2)).max()
+    assert cost_axes.smooth(Aspect.constant(64))(5.0) == 64
+
+
+def test_the_answer_of_each_loss_is_that_of_the_search(paper):
+    """With one ratio for all sizes, whatever the shapes of runs: so the search can be asked for the same."""
+    flat = Aspect.constant(64)
+    found = cost_axes.answers_by_loss(paper, objectives.Z(), 131_072, dict.fromkeys(paper, flat), 2.6, 3.1)
+    assert found[0][0] == pytest.approx(2.6)
+    assert found[-1][1] == pytest.approx(3.1)
+    for start, end, heads in found[::6]:
+        assert optimum.search(paper, (start + end) / 2, 131_072, aspect=64).heads == heads
+    without = cost_axes.answers_by_loss(dict(paper), objectives.Z(), 131_072, dict.fromkeys(paper, flat), 1.0, 3.1)
+    assert without[0][0] > 2.0  # losses below every E are left out
 
 
 def test_what_can_not_be_drawn(paper, table):
@@ -215,8 +240,3 @@ def test_pictures_are_the_same_bytes_every_time(paper, tmp_path):
     two = {heads: paper[heads] for heads in list(paper)[:2]}
     pairs = [plots.save(plots.loss_vs_params(two).figure, tmp_path / name) for name in ("a", "b")]
     assert [path.read_bytes() for path in pairs[0]] == [path.read_bytes() for path in pairs[1]]
-
-
-def test_aspect_between_the_sizes_of_a_table(table):
-    assert plots.table_aspect(table)(5e8) == pytest.approx(64)
-    assert laws.fit_by_heads(table).aspect(5e8) == pytest.approx(64)

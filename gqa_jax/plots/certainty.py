@@ -26,29 +26,33 @@ def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str 
     """
     if "probability" not in candidates or candidates["probability"].isna().all():
         raise ValueError("nothing to draw: column probability is empty; give the candidates of gqa_jax.search.optimum.search")
-    regret = tables.numbers(candidates, "expected_regret")
-    answer = np.arange(len(candidates)) == (np.nanargmin(regret) if np.isfinite(regret).any() else -1)
-    frame = candidates.assign(regret=regret, answer=answer)
+    frame = candidates.assign(regret=tables.numbers(candidates, "expected_regret"), answer=_is_answer(candidates))
     shown = frame[(frame["probability"] >= least) | frame["answer"]].sort_values("probability", ascending=False, kind="stable")
     rest = frame.drop(shown.index)
-    ax = ax or style.new_axes(width=5.2, height=0.9 + 0.27 * (len(shown) + bool(len(rest))))
+    ax = ax or style.new_axes(width=5.6, height=1.1 + 0.27 * (len(shown) + bool(len(rest))))
     names = []
     for i, (_, row) in enumerate(shown.iterrows()):
         look = style.head_look(tables.heads_of(row))
         ax.barh(i, 100 * row["probability"], height=0.66, color=look.color, edgecolor=style.INK, linewidth=0.6)
-        _beside(ax, i, row["probability"], "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}")
-        names.append(style.head_text(tables.heads_of(row)) + (" ←" if row["answer"] else ""))
+        _beside(
+            ax,
+            i,
+            row["probability"],
+            look.color,
+            "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}",
+        )
+        names.append(style.head_text(tables.heads_of(row)))
     if len(rest):
         share = float(rest["probability"].sum())
         ax.barh(len(shown), 100 * share, height=0.66, color="0.88", hatch="//", edgecolor=style.INK, linewidth=0.6)
-        _beside(ax, len(shown), share, "")
+        _beside(ax, len(shown), share, "0.88", "")
         names.append(f"{len(rest)} other{'s' * (len(rest) > 1)}")
-    ax.set_yticks(range(len(names)), names)
-    ax.set(xlim=(0, 100), ylim=(len(names) - 0.4, -0.6))
-    note = "← the answer: the least expected regret (cost above the cheapest)" if shown["answer"].any() else ""
+    note = ""
+    if shown["answer"].any():
+        note = f"{_ANSWER}; regret: expected cost above the cheapest"
     style.finish(ax, "probability of being the cheapest (%)", "", title, note)
-    ax.grid(visible=False, axis="y")
-    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(0, 100))
+    _rows(ax, names, shown["answer"].to_numpy())
     return ax
 
 
@@ -60,7 +64,8 @@ def cost_intervals(
     Intervals of two H may overlap where one is surely cheaper: they share what is not known of E. See `share_of_draws`.
 
     Args:
-      candidates: as `Answer.candidates`: n_heads, n_kv_heads, cost, cost_low, cost_high.
+      candidates: as `Answer.candidates`: n_heads, n_kv_heads, cost, cost_low, cost_high and, where it is known,
+        expected_regret, of which the least is marked.
       laws: whose draws the intervals are of, for what they rest on.
       label: of the axis, with the unit.
     Raises:
@@ -70,19 +75,21 @@ def cost_intervals(
     if frame.empty:
         raise ValueError("nothing to draw: column cost holds no finite number: is the loss reached by any heads?")
     cost, low, high = (tables.numbers(frame, name) for name in ("cost", "cost_low", "cost_high"))
-    ax = ax or style.new_axes(width=5.2, height=0.9 + 0.24 * len(frame))
+    ax = ax or style.new_axes(width=5.6, height=1.2 + 0.24 * len(frame))
     top = np.nanmax(np.where(np.isfinite(high), high, cost))
     for i, (_, row) in enumerate(frame.iterrows()):
         look = style.head_look(tables.heads_of(row))
         ax.plot([low[i], min(high[i], 10 * top)], [i, i], color=look.color, linewidth=1.4)
         style.points(ax, [cost[i]], [i], look, label=style.head_text(tables.heads_of(row)))
-    ax.set_yticks(range(len(frame)), [style.head_text(tables.heads_of(row)) for _, row in frame.iterrows()])
     least = np.nanmin(np.where(np.isfinite(low), low, cost))
-    ax.set(ylim=(len(frame) - 0.4, -0.6), xlim=(least / 1.05, top * 1.05))
+    ax.set(xlim=(least / 1.05, top * 1.05))
     style.log_axis(ax.xaxis, text=formatting.short)
-    style.finish(ax, label, "", title, f"bars: 95%{style.rests_on(laws)}, and what all heads share")
-    ax.grid(visible=False, axis="y")
-    ax.tick_params(axis="y", length=0)
+    answer = _is_answer(frame)
+    lines = [f"{_ANSWER}: the least expected regret"] if answer.any() else []
+    if np.isfinite(low).any():
+        lines.append(f"bars: 95%{style.rests_on(laws)}; what is not known of E moves all alike")
+    style.finish(ax, label, "", title, "\n".join(lines), cheaper="x")
+    _rows(ax, [style.head_text(tables.heads_of(row)) for _, row in frame.iterrows()], answer)
     return ax
 
 
@@ -117,9 +124,12 @@ def profile(
     ax.axhline(limit, color=style.QUIET, linewidth=0.8, linestyle=(0, (4, 2)))
     ax.axvspan(entropy[0] if low is None else low, entropy[-1] if high is None else high, color="0.5", alpha=0.14, linewidth=0)
     ax.plot(entropy[best], statistic[best], marker="o", color=style.INK, markersize=5)
-    ends = f"{'below ' + format(entropy[0], '.2f') if low is None else format(low, '.2f')} to " + (
-        f"above {entropy[-1]:.2f}" if high is None else f"{high:.2f}"
-    )
+    ends = (
+        "any E below the losses" if low is None and high is None
+        else f"{high:.2f} or less" if low is None
+        else f"{low:.2f} or more" if high is None
+        else f"{low:.2f} to {high:.2f}"
+    )  # fmt: skip
     top = max(statistic[near].max(), limit)
     ax.set_ylim(-0.05 * top, 1.05 * top)
     ax.annotate(
@@ -137,7 +147,7 @@ def profile(
 
 def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | None = None) -> Axes:
     """Measured minus fitted loss of every run against its size, with twice their standard deviation where laws know it."""
-    ax = ax or style.new_axes(width=6.2, height=3.4)
+    ax = ax or style.new_axes(height=3.4)
     ax.axhline(0, color="0.6", linewidth=0.8)
     sigma = getattr(laws, "sigma", np.nan)
     if np.isfinite(sigma):
@@ -146,20 +156,42 @@ def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | Non
         look = style.head_look(heads)
         style.points(ax, law.params, 1e3 * (law.loss - law.predict(law.params)), look, label=style.head_text(heads))
     style.log_axis(ax.xaxis, text=formatting.short)
-    labels.heads_legend(ax, list(laws), lines=False)
-    note = f"band: twice the standard deviation of a run, {sigma:.4f} nats" if np.isfinite(sigma) else ""
+    labels.legend(ax, [labels.Entry(style.head_text(h), style.head_look(h)) for h in laws], labels.heads(laws), lines=False)
+    note = f"band: 95% of runs, twice their standard deviation of {sigma:.4f} nats" if np.isfinite(sigma) else ""
     return style.finish(
         ax, "parameters without embeddings, $N$", f"measured {style.MINUS} fitted loss\n(0.001 nats per token)", title, note
     )
 
 
-def _beside(ax: Axes, place: float, probability: float, text: str) -> None:
+_ANSWER = "yellow: the answer"
+_DRAWS_TELL = (0.001, 0.999)  # what 1,000 draws can't tell from 0 and 1 is not called so
+
+
+def _is_answer(candidates: pd.DataFrame) -> np.ndarray:
+    """Whether a row has the least expected regret; nowhere where it is not known."""
+    regret = tables.numbers(candidates, "expected_regret")
+    return np.arange(len(regret)) == (np.nanargmin(regret) if np.isfinite(regret).any() else -1)
+
+
+def _rows(ax: Axes, names: list[str], answer: np.ndarray) -> None:
+    """A row of the axes for each name, from the top down; yellow behind that of the answer, whose name is bold."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 0.4, -0.6))
+    ax.grid(visible=False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    for i in np.flatnonzero(answer):
+        ax.axhspan(i - 0.5, i + 0.5, color=style.HALO, alpha=0.6, linewidth=0, zorder=0, label="_answer")
+        ax.get_yticklabels()[i].set_fontweight("bold")
+
+
+def _beside(ax: Axes, place: float, probability: float, color: str, text: str) -> None:
     """The number at the end of a bar; inside it where there is no room beside it."""
-    words = "   ".join(part for part in (formatting.percent(probability), text) if part)
+    words = "   ".join(part for part in (formatting.percent(np.clip(probability, *_DRAWS_TELL)), text) if part)
     inside = probability > 0.55
+    ink = "white" if inside and style.luma(color) < 0.5 else style.INK
     ax.annotate(
         words, (100 * probability, place), (-5 if inside else 5, 0), textcoords="offset points", va="center",
-        ha="right" if inside else "left", fontsize=style.SMALL, color="white" if inside else style.INK,
+        ha="right" if inside else "left", fontsize=style.SMALL, color=ink,
     )  # fmt: skip
 
 

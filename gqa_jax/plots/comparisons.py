@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from gqa_jax import costs, formatting, shapes
+from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.laws.posterior import IN_BRIEF
-from gqa_jax.plots import labels, style, tables
-from gqa_jax.plots.measures import measure
+from gqa_jax.plots import cost_axes, labels, style, tables
 from gqa_jax.search import objectives, optimum
-from gqa_jax.shape_search import solve_shape
 
 _NAMES = {"memory": "memory", "flops": "FLOPs", "z": "$Z$"}
+_POINTS = 33  # contexts of a curve
 
 
 def savings(
@@ -27,42 +27,51 @@ def savings(
     context_served: int,
     *,
     heads: Heads | None = None,
-    baseline: Heads = LLAMA3,
+    baseline: Any = LLAMA3,
     show: Sequence[Any] = ("memory", "flops", "z"),
     convention: str | costs.Convention = "figures",
-    aspect: Callable[[Any], Any] | None = None,
+    aspect: Any = None,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Inference costs of two head configurations at the same loss, the baseline's set to 100% (bars of Figure 1).
+    """Inference costs of two models at the same loss, the baseline's set to 100% (bars of Figure 1).
 
-    Whiskers are 95% intervals of the ratio, from the joint draws of the laws where they have any.
+    Whiskers are 95% intervals of the ratio, from the joint draws of the laws where they have any. All bars of the heads are of
+    one model: that whose shape is the best under Z, unless `aspect` says which.
 
     Args:
       heads: whose costs; default: the answer of `gqa_jax.search.optimum.search` under Z.
+      baseline: as in `search`: heads, of which a run within .003 nats of the loss is taken, else the law's model; or a model.
       show: "memory", "flops", "z" in the `convention`, or objectives of `gqa_jax.search.objectives`.
-      aspect: as in `search`; default: that of the laws.
+      aspect: d / L, as in `search`.
     Raises:
-      ValueError: heads without a law, a loss that one of the two does not reach, an unknown cost or convention.
+      ValueError: heads without a law, a loss that is not reached, a baseline without a cost, an unknown cost or convention.
     """
-    aspect = aspect or _aspect(laws)
-    heads = heads or optimum.search(laws, loss, context_served, objectives.Z(convention), aspect=aspect).heads
-    ours, theirs = (_reach(laws, each, loss, aspect) for each in (heads, baseline))
-    ax = ax or style.new_axes(width=1.7 + 1.25 * len(show), height=3.5)
-    look = style.head_look(heads)
+    measures = [cost_axes.objective(each, convention) for each in show]
+    among = None if heads is None else [heads]
+    answer = optimum.search(
+        laws, loss, context_served, objectives.Z(convention), aspect=aspect, heads=among, baseline=baseline, draws=_draws(laws)
+    )
+    of_one_model = {"aspect": answer.ratio if aspect is None else aspect, "heads": [answer.heads], "baseline": baseline}
+    found = [optimum.search(laws, loss, context_served, each, **of_one_model, draws=_draws(laws)) for each in measures]
+    against = found[0].baseline
+    if against is None or not np.isfinite(against.cost):
+        raise ValueError(next((text for text in found[0].warnings if text.startswith("no saving")), "the baseline has no cost"))
+    ax = ax or style.new_axes(width=2.0 + 1.4 * len(show), height=3.8)
+    look = style.head_look(answer.heads)
     frame = {"linewidth": 0.8, "edgecolor": style.INK}
     other = frame | {"facecolor": "0.9", "hatch": "//"}
-    highest = 100.0
-    for i, each in enumerate(show):
-        cost = measure(each, convention).cost
-        share = 100 * float(cost(ours.shape, context_served) / cost(theirs.shape, context_served))
+    highest, sure = 100.0, False
+    for i, one in enumerate(found):
+        share = 100 * (1 - one.saving)
         ax.bar(i - 0.2, 100, 0.36, **other)
         ax.bar(i + 0.2, share, 0.36, facecolor=look.color, **frame)
+        high, low = (100 * (1 - end) for end in one.saving_interval)
         top = share
-        if ours.drawn is not None and theirs.drawn is not None:
-            low, high = _interval(100 * cost(ours.drawn, context_served) / cost(theirs.drawn, context_served))
-            ax.vlines(i + 0.2, low, high, color=style.INK, linewidth=1.2)
-            top = max(share, high) if np.isfinite(high) else share
+        if np.isfinite(low):
+            ax.vlines(i + 0.2, low, high, color="white", linewidth=3.2)
+            ax.vlines(i + 0.2, low, high, color=style.INK, linewidth=1.4)
+            top, sure = max(share, high) if np.isfinite(high) else share, True
         highest = max(highest, top)
         ax.annotate(
             f"{share - 100:+.1f}%".replace("-", style.MINUS), (i + 0.2, top), (0, 3), textcoords="offset points", ha="center",
@@ -71,16 +80,20 @@ def savings(
     names = [_NAMES.get(each, each) if isinstance(each, str) else each.label for each in show]
     ax.set_xticks(range(len(show)), names)
     ax.set(xlim=(-0.55, len(show) - 0.45), ylim=(0, 1.12 * highest))
+    theirs = f"{style.head_text(against.heads)}, {'measured' if against.measured else 'by its law'}"
+    ours = f"{style.head_text(answer.heads)}{', least expected regret under $Z$' if heads is None else ''}"
+    sizes = [f"$N$ = {formatting.short(one.n_params)}, {one.n_layers:.0f} x {one.d_model:.0f}" for one in (against, answer)]
     ax.legend(
-        [Patch(**other), Patch(facecolor=look.color, **frame)],
-        [f"{style.head_text(h)}, $N$ = {formatting.short(size.n_params)}" for h, size in ((baseline, theirs), (heads, ours))],
-        loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False, fontsize=style.SMALL, labelcolor=style.INK,
+        [Patch(**other), Patch(facecolor=look.color, **frame)], [f"{theirs}: {sizes[0]}", f"{ours}: {sizes[1]}"],
+        loc="upper left", bbox_to_anchor=(-0.02, -0.1), frameon=False, fontsize=style.SMALL, labelcolor=style.INK,
     )  # fmt: skip
-    counted = f", {convention} convention" if isinstance(convention, str) else ""
-    note = f"loss {loss:g} at {formatting.context(context_served)}{counted}"
-    if ours.drawn is not None and theirs.drawn is not None:
-        note += f"\nwhiskers: 95%{style.rests_on(laws)}"
-    style.finish(ax, "", "cost of inference (%)", title, note)
+    shapes = cost_axes.shapes_said(laws, aspect).replace("least cost", "least $Z$")
+    lines = [
+        f"loss {loss:g}, served at {formatting.context(context_served)}; {against.label} = 100%",
+        "; ".join(filter(None, (cost_axes.counted(convention, show[0]), shapes))),
+        *([f"whiskers: 95%{style.rests_on(laws)}"] if sure else []),
+    ]
+    style.finish(ax, "", "cost of inference (%)", title, "\n".join(lines), cheaper="y")
     ax.grid(visible=False, axis="x")
     ax.tick_params(axis="x", length=0, labelsize=style.TEXT)
     return ax
@@ -94,63 +107,105 @@ def cost_by_context(
     *,
     cost: Any = "memory",
     convention: str | costs.Convention = "figures",
-    aspect: Callable[[Any], Any] | None = None,
+    aspect: Any = None,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
     """Cost of reaching a loss against the served context, a curve and its band per head configuration (curves of Figure 1).
 
-    Arguments and errors as of `savings`. Curves go from the least to the greatest of `contexts_served`, which get the ticks.
+    Yellow marks which of them has the least expected regret, or the least cost where laws have no draws. Arguments and errors
+    as of `savings`. Curves go from the least to the greatest of `contexts_served`, which get the ticks.
     """
-    aspect = aspect or _aspect(laws)
-    chosen = measure(cost, convention)
+    chosen = cost_axes.objective(cost, convention)
+    for each in heads:
+        if each in laws:
+            laws[each].solve(loss)  # ValueError where it is not reached
+    grid = np.unique(np.round(np.geomspace(min(contexts_served), max(contexts_served), _POINTS)).astype(int))
+    frame = optimum.optimum_map(
+        laws, [loss], [int(context) for context in grid], chosen, aspect=aspect, heads=heads, draws=_draws(laws)
+    )
     ax = ax or style.new_axes()
-    grid = np.geomspace(min(contexts_served), max(contexts_served), 60)
-    found = {each: _reach(laws, each, loss, aspect) for each in heads}
-    ends = []
-    for each, size in found.items():
+    entries, bands, curves = [], False, {}
+    for each in heads:
+        rows = frame[[tables.heads_of(row) == each for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]]
+        x, y, low, high = (tables.numbers(rows, name) for name in ("context_served", "cost", "cost_low", "cost_high"))
+        if not np.isfinite(y).any():
+            raise ValueError(f"heads {each} have no cost at a loss of {loss:g}: {rows['note'].iloc[0]}")
         look = style.head_look(each)
-        y = np.broadcast_to(chosen.cost(size.shape, grid), grid.shape)
-        style.curve(ax, grid, y, look)
-        if size.drawn is not None:
-            edges = [_interval(chosen.cost(size.drawn, context)) for context in grid]
-            style.band(ax, grid, *np.transpose(edges), look)
-        ends.append(labels.End(grid[-1], y[-1], f"{style.head_text(each)}, {formatting.short(size.n_params)}", look.color))
+        style.curve(ax, x, y, look)
+        if np.isfinite(low).any():
+            style.band(ax, x, low, np.where(np.isfinite(high), high, np.nan), look)
+            bands = True
+        n_params = formatting.short(tables.numbers(rows, "n_params")[-1])
+        entries.append(labels.Entry(f"{style.head_text(each)}, {n_params}", look, float(y[-1])))
+        curves[each] = y
     style.power_of_two_axis(ax.xaxis, contexts_served, formatting.context)
-    unit, name = chosen.unit(float(np.sqrt(min(end.y for end in ends) * max(end.y for end in ends))))
-    style.log_axis(ax.yaxis, unit, chosen.text)
-    labels.label_ends(ax, ends)
-    label = chosen.label + (f" ({name})" if name else "")
-    note = f"loss {loss:g}; curves: (query, key/value) heads, $N$"
-    if any(size.drawn is not None for size in found.values()):
-        note += f"; bands: 95%{style.rests_on(laws)}"
-    return style.finish(ax, "context served (tokens)", label, title, note)
+    cost_axes.scale(ax.yaxis, chosen)
+    best = frame[(frame["rank"] == 1).fillna(False)].sort_values("context_served")
+    if len(heads) > 1:
+        _mark(ax, [tables.heads_of(row) for row in best.to_dict("records")], tables.numbers(best, "context_served"), curves)
+    marks = "" if len(heads) == 1 else "least expected regret" if bands else "least cost"
+    labels.legend(
+        ax, entries, f"{labels.heads(curves)},\n$N$ at {formatting.context(int(grid[-1]))}", markers=False, answer=marks
+    )
+    lines = [
+        f"loss {loss:g}; "
+        + "; ".join(filter(None, (cost_axes.counted(convention, cost), cost_axes.shapes_said(laws, aspect)))),
+        *([f"bands: 95%{style.rests_on(laws)}"] if bands else []),
+    ]
+    return style.finish(ax, "context served (tokens)", cost_axes.label(chosen), title, "\n".join(lines), cheaper="y")
 
 
-def savings_by_context(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """What the best heads save against Llama-3's at each served context, a curve per loss to reach.
+def _mark(ax: Axes, winners: Sequence[Heads], x: np.ndarray, curves: Mapping[Heads, np.ndarray]) -> None:
+    """Yellow along the curve of the winner at each x, as far as half-way to where the next one begins."""
+    edges = [i for i in range(1, len(winners)) if winners[i] != winners[i - 1]]
+    for start, end in itertools.pairwise([0, *edges, len(winners)]):
+        ends = np.sqrt(x[[max(start - 1, 0), end - 1]] * x[[start, min(end, len(x) - 1)]])
+        along = np.unique([ends[0], *x[start:end], ends[1]])
+        y = np.exp(np.interp(np.log(along), np.log(x), np.log(curves[winners[start]])))
+        style.halo(ax, along, y)
+
+
+def _draws(laws: Any) -> int:
+    """How many draws to take: none of laws whose noise is not known."""
+    return 1000 if np.isfinite(getattr(laws, "sigma", np.nan)) else 0
+
+
+def savings_by_context(
+    frame: pd.DataFrame, *, baseline: str = "Llama 3's heads", title: str = "", ax: Axes | None = None
+) -> Axes:
+    """What the best heads save against a baseline at each served context, a curve per loss to reach, with bands of 95%.
 
     Args:
-      frame: of `gqa_jax.search.optimum.optimum_map`: loss, context_served, rank, saving (0.5: one half).
+      frame: of `gqa_jax.search.optimum.optimum_map`: loss, context_served, rank, saving (0.5: one half) and, where they are
+        known, saving_low and saving_high.
+      baseline: what the savings are against, in words.
     Raises:
-      ValueError: no saving is known: no law of the Llama-3 heads.
+      ValueError: no saving is known: no law of the baseline's heads.
     """
     best = frame[(frame["rank"] == 1).fillna(False) & frame["saving"].notna()]
     if best.empty:
         raise ValueError("no saving to draw: column saving is empty; it needs a law of the Llama-3 heads")
     ax = ax or style.new_axes()
     losses = sorted(best["loss"].unique(), reverse=True)
-    ends = []
+    entries, bands = [], False
+    ax.axhline(0, color="0.6", linewidth=0.8)
     for i, (loss, text) in enumerate(zip(losses, formatting.alike(losses), strict=True)):
         rows, look = best[best["loss"] == loss].sort_values("context_served"), style.step_look(i, len(losses))
-        x, saving = tables.numbers(rows, "context_served"), 100 * tables.numbers(rows, "saving")
-        style.curve(ax, x, saving, look)
-        style.points(ax, x, saving, look, label=text)
-        ends.append(labels.End(x[-1], saving[-1], text, look.color))
+        x, saving, low, high = (
+            tables.numbers(rows, name) for name in ("context_served", "saving", "saving_low", "saving_high")
+        )
+        style.curve(ax, x, 100 * saving, look)
+        style.points(ax, x, 100 * saving, look, label=text)
+        if np.isfinite(low).any():
+            style.band(ax, x, 100 * low, 100 * high, look)
+            bands = True
+        entries.append(labels.Entry(text, look, float(saving[-1])))
     style.power_of_two_axis(ax.xaxis, best["context_served"], formatting.context)
-    labels.label_ends(ax, ends)
-    note = "curves: loss to reach (nats per token)"
-    return style.finish(ax, "context served (tokens)", "saving against Llama-3's heads (%)", title, note)
+    labels.legend(ax, entries, "loss to reach\n(nats per token)")
+    note = f"heads of least expected regret, against {baseline} at the same loss"
+    label = f"cost saved against\n{baseline} (%)      cheaper \u2192"
+    return style.finish(ax, "context served (tokens)", label, title, note + "\nbands: 95%" * bands)
 
 
 _COLUMNS = {"memory": "m_infer", "flops": "c_infer", "cost": "cost"}
@@ -181,62 +236,39 @@ def aligned_cost(
     column = _COLUMNS[cost]
     if column not in frame:
         raise ValueError(f"the frame has no column {column}: give equal_training_curves a context_served")
-    ax = ax or style.new_axes(width=6.2)
+    ax = ax or style.new_axes()
     groups = frame.groupby(["n_heads", "n_kv_heads"], dropna=False)
     found = {tables.heads_of(rows.iloc[0]): rows.sort_values("n_params") for _, rows in groups}
+    entries = []
     for heads, rows in found.items():
-        look, x = style.head_look(heads), tables.numbers(rows, column)
-        style.curve(ax, x, tables.numbers(rows, "loss"), look)
+        look, x, y = style.head_look(heads), tables.numbers(rows, column), tables.numbers(rows, "loss")
+        style.curve(ax, x, y, look)
         style.band(ax, x, tables.numbers(rows, "loss_low"), tables.numbers(rows, "loss_high"), look)
-    typical = float(np.exp(np.mean(np.log(tables.numbers(frame, column)))))
-    if cost != "cost":
-        chosen = measure(cost, convention)
-        unit, name = chosen.unit(typical)
-        label = f"{chosen.label} ({name})"
-    style.log_axis(ax.xaxis, 1.0 if cost == "cost" else unit, formatting.short if cost == "cost" else None)
-    labels.heads_legend(ax, list(found), markers=False)
-    return style.finish(
-        ax, label, "loss (nats per token)", title, f"same training cost for all; bands: 95% {IN_BRIEF['independent']}"
-    )
-
-
-class _Size(NamedTuple):
-    """The model of one H that reaches a loss."""
-
-    n_params: float
-    shape: costs.Shape
-    drawn: costs.Shape | None  # of every joint draw, where laws have draws
-
-
-def _reach(laws: Any, heads: Heads, loss: float, aspect: Callable[[Any], Any]) -> _Size:
-    """Raises ValueError for heads without a law, and a loss that is not reached."""
-    about = [getattr(laws, name, default) for name, default in _ABOUT]
-    drawn = laws.draws() if np.isfinite(getattr(laws, "sigma", np.nan)) else None
-    sizes = None
-    if drawn is not None and heads in drawn.heads:
-        with np.errstate(over="ignore"):
-            sizes = np.exp(drawn.take([heads]).log_size(loss)[:, 0])
-    if heads in laws:
-        n_params = laws[heads].solve(loss)
-    elif sizes is not None and np.isfinite(np.median(sizes)):  # a rule without runs of its own, from the law over heads
-        n_params = float(np.median(sizes))
+        entries.append(labels.Entry(style.head_text(heads), look, float(y[-1])))
+    if cost == "cost":
+        style.log_axis(ax.xaxis, text=formatting.short)
     else:
-        raise ValueError(f"heads {heads}: no law; there are {', '.join(map(str, laws))}")
-    real = solve_shape(n_params, heads, aspect, *about)
-    return _Size(n_params, real, None if sizes is None else solve_shape(sizes, heads, aspect, *about))
+        chosen = cost_axes.objective(cost, convention)
+        cost_axes.scale(ax.xaxis, chosen)
+        label = cost_axes.label(chosen)
+    if len(found) > 1:
+        _mark_cheapest(ax, [(tables.numbers(rows, column), tables.numbers(rows, "loss")) for rows in found.values()])
+    labels.legend(ax, entries, labels.heads(found), markers=False, answer="least cost" * (len(found) > 1))
+    note = f"same training cost for all\nbands: 95% {IN_BRIEF['independent']}"
+    return style.finish(ax, label, "held-out loss (nats per token)", title, note, cheaper="x")
 
 
-def _aspect(laws: Any) -> Callable[[Any], Any]:
-    return getattr(laws, "aspect", None) or shapes.paper_aspect()
-
-
-_ABOUT = (("head_dim", shapes.HEAD_DIM), ("vocab_size", shapes.VOCAB_SIZE), ("size_convention", "exact"))
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Of draws; inf above where too many do not reach the loss. A ratio of two infinite costs is no number: left out."""
-    values = values[~np.isnan(values)]
-    if not values.size:
-        return np.nan, np.nan
-    low, high = np.quantile(values, [(1 - style.LEVEL) / 2, (1 + style.LEVEL) / 2], method="nearest")
-    return float(low), float(high)
+def _mark_cheapest(ax: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Yellow along the curve that has the least cost for each loss that all have. A curve is costs and losses."""
+    losses = np.linspace(max(y.min() for _, y in curves), min(y[0] for _, y in curves), 200)
+    at_CxL = np.full((len(curves), len(losses)), np.inf)
+    for i, (x, y) in enumerate(curves):
+        falling = slice(0, int(np.argmin(y)) + 1)
+        inside = (losses >= y[falling].min()) & (losses <= y[falling].max())
+        at_CxL[i, inside] = np.exp(np.interp(losses[inside], y[falling][::-1], np.log(x[falling][::-1])))
+    best = np.argmin(at_CxL, 0)
+    for i in range(len(curves)):
+        mine = (best == i) & np.isfinite(at_CxL[i])
+        for part in np.split(np.flatnonzero(mine), np.flatnonzero(np.diff(np.flatnonzero(mine)) > 1) + 1):
+            if len(part):
+                style.halo(ax, at_CxL[i, part], losses[part])

@@ -29,7 +29,7 @@ def loss_vs_context(
 ) -> Axes:
     """Relative loss difference (L(T) - L_base(T)) / L_base(T) against the training context T, as Figures 5 and 6.
 
-    Thick lines and their bands of 95% are those of the test from `from_context` on; its verdict stands beside them. Bars are
+    Thick lines and their bands of 95% are those of the test from `from_context` on; its verdict stands in the legend. Bars are
     95% of the standard errors of the differences.
 
     Args:
@@ -54,7 +54,7 @@ def loss_vs_context(
     ax.axhline(0, color="0.6", linewidth=0.7)
     tests = found.tests.set_index("model")
     models = list(dict.fromkeys(found.differences["model"]))
-    ends = []
+    entries = []
     for i, model in enumerate(models):
         rows = found.differences[found.differences["model"] == model].sort_values("context")
         heads = tables.heads_named(model)
@@ -72,10 +72,10 @@ def loss_vs_context(
             ax.plot(tested, line, color=look.color, linewidth=1.6, label="_line")
             style.band(ax, tested, line - half, line + half, look)
             end, text = line[-1], f"{text} {test['verdict']}"
-        ends.append(labels.End(contexts[-1], end, text, look.color))
+        entries.append(labels.Entry(text, look, float(end)))
     style.power_of_two_axis(ax.xaxis, found.differences["context"], formatting.context)
-    labels.label_ends(ax, ends)
     named = tables.heads_named(found.baseline)
+    labels.legend(ax, entries, f"{'size' if named is None else 'heads'}, and the verdict")
     base = found.baseline if named is None else style.head_text(named)
     note = f"thick: straight lines from {formatting.context(found.from_context)} on; bands: 95% by the runs' scatter about them"
     note += "\nbars: 95% of the standard errors of differences"
@@ -109,13 +109,14 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
     ax = ax or style.new_axes()
     order = _order(continued, series)
     scratch = table[table["continue_from"].isna() & (table["context"] == context)]
-    ends = []
+    entries, bars, bands = [], False, False
     for i, value in enumerate(order):
         look, rows = _look(value, i, len(order)), _select(continued, series, value).sort_values("tokens")
         tokens, loss = tables.numbers(rows, "tokens"), tables.numbers(rows, "loss")
         ax.plot(tokens, loss, color=look.color, linestyle=look.line, linewidth=0.7, label="_joined")
         style.points(ax, tokens, loss, look, error=tables.numbers(rows, "loss_sem"), label=_text(value))
-        ends.append(labels.End(tokens[-1], loss[-1], _text(value), look.color))
+        entries.append(labels.Entry(_text(value), look, float(loss[-1])))
+        bars |= bool(rows["loss_sem"].notna().any())
         same = scratch[(scratch["size"].isin(rows["size"])) & (scratch["heads"].isin(rows["heads"]))]
         if not same.empty:
             mean = _by_context(same).iloc[0]
@@ -123,9 +124,11 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
             if np.isfinite(mean["sem"]):
                 half = stats.norm.ppf((1 + style.LEVEL) / 2) * mean["sem"]
                 ax.axhspan(mean["loss"] - half, mean["loss"] + half, color=look.color, alpha=0.12, linewidth=0)
+                bands = True
     style.log_axis(ax.xaxis, text=formatting.short)
-    labels.label_ends(ax, ends)
-    note = f"lines across: trained at that context from scratch; {style.sure(shared)}"
+    labels.legend(ax, entries, labels.heads(order) if series == "heads" else "size")
+    sure = style.sure(None, shared, bars=bars, bands=bands)
+    note = "\n".join(filter(None, ("lines across: trained at that context from scratch", sure)))
     return style.finish(ax, f"tokens of the continuation at {formatting.context(int(context))}", LOSS, title, note)
 
 

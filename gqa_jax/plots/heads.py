@@ -31,38 +31,43 @@ def loss_vs_query_heads(
     """
     laws: Any = source if isinstance(source, Mapping) else fit_query_heads(tables.loss_table(source))
     ax = ax or style.new_axes()
-    text, note = _names(list(laws))
-    ends = []
+    text, series, note = _names(list(laws))
+    entries, bars, bands = [], False, False
     for i, (which, law) in enumerate(laws.items()):
         look = style.step_look(i, len(laws))
         grid = np.geomspace(law.n_heads.min(), law.n_heads.max(), 41)
         style.curve(ax, grid, law.predict(grid), look)
-        _band(ax, laws, which, law, grid, look)
-        style.points(ax, law.n_heads, law.loss, look, error=style.standard_errors(laws, which), label=text(which))
-        ends.append(labels.End(grid[-1], float(law.predict(grid[-1])), text(which), look.color))
+        bands |= _band(ax, laws, which, law, grid, look)
+        error = style.standard_errors(laws, which)
+        bars |= error is not None and bool(np.isfinite(error).any())
+        style.points(ax, law.n_heads, law.loss, look, error=error, label=text(which))
+        entries.append(labels.Entry(text(which), look, float(law.predict(grid[-1]))))
     style.power_of_two_axis(ax.xaxis, np.concatenate([law.n_heads for law in laws.values()]))
-    labels.label_ends(ax, ends)
-    n_kv = f", $n_{{kv}}$ = {laws.n_kv_heads}" if hasattr(laws, "n_kv_heads") else ""
-    sure = style.sure(getattr(laws, "shared", None), laws)
-    return style.finish(ax, "query heads, $n_h$", LOSS, title, f"{note}{n_kv}; {sure}")
+    labels.legend(ax, entries, series)
+    n_kv = f"$n_{{kv}}$ = {laws.n_kv_heads}" if hasattr(laws, "n_kv_heads") else ""
+    note = ", ".join(filter(None, (note, n_kv)))
+    sure = style.sure(laws, getattr(laws, "shared", None), bars=bars, bands=bands)
+    return style.finish(ax, "query heads, $n_h$", LOSS, title, "\n".join(filter(None, (note, sure))))
 
 
-def _names(curves: list[Curve]) -> tuple[Any, str]:
-    """What a curve is called, by what it differs in from the others, and what that is."""
+def _names(curves: list[Curve]) -> tuple[Any, str, str]:
+    """What a curve is called, by what it differs in from the others; what that is; and what all have in common."""
     sizes, contexts = {curve.size for curve in curves}, {curve.context for curve in curves}
     if len(contexts) == 1:
-        return (lambda curve: curve.size), f"curves: sizes, $T$ = {formatting.context(contexts.pop())}"
+        return (lambda curve: curve.size), "size", f"trained at $T$ = {formatting.context(contexts.pop())}"
     if len(sizes) == 1:
-        return (lambda curve: formatting.context(curve.context)), f"curves: training contexts, {sizes.pop()}"
-    return (lambda curve: f"{curve.size}, {formatting.context(curve.context)}"), "curves: sizes, training contexts"
+        return (lambda curve: formatting.context(curve.context)), "trained at (tokens)", str(sizes.pop())
+    return (lambda curve: f"{curve.size}, {formatting.context(curve.context)}"), "size, trained at (tokens)", ""
 
 
-def _band(ax: Axes, laws: Any, which: Curve, law: QueryHeadsLaw, grid: np.ndarray, look: style.Look) -> None:
+def _band(ax: Axes, laws: Any, which: Curve, law: QueryHeadsLaw, grid: np.ndarray, look: style.Look) -> bool:
     """Profiles are slow: they are taken at the numbers of heads that were trained, and their distance to the curve between."""
     if not hasattr(laws, "band"):
-        return
+        return False
     heads = np.unique(law.n_heads)
     edges = laws.band(which, heads, style.LEVEL)
-    if np.isfinite(edges).any():
-        apart = [np.interp(np.log(grid), np.log(heads), edge - law.predict(heads)) for edge in edges]
-        style.band(ax, grid, law.predict(grid) + apart[0], law.predict(grid) + apart[1], look)
+    if not np.isfinite(edges).any():
+        return False
+    apart = [np.interp(np.log(grid), np.log(heads), edge - law.predict(heads)) for edge in edges]
+    style.band(ax, grid, law.predict(grid) + apart[0], law.predict(grid) + apart[1], look)
+    return True

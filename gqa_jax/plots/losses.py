@@ -13,13 +13,11 @@ from matplotlib.axes import Axes
 from gqa_jax import costs, formatting
 from gqa_jax.laws import Heads, PowerLaw, fit_by_heads
 from gqa_jax.laws import runs as run_table
-from gqa_jax.plots import labels, style, tables
-from gqa_jax.plots.measures import measure
+from gqa_jax.plots import cost_axes, labels, style, tables
 from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import HEAD_DIM, VOCAB_SIZE, Aspect
 
 LOSS = "held-out loss (nats per token)"
-HEADS = "curves: (query, key/value) heads"
 _MARGIN = 1.15  # curves go beyond the points by this factor of N
 
 
@@ -38,9 +36,8 @@ def loss_vs_params(
       until: N that the curves are continued to, beyond the runs and thinner.
     """
     laws = laws if isinstance(laws, Mapping) else fit_by_heads(tables.loss_table(laws))
-    many = len(laws) > labels.MOST
-    ax = ax or style.new_axes(width=7.2 if many else 5.6)
-    ends = []
+    ax = ax or style.new_axes()
+    entries, bars, bands = [], False, False
     for heads, law in laws.items():
         look = style.head_look(heads)
         last = law.params.max() * _MARGIN
@@ -50,16 +47,17 @@ def loss_vs_params(
             beyond = np.geomspace(last, until, 100)
             style.curve(ax, beyond, law.predict(beyond), look, linewidth=0.7)
             grid = np.concatenate([grid, beyond[1:]])
-        style.law_band(ax, laws, heads, grid, look)
-        style.points(ax, law.params, law.loss, look, error=style.standard_errors(laws, heads), label=style.head_text(heads))
-        ends.append(labels.End(grid[-1], float(law.predict(grid[-1])), style.head_text(heads), look.color))
+        bands |= style.law_band(ax, laws, heads, grid, look)
+        error = style.standard_errors(laws, heads)
+        bars |= error is not None and bool(np.isfinite(error).any())
+        style.points(ax, law.params, law.loss, look, error=error, label=style.head_text(heads))
+        entries.append(labels.Entry(style.head_text(heads), look, float(law.predict(grid[-1]))))
     style.log_axis(ax.xaxis, text=formatting.short)
-    if many:
-        labels.heads_legend(ax, list(laws))
-    else:
-        labels.label_ends(ax, ends)
-    sure = style.sure(getattr(laws, "shared", None), laws)
-    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, f"{HEADS}\n{sure}")
+    labels.legend(ax, entries, labels.heads(laws))
+    beyond = "thin: beyond the runs" if until is not None else ""
+    sure = style.sure(laws, getattr(laws, "shared", None), bars=bars, bands=bands)
+    note = "\n".join(filter(None, (beyond, sure)))
+    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, note)
 
 
 def loss_vs_cost(
@@ -71,49 +69,30 @@ def loss_vs_cost(
     convention: str | costs.Convention = "figures",
     aspect: Callable[[Any], Any] | None = None,
     title: str = "",
-    legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Loss against a cost of serving at `context_served`, as the paper's Figures 2, 9, 10 and 11.
 
-    Loss is fitted in N; each point and each point of the curve, with its band, is then moved along x to its cost there.
+    Loss is fitted in N; each point and each point of the curve, with its band, is then moved along x to its cost there. Yellow
+    marks, for each loss, the heads of least expected regret over the draws of the laws (of least cost where laws have none), as
+    far as their curve goes.
 
     Args:
       table: loss table of one training context, or a grid folder.
       laws: of `gqa_jax.laws.fit_by_heads`, of the same table; None: they are fitted.
       cost: "z", "flops" or "memory" in the `convention`, or an objective of `gqa_jax.search.objectives`.
-      aspect: aspect ratio of the shapes along the curve; default: between the runs of each H, so that curves meet them.
+      aspect: d / L along the curves as a function of N; default: between the runs of each H, so that curves meet them.
     Raises:
       ValueError: an unknown cost or convention, no finished run, several training contexts, a law without a run in the table.
     """
     table, _ = run_table.usable(tables.loss_table(table))
     laws = fit_by_heads(table) if laws is None else laws
-    chosen = measure(cost, convention)
-    ax = ax or style.new_axes(width=6.2)
-    lowest, highest, shared = np.inf, 0.0, run_table.shared_sem(table)
-    for heads, law in laws.items():
-        look, rows = style.head_look(heads), _rows(table, heads)
-        x = chosen.cost(_shapes(rows), context_served)
-        sizes = np.geomspace(law.params.min() / _MARGIN, law.params.max() * _MARGIN, 100)
-        head_dim, vocab_size = run_table.only(rows, "head_dim", HEAD_DIM), run_table.only(rows, "vocab_size", VOCAB_SIZE)
-        shapes = solve_shape(
-            sizes, heads, aspect or table_aspect(rows), head_dim, vocab_size, getattr(laws, "size_convention", "exact")
-        )
-        grid = chosen.cost(shapes, context_served)
-        style.curve(ax, grid, law.predict(sizes), look)
-        style.law_band(ax, laws, heads, sizes, look, at=grid)
-        error = tables.numbers(rows, "loss_sem") if shared is None else None
-        style.points(ax, x, rows["loss"], look, error=error, label=style.head_text(heads))
-        lowest, highest = min(lowest, grid[0], *x), max(highest, grid[-1], *x)
-    unit, name = chosen.unit(np.sqrt(lowest * highest))
-    style.log_axis(ax.xaxis, unit, chosen.text)
-    if legend:
-        labels.heads_legend(ax, list(laws))
-    counted = f"costs: {convention} convention" if isinstance(convention, str) and isinstance(cost, str) else ""
-    if hasattr(laws, "band") or (shared is not None and shared > 0):
-        counted = "\n".join(filter(None, (counted, style.sure(run_table.shared_error(table), laws))))
-    label = f"{chosen.label} at {formatting.context(context_served)}" + (f" ({name})" if name else "")
-    return style.finish(ax, label, LOSS, title, counted)
+    ax = ax or style.new_axes()
+    chosen = cost_axes.objective(cost, convention)
+    entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
+    labels.legend(ax, entries, labels.heads(laws), answer=marks)
+    note = "\n".join(filter(None, ("; ".join(filter(None, (cost_axes.counted(convention, cost), note[0]))), *note[1:])))
+    return style.finish(ax, cost_axes.label(chosen, context_served), LOSS, title, note, cheaper="x")
 
 
 def loss_vs_costs(
@@ -121,32 +100,63 @@ def loss_vs_costs(
     laws: Mapping[Heads, PowerLaw] | None,
     context_served: int,
     *,
+    convention: str | costs.Convention = "figures",
+    aspect: Callable[[Any], Any] | None = None,
     title: str = "",
-    **options: Any,
 ) -> np.ndarray:
-    """Memory, FLOPs and Z side by side, the whole of Figure 2; returns the three axes. Options as of `loss_vs_cost`."""
-    laws = fit_by_heads(tables.loss_table(table)) if laws is None else laws
-    panels = style.new_panels(3, width=3.0, height=3.7, sharey=True)
+    """Memory, FLOPs and Z side by side, the whole of Figure 2; returns the three axes. Arguments as of `loss_vs_cost`."""
+    table, _ = run_table.usable(tables.loss_table(table))
+    laws = fit_by_heads(table) if laws is None else laws
+    panels = style.new_panels(3, width=3.2, height=4.2, sharey=True)
     for ax, cost in zip(panels, ("memory", "flops", "z"), strict=True):
-        loss_vs_cost(
-            table, laws, context_served, cost=cost, ax=ax, legend=False, title=title if ax is panels[0] else "", **options
-        )
-        ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
-        note = ax.texts[0]  # the same in all
-        if ax is not panels[0]:
-            ax.set_ylabel("")
-            note.remove()
-            continue
-        note.set_in_layout(False)  # it is wider than the panel: a title keeps the room above
-        if not title:
-            ax.set_title(" ", fontsize=style.SMALL, loc="left", pad=4 + 10 * note.get_text().count("\n"))
-    labels.heads_legend(panels[0].figure, list(laws), below=True)
+        chosen = cost_axes.objective(cost, convention)
+        entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
+        label = cost_axes.label(chosen, context_served).replace(" at ", "\nat ")
+        style.finish(ax, label, LOSS if ax is panels[0] else "", cheaper="x")
+    note = "\n".join(("; ".join(filter(None, (cost_axes.counted(convention, "z"), note[0]))), *note[1:]))
+    style.caption(panels[0], title, note, columns=3)
+    labels.legend_below(panels[0].figure, entries, labels.heads(laws), answer=marks)
     return panels
 
 
-def table_aspect(table: pd.DataFrame) -> Aspect:
-    """Aspect ratio d / L between the sizes of a loss table."""
-    sizes = table.groupby(["n_layers", "d_model"], as_index=False)["params_non_embedding"].mean()
+def _draw_costs(
+    ax: Axes, table: pd.DataFrame, laws: Mapping[Heads, PowerLaw], context: int, cost: Any, aspect: Any
+) -> tuple[list[labels.Entry], list[str], str]:
+    """Runs, curves and bands at their costs; what the legend says, what is to be noted, and what the yellow marks."""
+    shared, entries, aspects, curves = run_table.shared_sem(table), [], {}, {}
+    bars, bands = False, False
+    words = f"shapes: $d/L$ as {'between the runs of each curve' if aspect is None else 'given'}"
+    for heads, law in laws.items():
+        look, rows = style.head_look(heads), _rows(table, heads)
+        sizes = np.geomspace(law.params.min() / _MARGIN, law.params.max() * _MARGIN, 100)
+        head_dim, vocab_size = run_table.only(rows, "head_dim", HEAD_DIM), run_table.only(rows, "vocab_size", VOCAB_SIZE)
+        aspects[heads] = cost_axes.smooth(aspect or _aspect_between(rows))
+        shapes = solve_shape(sizes, heads, aspects[heads], head_dim, vocab_size, getattr(laws, "size_convention", "exact"))
+        x, y = cost(shapes, context), law.predict(sizes)
+        style.curve(ax, x, y, look)
+        bands |= style.law_band(ax, laws, heads, sizes, look, at=x)
+        error = tables.numbers(rows, "loss_sem") if shared is None else None
+        bars |= error is not None and bool(np.isfinite(error).any())
+        style.points(ax, cost(_shapes(rows), context), rows["loss"], look, error=error, label=style.head_text(heads))
+        entries.append(labels.Entry(style.head_text(heads), look, float(y[-1])))
+        curves[heads] = x, y
+    cost_axes.scale(ax.xaxis, cost)
+    marks = ""
+    if len(laws) > 1:
+        low, high = (pick(y[at] for _, y in curves.values()) for pick, at in ((min, -1), (max, 0)))
+        for start, end, heads in cost_axes.answers_by_loss(laws, cost, context, aspects, low, high):
+            x, y = curves[heads]
+            inside = (y >= start - (end - start) / 4) & (y <= end + (end - start) / 4)
+            if inside.any():
+                style.halo(ax, x[inside], y[inside])
+                marks = "least expected regret" if hasattr(laws, "band") else "least cost"
+    sure = style.sure(laws, run_table.shared_error(table), bars=bars, bands=bands)
+    return entries, list(filter(None, (words, sure))), marks
+
+
+def _aspect_between(rows: pd.DataFrame) -> Aspect:
+    """Aspect ratio d / L between the sizes of runs."""
+    sizes = rows.groupby(["n_layers", "d_model"], as_index=False)["params_non_embedding"].mean()
     sizes = sizes[["params_non_embedding", "n_layers", "d_model"]]
     return Aspect.between([tuple(map(float, row)) for row in sizes.to_numpy()])
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.patches import Rectangle
 
 from gqa_jax import formatting
 from gqa_jax.laws import Heads
 from gqa_jax.plots import style, tables
 
-# Shades of the probability that the heads are the cheapest: light enough for dark text and the borders of regions.
-_SHADES = LinearSegmentedColormap.from_list("certainty", ["#FFFFFF", "#D9E6F2", "#B0CDE6", "#86B3D9", "#5C9AC9"])
-_HATCH = (0.1, 0.1, 0.1, 0.35)
+_TINT = (0.04, 0.3)  # how far cells are from white, from impossible to certain, whatever their hue: light enough for dark text
+_HATCH = (0.1, 0.1, 0.1, 0.3)
 _DOUBT = 0.5  # below it the heads are more likely not the cheapest: hatched
+_DRAWS_TELL = 0.999  # what 1,000 draws can't tell from 1 is not called so
 
 
 def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """The best heads for each loss (rows, easiest on top) and served context (columns).
+    """The heads of least expected regret for each loss (rows, easiest on top) and served context (columns).
 
-    Shade: probability that they are the cheapest; hatched below one half; a star: N* lies outside the sizes that were trained.
-    Heavy lines part regions of different heads. A cell without an answer is left empty with a dash.
+    Colour: the heads, stronger the more probable it is that they are the cheapest; hatched below one half; a star: N* lies
+    outside the sizes that were trained. Heavy lines part regions of different heads. A cell without an answer is left empty
+    with a dash.
 
     Args:
       frame: of `search.optimum.optimum_map`: columns loss, context_served, n_heads, n_kv_heads, rank (1: the answer) and,
@@ -45,7 +44,7 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
         )
     best = best.set_index(["loss", "context_served"])
     certain = "probability" in best and best["probability"].notna().any()
-    ax = ax or style.new_axes(width=1.6 + 0.85 * len(contexts), height=0.95 + 0.5 * len(losses))
+    ax = ax or style.new_axes(width=max(0.9 + 0.95 * len(contexts), 3.4), height=1.3 + 0.5 * len(losses))
     winners = {}
     for row, loss in enumerate(losses):
         for column, context in enumerate(contexts):
@@ -58,20 +57,23 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     ax.set_xticks(range(len(contexts)), [formatting.context(int(context)) for context in contexts])
     ax.set_yticks(range(len(losses)), formatting.alike(losses))
     starred = any("note" in best and not pd.isna(note) for note in best.get("note", []))
-    note = "; ".join(["(query, key/value) heads"] + ["* outside the sizes trained"] * starred)
-    style.finish(ax, "context served (tokens)", "loss to reach (nats per token)", title, note)
+    sized = "n_params" in best and best["n_params"].notna().any()
+    shown = ["$N$"] * bool(sized) + ["probability of being the cheapest (tint; hatched below 50%)"] * bool(certain)
+    note = f"(query, key/value) heads of least {'expected regret' if certain else 'cost'}"
+    note += f", {' and '.join(shown)}" * bool(shown) + "; * outside the sizes trained" * starred
+    note += "; $d/d_h$: as many as fill the width" * any(heads.n_heads is None for heads in winners.values())
+    style.finish(ax, "context served (tokens)", "loss to reach\n(nats per token)", title, note)
     ax.grid(visible=False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    if certain:
-        _scale(ax)
     return ax
 
 
 def _cell(ax: Axes, row: int, column: int, answer: pd.Series, certain: bool) -> Heads:
     probability = float(answer["probability"]) if certain and not pd.isna(answer["probability"]) else None
     heads = tables.heads_of(answer)
-    color = _SHADES(probability) if probability is not None else "#EEF2F6"
+    own, away = style.head_look(heads).color, np.interp(0.5 if probability is None else probability, (0, 1), _TINT)
+    color = style.mix(own, away / max(1 - style.luma(own), _TINT[1]))
     ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
     if probability is not None and probability < _DOUBT:
         ax.add_patch(
@@ -82,7 +84,7 @@ def _cell(ax: Axes, row: int, column: int, answer: pd.Series, certain: bool) -> 
     star = "*" if not pd.isna(answer.get("note", pd.NA)) else ""
     halo = {"boxstyle": "round,pad=0.12", "facecolor": color, "edgecolor": "none"}
     small = [formatting.short(answer["n_params"])] if not pd.isna(answer.get("n_params", pd.NA)) else []
-    small += [formatting.percent(probability)] if probability is not None else []
+    small += [formatting.percent(min(probability, _DRAWS_TELL))] if probability is not None else []
     ax.text(
         column, row - (0.16 if small else 0), style.head_text(heads) + star, ha="center", va="center", color=style.INK,
         fontsize=style.TEXT, fontweight="bold", bbox=halo,
@@ -107,12 +109,3 @@ def _borders(ax: Axes, winners: dict[tuple[int, int], Heads], rows: int, columns
                 lines.append(((column - 0.5, column - 0.5), (row - 0.5, row + 0.5)))
     for x, y in lines:
         ax.plot(x, y, color=style.INK, linewidth=1.1, solid_capstyle="round", clip_on=False, zorder=3)
-
-
-def _scale(ax: Axes) -> None:
-    bar = ax.figure.colorbar(ScalarMappable(Normalize(0, 1), _SHADES), ax=ax, fraction=0.035, pad=0.025, aspect=25)
-    bar.set_ticks(np.linspace(0, 1, 5), labels=[f"{x}%" for x in (0, 25, 50, 75, 100)], fontsize=style.SMALL, color=style.INK)
-    bar.set_label("probability that these heads are the cheapest", fontsize=style.SMALL, color=style.INK)
-    bar.outline.set(linewidth=0.5, edgecolor="0.6")
-    bar.ax.tick_params(length=2, color="0.6")
-    bar.ax.add_patch(Rectangle((0, 0), 1, _DOUBT, facecolor="none", edgecolor=_HATCH, hatch="////", linewidth=0))

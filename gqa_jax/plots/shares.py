@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gqa_jax import costs, formatting
-from gqa_jax.plots import labels, style
+from gqa_jax.plots import cost_axes, labels, style
 
 # In the order of the components of costs.ForwardFlops and costs.InferMemory, and as they are stacked from the bottom up.
 _FLOPS = {
@@ -20,7 +20,7 @@ _MEMORY = {
     "ffn": ("feed-forward", 0), "attention": ("attention weights", 1), "embedding": ("embedding", 2), "norms": ("norms", 5),
     "cache": ("key/value cache", 3),
 }  # fmt: skip
-_THIN, _VISIBLE = 9.0, 0.5  # percent of the axes' height: of an area that its label fits into, of one that is named at all
+_VISIBLE = 0.5  # percent: of an area that is named
 
 
 def flops_shares(
@@ -63,7 +63,7 @@ def _shares(
         raise ValueError(
             f"{len(shapes)} shapes and {len(contexts)} contexts: give one shape and several contexts, or several shapes and one"
         )
-    ax = ax or style.new_axes(width=6.4)
+    ax = ax or style.new_axes()
     if len(contexts) > 1:
         x = np.geomspace(contexts[0], contexts[-1], 200)
         found = shares(shapes[0], x, convention)
@@ -78,33 +78,18 @@ def _shares(
         ax.set_xlim(x[0], x[-1])
         style.log_axis(ax.xaxis, text=formatting.short)
         xlabel = f"parameters without embeddings, $N$, at {formatting.context(contexts[0])}"
-    below, ends = np.zeros(len(x)), []
+    below, areas = np.zeros(len(x)), []
     for name, (label, area) in parts.items():
         share = 100 * np.broadcast_to(getattr(found, name), x.shape)
         if not share.any():  # the convention does not count it
             continue
         color, hatch = style.AREAS[area]
-        ax.fill_between(
+        filled = ax.fill_between(
             x, below, below + share, facecolor=color, hatch=hatch, edgecolor="0.35", linewidth=0.6, label=label
         )  # fmt: skip
         if share.max() > _VISIBLE:
-            ends.append(_place(ax, x, below, share, label))
+            areas.append(filled)
         below = below + share
     ax.set(xlim=(x[0], x[-1]), ylim=(0, 100))
-    labels.label_ends(ax, [end for end in ends if end])
-    counted = f"{convention} convention" if isinstance(convention, str) else ""
-    return style.finish(ax, xlabel, ylabel, title, counted)
-
-
-def _place(ax: Axes, x: np.ndarray, below: np.ndarray, share: np.ndarray, label: str) -> labels.End | None:
-    """Writes the label into its area where that is thick, and not at the sides; else says where it ends on the right."""
-    inside = np.log(x / x[0]) / np.log(x[-1] / x[0])
-    room = np.where((inside > 0.2) & (inside < 0.8), share, 0)
-    at = int(np.argmax(room))
-    if room[at] < _THIN:
-        return labels.End(x[-1], below[-1] + share[-1] / 2, label, style.INK)
-    ax.text(
-        x[at], below[at] + share[at] / 2, label, ha="center", va="center", fontsize=style.SMALL, color=style.INK,
-        bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.9},
-    )  # fmt: skip
-    return None
+    labels.areas_legend(ax, areas[::-1])
+    return style.finish(ax, xlabel, ylabel, title, cost_axes.counted(convention, "flops"))

@@ -1,12 +1,15 @@
 """The one style of all pictures: a look for each head configuration, axes, curves and points, files.
 
-Nothing is said by colour alone. Query heads are colour and marker, key/value heads are line style and fill, the same in every
-picture; colours get darker with the number of query heads, so that their order survives a black-and-white printer.
+No two head configurations share a colour, and nothing is said by colour alone. Key/value heads are the hue, the line style and
+the fill of a marker; query heads are how dark the colour is, and the marker. So both survive a black-and-white printer. Rules
+such as Llama 3's, whose heads grow with the width, are greys with stars, Llama 3's own black. A broad yellow line or field is
+the answer, in every picture.
 """
 
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +27,26 @@ from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.posterior import IN_BRIEF
 
 INK = "0.15"  # of text
+_CHEAPER = "\u2190 cheaper      "  # of an axis that is turned, too: there it points down
 MINUS = "\u2212"  # as the ticks of matplotlib have it
 QUIET = "0.45"  # of what explains
-LEVEL, SURE = 0.95, "bars and bands: 95%"
+LEVEL = 0.95
 TEXT, SMALL = 9.0, 8.0  # points
 
-# Colours of 1, 2, 4, ... 32 query heads: equal steps in OKLCH lightness, from orange to navy; numbers between are mixed.
-_HEAD_COLORS = ("#E09A1A", "#E2600F", "#D22C50", "#8E2589", "#442E9D", "#0B2B5F")
+HALO = "#FFE07A"  # of the answer: the heads of least expected regret
+
+# Colours by key/value heads (1, 2, 4, ... 32) and, within, by query heads from as many on to 32. Lightness and hue are such
+# that the closest two are as far apart as can be (in OKLab), also for people without red or green cones (Machado et al. 2009).
+_HEAD_COLORS = (
+    ("#0EB7FE", "#139AED", "#0A73D3", "#1D55C9", "#2E38B2", "#2C008D"),
+    ("#EE5F20", "#C14509", "#A33706", "#852B04", "#5A1700"),
+    ("#03867B", "#046E6C", "#0B585B", "#00393F"),
+    ("#902A9B", "#711794", "#440371"),
+    ("#06527D", "#00335C"),
+    ("#023C1E",),
+)
+_RULE_COLORS = ("#A3A3A3", "#8B8B8B", "#6A6A6A", "#000000", "#4A3B30", "#7A6757", "#A8927F")  # of 1, 2, 4, ... key/value heads
+_GROUP_COLORS = ("#3F3F2A", "#5B5B3C", "#777750", "#939365", "#ADAD7C", "#C4C495")  # of groups of 1, 2, 4, ...
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _OTHER_MARKERS = ("p", "h", "<", ">", "d", "8")  # numbers of heads that are no power of two up to 32
 _LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.2, 1.2)), (0, (7, 1.5, 1, 1.5, 1, 1.5)), (0, (2.5, 2.5)))
@@ -41,7 +57,8 @@ AREAS = (("#DCE6F2", ""), ("#A9C4E4", "//"), ("#F3D7A2", ".."), ("#D9806A", ""),
 
 # Ticks of a logarithmic axis within a decade; those that give about five are taken.
 _TICKS = (
-    (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), np.arange(2, 20) / 2, np.arange(5, 50) / 5, np.arange(10, 100) / 10,
+    (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
+    np.arange(2, 20) / 2, np.arange(5, 50) / 5, np.arange(10, 100) / 10,
     np.arange(50, 500) / 50, np.arange(100, 1000) / 100,
 )  # fmt: skip
 
@@ -57,15 +74,30 @@ class Look(NamedTuple):
 
 
 def head_look(heads: Heads) -> Look:
-    """The look of a head configuration, the same in every picture. n_heads None (Llama-3's rule) is black with stars."""
+    """The look of a head configuration, the same in every picture."""
     level = np.log2(heads.n_kv_heads if heads.group is None else heads.group)
     if heads.n_heads is None:
-        return Look("#000000", "*", _line(level), _mix("#000000", min(level / 5, 1.0)), 8.0)
-    color = _mix(_between(_HEAD_COLORS, np.log2(heads.n_heads) / 5), 1 - 0.08 * min(level, 5), "#000000")
+        colors = _RULE_COLORS if heads.group is None else _GROUP_COLORS
+        color = _between(colors, level / (len(colors) - 1))
+        return Look(color, "*" if heads.group is None else "X", _line(level), mix(color, min(level / 5, 1.0)), 8.0)
+    color = _head_color(np.log2(heads.n_heads), level)
     power = int(np.log2(heads.n_heads))
     known = heads.n_heads == 2**power and power < len(_MARKERS)
     marker = _MARKERS[power] if known else _OTHER_MARKERS[heads.n_heads % len(_OTHER_MARKERS)]
-    return Look(color, marker, _line(level), _mix(color, min(level / 5, 1.0)))
+    return Look(color, marker, _line(level), mix(color, min(level / 5, 1.0)))
+
+
+def _head_color(level: float, kv_level: float) -> str:
+    """The colour of 2^level query and 2^kv_level key/value heads: between those of the table, beyond it darker and greyer."""
+    last = len(_HEAD_COLORS) - 1
+    below = min(int(kv_level), last)
+    each = []
+    for row in {below, min(below + 1, last)}:
+        colors = _HEAD_COLORS[row]
+        each.append(_between(colors, (level - row) / max(len(colors) - 1, 1)))
+    color = each[0] if len(each) == 1 else mix(each[0], 1 - (kv_level - below), each[1])
+    color = mix(color, 0.6 ** max(level - last, 0), "#000000")
+    return mix(color, 0.75 ** max(kv_level - last, 0), "#808080")
 
 
 def head_text(heads: Heads) -> str:
@@ -79,7 +111,7 @@ def step_look(index: int, count: int) -> Look:
     return Look(color, _MARKERS[index % len(_MARKERS)], _LINES[index % len(_LINES)], "white" if index % 2 else color)
 
 
-def new_axes(width: float = 5.6, height: float = 3.8) -> Axes:
+def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
     """Axes of a new figure, inches. The figure is not pyplot's: nothing has to be closed."""
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
@@ -89,22 +121,50 @@ def new_panels(count: int, width: float = 3.6, height: float = 3.6, **options: A
     return Figure(figsize=(width * count, height), layout="constrained").subplots(1, count, squeeze=False, **options)[0]
 
 
-def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", note: str = "") -> Axes:
-    """Labels, fonts, grid and frame. `note` explains, in small print above the axes, in one line or more."""
-    ax.set_xlabel(xlabel, fontsize=TEXT, color=INK)
-    ax.set_ylabel(ylabel, fontsize=TEXT, color=INK)
+def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", note: str = "", *, cheaper: str = "") -> Axes:
+    """Labels, fonts, grid and frame.
+
+    Args:
+      note: explains, in small print above the axes, in lines as long as the figure is wide.
+      cheaper: "x" or "y": that axis is a cost, which is less towards its beginning.
+    """
+    ax.set_xlabel(
+        _CHEAPER + xlabel if cheaper == "x" else xlabel, fontsize=TEXT, color=INK, loc="left" if cheaper == "x" else None
+    )
+    ax.set_ylabel(
+        _CHEAPER + ylabel if cheaper == "y" else ylabel, fontsize=TEXT, color=INK, loc="bottom" if cheaper == "y" else None
+    )
     ax.tick_params(labelsize=SMALL, color="0.6", labelcolor=INK, length=3, width=0.7)
     ax.tick_params(which="minor", length=1.8, width=0.5)
     ax.grid(True, which="major", linewidth=0.5, color="0.91")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set(color="0.6", linewidth=0.7)
+    caption(ax, title, note)
+    return ax
+
+
+def caption(ax: Axes, title: str, note: str, columns: int = 1) -> None:
+    """Title and note above axes, as wide as `columns` of the figure's."""
+    place = ax.get_subplotspec()
+    share = 1.0 if place is None else columns / place.get_gridspec().ncols
+    letters = int(share * ax.figure.get_figwidth() * 72 / (0.6 * SMALL)) - 6  # letters are about 0.6 of their size wide
+    note = "\n".join(textwrap.fill(line, max(letters, 20)) for line in note.split("\n"))
     if title:
         pad = 8 + 8 * bool(note) + 10 * note.count("\n")
         ax.set_title(title, fontsize=TEXT + 0.5, color=INK, loc="left", pad=pad, wrap=True)
+    if note and columns > 1 and not title:  # keeps the room for a note that is left out of the layout
+        ax.set_title(" ", fontsize=SMALL, loc="left", pad=4 + 10 * note.count("\n"))
     if note:
-        ax.annotate(note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=QUIET)
-    return ax
+        small = ax.annotate(
+            note, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=QUIET
+        )
+        small.set_in_layout(columns == 1)  # one that is wider than its axes would push the others away
+
+
+def halo(ax: Axes, x: Any, y: Any) -> None:
+    """Marks a part of a curve as that of the answer."""
+    ax.plot(x, y, color=HALO, linewidth=8, solid_capstyle="round", label="_answer", zorder=1.7)
 
 
 def curve(ax: Axes, x: Any, y: Any, look: Look, **options: Any) -> None:
@@ -129,12 +189,15 @@ def band(ax: Axes, x: Any, low: Any, high: Any, look: Look) -> None:
     ax.fill_between(x, low, high, color=look.color, alpha=0.16, linewidth=0, zorder=1.5)
 
 
-def law_band(ax: Axes, laws: Any, key: Any, x: np.ndarray, look: Look, *, at: Any = None) -> None:
-    """The band of a law at each x, drawn `at` other places if given; none of a dict of laws, or without residuals."""
-    if hasattr(laws, "band"):
-        low, high = laws.band(key, x, LEVEL)
-        if np.isfinite(low).any():
-            band(ax, x if at is None else at, low, high, look)
+def law_band(ax: Axes, laws: Any, key: Any, x: np.ndarray, look: Look, *, at: Any = None) -> bool:
+    """The band of a law at each x, drawn `at` other places if given; False: a dict of laws, or one without residuals."""
+    if not hasattr(laws, "band"):
+        return False
+    low, high = laws.band(key, x, LEVEL)
+    if not np.isfinite(low).any():
+        return False
+    band(ax, x if at is None else at, low, high, look)
+    return True
 
 
 def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
@@ -152,12 +215,15 @@ def rests_on(laws: Any) -> str:
     return f" {IN_BRIEF['independent']}" if hasattr(laws, "band") else ""
 
 
-def sure(shared: SharedError | None, laws: Any = None) -> str:
-    """What bars and bands are. An error that all losses have in common moves all points alike: no bar. nan: it is not known."""
-    if shared is None or shared.sem == 0:
-        return SURE + rests_on(laws)
-    text = f"; held-out text: ± {shared.reach(0.95):.3f} for all alike" if shared.sem > 0 else ""
-    return f"bands: 95%{rests_on(laws)}{text}"
+def sure(laws: Any, shared: SharedError | None, *, bars: bool, bands: bool) -> str:
+    """What the bars and bands that are drawn are; "" where none is.
+
+    shared: the error that all losses have in common. It moves all points alike and is no bar, but is said; nan: not known.
+    """
+    text = f"; held-out text: \u00b1 {shared.reach(LEVEL):.3f} for all alike" if shared is not None and shared.sem > 0 else ""
+    if not (bars or bands):
+        return text.removeprefix("; ") + " (95%)" * bool(text)
+    return f"{' and '.join(['bars'] * bars + ['bands'] * bands)}: 95%{rests_on(laws)}{text}"
 
 
 def log_axis(axis: Axis, unit: float = 1.0, text: Callable[[float], str] | None = None) -> None:
@@ -167,8 +233,8 @@ def log_axis(axis: Axis, unit: float = 1.0, text: Callable[[float], str] | None 
     """
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
-    choices = [_round_numbers(low, high, (1,))[::2], *(_round_numbers(low, high, steps) for steps in _TICKS)]
-    ticks = min(choices, key=lambda ticks: abs(len(ticks) - 5))
+    choices = [*(_round_numbers(low, high, steps) for steps in _TICKS), _round_numbers(low, high, (1,))[::2]]
+    ticks = min(reversed(choices), key=lambda ticks: abs(len(ticks) - 5))
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(FixedLocator(_round_numbers(low, high, range(1, 10))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: (text or "{:,g}".format)(round(value / unit, 12))))
@@ -220,12 +286,11 @@ def _between(colors: Sequence[str], place: float) -> str:
     return to_hex([np.interp(x, np.arange(len(colors)), channel) for channel in rgb_Cx3.T])
 
 
-def _mix(color: str, share: float, other: str = "#FFFFFF") -> str:
+def mix(color: str, share: float, other: str = "#FFFFFF") -> str:
     """`share` of the colour, the rest another."""
     return to_hex(share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(other)))
 
 
-def darker(color: str) -> str:
-    """The colour, for text: dark enough to be read on white (luma of 0.45 at most)."""
-    rgb = np.array(to_rgb(color))
-    return to_hex(rgb * min(1.0, 0.45 / max(rgb @ [0.299, 0.587, 0.114], 1e-9)))
+def luma(color: str) -> float:
+    """How light a colour is in black and white, 0 to 1."""
+    return float(np.array(to_rgb(color)) @ [0.299, 0.587, 0.114])

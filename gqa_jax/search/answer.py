@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 
 from gqa_jax import costs
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw
+from gqa_jax.search import words
 
 MEASURED_WITHIN = 0.003  # nats per token: a run this close to the loss asked is the model that savings are against
 
@@ -71,7 +73,7 @@ class ShapeChoice:
         return _plain_fields(self, ("rule", "source"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Answer:
     """The cost-optimal heads and shape for one loss and one served context.
 
@@ -102,6 +104,7 @@ class Answer:
     regret_of_runner_up: float  # expected
     not_reached: float  # share of draws in which no H reaches the loss
     far: float  # how many times N* is beyond the trained sizes, where that is more than 10; else nan
+    head_dim: float  # of the laws: d_h
     shape: ShapeChoice
     worth: dict[str, float]  # savings of other heads alone (trained shapes), of the shape alone, of both; nan where unknown
     as_trained: Answer | None  # the same question with the shapes of the trained sizes, where the shape was free
@@ -115,6 +118,40 @@ class Answer:
     def ratio(self) -> float:
         """d / L."""
         return self.d_model / self.n_layers
+
+    def to_frame(self) -> pd.DataFrame:
+        """`candidates` and the baseline: role (answer, candidate or baseline) and the columns of the candidates.
+
+        Without probabilities where the answer is `far`; without shape, probability and regret where a row has no cost.
+        """
+        frame = self.candidates.copy()
+        frame.insert(0, "role", ["answer", *["candidate"] * (len(frame) - 1)])
+        if not np.isnan(self.far):
+            frame["probability"] = np.nan
+        frame.loc[~np.isfinite(frame["cost"]), ["n_layers", "d_model", "ratio", "probability", "expected_regret"]] = np.nan
+        if (base := self.baseline) is None:
+            return frame
+        low, high = base.cost_interval
+        row = {
+            "role": "baseline", "n_heads": base.heads.n_heads, "n_kv_heads": base.heads.n_kv_heads, "n_params": base.n_params,
+            "n_layers": base.n_layers, "d_model": base.d_model, "ratio": base.d_model / base.n_layers, "c_infer": base.c_infer,
+            "m_infer": base.m_infer, "cost": base.cost, "cost_low": low, "cost_high": high, "saving": 0.0, "note": base.note,
+        }  # fmt: skip
+        last = pd.DataFrame([row]).reindex(columns=frame.columns).astype(frame.dtypes.to_dict())
+        return pd.concat([frame, last], ignore_index=True)
+
+    def summary(self) -> str:
+        """The answer in plain words with what it takes for granted, its rows, and what is doubtful about it."""
+        shown = words.shown(self).to_string(index=False)
+        return "\n".join([words.headline(self), shown, *(f"warning: {text}" for text in self.warnings)])
+
+    def __repr__(self) -> str:
+        return f"<Answer: {words.headline(self).partition(words.ASSUMED)[0]}>"
+
+    def _repr_html_(self) -> str:
+        warnings = "".join(f"<li>{html.escape(text)}</li>" for text in self.warnings)
+        table = words.shown(self).to_html(index=False, border=0)
+        return f"<p>{html.escape(words.headline(self))}</p>{table}" + (f"<ul>{warnings}</ul>" if warnings else "")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: plain numbers, None where a number is missing or infinite."""

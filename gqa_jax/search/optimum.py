@@ -178,6 +178,7 @@ def _search(
         regret_of_runner_up=np.nan if runner is None else float(runner["expected_regret"]),
         not_reached=np.nan if found.ranking is None else found.ranking.not_reached,
         far=far,
+        head_dim=float(about(laws)[0]),
         shape=_choice(table, found, i, best),
         worth=_worth(found.frame, against, None),
         as_trained=None,
@@ -554,9 +555,10 @@ def _without_outliers(
     if not np.isfinite(best["cost"]):
         return [f"without {which} no heads reach this loss"]
     same = "the same heads, " if _heads(best) == heads else ""
+    i = again.heads.index(_heads(best))
     sure = (
         ""
-        if np.isnan(best["probability"])
+        if np.isnan(best["probability"]) or np.isfinite(_far(again, i, float(best["n_params"])))
         else f", the cheapest with a probability of {formatting.probability(best['probability'])}"
     )
     return [f"without {which} the answer is {same}{_heads(best)}, N* = {formatting.short(best['n_params'])}{sure}"]

@@ -12,11 +12,11 @@ from markupsafe import Markup
 
 from gqa_jax import costs, formatting
 from gqa_jax.search.roofline import Layout
+from gqa_jax.search.serving_words import LIMITS
 from launch.report import charts, sections
 from launch.report.findings import Findings
 from launch.report.opening import opening
 from launch.report.payload import COSTS, DRAWS, payload
-from launch.serving_screens import LIMITS
 
 _CHOICES = {
     "z": "Z: memory and compute, weighted",

@@ -10,8 +10,8 @@ import pandas as pd
 
 from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads, posterior
+from gqa_jax.search import serving_words
 from gqa_jax.search.roofline import Layout
-from launch import serving_screens
 from launch.report import words
 from launch.report.findings import Findings, Study
 from launch.report.table import Column, Table
@@ -76,7 +76,7 @@ def serving(study: Study) -> Table | None:
         return "" if words.missing(value) else f"${formatting.three(value)}"
 
     def limit(seconds: float, name: Any) -> str:
-        return "" if words.missing(seconds) else serving_screens.LIMITS[name]
+        return "" if words.missing(seconds) else serving_words.LIMITS[name]
 
     columns = [
         Column("heads", lambda row: words.label(heads_of(row), head_dim), "left"),
@@ -91,7 +91,7 @@ def serving(study: Study) -> Table | None:
         Column("a million input tokens", lambda row: usd(row.usd_per_million_input)),
         Column("a million output tokens", lambda row: usd(row.usd_per_million_output)),
     ]
-    notes = [f"Of the peaks are reached: {words.ended(serving_screens.efficiency(described['efficiency']))}"]
+    notes = [f"Of the peaks are reached: {words.ended(serving_words.efficiency(described['efficiency']))}"]
     if described["usd_per_hour"] is not None:
         notes.append(f"Price: {described['price']}.")
     if described["n_devices"] > 1:

@@ -11,9 +11,9 @@ import pandas as pd
 from gqa_jax import formatting
 from gqa_jax.formatting import three
 from gqa_jax.laws import Heads
+from gqa_jax.search import serving_words
 from gqa_jax.search.roofline import Layout
-from launch import serving_screens
-from launch.serving_screens import LIMITS
+from gqa_jax.search.serving_words import LIMITS
 
 MINUS, TIMES = "\u2212", "\u00d7"  # signs that look like a hyphen and an x
 NAMES = (" sextillion", " quintillion", " quadrillion", " trillion", " billion", " million", " thousand")
@@ -121,7 +121,7 @@ def label(one: Heads, head_dim: float = 64) -> str:
 
 def seconds(value: float) -> str:
     """12.3 ms, 3.21 s; empty where not known."""
-    return "" if missing(value) else serving_screens.seconds(value)
+    return "" if missing(value) else serving_words.seconds(value)
 
 
 def served(row: Any, serving: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How an answer is served, and what that takes for granted, in sentences."""
+"""How an answer (`gqa_jax.search.answer.Answer`) is served, and what that takes for granted, in sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pandas as pd
 from gqa_jax import formatting
 from gqa_jax.formatting import seconds, usd
 from gqa_jax.laws import Heads
-from gqa_jax.search.answer import Answer
 from gqa_jax.search.roofline import Layout
 
 #: What most of a phase goes to (`gqa_jax.search.roofline.Phase.limit`), in words.
@@ -27,7 +26,7 @@ BATCHES = {"best": "as many as cost the least", "fits": "as many as fit"}
 PRICED = ("price", "lifetime")  # costs that an hour of a device moves
 
 
-def assumed(found: Answer) -> list[str]:
+def assumed(found: Any) -> list[str]:
     """What the cost of an answer takes for granted of its serving: layout, load, efficiencies, and prices where it has any."""
     row, serving = found.candidates.iloc[0], found.objective["serving"]
     layout, count = Layout.parse(row["layout"]), serving["n_devices"]
@@ -55,7 +54,7 @@ def assumed(found: Answer) -> list[str]:
     return lines
 
 
-def said(found: Answer) -> list[str]:
+def said(found: Any) -> list[str]:
     """Sentences: what it takes and gives, prices, what costs rest on. None where no device is asked about."""
     row, serving = found.candidates.iloc[0], found.objective.get("serving")
     if serving is None or "layout" not in row.index or pd.isna(row["layout"]):
@@ -84,7 +83,7 @@ def _money(row: Mapping[str, Any], serving: Mapping[str, Any]) -> str:
     return f"{told}, at ${serving['usd_per_hour']:.2f} an hour of a device ({serving['price']})"
 
 
-def replication(found: Answer) -> list[str]:
+def replication(found: Any) -> list[str]:
     """What it costs that devices hold the same key/value heads, where some do: a sentence, or none."""
     costs = {}
     for row in found.candidates.to_dict("records"):
