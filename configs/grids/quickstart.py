@@ -19,15 +19,15 @@ What makes losses of models this small fall on laws, and not on plateaus:
 from gqa_jax.config import default_config
 from launch.grid import Grid, product
 
-SIZES = {"50k": (3, 32, 8e-3), "120k": (4, 48, 4.4e-3), "240k": (5, 64, 2.8e-3)}  # layers, hidden size, learning rate
+SIZES = {"50k": (3, 32), "90k": (3, 48), "240k": (4, 72)}  # layers, hidden size
 CONTEXTS = [128, 512]
 HEADS = [(4, 4), (4, 1), (1, 1)]
-TOKENS = 320_000
+TOKENS = 400_000
 
 
 def cell(size, context, heads):
     config = default_config()
-    n_layers, d_model, learning_rate = SIZES[size]
+    n_layers, d_model = SIZES[size]
     config.label = size
     config.context_length = context
     config.batch_tokens = 1024
@@ -35,7 +35,7 @@ def cell(size, context, heads):
     config.model.update(n_layers=n_layers, d_model=d_model, n_heads=heads[0], n_kv_heads=heads[1], head_dim=16, vocab_size=320)
     config.model.update(dtype="float32", init_std=0.1, rope_theta=1000.0)
     config.data.update(store="sotu-bytes", block_tokens=max(CONTEXTS))
-    config.optimizer.learning_rate = learning_rate
+    config.optimizer.learning_rate = 8e-3 * 32 / d_model
     config.evaluation.tokens = 131_072
     config.checkpoint.every_steps = 100
     return config
