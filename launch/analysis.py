@@ -96,6 +96,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--context", type=_tokens, metavar="T", help="of the question that it opens with (default: the longest)"
     )
     command.add_argument("--loss", type=float, metavar="L", help="of that question (default: the grid's, or what was reached)")
+    command.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder that it is written to (default: report/ in GRID's folder, TABLE-report or runs/PRESET)",
+    )
     add_objective(command)
     _add_aspect(command)
 
@@ -480,8 +485,10 @@ def _next(arguments: argparse.Namespace, console: Console) -> int:
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
     from launch import findings, report
+    from launch.report import answer_map
 
     source = _source(arguments)
+    given = {name: value for name, value in vars(arguments).items() if name in answer_map.OPTIONS and value is not None}
     found = findings.of(
         source,
         arguments.loss,
@@ -490,7 +497,8 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
         console,
         arguments.aspect,
         arguments.heads,
+        given,
     )
-    path = report.write(findings.layout(source), found)
+    path = report.write(findings.folder(source, arguments.out), found)
     console.print(f"{path}", highlight=False, soft_wrap=True)
     return 0

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,15 @@ from etils import epath
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from gqa_jax import formatting, invariance, plots, results, shape_search
+from gqa_jax import formatting, invariance, plots, results, shape_search, storage
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import validation
+from gqa_jax.laws import LLAMA3, Heads, validation
 from gqa_jax.search import optimum
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective
 from launch import state, studies
-from launch.grid import Layout
 from launch.grid_tables import without_checks
-from launch.report import Findings, Picture, Question, Study
+from launch.report import Findings, Picture, Question, Study, answer_map
 from launch.studies import Fitted, Source
 
 
@@ -36,18 +35,19 @@ def of(
     console: Console,
     aspect: Any = None,
     heads: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Findings:
     """The findings of every training context; the one of least noise answers the first question.
 
-    `loss` and `context`: of that question; by default the grid's middle loss at the longest context served. `aspect`: d / L as
-    a function of N; by default that of the laws.
+    `loss` and `context`: of that question; by default the grid's middle loss at the longest context served. `aspect`, `heads`:
+    of `optimum.search`. `options`: those of the command line that `objective` was made of, by name, which its map keeps.
 
     Raises ConfigError where no context has laws, or a loss that can't be reached.
     """
     fits = studies.fit(source)
     if not fits.fitted:
         fits.at(None)
-    made = [_study(one, loss, context, objective, console, aspect, heads) for one in fits.fitted]
+    made = [_study(one, loss, context, objective, console, {"aspect": aspect, "heads": heads}, options) for one in fits.fitted]
     root = source.layout.root if source.layout else None
     made[0] = _with_contexts(made[0], source, console)
     runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
@@ -62,26 +62,46 @@ def of(
         error=studies.of_documents(runs),
         cells=_unfinished(source),
         unfitted=fits.unfitted,
-        ask=f"python -m launch optimum {source.argument}",
-        command=f"python -m launch report {source.argument}",
+        ask=f"python -m launch optimum {source.argument}{_models(aspect, heads)}",
+        command=f"python -m launch report {source.argument}{_models(aspect, heads)}",
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        versions={
-            name: importlib.metadata.version(name) for name in ("gqa-jax", "numpy", "scipy", "pandas", "matplotlib", "bokeh")
-        }
+        versions={name: importlib.metadata.version(name) for name in ("gqa-jax", "numpy", "scipy", "pandas", "matplotlib")}
         | {"python": platform.python_version()}
         | ({"commits of the runs": ", ".join(commits)} if commits else {}),
     )
 
 
-def layout(source: Source) -> Layout:
-    """Where the report goes: the grid's folder; beside a table of runs, TABLE-report; of a preset, runs/PRESET."""
+def _models(aspect: Any, heads: Any) -> str:
+    """What a command line needs for the same shapes and candidates."""
+    return (f" --aspect {aspect}" if aspect else "") + (f" --heads {' '.join(map(_argument, heads))}" if heads else "")
+
+
+def _argument(one: Heads) -> str:
+    """Heads as a command line takes them."""
+    if one == LLAMA3:
+        return "llama3"
+    if one.n_heads is not None:
+        return f"{one.n_heads},{one.n_kv_heads}"
+    return f"kv:{one.n_kv_heads}" if one.group is None else "mha" if one.group == 1 else f"group:{one.group}"
+
+
+def folder(source: Source, out: str | None = None) -> epath.Path:
+    """Where the report goes: `out`; or report/ in the grid's folder, in TABLE-report of a table of runs, in runs/PRESET."""
+    if out is not None:
+        return storage.path(out)
     if source.table is not None:
-        return studies.beside(source.table)
-    return source.layout or Layout(epath.Path("runs") / source.name)
+        return studies.beside(source.table).root / "report"
+    return (source.layout.root if source.layout else epath.Path("runs") / source.name) / "report"
 
 
 def _study(
-    one: Fitted, loss: float | None, context: int | None, objective: Objective, console: Console, aspect: Any, heads: Any
+    one: Fitted,
+    loss: float | None,
+    context: int | None,
+    objective: Objective,
+    console: Console,
+    which: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
 ) -> Study:
     served = sorted(one.contexts_served)
     context = context or served[-1]
@@ -92,7 +112,6 @@ def _study(
             raise ConfigError(f"none of the losses asked for ({', '.join(f'{x:g}' for x in losses)}) is above E: give --loss")
         loss = middle[len(middle) // 2]
     rule = getattr(objective, "convention", None) or one.convention
-    which = {"aspect": one.laws.aspect, "heads": heads}
     try:
         answer = optimum.search(one.laws, loss, context, objective, **which, convention=rule)
     except ValueError as error:
@@ -102,7 +121,15 @@ def _study(
         "laws": one.laws,
         "questions": [Question(loss, context, answer)],
         "objective": objective,
-        "aspect": one.laws.aspect,
+        "answer_map": answer_map.of(
+            one.laws,
+            objective,
+            answer_map.losses_of(one.laws, [loss]),
+            answer_map.contexts_of([context]),
+            **which,
+            convention=one.convention,
+            options=options,
+        ),
         "optimum_map": grid,
         "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, **which),
         "checks": _checks(one),

@@ -45,3 +45,13 @@ def compiled_once(programs):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def small_map(monkeypatch):
+    """Reports have a map of a few questions and one device: all of them take a minute."""
+    from launch.report import answer_map
+
+    monkeypatch.setattr(answer_map, "LOSSES", 4)
+    monkeypatch.setattr(answer_map, "CONTEXTS", (1024, 8192))
+    monkeypatch.setattr(answer_map, "DEVICES", ("h100",))

@@ -12,7 +12,7 @@ import pandas as pd
 from gqa_jax import costs, laws, shapes
 from gqa_jax.laws import LLAMA3, Heads, bends
 from gqa_jax.search import objectives, optimum
-from launch.report import Findings, Question, Study
+from launch.report import Findings, Question, Study, answer_map
 
 ENTROPY = 1.95
 #: Loss above E at a billion parameters, and exponent.
@@ -81,25 +81,37 @@ def study(
     objective: Any = None,
     more: bool = True,
     bent: bool = False,
+    aspect: Any = None,
+    options: dict[str, Any] | None = None,
+    points: tuple[list[float], list[int]] | None = None,
+    devices: tuple[str, ...] = ("h100", "v5e"),
 ) -> Study:
-    """Laws of a loss table, and their answers: to one question, and where there is `more` the map and the conventions too.
+    """Laws of a loss table, and their answers: to one question, and where there is `more` to others and in all conventions too.
 
-    bent: draws have the bends of `bend`, instead of those that the posterior gives them.
+    bent: draws have the bends of `bend`, instead of those that the posterior gives them. points: losses and contexts of the map
+    that the explorer reads; default: the question's and a few, with two `devices`, which takes a second.
     """
     fitted = laws.fit_by_heads(table)
+    points = points or (sorted({2.5, 2.8, 3.0, loss}), sorted({8192, context}))
     if bent:
         bend(fitted)
     objective = objective or objectives.Z()
-    aspect = shapes.paper_aspect()
     answer = optimum.search(fitted, loss, context, objective, aspect=aspect)
+    losses, contexts = [3.0, 2.8, 2.615, 2.5], [8192, 32_768, 131_072]
     return Study(
         fitted,
         [Question(loss, context, answer)],
         objective,
-        aspect,
-        optimum_map=optimum.optimum_map(fitted, [3.0, 2.8, 2.615, 2.5], [8192, 32_768, 131_072], objective, aspect=aspect)
-        if more
-        else None,
+        answer_map.of(
+            fitted,
+            objective,
+            points[0],
+            points[1],
+            aspect=aspect,
+            options=options,
+            devices=devices,
+        ),
+        optimum_map=optimum.optimum_map(fitted, losses, contexts, objective, aspect=aspect) if more else None,
         sensitivity=optimum.convention_sensitivity(fitted, loss, context, aspect=aspect) if more else None,
     )
 

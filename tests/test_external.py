@@ -14,6 +14,8 @@ from gqa_jax.search import optimum
 from launch.__main__ import main
 from tests import law_tables
 
+pytestmark = pytest.mark.usefixtures("small_map")  # of reports
+
 
 @pytest.fixture
 def table():

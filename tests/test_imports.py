@@ -110,7 +110,10 @@ TABLE = (
         ".formatting .laws .search.own_model .search.roofline .search.objectives .search.ranking .search.answer "
         ".search.candidates .search.optimum",
     ),
-    Row("gqa_jax.search.devices", ".prices .laws .search.objectives .search.answer .search.optimum .search.roofline"),
+    Row(
+        "gqa_jax.search.devices",
+        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline",
+    ),
     Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
@@ -163,13 +166,13 @@ TABLE = (
     ),
     Row(
         "launch.report",
-        ".formatting .costs .hardware .storage .laws .search.serving_words .search.roofline .search.objectives .search.optimum "
-        "launch.grid launch.tables",
+        ".formatting .costs .storage .laws .search.serving_words .search.answer .search.shape_rule .search.roofline "
+        ".search.objectives .search.optimum .plots launch.tables",
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .results .shape_search .laws .invariance .search.objectives .search.answer .search.optimum "
-        ".plots launch.grid launch.state launch.studies launch.grid_tables launch.report",
+        ".errors .formatting .storage .results .shape_search .laws .invariance .search.answer .search.objectives "
+        ".search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(
         "launch.analysis",
@@ -192,7 +195,7 @@ TABLE = (
         ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
         ".results .shape_search .laws .presets "
         ".search.own_model .search.roofline .search.objectives .search.ranking .search.optimum .search.next_runs .plots "
-        "launch.grid launch.report tests",
+        "launch.grid launch.studies launch.report launch.findings tests",
         outside="jax",
     ),
 )
@@ -294,7 +297,7 @@ def test_what_does_without_jax_is_imported_without_it():
     known = ("costs", "shapes", "config", "storage", "run_folder", "metrics", "results", "planning.planner", "prices",
              "planning.compile_check", "laws.joint", "data.reader", "data.prepare", "data.store", "search.optimum",
              "search.objectives", "search.next_runs", "plots.style")  # fmt: skip
-    assert {f"gqa_jax.{name}" for name in known} | {"launch.__main__", "launch.tpu", "launch.report.charts"} <= set(names)
+    assert {f"gqa_jax.{name}" for name in known} | {"launch.__main__", "launch.tpu", "launch.report.answer_map"} <= set(names)
     assert "gqa_jax.model" not in names
     code = (
         "import importlib, sys\n"

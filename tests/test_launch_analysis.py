@@ -9,6 +9,8 @@ from gqa_jax import laws, results
 from launch.__main__ import main
 from tests import grid_fakes, test_study
 
+pytestmark = pytest.mark.usefixtures("small_map")  # of reports
+
 ASK = ["optimum", "--preset", "paper", "--context", "131072", "--loss", "2.615"]
 
 

@@ -19,6 +19,8 @@ from launch.grid import Layout
 from tests import first_version, goldens, grid_fakes
 from tests.test_grid import two_phases
 
+pytestmark = pytest.mark.usefixtures("small_map")  # of reports
+
 SIX = ["s16d-t32-h1-1-34ba6ee4", "s16d-t32-h2-1-b23d6eeb", "s32d-t32-h1-1-75081e82", "s32d-t32-h2-1-fb30b484",
        "s64d-t32-h1-1-c7320417", "s64d-t32-h2-1-b6dfcedd"]  # fmt: skip
 TEXT = {"rules": "hash/spread/one", "heldout": "1f2e3d4c5b6a/spread/1024", "eval_documents": 11, "heldout_documents": 12,

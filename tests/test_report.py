@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,13 +14,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from gqa_jax import hardware, laws
-from gqa_jax.laws import LLAMA3, Heads, bends, posterior
+from gqa_jax import formatting, laws
+from gqa_jax.laws import LLAMA3, Heads, posterior
+from gqa_jax.plots import style
 from gqa_jax.search import objectives, optimum
 from launch import report
-from launch.grid import Layout
-from launch.report import Picture, pictures, sections, tables, words
-from launch.report.payload import DRAWS, payload
+from launch.__main__ import main
+from launch.report import Picture, answer_map, pictures, sections, tables, words
 from launch.report.table import Column, Table
 from tests import gcs, report_fakes
 
@@ -94,7 +95,11 @@ class TestPage:
             words.long(answer.n_params),
             words.percent(answer.probability),
             f"95%: {words.span(answer.n_params_interval, words.short)}",
-            f"95%: {words.span(answer.saving_interval, words.tenths)}",
+            f"95%: {formatting.saving_between(*answer.saving_interval)}",
+            formatting.saving(answer.saving),
+            words.shape(answer.n_layers, answer.d_model),
+            f"width / layers = {formatting.figure(answer.ratio)}, the cheapest",
+            f"costs {words.more(answer.regret_of_runner_up - answer.expected_regret)} on average",
             words.label(answer.runner_up),
             "Based on 64 runs of 8 sizes and 8 head configurations.",
         ):
@@ -156,9 +161,8 @@ class TestPage:
         few = table[table["size"].isin(["4x256", "12x768", "32x2048"]) & (table["n_heads"] == 8) & (table["n_kv_heads"] == 1)]
         study = report_fakes.study(few, loss=2.9, more=False)
         assert np.isnan(study.questions[0].answer.probability)
-        assert payload(study)["draws"] is None
         page = Page(report.page(report_fakes.findings(study, table=few)))
-        assert "Certainty" in page.text["answer"]
+        assert "Probability" in page.text["answer"]
         assert "unknown" in page.text["answer"]
         assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.text["main"].lower())
 
@@ -197,7 +201,7 @@ class TestPage:
     def test_a_question_that_can_not_be_served_is_no_loss_out_of_reach(self):
         goal = objectives.make("latency", device="v5e", batch=64)
         laws_known = report_fakes.study(report_fakes.loss_table(), more=False)
-        frame = optimum.optimum_map(laws_known.laws, [2.5, 1.9], [8192, 1_048_576], goal, aspect=laws_known.aspect)
+        frame = optimum.optimum_map(laws_known.laws, [2.5, 1.9], [8192, 1_048_576], goal)
         study = dataclasses.replace(laws_known, objective=goal, optimum_map=frame)
         rows = dict(sections.parts(report_fakes.findings(study))[0].blocks[0].map.rows)
         assert [cell.text for cell in rows["2.5"]][1] == "not served"
@@ -214,48 +218,127 @@ class TestPage:
             dataclasses.replace(report_fakes.study(report_fakes.loss_table(), more=False), questions=[])
 
 
-class TestPayload:
-    def test_draws_are_the_bits_of_the_laws(self, study):
-        data = json.loads(json.dumps(payload(study), allow_nan=False))
-        known = optimum.coefficients(study.laws, DRAWS)
-        assert [one["n_heads"] for one in data["heads"]] == [one.n_heads for one in known.heads]
-        for name, matrix in (("entropy", known.draws.entropy_SxH), ("log_a", known.draws.log_a_SxH), ("b", known.draws.b_SxH)):
-            found = np.frombuffer(base64.b64decode(data["draws"][name]), "<f8").reshape(len(matrix), -1)
-            np.testing.assert_array_equal(np.broadcast_to(found, matrix.shape), matrix)
-            assert found.shape[1] == (1 if name == "entropy" else matrix.shape[1])  # E, which all share, once
-        bent = data["draws"]["bends"]
-        assert (bent["center"], bent["reach"]) == (known.draws.bends.center, known.draws.bends.reach)
-        for name in ("kind", "amount", "place"):
-            found = np.frombuffer(base64.b64decode(bent[name]), "<f8")
-            np.testing.assert_array_equal(found, getattr(known.draws.bends, f"{name}_S"))
-        assert [bent["kinds"].index(name) for name in ("none", "drift", "break")] == [bends.NONE, bends.DRIFT, bends.BREAK]
-        assert data["heads"][data["baseline"]]["label"] == "(d/64,8)"
-        assert data["point"]["b"][0] == study.laws[Heads(*known.heads[0])].b
+class TestOpening:
+    def test_it_says_what_it_is_compared_with_and_what_the_shape_is_worth(self, page, study):
+        answer = study.questions[0].answer
+        opening = page.text["answer"]
+        assert answer.baseline.measured
+        assert words.baseline(answer.baseline) == "the measured model of Llama 3's heads, 32 \u00d7 2,048 (loss 2.6120)"
+        assert f"It costs {formatting.saving(answer.saving)} than {words.baseline(answer.baseline)}" in opening
+        for name, said in (("heads", "other heads alone"), ("shape", "another shape alone")):
+            assert f"{said} {formatting.saving(answer.worth[name])}" in opening
+        trained = answer.as_trained
+        assert "With the shapes of the sizes that were trained the answer is the same heads" in opening
+        assert words.shape(trained.n_layers, trained.d_model) in opening
+        assert words.short(trained.cost) in opening
 
-    def test_the_slider_reaches_every_question_and_stays_above_the_entropy(self, study):
-        low, high = payload(study)["ranges"]["loss"]
+    def test_a_shape_that_was_given_stands_alone_and_a_law_is_called_one(self):
+        study = report_fakes.study(report_fakes.loss_table(), loss=2.55, more=False, aspect="paper")
+        opening = Page(report.page(report_fakes.findings(study))).text["answer"]
+        assert "as in the paper's tables" in opening
+        assert "With the shapes of the sizes" not in opening
+        assert "what the law of Llama 3's heads needs" in opening
+        assert "by their law" in opening
+
+    def test_a_guess_has_no_probability(self):
+        study = report_fakes.study(report_fakes.loss_table(), loss=2.3, context=8192, more=False)
+        answer = study.questions[0].answer
+        assert answer.far > 10
+        page = Page(report.page(report_fakes.findings(study)))
+        assert f"A guess: that is {formatting.times(answer.far)} beyond what was trained." in page.text["h1"]
+        assert "a guess" in page.text["answer"]
+        assert "of 1,000 draws of the fitted laws" not in page.text["answer"]
+        shown = tables.candidates(study)
+        assert "probability" not in shown.headings
+
+    def test_what_was_measured_is_a_row_of_the_table(self, study):
+        shown = tables.candidates(study)
+        assert shown.rows[-1][0] == "(d/64,8), measured"
+        assert f"32.0 {words.TIMES} 2,048" in shown.rows[-1]
+        assert shown.rows[0][shown.headings.index("costs")] == "the answer"
+        assert shown.strong == {0}
+
+
+class TestAnswerMap:
+    def test_losses_are_spaced_in_what_is_above_the_entropy_and_hold_what_was_asked(self, study):
+        losses = answer_map.losses_of(study.laws, [2.615])
+        low, high = answer_map.loss_range(study.laws, [2.615])
+        assert (len(losses), losses[0], losses[-1]) == (25, low, high)
+        assert 2.615 in losses
         assert max(law.entropy for law in study.laws.values()) < low <= study.questions[0].loss <= high
+        others = [x for x in losses if x != 2.615]
+        steps = np.diff(np.log(np.array(others) - answer_map.below_all(study.laws, low)))
+        assert np.median(steps) == pytest.approx(steps.min(), rel=1e-6)
+        assert answer_map.contexts_of([131_072]) == [2**k for k in range(10, 21)]
+        assert 100_000 in answer_map.contexts_of([100_000])
 
-    def test_an_objective_of_its_own_is_what_the_explorer_begins_with(self):
-        goal = objectives.make("latency", device="v5e", batch=4, cache_dtype="int8", n_devices=2)
-        data = payload(report_fakes.study(report_fakes.loss_table(), objective=goal, more=False))
-        assert data["defaults"]["cost"] == "latency"
-        assert data["defaults"]["cache_dtype"] == "int8"
-        assert data["objectives"]["latency"] == goal.describe()
-        assert data["objectives"]["price"]["serving"] == goal.serving.describe()  # the others are served alike
-        assert set(data["devices"]) == set(hardware.CHIPS)
-        assert data["devices"]["h100"]["collective_seconds"] == [[2, hardware.CHIPS["h100"].collective_seconds(2)]]
+    def test_costs_and_devices_are_all_there_what_was_asked_first(self):
+        goals = answer_map.goals_of(objectives.Z(), "figures", {})
+        devices = [f"{cost}@{device}" for device in answer_map.DEVICES for cost in ("latency", "price")]
+        assert list(goals) == ["z", "flops", "memory", *devices]
+        assert len(answer_map.DEVICES) == 3
+        goal = objectives.make("throughput", device="l4")
+        assert list(answer_map.goals_of(goal, "figures", {"device": "l4"}))[:6] == [
+            "throughput@l4", "z", "flops", "memory", "latency@l4", "price@l4",
+        ]  # fmt: skip
+
+    def test_other_costs_and_devices_are_served_and_counted_as_was_asked(self):
+        options = {"device": "v5e", "batch": 4, "cache_dtype": "int8", "n_devices": 2, "usd_per_hour": 3.0}
+        goal = objectives.make("latency", **{k: v for k, v in options.items() if k != "usd_per_hour"}, usd_per_hour=3.0)
+        goals = answer_map.goals_of(goal, "figures", options)
+        assert goals["latency@v5e"].objective is goal
+        assert goals["price@v5e"].objective.serving is goal.serving
+        assert "--usd_per_hour 3.0" in " ".join(goals["price@v5e"].flags)
+        other = goals["price@h100"].objective.serving
+        assert (other.batch, other.cache_dtype, other.n_devices, other.usd_per_hour) == (4, "int8", 2, None)
+        assert "--usd_per_hour" not in goals["price@h100"].flags
+        assert goals["z"].objective == objectives.make("z", convention="figures")
+        options = {"convention": "exact", "cache_dtype": "int8", "lam": 0.5}
+        goals = answer_map.goals_of(objectives.make("z", **options), "figures", options)
+        assert goals["memory"].objective == objectives.make("memory", convention="exact", cache_dtype="int8")
+        assert goals["memory"].flags == ("--cost", "memory", "--convention", "exact", "--cache_dtype", "int8")
+        assert goals["flops"].flags == ("--cost", "flops", "--convention", "exact")
         goal = objectives.make("latency", device="v5e", n_devices=16, parallelism="4,4,1")
-        data = payload(report_fakes.study(report_fakes.loss_table(), objective=goal, more=False))
-        assert "h100" not in data["devices"]  # no host has so many
-        assert data["layouts"] == ["best", "tensor", "4,4,1"]
-        goal = objectives.make("train", tokens_per_param=100.0)
-        assert payload(report_fakes.study(report_fakes.loss_table(), objective=goal, more=False))["objectives"]["train"]
+        goals = answer_map.goals_of(goal, "figures", {"device": "v5e", "n_devices": 16, "parallelism": "4,4,1"})
+        assert "latency@h100" not in goals  # no host has so many
+
+    def test_numbers_are_packed_within_a_millionth_and_a_map_is_small(self, study):
+        packed = json.loads(json.dumps(answer_map.packed(study.answer_map, study.laws), allow_nan=False))
+        found = study.answer_map
+        for name, goal in packed["goals"].items():
+            raw = zlib.decompress(base64.b64decode(goal["data"]))
+            size = len(found.losses) * len(found.contexts) * len(packed["heads"])
+            assert len(raw) == size * (3 * len(goal["fields"]) + len(goal["coded"]))
+            planes = np.frombuffer(raw[: 3 * size], np.uint8).reshape(3, len(found.contexts), len(found.losses), -1)
+            changes = (planes.astype(np.int64) * np.array([1, 256, 65536])[:, None, None, None]).sum(0)
+            levels = changes.cumsum(1) & 0xFFFFFF
+            how = goal["fields"]["n_params"]
+            values = np.exp(how["low"] + how["step"] * (levels - 2))
+            rows = found.rows[(found.rows["objective"] == name) & (found.rows["loss"] == found.losses[-1])]
+            ours = rows[rows["context_served"] == found.contexts[0]]
+            labels = [words.label(words.heads_of(row)) for row in ours.itertuples()]
+            order = [[one["label"] for one in packed["heads"]].index(label) for label in labels]
+            np.testing.assert_allclose(values[0, -1][order], ours["n_params"], rtol=1e-6)
+        assert len(json.dumps(packed)) < 90 * len(found.rows)  # characters a row of 13 numbers and more
+
+    def test_heads_have_colours_of_their_own_those_of_the_pictures(self, study):
+        heads = answer_map.packed(study.answer_map, study.laws)["heads"]
+        assert len({one["color"] for one in heads}) == len(heads)
+        assert [one["label"] for one in heads if one["is_baseline"]] == ["(d/64,8)"]
+        by_label = {one["label"]: one["color"] for one in heads}
+        assert by_label["(8,1)"] == style.head_look(Heads(8, 1)).color
+
+    def test_savings_are_against_the_law_at_every_loss(self, study):
+        """Also where a run is that close, which the opening's are against: the map has no jump there."""
+        rows = study.answer_map.rows.query("objective == 'z' and context_served == 131072 and loss == 2.615")
+        own = rows[rows["n_heads"].isna()].iloc[0]
+        assert own["saving"] == 0.0
+        assert study.laws.rows is not None
 
 
 class TestFiles:
     def test_the_page_and_its_tables_are_written(self, findings, tmp_path):
-        path = report.write(Layout(tmp_path), findings)
+        path = report.write(tmp_path / "report", findings)
         assert path == tmp_path / "report" / "index.html"
         names = {one.name for one in path.parent.iterdir()}
         for stem in ("optimum-t8192", "candidates-t8192", "laws-t8192", "loss-t8192", "sensitivity-t8192", "unfinished"):
@@ -263,16 +346,40 @@ class TestFiles:
         assert "| (8,1) |" in (path.parent / "laws-t8192.md").read_text()
         assert not [name for name in names if name.endswith(".tmp")]
         before = path.read_bytes()
-        report.write(Layout(tmp_path), findings)
+        report.write(tmp_path / "report", findings)
         assert path.read_bytes() == before
 
     def test_gs_is_written_like_a_disk(self, findings):
         from gqa_jax import storage
 
         with gcs.emulator():
-            path = report.write(Layout(storage.path(f"gs://{gcs.BUCKET}/grid")), findings)
+            path = report.write(storage.path(f"gs://{gcs.BUCKET}/grid/report"), findings)
             assert b"<!doctype html>" in storage.read_bytes(path)
             assert storage.read_bytes(path.parent / "laws-t8192.tex").startswith(b"\\begin{table}")
+
+
+@pytest.mark.usefixtures("small_map")
+class TestCommand:
+    def test_a_preset_goes_where_it_is_told(self, tmp_path, capsys):
+        argv = ["report", "--preset", "paper", "--loss", "2.615", "--out", str(tmp_path / "here"), "--aspect", "paper"]
+        assert main([*argv, "--heads", "8,1", "4,1", "llama3", "--cost", "memory"]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "here" / "index.html")
+        assert (tmp_path / "here" / "candidates-t8192.md").exists()
+        page = (tmp_path / "here" / "index.html").read_text()
+        again = "python -m launch report --preset paper --aspect paper --heads 8,1 4,1 llama3"
+        assert again in Page(page).text["provenance"]
+        data = json.loads(re.search(r'id="payload">(.*?)</script>', page, re.DOTALL)[1])
+        assert data["command"] == "python -m launch optimum --preset paper --aspect paper --heads 8,1 4,1 llama3"
+        assert [one["label"] for one in data["studies"][0]["map"]["heads"]] == ["(4,1)", "(8,1)", "(d/64,8)"]
+        assert data["studies"][0]["first"] == {"context": 131_072, "loss": 2.615, "cost": "memory", "device": None}
+
+    def test_a_run_s_own_baseline_of_the_paper(self, tmp_path):
+        """arXiv 2503.09579, abstract: 50.8% less memory and 57.8% fewer FLOPs than the measured 32 x 2048."""
+        argv = ["report", "--preset", "paper", "--loss", "2.615", "--context", "128K", "--aspect", "paper"]
+        assert main([*argv, "--cost", "memory", "--out", str(tmp_path)]) == 0
+        answer = Page((tmp_path / "index.html").read_text()).text["answer"]
+        saved = float(re.search(r"It costs ([\d.]+)% less than the measured model of Llama 3's heads, 32", answer)[1])
+        assert abs(saved - 50.8) < 0.5
 
 
 class TestTables:

@@ -172,12 +172,12 @@ class Table:
         first = objectives.settled(objective, _at(self.shape_RxH, self.rule.usual), context)
         if first is objective or self.rule.n_ratios == 1:
             return first
-        return objectives.settled(objective, self._typical(first, context, None)[2], context)
+        return objectives.settled(objective, self.typical(first, context, None)[2], context)
 
-    def _typical(
+    def typical(
         self, objective: Objective, context: int, memory_limit: float | Serving | None
     ) -> tuple[np.ndarray, np.ndarray, costs.Shape]:
-        """(cost_H, N*_H, shape_H) at the ratio of least cost."""
+        """(cost_H, N*_H, shape_H), typical, at the ratio of least cost. `objective` is settled."""
         cost_RxH = limited(objective, self.shape_RxH, context, memory_limit)
         if self.rule.n_ratios == 1:
             return cost_RxH[0], self.n_params_RxH[0], _at(self.shape_RxH, 0)
@@ -197,45 +197,42 @@ class Table:
         """The candidates at one served context, the answer first."""
         k = self.known.n_candidates
         objective = self.settled(objective, context)
-        cost_H, n_H, shape_H = self._typical(objective, context, memory_limit)
+        cost_H, n_H, shape_H = self.typical(objective, context, memory_limit)
         serving = getattr(objective, "serving", None)
-        frame = pd.DataFrame([h._asdict() for h in self.heads[:k]]).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
         finite = np.isfinite(n_H[:k])
 
         def known(values: np.ndarray) -> np.ndarray:
             return np.where(finite, np.broadcast_to(values, (len(self.heads),))[:k], np.nan)
 
-        frame["n_params"] = known(n_H)
-        frame["n_layers"], frame["d_model"] = known(shape_H.n_layers), known(shape_H.d_model)
-        frame["ratio"] = frame["d_model"] / frame["n_layers"]
-        frame["c_infer"] = known(costs.infer_flops(shape_H, context, convention))
-        frame["m_infer"] = known(costs.infer_memory(shape_H, context, convention))
-        frame["cost"] = known(cost_H)
-        frame["pareto"] = ranking.pareto(frame["c_infer"].to_numpy(), frame["m_infer"].to_numpy())
+        # Columns, and a frame of them at the end: a map has thousands of these.
+        column: dict[str, Any] = {name: np.full(k, np.nan) for name in CANDIDATES}
+        for name in ("n_heads", "n_kv_heads"):
+            column[name] = pd.array([getattr(one, name) for one in self.heads[:k]], dtype="Int64")
+        column["n_params"] = known(n_H)
+        column["n_layers"], column["d_model"] = known(shape_H.n_layers), known(shape_H.d_model)
+        column["ratio"] = column["d_model"] / column["n_layers"]
+        column["c_infer"] = known(costs.infer_flops(shape_H, context, convention))
+        column["m_infer"] = known(costs.infer_memory(shape_H, context, convention))
+        column["cost"] = known(cost_H)
+        column["pareto"] = ranking.pareto(column["c_infer"], column["m_infer"])
         notes = [self._note(i, n_H[i], cost_H[i], memory_limit) for i in range(k)]
-        columns = list(CANDIDATES)
+        excess = np.zeros(k)
         if serving is not None:
             by = objectives.chosen_by(objective)
-            for name, values in served(serving, shape_H, context, by).items():
-                frame[name] = values[:k]
+            column |= {name: values[:k] for name, values in served(serving, shape_H, context, by).items()}
             notes = [
                 note if np.isfinite(c) or not np.isfinite(n) else _why(serving, shape_H, i, context, by) or note
                 for i, (note, n, c) in enumerate(zip(notes, n_H[:k], cost_H[:k], strict=True))
             ]
-            frame["excess"] = _excess(serving, shape_H, context, by)[:k]
-            columns += SERVED
-        frame["note"] = pd.array(notes, dtype="string")
-        for name in CANDIDATES:
-            if name not in frame:
-                frame[name] = np.nan
-        cost_SxH, ratio_SxH, found = self._drawn(objective, context, memory_limit, frame)
-        keys = frame.assign(hopeless=~np.isfinite(frame["cost"]))
-        by = "cost" if found is None else "expected_regret"
-        ranks = ["hopeless", by, "cost", *(["excess"] if serving is not None else [])]
-        frame = frame.loc[keys.sort_values(ranks, kind="stable").index].reset_index(drop=True)
-        frame["rank"] = pd.array(np.arange(1, k + 1), dtype="Int64")
-        frame.loc[~np.isfinite(frame["cost"]), "rank"] = pd.NA
-        return Ranked(frame.reindex(columns=columns), self.heads, cost_H, n_H, shape_H, cost_SxH, ratio_SxH, found, objective)
+            excess = _excess(serving, shape_H, context, by)[:k]
+        column["note"] = pd.array(notes, dtype="string")
+        cost_SxH, ratio_SxH, found = self._drawn(objective, context, memory_limit, column)
+        hopeless = ~np.isfinite(column["cost"])
+        first = column["cost" if found is None else "expected_regret"]
+        order = np.lexsort((excess, column["cost"], first, hopeless))  # the last counts most
+        frame = pd.DataFrame({name: values[order] for name, values in column.items()})
+        frame["rank"] = pd.arrays.IntegerArray(np.arange(1, k + 1), hopeless[order])
+        return Ranked(frame, self.heads, cost_H, n_H, shape_H, cost_SxH, ratio_SxH, found, objective)
 
     def drawn_costs(
         self, objective: Objective, context: int, memory_limit: float | Serving | None
@@ -246,7 +243,7 @@ class Table:
         return found.cost, found
 
     def _drawn(
-        self, objective: Objective, context: int, memory_limit: float | Serving | None, frame: pd.DataFrame
+        self, objective: Objective, context: int, memory_limit: float | Serving | None, column: dict[str, Any]
     ) -> tuple[np.ndarray | None, np.ndarray | None, ranking.Ranking | None]:
         """Adds what the draws say to the candidates: (cost_SxH, ratio_SxH, ranking), or nothing without draws."""
         if self.n_params_RxSxH is None:
@@ -255,10 +252,10 @@ class Table:
         cost_SxH, found = self.drawn_costs(objective, context, memory_limit)
         with np.errstate(divide="ignore"):
             n_SxH = np.exp(found.of(np.log(self.n_params_RxSxH)))
-        frame["n_params_low"], frame["n_params_high"] = quantiles(n_SxH[:, :k], TAILS)
-        frame["cost_low"], frame["cost_high"] = quantiles(cost_SxH[:, :k], TAILS)
+        column["n_params_low"], column["n_params_high"] = quantiles(n_SxH[:, :k], TAILS)
+        column["cost_low"], column["cost_high"] = quantiles(cost_SxH[:, :k], TAILS)
         ranked = ranking.rank(cost_SxH[:, :k])
-        frame["probability"], frame["expected_regret"] = ranked.probability_H, ranked.expected_regret_H
+        column["probability"], column["expected_regret"] = ranked.probability_H, ranked.expected_regret_H
         ratio_SxH = None if self.rule.ratios_R is None else found.ratio
         return cost_SxH, ratio_SxH, ranked
 

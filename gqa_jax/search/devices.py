@@ -11,7 +11,7 @@ import pandas as pd
 
 from gqa_jax import prices
 from gqa_jax.laws import Heads, PowerLaw
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import candidates, objectives, optimum
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.roofline import Serving
@@ -87,18 +87,23 @@ def front(
     costs less and takes less time per request; columns FRONT, fastest first. Time limits of the servings hold. Devices without
     a price are left out.
     """
-    options = {name: value for name, value in options.items() if name in ("aspect", "heads", "memory_limit")}
-    found = []
+    known = candidates.coefficients(laws, draws=0, heads=options.get("heads"), compared=None)
+    table = candidates.Table.of(laws, loss, candidates.rule_of(laws, options.get("aspect")), known)
+    limit, found = options.get("memory_limit"), []
     for serving in servings:
         batch = 1
         while serving.has_price and batch <= _LARGEST_BATCH:
             if _allowed(serving, batch):
                 goal = objectives.Price(dataclasses.replace(serving, batch=batch))
-                best = optimum.optimum_map(laws, [loss], [context_served], goal, draws=0, **options).iloc[0]
-                if not np.isfinite(best["cost"]):
+                settled = table.settled(goal, context_served)
+                cost_H, n_H, shape_H = table.typical(settled, context_served, limit)
+                if not np.isfinite(cost_H).any():
                     break  # with more requests memory and time only grow
-                about = {"device": serving.chip.name, "n_devices": serving.n_devices, "usd_per_million": best["cost"]}
-                found.append({name: best[name] for name in FRONT if name in best.index} | about)
+                i = int(np.nanargmin(cost_H))
+                served = candidates.served(settled.serving, shape_H, context_served, "price")
+                about = {"device": serving.chip.name, "n_devices": serving.n_devices, "usd_per_million": cost_H[i]}
+                own = table.heads[i]._asdict() | {"n_params": n_H[i]} | {name: values[i] for name, values in served.items()}
+                found.append({name: own[name] for name in FRONT if name in own} | about)
             batch *= 2
     frame = pd.DataFrame(found).reindex(columns=list(FRONT))
     frame = frame.sort_values(["request_seconds", "usd_per_million"], kind="stable", ignore_index=True)

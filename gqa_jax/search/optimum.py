@@ -21,6 +21,7 @@ import pandas as pd
 
 from gqa_jax import costs, formatting, shape_search
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw, posterior
+from gqa_jax.laws.shape import Price
 from gqa_jax.search import objectives, ranking
 from gqa_jax.search.answer import Answer, Baseline, Model, ShapeChoice, measured_model, name_of
 from gqa_jax.search.candidates import (
@@ -185,7 +186,7 @@ def _search(
         noise_model="" if drawn is None else posterior.NOISE_MODELS[drawn.method],
         price_of_doubt=doubt,
         candidates=found.frame,
-        buildable=_buildable(table, found, i, context_served, objective),
+        buildable=_buildable(table, found, i, context_served, objective) if alone else pd.DataFrame(columns=list(_BUILT)),
         warnings=tuple(dict.fromkeys(warnings)),
     )
     return _Found(answer, rule)
@@ -491,32 +492,35 @@ def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Obj
     shape = one_of(found.shape_H, i)
     ratio = float(shape.d_model / shape.n_layers)
     bounds = table.rule.penalty.bounds if table.rule.is_free else (ratio / 1.25, ratio * 1.25)
-    rows = []
-    for one in shape_search.reaching(
+    found_shapes = shape_search.reaching(
         n_params, heads, ratio, bounds, lambda r: _SPARE * table.needed(i, r), int(head_dim), int(vocab_size), convention,
         ffn_ratio, multiple=64 if n_params > 1e7 else 16,
-    ):  # fmt: skip
-        n = float(costs.count_params(one, convention).non_embedding)
-        own = one.d_model / one.n_layers
-        rows.append(
-            {"n_layers": one.n_layers, "d_model": one.d_model, "n_heads": one.n_heads, "n_kv_heads": one.n_kv_heads,
-             "head_dim": one.head_dim, "d_ff": one.d_ff, "n_params": n, "ratio": own, "loss": _loss_of(table, i, n, own),
-             "cost": float(objective(one, context))}
-        )  # fmt: skip
-    frame = pd.DataFrame(rows, columns=list(_BUILT))
-    frame = frame[frame["loss"] <= table.loss]
-    return frame.sort_values("cost", kind="stable", ignore_index=True).head(3)
+    )  # fmt: skip
+    if not found_shapes:
+        return pd.DataFrame(columns=list(_BUILT))
+    names = [field.name for field in dataclasses.fields(costs.Shape)]
+    frame = pd.DataFrame([{name: getattr(one, name) for name in names} for one in found_shapes])
+    several = costs.Shape(**{name: frame[name].to_numpy() for name in names})
+    frame["n_params"] = np.asarray(costs.count_params(several, convention).non_embedding, np.float64)
+    frame["ratio"] = frame["d_model"] / frame["n_layers"]
+    frame["cost"] = objective(several, context)
+    frame = frame.sort_values("cost", kind="stable", ignore_index=True)
+    frame["loss"] = _loss_of(table, i, frame["n_params"].to_numpy(), frame["ratio"].to_numpy())
+    return frame.loc[frame["loss"] <= table.loss, list(_BUILT)].head(3).reset_index(drop=True)
 
 
-def _loss_of(table: Table, i: int, n_params: float, ratio: float) -> float:
-    """Typical loss of the i-th heads at N and d / L."""
+def _loss_of(table: Table, i: int, n_params: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+    """Typical loss of the i-th heads in models of these N and d / L."""
     rule, heads = table.rule, table.heads[i]
     drawn = table.known.draws
-    price = rule.penalty.typical if drawn is None else rule.penalty.draw(len(drawn.b_SxH), table.seed)
-    more = 1.0 if rule.ratios_R is None else rule.penalty.factor(price, ratio)
     if drawn is None:
-        return float(table.laws[heads].predict(n_params) * more)
-    return float(np.median(drawn.loss(heads, np.array([n_params]))[:, 0] * more))
+        more = 1.0 if rule.ratios_R is None else rule.penalty.factor(rule.penalty.typical, ratio)
+        return table.laws[heads].predict(n_params) * more
+    loss_SxN = drawn.loss(heads, n_params)
+    if rule.ratios_R is not None:
+        price = rule.penalty.draw(len(loss_SxN), table.seed)
+        loss_SxN = loss_SxN * rule.penalty.factor(Price(price.k[:, None], price.best[:, None]), ratio)
+    return np.median(loss_SxN, 0)
 
 
 def _check(loss: float, contexts: Sequence[int]) -> None:

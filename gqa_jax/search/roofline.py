@@ -133,6 +133,11 @@ def kv_heads_held(n_heads: Any, n_kv_heads: Any, over: Any) -> Any:
     """
     n_heads, n_kv_heads, over = (np.asarray(x, np.float64) for x in (n_heads, n_kv_heads, over))
     with np.errstate(invalid="ignore"):
+        undivided = (over == 1).all() and (n_kv_heads % 1 == 0).all()
+    if undivided:
+        shape = np.broadcast_shapes(n_heads.shape, n_kv_heads.shape, over.shape)
+        return np.broadcast_to(np.maximum(n_kv_heads, 1.0), shape)[()]
+    with np.errstate(invalid="ignore"):
         group, own = n_heads / n_kv_heads, n_heads / over
         whole = (group % 1 == 0) & (own % 1 == 0)
         common = np.gcd(*(np.where(whole, count, 1).astype(np.int64) for count in (own, group)))
@@ -340,6 +345,8 @@ class Serving:
         """With the layout fixed that is the best for `shape`, one for each of its elements."""
         if self.parallelism != BEST:
             return self
+        if self.n_devices == 1:
+            return dataclasses.replace(self, parallelism=Layout(1))
         return dataclasses.replace(self, parallelism=self.load(shape, context, by).layout)
 
     def request_seconds(self, shape: HasShape, context: Any) -> Any:
@@ -552,10 +559,10 @@ class Serving:
         if not isinstance(self.batch, str):
             return float(self.batch)
         least = np.asarray(layout.sequences, np.float64)
-        most = np.maximum(self._room(shape, context, layout), least)
         if self.batch == BEST and by == "latency":
-            most = np.broadcast_to(least, np.shape(most))
-        elif self.batch == BEST and self.tpot is not None:
+            return np.broadcast_to(least, np.broadcast_shapes(np.shape(shape.n_layers), np.shape(context), least.shape))[()]
+        most = np.maximum(self._room(shape, context, layout), least)
+        if self.batch == BEST and self.tpot is not None:
             most = least * self._within(shape, context, layout, prefill, most / least)
         return np.asarray(most, np.float64)[()]
 

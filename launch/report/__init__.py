@@ -1,7 +1,7 @@
 """The report of a grid: one HTML file with the answer, its certainty and an explorer; tables as Markdown and LaTeX beside it.
 
 from launch import report
-report.write(layout, findings)        # GRID/report/index.html
+report.write(folder, findings)        # index.html, and tables beside it
 """
 
 from launch.report.document import page

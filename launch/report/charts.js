@@ -1,190 +1,153 @@
-// The charts of the explorer: fills the data sources of the Bokeh models that charts.py makes.
+// The charts of the explorer, as SVG: loss against cost, and the cost of every head configuration with its interval.
+//
+// Colours are those of the page's pictures, a colour and a dash for each head configuration; style.css turns both for the dark.
 
 import { costCurve } from "./explorer.js";
-import { percent, regretText, span, UNITS } from "./numbers.js";
+import { costText, decimals, moreText, percent, span, unitText, UNITS } from "./numbers.js";
 
 const POINTS_OF_A_CURVE = 64;
-const HORIZON = 40; // extra costs beyond so many times the runner-up's are at the edge of their chart
-const ENDS = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5]; // of the axis of extra costs, or the largest of them
-const FONT_SIZE = "12px";
-const [ROW, AXIS] = [19, 48]; // pixels of a head configuration, and of what is below them
+const [ROW, LABEL, MORE] = [23, 76, 118]; // pixels of a head configuration: high, of its name, and of what is said of it
+const HORIZON = 6; // costs beyond so many times the least are at the edge of their chart
 
 export class Charts {
-  /** `items`: JSON of charts.py by name; their places are elements chart-NAME. */
-  constructor(items) {
-    this.items = items;
-    this.charts = {};
+  constructor() {
+    this.places = { curves: document.getElementById("chart-curves"), costs: document.getElementById("chart-costs") };
     this.latest = null; // what `show` was last given
-    this.palette = {};
-    this.labelled = 0; // rows that have had a label
-  }
-
-  async open() {
-    for (const [name, item] of Object.entries(this.items)) {
-      const place = document.getElementById(`chart-${name}`);
-      const { roots } = await Bokeh.embed.embed_item(item, place.id);
-      this.charts[name] = { view: roots[0], root: roots[0].model, parts: {}, seen: true, stale: false };
-    }
-    // What is not in the window is drawn when it comes there.
-    const observer = new IntersectionObserver(
-      (entries) => {
-        for (const entry of entries) {
-          const name = entry.target.id.replace("chart-", "");
-          this.charts[name].seen = entry.isIntersecting;
-          if (entry.isIntersecting && this.charts[name].stale) this.draw(name);
-        }
-      },
-      { rootMargin: "25%" },
-    );
-    for (const name of Object.keys(this.charts)) observer.observe(document.getElementById(`chart-${name}`));
-  }
-
-  /** The model of that name in a chart. */
-  part(chart, name) {
-    const { parts, root } = this.charts[chart];
-    return (parts[name] ??= [...root.references()].find((one) => one.name === name));
-  }
-
-  /** A row for each candidate of a study. */
-  arrange(model) {
-    const count = model.n_candidates;
-    this.labelled = Math.max(this.labelled, count); // Bokeh destroys labels that go, keeps them, and complains when they come again
-    const labels = Array.from({ length: this.labelled }, (_, h) => [h, h < count ? model.heads[h].label : ""]);
-    for (const name of ["regret", "probability"]) {
-      const { root } = this.charts[name];
-      root.height = ROW * count + AXIS;
-      root.y_range.setv({ start: count - 0.4, end: -0.6 });
-      root.left[0].ticker.ticks = Array.from({ length: count }, (_, h) => h);
-      root.left[0].major_label_overrides = new Map(labels);
-    }
-    this.color();
-  }
-
-  /** Gives the charts the colours and type of the page, light or dark. */
-  color() {
-    const style = getComputedStyle(document.documentElement);
-    const value = (name) => style.getPropertyValue(`--${name}`).trim();
-    for (const name of ["ink", "muted", "rule", "paper", "best", "other", "baseline"]) this.palette[name] = value(name);
-    const { ink, muted, rule, paper } = this.palette;
-    const font = value("sans");
-    for (const { root } of Object.values(this.charts)) {
-      for (const axis of [...root.left, ...root.below]) {
-        axis.setv({ major_label_text_color: ink, major_label_text_font: font, major_label_text_font_size: FONT_SIZE });
-        axis.setv({ axis_label_text_color: muted, axis_label_text_font: font, axis_label_text_font_size: FONT_SIZE });
-      }
-      for (const one of root.center) if ("grid_line_color" in one) one.grid_line_color = rule;
-    }
-    this.part("curves", "target").line_color = muted;
-    this.part("curves", "mark_labels").setv({ text_font: font, background_fill_color: paper });
-  }
-
-  /** Shows what `search` has found: at once where it can be seen. */
-  show(model, asked, result) {
-    this.latest = { model, asked, result };
-    for (const [name, chart] of Object.entries(this.charts)) {
-      chart.stale = true;
-      if (chart.seen) this.draw(name);
-    }
-  }
-
-  drawAll() {
-    for (const name of Object.keys(this.charts)) this.draw(name);
-  }
-
-  draw(name) {
-    this.charts[name].stale = false;
-    if (this.latest) this[name](this.latest);
-  }
-
-  colorOf(h, { model, result }) {
-    return h === result.best ? this.palette.best : h === model.baseline ? this.palette.baseline : null;
-  }
-
-  /** Loss against cost. */
-  curves(latest) {
-    const { model, asked, result } = latest;
-    const { best } = result;
-    const { baseline } = model;
-    const [low, all] = model.ranges.loss;
-    const high = Math.min(all, Math.max(low + 0.6 * (all - low), asked.loss + 0.25 * (all - low)));
-    const losses = Array.from({ length: POINTS_OF_A_CURVE }, (_, i) => low + ((high - low) * i) / (POINTS_OF_A_CURVE - 1));
-    const [unit, word] = axisUnit(best === null ? 1 : result.rows[best].cost);
-    const on = (h) => (h === best ? 2 : h === baseline ? 1 : 0); // what lies on what
-    const lines = { xs: [], ys: [], color: [], width: [], dash: [], label: [] };
-    let [least, most] = [Infinity, -Infinity];
-    for (const h of [...model.heads.keys()].sort((g, h) => on(g) - on(h))) {
-      const costs = costCurve(model, asked, losses, h).map((cost) => cost / unit);
-      const reached = [...losses.keys()].filter((i) => Number.isFinite(costs[i]));
-      if (reached.length === 0) continue;
-      least = Math.min(least, costs[reached.at(-1)]);
-      most = Math.max(most, costs[reached[0]]);
-      lines.xs.push(reached.map((i) => costs[i]));
-      lines.ys.push(reached.map((i) => losses[i]));
-      lines.color.push(this.colorOf(h, latest) ?? this.palette.other);
-      lines.width.push([1.1, 2.4, 3.2][on(h)]);
-      lines.dash.push(on(h) === 1 ? [6, 3] : []);
-      lines.label.push(model.heads[h].label);
-    }
-    const marks = { x: [], y: [], low: [], high: [], color: [], marker: [], label: [], align: [] };
-    for (const h of new Set([baseline, best])) {
-      const row = h === baseline ? result.baseline : result.rows[h];
-      if (h === null || row === null || !Number.isFinite(row.cost)) continue;
-      marks.x.push(row.cost / unit);
-      marks.y.push(asked.loss);
-      marks.low.push(row.cost_interval[0] / unit);
-      marks.high.push(Math.min(row.cost_interval[1] / unit, most));
-      marks.color.push(this.colorOf(h, latest));
-      marks.marker.push(h === best ? "circle" : "diamond");
-      marks.label.push(model.heads[h].label);
-      marks.align.push(h === best && baseline !== null && baseline !== best ? "right" : "left");
-    }
-    const { root } = this.charts.curves;
-    const units = [word, asked.objective.unit].filter(Boolean).join(" ");
-    const [start, end] = Number.isFinite(least) ? [least / 1.15, most * 1.05] : [1, 10];
-    root.below[0].ticker.ticks = roundNumbers(start, end);
-    root.below[0].axis_label = asked.objective.label + (units && ` (${units})`);
-    root.x_range.setv({ start, end });
-    root.y_range.setv({ start: low, end: high });
-    this.part("curves", "target").location = asked.loss;
-    this.part("curves", "lines").data = lines;
-    this.part("curves", "marks").data = marks;
-  }
-
-  /** What each costs beyond the cheapest. */
-  regret(latest) {
-    const { model, result } = latest;
-    const { largest_regret: largest } = model;
-    const text = (share) => regretText(share, largest);
-    const second = result.runner_up === null ? 0 : result.rows[result.runner_up].regret_interval[1];
-    const near = result.rows.map((row) => row.regret_interval[1]).filter((x) => x <= HORIZON * Math.max(second, 0.01));
-    const end = ENDS.find((one) => one >= Math.max(0, ...near)) ?? largest;
-    const data = { y: [], x: [], low: [], high: [], color: [], marker: [], label: [] };
-    result.rows.forEach((row, h) => {
-      if (Number.isNaN(row.expected_regret)) return;
-      const [low, high] = row.regret_interval;
-      data.y.push(h);
-      data.x.push(Math.min(row.expected_regret, end));
-      data.low.push(Math.min(low, end));
-      data.high.push(Math.min(high, end));
-      data.color.push(this.colorOf(h, latest) ?? this.palette.muted);
-      data.marker.push(row.expected_regret > end || row.expected_regret >= largest ? "inverted_triangle" : h === model.baseline ? "diamond" : "circle");
-      data.label.push(`${model.heads[h].label}: ${text(row.expected_regret)} (95%: ${span(row.regret_interval, text)})`);
-    });
-    this.charts.regret.root.x_range.setv({ start: -0.025 * end, end: end * 1.03 });
-    this.part("regret", "regret").data = data;
-  }
-
-  /** How often each is the cheapest. */
-  probability(latest) {
-    const { model, result } = latest;
-    const known = [...result.rows.keys()].filter((h) => !Number.isNaN(result.rows[h].probability));
-    this.part("probability", "probability").data = {
-      y: known,
-      right: known.map((h) => result.rows[h].probability),
-      color: known.map((h) => this.colorOf(h, latest) ?? this.palette.muted),
-      label: known.map((h) => `${model.heads[h].label}: ${percent(result.rows[h].probability)}`),
+    let frame = 0;
+    const again = () => {
+      cancelAnimationFrame(frame);
+      frame = requestAnimationFrame(() => this.draw());
     };
+    const observer = new ResizeObserver(again);
+    for (const place of Object.values(this.places)) observer.observe(place);
   }
+
+  /** Shows what `look` has found. */
+  show(map, asked, result) {
+    this.latest = { map, asked, result };
+    this.draw();
+  }
+
+  draw() {
+    if (this.latest === null) return;
+    for (const [name, place] of Object.entries(this.places)) {
+      const width = Math.max(280, place.clientWidth);
+      place.innerHTML = (name === "curves" ? curves : costs)(this.latest, width);
+    }
+  }
+}
+
+const escape = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
+const px = (x) => x.toFixed(1);
+const line = (x1, y1, x2, y2, more = "") => `<line x1="${px(x1)}" y1="${px(y1)}" x2="${px(x2)}" y2="${px(y2)}" ${more}/>`;
+const text = (x, y, said, more = "") => `<text x="${px(x)}" y="${px(y)}" ${more}>${escape(said)}</text>`;
+const svg = (width, height, parts) => `<svg viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" aria-hidden="true">${parts.join("")}</svg>`;
+const dashes = (one, thick) => (one.dash.length ? `stroke-dasharray="${one.dash.map((x) => x * Math.min(thick, 2)).join(" ")}"` : "");
+
+/** Heads in the order they are drawn: the answer last, on top. */
+function drawn({ map, result }) {
+  const on = (h) => (h === result.best ? 3 : map.heads[h].is_baseline ? 2 : h === result.runner_up ? 1 : 0);
+  return [...map.heads.keys()].sort((g, h) => on(g) - on(h));
+}
+
+/** Loss against cost at the context served. */
+function curves(latest, width) {
+  const { map, asked, result } = latest;
+  const { best, rows, runner_up: second } = result;
+  const height = width < 480 ? 320 : 400;
+  const [left, right, top, bottom] = [46, width - 14, 30, height - 50];
+  const [low, all] = [map.losses[0], map.losses.at(-1)];
+  const high = Math.min(all, Math.max(low + 0.6 * (all - low), asked.loss + 0.25 * (all - low)));
+  const losses = Array.from({ length: POINTS_OF_A_CURVE }, (_, i) => low + ((high - low) * i) / (POINTS_OF_A_CURVE - 1));
+  const lines = map.heads.map((_, h) => costCurve(map, asked, losses, h).flatMap((cost, i) => (Number.isFinite(cost) ? [[cost, losses[i]]] : [])));
+  const reached = lines.flat().map(([cost]) => cost);
+  const [start, end] = reached.length ? [Math.min(...reached) / 1.1, Math.max(...reached) * 1.1] : [1, 10];
+  const x = (cost) => left + ((right - left) * Math.log(cost / start)) / Math.log(end / start);
+  const y = (loss) => bottom - ((bottom - top) * (loss - low)) / (high - low);
+  const parts = [...costAxis(asked.goal, start, end, x, [left, right, top, bottom], best === null ? 1 : rows[best].cost)];
+  for (const tick of evenTicks(low, high)) {
+    parts.push(line(left, y(tick), right, y(tick), 'class="grid"'), text(left - 7, y(tick) + 4, decimals[tick % 0.1 > 1e-6 && tick % 0.1 < 0.1 - 1e-6 ? 2 : 1].format(tick), 'text-anchor="end"'));
+  }
+  parts.push(text(0, 14, "loss, nats per token", 'class="quiet"'));
+  parts.push(line(left, y(asked.loss), right, y(asked.loss), 'class="target"'), text(right, y(asked.loss) - 6, `loss ${asked.loss}`, 'class="quiet" text-anchor="end"'));
+  for (const h of drawn(latest)) {
+    const one = map.heads[h];
+    const thick = h === best ? 3.6 : one.is_baseline || h === second ? 2.2 : 1.3;
+    const points = lines[h].map(([cost, loss]) => `${px(x(cost))},${px(y(loss))}`).join(" ");
+    if (points && h === best) parts.push(`<polyline points="${points}" fill="none" stroke="${map.halo}" stroke-width="13" stroke-linecap="round"/>`);
+    if (points) parts.push(`<polyline points="${points}" fill="none" stroke="${one.color}" stroke-width="${thick}" ${dashes(one, thick)}><title>${escape(one.label)}</title></polyline>`);
+  }
+  const marked = drawn(latest).filter((h) => (h === best || map.heads[h].is_baseline || h === second) && Number.isFinite(rows[h].cost));
+  const taken = [];
+  for (const h of marked.reverse()) parts.push(...mark(map.heads[h], rows[h], h === best, x, y(asked.loss), [left, right], taken));
+  return svg(width, height, parts);
+}
+
+/** The cost of a head configuration at the loss asked for: a point, 95% of the draws, and its name where there is room. */
+function mark(one, row, isBest, x, y, [left, right], taken) {
+  const inside = (cost) => Math.min(right, Math.max(left, x(cost)));
+  const [low, high] = row.cost_interval;
+  const at = x(row.cost);
+  const parts = [];
+  if (!Number.isNaN(low)) parts.push(line(inside(low), y, inside(high), y, `stroke="${one.color}" stroke-width="8" stroke-opacity="0.35" stroke-linecap="round"`));
+  parts.push(`<circle cx="${px(at)}" cy="${px(y)}" r="${isBest ? 6 : 4}" fill="${isBest ? one.color : "#fff"}" stroke="${one.color}" stroke-width="2"/>`);
+  const said = isBest ? `${one.label}, the answer` : one.label;
+  const wide = said.length * 7.4 + 8;
+  const start = Math.min(Math.max(isBest ? at - wide + 8 : at + 4, left), right - wide);
+  let down = isBest ? 24 : -14;
+  while (taken.some(([x0, x1, d]) => d === down && start < x1 && x0 < start + wide)) down += down > 0 ? 17 : -17;
+  taken.push([start, start + wide, down]);
+  parts.push(text(start, y + down, said, `class="name${isBest ? " best" : ""}"`));
+  return parts;
+}
+
+/** A row for each head configuration, the answer first: what it costs at the loss asked for, and 95% of the draws. */
+function costs({ map, asked, result }, width) {
+  const { rows, best, order } = result;
+  const known = order.filter((h) => Number.isFinite(rows[h].cost));
+  const beside = width < 420 ? 0 : MORE;
+  const [left, right, top] = [LABEL, width - beside - 10, 8];
+  const bottom = top + ROW * order.length + 4;
+  const least = Math.min(...known.map((h) => rows[h].cost));
+  const far = HORIZON * least;
+  const ends = known.flatMap((h) => [...rows[h].cost_interval, rows[h].cost]).filter((x) => x > 0 && x < far);
+  const [start, end] = ends.length ? [Math.min(...ends) / 1.03, Math.max(...ends) * 1.05] : [1, 10];
+  const x = (cost) => left + ((right - left) * Math.log(Math.min(Math.max(cost, start), end) / start)) / Math.log(end / start);
+  const parts = [];
+  const said = costText(asked.goal.unit);
+  order.forEach((h, i) => {
+    const [one, row] = [map.heads[h], rows[h]];
+    const y = top + ROW * (i + 0.5);
+    if (h === best) parts.push(`<rect x="0" y="${px(y - ROW / 2)}" width="${width}" height="${ROW}" fill="${map.halo}" fill-opacity="0.55"/>`);
+    parts.push(line(0, y, 20, y, `stroke="${one.color}" stroke-width="${h === best ? 3.6 : 2.2}" ${dashes(one, 2)}`));
+    parts.push(text(27, y + 4, one.label, `class="${h === best ? "name best row" : ""}"`));
+    if (!Number.isFinite(row.cost)) return parts.push(text(left + 6, y + 4, Number.isFinite(row.n_params) ? (row.edge ? "at the edge of what can be served" : "not served so") : "not reached", 'class="quiet"'));
+    const [low, high] = row.cost_interval;
+    const label = `${one.label}: ${[said(row.cost), span(row.cost_interval, said) && `95%: ${span(row.cost_interval, said)}`, !Number.isNaN(row.probability) && !row.far && `cheapest in ${percent(row.probability)}`].filter(Boolean).join(", ")}`;
+    const bar = Number.isNaN(low) ? "" : line(x(low), y, x(high), y, `stroke="${one.color}" stroke-width="5" stroke-opacity="0.4" stroke-linecap="round"`);
+    const point = row.cost > end ? `<path d="M${px(right - 5)} ${px(y - 5)} L${px(right + 3)} ${px(y)} L${px(right - 5)} ${px(y + 5)} Z" fill="${one.color}"/>` : `<circle cx="${px(x(row.cost))}" cy="${px(y)}" r="${h === best ? 6 : 4.5}" fill="${h === best ? one.color : "#fff"}" stroke="${one.color}" stroke-width="2"/>`;
+    parts.push(`<g>${bar}${point}<title>${escape(label)}</title></g>`);
+    if (beside) parts.push(text(width, y + 4, h === best ? "the answer" : moreText(row.more), `text-anchor="end" class="${h === best ? "name best row" : "quiet"}"`));
+  });
+  parts.unshift(...costAxis(asked.goal, start, end, x, [left, right, top, bottom], least));
+  return svg(width, bottom + 50, parts);
+}
+
+/** Ticks, lines and the name of a logarithmic axis of costs, which says where cheaper is. */
+function costAxis(goal, start, end, x, [left, right, top, bottom], typical) {
+  const [unit, word] = axisUnit(typical);
+  const parts = [line(left, bottom, right, bottom, 'class="axis"')];
+  let last = -Infinity;
+  for (const tick of roundNumbers(start / unit, end / unit)) {
+    const at = x(tick * unit);
+    parts.push(line(at, top, at, bottom, 'class="grid"'));
+    if (at - last < 38) continue;
+    last = at;
+    parts.push(text(at, bottom + 18, goal.unit === "US dollars" ? `$${tick}` : String(tick), 'text-anchor="middle"'));
+  }
+  const units = [word, unitText(goal.unit).slice(2) || (goal.unit === "seconds" ? "seconds" : "")].filter(Boolean).join(" of ").replace(/ of (seconds)/, " $1");
+  parts.push(text(left, bottom + 40, "← cheaper", 'class="name"'), text(right, bottom + 40, goal.label + (units && `, ${units}`), 'class="quiet" text-anchor="end"'));
+  return parts;
 }
 
 /** What an axis is divided by so that its ticks are short, and the word for that. */
@@ -198,9 +161,16 @@ function roundNumbers(low, high) {
   const powers = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) powers.push(power);
   let ticks = [];
-  for (const steps of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8]]) {
-    ticks = powers.flatMap((power) => steps.map((step) => Number(`${step}e${power}`))).filter((x) => x >= low && x <= high);
-    if (ticks.length >= 4) break;
+  for (const steps of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8], Array.from({ length: 18 }, (_, i) => 1 + i / 2), Array.from({ length: 90 }, (_, i) => 1 + i / 10)]) {
+    ticks = powers.flatMap((power) => steps.map((step) => Number((step * 10 ** power).toPrecision(3)))).filter((x) => x >= low && x <= high);
+    if (ticks.length >= 3) break;
   }
   return ticks;
+}
+
+/** About five losses between two. */
+function evenTicks(low, high) {
+  const step = [0.05, 0.1, 0.2, 0.5, 1, 2].find((one) => (high - low) / one <= 7) ?? 5;
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
 }

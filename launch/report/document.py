@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from typing import Any
 
-import bokeh.resources
 import jinja2
 from markupsafe import Markup
 
-from gqa_jax import costs, formatting
-from gqa_jax.search.roofline import Layout
-from gqa_jax.search.serving_words import LIMITS
-from launch.report import charts, sections
-from launch.report.findings import Findings
+from gqa_jax import formatting
+from gqa_jax.search.roofline import Serving
+from gqa_jax.search.shape_rule import BEST
+from launch.report import answer_map, sections, words
+from launch.report.answer_map import DRAWS
+from launch.report.findings import Findings, Study
 from launch.report.opening import opening
-from launch.report.payload import COSTS, DRAWS, payload
 
 _CHOICES = {
     "z": "Z: memory and compute, weighted",
@@ -27,14 +27,6 @@ _CHOICES = {
     "throughput": "time per token and device",
     "train": "compute of training",
     "lifetime": "training and serving, over a lifetime",
-}
-_LAYOUTS = {"best": "whatever costs the least", "tensor": "heads alone (tensor parallelism)"}
-_FLOPS = {"half_T": "half a sequence: T/2 tokens", "per_token": "a token", "full_T": "a sequence: T tokens"}
-_CONVENTIONS = {
-    "paper": "the paper's tables",
-    "figures": "the paper's figures",
-    "exact": "the model as trained, in bytes",
-    "own": "this study's own",
 }
 
 
@@ -52,45 +44,55 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    studies = [payload(study) for study in findings.studies]
-    answering = findings.studies[0]
-    data = {
-        "studies": studies,
-        "charts": charts.charts(),
-        "command": findings.ask,
-        "limited_by": LIMITS,
-    }
-    asked = [answering.objective.name] if answering.objective.name not in COSTS else []
+    maps = [study.answer_map for study in findings.studies]
+    goals = [goal for one in maps for goal in one.goals.values()]
+    costs = {goal.objective.name: None for goal in goals}
+    servings = {goal.device: goal.objective.serving for goal in goals if goal.device is not None}
+    data = {"studies": [_study(study) for study in findings.studies], "command": findings.ask}
+    data |= _shapes(findings.studies[0])
     return environment.get_template("page.html").render(
         findings=findings,
         opening=opening(findings),
         parts=parts,
         draws=f"{DRAWS:,}",
         largest_regret=f"{formatting.LARGEST_REGRET:.0%}",
-        head_dim=f"{answering.laws.head_dim:g}",
+        head_dim=f"{findings.studies[0].laws.head_dim:g}",
         contexts=[(i, f"{formatting.context(study.laws.context)} tokens") for i, study in enumerate(findings.studies)],
-        costs=[(cost, _CHOICES[cost]) for cost in (*COSTS, *asked)],
-        devices=[(name, _device_text(one)) for name, one in studies[0]["devices"].items()],
-        limits=[("", "nothing: any memory"), *((name, _limit_text(one)) for name, one in studies[0]["devices"].items())],
-        layouts=[(one, _LAYOUTS.get(one) or Layout.parse(one).describe()) for one in studies[0]["layouts"]],
-        dtypes=[(name, name) for name in costs.DTYPE_BYTES],
-        conventions=[(name, _CONVENTIONS[name]) for name in studies[0]["conventions"]],
-        flops_rules=list(_FLOPS.items()),
+        points=f"{len(maps[0].losses)} losses, {len(maps[0].contexts)} contexts and {len(maps[0].goals)} costs",
+        costs=[(cost, _CHOICES[cost]) for cost in _CHOICES if cost in costs],
+        devices=[(name, _device_text(one)) for name, one in servings.items()],
         style=_inline("style.css"),
-        payload=_json(data),
-        bokeh=_library(),
+        payload=_json(
+            {"studies": [_study(study) for study in findings.studies], "command": findings.ask, **_shapes(findings.studies[0])}
+        ),
         script=Markup("".join(_scripts())),
     )
 
 
-def _device_text(one: dict) -> str:
-    peak, bandwidth = one["bfloat16_flops"] / 1e12, one["memory_bandwidth"] / 1e12
-    price = "" if one["usd_per_hour"] is None else f", ${one['usd_per_hour']:.2f}/h"
-    return f"{one['device']}: {peak:.0f} TFLOP/s, {bandwidth:.2f} TB/s{price}"
+def _study(study: Study) -> dict[str, Any]:
+    """What the explorer knows of a study: the map, and what was asked first."""
+    question, goal = study.questions[0], next(iter(study.answer_map.goals.values()))
+    first = {
+        "context": int(question.context_served),
+        "loss": float(question.loss),
+        "cost": goal.objective.name,
+        "device": goal.device,
+    }
+    return {"map": answer_map.packed(study.answer_map, study.laws), "first": first, "context_trained": int(study.laws.context)}
 
 
-def _limit_text(one: dict) -> str:
-    return f"{one['device']}: {formatting.gb(one['memory_bytes'])}"
+def _shapes(study: Study) -> dict[str, str]:
+    """How shapes are chosen, and what savings are against, in the explorer: no model that was measured."""
+    rule = study.questions[0].answer.shape.rule
+    against = "by their law, in their own cheapest shape" if rule == BEST else "by their law"
+    return {"shapes": words.rule(rule), "against": against}
+
+
+def _device_text(one: Serving) -> str:
+    count = "" if one.n_devices == 1 else f"{one.n_devices} x "
+    price = f", ${one.usd:.2f}/h" if one.has_price else ""
+    peak, bandwidth = one.chip.peak_flops / 1e12, one.chip.memory_bandwidth / 1e12
+    return f"{count}{one.chip.name}: {peak:.0f} TFLOP/s, {bandwidth:.2f} TB/s, {formatting.gb(one.chip.server_bytes)}{price}"
 
 
 def _file(name: str) -> str:
@@ -100,20 +102,14 @@ def _file(name: str) -> str:
 def _inline(name: str) -> Markup:
     """A file of this package, to be put into an element whose text is not escaped."""
     text = _file(name)
-    assert "</" not in text.replace("</ ", ""), f"{name} would end its element"
+    assert not any(end in text for end in ("</script", "</style", "<!--")), f"{name} would end its element"
     return Markup(text)
 
 
 def _scripts() -> Iterator[str]:
     """The scripts as one module: a page has no second file to import from."""
-    for name in ("costs.js", "roofline.js", "explorer.js", "numbers.js", "charts.js", "page.js"):
+    for name in ("explorer.js", "numbers.js", "charts.js", "page.js"):
         yield from (line for line in _inline(name).splitlines(keepends=True) if not line.startswith("import "))
-
-
-def _library() -> Markup:
-    """BokehJS, from the installed package."""
-    library = bokeh.resources.Resources(mode="inline", components=["bokeh"], minified=True, log_level="warn")
-    return Markup("\n".join(library.js_raw).replace("</script", "<\\/script"))
 
 
 def _json(data: dict) -> Markup:

@@ -35,7 +35,7 @@ class Study:
     laws: Any  # gqa_jax.laws.LawsByHeads
     questions: Sequence[Question]  # one or more; the first is the one that the page opens with
     objective: Any  # of gqa_jax.search.objectives: what is kept low
-    aspect: Any  # gqa_jax.shapes.Aspect that the answers were searched with
+    answer_map: Any  # launch.report.answer_map.AnswerMap, which the explorer reads
     optimum_map: pd.DataFrame | None = None  # gqa_jax.search.optimum.optimum_map of losses and contexts served
     sensitivity: pd.DataFrame | None = None  # gqa_jax.search.optimum.convention_sensitivity of the first question
     checks: pd.DataFrame | None = None  # columns check, result: how the laws do where it can be seen

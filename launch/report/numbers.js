@@ -1,4 +1,4 @@
-// Numbers as text, written as words.py does.
+// Numbers as text, written as words.py does. What is not known is never a number: it is empty, or said in words.
 
 export const UNITS = [[1e21, "Z", " sextillion"], [1e18, "E", " quintillion"], [1e15, "P", " quadrillion"], [1e12, "T", " trillion"], [1e9, "B", " billion"], [1e6, "M", " million"], [1e3, "k", " thousand"]];
 export const decimals = [0, 1, 2, 3, 4, 5, 6, 7, 8].map((n) => new Intl.NumberFormat("en", { minimumFractionDigits: n, maximumFractionDigits: n }));
@@ -10,6 +10,7 @@ export function three(value) {
 }
 
 function scaled(value, ending) {
+  if (Number.isNaN(value)) return "";
   if (!Number.isFinite(value)) return "not reached";
   const unit = UNITS.find(([size]) => value >= 0.9995 * size);
   return unit ? three(value / unit[0]) + unit[ending] : three(value);
@@ -24,29 +25,41 @@ export function percent(share) {
   return share > 0 && share < 0.005 ? "<1%" : share >= 0.995 && share < 1 ? ">99%" : `${decimals[0].format(100 * share)}%`;
 }
 
-/** Shares of a cost, to a tenth of a percent. */
-export function tenths(share) {
-  if (!Number.isFinite(share)) return share === -Infinity ? "not reached" : "unknown";
-  const text = decimals[1].format(Math.abs(100 * share));
-  return `${share < 0 && text !== "0.0" ? "−" : ""}${text}%`;
+/** What something costs more, as words.py says it: 5.1% more, 2.4 times as much. Empty where not known. */
+export function moreText(share) {
+  if (Number.isNaN(share)) return "";
+  if (share >= 10) return "over 10 times as much";
+  if (share >= 1) return `${decimals[1].format(1 + share)} times as much`;
+  return share < 5e-4 ? "<0.1% more" : `${decimals[1].format(100 * share)}% more`;
 }
 
-/** A regret, as gqa_jax.formatting writes it; `largest` is what those beyond it count as. */
-export function regretText(share, largest) {
+const tenths = (share, largest) => (Math.abs(share) >= largest ? `>${100 * largest}%` : `${decimals[1].format(100 * Math.abs(share))}%`);
+
+/** A saving with its direction: 32.0% less, 4.1% more. Empty where not known; `largest`: what is beyond it is not told apart. */
+export function savingText(share, largest) {
   if (Number.isNaN(share)) return "";
-  if (share >= largest - 5e-5) return `>${100 * largest}%`;
-  return share > 0 && share < 5e-5 ? "<0.01%" : `${(100 * share).toFixed(2)}%`;
+  return Math.abs(share) < 5e-4 ? "the same" : `${tenths(share, largest)} ${share > 0 ? "less" : "more"}`;
+}
+
+/** The interval of a saving, of which the saving before it says whether it is less or more: 28.6% to 34.9%. */
+export function savingBetween([low, high], largest) {
+  if (Number.isNaN(low) || Number.isNaN(high)) return "";
+  if (low >= 0) return `${tenths(low, largest)} to ${tenths(high, largest)}`;
+  if (high <= 0) return `${tenths(high, largest)} to ${tenths(low, largest)}`;
+  return `${savingText(low, largest)} to ${savingText(high, largest)}`;
 }
 
 export function span([low, high], text) {
+  if (Number.isNaN(low) || Number.isNaN(high)) return "";
   if (high === Infinity) return low === Infinity ? "not reached" : `${text(low)} or more`;
-  if (Number.isNaN(low)) return "";
   return low === -Infinity ? `${text(high)} or less` : `${text(low)} to ${text(high)}`;
 }
 
 export const seconds = (value) => (value < 0.1 ? `${three(1000 * value)} ms` : `${three(value)} s`);
-export const range = (ends, text) => (Number.isNaN(ends[0]) ? "" : `95%: ${span(ends, text)}`);
+export const range = (ends, text) => (span(ends, text) ? `95%: ${span(ends, text)}` : "");
 export const contextLabel = (tokens) => (tokens % 1024 === 0 ? `${tokens / 1024}K` : decimals[0].format(tokens));
 export const counted = (count, noun) => `${decimals[0].format(count)} ${noun}${count === 1 ? "" : "s"}`;
-export const money = (cost) => (cost.unit === "US dollars" ? (x) => (Number.isFinite(x) ? `$${three(x)}` : "not reached") : null);
-export const costText = (cost) => money(cost) ?? ((x) => short(x) + (cost.unit === "seconds" && Number.isFinite(x) ? " s" : ""));
+const money = (x) => (Number.isNaN(x) ? "" : Number.isFinite(x) ? `$${three(x)}` : "not reached");
+export const costText = (unit) => (unit === "US dollars" ? money : (x) => short(x) + (unit === "seconds" && Number.isFinite(x) ? " s" : ""));
+/** What follows numbers that don't say their unit themselves. */
+export const unitText = (unit) => (["", "seconds", "US dollars"].includes(unit) ? "" : `, ${unit}`);

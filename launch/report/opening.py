@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gqa_jax import formatting
-from gqa_jax.laws import LLAMA3
+from gqa_jax.search.answer import Answer
 from launch.report import words
+from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings
-from launch.report.payload import DRAWS
 
 
 class Fact(NamedTuple):
@@ -26,6 +26,7 @@ class Opening(NamedTuple):
     kicker: str
     headline: str
     lead: str
+    more: Sequence[str]  # paragraphs: what is saved, the answer in other shapes, what ranges hold
     facts: Sequence[Fact]
     served: str  # how, of costs that are of devices
     basis: str
@@ -37,41 +38,95 @@ def opening(findings: Findings) -> Opening:
     study = findings.studies[0]
     question, laws, goal = study.questions[0], study.laws, study.objective
     found = question.answer
-    cost = words.cost(goal.unit)
     trained = words.listed([formatting.context(one.laws.context) for one in findings.studies])
-    lead = [f"At {words.long(found.n_params)} parameters. What is kept low is the {goal.label}."]
-    extra = formatting.regret(found.regret_of_runner_up)
-    runner_up = "" if found.runner_up is None else words.label(found.runner_up, laws.head_dim)
-    if not words.missing(found.probability):
-        end = f"; the next, {runner_up}, would cost {extra} more on average." if runner_up else "."
-        lead.append(
-            f"These heads are the cheapest in {words.share(found.probability)} of {DRAWS:,} draws of the fitted laws{end}"
-        )
+    far = not words.missing(found.far)
+    where = f"Served at {formatting.context(question.context_served)} tokens, a loss of {question.loss:g}"
+    guess = f" A guess: that is {formatting.times(found.far)} beyond what was trained." if far else ""
+    lead = [
+        f"At {words.long(found.n_params)} parameters, in {found.n_layers:.1f} layers of width {found.d_model:,.0f}: "
+        f"{_ratio(found)}.",
+        f"What is kept low is the {goal.label}.",
+        _sure(found, laws, far),
+    ]
+    worth = _worth(found, laws)
     if found.noise_model:
         wider = (
             "" if words.missing(found.price_of_doubt) else f"; {found.price_of_doubt:.1f} times as wide as for power laws alone"
         )
-        lead.append(f"Ranges are {found.noise_model}{wider}.")
-    facts = [
-        Fact("Cheapest in", words.percent(found.probability), f"of {DRAWS:,} draws")
-        if not words.missing(found.probability)
-        else Fact("Certainty", "unknown", "no runs are left over to judge it by"),
-        Fact("Parameters N*", words.short(found.n_params), _range(found.n_params_interval, words.short)),
-        Fact(words.capital(goal.label), cost(found.cost), _range(found.cost_interval, cost) + words.unit(goal.unit)),
-        _saving(found),
-    ]
-    if runner_up:
-        facts.append(Fact("Next", runner_up, f"{extra} extra on average" if extra else "by the fitted laws"))
-    where = f"Served at {formatting.context(question.context_served)} tokens, a loss of {question.loss:g}"
+        worth.append(f"Ranges are {found.noise_model}{wider}.")
     return Opening(
         " · ".join(filter(None, (findings.name, f"trained at {trained} tokens", findings.made))),
-        f"{where} costs least with {words.heads(found.heads, laws.head_dim)}.",
-        " ".join(lead),
-        facts,
+        f"{where} costs least with {words.heads(found.heads, laws.head_dim)}.{guess}",
+        " ".join(filter(None, lead)),
+        worth,
+        _facts(found, goal, laws, far),
         " ".join(words.served(found.candidates.iloc[0], serving)) if (serving := found.objective.get("serving")) else "",
         f"Based on {words.ended(findings.about)}",
         warnings(findings, found.warnings),
     )
+
+
+def _sure(found: Answer, laws: Any, far: bool) -> str:
+    """How sure the heads are, and what the next would cost."""
+    second = "" if found.runner_up is None else words.label(found.runner_up, laws.head_dim)
+    extra = words.more(found.regret_of_runner_up - found.expected_regret)
+    next_ = f"the next, {second}, costs {extra} on average" if second and extra else ""
+    if far or words.missing(found.probability):
+        return words.sentence(next_) if next_ else ""
+    among = f"the cheapest of the {found.n_candidates}" if found.n_candidates > 1 else "the only ones that are compared"
+    said = f"These heads are {among} in {words.share(found.probability)} of {DRAWS:,} draws of the fitted laws"
+    return words.ended("; ".join(filter(None, (said, next_))))
+
+
+def _worth(found: Answer, laws: Any) -> list[str]:
+    """What is saved, against what; what of it is the heads' and what the shape's; and the answer with the trained shapes."""
+    said = []
+    base, trained = found.baseline, found.as_trained
+    if base is not None and not words.missing(found.saving) and not (base.heads == found.heads and not base.measured):
+        said.append(f"It costs {formatting.saving(found.saving)} than {words.baseline(base)}")
+        heads, shape = (formatting.saving(found.worth[name]) for name in ("heads", "shape"))
+        if heads and shape:
+            said[-1] += f": other heads alone {heads}, another shape alone {shape}"
+        said[-1] += "."
+    if trained is not None:
+        same = "the same heads" if trained.heads == found.heads else words.heads(trained.heads, laws.head_dim)
+        often = words.share(trained.probability)
+        sure = f", the cheapest in {often} of the draws" if often else ""
+        size = f"{words.long(trained.n_params)} parameters in {words.shape(trained.n_layers, trained.d_model)}"
+        cost = words.cost(found.objective["unit"])(trained.cost)
+        said.append(f"With the shapes of the sizes that were trained the answer is {same}, {size}, at a cost of {cost}{sure}.")
+    return said
+
+
+def _ratio(found: Answer) -> str:
+    """Width over layers, and how it was chosen."""
+    return f"width / layers = {formatting.figure(found.ratio)}, {words.rule(found.shape.rule)}"
+
+
+def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
+    cost = words.cost(goal.unit)
+    if far:
+        first = Fact("Probability", "a guess", "too far from what was trained")
+    elif words.missing(found.probability):
+        first = Fact("Probability", "unknown", "no runs are left over to judge it by")
+    else:
+        first = Fact("Probability", words.percent(found.probability), f"that it is the cheapest of {found.n_candidates}")
+    facts = [
+        first,
+        Fact("Parameters N*", words.short(found.n_params), _range(found.n_params_interval, words.short)),
+        Fact(
+            f"Layers {words.TIMES} width",
+            words.shape(found.n_layers, found.d_model),
+            _ratio(found),
+        ),
+        Fact(words.capital(goal.label), cost(found.cost), _range(found.cost_interval, cost) + words.unit(goal.unit)),
+        _saving(found),
+    ]
+    if found.runner_up is not None:
+        extra = words.more(found.regret_of_runner_up - found.expected_regret)
+        note = f"costs {extra} on average" if extra else "by the fitted laws"
+        facts.append(Fact("Next", words.label(found.runner_up, laws.head_dim), note))
+    return facts
 
 
 def warnings(findings: Findings, said: Sequence[str]) -> list[str]:
@@ -84,10 +139,13 @@ def _range(interval: Sequence[float] | None, text: Callable[[float], str]) -> st
     return f"95%: {shown}" if shown else ""
 
 
-def _saving(found: Any) -> Fact:
-    name = "Saving against Llama 3's heads"
-    if found.heads == LLAMA3:
-        return Fact(name, "none", "they are the cheapest")
-    if words.missing(found.saving):
-        return Fact(name, "unknown", "there is no law of theirs")
-    return Fact(name, words.tenths(found.saving), _range(found.saving_interval, words.tenths))
+def _saving(found: Answer) -> Fact:
+    base = found.baseline
+    name = "Against Llama 3's heads" if base is None else f"Against {base.label}"
+    if base is None or words.missing(base.cost):
+        return Fact(name, "unknown", "they have no law here" if base is None else "they have no cost here")
+    if base.heads == found.heads and not base.measured:
+        return Fact(name, "the same", "they are the answer")
+    which = f"measured, {base.n_layers:.0f} {words.TIMES} {base.d_model:,.0f}" if base.measured else "by their law"
+    between = formatting.saving_between(*found.saving_interval)
+    return Fact(name, formatting.saving(found.saving), "; ".join(filter(None, (between and f"95%: {between}", which))))

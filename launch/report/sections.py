@@ -10,9 +10,9 @@ import numpy as np
 
 from gqa_jax import formatting
 from launch.report import pictures, tables, words
+from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
 from launch.report.opening import warnings
-from launch.report.payload import DRAWS
 from launch.report.table import Table
 
 _OUTSIDE = "* N* is outside the sizes that were trained."
@@ -120,7 +120,7 @@ def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
         return MapCell(none)
     size = words.short(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
     return MapCell(
-        words.label(tables.heads_of(row), study.laws.head_dim),
+        words.label(words.heads_of(row), study.laws.head_dim),
         " · ".join(filter(None, (words.percent(row.probability), size))),
         0.0 if words.missing(row.probability) else round(float(row.probability), 3),
         f"#ask:study={index}&context={row.context_served:.0f}&loss={row.loss:g}",

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from gqa_jax import costs, formatting
-from gqa_jax.laws import LLAMA3, Heads, posterior
+from gqa_jax.laws import Heads, posterior
 from gqa_jax.search import serving_words
 from gqa_jax.search.roofline import Layout
 from launch.report import words
@@ -17,18 +17,17 @@ from launch.report.findings import Findings, Study
 from launch.report.table import Column, Table
 
 _FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}
-_NOTE = "Size: parameters without embeddings; * outside what was trained. Saving: against Llama 3's heads at the same loss."
-
-
-def heads_of(row: Any) -> Heads:
-    """The head configuration of a row with n_heads (empty: d / d_h) and n_kv_heads."""
-    return Heads(None if words.missing(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
+_NOTE = (
+    "Size: parameters without embeddings; * outside what was trained. Probability: share of the draws in which it is the "
+    "cheapest. Costs: how much more than the answer, on average over the draws."
+)
 
 
 def candidates(study: Study) -> Table:
-    """Every H for the first question of a study, cheapest first."""
+    """Every H for the first question of a study, the answer first, and what savings are against where that was measured."""
     question, goal, head_dim = study.questions[0], study.objective, study.laws.head_dim
-    cost = words.cost(goal.unit)
+    answer, cost = question.answer, words.cost(goal.unit)
+    base, best = answer.baseline, answer.expected_regret
 
     def between(name: str, text: Callable[[float], str]) -> Callable[[Any], str]:
         return lambda row: words.span((getattr(row, f"{name}_low"), getattr(row, f"{name}_high")), text)
@@ -40,29 +39,49 @@ def candidates(study: Study) -> Table:
         """Of costs: a size that can't be served has none."""
         return lambda row: otherwise if math.isinf(row.cost) and math.isfinite(row.n_params) else text(row)
 
+    def more(row: Any) -> str:
+        return "the answer" if row.place == 0 else words.more(row.expected_regret - best)
+
+    labels = [words.label(words.heads_of(row), head_dim) for row in answer.candidates.itertuples()]
+    frame = answer.candidates.assign(heads=labels, place=range(len(labels))).astype(object)
+    if not math.isnan(answer.far):
+        frame["probability"] = math.nan
+    if base is not None and base.measured:
+        cost_of_it = base.cost if math.isfinite(base.cost) else math.inf
+        measured = {"heads": f"{words.label(base.heads, head_dim)}, measured", "cost": cost_of_it}
+        measured |= {name: getattr(base, name) for name in ("n_params", "n_layers", "d_model")}
+        frame = pd.DataFrame([*frame.to_dict("records"), measured])
     columns = [
-        Column("heads", lambda row: words.label(heads_of(row), head_dim), "left"),
-        Column("cheapest in", lambda row: words.percent(row.probability)),
-        Column("extra cost", lambda row: formatting.regret(row.expected_regret)),
+        Column("heads", lambda row: row.heads, "left"),
+        Column("probability", lambda row: words.percent(row.probability)),
+        Column("costs", possible(more)),
         Column("size N*", size),
         Column("95%", between("n_params", words.short), "range"),
-        Column(f"layers {words.TIMES} width", _layers_by_width),
+        Column(f"layers {words.TIMES} width", lambda row: words.shape(row.n_layers, row.d_model)),
         Column(f"{goal.label}{words.unit(goal.unit)}", possible(lambda row: cost(row.cost), "not served")),
         Column("95%", possible(between("cost", cost)), "range"),
-        Column("saving", possible(lambda row: "" if heads_of(row) == LLAMA3 else words.tenths(row.saving))),
     ]
-    frame = question.answer.candidates
     notes = [_NOTE]
+    if base is not None:
+        columns += [
+            Column(f"against {base.label}", possible(lambda row: formatting.saving(row.saving))),
+            Column("95%", possible(lambda row: formatting.saving_between(row.saving_low, row.saving_high)), "range"),
+        ]
+        notes.append(
+            f"Against {base.label}: {words.baseline(base)}." if math.isfinite(base.cost) else words.sentence(base.note)
+        )
     others = [row.note for row in frame.itertuples() if isinstance(row.note, str) and not _outside(row)]
     if others:
         notes.append(f"Without numbers: {'; '.join(dict.fromkeys(others))}.")
     caption = (
         f"Every head configuration at {formatting.context(question.context_served)} tokens and a loss of {question.loss:g}, "
-        f"cheapest first by mean extra cost."
+        f"the answer first."
     )
-    if question.answer.noise_model:
-        caption += f" Ranges are {question.answer.noise_model}."
-    return Table.of(frame, columns, f"candidates-t{study.laws.context}", caption, notes)
+    if answer.noise_model:
+        caption += f" Ranges are {answer.noise_model}."
+    name = f"candidates-t{study.laws.context}"
+    strong = lambda row: row.place == 0  # noqa: E731
+    return Table.of(frame, columns, name, caption, notes, strong=strong, values=answer.candidates)
 
 
 def serving(study: Study) -> Table | None:
@@ -79,7 +98,7 @@ def serving(study: Study) -> Table | None:
         return "" if words.missing(seconds) else serving_words.LIMITS[name]
 
     columns = [
-        Column("heads", lambda row: words.label(heads_of(row), head_dim), "left"),
+        Column("heads", lambda row: words.label(words.heads_of(row), head_dim), "left"),
         Column("layout", lambda row: "" if words.missing(row.layout) else Layout.parse(row.layout).describe(), "left"),
         Column("requests at once", lambda row: "" if words.missing(row.batch) else f"{row.batch:,.0f}"),
         Column("memory", lambda row: "" if words.missing(row.memory_bytes) else formatting.gb(row.memory_bytes)),
@@ -106,12 +125,6 @@ def _outside(row: Any) -> bool:
     return isinstance(row.note, str) and row.note.startswith("extrapolated")
 
 
-def _layers_by_width(row: Any) -> str:
-    if words.missing(row.n_layers) or math.isinf(row.n_layers):
-        return ""
-    return f"{row.n_layers:.1f} {words.TIMES} {row.d_model:,.0f}"
-
-
 def buildable(study: Study) -> Table | None:
     """Real models near the first answer of a study; None where nobody could build one."""
     frame, goal = study.questions[0].answer.buildable, study.objective
@@ -124,10 +137,13 @@ def buildable(study: Study) -> Table | None:
         Column("heads", lambda row: f"({row.n_heads:g},{row.n_kv_heads:g})"),
         Column("feed-forward", lambda row: f"{row.d_ff:,g}"),
         Column("size N", lambda row: words.short(row.n_params)),
+        Column("width / layers", lambda row: f"{row.ratio:.0f}"),
         Column("loss by the law", lambda row: f"{row.loss:.4f}"),
         Column(f"{goal.label}{words.unit(goal.unit)}", lambda row: cost(row.cost)),
     ]
-    caption = "The closest models that can be built: whole layers, rounded widths, and what that changes."
+    caption = (
+        "Models that can be built near the answer and reach the loss, the cheapest first: whole layers and rounded widths."
+    )
     return Table.of(frame, columns, f"buildable-t{study.laws.context}", caption)
 
 
@@ -192,7 +208,7 @@ def _by_heads_and_size(rows: pd.DataFrame, sizes: list[str], text: Callable[[Any
     """A row per H, a column per size, the texts of all runs of both in a cell."""
     runs: dict[Heads, dict[str, list[str]]] = {}
     for run in rows.itertuples():
-        runs.setdefault(heads_of(run), {}).setdefault(run.size, []).append(text(run))
+        runs.setdefault(words.heads_of(run), {}).setdefault(run.size, []).append(text(run))
     frame = pd.DataFrame({"heads": sorted(runs, key=lambda one: (one.n_heads or math.inf, one.n_kv_heads))})
     head_dim = float(next(iter(rows["head_dim"].dropna()), 64))
 
@@ -218,16 +234,16 @@ def coefficients(study: Study) -> Table:
         return shown
 
     def r_squared(row: Any) -> str:
-        value = laws[heads_of(row)].r_squared
+        value = laws[words.heads_of(row)].r_squared
         return "" if words.missing(value) else f"{value:.5f}"
 
     columns = [
-        Column("heads", lambda row: words.label(heads_of(row), laws.head_dim), "left"),
+        Column("heads", lambda row: words.label(words.heads_of(row), laws.head_dim), "left"),
         Column("a, parameters", with_range("a", words.short)),
         Column("b", with_range("b", "{:.4f}".format)),
         Column("E, nats per token", with_range("entropy", "{:.3f}".format)),
         Column("R²", r_squared),
-        Column("runs", lambda row: str(len(laws[heads_of(row)].loss))),
+        Column("runs", lambda row: str(len(laws[words.heads_of(row)].loss))),
     ]
     caption = (
         f"Fitted coefficients of the runs trained at {formatting.context(laws.context)} tokens; the fit ended as {laws.status}."
@@ -261,11 +277,11 @@ def sensitivity(study: Study) -> Table | None:
     columns = [
         Column("FLOPs of", lambda row: _FLOPS.get(row.flops, row.flops), "left"),
         Column("memory", lambda row: row.memory, "left"),
-        Column("cheapest heads", lambda row: words.label(heads_of(row), study.laws.head_dim), "left"),
+        Column("cheapest heads", lambda row: words.label(words.heads_of(row), study.laws.head_dim), "left"),
         Column("cheapest in", lambda row: words.percent(row.probability)),
         Column("size N*", lambda row: words.short(row.n_params)),
-        Column("saving against Llama 3's", lambda row: words.tenths(row.saving)),
-        Column("the first row's heads cost more by", lambda row: formatting.regret(row.regret)),
+        Column("against Llama 3's heads", lambda row: formatting.saving(row.saving)),
+        Column("the first row's heads cost", lambda row: "the same" if row.regret == 0 else words.more(row.regret)),
     ]
     caption = (
         f"What the way of counting changes, at {formatting.context(question.context_served)} tokens and a loss of "

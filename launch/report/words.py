@@ -57,6 +57,17 @@ def tenths(share: float) -> str:
     return f"{MINUS}{text}" if share < 0 and text != "0.0%" else text
 
 
+def more(share: float) -> str:
+    """What something costs more: 5.1% more, 2.4 times as much; empty where not known."""
+    if missing(share):
+        return ""
+    if share >= formatting.LARGEST_REGRET:
+        return "over 10 times as much"
+    if share >= 1:
+        return f"{1 + share:.1f} times as much"
+    return "<0.1% more" if share < 5e-4 else f"{100 * share:.1f}% more"
+
+
 def span(interval: Sequence[float] | None, text: Callable[[float], str]) -> str:
     """1.93B to 2.11B, 1.93B or more; empty where nothing is known."""
     if interval is None or any(map(missing, interval)):
@@ -114,9 +125,41 @@ def heads(one: Heads, head_dim: float = 64) -> str:
     return f"{query} and {counted(one.n_kv_heads, 'key/value head')}"
 
 
+def heads_of(row: Any) -> Heads:
+    """The head configuration of a row with n_heads (empty: d / d_h) and n_kv_heads."""
+    return Heads(None if missing(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
+
+
 def label(one: Heads, head_dim: float = 64) -> str:
     """(8,1); (d/64,8) for Llama-3's rule."""
     return str(one).replace("d/d_h", f"d/{head_dim:g}")
+
+
+def shape(n_layers: float, d_model: float) -> str:
+    """25.3 x 3,242: layers and width, real numbers."""
+    return "" if missing(n_layers) or math.isinf(n_layers) else f"{n_layers:.1f} {TIMES} {d_model:,.0f}"
+
+
+#: How a shape was chosen (`gqa_jax.search.answer.ShapeChoice.rule`), of the ratio of width to layers; others are that ratio.
+RULES = {
+    "best": "the cheapest",
+    "paper": "as in the paper's tables",
+    "trained": "as between the sizes that were trained",
+    "given": "as given",
+}
+
+
+def rule(name: str) -> str:
+    """How a shape was chosen, in words."""
+    return RULES.get(name, "as asked")
+
+
+def baseline(one: Any) -> str:
+    """What savings are against (`gqa_jax.search.answer.Baseline`): a model that was measured, or one of a law."""
+    model = f"{one.n_layers:.0f} {TIMES} {one.d_model:,.0f}"
+    if one.measured:
+        return f"the measured model of {one.label}, {model} (loss {one.loss:.4f})"
+    return f"what the law of {one.label} needs, {model}"
 
 
 def seconds(value: float) -> str:
@@ -141,9 +184,14 @@ def served(row: Any, serving: dict[str, Any]) -> list[str]:
     if not missing(row.tpot):
         cost = "" if price is None else f"; a million output tokens cost ${three(row.usd_per_million_output)}"
         said.append(f"Each generated token takes {seconds(row.tpot)} (a step is mostly {LIMITS[row.decode_limit]}){cost}.")
-    said.append(f"Efficiencies: {ended(serving['efficiency']['source'])}")
-    if price is not None:
-        said.append(f"Price: ${price:,.2f} an hour and device, {serving['price']}.")
+    return said + closing(serving)
+
+
+def closing(serving: dict[str, Any]) -> list[str]:
+    """What costs of devices rest on, in sentences: how much of the peaks is reached, and what an hour costs."""
+    said = [f"Efficiencies: {ended(serving['efficiency']['source'])}"]
+    if serving["usd_per_hour"] is not None:
+        said.append(f"Price: ${serving['usd_per_hour']:,.2f} an hour and device, {serving['price']}.")
     return said
 
 

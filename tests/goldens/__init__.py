@@ -405,9 +405,7 @@ def report(folder: Path) -> str:
     for tag in ("script", "style", "svg"):
         page = re.sub(rf"<{tag}\b.*?</{tag}>", f"[{tag}]", page, flags=re.DOTALL)
     page = re.sub(r"\d{4}-\d{2}-\d{2} \d{2}:\d{2} UTC", "DATE", page)
-    page = re.sub(
-        r"(gqa-jax|numpy|scipy|pandas|matplotlib|bokeh|python)\s*(:|</\w+>\s*<\w+>)?\s*\d+(\.\d+)+", r"\1 VERSION", page
-    )
+    page = re.sub(r"(gqa-jax|numpy|scipy|pandas|matplotlib|python)\s*(:|</\w+>\s*<\w+>)?\s*\d+(\.\d+)+", r"\1 VERSION", page)
     page = re.sub(r"\s*\n\s*", "\n", re.sub(r"<[^>]*>", "\n", page))
     return several(("index.html", page), *((p.name, p.read_text()) for p in sorted(made.iterdir()) if p.suffix != ".html"))
 
