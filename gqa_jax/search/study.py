@@ -588,7 +588,7 @@ def _answered(answer: optimum.Answer, other: optimum.Answer | None) -> dict[str,
         same = n_heads.isna() if other.heads.n_heads is None else n_heads.eq(other.heads.n_heads).fillna(False)
         same &= answer.candidates["n_kv_heads"].eq(other.heads.n_kv_heads)
         regret = float(answer.candidates.loc[same.astype(bool), "expected_regret"].max())
-    return row | {"regret_of_other": regret}
+    return row | {"probability": answer.probability, "regret_of_other": regret}  # no probability of an answer that is `far`
 
 
 def _not_alike(ours: Study, theirs: Study) -> list[str]:

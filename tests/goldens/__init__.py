@@ -67,7 +67,7 @@ SLICES = ",".join(
     for chip in chips
     for shape in shapes
 )
-ONE = "size=30k,context=128,n_heads=4,n_kv_heads=4"  # cell of the quickstart that is submitted to every engine
+ONE = "size=50k,context=128,n_heads=4,n_kv_heads=4"  # cell of the quickstart that is submitted to every engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,7 +424,7 @@ def dry_run(engine: str) -> Callable[[Path], str]:
         root = f"gs://{BUCKET}/goldens" if on_gcs else "ROOT"
         run = ["run", "configs/grids/quickstart.py", "--on", engine, "--root", root, "--dry_run", "--where"]
         with here, mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"):
-            person = printed(folder, *run, "size=30k,context=128,n_kv_heads=1")
+            person = printed(folder, *run, "size=50k,context=128,n_kv_heads=1")
             machine = printed(folder, *run, ONE, "--json")
         return several(("--dry_run", person), ("--dry_run --json", machine))
 
