@@ -29,6 +29,7 @@ from gqa_jax.search.roofline import Layout, Serving
 from launch.report import words
 
 DRAWS = 1000
+FEW, FEWER_DRAWS = 12, 400  # head configurations
 LOSSES = 25
 CONTEXTS = tuple(2**k for k in range(10, 21))  # tokens: 1K to 1M
 DEVICES = ("h100", "h200", "v5e")  # the GPU that most have, one with more memory and bandwidth, the cheapest TPU
@@ -77,6 +78,7 @@ class AnswerMap:
     losses: tuple[float, ...]  # nats per token, increasing
     contexts: tuple[int, ...]  # tokens, increasing
     rows: pd.DataFrame  # of `optimum.optimum_map`; column objective: the name of the goal
+    draws: int = DRAWS  # of the laws, that the rows are from
 
 
 def of(
@@ -90,7 +92,7 @@ def of(
     convention: Any = "figures",
     options: Mapping[str, Any] | None = None,
     devices: Sequence[str] | None = None,
-    draws: int = DRAWS,
+    draws: int | None = None,
 ) -> AnswerMap:
     """The map of these laws.
 
@@ -98,7 +100,8 @@ def of(
       laws: `gqa_jax.laws.LawsByHeads`.
       objective: what was asked; it is a goal of the map, and others are served as it is.
       losses, contexts: the points, in any order.
-      aspect, heads, draws: of `optimum.search`.
+      aspect, heads: of `optimum.search`.
+      draws: of `optimum.search`; default: DRAWS, and fewer where there are more heads than FEW, which take longer.
       convention: of costs that are counted, where `options` has none.
       options: of the command line that asked, by name: what is given there holds for other costs too, as far as it can.
       devices: that latency and price are worked out for, beside the one that was asked; default: DEVICES.
@@ -106,10 +109,12 @@ def of(
     goals = goals_of(objective, convention, options or {}, devices)
     losses, contexts = tuple(sorted(map(float, losses))), tuple(sorted(map(int, contexts)))
     named = {name: goal.objective for name, goal in goals.items()}
+    if draws is None:
+        draws = DRAWS if len(heads or laws) <= FEW else FEWER_DRAWS
     rows = optimum.optimum_map(
         by_law(laws), losses, contexts, named, aspect=aspect, heads=heads, convention=convention, draws=draws
     )
-    return AnswerMap(goals, losses, contexts, rows)
+    return AnswerMap(goals, losses, contexts, rows, draws)
 
 
 def by_law(laws: Any) -> Any:

@@ -56,6 +56,8 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         opening=opening(findings),
         parts=parts,
         draws=f"{DRAWS:,}",
+        map_draws=f"{maps[0].draws:,}",
+        same="the same" if maps[0].draws == DRAWS else f"the same but for chance (the command takes {DRAWS:,} draws)",
         **_of_shapes(findings.studies[0].questions[0].answer.shape),
         largest_regret=f"{formatting.LARGEST_REGRET:.0%}",
         head_dim=f"{findings.studies[0].laws.head_dim:g}",
@@ -64,9 +66,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         costs=[(cost, _CHOICES[cost]) for cost in _CHOICES if cost in costs],
         devices=[(name, _device_text(one)) for name, one in servings.items()],
         style=_inline("style.css"),
-        payload=_json(
-            {"studies": [_study(study) for study in findings.studies], "command": findings.ask, **_shapes(findings.studies[0])}
-        ),
+        payload=_json(data),
         script=Markup("".join(_scripts())),
     )
 
@@ -104,7 +104,7 @@ def _of_shapes(shape: ShapeChoice) -> dict[str, str]:
 def _shapes(study: Study) -> dict[str, str]:
     """How shapes are chosen, and what savings are against, in the explorer: no model that was measured."""
     rule = study.questions[0].answer.shape.rule
-    against = "by their law, in their own cheapest shape" if rule == BEST else "by their law"
+    against = "by their law, shaped as the trained sizes" if rule == BEST else "by their law"
     return {"shapes": words.rule(rule), "against": against}
 
 

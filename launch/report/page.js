@@ -129,8 +129,7 @@ function showFacts({ goal }, { rows, best, runner_up: second, order }) {
   fact("shape", "Layers × width", shapeText(row), `width / layers = ${decimals[row.ratio < 100 ? 1 : 0].format(row.ratio)}${data.shapes && `, ${data.shapes}`}`);
   fact("cost", capital(goal.label), text(row.cost), range(row.cost_interval, text) + unitText(goal.unit));
   const against = "Against Llama 3's heads";
-  if (heads[best].is_baseline) fact("saving", against, "the same", "they are the answer");
-  else if (Number.isNaN(row.saving)) fact("saving", against, "unknown", "they have no cost here");
+  if (Number.isNaN(row.saving)) fact("saving", against, "unknown", "they have no cost here");
   else {
     const between = savingBetween(row.saving_interval, largest_regret);
     fact("saving", against, savingText(row.saving, largest_regret), [between && `95%: ${between}`, data.against].filter(Boolean).join("; "));
@@ -210,7 +209,7 @@ function showRanking(asked, result) {
     const one = study.map.heads[h];
     const reached = Number.isFinite(row.n_params);
     const served = Number.isFinite(row.cost);
-    const saves = served && Number.isFinite(row.saving) && !one.is_baseline;
+    const saves = served && Number.isFinite(row.saving);
     const shown = [
       one.label,
       row.far || Number.isNaN(row.probability) ? "" : percent(row.probability),

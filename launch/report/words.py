@@ -159,7 +159,7 @@ def baseline(one: Any) -> str:
     model = f"{one.n_layers:.0f} {TIMES} {one.d_model:,.0f}"
     if one.measured:
         return f"the measured model of {one.label}, {model} (loss {one.loss:.4f})"
-    return f"what the law of {one.label} needs, {model}"
+    return f"what the law of {one.label} needs, {model}{', shaped as the trained sizes' if one.shape == 'trained' else ''}"
 
 
 def seconds(value: float) -> str:
