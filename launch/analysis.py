@@ -35,7 +35,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "grid",
             metavar="GRID",
             nargs=None if needs_grid else "?",
-            help="a grid file, the folder it was run in, or a .csv or .parquet file of runs of any trainer",
+            help="the grid file (.py): runs are chosen from its cells"
+            if needs_grid
+            else "a grid file, the folder it was run in, or a .csv or .parquet file of runs of any trainer",
         )
         command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
         command.add_argument("--rules", choices=(rules.OLD, rules.NEW), help=rules.ROWS)

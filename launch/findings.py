@@ -21,6 +21,7 @@ from gqa_jax.laws import LLAMA3, Heads, validation
 from gqa_jax.search import optimum
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective
+from gqa_jax.shapes import Aspect
 from launch import state, studies
 from launch.grid_tables import without_checks
 from launch.report import Findings, Picture, Question, Study, answer_map
@@ -195,7 +196,7 @@ def _pictures(
                 lambda: plots.loss_vs_query_heads(kept),
             )
     shape = shape_search.solve_shape(
-        answer.n_params, answer.heads, laws.aspect, laws.head_dim, laws.vocab_size, laws.size_convention
+        answer.n_params, answer.heads, Aspect.constant(answer.ratio), laws.head_dim, laws.vocab_size, laws.size_convention
     )
     contexts = [2**k for k in range(10, 21)]
     yield (

@@ -171,7 +171,7 @@ TABLE = (
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .storage .results .shape_search .laws .invariance .search.answer .search.objectives "
+        ".errors .formatting .shapes .storage .results .shape_search .laws .invariance .search.answer .search.objectives "
         ".search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(

@@ -240,6 +240,17 @@ class TestOpening:
         assert "what the law of Llama 3's heads needs" in opening
         assert "by their law" in opening
 
+    def test_the_method_says_how_shapes_are_chosen_and_what_they_cost(self, page, study):
+        shape = study.questions[0].answer.shape
+        method = page.text["method"]
+        assert "Each draw takes the ratio of width to layers of least cost, from 32 to 128." in method
+        assert f"k = {shape.k:.2g}" in method
+        assert shape.source in method
+        given = report_fakes.study(report_fakes.loss_table(), more=False, aspect="paper")
+        method = Page(report.page(report_fakes.findings(given))).text["method"]
+        assert "as in the paper's tables" in method
+        assert "k =" not in method
+
     def test_a_guess_has_no_probability(self):
         study = report_fakes.study(report_fakes.loss_table(), loss=2.3, context=8192, more=False)
         answer = study.questions[0].answer
@@ -250,6 +261,14 @@ class TestOpening:
         assert "of 1,000 draws of the fitted laws" not in page.text["answer"]
         shown = tables.candidates(study)
         assert "probability" not in shown.headings
+
+    def test_a_guess_in_the_map_has_no_probability_either(self, study):
+        far = dataclasses.replace(study, optimum_map=optimum.optimum_map(study.laws, [2.25, 2.8], [8192]))
+        rows = dict(sections.parts(report_fakes.findings(far))[0].blocks[0].map.rows)
+        (guess,), (known,) = rows["2.25"], rows["2.8"]
+        assert guess.small.startswith("a guess · ")
+        assert guess.sure == 0.0
+        assert "%" in known.small
 
     def test_what_was_measured_is_a_row_of_the_table(self, study):
         shown = tables.candidates(study)
@@ -363,7 +382,7 @@ class TestCommand:
     def test_a_preset_goes_where_it_is_told(self, tmp_path, capsys):
         argv = ["report", "--preset", "paper", "--loss", "2.615", "--out", str(tmp_path / "here"), "--aspect", "paper"]
         assert main([*argv, "--heads", "8,1", "4,1", "llama3", "--cost", "memory"]) == 0
-        assert capsys.readouterr().out.strip() == str(tmp_path / "here" / "index.html")
+        assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "here" / "index.html")
         assert (tmp_path / "here" / "candidates-t8192.md").exists()
         page = (tmp_path / "here" / "index.html").read_text()
         again = "python -m launch report --preset paper --aspect paper --heads 8,1 4,1 llama3"

@@ -381,6 +381,8 @@ def _trained(laws: LawsByHeads) -> tuple[float, float]:
 def _more(share: float, interval: tuple[float, float]) -> str:
     """ "34.8% more (31.8% to 39.4%) than"; where 95% of the draws hold more and less, both are said first."""
     low, high = interval
+    if max(abs(share), abs(low), abs(high)) < 5e-4:
+        return "as much as"
     if low < 0 < high:
         return f"between {-low:.1%} less and {high:.1%} more than"
     text = f"{abs(share):.1%} {'more' if share > 0 else 'less'}"

@@ -35,6 +35,7 @@ DEVICES = ("h100", "h200", "v5e")  # the GPU that most have, one with more memor
 COUNTED = ("z", "flops", "memory")  # costs that are counted
 TIMED = ("latency", "price")  # costs that are of devices
 MARGIN = 0.02  # nats per token that the least loss stays above the highest E
+LEAST_KEPT = 1e-6  # of the cost of a baseline that is infinite in some draws
 STEP = 0.005  # of a cost: what one request more or less may change before it is said
 
 _OF_COUNTING = ("convention", "flops", "lam", "alpha", "beta")
@@ -258,7 +259,10 @@ def _about(one: Heads, laws: Any) -> dict[str, Any]:
 def _packed(goal: Goal, rows: pd.DataFrame, place: tuple, shape: tuple[int, int, int]) -> dict[str, Any]:
     objective, serving = goal.objective, getattr(goal.objective, "serving", None)
     columns = {name: rows[name] for name in FIELDS if not name.startswith("kept")}
-    columns |= {f"kept{end}": 1 - rows[f"saving{old}"] for end, old in (("", ""), ("_low", "_high"), ("_high", "_low"))}
+    columns |= {
+        f"kept{end}": (1 - rows[f"saving{old}"]).clip(lower=LEAST_KEPT)
+        for end, old in (("", ""), ("_low", "_high"), ("_high", "_low"))
+    }
     coded: dict[str, list[str]] = {}
     bytes_ = []
     if serving is not None:

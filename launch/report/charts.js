@@ -2,7 +2,7 @@
 //
 // Colours are those of the page's pictures, a colour and a dash for each head configuration; style.css turns both for the dark.
 
-import { costCurve } from "./explorer.js";
+import { costCurves } from "./explorer.js";
 import { costText, decimals, moreText, percent, span, unitText, UNITS } from "./numbers.js";
 
 const POINTS_OF_A_CURVE = 64;
@@ -59,7 +59,7 @@ function curves(latest, width) {
   const [low, all] = [map.losses[0], map.losses.at(-1)];
   const high = Math.min(all, Math.max(low + 0.6 * (all - low), asked.loss + 0.25 * (all - low)));
   const losses = Array.from({ length: POINTS_OF_A_CURVE }, (_, i) => low + ((high - low) * i) / (POINTS_OF_A_CURVE - 1));
-  const lines = map.heads.map((_, h) => costCurve(map, asked, losses, h).flatMap((cost, i) => (Number.isFinite(cost) ? [[cost, losses[i]]] : [])));
+  const lines = costCurves(map, asked, losses).map((costs) => costs.flatMap((cost, i) => (Number.isFinite(cost) ? [[cost, losses[i]]] : [])));
   const reached = lines.flat().map(([cost]) => cost);
   const [start, end] = reached.length ? [Math.min(...reached) / 1.1, Math.max(...reached) * 1.1] : [1, 10];
   const x = (cost) => left + ((right - left) * Math.log(cost / start)) / Math.log(end / start);

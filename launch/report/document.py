@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from gqa_jax import formatting
+from gqa_jax.search.answer import ShapeChoice
 from gqa_jax.search.roofline import Serving
 from gqa_jax.search.shape_rule import BEST
 from launch.report import answer_map, sections, words
@@ -55,6 +56,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         opening=opening(findings),
         parts=parts,
         draws=f"{DRAWS:,}",
+        **_of_shapes(findings.studies[0].questions[0].answer.shape),
         largest_regret=f"{formatting.LARGEST_REGRET:.0%}",
         head_dim=f"{findings.studies[0].laws.head_dim:g}",
         contexts=[(i, f"{formatting.context(study.laws.context)} tokens") for i, study in enumerate(findings.studies)],
@@ -81,6 +83,24 @@ def _study(study: Study) -> dict[str, Any]:
     return {"map": answer_map.packed(study.answer_map, study.laws), "first": first, "context_trained": int(study.laws.context)}
 
 
+def _of_shapes(shape: ShapeChoice) -> dict[str, str]:
+    """How shapes are chosen, and what they cost in loss: sentences of the method."""
+    low, high = (f"{bound:.0f}" for bound in shape.bounds)
+    if shape.rule == BEST:
+        how = f"Each draw takes the ratio of width to layers of least cost, from {low} to {high}."
+    elif shape.rule in words.RULES:
+        how = f"The ratio of width to layers is {words.rule(shape.rule)}, and models of a size have the loss of its law."
+        return {"shapes": how, "priced": ""}
+    else:
+        how = f"The ratio of width to layers is {shape.rule}, as asked."
+    known = words.span(shape.k_interval, "{:.2g}".format), words.span(shape.best_interval, "{:.0f}".format)
+    priced = (
+        f"A ratio r other than that of the runs, {shape.r0:.0f}, changes the loss: k = {shape.k:.2g} (95%: {known[0]}) and the "
+        f"best ratio c = {shape.best:.0f} (95%: {known[1]}) are drawn too, from {shape.source}."
+    )
+    return {"shapes": how, "priced": priced}
+
+
 def _shapes(study: Study) -> dict[str, str]:
     """How shapes are chosen, and what savings are against, in the explorer: no model that was measured."""
     rule = study.questions[0].answer.shape.rule
@@ -91,8 +111,8 @@ def _shapes(study: Study) -> dict[str, str]:
 def _device_text(one: Serving) -> str:
     count = "" if one.n_devices == 1 else f"{one.n_devices} x "
     price = f", ${one.usd:.2f}/h" if one.has_price else ""
-    peak, bandwidth = one.chip.peak_flops / 1e12, one.chip.memory_bandwidth / 1e12
-    return f"{count}{one.chip.name}: {peak:.0f} TFLOP/s, {bandwidth:.2f} TB/s, {formatting.gb(one.chip.server_bytes)}{price}"
+    room, peak = formatting.gb(one.chip.server_bytes), one.chip.peak_flops / 1e12
+    return f"{count}{one.chip.name}: {room}{price}, {peak:.0f} TFLOP/s, {one.chip.memory_bandwidth / 1e12:.2f} TB/s"
 
 
 def _file(name: str) -> str:

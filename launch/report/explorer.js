@@ -142,9 +142,10 @@ function row(map, goal, one, h, here) {
   };
 }
 
-/** Cost of reaching each of `losses` with the h-th heads at a context; not finite where there is none. */
-export function costCurve(map, { context, goal }, losses, h) {
-  return losses.map((loss) => value(goal.fields.cost, h, place(map, context, loss)));
+/** Cost of reaching each of `losses` at a context, of every head configuration; not finite where there is none. */
+export function costCurves(map, { context, goal }, losses) {
+  const places = losses.map((loss) => place(map, context, loss));
+  return map.heads.map((_, h) => places.map((here) => value(goal.fields.cost, h, here)));
 }
 
 const compare = (x, y) => (x < y ? -1 : x > y ? 1 : 0);

@@ -1,7 +1,7 @@
 // The explorer of the page: reads the controls, looks the answer up, and shows it. The map is read by explorer.js.
 
 import { Charts } from "./charts.js";
-import { costCurve, look, unpack } from "./explorer.js";
+import { costCurves, look, unpack } from "./explorer.js";
 import { contextLabel, costText, counted, decimals, long, moreText, percent, range, savingBetween, savingText, seconds, short, span, three, unitText } from "./numbers.js";
 
 const $ = (id) => document.getElementById(id);
@@ -177,7 +177,7 @@ function warnings(asked, { rows, best, order }) {
   }
   if (probability < 0.5) said.push("No heads are the cheapest in most draws: several are about as good.");
   if (steps) said.push("How many requests are served at once changes in steps here, and the cost with it: it is read off between two of them. The command line has it exactly.");
-  if (!study.map.contexts.includes(asked.context)) said.push("Probabilities between two contexts of the map are read off a straight line.");
+  if (!study.map.contexts.includes(asked.context)) said.push("Between two contexts of the map shapes and probabilities are approximate.");
   return said;
 }
 
@@ -336,4 +336,4 @@ addEventListener("hashchange", () => {
 });
 addEventListener("beforeprint", () => charts.draw());
 // For the browser's console, and for tests: the map by hand.
-globalThis.gqa = { answer, charts, costCurve, look, moreText, query, savingBetween, savingText, studies };
+globalThis.gqa = { answer, charts, costCurves, look, moreText, query, savingBetween, savingText, studies };

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gqa_jax import formatting
+from gqa_jax.search import optimum
 from launch.report import pictures, tables, words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
@@ -118,11 +119,15 @@ def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
     """Of the cheapest heads; `none`: what is said where there are none."""
     if row is None or words.missing(row.n_params) or math.isinf(row.n_params):
         return MapCell(none)
+    heads = words.heads_of(row)
     size = words.short(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
+    sizes = study.laws[heads].params
+    far = len(sizes) > 0 and max(row.n_params / max(sizes), min(sizes) / row.n_params) > optimum.FAR
+    sure = 0.0 if far or words.missing(row.probability) else round(float(row.probability), 3)
     return MapCell(
-        words.label(words.heads_of(row), study.laws.head_dim),
-        " · ".join(filter(None, (words.percent(row.probability), size))),
-        0.0 if words.missing(row.probability) else round(float(row.probability), 3),
+        words.label(heads, study.laws.head_dim),
+        " · ".join(filter(None, ("a guess" if far else words.percent(row.probability), size))),
+        sure,
         f"#ask:study={index}&context={row.context_served:.0f}&loss={row.loss:g}",
     )
 
