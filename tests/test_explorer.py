@@ -207,7 +207,7 @@ def test_between_the_points_numbers_are_within_a_percent_and_the_answer_is_hardl
     ]
     asked = [asked_of(found, *question) for question in questions]
     seen = explorer_node.run(tmp_path, [study], LOOK, {"study": 0, "asked": asked})
-    compared = 0
+    compared, away = 0, []
     for (name, context, loss), result in zip(questions, seen, strict=True):
         frame = optimum.optimum_map(answer_map.by_law(study.laws), [loss], [context], found.goals[name].objective)
         for row, one in zip(rows_of(frame, study.laws).to_dict("records"), result["rows"], strict=True):
@@ -215,13 +215,14 @@ def test_between_the_points_numbers_are_within_a_percent_and_the_answer_is_hardl
                 continue
             compared += 1
             assert number(one["cost"]) == pytest.approx(row["cost"], rel=WITHIN), (name, context, loss)
-            # Of shapes, and of sizes with them, many are about as good: the best may jump from one to another.
-            sizes = WITHIN * (4 if "@" in name else 1 if context in found.contexts else 2)
-            assert number(one["n_params"]) == pytest.approx(row["n_params"], rel=sizes), (name, context, loss)
+            away.append(abs(number(one["n_params"]) / row["n_params"] - 1))
         regrets = rows_of(frame, study.laws)["expected_regret"].to_numpy()
         if result["best"] is not None and not any(one["edge"] for one in result["rows"]):
             assert regrets[result["best"]] - np.nanmin(regrets) < WITHIN, (name, context, loss)
     assert compared > 0.7 * QUESTIONS * len(found.rows.groupby(["n_heads", "n_kv_heads"], dropna=False))
+    # Of shapes, and of sizes with them, many are about as good: the best may jump from one to another.
+    assert np.quantile(away, 0.95) < WITHIN
+    assert max(away) < 4 * WITHIN
 
 
 # In a browser

@@ -76,11 +76,14 @@ class TestHeadline:
         assert ", 6.6% more (4.1% to 10.7%) than the measured model" in words.headline(dear)
 
     def test_a_baseline_by_its_law_is_called_so(self, found, paper):
-        base = dataclasses.replace(found.baseline, measured=False, n_layers=30.2, d_model=1900.4)
+        base = dataclasses.replace(found.baseline, measured=False, shape="trained", n_layers=30.2, d_model=1900.4)
         text = words.headline(dataclasses.replace(found, baseline=base))
-        assert "than Llama 3's heads in 30 layers x 1900, by the law: memory " in text
+        assert "than Llama 3's heads in 30 layers x 1900, by the law and shaped as the trained sizes: memory " in text
         same = dataclasses.replace(found, baseline=base, saving=0.0, saving_interval=(0.0, 0.0))
-        assert ", and as much as Llama 3's heads in 30 layers x 1900, by the law." in words.headline(same)
+        assert (
+            ", and as much as Llama 3's heads in 30 layers x 1900, by the law and shaped as the trained sizes."
+            in words.headline(same)
+        )
         own = dataclasses.replace(found, loss=2.675891234)
         assert ": for a loss of 2.6759 at" in words.headline(own)
         assert "than" not in words.headline(dataclasses.replace(found, baseline=None)).split("Assumed")[0]

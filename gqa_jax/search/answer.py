@@ -46,11 +46,12 @@ class Baseline:
     m_infer: float
     cost: float  # nan where there is none
     cost_interval: tuple[float, float]  # 95% of the draws; the cost twice where no draw changes it
+    shape: str = "own"  # of a model; else the rule by which its law's size has a shape
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return _plain_fields(self, ("label", "measured", "run", "note")) | self.heads._asdict()
+        return _plain_fields(self, ("label", "measured", "run", "shape", "note")) | self.heads._asdict()
 
 
 @dataclasses.dataclass(frozen=True)

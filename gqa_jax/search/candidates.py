@@ -125,6 +125,7 @@ class Table:
     n_params_RxH: np.ndarray  # typical; inf where the loss is not reached, nan without a law
     n_params_RxSxH: np.ndarray | None
     seed: int = 0  # of the draws of what the shape costs
+    loss_S: np.ndarray | None = None  # where draws must reach losses of their own
 
     @classmethod
     def of(
@@ -139,13 +140,23 @@ class Table:
         """`loss_S`: the loss that each draw must reach, where it is not the same for all; `loss` is then its middle."""
         if (drawn := known.draws) is None:
             asked_R = loss / rule.factor(rule.penalty.typical)
-            return cls(laws, loss, rule, known, _sizes(asked_R[:, None], known.entropy_H, known.log_a_H, known.b_H), None)
+            sizes = _sizes(asked_R[:, None], known.entropy_H, known.log_a_H, known.b_H)
+            return cls(laws, loss, rule, known, sizes, None, seed, loss_S)
         price_S = rule.penalty.draw(len(drawn.b_SxH), seed)
         asked_RxS = (loss if loss_S is None else loss_S) / rule.factor(price_S)
         with np.errstate(over="ignore"):  # draws whose sizes are astronomical
             n_RxSxH = np.stack([np.exp(drawn.log_size(asked_S[:, None])) for asked_S in asked_RxS])
         n_RxSxH = np.maximum(n_RxSxH, LEAST_BUILT)
-        return cls(laws, loss, rule, known, np.stack([quantiles(n_SxH, [0.5])[0] for n_SxH in n_RxSxH]), n_RxSxH, seed)
+        typical = np.stack([quantiles(n_SxH, [0.5])[0] for n_SxH in n_RxSxH])
+        return cls(laws, loss, rule, known, typical, n_RxSxH, seed, loss_S)
+
+    def alone(self, heads: Heads, rule: ShapeRule) -> Table:
+        """The table of one of its H, by another rule of shapes, in the same draws."""
+        i, known = self.heads.index(heads), self.known
+        arrays = (known.entropy_H, known.log_a_H, known.b_H, known.trained_Hx2)
+        drawn = None if known.draws is None else known.draws.take([heads])
+        own = Coefficients([heads], 1, *(one[i : i + 1] for one in arrays), drawn, known.no_draws)
+        return Table.of(self.laws, self.loss, rule, own, self.seed, self.loss_S)
 
     @property
     def heads(self) -> list[Heads]:

@@ -134,7 +134,7 @@ def _search(
     found = table.ranked(context_served, objective, convention, memory_limit)
     if not np.isfinite(found.frame["cost"]).any():
         raise ValueError(_unreachable(laws, loss, found.frame, memory_limit))
-    against, said = _against(table, found, baseline, objective, context_served, convention, memory_limit)
+    against, said = _against(_base(table, baseline), found, baseline, objective, context_served, convention, memory_limit)
     best = found.frame.iloc[0]
     best_heads = _heads(best)
     i = found.heads.index(best_heads)
@@ -220,10 +220,11 @@ def optimum_map(
     for loss in losses:
         _check(loss, contexts_served)
         table = Table.of(laws, loss, rule, known, seed)
+        base = _base(table, baseline)
         for context in contexts_served:
             for name, one in several.items():
                 found = table.ranked(context, one, convention, memory_limit)
-                _against(table, found, baseline, one, context, convention, memory_limit)
+                _against(base, found, baseline, one, context, convention, memory_limit)
                 found.frame.insert(0, "loss", float(loss))
                 found.frame.insert(1, "context_served", int(context))
                 if several is objective:
@@ -334,8 +335,23 @@ def _compared(baseline: Heads | Model) -> Heads | None:
     return None if isinstance(baseline, Model) else Heads(*baseline)
 
 
+def _base(table: Table, asked: Heads | Model) -> Model | Table | None:
+    """What savings are against: a model that is given, or that was measured, or what the law of heads says; None: no law.
+
+    By a law it has the shape of the trained sizes where shapes are free: that is what heads and shape are chosen against.
+    """
+    if isinstance(asked, Model):
+        return asked
+    heads = Heads(*asked)
+    if (model := measured_model(table.laws, heads, table.loss)) is not None:
+        return model
+    if heads not in table.heads:
+        return None
+    return table.alone(heads, rule_of(table.laws, TRAINED) if table.rule.is_free else table.rule)
+
+
 def _against(
-    table: Table,
+    base: Model | Table | None,
     found: Ranked,
     asked: Heads | Model,
     objective: Objective,
@@ -343,34 +359,26 @@ def _against(
     convention: str | costs.Convention,
     memory_limit: float | Serving | None,
 ) -> tuple[Baseline | None, list[str]]:
-    """What savings are against, and warnings; fills in the columns of savings.
-
-    A model that is given, or that was measured, costs what its own shape does in every draw.
-    """
-    frame, k = found.frame, table.known.n_candidates
-    model = asked if isinstance(asked, Model) else measured_model(table.laws, Heads(*asked), table.loss)
-    if model is not None:
-        cost, against_S = _cost_of(model, objective, context, memory_limit), None
-        shape, n_params = model.shape, model.n_params
-        about_it = {
-            "label": model.label,
-            "heads": model.heads,
-            "measured": model.measured,
-            "run": model.run,
-            "loss": model.loss,
-        }
+    """What savings are against (`_base`), and warnings; fills in the columns of savings."""
+    frame, against_S, said = found.frame, None, []
+    if base is None:
+        heads = Heads(*asked)
+        return None, [LLAMA3_UNKNOWN if heads == LLAMA3 else f"no saving against heads {heads}: they have no law here"]
+    if isinstance(base, Model):
+        about_it = {name: getattr(base, name) for name in ("label", "heads", "measured", "run", "loss")}
+        shape, n_params, cost = base.shape, base.n_params, _cost_of(base, objective, context, memory_limit)
         interval = (cost, cost)
     else:
-        heads = Heads(*asked)
-        i = found.heads.index(heads) if heads in found.heads else None
-        about_it = {"label": name_of(heads), "heads": heads, "measured": False, "run": None, "loss": table.loss}
-        if i is None:
-            why = LLAMA3_UNKNOWN if heads == LLAMA3 else f"no saving against heads {heads}: they have no law here"
-            return None, [why]
-        cost, against_S = float(found.cost_H[i]), None if found.cost_SxH is None else found.cost_SxH[:, i]
-        shape, n_params = one_of(found.shape_H, i), float(found.n_params_H[i])
-        interval = (np.nan, np.nan) if against_S is None else tuple(float(x) for x in quantiles(against_S, TAILS))
-    said = list(table.known.draws.notes) if table.known.draws is not None and model is None else []
+        heads = base.heads[0]
+        about_it = {"label": name_of(heads), "heads": heads, "measured": False, "run": None, "loss": base.loss}
+        about_it["shape"] = base.rule.name
+        settled = base.settled(objective, context)
+        cost_H, n_H, shape_H = base.typical(settled, context, memory_limit)
+        shape, n_params, cost, interval = one_of(shape_H, 0), float(n_H[0]), float(cost_H[0]), (np.nan, np.nan)
+        if base.known.draws is not None:
+            against_S = base.drawn_costs(settled, context, memory_limit)[0][:, 0]
+            interval = tuple(float(x) for x in quantiles(against_S, TAILS))
+            said += base.known.draws.notes
     where = {
         "n_params": float(n_params), "n_layers": float(shape.n_layers), "d_model": float(shape.d_model),
         "c_infer": float(costs.infer_flops(shape, context, convention)),
@@ -381,7 +389,7 @@ def _against(
         return Baseline(**about_it, **where, cost=np.nan, cost_interval=(np.nan, np.nan), note=note), [note]
     frame["saving"] = (1 - frame["cost"] / cost).where(np.isfinite(frame["cost"]))
     if found.cost_SxH is not None:
-        low, _, high = savings(found.cost_SxH[:, :k], cost if against_S is None else against_S)
+        low, _, high = savings(found.cost_SxH[:, : len(frame)], cost if against_S is None else against_S)
         order = [found.heads.index(_heads(row)) for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]
         frame["saving_low"], frame["saving_high"] = low[order], high[order]
     return Baseline(**about_it, **where, cost=cost, cost_interval=interval), said

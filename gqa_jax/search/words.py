@@ -64,7 +64,9 @@ def baseline_words(answer: Any) -> str:
     """Which model an answer is compared with: one that was measured, or what its law says at the loss asked for."""
     base = answer.baseline
     model = f"{base.label} in {layers(base)}"
-    return f"the measured model of {model} (loss {base.loss:.4f})" if base.measured else f"{model}, by the law"
+    if base.measured:
+        return f"the measured model of {model} (loss {base.loss:.4f})"
+    return f"{model}, by the law{' and shaped as the trained sizes' if base.shape == 'trained' else ''}"
 
 
 def layers(row: Any) -> str:

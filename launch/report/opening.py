@@ -85,8 +85,10 @@ def _worth(found: Answer, laws: Any) -> list[str]:
     if base is not None and not words.missing(found.saving) and not (base.heads == found.heads and not base.measured):
         said.append(f"It costs {formatting.saving(found.saving)} than {words.baseline(base)}")
         heads, shape = (formatting.saving(found.worth[name]) for name in ("heads", "shape"))
-        if heads and shape:
+        if heads and shape and base.measured:
             said[-1] += f": other heads alone {heads}, another shape alone {shape}"
+        elif heads:
+            said[-1] += f", each in its own cheapest shape; with both in the shapes of the sizes that were trained {heads}"
         said[-1] += "."
     if trained is not None:
         same = "the same heads" if trained.heads == found.heads else words.heads(trained.heads, laws.head_dim)
