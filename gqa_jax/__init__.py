@@ -1,7 +1,7 @@
 """Scaling-law studies of grouped-query attention at long context.
 
     study = gqa_jax.load_study("runs/quickstart")      # or a table of runs of any trainer, or the paper's: "paper"
-    study.answer(loss=1.8, context="128K", cost="price", device="h200")
+    study.answer(loss=1.75, context="128K", cost="price", device="h200")
 
 `load_study` gives the laws of a grid, of a table or of the paper, and answers. The rest are tables, pandas DataFrames:
 `load_results` a grid's losses, `load_evaluations` those by source and position, `load_differences` those between runs,

@@ -40,7 +40,7 @@ examples:
   python -m launch cancel configs/grids/paper.py CELL               end its job; what it saved stays
   python -m launch retry configs/grids/quickstart.py                let `run` start failed cells again
   python -m launch optimum --preset paper --context 128K --loss 2.615      the cheapest heads, from the paper's data
-  python -m launch optimum configs/grids/quickstart.py --context 32K --loss 2.1      from your own runs
+  python -m launch optimum configs/grids/quickstart.py --context 32K --loss 1.75      from your own runs
   python -m launch report configs/grids/quickstart.py               everything that is known, as one HTML file
 
 exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status)

@@ -14,7 +14,7 @@ from benchmarks.first_light.supervisor import Lab, median
 from gqa_jax.results import load_results
 
 LOSS_TOLERANCE = 0.02  # nats, between the quickstart's cells here and on the CPU
-CELLS = "size=50k,context=128"
+CELLS = "size=40k,context=128"
 
 
 def environment(lab: Lab) -> None:

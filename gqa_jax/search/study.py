@@ -1,7 +1,7 @@
 """A study: runs of a grid, of a table or of the paper, the laws of each training context, and what is asked of them.
 
 study = gqa_jax.load_study("runs/quickstart")       # a grid's folder, also gs://; a .csv or .parquet table; "paper"
-study.answer(1.8, "128K"), study.map(), study.curves(), study.compare(gqa_jax.load_study("runs/other"))
+study.answer(1.75, "128K"), study.map(), study.curves(), study.compare(gqa_jax.load_study("runs/other"))
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ SLICES = ",".join(
     for chip in chips
     for shape in shapes
 )
-ONE = "size=50k,context=128,n_heads=4,n_kv_heads=4"  # cell of the quickstart that is submitted to every engine
+ONE = "size=40k,context=128,n_heads=4,n_kv_heads=4"  # cell of the quickstart that is submitted to every engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +257,7 @@ def optimum(preset: str) -> Callable[[Path], str]:
 
 def optimum_quickstart(folder: Path) -> str:
     finished(folder)
-    asked = (("32K", "2.1", "128"), ("128K", "2.1", "512"))
+    asked = (("32K", "1.75", "128"), ("128K", "1.8", "512"))
     return json.dumps(
         [
             json.loads(
@@ -307,7 +307,7 @@ def fit_screens(folder: Path) -> str:
 def quickstart_screens(folder: Path) -> str:
     """`export` of the finished quickstart, its tables on narrower terminals, and what is asked of it then."""
     finished(folder)
-    asked = screens(folder, "fit ROOT", "optimum ROOT --context 32K --loss 2.1")
+    asked = screens(folder, "fit ROOT", "optimum ROOT --context 32K --loss 1.75")
     chosen = (f"{NEXT}, 80 columns", printed(folder, *NEXT.split(), "--out", "80.py", width=80))
     return several(("export configs/grids/quickstart.py --root ROOT", exported()[0]), *exported_tables(folder), chosen) + asked
 
@@ -424,7 +424,7 @@ def dry_run(engine: str) -> Callable[[Path], str]:
         root = f"gs://{BUCKET}/goldens" if on_gcs else "ROOT"
         run = ["run", "configs/grids/quickstart.py", "--on", engine, "--root", root, "--dry_run", "--where"]
         with here, mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"):
-            person = printed(folder, *run, "size=50k,context=128,n_kv_heads=1")
+            person = printed(folder, *run, "size=40k,context=128,n_kv_heads=1")
             machine = printed(folder, *run, ONE, "--json")
         return several(("--dry_run", person), ("--dry_run --json", machine))
 
