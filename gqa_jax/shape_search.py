@@ -17,8 +17,6 @@ from gqa_jax.shapes import FFN_RATIO, HEAD_DIM, VOCAB_SIZE, ffn_width
 
 #: Of Newton's method. From where it starts 5 reach the last digits of float64, whatever the size, heads and aspect ratio.
 NEWTON_STEPS = 6
-#: `buildable`: how much a factor in the aspect ratio weighs against the same factor in the number of parameters.
-ASPECT_WEIGHT = 0.1
 
 
 class HasHeads(Protocol):
@@ -85,45 +83,6 @@ def solve_shape(
     return costs.Shape(layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size)
 
 
-def buildable(
-    n_params: float,
-    heads: HasHeads,
-    aspect: Callable[[Any], Any],
-    head_dim: int = HEAD_DIM,
-    vocab_size: int = VOCAB_SIZE,
-    convention: str | costs.Convention = "figures",
-    *,
-    count: int = 3,
-    multiple: int = 64,
-) -> list[costs.Shape]:
-    """The `count` integer shapes closest to `n_params` parameters without embeddings and their aspect ratio, closest first.
-
-    Hidden sizes are multiples of `multiple`, and where n_heads is None of n_kv d_h (of a rule with groups g d_h), so that n_kv
-    divides d / d_h. Feed-forward widths are those that are trained (`gqa_jax.shapes.ffn_width`). The distance is
-    |ln N / N*| + 0.1 |ln r / r*|: loss hardly feels the aspect ratio, so a tenth more of it counts as a hundredth more
-    parameters.
-
-    Raises ValueError: an N that is not a positive number, or n_kv that does not divide n_h.
-    """
-    if not 0 < n_params < math.inf:
-        raise ValueError(f"n_params = {n_params}: only a finite number of parameters above 0 can be built")
-    if heads.n_heads is not None and heads.n_heads % heads.n_kv_heads:
-        raise ValueError(f"n_kv_heads = {heads.n_kv_heads} must divide n_heads = {heads.n_heads}")
-    real = solve_shape(n_params, heads, aspect, head_dim, vocab_size, convention)
-    unit = multiple if heads.n_heads is not None else math.lcm(multiple, head_dim * abs(heads.n_kv_heads))
-    found = {}
-    for width in range(max(1, int(real.d_model / 2 / unit)), int(2 * real.d_model / unit) + 2):
-        d_model = unit * width
-        one_layer = _integer_shape(1, d_model, heads, head_dim, vocab_size)
-        per_layer = costs.count_params(one_layer, convention).non_embedding
-        for layers in {max(1, math.floor(n_params / per_layer)), math.ceil(n_params / per_layer)}:
-            shape = _integer_shape(layers, d_model, heads, head_dim, vocab_size)
-            excess = math.log(costs.count_params(shape, convention).non_embedding / n_params)
-            stretch = math.log(d_model / layers / (real.d_model / real.n_layers))
-            found[shape] = abs(excess) + ASPECT_WEIGHT * abs(stretch)
-    return sorted(found, key=found.get)[:count]
-
-
 def reaching(
     n_params: float,
     heads: HasHeads,
@@ -146,7 +105,13 @@ def reaching(
       multiple: of hidden sizes, and where n_heads is None of n_kv d_h (of a rule with groups g d_h) too.
 
     Feed-forward widths are those that are trained (`gqa_jax.shapes.ffn_width`). No shape within the bounds: an empty list.
+
+    Raises ValueError: an N that is not a positive number, or n_kv that does not divide n_h.
     """
+    if not 0 < n_params < math.inf:
+        raise ValueError(f"n_params = {n_params}: only a finite number of parameters above 0 can be built")
+    if heads.n_heads is not None and heads.n_heads % heads.n_kv_heads:
+        raise ValueError(f"n_kv_heads = {heads.n_kv_heads} must divide n_heads = {heads.n_heads}")
     real = solve_shape(n_params, heads, lambda _: ratio, head_dim, vocab_size, convention, ffn_ratio)
     unit = multiple if heads.n_heads is not None else math.lcm(multiple, head_dim * abs(heads.n_kv_heads))
     found = []
