@@ -240,15 +240,15 @@ class TestOpening:
         assert "what the law of Llama 3's heads needs" in opening
         assert "by their law" in opening
 
-    def test_a_law_is_compared_in_its_own_best_shape_and_in_those_that_were_trained(self):
-        """Its shape is free as the answer's is: nothing is saved by the shape alone, and that is not said."""
+    def test_a_law_is_compared_in_the_shape_of_the_trained_sizes(self):
+        """So heads and shape can be told apart, as against a model that was measured."""
         study = report_fakes.study(report_fakes.loss_table(), loss=2.55, more=False)
         answer = study.questions[0].answer
         opening = Page(report.page(report_fakes.findings(study))).text["answer"]
         assert not answer.baseline.measured
-        both = f"with both in the shapes of the sizes that were trained {formatting.saving(answer.worth['heads'])}"
-        assert f"{words.baseline(answer.baseline)}, each in its own cheapest shape; {both}." in opening
-        assert "another shape alone" not in opening
+        heads, shape = (formatting.saving(answer.worth[name]) for name in ("heads", "shape"))
+        assert words.baseline(answer.baseline).endswith(", shaped as the trained sizes")
+        assert f"{words.baseline(answer.baseline)}: other heads alone {heads}, another shape alone {shape}." in opening
 
     def test_the_method_says_how_shapes_are_chosen_and_what_they_cost(self, page, study):
         shape = study.questions[0].answer.shape

@@ -82,13 +82,11 @@ def _worth(found: Answer, laws: Any) -> list[str]:
     """What is saved, against what; what of it is the heads' and what the shape's; and the answer with the trained shapes."""
     said = []
     base, trained = found.baseline, found.as_trained
-    if base is not None and not words.missing(found.saving) and not (base.heads == found.heads and not base.measured):
+    if base is not None and not words.missing(found.saving):
         said.append(f"It costs {formatting.saving(found.saving)} than {words.baseline(base)}")
         heads, shape = (formatting.saving(found.worth[name]) for name in ("heads", "shape"))
-        if heads and shape and base.measured:
+        if heads and shape:
             said[-1] += f": other heads alone {heads}, another shape alone {shape}"
-        elif heads:
-            said[-1] += f", each in its own cheapest shape; with both in the shapes of the sizes that were trained {heads}"
         said[-1] += "."
     if trained is not None:
         same = "the same heads" if trained.heads == found.heads else words.heads(trained.heads, laws.head_dim)
@@ -146,8 +144,6 @@ def _saving(found: Answer) -> Fact:
     name = "Against Llama 3's heads" if base is None else f"Against {base.label}"
     if base is None or words.missing(base.cost):
         return Fact(name, "unknown", "they have no law here" if base is None else "they have no cost here")
-    if base.heads == found.heads and not base.measured:
-        return Fact(name, "the same", "they are the answer")
     which = f"measured, {base.n_layers:.0f} {words.TIMES} {base.d_model:,.0f}" if base.measured else "by their law"
     between = formatting.saving_between(*found.saving_interval)
     return Fact(name, formatting.saving(found.saving), "; ".join(filter(None, (between and f"95%: {between}", which))))
