@@ -55,7 +55,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--huber_delta", type=float, metavar="D", help="residuals beyond D nats count linearly")
     command.add_argument("--format", choices=FORMATS, default="table", help=_FORMAT)
 
-    command = add("optimum", _optimum, "the cheapest size and heads for a loss and a served context, and how sure that is")
+    summary = (
+        "the cheapest heads and shape for a loss (or what your own model reaches) and a served context, and how sure that is"
+    )
+    command = add("optimum", _optimum, summary)
     command.add_argument("--context", type=_tokens, required=True, metavar="T", help="tokens served, like 131072 or 128K")
     goal = command.add_mutually_exclusive_group(required=True)
     goal.add_argument("--loss", type=float, metavar="L", help="loss that must be reached, nats per token")
