@@ -16,6 +16,9 @@ models that were trained both ways:
 - A RoPE base for the contexts that are trained [0.05]. That of the paper, 500,000, is for 128K tokens: most of the eight pairs
   of a head of 16 would hardly turn within 512, and near tokens are found late.
 - A learning rate that falls with the width [0.02]: what is best for the smallest models is too much for the largest.
+
+What is left is the seed: another one moves losses of (4,4) and (4,1) by 0.01, and those of (1,1) at T = 128 by up to 0.05:
+they learn to look back early, late or never. With seed 1 the R^2 are 0.90 to 0.999 at T = 128, and 0.98 or more at T = 512.
 """
 
 from gqa_jax.config import default_config
