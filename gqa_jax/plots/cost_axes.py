@@ -59,14 +59,23 @@ def shapes_said(laws: Mapping[Heads, PowerLaw], aspect: Any) -> str:
 
 
 def smooth(aspect: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same ratios at the knots of an `Aspect`, and between them a curve without kinks that does not leave their range."""
+    """The same ratios at the knots of an `Aspect`, and between them a curve without kinks.
+
+    What is interpolated is N / r^2, the cube of the layers but for a factor: between two sizes of as many layers a model has as
+    many, and its cost does not swing.
+    """
     if not isinstance(aspect, Aspect) or len(aspect.params) < 2:
         return aspect
-    log_n = np.pad(
-        np.log(aspect.params), 1, "linear_ramp", end_values=(np.log(aspect.params[0]) - 1, np.log(aspect.params[-1]) + 1)
-    )
-    between = PchipInterpolator(log_n, np.pad(np.log(aspect.ratio), 1, "edge"))  # flat at the ends, as it is outside
-    return lambda n_params: np.exp(between(np.clip(np.log(n_params), log_n[0], log_n[-1])))
+    ends = (np.log(aspect.params[0]) - 1, np.log(aspect.params[-1]) + 1)
+    log_n = np.pad(np.log(aspect.params), 1, "linear_ramp", end_values=ends)
+    log_ratio = np.pad(np.log(aspect.ratio), 1, "edge")  # flat at the ends, as it is outside
+    cubed = PchipInterpolator(log_n, log_n - 2 * log_ratio)
+
+    def ratio(n_params: Any) -> Any:
+        at = np.clip(np.log(n_params), *ends)
+        return np.exp((at - cubed(at)) / 2)
+
+    return ratio
 
 
 def answers_by_loss(
