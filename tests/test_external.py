@@ -237,7 +237,7 @@ class TestHeadRules:
         path = write(pd.concat([ladder(1), ladder(4)]))
         assert main(["optimum", path, "--context", "128K", "--loss", "2.7", "--draws", "100"]) == 0
         text = capsys.readouterr().out
-        assert "(d/d_h,n_h/4) query and key/value heads" in text
+        assert text.startswith("(d/d_h,n_h/4), a query head per 64 of the width and a key/value head for every 4 of them")
         assert "(d/d_h,d/d_h)" in text
         assert main(["fit", path]) == 0
         assert "(d/d_h,n_h/4)" in capsys.readouterr().out

@@ -140,7 +140,7 @@ def test_sizes_are_less_sure_and_which_heads_are_cheapest_is_not(alone, shared):
     assert ours.heads == theirs.heads
     width = [np.log(found.n_params_interval[1] / found.n_params_interval[0]) for found in (ours, theirs)]
     assert width[0] > 1.5 * width[1]
-    assert ours.n_params == theirs.n_params
+    assert ours.n_params == pytest.approx(theirs.n_params, rel=0.02)  # medians of draws that are spread differently
     assert ours.probability == pytest.approx(theirs.probability, abs=0.02)
     text = f"± {SEM:.4f} nats per token by 5 documents: intervals of E and N* have it; between heads it cancels"
     assert sum(text in warning for warning in ours.warnings) == 1
