@@ -468,8 +468,8 @@ def keep_finished(root: Path) -> None:
 def compare_quickstart(root: Path) -> list[str]:
     """What a trained quickstart, or some cells of it, has otherwise than the one that is kept.
 
-    Losses within LOSSES (ELSEWHERE on a machine whose bits are not kept), their standard errors within a hundredth: what is left
-    of the differences between four documents.
+    Losses within LOSSES (ELSEWHERE on a machine whose bits are not kept), their standard errors within a hundredth: what is
+    left of the differences between four documents.
     """
     from gqa_jax import results
 
