@@ -110,9 +110,9 @@ def test_coverage_and_calibration():
         one = laws.fit_by_heads(law_tables.table(entropy, truth, law_tables.SIZES[1:7], 0.003, generator))
         block = one.blocks[0]
         loss, context = float(generator.uniform(2.75, 3.05)), int(2 ** generator.integers(12, 18))
-        found = optimum.search(one, loss, context, objectives.Z(), draws=500, method="independent").candidates.set_index(
-            ["n_heads", "n_kv_heads"]
-        )
+        found = optimum.search(
+            one, loss, context, objectives.Z(), aspect="trained", draws=500, method="independent"
+        ).candidates.set_index(["n_heads", "n_kv_heads"])
         costs = {}
         profiled = {SMALL[seed % 6], SMALL[(seed + 3) % 6]}  # all would take too long
         for h, (amplitude, b) in truth.items():
