@@ -275,10 +275,23 @@ class TestSearch:
                 assert row.cost == pytest.approx(found.cost, rel=0.08)
                 assert 2.69 < row.loss <= 2.7
 
+    def test_models_that_can_be_built_keep_the_limit_of_memory(self, paper):
+        free = optimum.search(paper, 2.7, 131_072, objectives.make("memory"), draws=50)
+        shapes_of = [
+            costs.Shape(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, d_ff=r.d_ff) for r in free.buildable.itertuples()
+        ]
+        needed = [float(costs.infer_memory(shape, 131_072, "exact")) for shape in shapes_of]
+        limit = (min(needed) + max(needed)) / 2
+        tight = optimum.search(paper, 2.7, 131_072, objectives.make("memory"), memory_limit=limit, draws=50)
+        for row in tight.buildable.itertuples():
+            shape = costs.Shape(row.n_layers, row.d_model, row.n_heads, row.n_kv_heads, d_ff=row.d_ff)
+            assert costs.infer_memory(shape, 131_072, "exact") <= limit
+
     def test_far_beyond_the_data_there_is_no_probability(self, paper):
         far = optimum.search(paper, 2.25, 131_072)
         assert far.far > 10
         assert np.isnan(far.probability)
+        assert far.candidates["probability"].isna().all()  # in JSON too
         assert "this is a guess, not a measurement" in " ".join(far.warnings)
         assert np.isnan(optimum.search(paper, 2.615, 131_072).far)
 
@@ -474,8 +487,23 @@ class TestServed:
     @pytest.mark.parametrize("draws", [0, 20])
     def test_where_none_can_be_served_the_error_names_what_comes_closest(self, paper, settings, message, draws):
         with pytest.raises(ValueError, match=message) as error:
-            optimum.search(paper, 2.615, 131_072, _typical("price", **settings), draws=draws)
+            optimum.search(paper, 2.615, 131_072, _typical("price", **settings), aspect="trained", draws=draws)
         assert str(error.value).startswith("no head configuration can be served as asked at a loss of 2.615; ")
+
+    @pytest.mark.parametrize("draws", [0, 50])
+    def test_what_only_other_shapes_can_serve_is_answered(self, paper, draws):
+        """64 requests on an l4: too much cache in the shapes of the trained sizes, and not in wider, shallower ones."""
+        objective = _typical("price", device="l4", batch=64)
+        found = optimum.search(paper, 2.615, 131_072, objective, draws=draws)
+        assert found.ratio > 100
+        assert found.as_trained is None
+        assert np.isnan(list(found.worth.values())).all()
+        said = [one for one in found.warnings if one.startswith("in the shapes of the trained sizes: no head configuration")]
+        assert len(said) == 1
+        for row in found.buildable.itertuples():  # and so are those that can be built
+            shape = costs.Shape(row.n_layers, row.d_model, row.n_heads, row.n_kv_heads, d_ff=row.d_ff)
+            assert np.isfinite(row.cost)
+            assert objective.serving.load(shape, 131_072).memory <= CHIPS["l4"].server_bytes
 
     @pytest.mark.parametrize(
         ("preset", "loss", "draws"), [("paper", 2.615, 0), ("paper", 2.615, 50), ("paper-table4", 2.6, 50)]

@@ -248,3 +248,17 @@ class TestOnTheCommandLine:
             with pytest.raises(SystemExit):
                 main(options)
             assert "--like" in capsys.readouterr().err
+
+
+def test_models_to_build_reach_what_each_draw_asks_for():
+    """The target is each draw's own: the median of how far a model is from it is not above 0."""
+    found = compare_own(paper(), PUBLIC["llama-3.2-1b"], CONTEXT, draws=200)
+    assert len(found.answer.buildable) == 3
+    drawn = paper().draws(200, 0)
+    price = paper().penalty.draw(200, 0)
+    own = drawn.loss(found.heads, np.array([found.n_params]))[:, 0] * paper().penalty.factor(price, found.ratio)
+    for row in found.answer.buildable.itertuples():
+        heads = Heads(row.n_heads, row.n_kv_heads)
+        loss_S = drawn.loss(heads, np.array([row.n_params]))[:, 0] * paper().penalty.factor(price, row.ratio)
+        assert np.median(loss_S - own) <= 1e-9
+        assert row.loss == pytest.approx(found.loss + np.median(loss_S - own))

@@ -111,7 +111,7 @@ class Answer:
     as_trained: Answer | None  # the same question with the shapes of the trained sizes, where the shape was free
     noise_model: str  # what the intervals rest on, in words; empty where there are none
     price_of_doubt: float  # `LawsByHeads.price_of_doubt`; nan for narrower methods
-    candidates: pd.DataFrame
+    candidates: pd.DataFrame  # without probabilities where it is `far`
     buildable: pd.DataFrame
     warnings: tuple[str, ...]
 
@@ -123,12 +123,10 @@ class Answer:
     def to_frame(self) -> pd.DataFrame:
         """`candidates` and the baseline: role (answer, candidate or baseline) and the columns of the candidates.
 
-        Without probabilities where the answer is `far`; without shape, probability and regret where a row has no cost.
+        Without shape, probability and regret where a row has no cost.
         """
         frame = self.candidates.copy()
         frame.insert(0, "role", ["answer", *["candidate"] * (len(frame) - 1)])
-        if not np.isnan(self.far):
-            frame["probability"] = np.nan
         frame.loc[~np.isfinite(frame["cost"]), ["n_layers", "d_model", "ratio", "probability", "expected_regret"]] = np.nan
         if (base := self.baseline) is None:
             return frame

@@ -291,6 +291,17 @@ class Table:
         factor, side = (n_params / largest, "above") if n_params > largest else (smallest / n_params, "below")
         return f"extrapolated: N* is {formatting.times(factor)} {side} the trained sizes"
 
+    def follows_its_curve(self, heads: Heads) -> bool:
+        """Whether N* of the fitted law of H is within 95% of the draws, in models shaped as the runs; True without draws."""
+        law = self.laws[heads]
+        if self.n_params_RxSxH is None or self.loss_S is not None:
+            return True
+        at_R = self.loss / self.rule.factor(self.rule.penalty.typical)
+        loss = float(at_R[self.rule.usual])
+        own = law.solve(loss) if loss > law.entropy else np.inf
+        low, high = quantiles(self.n_params_RxSxH[self.rule.usual, :, self.heads.index(heads)], TAILS)
+        return bool(low <= own <= high)
+
     def needed(self, i: int, ratio: Any) -> np.ndarray:
         """The typical N of the i-th heads that reaches the loss at these d / L."""
         if self.rule.n_ratios == 1:

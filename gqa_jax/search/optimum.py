@@ -14,7 +14,7 @@ does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -92,19 +92,15 @@ def search(
     """
     options = {"heads": heads, "baseline": baseline, "convention": convention, "memory_limit": memory_limit, "draws": draws,
                "seed": seed, "method": method, "loss_S": loss_S}  # fmt: skip
-    objective = objective or objectives.Z(convention)
-    found = _search(laws, loss, context_served, objective, aspect=aspect, **options)
-    if not found.rule.is_free:
-        return found.answer
-    trained = _search(laws, loss, context_served, objective, aspect=TRAINED, alone=False, **options).answer
-    worth = _worth(found.answer.candidates, found.answer.baseline, trained)
-    return dataclasses.replace(found.answer, as_trained=trained, worth=worth)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    answer: Answer
-    rule: ShapeRule
+    objective, rule = objective or objectives.Z(convention), rule_of(laws, aspect)
+    answer = _search(laws, loss, context_served, objective, rule, **options)
+    if not rule.is_free:
+        return answer
+    try:
+        trained = _search(laws, loss, context_served, objective, rule_of(laws, TRAINED), alone=False, **options)
+    except ValueError as error:
+        return dataclasses.replace(answer, warnings=(*answer.warnings, f"in the shapes of the trained sizes: {error}"))
+    return dataclasses.replace(answer, as_trained=trained, worth=_worth(answer, trained))
 
 
 def _search(
@@ -112,8 +108,8 @@ def _search(
     loss: float,
     context_served: int,
     objective: Objective,
+    rule: ShapeRule,
     *,
-    aspect: AspectAsked,
     heads: Sequence[Heads] | None,
     baseline: Heads | Model,
     convention: str | costs.Convention,
@@ -123,10 +119,9 @@ def _search(
     method: str | None,
     loss_S: np.ndarray | None,
     alone: bool = True,
-) -> _Found:
+) -> Answer:
     """`search` for one rule of shapes; `alone` is False where another answer beside it says what all answers of laws do."""
     _check(loss, [context_served])
-    rule = rule_of(laws, aspect)
     known = coefficients(
         laws, draws, seed, method, heads=_with_laws(laws, heads, loss, draws, seed, method), compared=_compared(baseline)
     )
@@ -140,12 +135,18 @@ def _search(
     i = found.heads.index(best_heads)
     runner = found.frame.iloc[1] if len(found.frame) > 1 and np.isfinite(found.frame["cost"].iloc[1]) else None
     far = _far(known, i, float(best["n_params"]))
-    how = (draws, seed, method)
+    if np.isfinite(far):
+        found.frame["probability"] = np.nan
+
+    def without(others: LawsByHeads) -> Table:
+        again = coefficients(others, draws, seed, method, heads=known.heads[: known.n_candidates], compared=None)
+        return Table.of(others, loss, rule, again, seed)
+
     warnings = [
         *(_common_warnings(laws) if alone else []),
         *(
-            _without_outliers(laws, loss, context_served, objective, rule, known, memory_limit, how, best_heads)
-            if alone
+            without_outliers(laws, best_heads, without, _sure, context_served, objective, memory_limit)
+            if alone and loss_S is None  # whose losses rest on those runs too
             else []
         ),
         *_beyond(laws, context_served),
@@ -156,7 +157,7 @@ def _search(
     ]
     drawn = known.draws
     doubt = laws.price_of_doubt(loss, draws, seed) if alone and drawn is not None and drawn.method == "posterior" else np.nan
-    answer = Answer(
+    return Answer(
         loss=float(loss),
         context_served=int(context_served),
         objective=objective.describe(),
@@ -181,15 +182,16 @@ def _search(
         far=far,
         head_dim=float(about(laws)[0]),
         shape=_choice(table, found, i, best),
-        worth=_worth(found.frame, against, None),
+        worth=dict.fromkeys(("heads", "shape", "both"), np.nan),
         as_trained=None,
         noise_model="" if drawn is None else posterior.NOISE_MODELS[drawn.method],
         price_of_doubt=doubt,
         candidates=found.frame,
-        buildable=_buildable(table, found, i, context_served, objective) if alone else pd.DataFrame(columns=list(_BUILT)),
+        buildable=_buildable(table, found, i, context_served, objective, memory_limit)
+        if alone
+        else pd.DataFrame(columns=list(_BUILT)),
         warnings=tuple(dict.fromkeys(warnings)),
     )
-    return _Found(answer, rule)
 
 
 def optimum_map(
@@ -434,14 +436,14 @@ def _choice(table: Table, found: Ranked, i: int, best: pd.Series) -> ShapeChoice
     )
 
 
-def _worth(frame: pd.DataFrame, against: Baseline | None, trained: Answer | None) -> dict[str, float]:
+def _worth(answer: Answer, trained: Answer) -> dict[str, float]:
     """What other heads alone save, the shape alone, and both."""
-    known = {"heads": np.nan, "shape": np.nan, "both": np.nan}
-    if trained is None or against is None:
-        return known
-    same = [_heads(row) == against.heads for row in frame.to_dict("records")]
+    if answer.baseline is None:
+        return answer.worth
+    frame = answer.candidates
+    same = [_heads(row) == answer.baseline.heads for row in frame.to_dict("records")]
     shape = float(frame.loc[same, "saving"].iloc[0]) if any(same) else np.nan
-    return {"heads": trained.saving, "shape": shape, "both": float(frame["saving"].iloc[0])}
+    return {"heads": trained.saving, "shape": shape, "both": answer.saving}
 
 
 def _not_reached(found: Ranked) -> list[str]:
@@ -471,8 +473,7 @@ def _doubts(table: Table, heads: Heads, row: pd.Series, far: float) -> list[str]
     elif pd.notna(row["note"]):
         found.append(f"{heads}: {row['note']}")
     if np.isfinite(row["n_params_low"]):
-        own = law.solve(table.loss) if table.loss > law.entropy else np.inf
-        if table.rule.aspect is not None and not row["n_params_low"] <= own <= row["n_params_high"]:
+        if not table.follows_its_curve(heads):
             found.append(
                 f"N* of the curve of {heads} lies outside the interval of the draws, in which the other heads have a say: "
                 "this H does not follow its neighbours"
@@ -488,10 +489,13 @@ def _doubts(table: Table, heads: Heads, row: pd.Series, far: float) -> list[str]
     return found
 
 
-def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Objective) -> pd.DataFrame:
+def _buildable(
+    table: Table, found: Ranked, i: int, context: int, objective: Objective, memory_limit: float | Serving | None
+) -> pd.DataFrame:
     """The cheapest models of whole layers and rounded widths near the answer that reach the loss; none that miss it.
 
-    A model reaches the loss where its typical loss, the median of the draws, is not above it.
+    A model reaches the loss where its typical loss, the median of the draws, is not above it; it can be served, and keeps the
+    limit of memory.
     """
     head_dim, vocab_size, convention, ffn_ratio = about(table.laws)
     heads, n_params = found.heads[i], float(found.n_params_H[i])
@@ -511,14 +515,14 @@ def _buildable(table: Table, found: Ranked, i: int, context: int, objective: Obj
     several = costs.Shape(**{name: frame[name].to_numpy() for name in names})
     frame["n_params"] = np.asarray(costs.count_params(several, convention).non_embedding, np.float64)
     frame["ratio"] = frame["d_model"] / frame["n_layers"]
-    frame["cost"] = objective(several, context)
-    frame = frame.sort_values("cost", kind="stable", ignore_index=True)
+    frame["cost"] = limited(objective, several, context, memory_limit)
+    frame = frame[np.isfinite(frame["cost"])].sort_values("cost", kind="stable", ignore_index=True)
     frame["loss"] = _loss_of(table, i, frame["n_params"].to_numpy(), frame["ratio"].to_numpy())
     return frame.loc[frame["loss"] <= table.loss, list(_BUILT)].head(3).reset_index(drop=True)
 
 
 def _loss_of(table: Table, i: int, n_params: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-    """Typical loss of the i-th heads in models of these N and d / L."""
+    """Typical loss of the i-th heads at N and d / L: as far from `table.loss` as from what the draws ask for."""
     rule, heads = table.rule, table.heads[i]
     drawn = table.known.draws
     if drawn is None:
@@ -528,7 +532,8 @@ def _loss_of(table: Table, i: int, n_params: np.ndarray, ratio: np.ndarray) -> n
     if rule.ratios_R is not None:
         price = rule.penalty.draw(len(loss_SxN), table.seed)
         loss_SxN = loss_SxN * rule.penalty.factor(Price(price.k[:, None], price.best[:, None]), ratio)
-    return np.median(loss_SxN, 0)
+    asked_S = table.loss if table.loss_S is None else table.loss_S[:, None]
+    return table.loss + np.median(loss_SxN - asked_S, 0)
 
 
 def _check(loss: float, contexts: Sequence[int]) -> None:
@@ -539,41 +544,44 @@ def _check(loss: float, contexts: Sequence[int]) -> None:
             raise ValueError(f"context_served = {context}: must be at least 1 token")
 
 
-def _without_outliers(
+def without_outliers(
     laws: Mapping[Heads, PowerLaw],
-    loss: float,
-    context_served: int,
-    objective: Objective,
-    rule: ShapeRule,
-    known: Coefficients,
-    memory_limit: float | Serving | None,
-    how: tuple[int, int, str | None],
     heads: Heads,
+    table_of: Callable[[LawsByHeads], Table],
+    more: Callable[[Table, pd.Series], str],
+    context: int,
+    objective: Objective,
+    memory_limit: float | Serving | None,
 ) -> list[str]:
-    """What the answer would be without the runs that lie off their law; nothing where none does."""
+    """What the answer would be without the runs that lie off their law, in a sentence; nothing where none does.
+
+    heads: of the answer with them. table_of: what other laws are asked. more: what is said of the new answer's row at the end.
+    """
     if not isinstance(laws, LawsByHeads) or not laws.doubts.outliers:
         return []
     count = len(laws.doubts.outliers)
     which = "that run" if count == 1 else f"those {count} runs"
     if (others := laws.without_outliers) is None:
         return [f"without {which} too few sizes are left for a law"]
-    draws, seed, method = how
     try:
-        again = coefficients(others, draws, seed, method, heads=known.heads[: known.n_candidates], compared=None)
-        frame = Table.of(others, loss, rule, again, seed).ranked(context_served, objective, "figures", memory_limit).frame
+        table = table_of(others)
+        best = table.ranked(context, objective, "figures", memory_limit).frame.iloc[0]
     except ValueError as error:
         return [f"without {which} there is no answer: {error}"]
-    best = frame.iloc[0]
     if not np.isfinite(best["cost"]):
         return [f"without {which} no heads reach this loss"]
-    same = "the same heads, " if _heads(best) == heads else ""
-    i = again.heads.index(_heads(best))
-    sure = (
-        ""
-        if np.isnan(best["probability"]) or np.isfinite(_far(again, i, float(best["n_params"])))
-        else f", the cheapest with a probability of {formatting.probability(best['probability'])}"
-    )
-    return [f"without {which} the answer is {same}{_heads(best)}, N* = {formatting.short(best['n_params'])}{sure}"]
+    found = _heads(best)
+    same = "the same heads, " if found == heads else ""
+    said = f"the answer is {same}{found}, N* = {formatting.short(best['n_params'])}{more(table, best)}"
+    return [f"without {which} {said}"]
+
+
+def _sure(table: Table, best: pd.Series) -> str:
+    """How sure an answer is, where it is no guess."""
+    far = _far(table.known, table.heads.index(_heads(best)), float(best["n_params"]))
+    if np.isnan(best["probability"]) or np.isfinite(far):
+        return ""
+    return f", the cheapest with a probability of {formatting.probability(best['probability'])}"
 
 
 def _common_warnings(laws: Mapping[Heads, PowerLaw]) -> list[str]:

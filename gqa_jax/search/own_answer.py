@@ -176,15 +176,25 @@ def compare_own(
         served, loss, context_served, objective, aspect=aspect, heads=heads, baseline=model, convention=convention,
         memory_limit=memory_limit, draws=draws, seed=seed, method=method, loss_S=loss_S,
     )  # fmt: skip
-    without = _without_outliers(
-        laws, own, answer, context_served, objective, aspect, heads, memory_limit, (draws, seed, method)
-    )
-    warnings = [one for one in answer.warnings if not one.startswith(("without that run", "without those"))]
-    answer = dataclasses.replace(answer, warnings=(*warnings, *without))
+
+    def without(others: LawsByHeads) -> Table:
+        again = _Question.of(others, own, draws, seed, method)
+        others = _in_its_likeness(others, own)
+        known = optimum.coefficients(others, draws, seed, method, heads=heads, compared=None)
+        return Table.of(others, again.loss, rule_of(others, aspect), known, seed, again.loss_S)
+
+    def saves(table: Table, best: pd.Series) -> str:
+        cost = np.nan if answer.baseline is None else answer.baseline.cost
+        return "" if not np.isfinite(cost) else f", at {_more(best['cost'] / cost - 1, (np.nan, np.nan))} your model"
+
+    said = optimum.without_outliers(laws, answer.heads, without, saves, context_served, objective, memory_limit)
+    answer = dataclasses.replace(answer, warnings=(*answer.warnings, *said))
     smallest, largest = _trained(laws)
     beyond = max(n_params / largest, smallest / n_params)
     if beyond > FAR and not np.isfinite(answer.far):
-        answer = dataclasses.replace(answer, far=float(beyond), probability=np.nan)
+        answer = dataclasses.replace(
+            answer, far=float(beyond), probability=np.nan, candidates=answer.candidates.assign(probability=np.nan)
+        )
     kept, above = None, (np.nan, np.nan)
     cost = np.nan if answer.baseline is None else answer.baseline.cost
     if drawn is not None:
@@ -231,42 +241,6 @@ def _in_its_likeness(laws: LawsByHeads, own: OwnModel) -> LawsByHeads:
     found.vocab_size = float(own.shape.vocab_size)
     found.ffn_ratio = own.shape.d_ff / own.shape.d_model
     return found
-
-
-def _without_outliers(
-    laws: LawsByHeads,
-    own: OwnModel,
-    answer: Answer,
-    context: int,
-    objective: Objective,
-    aspect: AspectAsked,
-    heads: Sequence[Heads] | None,
-    memory_limit: float | Serving | None,
-    how: tuple[int, int, str | None],
-) -> list[str]:
-    """What the answer would be without the runs that lie off their law, which the target of the own model rests on too."""
-    if not laws.doubts.outliers:
-        return []
-    count = len(laws.doubts.outliers)
-    which = "that run" if count == 1 else f"those {count} runs"
-    if (others := laws.without_outliers) is None:
-        return [f"without {which} too few sizes are left for a law"]
-    draws, seed, method = how
-    try:
-        asked = _Question.of(others, own, draws, seed, method)
-        others = _in_its_likeness(others, own)
-        known = optimum.coefficients(others, draws, seed, method, heads=heads, compared=None)
-        table = Table.of(others, asked.loss, rule_of(others, aspect), known, seed, asked.loss_S)
-        best = table.ranked(context, objective, "figures", memory_limit).frame.iloc[0]
-    except ValueError as error:
-        return [f"without {which} there is no answer: {error}"]
-    if not np.isfinite(best["cost"]):
-        return [f"without {which} no heads reach this loss"]
-    found = Heads(None if best["n_heads"] is pd.NA else int(best["n_heads"]), int(best["n_kv_heads"]))
-    same = "the same heads, " if found == answer.heads else ""
-    cost = np.nan if answer.baseline is None else answer.baseline.cost
-    saves = "" if not np.isfinite(cost) else f", at {_more(best['cost'] / cost - 1, (np.nan, np.nan))} your model"
-    return [f"without {which} the answer is {same}{found}, N* = {formatting.short(best['n_params'])}{saves}"]
 
 
 def _law_of(laws: LawsByHeads, own: OwnModel, draws: int, seed: int, method: str | None) -> tuple[Heads, Draws | None, str]:
