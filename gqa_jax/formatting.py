@@ -12,7 +12,7 @@ SIZES = (1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3)
 COUNT = ("Z", "E", "P", "T", "B", "M", "k")  # letters of counted things: parameters, tokens
 SI = ("Z", "E", "P", "T", "G", "M", "k")  # of amounts of a unit: FLOPs, bytes
 MODELS = (1e3, 1e13)  # parameters: sizes beyond these are of no model, and their numbers say nothing
-LARGEST_REGRET = 10.0  # cost over the least one, minus 1: what is beyond it counts as this (`gqa_jax.search.optimum.regret`)
+LARGEST_REGRET = 10.0  # cost over the least one, minus 1: what is beyond it counts as this (`gqa_jax.search.ranking.regret`)
 
 
 def scaled(value: float, endings: Sequence[str], text: Callable[[float], str]) -> str:

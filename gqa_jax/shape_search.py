@@ -117,19 +117,19 @@ def reaching(
     found = []
     for width in range(max(1, int(real.d_model / 1.5 / unit)), int(1.5 * real.d_model / unit) + 2):
         d_model = unit * width
-        per_layer = costs.count_params(
-            _integer_shape(1, d_model, heads, head_dim, vocab_size, ffn_ratio), convention
-        ).non_embedding
         fewest, most = max(1, math.ceil(d_model / bounds[1])), math.floor(d_model / bounds[0])
+        if most < fewest:
+            continue
         layers = np.arange(fewest, most + 1)
-        enough = layers[layers * per_layer >= needed(d_model / layers)] if len(layers) else layers
+        sizes = costs.count_params(_integer_shape(layers, d_model, heads, head_dim, vocab_size, ffn_ratio), convention)
+        enough = layers[sizes.non_embedding >= needed(d_model / layers)]
         if len(enough):
             found.append(_integer_shape(int(enough[0]), d_model, heads, head_dim, vocab_size, ffn_ratio))
     return found
 
 
 def _integer_shape(
-    layers: int, d_model: int, heads: HasHeads, head_dim: int, vocab_size: int, ffn_ratio: float = FFN_RATIO
+    layers: Any, d_model: int, heads: HasHeads, head_dim: int, vocab_size: int, ffn_ratio: float = FFN_RATIO
 ) -> costs.Shape:
     n_heads = d_model // head_dim if heads.n_heads is None else heads.n_heads
     n_kv_heads = heads.n_kv_heads if heads.n_kv_heads > 0 else n_heads // -heads.n_kv_heads

@@ -12,10 +12,10 @@ from rich.markup import escape
 
 from gqa_jax import formatting
 from gqa_jax.formatting import size
-from gqa_jax.laws import Heads, LawsByHeads, planning, posterior, validation
+from gqa_jax.laws import Heads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import optimum
-from gqa_jax.search.optimum import FAR
+from gqa_jax.search.candidates import FAR
 from launch import studies
 from launch.studies import Fitted
 from launch.tables import Column, Table
@@ -48,26 +48,13 @@ def _rules_of(one: Fitted) -> str | None:
 
 
 def map_table(one: Fitted) -> pd.DataFrame:
-    """Every H for every loss and served context: `gqa_jax.search.optimum.optimum_map`; context and rules of the training.
-
-    A question whose answer is further than FAR times beyond the sizes trained has no probabilities.
-    """
+    """Every H for every loss and served context: `gqa_jax.search.optimum.optimum_map`; context and rules of the training."""
     frame = optimum.optimum_map(one.laws, one.losses, one.contexts_served, convention=one.convention)
-    question = ["loss", "context_served"]
-    guesses = {tuple(row[question]) for _, row in frame[frame["rank"] == 1].iterrows() if _is_guess(one.laws, row)}
-    frame.loc[[key in guesses for key in zip(*(frame[name] for name in question), strict=True)], "probability"] = np.nan
     frame.insert(0, "context", one.context)
     frame.insert(1, "rules", _rules_of(one))
     return frame.sort_values(
         ["context", "loss", "context_served", "rank"], ascending=[True, False, True, True], ignore_index=True
     )
-
-
-def _is_guess(laws: LawsByHeads, row: pd.Series) -> bool:
-    law = laws.get(heads_of(row))
-    if law is None or not len(law.params):
-        return False
-    return not law.params.min() / FAR <= row["n_params"] <= law.params.max() * FAR
 
 
 def print_losses(loss: pd.DataFrame, differences: pd.DataFrame, console: Console) -> None:

@@ -123,7 +123,8 @@ TABLE = (
     ),
     Row(
         "gqa_jax.search.study",
-        ".errors .formatting .storage .results .shape_search .laws .external .presets .search.objectives .search.optimum",
+        ".errors .formatting .storage .results .shape_search .laws .external .presets .search.objectives .search.candidates "
+        ".search.optimum",
     ),
     Row("gqa_jax"),
     # Grids: what a person runs.
@@ -146,7 +147,7 @@ TABLE = (
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
     Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
-    Row("launch.grid_tables", ".formatting .laws .search.optimum launch.studies launch.tables"),
+    Row("launch.grid_tables", ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables"),
     Row(
         "launch.answers",
         ".formatting .laws .search.answer .search.serving_words .search.words launch.studies launch.tables launch.grid_tables",
@@ -166,7 +167,8 @@ TABLE = (
     ),
     Row(
         "launch.report",
-        ".formatting .costs .storage .laws .search.serving_words .search.answer .search.shape_rule .search.roofline "
+        ".formatting .costs .storage .laws .search.serving_words .search.answer .search.candidates .search.shape_rule "
+        ".search.roofline "
         ".search.objectives .search.optimum .plots launch.tables",
     ),
     Row(

@@ -76,7 +76,8 @@ def test_they_are_in_no_law():
     both, alone = with_other_ratios(0.02, 64), synthetic(noise=0.0, seed=0, heads=[(8, 8), (8, 1)], sizes=SIZES)
     with_them, without = laws.fit_by_heads(both), laws.fit_by_heads(alone)
     assert with_them[Heads(8, 1)].solve(2.9) == pytest.approx(without[Heads(8, 1)].solve(2.9), rel=1e-9)
-    assert "8 runs at other d/L than their size has are in no law: they tell what the shape costs" in with_them.warnings
+    said = "8 runs at another d/L than most of their size in no law; 8 of them tell what the shape costs"
+    assert said in with_them.warnings
     kept, others = split(both)
     assert (len(kept), len(others)) == (8, 8)
 
@@ -89,3 +90,40 @@ def test_tables_of_one_ratio_for_each_size_stay_whole():
     assert len(split(table.drop(columns="n_layers"))[1]) == 0
     assert presets.load("paper").penalty == Penalty(64)
     assert presets.load("paper-table4").penalty == Penalty(64)
+
+
+def ladder(ratios, *, tokens=None):
+    """One H, four widths at each of some ratios, all on one law but for what the shape costs (k = .01, c = 50)."""
+    rows = []
+    for d in (2048, 3072, 4096, 6144):
+        for ratio in ratios:
+            layers = round(d * (ratio / ratios[0]) ** (1 / 3) / ratio)  # of about as many parameters
+            n = 8.0 * (ratio * layers) ** 2 * layers
+            loss = (1.95 + 0.75 * (n / 1e9) ** -0.17) * (1 + 0.01 * np.log(ratio / 50) ** 2)
+            rows.append(
+                {"n_heads": 8, "n_kv_heads": 1, "head_dim": 64, "context": 8192, "status": "done", "tokens": 1e9,
+                 "n_layers": layers, "d_model": ratio * layers, "params_non_embedding": n, "loss": loss}
+            )  # fmt: skip
+    table = pd.DataFrame(rows)
+    generator = np.random.default_rng(0)
+    table["loss"] += 5e-4 * generator.normal(size=len(table))
+    if tokens is not None:
+        table.loc[table["d_model"] / table["n_layers"] > 1.5 * ratios[0], "tokens"] *= tokens
+    return table
+
+
+@pytest.mark.parametrize("ratios", [(32, 128), (64, 128), (32, 64, 128)])
+def test_balanced_ratios_tell_it_too(ratios):
+    """As many runs of each: the law is of one ratio that runs have, alike at every size."""
+    kept, others = split(ladder(ratios))
+    assert len(set((kept["d_model"] / kept["n_layers"]).round(6))) == 1
+    assert len(others) == 4 * (len(ratios) - 1)
+    found = laws.fit_by_heads(ladder(ratios)).penalty
+    assert found.ratio in ratios
+    assert len(found.others) == len(others)
+
+
+def test_runs_that_saw_more_tokens_tell_nothing_of_their_shape():
+    found = laws.fit_by_heads(ladder((64, 128), tokens=10))
+    assert found.penalty == Penalty(64)
+    assert "4 runs at another d/L than most of their size in no law; none of them tell what the shape costs" in found.warnings

@@ -233,6 +233,8 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         """
         from gqa_jax.laws import head_law
 
+        if not (0 < n_heads < np.inf and 0 < n_kv_heads < np.inf):
+            raise ValueError(f"n_heads = {n_heads}, n_kv_heads = {n_kv_heads}: heads are numbers above 0")
         drawn = self.draws(count, seed, method)
         if (n_heads, n_kv_heads) in drawn.heads:
             return dataclasses.replace(drawn.take([drawn.heads[drawn.heads.index((n_heads, n_kv_heads))]]), notes=())
@@ -402,8 +404,6 @@ def fit_by_heads(
     shared = run_table.shared_error(rows)
     blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
     said += [*run_table.warnings(groups, rows), *design.warnings]
-    if len(others):
-        said.append(f"{len(others)} runs at other d/L than their size has are in no law: they tell what the shape costs")
     found = LawsByHeads(
         blocks,
         context=int(rows["context"].iloc[0]),
@@ -420,4 +420,10 @@ def fit_by_heads(
         refit=refit,
     )
     found.penalty = shape.penalty(rows, others, found)
+    if len(others):
+        telling = len(found.penalty.others)
+        found.warnings += (
+            f"{len(others)} {'run' if len(others) == 1 else 'runs'} at another d/L than most of their size in no law; "
+            f"{telling or 'none'} of them {'tells' if telling == 1 else 'tell'} what the shape costs",
+        )
     return found

@@ -79,8 +79,6 @@ def draws_of(
 
     n_heads and n_kv_heads may be any numbers above 0. Raises NoHeadLaw: too few H, or heads too far outside those with laws.
     """
-    if not (0 < n_heads < np.inf and 0 < n_kv_heads < np.inf):
-        raise ValueError(f"n_heads = {n_heads}, n_kv_heads = {n_kv_heads}: heads are numbers above 0")
     known = {heads: path for heads, path in paths(block, head_dim).items() if heads in drawn.heads}
     counted = sum(heads.n_heads is not None for heads in known)
     if counted < POOLED_FROM:

@@ -30,6 +30,7 @@ PRIOR_C, PRIOR_LOG_C_SD = 50.0, 0.3  # the same of c: 95% from 28 to 90
 PAPER_RATIO = 64.0  # d / L of the models of the paper's Figures 1 and 2
 REACH = 2.0  # ratios from r0 / REACH to r0 REACH are looked at: beyond them neither runs nor the prior say anything
 SAME_SIZE, OTHER_RATIO = np.log(1.1), np.log(1.2)  # runs of one size, and of different ratios
+SAME_TOKENS = 1.05
 _NODES_K, _NODES_C = np.linspace(-5.0, 5.0, 161), np.linspace(-4.0, 4.0, 65)  # standard deviations of the priors
 
 
@@ -130,21 +131,26 @@ def ratios(rows: pd.DataFrame) -> np.ndarray | None:
     return rows["d_model"].to_numpy(np.float64) / rows["n_layers"].to_numpy(np.float64)
 
 
+def usual(known: np.ndarray) -> float:
+    """The middle of some ratios, one that a run has: of an even number the lower of the two in the middle."""
+    return float(np.sort(known)[(len(known) - 1) // 2])
+
+
 def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(rows that a law is of, rows that tell what the ratio costs).
 
-    Where runs of one H and size, N within 10%, differ in d / L by more than 20%, the one closest to the middle of all runs'
-    ratios (the median of their logarithms) belongs to the law and the others tell k.
+    Where runs of one H and size, N within 10%, differ in d / L by more than 20%, the one closest to `usual` belongs to the law
+    and the others tell k; of two that are as far, the deeper one belongs to the law.
     """
     known = ratios(rows)
     if known is None or not len(rows):
         return rows, rows.iloc[:0]
     log_n, log_r = np.log(rows["params_non_embedding"].to_numpy(np.float64)), np.log(known)
-    away = np.abs(log_r - np.median(log_r))
+    away = np.abs(log_r - np.log(usual(known))) + 1e-6 * log_r  # the second decides between two that are as far
     other = np.zeros(len(rows), bool)
     for at in rows.groupby(["n_heads", "n_kv_heads"], dropna=False).indices.values():
         same = np.abs(log_n[at][:, None] - log_n[at]) < SAME_SIZE
-        closer = (np.abs(log_r[at][:, None] - log_r[at]) > OTHER_RATIO) & (away[at] < away[at][:, None] - 1e-9)
+        closer = (np.abs(log_r[at][:, None] - log_r[at]) > OTHER_RATIO) & (away[at] < away[at][:, None])
         other[at] = (same & closer).any(1)
     return rows[~other], rows[other]
 
@@ -152,8 +158,9 @@ def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 def penalty(rows: pd.DataFrame, others: pd.DataFrame, laws: LawsByHeads) -> Penalty:
     """What the two parts of `split` say of k and c: ln(loss / law) of `others`.
 
-    A run's noise is known from the residuals of the laws, and as well as their degrees of freedom allow: its standard deviation
-    is widened as Student's t is against the normal distribution at 95%. Without noise: the prior alone.
+    Only runs that saw as many tokens as the law's of about their size, or as many per parameter, within 5%: others differ in
+    more than their shape. A run's noise is known from the residuals of the laws, and as well as their degrees of freedom allow:
+    its standard deviation is widened as Student's t is against the normal distribution at 95%. Without noise: the prior alone.
     """
     known = ratios(rows)
     if known is None or not len(known):
@@ -162,10 +169,21 @@ def penalty(rows: pd.DataFrame, others: pd.DataFrame, laws: LawsByHeads) -> Pena
     wider = stats.t.ppf(0.975, laws.dof) / stats.norm.ppf(0.975) if laws.dof > 0 else np.nan
     for row in others.itertuples():
         heads = Heads(None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
-        if heads not in laws or not laws.sigma > 0:
+        if heads not in laws or not laws.sigma > 0 or not _as_many_tokens(row, rows):
             continue
         expected = float(laws[heads].predict(float(row.params_non_embedding)))
         excess = float(np.log(float(row.loss) / expected))
         sd = float(wider * laws.sigma / expected)
         found.append(OtherRatio(float(row.d_model) / float(row.n_layers), excess, sd, list(laws).index(heads)))
-    return Penalty(float(np.round(np.exp(np.median(np.log(known))), 9)), tuple(found))
+    return Penalty(usual(known), tuple(found))
+
+
+def _as_many_tokens(row: Any, rows: pd.DataFrame) -> bool:
+    """Whether a run saw as many tokens, or as many per parameter, as that of `rows` closest in size; True where none says."""
+    n = rows["params_non_embedding"].to_numpy(np.float64)
+    near = rows.iloc[int(np.argmin(np.abs(np.log(n / float(row.params_non_embedding)))))]
+    if "tokens" not in rows or pd.isna(row.tokens) or pd.isna(near["tokens"]):
+        return True
+    tokens = np.log(float(row.tokens) / float(near["tokens"]))
+    per_parameter = tokens - np.log(float(row.params_non_embedding) / float(near["params_non_embedding"]))
+    return bool(min(abs(tokens), abs(per_parameter)) <= np.log(SAME_TOKENS))

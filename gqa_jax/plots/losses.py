@@ -149,7 +149,7 @@ def _draw_costs(
             inside = (y >= start - (end - start) / 4) & (y <= end + (end - start) / 4)
             if inside.any():
                 style.halo(ax, x[inside], y[inside])
-                marks = "least expected regret" if hasattr(laws, "band") else "least cost"
+                marks = "least expected regret" if np.isfinite(getattr(laws, "sigma", np.nan)) else "least cost"
     sure = style.sure(laws, run_table.shared_error(table), bars=bars, bands=bands)
     return entries, list(filter(None, (words, sure))), marks
 

@@ -134,7 +134,9 @@ class Answer:
         row = {
             "role": "baseline", "n_heads": base.heads.n_heads, "n_kv_heads": base.heads.n_kv_heads, "n_params": base.n_params,
             "n_layers": base.n_layers, "d_model": base.d_model, "ratio": base.d_model / base.n_layers, "c_infer": base.c_infer,
-            "m_infer": base.m_infer, "cost": base.cost, "cost_low": low, "cost_high": high, "saving": 0.0, "note": base.note,
+            "m_infer": base.m_infer, "cost": base.cost, "cost_low": low, "cost_high": high,
+            "saving": 0.0 if np.isfinite(base.cost) else np.nan, "pareto": False,
+            "note": base.note,
         }  # fmt: skip
         last = pd.DataFrame([row]).reindex(columns=frame.columns).astype(frame.dtypes.to_dict())
         return pd.concat([frame, last], ignore_index=True)
@@ -192,7 +194,7 @@ def measured_model(laws: Mapping[Heads, PowerLaw], heads: Heads, loss: float) ->
     rows = laws.rows if isinstance(laws, LawsByHeads) else None
     if rows is None or not {"n_layers", "d_model"} <= {*rows.columns}:
         return None
-    rows = rows.dropna(subset=["n_layers", "d_model"])
+    rows = rows.dropna(subset=["n_layers", "d_model"]).reset_index(drop=True)
     own = rows["d_model"].astype(float) / laws.head_dim
     n_heads = rows["n_heads"].astype("Float64").fillna(own).astype(float)
     d_model = rows["d_model"].astype(float)

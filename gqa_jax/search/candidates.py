@@ -20,6 +20,7 @@ from gqa_jax.search.roofline import Layout, Serving
 from gqa_jax.search.shape_rule import ShapeRule
 from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
 
+FAR = 10.0  # times the largest trained size, or below the smallest: an answer beyond it is a guess, without a probability
 LEAST_BUILT, LARGEST_BUILT = 1e3, 1e13  # parameters: no model is proposed outside
 
 CANDIDATES = (
@@ -48,6 +49,12 @@ class Coefficients:
     trained_Hx2: np.ndarray  # least and largest N that the law was fitted to
     draws: Draws | None  # of `heads`, in their order
     no_draws: str | None  # why there are none
+
+    def far(self, i: int, n_params: float) -> float:
+        """How many times N of the i-th heads is beyond the sizes that were trained, where that is more than FAR; else nan."""
+        smallest, largest = self.trained_Hx2[i]
+        beyond = max(n_params / largest, smallest / n_params)
+        return float(beyond) if beyond > FAR else np.nan
 
 
 def coefficients(
@@ -242,6 +249,8 @@ class Table:
         first = column["cost" if found is None else "expected_regret"]
         order = np.lexsort((excess, column["cost"], first, hopeless))  # the last counts most
         frame = pd.DataFrame({name: values[order] for name, values in column.items()})
+        if hopeless[order[0]] or np.isfinite(self.known.far(int(order[0]), float(n_H[order[0]]))):
+            frame["probability"] = np.nan  # nothing is answered, or a guess
         frame["rank"] = pd.arrays.IntegerArray(np.arange(1, k + 1), hopeless[order])
         return Ranked(frame, self.heads, cost_H, n_H, shape_H, cost_SxH, ratio_SxH, found, objective)
 

@@ -26,7 +26,6 @@ from gqa_jax.search import objectives, ranking
 from gqa_jax.search.answer import Answer, Baseline, Model, ShapeChoice, measured_model, name_of
 from gqa_jax.search.candidates import (
     LARGEST_BUILT,
-    Coefficients,
     Ranked,
     Table,
     about,
@@ -39,14 +38,14 @@ from gqa_jax.search.candidates import (
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.ranking import TAILS, quantiles, savings
 from gqa_jax.search.roofline import Serving
-from gqa_jax.search.shape_rule import TRAINED, ShapeRule
+from gqa_jax.search.shape_rule import RATIOS, TRAINED, ShapeRule
 from gqa_jax.shapes import Aspect
 
-FAR = 10.0  # times the largest trained size: an answer beyond it is a guess, and is called so
 LLAMA3_UNKNOWN = (
     "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here"
 )
 _SPARE = 1.001  # sizes between the ratios that are looked at are interpolated: to a thousandth
+_ROUNDED = 1.25  # a model that is built has at most so many times the parameters, or the ratio, that it needs
 _BUILT = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_params", "ratio", "loss", "cost")
 
 AspectAsked = None | str | float | Aspect
@@ -61,6 +60,7 @@ def search(
     aspect: AspectAsked = None,
     heads: Sequence[Heads] | None = None,
     baseline: Heads | Model = LLAMA3,
+    baseline_aspect: AspectAsked = None,
     convention: str | costs.Convention = "figures",
     memory_limit: float | Serving | None = None,
     draws: int = 1000,
@@ -80,6 +80,8 @@ def search(
       heads: candidates; default: all that have a law.
       baseline: what savings are against: heads, of which a run within .003 nats of the loss is taken, else what their law
         says; or a model.
+      baseline_aspect: d / L of what their law says; default: that of the trained sizes where `aspect` leaves it free, else
+        `aspect`.
       convention: of the columns c_infer and m_infer.
       memory_limit: bytes that parameters and cache (bfloat16, one sequence) may take, or the `Serving` whose devices must hold
         them at its batch and precisions; what needs more can't be chosen.
@@ -90,8 +92,8 @@ def search(
       ValueError: a loss that no H reaches by the fitted laws, a limit that none keeps, a context below 1, heads without a law,
         or an aspect ratio that nothing is known of.
     """
-    options = {"heads": heads, "baseline": baseline, "convention": convention, "memory_limit": memory_limit, "draws": draws,
-               "seed": seed, "method": method, "loss_S": loss_S}  # fmt: skip
+    options = {"heads": heads, "baseline": baseline, "baseline_aspect": baseline_aspect, "convention": convention,
+               "memory_limit": memory_limit, "draws": draws, "seed": seed, "method": method, "loss_S": loss_S}  # fmt: skip
     objective, rule = objective or objectives.Z(convention), rule_of(laws, aspect)
     answer = _search(laws, loss, context_served, objective, rule, **options)
     if not rule.is_free:
@@ -112,6 +114,7 @@ def _search(
     *,
     heads: Sequence[Heads] | None,
     baseline: Heads | Model,
+    baseline_aspect: AspectAsked,
     convention: str | costs.Convention,
     memory_limit: float | Serving | None,
     draws: int,
@@ -128,19 +131,19 @@ def _search(
     table = Table.of(laws, loss, rule, known, seed, loss_S)
     found = table.ranked(context_served, objective, convention, memory_limit)
     if not np.isfinite(found.frame["cost"]).any():
-        raise ValueError(_unreachable(laws, loss, found.frame, memory_limit))
-    against, said = _against(_base(table, baseline), found, baseline, objective, context_served, convention, memory_limit)
+        raise ValueError(_unreachable(table, found.frame, memory_limit))
+    base = _base(table, baseline, baseline_aspect)
+    against, said = _against(base, found, baseline, objective, context_served, convention, memory_limit)
     best = found.frame.iloc[0]
     best_heads = _heads(best)
     i = found.heads.index(best_heads)
     runner = found.frame.iloc[1] if len(found.frame) > 1 and np.isfinite(found.frame["cost"].iloc[1]) else None
-    far = _far(known, i, float(best["n_params"]))
-    if np.isfinite(far):
-        found.frame["probability"] = np.nan
+    far = known.far(i, float(best["n_params"]))
+    rule.require(float(best["ratio"]))
 
     def without(others: LawsByHeads) -> Table:
         again = coefficients(others, draws, seed, method, heads=known.heads[: known.n_candidates], compared=None)
-        return Table.of(others, loss, rule, again, seed)
+        return Table.of(others, loss, dataclasses.replace(rule, penalty=others.penalty), again, seed)
 
     warnings = [
         *(_common_warnings(laws) if alone else []),
@@ -267,7 +270,8 @@ def convention_sensitivity(
             )  # fmt: skip
             best = own.iloc[0]
             if not np.isfinite(best["cost"]):
-                raise ValueError(_unreachable(laws, loss, own, None))
+                known = coefficients(laws, draws, seed, heads=heads, compared=None)
+                raise ValueError(_unreachable(Table.of(laws, loss, rule_of(laws, aspect), known), own, None))
             first = first or _heads(best)
             regret_H = ranking.regret(own["cost"].fillna(np.inf).to_numpy())
             rows.append(
@@ -337,7 +341,7 @@ def _compared(baseline: Heads | Model) -> Heads | None:
     return None if isinstance(baseline, Model) else Heads(*baseline)
 
 
-def _base(table: Table, asked: Heads | Model) -> Model | Table | None:
+def _base(table: Table, asked: Heads | Model, aspect: AspectAsked = None) -> Model | Table | None:
     """What savings are against: a model that is given, or that was measured, or what the law of heads says; None: no law.
 
     By a law it has the shape of the trained sizes where shapes are free: that is what heads and shape are chosen against.
@@ -349,7 +353,8 @@ def _base(table: Table, asked: Heads | Model) -> Model | Table | None:
         return model
     if heads not in table.heads:
         return None
-    return table.alone(heads, rule_of(table.laws, TRAINED) if table.rule.is_free else table.rule)
+    aspect = TRAINED if aspect is None and table.rule.is_free else aspect
+    return table.alone(heads, table.rule if aspect is None else rule_of(table.laws, aspect))
 
 
 def _against(
@@ -405,13 +410,6 @@ def _cost_of(model: Model, objective: Objective, context: int, memory_limit: flo
 
 def _known(against: Baseline | None) -> bool:
     return against is not None and np.isfinite(against.cost)
-
-
-def _far(known: Coefficients, i: int, n_params: float) -> float:
-    """How many times N* of the i-th heads is beyond the sizes that were trained, where that is more than FAR; else nan."""
-    smallest, largest = known.trained_Hx2[i]
-    beyond = max(n_params / largest, smallest / n_params)
-    return float(beyond) if beyond > FAR else np.nan
 
 
 def _choice(table: Table, found: Ranked, i: int, best: pd.Series) -> ShapeChoice:
@@ -503,7 +501,13 @@ def _buildable(
         return pd.DataFrame(columns=list(_BUILT))
     shape = one_of(found.shape_H, i)
     ratio = float(shape.d_model / shape.n_layers)
-    bounds = table.rule.penalty.bounds if table.rule.is_free else (ratio / 1.25, ratio * 1.25)
+    rule = table.rule
+    bounds = rule.penalty.bounds
+    if not rule.is_free:  # the ratio is given: some about it
+        about_it = (ratio / _ROUNDED, ratio * _ROUNDED)
+        bounds = about_it if rule.ratios_R is None else (max(bounds[0], about_it[0]), min(bounds[1], about_it[1]))
+    if rule.ratios_R is not None and not rule.is_free:
+        table, i = table.alone(heads, dataclasses.replace(rule, ratios_R=np.geomspace(*bounds, RATIOS))), 0
     found_shapes = shape_search.reaching(
         n_params, heads, ratio, bounds, lambda r: _SPARE * table.needed(i, r), int(head_dim), int(vocab_size), convention,
         ffn_ratio, multiple=64 if n_params > 1e7 else 16,
@@ -516,7 +520,8 @@ def _buildable(
     frame["n_params"] = np.asarray(costs.count_params(several, convention).non_embedding, np.float64)
     frame["ratio"] = frame["d_model"] / frame["n_layers"]
     frame["cost"] = limited(objective, several, context, memory_limit)
-    frame = frame[np.isfinite(frame["cost"])].sort_values("cost", kind="stable", ignore_index=True)
+    frame = frame[np.isfinite(frame["cost"]) & (frame["n_params"] <= _ROUNDED * table.needed(i, frame["ratio"]))]
+    frame = frame.sort_values("cost", kind="stable", ignore_index=True)
     frame["loss"] = _loss_of(table, i, frame["n_params"].to_numpy(), frame["ratio"].to_numpy())
     return frame.loc[frame["loss"] <= table.loss, list(_BUILT)].head(3).reset_index(drop=True)
 
@@ -576,10 +581,9 @@ def without_outliers(
     return [f"without {which} {said}"]
 
 
-def _sure(table: Table, best: pd.Series) -> str:
-    """How sure an answer is, where it is no guess."""
-    far = _far(table.known, table.heads.index(_heads(best)), float(best["n_params"]))
-    if np.isnan(best["probability"]) or np.isfinite(far):
+def _sure(_: Table, best: pd.Series) -> str:
+    """How sure an answer is, where that is known and it is no guess."""
+    if np.isnan(best["probability"]):
         return ""
     return f", the cheapest with a probability of {formatting.probability(best['probability'])}"
 
@@ -600,9 +604,10 @@ def _beyond(laws: Mapping[Heads, PowerLaw], context_served: int) -> list[str]:
     ]
 
 
-def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFrame, memory_limit: float | Serving | None) -> str:
-    least = min(law.entropy for law in laws.values())
-    lowest = min((law.loss.min() for law in laws.values() if len(law.loss)), default=np.inf)
+def _unreachable(table: Table, frame: pd.DataFrame, memory_limit: float | Serving | None) -> str:
+    loss, laws = table.loss, [table.laws[h] for h in table.heads[: table.known.n_candidates]]
+    least = min(law.entropy for law in laws)
+    lowest = min((law.loss.min() for law in laws if len(law.loss)), default=np.inf)
     notes = frame.loc[frame["n_params"].notna(), "note"].dropna()
     if loss > least and memory_limit is None and len(notes):
         nearest = f"{_heads(frame.loc[notes.index[0]])} {notes.iloc[0]}"
@@ -611,7 +616,12 @@ def _unreachable(laws: Mapping[Heads, PowerLaw], loss: float, frame: pd.DataFram
             "time, other devices, a higher loss, a shorter context or fewer requests at once"
         )
     if frame["n_params"].isna().all():
-        said = f"the fitted entropy E is {least:.4f}" + ("" if loss <= least else ", and most draws of it are above the loss")
+        said = f"the fitted entropy E is {least:.4f}"
+        if loss > least:
+            why = (
+                "most draws of it are above the loss" if table.known.draws is not None else "other d / L cost more than is left"
+            )
+            said += f", and {why}"
         return (
             f"a loss of {loss:g} can't be reached at any size: {said}; the lowest measured loss "
             f"is {lowest:.4f}, so ask for {least + 0.25 * (lowest - least):.3f} or more"

@@ -22,9 +22,9 @@ from gqa_jax import formatting
 from gqa_jax.laws import Draws, Heads, LawsByHeads
 from gqa_jax.search import objectives, optimum, ranking
 from gqa_jax.search.answer import Answer, Model
-from gqa_jax.search.candidates import Coefficients, Table, rule_of
+from gqa_jax.search.candidates import FAR, Coefficients, Table, rule_of
 from gqa_jax.search.objectives import Objective
-from gqa_jax.search.optimum import FAR, AspectAsked
+from gqa_jax.search.optimum import AspectAsked
 from gqa_jax.search.own_model import OwnModel
 from gqa_jax.search.ranking import TAILS, quantiles
 from gqa_jax.search.roofline import Serving

@@ -53,11 +53,14 @@ class ShapeRule:
             raise ValueError(f"aspect {asked}: give best, paper, trained, or the ratio d / L as a number, like 64") from None
         low, high = penalty.bounds
         if not low * (1 - 1e-9) <= ratio <= high * (1 + 1e-9):
-            raise ValueError(
-                f"aspect {ratio:g}: what a d / L outside {low:.3g} to {high:.3g} does to loss is known from no run and no "
-                f"prior (the runs have {penalty.ratio:.3g})"
-            )
+            raise ValueError(_unknown("", ratio, penalty))
         return cls(f"{ratio:g}", penalty, np.array([ratio]))
+
+    def require(self, ratio: float) -> None:
+        """Raises ValueError for a ratio of a table of others' models that neither runs nor the prior say anything about."""
+        low, high = self.penalty.bounds
+        if self.aspect is not None and self.name != TRAINED and not low * (1 - 1e-9) <= ratio <= high * (1 + 1e-9):
+            raise ValueError(_unknown(self.name, ratio, self.penalty))
 
     @property
     def is_free(self) -> bool:
@@ -84,6 +87,14 @@ class ShapeRule:
     def usual(self) -> int:
         """Index of the ratio that is closest to that of the laws."""
         return 0 if self.ratios_R is None else int(np.argmin(np.abs(np.log(self.ratios_R / self.penalty.ratio))))
+
+
+def _unknown(name: str, ratio: float, penalty: Penalty) -> str:
+    low, high = penalty.bounds
+    return (
+        f"aspect {name and f'{name}, here '}{ratio:.4g}: what a d / L outside {low:.3g} to {high:.3g} does to loss is known "
+        f"from no run and no prior (the runs have {penalty.ratio:.3g})"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

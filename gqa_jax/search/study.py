@@ -22,6 +22,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.laws import Heads, LawsByHeads, fit_by_heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import objectives, optimum
+from gqa_jax.search.candidates import about
 from gqa_jax.shape_search import solve_shape
 
 PAPER_LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)  # rows of its Table 4
@@ -379,7 +380,7 @@ class Study:
             least, most = law.params.min(), law.params.max()
             n_params = np.geomspace(least, 4 * most if until is None else until, points)
             low, high = laws.band(heads, n_params)
-            shape = solve_shape(n_params, heads, laws.aspect, laws.head_dim, laws.vocab_size, laws.size_convention)
+            shape = solve_shape(n_params, heads, laws.aspect, *about(laws))
             trained = (n_params >= least * (1 - 1e-9)) & (n_params <= most * (1 + 1e-9))
             columns = {"n_params": n_params, "loss": law.predict(n_params), "low": low, "high": high, "trained": trained}
             columns |= {"n_layers": shape.n_layers, "d_model": shape.d_model, "context_served": served}
@@ -410,7 +411,6 @@ class Study:
         at = [one, other.at(train_context if train_context in other.contexts else None)]
         found, notes = [], _not_alike(self, other)
         for study, fitted in zip(both, at, strict=True):
-            row: dict[str, Any] = {"study": study.name, "train_context": fitted.context}
             try:
                 found.append(study.answer(loss, context, cost, device, train_context=fitted.context, **options))
             except ValueError as error:

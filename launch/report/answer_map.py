@@ -23,7 +23,7 @@ import pandas as pd
 from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.plots import style
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import candidates, objectives, optimum
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.roofline import Layout, Serving
 from launch.report import words
@@ -244,7 +244,7 @@ def packed(found: AnswerMap, laws: Any) -> dict[str, Any]:
         "goals": goals,
         "halo": style.HALO,
         "largest_regret": formatting.LARGEST_REGRET,
-        "far": optimum.FAR,
+        "far": candidates.FAR,
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gqa_jax import formatting
-from gqa_jax.search import optimum
+from gqa_jax.search import candidates
 from launch.report import pictures, tables, words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
@@ -122,7 +122,7 @@ def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
     heads = words.heads_of(row)
     size = words.short(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
     sizes = study.laws[heads].params
-    far = len(sizes) > 0 and max(row.n_params / max(sizes), min(sizes) / row.n_params) > optimum.FAR
+    far = len(sizes) > 0 and max(row.n_params / max(sizes), min(sizes) / row.n_params) > candidates.FAR
     sure = 0.0 if far or words.missing(row.probability) else round(float(row.probability), 3)
     return MapCell(
         words.label(heads, study.laws.head_dim),
