@@ -165,6 +165,11 @@ def amount(value: float, unit: str) -> str:
     return scaled(value, [f" {letter}B" for letter in SI], three) if value >= 999.5 else f"{three(value)} B"
 
 
+def counted(count: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def context(tokens: int) -> str:
     """A context length, tokens: 128K; 1,000 where it is no multiple of 1024."""
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from gqa_jax import hardware, prices, storage
 from gqa_jax.errors import ConfigError
-from gqa_jax.formatting import duration, si
+from gqa_jax.formatting import counted, duration, si
 from launch import analysis, executor, fit, grid, local, rules, run, screen, state
 from launch.executor import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
@@ -172,7 +172,7 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
     if _as_data(arguments, frame):
         return EXIT_DONE
     if fits is not None:
-        for view in plan.slices_screen(frame, f"{the.grid.name}: {len(chosen)} cells"):
+        for view in plan.slices_screen(frame, f"{the.grid.name}: {counted(len(chosen), 'cell')}"):
             console.print(view)
             console.print()
         console.print(plan.hours_are(fits, arguments.efficiency), soft_wrap=True)
@@ -180,7 +180,7 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
             console.print(f"GiB: {memory}", highlight=False, soft_wrap=True)
         console.print(f"USD: {plan.origins(fits, table)}", highlight=False, soft_wrap=True)
     else:
-        console.print(plan.screen(frame, f"{the.grid.name}: {len(chosen)} cells in {layout.root}"))
+        console.print(plan.screen(frame, f"{the.grid.name}: {counted(len(chosen), 'cell')} in {layout.root}"))
         console.print()
         source = "given" if arguments.flops_per_second else "reached by the finished cells"
         if rate:
@@ -332,7 +332,7 @@ def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
         before = run.look(chosen, layout, engine)
         todo = [cell for cell, now in zip(chosen, before.states, strict=True) if now.runnable]
         at_a_time = f"{engine.capacity} at a time{'' if here else f' on {engine.engine}'}"
-        summary = f"{the.grid.name}: {len(chosen)} cells, {len(todo)} to train, {at_a_time}, in {layout.root}"
+        summary = f"{the.grid.name}: {counted(len(chosen), 'cell')}, {len(todo)} to train, {at_a_time}, in {layout.root}"
         console.print(summary, highlight=False, soft_wrap=True)
         _print_others(the, layout, console)
         proved = _proved(arguments, todo, engine) if todo else {}
@@ -356,7 +356,7 @@ def _end(arguments, the: Choice, chosen: list[Cell], layout: Layout, engine: Exe
     failed = any(now.state in state.BAD for now in last.states)
     if last.active:
         console.print(
-            f"{len(last.submitted)} cells submitted, {last.active} on {engine.engine}: python -m launch status "
+            f"{counted(len(last.submitted), 'cell')} submitted, {last.active} on {engine.engine}: python -m launch status "
             f"{_about(arguments, the)}",
             highlight=False,
             soft_wrap=True,
@@ -406,7 +406,8 @@ def _dry_run(arguments, the: Choice, chosen: list[Cell], layout: Layout, engine:
     if arguments.json:
         print(json.dumps([dataclasses.asdict(one) for one in submissions], indent=1))
         return EXIT_DONE
-    title = f"{the.grid.name}: {len(todo)} of {len(chosen)} cells would be submitted to {engine.engine}, in {layout.root}"
+    those = f"{len(todo)} of {counted(len(chosen), 'cell')}"
+    title = f"{the.grid.name}: {those} would be submitted to {engine.engine}, in {layout.root}"
     console.print(title, highlight=False, soft_wrap=True)
     for one in submissions:
         print(one.command)
@@ -493,7 +494,7 @@ def _cancel(arguments, the: Choice, layout: Layout, console: Console) -> int:
     run.cancel(active, layout, engine)
     for name in active:
         print(f"{name}: cancelled ({jobs[name].id}{', it ran' if jobs[name].state == RUNNING else ''})")
-    print(f"{len(active)} cells cancelled on {engine.engine}; what they saved stays")
+    print(f"{counted(len(active), 'cell')} cancelled on {engine.engine}; what they saved stays")
     return EXIT_DONE
 
 
@@ -513,7 +514,7 @@ def _retry(arguments, the: Choice, layout: Layout, console: Console) -> int:
             aside = _set_aside(layout.cell(cell.name), now)
             count += 1
             print(f"{cell.name}: {now.state} ({now.failure or now.cause}); its records are in {aside}")
-    print(f"{count} cells can run again: python -m launch run {_about(arguments, the)}")
+    print(f"{counted(count, 'cell')} can run again: python -m launch run {_about(arguments, the)}")
     return EXIT_DONE
 
 

@@ -49,7 +49,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         return command
 
     command = add("fit", _fit, "the laws L(N; H) of finished runs, with intervals, checks and warnings")
-    _add_context(command)
+    _add_context(command, "all")
     command.add_argument("--free_entropy", action="store_true", help="an E per head configuration instead of one for all")
     command.add_argument("--entropy", type=float, metavar="E", help="E, given instead of fitted, nats per token")
     command.add_argument("--huber_delta", type=float, metavar="D", help="residuals beyond D nats count linearly")
@@ -269,10 +269,9 @@ def _batch(text: str) -> int | str:
         return text  # Serving says what there is
 
 
-def _add_context(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--train_context", type=_tokens, metavar="T", help="training context of the laws (default: that of least noise)"
-    )
+def _add_context(command: argparse.ArgumentParser, default: str = "that of least noise") -> None:
+    summary = f"training context of the laws (default: {default})"
+    command.add_argument("--train_context", type=_tokens, metavar="T", help=summary)
 
 
 def _add_aspect(command: argparse.ArgumentParser) -> None:
@@ -342,15 +341,17 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.free_entropy and arguments.entropy is not None:
         raise ConfigError("--free_entropy or --entropy: not both")
     fits = studies.fit(source, **options)
-    chosen = [fits.at(arguments.train_context)] if arguments.train_context is not None else fits.fitted
-    fits.at(arguments.train_context)
+    first = fits.at(arguments.train_context)
+    chosen = fits.fitted if arguments.train_context is None else [first]
     import pandas as pd
+
+    from gqa_jax.search.answer import records
 
     tables = [grid_tables.fit_table(one) for one in chosen]
     if arguments.format == "csv":
         print(pd.concat(tables, ignore_index=True).to_csv(index=False), end="")
     elif arguments.format == "json":
-        print(pd.concat(tables, ignore_index=True).to_json(orient="records", indent=1))
+        print(json.dumps(records(pd.concat(tables, ignore_index=True)), indent=1, allow_nan=False))
     elif arguments.format != "table":
         laws = [grid_tables.laws_of(one, table) for one, table in zip(chosen, tables, strict=True)]
         print("\n".join(one.text(arguments.format) for one in laws), end="")
@@ -358,7 +359,7 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
         for one, table in zip(chosen, tables, strict=True):
             if one.laws.source:
                 console.print(one.laws.source, highlight=False)
-            grid_tables.print_laws(one, table, console)
+            grid_tables.print_laws(one, table, console, "--format json")
             grid_tables.print_checks(one, console)
         for context, why in fits.unfitted.items():
             console.print(f"trained at T = {context:,}: no fit: {why}", highlight=False)
@@ -367,7 +368,7 @@ def _fit(arguments: argparse.Namespace, console: Console) -> int:
 
 def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     from gqa_jax.search import devices as devices_of
-    from gqa_jax.search import optimum
+    from gqa_jax.search import objectives, optimum
     from gqa_jax.search.answer import records
     from gqa_jax.search.roofline import Serving
     from launch import answers, studies
@@ -398,7 +399,9 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     found = optimum.search(*question, goals[0], **limits, **how)
     other = None
     if arguments.conventions:
-        other = optimum.convention_sensitivity(one.laws, arguments.loss, arguments.context, **how)
+        weights = goals[0] if isinstance(goals[0], objectives.Z) else None
+        own = {"memory_limit": limit, "method": arguments.method, "weights": weights}
+        other = optimum.convention_sensitivity(*question, **own, **how)
     if arguments.format == "json":
         about = {"source": source.name, "train_context": one.context, "status": one.laws.status}
         more = {} if other is None else {"conventions": records(other)}
@@ -476,9 +479,9 @@ def _compare(arguments: argparse.Namespace, source, one, found, console: Console
         tables = {"devices": records(found.table), "front": records(found.front)}
         print(json.dumps(about | tables | {"answers": by_device}, indent=1, allow_nan=False))
     elif arguments.format == "table":
-        device_tables.print_comparison(found, one, console, also)
+        device_tables.print_comparison(found, console, also)
     else:
-        _print_as(arguments.format, [device_tables.headline(found, one, also)], device_tables.tables(found))
+        _print_as(arguments.format, [device_tables.headline(found, also)], device_tables.tables(found))
     return 0
 
 

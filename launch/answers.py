@@ -16,6 +16,7 @@ from gqa_jax.formatting import amount, probability, regret, saving, size
 from gqa_jax.laws import Heads, LawsByHeads, PowerLaw
 from gqa_jax.search import serving_words
 from gqa_jax.search.answer import Answer
+from gqa_jax.search.candidates import outside
 from gqa_jax.search.words import ASSUMED, FLOPS, baseline_words, headline, shape_text
 from launch import grid_tables
 from launch.studies import Fitted
@@ -53,7 +54,7 @@ def candidates(answer: Answer, laws: Mapping[Heads, PowerLaw]) -> Table:
         Column("cheapest\n(prob.)", lambda row: _known(row.probability, probability), rank=2, name="probability"),
         Column("expected\nregret", lambda row: regret(row.expected_regret), rank=5),
         Column("against\nbase", lambda row: "" if row.role == "baseline" else saving(row.saving), rank=3),
-        Column("N* against\ntrained sizes", _outside, "left", 6),
+        Column("N* against\ntrained sizes", lambda row: outside(row.note), "left", 6),
     ]
     caption = f"Heads for a loss of {answer.loss:.5g} at {answer.context_served:,} tokens of context" + (
         "" if np.isnan(answer.expected_regret) else ", least expected regret first"
@@ -76,13 +77,6 @@ def _cost_between(row: Any, cost: Callable[[float], str]) -> str:
 
 def _known(value: float, text: Callable[[float], str]) -> str:
     return "" if pd.isna(value) else text(value)
-
-
-def _outside(row: Any) -> str:
-    """1.8x above."""
-    if pd.isna(row.note) or not row.note.startswith("extrapolated: N* is "):
-        return ""
-    return row.note.removeprefix("extrapolated: N* is ").removesuffix(" the trained sizes")
 
 
 def _without(frame: pd.DataFrame) -> list[str]:

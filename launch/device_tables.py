@@ -18,12 +18,11 @@ from gqa_jax.search.serving_words import LIMITS
 from gqa_jax.search.words import shape_text
 from launch import answers
 from launch.grid_tables import heads_text
-from launch.studies import Fitted
 from launch.tables import Column, Table
 
 
-def headline(found: Comparison, one: Fitted, also: Sequence[str] = ()) -> str:
-    """Which device is the cheapest, or the fastest, and the answer on it; `also`: of `answers.headline`."""
+def headline(found: Comparison, also: Sequence[str] = ()) -> str:
+    """Which device is the cheapest, or the fastest, and the answer on it; `also`: of `words.headline`."""
     first = found.table.iloc[0]
     answer = found.answers[first["device"]]
     most = "fastest" if answer.objective["unit"] == "seconds" else "cheapest"
@@ -80,9 +79,9 @@ def tables(found: Comparison) -> list[Table]:
     return [on_devices(found), *([money_and_time(found)] if len(found.front) else [])]
 
 
-def print_comparison(found: Comparison, one: Fitted, console: Console, also: Sequence[str] = ()) -> None:
+def print_comparison(found: Comparison, console: Console, also: Sequence[str] = ()) -> None:
     """The answer, its tables, prices, what costs rest on, warnings; `also`: of `headline`."""
-    answers.print_headline(headline(found, one, also), console)
+    answers.print_headline(headline(found, also), console)
     for table in tables(found):
         console.print(table, "")
     for row in found.table.to_dict("records"):

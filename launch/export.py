@@ -55,8 +55,8 @@ def write(layout: Layout, console: Console, asked: str | None = None, allow_conf
             _draw(out, source.name, one)
     _print(source, fits, tables, differences, console)
     if left := len(loss) - len(source.loss):
-        console.print(f"{left} runs under other rules are in the tables, and in no law", highlight=False)
-    console.print(f"tables in {layout.tables}, pictures in {layout.figures}")
+        console.print(f"runs under other rules: {left}, in the tables and in no law", highlight=False)
+    console.print(f"tables in {layout.tables}" + f", pictures in {layout.figures}" * bool(fits.fitted), highlight=False)
 
 
 def write_of_table(source: Source, console: Console) -> None:
@@ -72,7 +72,7 @@ def write_of_table(source: Source, console: Console) -> None:
     for context, why in fits.unfitted.items():
         console.print(f"context {context}: no fit: {why}")
     for one in fits.fitted:
-        grid_tables.print_laws(one, tables[0][tables[0]["context"] == one.context], console)
+        grid_tables.print_laws(one, tables[0][tables[0]["context"] == one.context], console, "tables/fits.csv")
     console.print()
     console.print(grid_tables.optimum_map(tables[1], source.convention), "")
     console.print(f"tables in {layout.tables}, pictures in {layout.figures}", highlight=False, soft_wrap=True)
@@ -126,11 +126,11 @@ def _print(
         console.print(f"[yellow]warning:[/] cells were trained by {len(commits)} commits: {names}")
     for context, why in fits.unfitted.items():
         console.print(f"context {context}: no fit: {why}")
+    grid_tables.print_losses(source.loss, differences, console)
     if tables is None:
         return
-    grid_tables.print_losses(source.loss, differences, console)
     for one in sorted(fits.fitted, key=lambda one: one.context):
-        grid_tables.print_laws(one, tables[0][tables[0]["context"] == one.context], console)
+        grid_tables.print_laws(one, tables[0][tables[0]["context"] == one.context], console, "tables/fits.csv")
     console.print()
     console.print(grid_tables.optimum_map(tables[1], source.convention), "")
 

@@ -48,11 +48,20 @@ def of(
     fits = studies.fit(source)
     if not fits.fitted:
         fits.at(None)
-    made = [_study(one, loss, context, objective, console, {"aspect": aspect, "heads": heads}, options) for one in fits.fitted]
+    made, unfitted = [], dict(fits.unfitted)
+    for one in fits.fitted:
+        try:
+            made.append(_study(one, loss, context, objective, console, {"aspect": aspect, "heads": heads}, options))
+        except ConfigError as error:
+            if not made:
+                raise
+            unfitted[one.context] = str(error)  # the question is answered; by these laws it has no answer
     root = source.layout.root if source.layout else None
     made[0] = _with_contexts(made[0], source, console)
     runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
     about = source.laws.source if source.laws is not None else f"{len(runs)} runs of {runs['size'].nunique()} sizes"
+    if fits.why:
+        about += f"; first come {fits.why}"
     return Findings(
         name=source.name,
         about=about,
@@ -62,14 +71,20 @@ def of(
         differences=None if root is None else _differences(source),
         error=studies.of_documents(runs),
         cells=_unfinished(source),
-        unfitted=fits.unfitted,
+        unfitted=unfitted,
         ask=f"python -m launch optimum {source.argument}{_models(aspect, heads)}",
-        command=f"python -m launch report {source.argument}{_models(aspect, heads)}",
+        command=f"python -m launch report {source.argument}{_models(aspect, heads)}{_asked(made[0])}",
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         versions={name: importlib.metadata.version(name) for name in ("gqa-jax", "numpy", "scipy", "pandas", "matplotlib")}
         | {"python": platform.python_version()}
         | ({"commits of the runs": ", ".join(commits)} if commits else {}),
     )
+
+
+def _asked(study: Study) -> str:
+    """The options of the question that a report opens with."""
+    question, goal = study.questions[0], next(iter(study.answer_map.goals.values()))
+    return "".join(f" {one}" for one in ("--context", question.context_served, "--loss", f"{question.loss:g}", *goal.flags))
 
 
 def _models(aspect: Any, heads: Any) -> str:

@@ -65,11 +65,11 @@ def print_losses(loss: pd.DataFrame, differences: pd.DataFrame, console: Console
         console.print(above_best(compared))
 
 
-def print_laws(one: Fitted, table: pd.DataFrame, console: Console) -> None:
-    """The laws of one training context, and what is doubtful about them."""
+def print_laws(one: Fitted, table: pd.DataFrame, console: Console, elsewhere: str) -> None:
+    """The laws of one training context, and what is doubtful about them; `elsewhere`: what has columns that do not fit."""
     laws = one.laws
     console.print()
-    console.print(laws_of(one, table), "")
+    console.print(laws_of(one, table, elsewhere), "")
     if (said := further_size(one)) is not None:
         console.print(said, highlight=False)
     if laws.design is not None:
@@ -246,7 +246,7 @@ def _winner(row: Any, sized: bool) -> str:
 
 def heads_of(row: Any) -> Heads:
     """The head configuration of a row with n_heads (empty: d / d_h) and n_kv_heads."""
-    return Heads(None if row.n_heads is None or pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
+    return Heads.of(row.n_heads, row.n_kv_heads)
 
 
 def heads_text(row: Any) -> str:

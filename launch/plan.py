@@ -13,7 +13,7 @@ import pandas as pd
 
 from gqa_jax import costs, hardware
 from gqa_jax.errors import ConfigError
-from gqa_jax.formatting import duration, figure, short, si
+from gqa_jax.formatting import counted, duration, figure, short, si
 from gqa_jax.hardware import Chip, Price
 from gqa_jax.planning import planner
 from gqa_jax.planning.planner import Estimate
@@ -58,7 +58,7 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
     """The plan, with totals. Narrow: cells, time and state stay."""
     total = frame["seconds"].sum() if frame["seconds"].notna().all() else None
     columns = [
-        Column("cell", lambda row: row.cell, "left", 0, total=f"{len(frame)} cells"),
+        Column("cell", lambda row: row.cell, "left", 0, total=counted(len(frame), "cell")),
         Column("L x d", lambda row: f"{row.n_layers} x {row.d_model}", rank=2),
         Column("N", lambda row: short(row.params_non_embedding), rank=3),
         Column("tokens", lambda row: short(row.tokens), rank=5, total=short(frame["tokens"].sum())),

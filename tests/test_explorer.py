@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 
 from benchmarks.report import DRAG
 from gqa_jax import formatting
-from gqa_jax.laws import LLAMA3
+from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import objectives, optimum
 from launch import analysis, report
 from launch.report import answer_map, words
@@ -53,7 +53,7 @@ def number(value):
 
 def rows_of(frame, found):
     """Python's rows of a question in the order of the page's heads."""
-    labels = [words.label(words.heads_of(row)) for row in frame.itertuples()]
+    labels = [words.label(Heads.of(row.n_heads, row.n_kv_heads)) for row in frame.itertuples()]
     heads = [words.label(one) for one in sorted(found, key=lambda one: (one.n_heads or math.inf, one.n_kv_heads))]
     return frame.assign(label=labels).set_index("label").loc[heads]
 
@@ -301,7 +301,7 @@ class TestPage:
         more = words.more(answer.regret_of_runner_up - answer.expected_regret)
         assert text(chromium, "fact-runner-up-range") == f"costs {more} on average"
         rows = chromium.run("return [...document.querySelectorAll('#ranking tr th')].map((cell) => cell.innerText)")
-        assert rows == [words.label(words.heads_of(row)) for row in answer.candidates.itertuples()]
+        assert rows == [words.label(Heads.of(row.n_heads, row.n_kv_heads)) for row in answer.candidates.itertuples()]
         assert chromium.run("return [...document.querySelectorAll('#ranking tr')].map((row) => row.className)")[0] == "best"
         assert chromium.run("return [...document.querySelectorAll('.chart svg')].length") == 2
         assert chromium.console() == []

@@ -47,7 +47,7 @@ TABLE = (
     Row("gqa_jax.prices", ".errors .hardware"),
     Row("gqa_jax.storage", ".errors"),
     # Text, and what trains on it.
-    Row("gqa_jax.data", ".errors .config .storage"),
+    Row("gqa_jax.data", ".errors .formatting .config .storage"),
     Row("gqa_jax.collectives", outside="jax"),
     Row("gqa_jax.attention", ".errors .hardware .collectives", outside="jax"),
     Row("gqa_jax.loss", ".attention", outside="jax"),
@@ -94,7 +94,7 @@ TABLE = (
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
-    Row("gqa_jax.search.words", ".costs .formatting .laws .search.serving_words"),
+    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking .search.serving_words"),
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
@@ -150,11 +150,12 @@ TABLE = (
     Row("launch.grid_tables", ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables"),
     Row(
         "launch.answers",
-        ".formatting .laws .search.answer .search.serving_words .search.words launch.studies launch.tables launch.grid_tables",
+        ".formatting .laws .search.answer .search.candidates .search.serving_words .search.words launch.studies launch.tables "
+        "launch.grid_tables",
     ),
     Row(
         "launch.device_tables",
-        ".formatting .search.devices .search.roofline .search.serving_words .search.words launch.studies launch.tables "
+        ".formatting .search.devices .search.roofline .search.serving_words .search.words launch.tables "
         "launch.grid_tables launch.answers",
     ),
     Row(
@@ -169,7 +170,7 @@ TABLE = (
         "launch.report",
         ".formatting .costs .storage .laws .search.serving_words .search.answer .search.candidates .search.shape_rule "
         ".search.roofline "
-        ".search.objectives .search.optimum .plots launch.tables",
+        ".search.ranking .search.objectives .search.optimum .plots launch.tables",
     ),
     Row(
         "launch.findings",

@@ -88,7 +88,7 @@ def test_retry_keeps_what_was_there_and_makes_cells_runnable(small, capsys):
         grid_fakes.finish(cell, layout)
     grid_fakes.finish(cells[0], layout, "diverged")
     assert run("retry", small) == 0
-    assert "1 cells can run again" in capsys.readouterr().out
+    assert "1 cell can run again" in capsys.readouterr().out
     folder = layout.cell(cells[0].name)
     assert not (folder / "result.json").exists()
     assert len(list(folder.glob("before-retry-*/result.json"))) == 1
@@ -166,7 +166,7 @@ def test_cancel_and_logs_of_a_running_cell(small, capsys, monkeypatch):
         assert run("status", small) == launch.EXIT_UNFINISHED
         assert "1 running" in capsys.readouterr().out
         assert run("cancel", small) == launch.EXIT_DONE
-        assert "1 cells cancelled on local" in capsys.readouterr().out
+        assert "1 cell cancelled on local" in capsys.readouterr().out
         assert run("logs", small, cells[0].name, "--follow") == launch.EXIT_DONE  # it has ended: nothing to wait for
         assert f"rank 0 of {cells[0].name}" in capsys.readouterr().out
     assert run("logs", small, cells[1].name) == launch.EXIT_BAD_INPUT

@@ -199,7 +199,7 @@ class TestRun:
         fits = rows_of(root, "fits")
         assert [row["points"] for row in fits] == ["3", "3"]
         assert all("held-out text in common" in row["warnings"] and "by 11 documents" in row["warnings"] for row in fits)
-        assert "6 runs under other rules are in the tables, and in no law" in out
+        assert "runs under other rules: 6, in the tables and in no law" in out
         # And back again: now those of today are the others.
         assert run("run", "--rules", "old") == launch.EXIT_DONE
         facts = results.grid_facts(root.root)
@@ -282,10 +282,10 @@ class TestOthers:
         said = "".join(capsys.readouterr().out.split())
         assert f"launchretrysmall.py--root{root.root}--rulesold,thenrun" in said
         assert run("retry") == launch.EXIT_DONE
-        assert "1 cells can run again: python -m launch run small.py --rules old\n" in capsys.readouterr().out
+        assert "1 cell can run again: python -m launch run small.py --rules old\n" in capsys.readouterr().out
         write_json(folder / "exit.json", {"code": 1, "class": "error", "reason": "it broke", "time": 2.0})
         assert run("retry", "--rules", "old") == launch.EXIT_DONE
-        assert "1 cells can run again: python -m launch run small.py --rules old\n" in capsys.readouterr().out
+        assert "1 cell can run again: python -m launch run small.py --rules old\n" in capsys.readouterr().out
         assert run("run", "--rules", "old", "--dry_run", "--on", "local") == launch.EXIT_DONE
         assert SIX[0] in capsys.readouterr().out
 

@@ -275,6 +275,13 @@ class TestSearch:
                 assert row.cost == pytest.approx(found.cost, rel=0.08)
                 assert 2.69 < row.loss <= 2.7
 
+    def test_models_that_can_be_built_have_no_part_to_spare(self, paper):
+        """A model a layer shallower, or 64 narrower, would miss the loss."""
+        found = optimum.search(paper, 2.7, 131_072)
+        assert found.buildable["n_layers"].is_unique
+        n_S = paper.draws_of(*found.heads, 1000, 0).loss(found.heads, np.array([0.9 * found.buildable["n_params"].min()]))
+        assert np.median(n_S) > 2.7
+
     def test_models_that_can_be_built_keep_the_limit_of_memory(self, paper):
         free = optimum.search(paper, 2.7, 131_072, objectives.make("memory"), draws=50)
         shapes_of = [
@@ -648,6 +655,14 @@ class TestMap:
         assert frame.loc[0, "regret"] == 0
         assert (frame["regret"] >= 0).all()
         assert frame["saving"].nunique() > 5
+
+    def test_conventions_keep_the_weights_and_the_limit(self, paper):
+        z = objectives.Z(lam=0.5)
+        own = optimum.search(paper, 2.615, 131_072, z, draws=0)
+        frame = optimum.convention_sensitivity(paper, 2.615, 131_072, weights=z, draws=0)
+        assert frame.loc[0, "saving"] == own.saving != optimum.search(paper, 2.615, 131_072, draws=0).saving
+        with pytest.raises(ValueError, match=r"within the 0\.1 GB of the limit"):
+            optimum.convention_sensitivity(paper, 2.615, 131_072, memory_limit=1e8, draws=0)
 
 
 def by_name(frame):

@@ -21,7 +21,7 @@ from gqa_jax.search import objectives, optimum
 from launch import report
 from launch.__main__ import main
 from launch.report import Picture, answer_map, pictures, sections, tables, words
-from launch.report.table import Column, Table
+from launch.tables import Column, Table
 from tests import gcs, report_fakes
 
 
@@ -137,7 +137,7 @@ class TestPage:
     def test_failed_cells_and_contexts_without_laws_are_said(self, page):
         assert "s1-t8192-h8-1-deadbeef" in page.text["runs"]
         assert "out of <memory> & time" in page.text["runs"]
-        assert "Trained at 1K tokens: no laws, because heads (8,1): 2 sizes have finished" in page.text["laws"]
+        assert "Trained at 1K tokens: nothing is shown, because heads (8,1): 2 sizes have finished" in page.text["laws"]
 
     def test_numbers_come_with_their_uncertainty(self, page, study):
         intervals = study.laws.intervals().iloc[0]
@@ -279,6 +279,8 @@ class TestOpening:
         assert guess.small.startswith("a guess · ")
         assert guess.sure == 0.0
         assert "%" in known.small
+        assert (guess.ask, known.ask[:5]) == ("", "#ask:")  # the explorer's map ends before
+        assert guess.small in Page(report.page(report_fakes.findings(far))).text["questions"]
 
     def test_what_was_measured_is_a_row_of_the_table(self, study):
         shown = tables.candidates(study)
@@ -345,7 +347,7 @@ class TestAnswerMap:
             values = np.exp(how["low"] + how["step"] * (levels - 2))
             rows = found.rows[(found.rows["objective"] == name) & (found.rows["loss"] == found.losses[-1])]
             ours = rows[rows["context_served"] == found.contexts[0]]
-            labels = [words.label(words.heads_of(row)) for row in ours.itertuples()]
+            labels = [words.label(Heads.of(row.n_heads, row.n_kv_heads)) for row in ours.itertuples()]
             order = [[one["label"] for one in packed["heads"]].index(label) for label in labels]
             np.testing.assert_allclose(values[0, -1][order], ours["n_params"], rtol=1e-6)
         assert len(json.dumps(packed)) < 90 * len(found.rows)  # characters a row of 13 numbers and more
@@ -411,6 +413,16 @@ class TestCommand:
         answer = Page((tmp_path / "index.html").read_text()).text["answer"]
         saved = float(re.search(r"It costs ([\d.]+)% less than the measured model of Llama 3's heads, 32", answer)[1])
         assert abs(saved - 50.8) < 0.5
+
+    def test_laws_that_do_not_reach_the_loss_are_said_and_end_nothing(self, tmp_path):
+        runs = report_fakes.loss_table()
+        pd.concat([runs, runs.assign(context=2048, loss=runs["loss"] + 0.6)]).to_csv(tmp_path / "runs.csv", index=False)
+        argv = ["report", str(tmp_path / "runs.csv"), "--loss", "2.3", "--out", str(tmp_path / "out")]
+        assert main(argv) == 0
+        page = Page((tmp_path / "out" / "index.html").read_text())
+        why = "a loss of 2.3 can't be reached at any size: the fitted entropy E is 2.5"
+        assert f"Trained at 2K tokens: nothing is shown, because {why}" in page.text["laws"]
+        assert "first come laws of runs trained at 8,192 tokens: " in page.text["answer"]
 
 
 class TestTables:
@@ -489,8 +501,8 @@ class TestWords:
         assert words.sentence("three sizes of an H") == "Three sizes of an H."
         assert words.listed(["a"]) == "a"
         assert words.listed(["a", "b", "c"]) == "a, b and c"
-        assert words.counted(1, "run") == "1 run"
-        assert words.counted(1200, "run") == "1,200 runs"
+        assert formatting.counted(1, "run") == "1 run"
+        assert formatting.counted(1200, "run") == "1,200 runs"
 
 
 def test_known_laws_are_what_the_fakes_say():

@@ -15,6 +15,7 @@ import numpy as np
 from gqa_jax.data.documents import Found, Reading
 from gqa_jax.data.sources import shown
 from gqa_jax.data.store import SPLITS, TokenStore
+from gqa_jax.formatting import counted
 
 _KEPT = 20  # reasons for leaving files out, paths of each, and notes, that the header keeps; of all there is the number
 _SHOWN = 3  # sources, and reasons for leaving files out, in the summary
@@ -50,7 +51,7 @@ def short(made: TokenStore, out: os.PathLike, seconds: float | None) -> str:
             for name, own in list(sources.items())[:_SHOWN]
         ]
         more = f", and {len(sources) - _SHOWN:,} more" if len(sources) > _SHOWN else ""
-        lines.append(f"  {_counted(len(sources), 'source')}: {', '.join(few)}{more}")
+        lines.append(f"  {counted(len(sources), 'source')}: {', '.join(few)}{more}")
     lines.append(f"  tokenizer {made.header['tokenizer']['name']}, {made.vocab_size:,} ids as {made.header['dtype']}")
     lines += [f"  {sentence}" for sentence in _tokenizer_loss(provenance)]
     if provenance.get("copies") or (provenance.get("paragraphs") or {}).get("copied_paragraphs"):
@@ -59,9 +60,9 @@ def short(made: TokenStore, out: os.PathLike, seconds: float | None) -> str:
         reasons = [f"{facts['files']:,} {reason}" for reason, facts in left_out.items()]
         others = provenance["n_left_out"] - sum(facts["files"] for facts in list(left_out.values())[:_SHOWN])
         why = ", ".join([*reasons[:_SHOWN], *([f"{others:,} for other reasons"] if others else [])])
-        lines.append(f"  left out: {_counted(provenance['n_left_out'], 'path')} ({why})")
+        lines.append(f"  left out: {counted(provenance['n_left_out'], 'path')} ({why})")
     if bad := provenance.get("bad_lines"):
-        lines.append(f"  {_counted(sum(facts['lines'] for facts in bad.values()), 'bad line')} left out: see --report")
+        lines.append(f"  {counted(sum(facts['lines'] for facts in bad.values()), 'bad line')} left out: see --report")
     lines += [f"  note: {sentence}" for sentence in _doubts(made)]
     lines.append(f"  {provenance['empty_documents']:,} empty documents left out; fingerprint {made.fingerprint[:16]}")
     return "\n".join(lines)
@@ -92,7 +93,7 @@ def report(made: TokenStore) -> str:
             (kind, f"{own['files']:,}", f"{own['documents']:,}", f"{own['bytes'] / 1e6:,.2f}") for kind, own in kinds.items()
         ]
         sections["kinds of files"] = _table(("kind", "files", "documents", "MB of text"), rows)
-    sections["left out"] = [f"{_counted(provenance['empty_documents'], 'empty document')}"]
+    sections["left out"] = [f"{counted(provenance['empty_documents'], 'empty document')}"]
     for reason, facts in provenance.get("left_out", {}).items():
         sections["left out"] += [f"{facts['files']:,} {reason}:", *(f"  {path}" for path in facts["first"])]
         if facts["files"] > len(facts["first"]):
@@ -101,7 +102,7 @@ def report(made: TokenStore) -> str:
     if others:
         sections["left out"].append(f"{others:,} for other reasons")
     for reason, facts in provenance.get("bad_lines", {}).items():
-        sections["left out"].append(f"{_counted(facts['lines'], 'bad line')}: {reason}; first: {facts['first']}")
+        sections["left out"].append(f"{counted(facts['lines'], 'bad line')}: {reason}; first: {facts['first']}")
     if "left_out" not in provenance:
         sections["left out"].append(f"files and lines: {not_recorded}")
     sections["tokenizer"] = [
@@ -150,7 +151,7 @@ def _sources(made: TokenStore) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def _of_how_many(own: Mapping[str, Mapping[str, int]]) -> str:
-    return f"{own['validation']['documents']:,} of {_counted(_both(own, 'documents'), 'document')}"
+    return f"{own['validation']['documents']:,} of {counted(_both(own, 'documents'), 'document')}"
 
 
 def _both(source: Mapping[str, Mapping[str, int]], key: str) -> int:
@@ -161,7 +162,7 @@ def _tokenizer_loss(provenance: Mapping[str, Any]) -> list[str]:
     sample = provenance.get("tokenizer_sample")
     if sample is None:
         return []
-    size = f"{_counted(sample['pieces'], 'piece')} of documents, {sample['text_bytes'] / 1e6:,.3f} MB"
+    size = f"{counted(sample['pieces'], 'piece')} of documents, {sample['text_bytes'] / 1e6:,.3f} MB"
     if not sample["changed"]:
         return [f"lossless on a sample ({size})"]
     before, after = sample["example"]
@@ -181,7 +182,7 @@ def _copies(made: TokenStore) -> list[str]:
     if copies and made.holdout_rule == "hash":
         lines[0] += ", always in the same split"
     elif copies:
-        lines[0] += f"; {_counted(provenance['documents_in_both'], 'held-out document')} in the training split too"
+        lines[0] += f"; {counted(provenance['documents_in_both'], 'held-out document')} in the training split too"
     if found is None:
         return [*lines, "paragraphs in both splits were not looked for: there is one document"]
     if not found["paragraphs"]:
@@ -216,7 +217,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
         for row in (header, *rows)
     ]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

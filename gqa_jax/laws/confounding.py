@@ -94,7 +94,7 @@ class _Sizes:
             if len(own.drop_duplicates()) < 2:
                 continue
             by_heads = {
-                Heads(None if pd.isna(n_heads) else int(n_heads), int(n_kv)): chosen.index.to_numpy()
+                Heads.of(n_heads, n_kv): chosen.index.to_numpy()
                 for (n_heads, n_kv), chosen in own.groupby(["n_heads", "n_kv_heads"], dropna=False)
             }
             self.compared.append((names[labels[group.index[0]]], by_heads))

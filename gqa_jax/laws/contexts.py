@@ -33,7 +33,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         raise ValueError("no finished run to fit: every row is diverged or missing")
     rows = pd.concat(kept)
     run_table.require_one_rule(rows)
-    heads = [Heads(None if pd.isna(h) else int(h), int(k)) for h, k in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
+    heads = [Heads.of(h, k) for h, k in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
     return rows.assign(size_name=_sizes(rows), heads=pd.Series(heads, rows.index, dtype=object)), said
 
 

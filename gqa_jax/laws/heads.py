@@ -6,6 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 
 class Heads(NamedTuple):
@@ -17,6 +18,11 @@ class Heads(NamedTuple):
 
     n_heads: int | None
     n_kv_heads: int
+
+    @classmethod
+    def of(cls, n_heads: Any, n_kv_heads: Any) -> Heads:
+        """The heads of two cells of a table: an empty n_heads is a rule."""
+        return cls(None if pd.isna(n_heads) else int(n_heads), int(n_kv_heads))
 
     def __str__(self) -> str:
         kv = self.n_kv_heads if self.group is None else "d/d_h" if self.group == 1 else f"n_h/{self.group}"

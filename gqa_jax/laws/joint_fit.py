@@ -142,7 +142,7 @@ def at(runs: pd.DataFrame, center: float) -> Where:
 
 
 def heads_of(runs: pd.DataFrame) -> list[Heads]:
-    return [Heads(None if pd.isna(n) else int(n), int(k)) for n, k in zip(runs["n_heads"], runs["n_kv_heads"], strict=True)]
+    return [Heads.of(n, k) for n, k in zip(runs["n_heads"], runs["n_kv_heads"], strict=True)]
 
 
 def _members(runs: pd.DataFrame) -> np.ndarray:

@@ -296,7 +296,7 @@ def fit_loss_nd_by_heads(
     if (unknown := rows["tokens"].isna()).any():
         said.append(f"{int(unknown.sum())} of {len(rows)} runs left out: their tokens are not known")
         rows = rows[~unknown]
-    names = [Heads(None if pd.isna(h) else int(h), int(k)) for h, k in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
+    names = [Heads.of(h, k) for h, k in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
     heads = tuple(sorted(set(names), key=lambda h: (h.n_heads is None, h.n_heads, h.n_kv_heads)))
     n, d, y = (rows[name].to_numpy(np.float64) for name in ("params_non_embedding", "tokens", "loss"))
     group = np.array([heads.index(name) for name in names], int)

@@ -205,7 +205,7 @@ def by_heads(rows: pd.DataFrame) -> dict[Heads, Runs]:
     groups, own = {}, shared_sem(rows) is None
     rows = rows.assign(size_label=size_labels(rows))  # of all heads, before they are parted
     for (n_heads, n_kv), chosen in rows.groupby(["n_heads", "n_kv_heads"], dropna=False):
-        groups[Heads(None if pd.isna(n_heads) else int(n_heads), int(n_kv))] = runs_of(chosen, own)
+        groups[Heads.of(n_heads, n_kv)] = runs_of(chosen, own)
     return groups
 
 

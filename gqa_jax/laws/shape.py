@@ -168,7 +168,7 @@ def penalty(rows: pd.DataFrame, others: pd.DataFrame, laws: LawsByHeads) -> Pena
     found = []
     wider = stats.t.ppf(0.975, laws.dof) / stats.norm.ppf(0.975) if laws.dof > 0 else np.nan
     for row in others.itertuples():
-        heads = Heads(None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
+        heads = Heads.of(row.n_heads, row.n_kv_heads)
         if heads not in laws or not laws.sigma > 0 or not _as_many_tokens(row, rows):
             continue
         expected = float(laws[heads].predict(float(row.params_non_embedding)))

@@ -42,7 +42,7 @@ def numbers(table: pd.DataFrame, column: str) -> np.ndarray:
 
 def heads_of(row: Any) -> Heads:
     """The heads of a row; an empty n_heads is the width's own number."""
-    return Heads(None if pd.isna(row["n_heads"]) else int(row["n_heads"]), int(row["n_kv_heads"]))
+    return Heads.of(row["n_heads"], row["n_kv_heads"])
 
 
 def heads_named(text: str) -> Heads | None:

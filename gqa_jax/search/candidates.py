@@ -21,6 +21,7 @@ from gqa_jax.search.shape_rule import ShapeRule
 from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
 
 FAR = 10.0  # times the largest trained size, or below the smallest: an answer beyond it is a guess, without a probability
+_OUTSIDE = "extrapolated: N* is "
 LEAST_BUILT, LARGEST_BUILT = 1e3, 1e13  # parameters: no model is proposed outside
 
 CANDIDATES = (
@@ -298,7 +299,7 @@ class Table:
         if smallest <= n_params <= largest:
             return None
         factor, side = (n_params / largest, "above") if n_params > largest else (smallest / n_params, "below")
-        return f"extrapolated: N* is {formatting.times(factor)} {side} the trained sizes"
+        return f"{_OUTSIDE}{formatting.times(factor)} {side} the trained sizes"
 
     def follows_its_curve(self, heads: Heads) -> bool:
         """Whether N* of the fitted law of H is within 95% of the draws, in models shaped as the runs; True without draws."""
@@ -418,6 +419,13 @@ def limited(objective: Objective, shape: costs.Shape, context: int, memory_limit
     else:
         kept = costs.infer_memory(shape, context, "exact") <= memory_limit
     return np.where(kept | np.isnan(cost), cost, np.inf)
+
+
+def outside(note: Any) -> str:
+    """How far N* is outside the trained sizes, of a candidate's note: 1.8x above; empty where it is within them."""
+    if pd.isna(note) or not note.startswith(_OUTSIDE):
+        return ""
+    return note.removeprefix(_OUTSIDE).removesuffix(" the trained sizes")
 
 
 def limit_text(memory_limit: float | Serving | None) -> str:

@@ -45,7 +45,7 @@ LLAMA3_UNKNOWN = (
     "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here"
 )
 _SPARE = 1.001  # sizes between the ratios that are looked at are interpolated: to a thousandth
-_ROUNDED = 1.25  # a model that is built has at most so many times the parameters, or the ratio, that it needs
+_ROUNDED = 1.25  # models to build have at most so many times a ratio that is given
 _BUILT = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_params", "ratio", "loss", "cost")
 
 AspectAsked = None | str | float | Aspect
@@ -243,12 +243,17 @@ def convention_sensitivity(
     loss: float,
     context_served: int,
     *,
+    weights: objectives.Z | None = None,
     aspect: AspectAsked = None,
     heads: Sequence[Heads] | None = None,
+    memory_limit: float | Serving | None = None,
     draws: int = 1000,
     seed: int = 0,
+    method: str | None = None,
 ) -> pd.DataFrame:
     """What the answer under Z would be in every convention for FLOPs and memory: one row each, the paper's figures first.
+
+    weights: whose weight and exponents Z has; default: the paper's. The others as in `search`.
 
     Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving, and regret:
     how much more the answer of the first row costs in this convention (`ranking.regret`).
@@ -260,18 +265,19 @@ def convention_sensitivity(
                 costs.named_convention("figures"), flops=flops, memory="values" if memory == "values" else "bytes"
             )
             dtypes = (
-                {}
+                {"param_dtype": None, "cache_dtype": None}
                 if memory == "values"
                 else {"param_dtype": "bfloat16", "cache_dtype": "int8" if "int8" in memory else "bfloat16"}
             )
+            z = dataclasses.replace(weights or objectives.Z(), convention=convention, flops=None, **dtypes)
             own = optimum_map(
-                laws, [loss], [context_served], objectives.Z(convention, **dtypes), aspect=aspect, heads=heads,
-                convention=convention, draws=draws, seed=seed,
+                laws, [loss], [context_served], z, aspect=aspect, heads=heads,
+                convention=convention, memory_limit=memory_limit, draws=draws, seed=seed, method=method,
             )  # fmt: skip
             best = own.iloc[0]
             if not np.isfinite(best["cost"]):
-                known = coefficients(laws, draws, seed, heads=heads, compared=None)
-                raise ValueError(_unreachable(Table.of(laws, loss, rule_of(laws, aspect), known), own, None))
+                known = coefficients(laws, draws, seed, method, heads=heads, compared=None)
+                raise ValueError(_unreachable(Table.of(laws, loss, rule_of(laws, aspect), known), own, memory_limit))
             first = first or _heads(best)
             regret_H = ranking.regret(own["cost"].fillna(np.inf).to_numpy())
             rows.append(
@@ -492,8 +498,8 @@ def _buildable(
 ) -> pd.DataFrame:
     """The cheapest models of whole layers and rounded widths near the answer that reach the loss; none that miss it.
 
-    A model reaches the loss where its typical loss, the median of the draws, is not above it; it can be served, and keeps the
-    limit of memory.
+    Of models that can be served those from which neither a layer nor a step of width can be taken. A model reaches the loss
+    where its typical loss, the median of the draws, is not above it.
     """
     head_dim, vocab_size, convention, ffn_ratio = about(table.laws)
     heads, n_params = found.heads[i], float(found.n_params_H[i])
@@ -520,7 +526,8 @@ def _buildable(
     frame["n_params"] = np.asarray(costs.count_params(several, convention).non_embedding, np.float64)
     frame["ratio"] = frame["d_model"] / frame["n_layers"]
     frame["cost"] = limited(objective, several, context, memory_limit)
-    frame = frame[np.isfinite(frame["cost"]) & (frame["n_params"] <= _ROUNDED * table.needed(i, frame["ratio"]))]
+    frame = frame[np.isfinite(frame["cost"])]
+    frame = frame[frame["d_model"] == frame.groupby("n_layers")["d_model"].transform("min")]  # each has the fewest layers
     frame = frame.sort_values("cost", kind="stable", ignore_index=True)
     frame["loss"] = _loss_of(table, i, frame["n_params"].to_numpy(), frame["ratio"].to_numpy())
     return frame.loc[frame["loss"] <= table.loss, list(_BUILT)].head(3).reset_index(drop=True)
@@ -639,4 +646,4 @@ def _impossible(label: str, memory_limit: float | Serving | None, reached: bool)
 
 
 def _heads(row: Mapping | pd.Series) -> Heads:
-    return Heads(None if pd.isna(row["n_heads"]) else int(row["n_heads"]), int(row["n_kv_heads"]))
+    return Heads.of(row["n_heads"], row["n_kv_heads"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,12 @@ def regret(cost_H: np.ndarray) -> np.ndarray:
     least = cost_H.min(-1, keepdims=True)
     ratio = np.divide(cost_H, least, out=np.full(cost_H.shape, np.nan), where=np.isfinite(least))
     return np.minimum(ratio - 1, formatting.LARGEST_REGRET)
+
+
+def above(regret_H: Any, best: float) -> Any:
+    """What H cost above the answer, on average: expected regrets less that of the answer; infinite where the cap decides it."""
+    regret_H = np.asarray(regret_H, np.float64)
+    return np.where(regret_H >= formatting.LARGEST_REGRET - 5e-5, np.inf, regret_H - best)[()]
 
 
 def savings(cost_SxH: np.ndarray, baseline: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -87,7 +87,7 @@ def replication(found: Any) -> list[str]:
     """What it costs that devices hold the same key/value heads, where some do: a sentence, or none."""
     costs = {}
     for row in found.candidates.to_dict("records"):
-        heads = Heads(None if pd.isna(row["n_heads"]) else int(row["n_heads"]), int(row["n_kv_heads"]))
+        heads = Heads.of(row["n_heads"], row["n_kv_heads"])
         over = 1 if pd.isna(row["layout"]) else Layout.parse(row["layout"]).heads
         if 0 < heads.n_kv_heads < over and pd.notna(row["replication"]):
             costs[heads] = row["replication"]

@@ -503,7 +503,7 @@ class Comparison:
                 lines.append(f"{asked}: no answer")
                 continue
             sure = "" if np.isnan(row["probability"]) else f", the cheapest with probability {_share(row['probability'])}"
-            heads = Heads(None if pd.isna(row["n_heads"]) else row["n_heads"], row["n_kv_heads"])
+            heads = Heads.of(row["n_heads"], row["n_kv_heads"])
             lines.append(f"{asked}: {heads} at {formatting.short(row['n_params'])} parameters{sure}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import costs, formatting
-from gqa_jax.formatting import probability, regret, saving, saving_between, size
+from gqa_jax.formatting import counted, probability, regret, saving, saving_between, size
 from gqa_jax.laws import Heads
-from gqa_jax.search import serving_words
+from gqa_jax.search import ranking, serving_words
 
 ASSUMED = " Assumed: "  # between the answer and what it takes for granted
 FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}  # that a rule counts the FLOPs of
@@ -25,7 +25,8 @@ def headline(answer: Any, also: Sequence[str] = ()) -> str:
     said = [_what(answer) + _against(answer)]
     if not np.isnan(answer.far):
         said.insert(0, f"N* is {formatting.times(answer.far)} beyond the trained sizes, further than 10x: a guess.")
-    if answer.runner_up is not None and not np.isnan(more := answer.regret_of_runner_up - answer.expected_regret):
+    more = ranking.above(answer.regret_of_runner_up, answer.expected_regret)
+    if answer.runner_up is not None and not np.isnan(more):
         said.append(f"Next, {answer.runner_up} costs {regret(more)} more on average.")
     return " ".join(said) + f"{ASSUMED}{'; '.join([*assumptions(answer), *also])}."
 
@@ -37,9 +38,11 @@ def _what(answer: Any) -> str:
     )
     among = f"the cheapest of the {answer.n_candidates}"
     if answer.n_candidates == 1:
-        sure = "the only heads that are compared"
-    elif not np.isnan(answer.far) or np.isnan(answer.probability):
-        sure = f"{among} by the fitted laws"
+        every = len(answer.candidates)
+        sure = "the only heads that are compared" if every == 1 else f"the only ones of the {every} that can be had so"
+    elif np.isnan(answer.probability):
+        on_average = f"the least costly of the {answer.n_candidates} on average"
+        sure = on_average if answer.noise_model else f"{among} by the fitted laws"
     else:
         sure = f"{among} with probability {probability(answer.probability)}"
         if answer.probability < answer.candidates["probability"].max():
@@ -53,7 +56,7 @@ def _against(answer: Any) -> str:
         return "."
     between, told = saving_between(*answer.saving_interval), saving(answer.saving)
     if told == "the same":
-        return f", and as much as {baseline_words(answer)}."
+        return f", and costs as much as {baseline_words(answer)}."
     parts = ""
     if answer.objective["cost"] == "z":
         parts = f": memory {saving(answer.saving_memory)}, FLOPs {saving(answer.saving_flops)}"
@@ -84,10 +87,6 @@ def shape_text(row: Any) -> str:
 
 def in_words(one: Heads, head_dim: float) -> str:
     """8 query heads and 1 key/value head; a query head per 64 of the width and 8 key/value heads."""
-
-    def counted(count: int, noun: str) -> str:
-        return f"{count} {noun}{'' if count == 1 else 's'}"
-
     query = f"a query head per {head_dim:g} of the width" if one.n_heads is None else counted(one.n_heads, "query head")
     if one.group is not None:
         return f"{query} and a key/value head for {'each' if one.group == 1 else f'every {one.group} of them'}"
@@ -168,7 +167,7 @@ def shown(answer: Any) -> pd.DataFrame:
     unit = answer.objective["unit"]
 
     def text(row: Any) -> dict[str, str]:
-        heads = Heads(None if pd.isna(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
+        heads = Heads.of(row.n_heads, row.n_kv_heads)
         cost = "" if np.isnan(row.cost) else formatting.amount(row.cost, unit)
         return {
             "": {"answer": "best", "baseline": "base"}.get(row.role, ""),

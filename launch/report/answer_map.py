@@ -227,7 +227,9 @@ def packed(found: AnswerMap, laws: Any) -> dict[str, Any]:
     for LINEAR), so within 1e-6: the low bytes of all first, of differences from loss to loss, context after context. Codes are
     a byte each. Compressed as zlib does, in base64.
     """
-    rows = found.rows.assign(h=[words.heads_of(row) for row in found.rows[["n_heads", "n_kv_heads"]].itertuples(index=False)])
+    rows = found.rows.assign(
+        h=[Heads.of(row.n_heads, row.n_kv_heads) for row in found.rows[["n_heads", "n_kv_heads"]].itertuples(index=False)]
+    )
     heads = sorted(rows["h"].unique(), key=lambda one: (one.n_heads or math.inf, one.n_kv_heads))
     order = {one: i for i, one in enumerate(heads)}
     shape = len(found.contexts), len(found.losses), len(heads)

@@ -108,7 +108,7 @@ function costs({ map, asked, result }, width) {
   const beside = width < 420 ? 0 : MORE;
   const [left, right, top] = [LABEL, width - beside - 10, 8];
   const bottom = top + ROW * order.length + 4;
-  const least = Math.min(...known.map((h) => rows[h].cost));
+  const least = known.length ? Math.min(...known.map((h) => rows[h].cost)) : 1;
   const far = HORIZON * least;
   const ends = known.flatMap((h) => [...rows[h].cost_interval, rows[h].cost]).filter((x) => x > 0 && x < far);
   const [start, end] = ends.length ? [Math.min(...ends) / 1.03, Math.max(...ends) * 1.05] : [1, 10];

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gqa_jax import formatting
+from gqa_jax.search import ranking
 from gqa_jax.search.answer import Answer
 from launch.report import words
 from launch.report.answer_map import DRAWS
@@ -69,11 +70,13 @@ def opening(findings: Findings) -> Opening:
 def _sure(found: Answer, laws: Any, far: bool) -> str:
     """How sure the heads are, and what the next would cost."""
     second = "" if found.runner_up is None else words.label(found.runner_up, laws.head_dim)
-    extra = words.more(found.regret_of_runner_up - found.expected_regret)
+    extra = words.more(ranking.above(found.regret_of_runner_up, found.expected_regret))
     next_ = f"the next, {second}, costs {extra} on average" if second and extra else ""
     if far or words.missing(found.probability):
         return words.sentence(next_) if next_ else ""
-    among = f"the cheapest of the {found.n_candidates}" if found.n_candidates > 1 else "the only ones that are compared"
+    if found.n_candidates == 1:
+        return "No other heads are compared, or can be had so."
+    among = f"the cheapest of the {found.n_candidates}"
     said = f"These heads are {among} in {words.share(found.probability)} of {DRAWS:,} draws of the fitted laws"
     return words.ended("; ".join(filter(None, (said, next_))))
 
@@ -83,7 +86,8 @@ def _worth(found: Answer, laws: Any) -> list[str]:
     said = []
     base, trained = found.baseline, found.as_trained
     if base is not None and not words.missing(found.saving):
-        said.append(f"It costs {formatting.saving(found.saving)} than {words.baseline(base)}")
+        told = formatting.saving(found.saving)
+        said.append(f"It costs {told} {'as' if told == 'the same' else 'than'} {words.baseline(base)}")
         heads, shape = (formatting.saving(found.worth[name]) for name in ("heads", "shape"))
         if heads and shape:
             said[-1] += f": other heads alone {heads}, another shape alone {shape}"
@@ -110,7 +114,9 @@ def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
     elif words.missing(found.probability):
         first = Fact("Probability", "unknown", "no runs are left over to judge it by")
     else:
-        first = Fact("Probability", words.percent(found.probability), f"that it is the cheapest of {found.n_candidates}")
+        alone = "nothing else is compared, or can be had so"
+        among = f"that it is the cheapest of {found.n_candidates}" if found.n_candidates > 1 else alone
+        first = Fact("Probability", words.percent(found.probability), among)
     facts = [
         first,
         Fact("Parameters N*", words.short(found.n_params), _range(found.n_params_interval, words.short)),
@@ -123,7 +129,7 @@ def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
         _saving(found),
     ]
     if found.runner_up is not None:
-        extra = words.more(found.regret_of_runner_up - found.expected_regret)
+        extra = words.more(ranking.above(found.regret_of_runner_up, found.expected_regret))
         note = f"costs {extra} on average" if extra else "by the fitted laws"
         facts.append(Fact("Next", words.label(found.runner_up, laws.head_dim), note))
     return facts

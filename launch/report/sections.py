@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gqa_jax import formatting
+from gqa_jax.laws import Heads
 from gqa_jax.search import candidates
 from launch.report import pictures, tables, words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
 from launch.report.opening import warnings
-from launch.report.table import Table
+from launch.tables import Table
 
 _OUTSIDE = "* N* is outside the sizes that were trained."
 
@@ -119,7 +120,7 @@ def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
     """Of the cheapest heads; `none`: what is said where there are none."""
     if row is None or words.missing(row.n_params) or math.isinf(row.n_params):
         return MapCell(none)
-    heads = words.heads_of(row)
+    heads = Heads.of(row.n_heads, row.n_kv_heads)
     size = words.short(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
     sizes = study.laws[heads].params
     far = len(sizes) > 0 and max(row.n_params / max(sizes), min(sizes) / row.n_params) > candidates.FAR
@@ -128,8 +129,19 @@ def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
         words.label(heads, study.laws.head_dim),
         " · ".join(filter(None, ("a guess" if far else words.percent(row.probability), size))),
         sure,
-        f"#ask:study={index}&context={row.context_served:.0f}&loss={row.loss:g}",
+        _ask(row, study, index),
     )
+
+
+def _ask(row: Any, study: Study, index: int) -> str:
+    """Address within the page of the question of a cell, by the cost of the map; empty where the explorer's map ends before."""
+    known = study.answer_map
+    if not (known.losses[0] <= row.loss <= known.losses[-1] and known.contexts[0] <= row.context_served <= known.contexts[-1]):
+        return ""
+    goal = next(iter(known.goals.values()))
+    device = "" if goal.device is None else f"&device={goal.device}"
+    question = f"context={row.context_served:.0f}&loss={row.loss:g}&cost={goal.objective.name}{device}"
+    return f"#ask:study={index}&{question}"
 
 
 def _runs(findings: Findings) -> list[Block]:
@@ -137,7 +149,7 @@ def _runs(findings: Findings) -> list[Block]:
     blocks = []
     if len(findings.loss):
         said = [f"{count:,} {status}" for status, count in findings.loss["status"].value_counts().items()]
-        blocks.append(Block("text", f"{words.counted(len(findings.loss), 'run')} with a result: {words.listed(said)}."))
+        blocks.append(Block("text", f"{formatting.counted(len(findings.loss), 'run')} with a result: {words.listed(said)}."))
         for context, rows in findings.loss.groupby("context"):
             blocks += _table(tables.losses(int(context), rows, findings.error))
             blocks += _table(tables.differences(int(context), findings.differences))
@@ -155,7 +167,9 @@ def _laws(findings: Findings) -> list[Block]:
         ended = [] if study.laws.status == "CONVERGED" else [f"the fit ended as {study.laws.status}, not CONVERGED"]
         blocks += _warnings("About these laws", warnings(findings, [*ended, *study.laws.warnings]))
     for context, why in findings.unfitted.items():
-        blocks.append(Block("text", f"Trained at {formatting.context(context)} tokens: no laws, because {words.ended(why)}"))
+        blocks.append(
+            Block("text", f"Trained at {formatting.context(context)} tokens: nothing is shown, because {words.ended(why)}")
+        )
     return blocks
 
 
@@ -174,7 +188,7 @@ def _provenance(findings: Findings) -> list[Block]:
 
     def values(name: str) -> str:
         counts = loss[name].dropna().astype(str).value_counts() if name in loss else {}
-        said = [one if len(counts) == 1 else f"{one} ({words.counted(count, 'run')})" for one, count in counts.items()]
+        said = [one if len(counts) == 1 else f"{one} ({formatting.counted(count, 'run')})" for one, count in counts.items()]
         return ", ".join(said)
 
     def total(name: str, text: Callable[[float], str]) -> str:
@@ -187,7 +201,7 @@ def _provenance(findings: Findings) -> list[Block]:
         documents = f"{values('eval_documents') or 'an unknown number of'}{f' of {there}' if there else ''} documents"
         held_out = f"{values('eval_tokens')} tokens of {documents} ({held_out})"
     pairs = [
-        ("Runs", f"{len(loss):,}, of {words.counted(loss['size'].nunique(), 'size')}" if len(loss) else ""),
+        ("Runs", f"{len(loss):,}, of {formatting.counted(loss['size'].nunique(), 'size')}" if len(loss) else ""),
         ("Trained by commit", values("commit")),
         ("On", values("device")),
         ("Attention", values("attention")),

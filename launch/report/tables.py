@@ -10,11 +10,12 @@ import pandas as pd
 
 from gqa_jax import costs, formatting
 from gqa_jax.laws import Heads, posterior
-from gqa_jax.search import serving_words
+from gqa_jax.search import ranking, serving_words
+from gqa_jax.search.candidates import outside
 from gqa_jax.search.roofline import Layout
 from launch.report import words
 from launch.report.findings import Findings, Study
-from launch.report.table import Column, Table
+from launch.tables import Column, Table
 
 _FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}
 _NOTE = (
@@ -33,19 +34,17 @@ def candidates(study: Study) -> Table:
         return lambda row: words.span((getattr(row, f"{name}_low"), getattr(row, f"{name}_high")), text)
 
     def size(row: Any) -> str:
-        return words.short(row.n_params) + ("*" if _outside(row) else "")
+        return words.short(row.n_params) + ("*" if outside(row.note) else "")
 
     def possible(text: Callable[[Any], str], otherwise: str = "") -> Callable[[Any], str]:
         """Of costs: a size that can't be served has none."""
-        return lambda row: otherwise if math.isinf(row.cost) and math.isfinite(row.n_params) else text(row)
+        return lambda row: text(row) if math.isfinite(row.cost) else otherwise if math.isfinite(row.n_params) else ""
 
     def more(row: Any) -> str:
-        return "the answer" if row.place == 0 else words.more(row.expected_regret - best)
+        return "the answer" if row.place == 0 else words.more(ranking.above(row.expected_regret, best))
 
-    labels = [words.label(words.heads_of(row), head_dim) for row in answer.candidates.itertuples()]
+    labels = [words.label(Heads.of(row.n_heads, row.n_kv_heads), head_dim) for row in answer.candidates.itertuples()]
     frame = answer.candidates.assign(heads=labels, place=range(len(labels))).astype(object)
-    if not math.isnan(answer.far):
-        frame["probability"] = math.nan
     if base is not None and base.measured:
         cost_of_it = base.cost if math.isfinite(base.cost) else math.inf
         measured = {"heads": f"{words.label(base.heads, head_dim)}, measured", "cost": cost_of_it}
@@ -53,7 +52,7 @@ def candidates(study: Study) -> Table:
         frame = pd.DataFrame([*frame.to_dict("records"), measured])
     columns = [
         Column("heads", lambda row: row.heads, "left"),
-        Column("probability", lambda row: words.percent(row.probability)),
+        Column("probability", possible(lambda row: words.percent(row.probability))),
         Column("costs", possible(more)),
         Column("size N*", size),
         Column("95%", between("n_params", words.short), "range"),
@@ -70,9 +69,11 @@ def candidates(study: Study) -> Table:
         notes.append(
             f"Against {base.label}: {words.baseline(base)}." if math.isfinite(base.cost) else words.sentence(base.note)
         )
-    others = [row.note for row in frame.itertuples() if isinstance(row.note, str) and not _outside(row)]
-    if others:
-        notes.append(f"Without numbers: {'; '.join(dict.fromkeys(others))}.")
+    reasons: dict[str, list[str]] = {}
+    for row in frame.itertuples():
+        if not math.isfinite(row.cost) and isinstance(row.note, str):
+            reasons.setdefault(row.note, []).append(row.heads)
+    notes += [f"{', '.join(names)}: {words.ended(why)}" for why, names in reasons.items()]
     caption = (
         f"Every head configuration at {formatting.context(question.context_served)} tokens and a loss of {question.loss:g}, "
         f"the answer first."
@@ -98,7 +99,7 @@ def serving(study: Study) -> Table | None:
         return "" if words.missing(seconds) else serving_words.LIMITS[name]
 
     columns = [
-        Column("heads", lambda row: words.label(words.heads_of(row), head_dim), "left"),
+        Column("heads", lambda row: words.label(Heads.of(row.n_heads, row.n_kv_heads), head_dim), "left"),
         Column("layout", lambda row: "" if words.missing(row.layout) else Layout.parse(row.layout).describe(), "left"),
         Column("requests at once", lambda row: "" if words.missing(row.batch) else f"{row.batch:,.0f}"),
         Column("memory", lambda row: "" if words.missing(row.memory_bytes) else formatting.gb(row.memory_bytes)),
@@ -118,11 +119,6 @@ def serving(study: Study) -> Table | None:
         notes.append("Shared key/value heads: what it adds to the cost that several devices hold the same ones.")
     caption = f"How each is served on {described['n_devices']} {described['device']}, at the size of the table above."
     return Table.of(question.answer.candidates, columns, f"serving-t{study.laws.context}", caption, notes)
-
-
-def _outside(row: Any) -> bool:
-    """Whether N* is outside the sizes that were trained."""
-    return isinstance(row.note, str) and row.note.startswith("extrapolated")
 
 
 def buildable(study: Study) -> Table | None:
@@ -208,7 +204,7 @@ def _by_heads_and_size(rows: pd.DataFrame, sizes: list[str], text: Callable[[Any
     """A row per H, a column per size, the texts of all runs of both in a cell."""
     runs: dict[Heads, dict[str, list[str]]] = {}
     for run in rows.itertuples():
-        runs.setdefault(words.heads_of(run), {}).setdefault(run.size, []).append(text(run))
+        runs.setdefault(Heads.of(run.n_heads, run.n_kv_heads), {}).setdefault(run.size, []).append(text(run))
     frame = pd.DataFrame({"heads": sorted(runs, key=lambda one: (one.n_heads or math.inf, one.n_kv_heads))})
     head_dim = float(next(iter(rows["head_dim"].dropna()), 64))
 
@@ -234,16 +230,16 @@ def coefficients(study: Study) -> Table:
         return shown
 
     def r_squared(row: Any) -> str:
-        value = laws[words.heads_of(row)].r_squared
+        value = laws[Heads.of(row.n_heads, row.n_kv_heads)].r_squared
         return "" if words.missing(value) else f"{value:.5f}"
 
     columns = [
-        Column("heads", lambda row: words.label(words.heads_of(row), laws.head_dim), "left"),
+        Column("heads", lambda row: words.label(Heads.of(row.n_heads, row.n_kv_heads), laws.head_dim), "left"),
         Column("a, parameters", with_range("a", words.short)),
         Column("b", with_range("b", "{:.4f}".format)),
         Column("E, nats per token", with_range("entropy", "{:.3f}".format)),
         Column("R²", r_squared),
-        Column("runs", lambda row: str(len(laws[words.heads_of(row)].loss))),
+        Column("runs", lambda row: str(len(laws[Heads.of(row.n_heads, row.n_kv_heads)].loss))),
     ]
     caption = (
         f"Fitted coefficients of the runs trained at {formatting.context(laws.context)} tokens; the fit ended as {laws.status}."
@@ -277,7 +273,7 @@ def sensitivity(study: Study) -> Table | None:
     columns = [
         Column("FLOPs of", lambda row: _FLOPS.get(row.flops, row.flops), "left"),
         Column("memory", lambda row: row.memory, "left"),
-        Column("cheapest heads", lambda row: words.label(words.heads_of(row), study.laws.head_dim), "left"),
+        Column("cheapest heads", lambda row: words.label(Heads.of(row.n_heads, row.n_kv_heads), study.laws.head_dim), "left"),
         Column("cheapest in", lambda row: words.percent(row.probability)),
         Column("size N*", lambda row: words.short(row.n_params)),
         Column("against Llama 3's heads", lambda row: formatting.saving(row.saving)),
@@ -299,5 +295,6 @@ def unfinished(findings: Findings) -> Table | None:
         Column("state", lambda row: row.state, "left"),
         Column("why", lambda row: "" if words.missing(row.cause) else str(row.cause), "text"),
     ]
-    caption = f"{words.counted(len(findings.cells), 'cell')} of the grid without a finished run: nothing here rests on them."
+    those = formatting.counted(len(findings.cells), "cell")
+    caption = f"{those} of the grid without a finished run: nothing here rests on them."
     return Table.of(findings.cells, columns, "unfinished", caption)

@@ -1,4 +1,4 @@
-"""Numbers and sentences of a report. page.js writes numbers in the same way."""
+"""Numbers and sentences of a report. numbers.js writes numbers in the same way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from gqa_jax import formatting
-from gqa_jax.formatting import three
+from gqa_jax.formatting import counted, three
 from gqa_jax.laws import Heads
 from gqa_jax.search import serving_words
 from gqa_jax.search.roofline import Layout
@@ -62,7 +62,7 @@ def more(share: float) -> str:
     if missing(share):
         return ""
     if share >= formatting.LARGEST_REGRET:
-        return "over 10 times as much"
+        return f"over {formatting.LARGEST_REGRET:g} times as much"
     if share >= 1:
         return f"{1 + share:.1f} times as much"
     return "<0.1% more" if share < 5e-4 else f"{100 * share:.1f}% more"
@@ -112,22 +112,12 @@ def sentence(text: str) -> str:
     return capital(ended(text))
 
 
-def counted(count: int, noun: str) -> str:
-    """1 run, 2 runs."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def heads(one: Heads, head_dim: float = 64) -> str:
     """8 query heads and 1 key/value head."""
     query = f"one query head per {head_dim:g} of the width" if one.n_heads is None else counted(one.n_heads, "query head")
     if one.group is not None:
         return f"{query} and a key/value head for {'each' if one.group == 1 else f'every {one.group} of them'}"
     return f"{query} and {counted(one.n_kv_heads, 'key/value head')}"
-
-
-def heads_of(row: Any) -> Heads:
-    """The head configuration of a row with n_heads (empty: d / d_h) and n_kv_heads."""
-    return Heads(None if missing(row.n_heads) else int(row.n_heads), int(row.n_kv_heads))
 
 
 def label(one: Heads, head_dim: float = 64) -> str:
