@@ -20,6 +20,7 @@ from benchmarks.report import DRAG
 from gqa_jax import formatting
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import objectives, optimum
+from gqa_jax.search.words import in_words
 from launch import analysis, report
 from launch.report import answer_map, words
 from tests import browser, explorer_node, report_fakes
@@ -289,8 +290,8 @@ class TestPage:
     def test_it_opens_with_pythons_answer_and_says_nothing_on_the_console(self, explorer, studies):
         chromium = explorer()
         answer = studies[0].questions[0].answer
-        assert words.heads(answer.heads) in text(chromium, "sentence")
-        assert words.heads(answer.heads) in chromium.run("return document.querySelector('h1').innerText")
+        assert in_words(answer.heads, 64) in text(chromium, "sentence")
+        assert in_words(answer.heads, 64) in chromium.run("return document.querySelector('h1').innerText")
         assert text(chromium, "fact-probability") == words.percent(answer.probability)
         assert text(chromium, "fact-params") == words.short(answer.n_params)
         assert text(chromium, "fact-params-range") == f"95%: {words.span(answer.n_params_interval, words.short)}"

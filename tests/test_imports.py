@@ -168,9 +168,8 @@ TABLE = (
     ),
     Row(
         "launch.report",
-        ".formatting .costs .storage .laws .search.serving_words .search.answer .search.candidates .search.shape_rule "
-        ".search.roofline "
-        ".search.ranking .search.objectives .search.optimum .plots launch.tables",
+        ".formatting .costs .storage .laws .search.serving_words .search.words .search.answer .search.candidates "
+        ".search.shape_rule .search.roofline .search.ranking .search.objectives .search.optimum .plots launch.tables",
     ),
     Row(
         "launch.findings",

@@ -7,6 +7,7 @@ import pytest
 from gqa_jax import laws, presets
 from gqa_jax.laws import Heads
 from gqa_jax.laws.shape import OtherRatio, Penalty, Price, split
+from gqa_jax.search import optimum
 from tests.law_tables import synthetic
 
 SIZES = [(6, 512), (12, 768), (16, 1024), (24, 1536)]
@@ -90,6 +91,22 @@ def test_tables_of_one_ratio_for_each_size_stay_whole():
     assert len(split(table.drop(columns="n_layers"))[1]) == 0
     assert presets.load("paper").penalty == Penalty(64)
     assert presets.load("paper-table4").penalty == Penalty(64)
+
+
+def test_laws_of_sizes_of_several_ratios_hold_in_the_ratio_of_each_size():
+    """A model is one model: shaped as the trained sizes are at its N, it has the law's loss, however it is asked for."""
+    table = synthetic(noise=0.001, heads=[(8, 8), (8, 1)])
+    fitted = laws.fit_by_heads(table)
+    assert len(set(fitted.aspect.ratio)) > 1
+    assert fitted.penalty.by_size == fitted.aspect
+    for draws in (0, 200):
+        for loss in (2.7, 2.9, 3.1):
+            trained = optimum.search(fitted, loss, 8192, aspect="trained", heads=[(8, 1)], draws=draws)
+            same = optimum.search(fitted, loss, 8192, aspect=trained.ratio, heads=[(8, 1)], draws=draws)
+            assert same.n_params == pytest.approx(trained.n_params, rel=1e-3)
+    n = np.array([table["params_non_embedding"].min(), table["params_non_embedding"].max()], np.float64)
+    price = Price(0.01, 50)
+    np.testing.assert_allclose(fitted.penalty.factor(price, fitted.aspect(n), n), 1)
 
 
 def ladder(ratios, *, tokens=None):

@@ -493,8 +493,6 @@ class TestWords:
         assert words.cost("seconds")(12.3) == "12.3 s"
 
     def test_heads(self):
-        assert words.heads(Heads(8, 1)) == "8 query heads and 1 key/value head"
-        assert words.heads(LLAMA3, 128) == "one query head per 128 of the width and 8 key/value heads"
         assert [words.label(Heads(8, 1)), words.label(LLAMA3, 128)] == ["(8,1)", "(d/128,8)"]
 
     def test_sentences(self):

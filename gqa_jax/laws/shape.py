@@ -2,8 +2,9 @@
 
     L(N, r; H) = L(N; H) (1 + k ln^2(r / c)) / (1 + k ln^2(r0 / c))
 
-L(N; H) is the law of runs whose ratios are about r0. How fast loss rises, k, and where it is least, c, are drawn with the
-coefficients of the laws: from runs of one size at several ratios where there are some, else from a prior alone.
+L(N; H) is the law of runs of the ratio r0, which is a function of N where their sizes differ in it. How fast loss rises, k, and
+where it is least, c, are drawn with the coefficients of the laws: from runs of one size at several ratios where there are some,
+else from a prior alone.
 
 The prior of k is lognormal about .005, that of c about 50. Kaplan et al. (arXiv 2001.08361, Section 3.1) find the loss of
 (L, d) = (6, 4288) within 3% of that of (48, 1600), which is k = .006 at most; the 22 models of Gemstones (arXiv 2502.06857;
@@ -21,6 +22,7 @@ import pandas as pd
 from scipy import stats
 
 from gqa_jax.laws.heads import Heads
+from gqa_jax.shapes import Aspect
 
 if TYPE_CHECKING:
     from gqa_jax.laws.by_heads import LawsByHeads
@@ -51,14 +53,16 @@ class OtherRatio(NamedTuple):
     log_excess: float
     sd: float
     group: int = 0
+    n_params: float | None = None  # its size, where r0 depends on it
 
 
 @dataclasses.dataclass(frozen=True)
 class Penalty:
     """k and c with their uncertainty, for laws of runs of the ratio r0."""
 
-    ratio: float = PAPER_RATIO  # r0
+    ratio: float = PAPER_RATIO  # r0, or the usual one
     others: tuple[OtherRatio, ...] = ()
+    by_size: Aspect | None = None  # r0 as a function of N, where the sizes of the laws differ in it
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -72,7 +76,8 @@ class Penalty:
         price = Price(self._k_K[:, None], self._best_C)
         for group in {one.group for one in self.others}:
             own = [one for one in self.others if one.group == group]
-            z_KxCxO = np.stack([(np.log(self.factor(price, one.ratio)) - one.log_excess) / one.sd for one in own], -1)
+            expected = [np.log(self.factor(price, one.ratio, one.n_params)) for one in own]
+            z_KxCxO = np.stack([(log - one.log_excess) / one.sd for log, one in zip(expected, own, strict=True)], -1)
             common = z_KxCxO.sum(-1) ** 2 / (1 + len(own))  # what the law's own error explains
             log_weight = log_weight - 0.5 * ((z_KxCxO**2).sum(-1) - common)
         weight = np.exp(log_weight - log_weight.max())
@@ -110,9 +115,10 @@ class Penalty:
         best = _NODES_C[node % _NODES_C.size] + jitter[1] * (_NODES_C[1] - _NODES_C[0])
         return Price(PRIOR_K * np.exp(PRIOR_LOG_K_SD * k), PRIOR_C * np.exp(PRIOR_LOG_C_SD * best))
 
-    def factor(self, price: Price, ratio: Any) -> Any:
-        """How many times the loss of r0 the loss at a ratio is; broadcasts."""
-        at, usual = np.log(np.asarray(ratio, np.float64) / price.best), np.log(self.ratio / price.best)
+    def factor(self, price: Price, ratio: Any, n_params: Any = None) -> Any:
+        """How many times the loss of r0 the loss at a ratio is; broadcasts. n_params: of the model (None: any)."""
+        r0 = self.ratio if self.by_size is None or n_params is None else self.by_size(n_params)
+        at, usual = np.log(np.asarray(ratio, np.float64) / price.best), np.log(r0 / price.best)
         return (1.0 + price.k * at**2) / (1.0 + price.k * usual**2)
 
     @property
@@ -171,11 +177,13 @@ def penalty(rows: pd.DataFrame, others: pd.DataFrame, laws: LawsByHeads) -> Pena
         heads = Heads.of(row.n_heads, row.n_kv_heads)
         if heads not in laws or not laws.sigma > 0 or not _as_many_tokens(row, rows):
             continue
-        expected = float(laws[heads].predict(float(row.params_non_embedding)))
+        n_params = float(row.params_non_embedding)
+        expected = float(laws[heads].predict(n_params))
         excess = float(np.log(float(row.loss) / expected))
         sd = float(wider * laws.sigma / expected)
-        found.append(OtherRatio(float(row.d_model) / float(row.n_layers), excess, sd, list(laws).index(heads)))
-    return Penalty(usual(known), tuple(found))
+        found.append(OtherRatio(float(row.d_model) / float(row.n_layers), excess, sd, list(laws).index(heads), n_params))
+    by_size = laws.aspect if np.ptp(known) > 1e-9 * known.max() else None
+    return Penalty(usual(known), tuple(found), by_size)
 
 
 def _as_many_tokens(row: Any, rows: pd.DataFrame) -> bool:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from gqa_jax import costs, formatting, shape_search
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
-from gqa_jax.laws.shape import Penalty
+from gqa_jax.laws.shape import Penalty, Price
 from gqa_jax.search import objectives, ranking, roofline, shape_rule
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.ranking import TAILS, quantiles
@@ -147,13 +147,13 @@ class Table:
     ) -> Table:
         """`loss_S`: the loss that each draw must reach, where it is not the same for all; `loss` is then its middle."""
         if (drawn := known.draws) is None:
-            asked_R = loss / rule.factor(rule.penalty.typical)
-            sizes = _sizes(asked_R[:, None], known.entropy_H, known.log_a_H, known.b_H)
+            laws_H = known.entropy_H, known.log_a_H, known.b_H
+            sizes = rule.sizes(rule.penalty.typical, loss, lambda asked: _sizes(asked, *laws_H))
             return cls(laws, loss, rule, known, sizes, None, seed, loss_S)
-        price_S = rule.penalty.draw(len(drawn.b_SxH), seed)
-        asked_RxS = (loss if loss_S is None else loss_S) / rule.factor(price_S)
+        price_Sx1 = Price(*(values[:, None] for values in rule.penalty.draw(len(drawn.b_SxH), seed)))
         with np.errstate(over="ignore"):  # draws whose sizes are astronomical
-            n_RxSxH = np.stack([np.exp(drawn.log_size(asked_S[:, None])) for asked_S in asked_RxS])
+            asked = loss if loss_S is None else loss_S[:, None]
+            n_RxSxH = rule.sizes(price_Sx1, asked, lambda loss: np.exp(drawn.log_size(loss)))
         n_RxSxH = np.maximum(n_RxSxH, LEAST_BUILT)
         typical = np.stack([quantiles(n_SxH, [0.5])[0] for n_SxH in n_RxSxH])
         return cls(laws, loss, rule, known, typical, n_RxSxH, seed, loss_S)
@@ -306,9 +306,11 @@ class Table:
         law = self.laws[heads]
         if self.n_params_RxSxH is None or self.loss_S is not None:
             return True
-        at_R = self.loss / self.rule.factor(self.rule.penalty.typical)
-        loss = float(at_R[self.rule.usual])
-        own = law.solve(loss) if loss > law.entropy else np.inf
+
+        def size_of(loss: float) -> np.ndarray:
+            return np.asarray(law.solve(loss) if loss > law.entropy else np.inf)
+
+        own = float(self.rule.sizes(self.rule.penalty.typical, self.loss, size_of)[self.rule.usual])
         low, high = quantiles(self.n_params_RxSxH[self.rule.usual, :, self.heads.index(heads)], TAILS)
         return bool(low <= own <= high)
 

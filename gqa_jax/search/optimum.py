@@ -538,12 +538,12 @@ def _loss_of(table: Table, i: int, n_params: np.ndarray, ratio: np.ndarray) -> n
     rule, heads = table.rule, table.heads[i]
     drawn = table.known.draws
     if drawn is None:
-        more = 1.0 if rule.ratios_R is None else rule.penalty.factor(rule.penalty.typical, ratio)
+        more = 1.0 if rule.ratios_R is None else rule.penalty.factor(rule.penalty.typical, ratio, n_params)
         return table.laws[heads].predict(n_params) * more
     loss_SxN = drawn.loss(heads, n_params)
     if rule.ratios_R is not None:
         price = rule.penalty.draw(len(loss_SxN), table.seed)
-        loss_SxN = loss_SxN * rule.penalty.factor(Price(price.k[:, None], price.best[:, None]), ratio)
+        loss_SxN = loss_SxN * rule.penalty.factor(Price(price.k[:, None], price.best[:, None]), ratio, n_params)
     asked_S = table.loss if table.loss_S is None else table.loss_S[:, None]
     return table.loss + np.median(loss_SxN - asked_S, 0)
 

@@ -227,9 +227,9 @@ class _Question:
         heads, drawn, source = _law_of(laws, own, draws, seed, method)
         n_params, penalty = own.n_params(laws.size_convention), laws.penalty
         if drawn is None:
-            loss = float(laws[heads].predict(n_params) * penalty.factor(penalty.typical, own.ratio))
+            loss = float(laws[heads].predict(n_params) * penalty.factor(penalty.typical, own.ratio, n_params))
             return cls(heads, None, source, n_params, loss, None, (np.nan, np.nan))
-        factor_S = penalty.factor(penalty.draw(len(drawn.b_SxH), seed), own.ratio)
+        factor_S = penalty.factor(penalty.draw(len(drawn.b_SxH), seed), own.ratio, n_params)
         loss_S = drawn.loss(drawn.heads[0], np.array([n_params]))[:, 0] * factor_S
         low, loss, high = (float(x) for x in quantiles(loss_S, [TAILS[0], 0.5, TAILS[1]]))
         return cls(heads, drawn, source, n_params, loss, loss_S, (low, high))

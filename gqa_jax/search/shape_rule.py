@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from gqa_jax.laws.shape import Penalty, Price
 from gqa_jax.shapes import Aspect, paper_aspect
 
 BEST, PAPER, TRAINED = "best", "paper", "trained"
+STEPS = 8  # to a size whose r0 depends on it
 RATIOS = 9  # that are looked at, evenly in ln r from one bound to the other; between them costs are parabolas of ln r
 
 
@@ -74,11 +77,21 @@ class ShapeRule:
         """d / L of models of N parameters, at every ratio along the first axis: what `shape_search.solve_shape` asks."""
         return self.aspect(n_RxX) if self.ratios_R is None else self._along(np.ndim(n_RxX))
 
-    def factor(self, price: Price) -> np.ndarray:
-        """How many times the law's loss the loss of each ratio is: R x the shape of a draw."""
+    def sizes(self, price: Price, loss: Any, size_of: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """N that reaches a loss at each ratio: R x what `size_of` returns of a loss, by the laws as they are.
+
+        k, c and the loss: numbers, or arrays that broadcast to it. Where r0 depends on N it is that of the N found, in steps of
+        which each leaves about a third of the error, or less.
+        """
         if self.ratios_R is None:
-            return np.ones((1, *np.shape(price.k)))
-        return self.penalty.factor(price, self._along(1 + np.ndim(price.k)))
+            return size_of(loss)[None]
+        found = []
+        for ratio in self.ratios_R:
+            n = size_of(loss / self.penalty.factor(price, ratio))
+            for _ in range(0 if self.penalty.by_size is None else STEPS):
+                n = size_of(loss / self.penalty.factor(price, ratio, n))
+            found.append(n)
+        return np.stack(found)
 
     def _along(self, n_axes: int) -> np.ndarray:
         return self.ratios_R.reshape(-1, *[1] * (n_axes - 1))

@@ -26,6 +26,7 @@ from gqa_jax.plots import style
 from gqa_jax.search import candidates, objectives, optimum
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.roofline import Layout, Serving
+from gqa_jax.search.words import in_words
 from launch.report import words
 
 DRAWS = 1000
@@ -255,7 +256,7 @@ def _about(one: Heads, laws: Any) -> dict[str, Any]:
     sizes, look = (laws[one].params if one in laws else ()), style.head_look(one)
     return {
         "label": words.label(one, laws.head_dim),
-        "words": words.heads(one, laws.head_dim),
+        "words": in_words(one, laws.head_dim),
         "color": look.color,
         "dash": [] if isinstance(look.line, str) else list(look.line[1]),
         "trained": [float(min(sizes)), float(max(sizes))] if len(sizes) else None,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from gqa_jax import formatting
 from gqa_jax.search import ranking
 from gqa_jax.search.answer import Answer
+from gqa_jax.search.words import in_words
 from launch.report import words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings
@@ -57,7 +58,7 @@ def opening(findings: Findings) -> Opening:
         worth.append(f"Ranges are {found.noise_model}{wider}.")
     return Opening(
         " · ".join(filter(None, (findings.name, f"trained at {trained} tokens", findings.made))),
-        f"{where} costs least with {words.heads(found.heads, laws.head_dim)}.{guess}",
+        f"{where} costs least with {in_words(found.heads, laws.head_dim)}.{guess}",
         " ".join(filter(None, lead)),
         worth,
         _facts(found, goal, laws, far),
@@ -93,7 +94,7 @@ def _worth(found: Answer, laws: Any) -> list[str]:
             said[-1] += f": other heads alone {heads}, another shape alone {shape}"
         said[-1] += "."
     if trained is not None:
-        same = "the same heads" if trained.heads == found.heads else words.heads(trained.heads, laws.head_dim)
+        same = "the same heads" if trained.heads == found.heads else in_words(trained.heads, laws.head_dim)
         often = words.share(trained.probability)
         sure = f", the cheapest in {often} of the draws" if often else ""
         size = f"{words.long(trained.n_params)} parameters in {words.shape(trained.n_layers, trained.d_model)}"

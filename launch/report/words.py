@@ -112,14 +112,6 @@ def sentence(text: str) -> str:
     return capital(ended(text))
 
 
-def heads(one: Heads, head_dim: float = 64) -> str:
-    """8 query heads and 1 key/value head."""
-    query = f"one query head per {head_dim:g} of the width" if one.n_heads is None else counted(one.n_heads, "query head")
-    if one.group is not None:
-        return f"{query} and a key/value head for {'each' if one.group == 1 else f'every {one.group} of them'}"
-    return f"{query} and {counted(one.n_kv_heads, 'key/value head')}"
-
-
 def label(one: Heads, head_dim: float = 64) -> str:
     """(8,1); (d/64,8) for Llama-3's rule."""
     return str(one).replace("d/d_h", f"d/{head_dim:g}")
