@@ -174,7 +174,7 @@ def conventions(frame: pd.DataFrame) -> Table:
         Column("against\nbase", lambda row: saving(row.saving), rank=2),
         Column("the first heads\ncost more by", lambda row: regret(row.regret), rank=1),
     ]
-    caption = "The answer by Z in other conventions, and what the heads of the first would cost there above the cheapest"
+    caption = "The answer by Z in other conventions, and what the heads of the first would cost there above its answer"
     return Table.of(frame, columns, "conventions", caption)
 
 

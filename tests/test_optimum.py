@@ -11,7 +11,7 @@ from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.search import candidates, objectives, optimum, ranking, roofline
 from gqa_jax.search.answer import Model
 from gqa_jax.search.roofline import Serving
-from gqa_jax.shapes import Aspect, paper_aspect
+from gqa_jax.shapes import Aspect, ffn_width, paper_aspect
 from tests.law_tables import TRACED, synthetic
 
 # arXiv 2503.09579v2, Table 4: loss -> (n_h, n_kv) served at 8K, 16K, 32K, 64K, 128K.
@@ -275,12 +275,19 @@ class TestSearch:
                 assert row.cost == pytest.approx(found.cost, rel=0.08)
                 assert 2.69 < row.loss <= 2.7
 
-    def test_models_that_can_be_built_have_no_part_to_spare(self, paper):
-        """A model a layer shallower, or 64 narrower, would miss the loss."""
-        found = optimum.search(paper, 2.7, 131_072)
-        assert found.buildable["n_layers"].is_unique
-        n_S = paper.draws_of(*found.heads, 1000, 0).loss(found.heads, np.array([0.9 * found.buildable["n_params"].min()]))
-        assert np.median(n_S) > 2.7
+    @pytest.mark.parametrize("heads", [(8, 1), (1, 1), (None, 8)])
+    def test_models_that_can_be_built_have_no_part_to_spare(self, paper, heads):
+        """A model a layer shallower, or 64 (with Llama 3's heads 512) narrower, would miss the loss."""
+        found = optimum.search(paper, 3.0, 131_072, aspect=64, heads=[heads])
+        step = 64 if heads[0] else 512
+        for row in found.buildable.itertuples():
+            for layers, width in ((row.n_layers - 1, row.d_model), (row.n_layers, row.d_model - step)):
+                n_heads = width // 64 if heads[0] is None else heads[0]
+                shape = costs.Shape(layers, width, n_heads, heads[1], d_ff=ffn_width(width))
+                if 64 / 1.25 <= width / layers <= 64 * 1.25:
+                    n = costs.count_params(shape, "figures").non_embedding
+                    loss_S = paper.draws_of(*heads, 1000, 0).loss(Heads(*heads), np.array([n]))[:, 0]
+                    assert np.median(loss_S * paper.penalty.factor(paper.penalty.draw(1000, 0), width / layers)) > 2.999
 
     def test_models_that_can_be_built_keep_the_limit_of_memory(self, paper):
         free = optimum.search(paper, 2.7, 131_072, objectives.make("memory"), draws=50)

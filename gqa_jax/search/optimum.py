@@ -256,7 +256,7 @@ def convention_sensitivity(
     weights: whose weight and exponents Z has; default: the paper's. The others as in `search`.
 
     Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving, and regret:
-    how much more the answer of the first row costs in this convention (`ranking.regret`).
+    how much more the heads of the first row cost in this convention than its answer, on average over the draws.
     """
     rows, first = [], None
     for flops in ("half_T", "full_T", "per_token"):
@@ -279,11 +279,14 @@ def convention_sensitivity(
                 known = coefficients(laws, draws, seed, method, heads=heads, compared=None)
                 raise ValueError(_unreachable(Table.of(laws, loss, rule_of(laws, aspect), known), own, memory_limit))
             first = first or _heads(best)
-            regret_H = ranking.regret(own["cost"].fillna(np.inf).to_numpy())
+            regret_H = own["expected_regret"].to_numpy()
+            if np.isnan(regret_H[0]):  # without draws
+                regret_H = ranking.regret(own["cost"].fillna(np.inf).to_numpy())
+            above = ranking.above(regret_H[[_heads(row) for _, row in own.iterrows()].index(first)], regret_H[0])
             rows.append(
                 {"flops": flops, "memory": memory, **_heads(best)._asdict(), "n_params": best["n_params"],
                  "probability": best["probability"], "saving": best["saving"],
-                 "regret": float(regret_H[[_heads(row) for _, row in own.iterrows()].index(first)])}
+                 "regret": float(above)}
             )  # fmt: skip
     return pd.DataFrame(rows).astype({"n_heads": "Int64"})
 
@@ -526,11 +529,12 @@ def _buildable(
     frame["n_params"] = np.asarray(costs.count_params(several, convention).non_embedding, np.float64)
     frame["ratio"] = frame["d_model"] / frame["n_layers"]
     frame["cost"] = limited(objective, several, context, memory_limit)
-    frame = frame[np.isfinite(frame["cost"])]
-    frame = frame[frame["d_model"] == frame.groupby("n_layers")["d_model"].transform("min")]  # each has the fewest layers
-    frame = frame.sort_values("cost", kind="stable", ignore_index=True)
     frame["loss"] = _loss_of(table, i, frame["n_params"].to_numpy(), frame["ratio"].to_numpy())
-    return frame.loc[frame["loss"] <= table.loss, list(_BUILT)].head(3).reset_index(drop=True)
+    frame = frame[np.isfinite(frame["cost"]) & (frame["loss"] <= table.loss)]  # each has the fewest layers of its width
+    width, layers = frame["d_model"].to_numpy(), frame["n_layers"].to_numpy()
+    narrower = (width < width[:, None]) & (layers <= layers[:, None]) & (width >= bounds[0] * layers[:, None])
+    frame = frame[~narrower.any(1)].sort_values("cost", kind="stable")
+    return frame.head(3)[list(_BUILT)].reset_index(drop=True)
 
 
 def _loss_of(table: Table, i: int, n_params: np.ndarray, ratio: np.ndarray) -> np.ndarray:
