@@ -17,7 +17,7 @@ from gqa_jax.errors import closest
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, fit_by_heads
 from gqa_jax.laws.block import fit_block
 from gqa_jax.laws.runs import Runs
-from gqa_jax.shapes import Aspect, paper_aspect
+from gqa_jax.shapes import Aspect
 
 CONTEXT = 8192  # tokens that the paper's models of step 2 were trained at (Section 4.1)
 #: Standard deviation of a loss that is read off a figure; what `paper`'s own residuals are (0.0045, 28 degrees of freedom).
@@ -45,13 +45,12 @@ def overtraining() -> pd.DataFrame:
 
 
 def paper() -> LawsByHeads:
-    """L(N; H) of `paper_losses`, one E for all; shapes above 1.2B follow the paper's Table 7, as its Figure 1 does."""
+    """L(N; H) of `paper_losses`, one E for all; d / L = 64, that of the models whose losses are known."""
     laws = fit_by_heads(paper_losses())
     laws.source = (
         "preset paper: fitted to 45 losses read off Figures 1 and 2 of arXiv 2503.09579 (error about 0.003), models of 0.07B "
         "to 1.4B parameters; no run of yours"
     )
-    laws.aspect = paper_aspect()
     return laws
 
 

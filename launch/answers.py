@@ -17,7 +17,7 @@ from gqa_jax.laws import Heads, LawsByHeads, PowerLaw
 from gqa_jax.search import serving_words
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.candidates import outside
-from gqa_jax.search.words import ASSUMED, FLOPS, baseline_words, headline, shape_text
+from gqa_jax.search.words import ASSUMED, FLOPS, baseline_words, headline, ratio_of_runs, shape_text
 from launch import grid_tables
 from launch.studies import Fitted
 from launch.tables import Column, Table
@@ -135,7 +135,7 @@ def worth(answer: Answer) -> Table | None:
     k, best = (formatting.interval(*ends, "{:.2g}".format) for ends in (shape.k_interval, shape.best_interval))
     notes = [
         f"shapes: loss is taken to rise with k ln^2(r / c) of r = d/L, the best c = {shape.best:.0f} ({best}), k = "
-        f"{shape.k:.2g} ({k}), from that of the runs, {shape.r0:.0f}: {shape.source}"
+        f"{shape.k:.2g} ({k}), from that of the runs, {ratio_of_runs(shape)}: {shape.source}"
     ]
     return Table.of(frame, columns, "worth", "What heads are worth, and what shape is", notes, elsewhere="--format json")
 
@@ -174,7 +174,7 @@ def conventions(frame: pd.DataFrame) -> Table:
         Column("against\nbase", lambda row: saving(row.saving), rank=2),
         Column("the first heads\ncost more by", lambda row: regret(row.regret), rank=1),
     ]
-    caption = "The answer by Z in other conventions, and what the heads of the first would cost there above its answer"
+    caption = "The answer by Z in other conventions, and what the heads of the first cost more there than the answer there"
     return Table.of(frame, columns, "conventions", caption)
 
 

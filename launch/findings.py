@@ -20,7 +20,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LLAMA3, Heads, validation
 from gqa_jax.search import optimum
 from gqa_jax.search.answer import Answer
-from gqa_jax.search.objectives import Objective
+from gqa_jax.search.objectives import Objective, Z
 from gqa_jax.shapes import Aspect
 from launch import state, studies
 from launch.grid_tables import without_checks
@@ -133,6 +133,7 @@ def _study(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     grid = optimum.optimum_map(one.laws, losses, served, objective, **which, convention=rule)
+    weights = objective if isinstance(objective, Z) else None
     study = {
         "laws": one.laws,
         "questions": [Question(loss, context, answer)],
@@ -147,7 +148,7 @@ def _study(
             options=options,
         ),
         "optimum_map": grid,
-        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, **which),
+        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, weights=weights, **which),
         "checks": _checks(one),
     }
     pictures: dict[str, list[Picture]] = {}

@@ -100,11 +100,14 @@ class TestPoints:
             for (_, frame), result in zip(questions, seen, strict=True):
                 assert result["exact"]
                 rows = rows_of(frame, study.laws)
+                guess = result["best"] is None or result["rows"][result["best"]]["far"]
                 for row, one in zip(rows.to_dict("records"), result["rows"], strict=True):
                     compare(row, one)
                     assert np.isfinite(number(one["cost"])) == np.isfinite(row["cost"])
-                    if not one["far"]:
+                    if not guess:
                         assert number(one["probability"]) == pytest.approx(row["probability"], abs=EXACT)
+                    else:
+                        assert np.isnan(number(one["probability"]))
                     assert number(one["expected_regret"]) == pytest.approx(row["expected_regret"], abs=2 * EXACT)
                     if one["served"] and isinstance(row["layout"], str):
                         served += 1
@@ -118,6 +121,15 @@ class TestPoints:
                 else:
                     assert result["best"] is None
         assert served > 20
+
+    def test_between_a_guess_and_an_answer_what_is_no_guess_has_a_probability(self, tmp_path):
+        study = report_fakes.study(report_fakes.loss_table(), more=False, points=([2.4, 2.46], [131_072]))
+        asked = [asked_of(study.answer_map, "z", 131_072, loss) for loss in (2.4, 2.455)]
+        guess, answer = explorer_node.run(tmp_path, [study], LOOK, {"study": 0, "asked": asked})
+        assert guess["rows"][guess["best"]]["far"]
+        assert not answer["rows"][answer["best"]]["far"]
+        assert all(np.isnan(number(one["probability"])) for one in guess["rows"])
+        assert sum(number(one["probability"]) for one in answer["rows"]) == pytest.approx(1, abs=0.01)
 
     def test_what_is_not_served_has_no_cost_and_no_number_is_nan_on_screen(self, tmp_path):
         goal = objectives.make("latency", device="v5e")

@@ -94,6 +94,13 @@ def test_where_they_are_from_is_said():
     assert one.draws_of(64, 16).notes[0].endswith("configurations, 4 times outside those that were trained")
 
 
+def test_a_rule_that_has_draws_is_one_of_them():
+    paper = presets.load("paper")
+    assert paper.draws_of(None, 8).heads == [Heads(None, 8)]
+    with pytest.raises(ValueError, match="n_heads = None, n_kv_heads = 4: heads without a law are numbers above 0"):
+        paper.draws_of(None, 4)
+
+
 def test_what_is_not_known_is_refused_with_what_is():
     few = laws.fit_by_heads(law_tables.synthetic(noise=0.002, heads=PAPER[:4]))
     with pytest.raises(head_law.NoHeadLaw, match=r"4 head conf.* needs 5 or more; the closest that has a law is \(8,1\)"):
@@ -102,7 +109,7 @@ def test_what_is_not_known_is_refused_with_what_is():
         presets.load("paper").draws_of(4096, 8)
     with pytest.raises(head_law.NoHeadLaw, match="every H has its own E here"):
         laws.fit_by_heads(presets.paper_losses(), shared_entropy=False).draws_of(64, 16)
-    with pytest.raises(ValueError, match="n_heads = 0, n_kv_heads = 1: heads are numbers above 0"):
+    with pytest.raises(ValueError, match="n_heads = 0, n_kv_heads = 1: heads without a law are numbers above 0"):
         presets.load("paper").draws_of(0, 1)
 
 

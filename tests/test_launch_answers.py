@@ -81,7 +81,7 @@ class TestHeadline:
         assert "than Llama 3's heads in 30 layers x 1900, by the law and shaped as the trained sizes: memory " in text
         same = dataclasses.replace(found, baseline=base, saving=0.0, saving_interval=(0.0, 0.0))
         assert (
-            ", and costs as much as Llama 3's heads in 30 layers x 1900, by the law and shaped as the trained sizes."
+            "; it costs as much as Llama 3's heads in 30 layers x 1900, by the law and shaped as the trained sizes."
             in words.headline(same)
         )
         own = dataclasses.replace(found, loss=2.675891234)
@@ -97,7 +97,7 @@ class TestHeadline:
         assert not np.isnan(far.far)
         text = words.headline(far)
         assert text.startswith(f"N* is {far.far:.1f}x beyond the trained sizes, further than 10x: a guess. (")
-        assert f"the least costly of the {far.n_candidates} on average, " in text
+        assert f"the least costly of the {far.n_candidates} on average; it costs as much as Llama 3's heads" in text
         shown = text + "".join(table.markdown() + printed(table, 200) for table in answers.tables(far, paper))
         assert "probab" not in shown
         assert "(prob.)" not in shown

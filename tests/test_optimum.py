@@ -275,19 +275,20 @@ class TestSearch:
                 assert row.cost == pytest.approx(found.cost, rel=0.08)
                 assert 2.69 < row.loss <= 2.7
 
-    @pytest.mark.parametrize("heads", [(8, 1), (1, 1), (None, 8)])
+    @pytest.mark.parametrize("heads", [(8, 1), (1, 1), (8, 8)])
     def test_models_that_can_be_built_have_no_part_to_spare(self, paper, heads):
-        """A model a layer shallower, or 64 (with Llama 3's heads 512) narrower, would miss the loss."""
+        """A model a layer shallower, or 64 narrower, would miss the loss."""
         found = optimum.search(paper, 3.0, 131_072, aspect=64, heads=[heads])
-        step = 64 if heads[0] else 512
+        compared = 0
         for row in found.buildable.itertuples():
-            for layers, width in ((row.n_layers - 1, row.d_model), (row.n_layers, row.d_model - step)):
-                n_heads = width // 64 if heads[0] is None else heads[0]
-                shape = costs.Shape(layers, width, n_heads, heads[1], d_ff=ffn_width(width))
+            for layers, width in ((row.n_layers - 1, row.d_model), (row.n_layers, row.d_model - 64)):
+                shape = costs.Shape(layers, width, *heads, d_ff=ffn_width(width))
                 if 64 / 1.25 <= width / layers <= 64 * 1.25:
+                    compared += 1
                     n = costs.count_params(shape, "figures").non_embedding
                     loss_S = paper.draws_of(*heads, 1000, 0).loss(Heads(*heads), np.array([n]))[:, 0]
                     assert np.median(loss_S * paper.penalty.factor(paper.penalty.draw(1000, 0), width / layers)) > 2.999
+        assert compared > 2
 
     def test_models_that_can_be_built_keep_the_limit_of_memory(self, paper):
         free = optimum.search(paper, 2.7, 131_072, objectives.make("memory"), draws=50)
@@ -381,14 +382,14 @@ class TestServed:
         """
         told = {"device": "v5e", "n_devices": 4, "cache_dtype": "int8", "batch": 1, "efficiency": "bound"}
         found = optimum.search(
-            paper, 2.615, 131_072, objectives.make("price", parallelism="tensor", **told), aspect="trained", draws=0
+            paper, 2.615, 131_072, objectives.make("price", parallelism="tensor", **told), aspect="paper", draws=0
         )
         assert found.heads == Heads(8, 4)
-        shape = shape_search.solve_shape(paper[Heads(8, 4)].solve(2.615), Heads(8, 4), paper.aspect)
+        shape = shape_search.solve_shape(paper[Heads(8, 4)].solve(2.615), Heads(8, 4), paper_aspect())
         assert found.cost == pytest.approx(_dollars_by_hand(shape, 1 + 2 / 64))
         assert found.cost == pytest.approx(0.2738, abs=5e-5)
         assert _dollars_by_hand(shape, 1) == pytest.approx(0.2705, abs=5e-5)
-        best = optimum.search(paper, 2.615, 131_072, objectives.make("price", **told), aspect="trained", draws=0)
+        best = optimum.search(paper, 2.615, 131_072, objectives.make("price", **told), aspect="paper", draws=0)
         assert best.heads == Heads(8, 1)
         assert best.candidates["layout"].iloc[0] == "1,1,4"
         assert best.cost == pytest.approx(0.2208, abs=5e-5)
@@ -501,7 +502,7 @@ class TestServed:
     @pytest.mark.parametrize("draws", [0, 20])
     def test_where_none_can_be_served_the_error_names_what_comes_closest(self, paper, settings, message, draws):
         with pytest.raises(ValueError, match=message) as error:
-            optimum.search(paper, 2.615, 131_072, _typical("price", **settings), aspect="trained", draws=draws)
+            optimum.search(paper, 2.615, 131_072, _typical("price", **settings), aspect="paper", draws=draws)
         assert str(error.value).startswith("no head configuration can be served as asked at a loss of 2.615; ")
 
     @pytest.mark.parametrize("draws", [0, 50])
@@ -662,6 +663,12 @@ class TestMap:
         assert frame.loc[0, "regret"] == 0
         assert (frame["regret"] >= 0).all()
         assert frame["saving"].nunique() > 5
+
+    def test_guesses_have_a_probability_for_who_interpolates_only(self, paper):
+        for guesses in (True, False):
+            rows = optimum.optimum_map(paper, [2.25, 2.7], [8192], draws=50, guesses=guesses)
+            assert rows[rows["loss"] == 2.25]["probability"].notna().all() == guesses
+            assert rows[rows["loss"] == 2.7]["probability"].notna().all()
 
     def test_conventions_keep_the_weights_and_the_limit(self, paper):
         z = objectives.Z(lam=0.5)

@@ -414,6 +414,13 @@ class TestCommand:
         saved = float(re.search(r"It costs ([\d.]+)% less than the measured model of Llama 3's heads, 32", answer)[1])
         assert abs(saved - 50.8) < 0.5
 
+    def test_other_conventions_have_the_weights_that_were_asked(self, tmp_path):
+        argv = ["report", "--preset", "paper", "--loss", "2.615", "--lam", "0.5", "--out", str(tmp_path)]
+        assert main(argv) == 0
+        first = (tmp_path / "sensitivity-t8192.md").read_text().split("\n\n")[1].splitlines()[2].split(" | ")
+        assert first[2] == "(4,1)"  # with the paper's weights: (8,1)
+        assert f"It costs {first[5]} than the measured model" in Page((tmp_path / "index.html").read_text()).text["answer"]
+
     def test_laws_that_do_not_reach_the_loss_are_said_and_end_nothing(self, tmp_path):
         runs = report_fakes.loss_table()
         pd.concat([runs, runs.assign(context=2048, loss=runs["loss"] + 0.6)]).to_csv(tmp_path / "runs.csv", index=False)

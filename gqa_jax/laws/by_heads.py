@@ -233,11 +233,11 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         """
         from gqa_jax.laws import head_law
 
-        if not (0 < n_heads < np.inf and 0 < n_kv_heads < np.inf):
-            raise ValueError(f"n_heads = {n_heads}, n_kv_heads = {n_kv_heads}: heads are numbers above 0")
         drawn = self.draws(count, seed, method)
         if (n_heads, n_kv_heads) in drawn.heads:
             return dataclasses.replace(drawn.take([drawn.heads[drawn.heads.index((n_heads, n_kv_heads))]]), notes=())
+        if n_heads is None or not (0 < n_heads < np.inf and 0 < n_kv_heads < np.inf):
+            raise ValueError(f"n_heads = {n_heads}, n_kv_heads = {n_kv_heads}: heads without a law are numbers above 0")
         if not self.shared_entropy:
             raise head_law.NoHeadLaw("every H has its own E here: a law of heads needs laws that share E")
         generator = np.random.default_rng([seed, 10, *(round(64 * max(n, 0)) for n in (n_heads, n_kv_heads))])
@@ -366,7 +366,8 @@ def fit_by_heads(
       allow_confounded: also where heads of a size saw neither equal tokens nor equal tokens per parameter, within 5%
         (`gqa_jax.laws.confounding`); then every answer says so.
 
-    Runs of a size at another d / L than most are in no law: they tell what the shape costs (`LawsByHeads.penalty`).
+    Where runs of a size differ in d / L, those away from the usual one are in no law: with as many tokens as the law's they
+    tell what the shape costs (`LawsByHeads.penalty`).
 
     Weights: equal where runs say on which text they were evaluated (heldout): their standard errors are that text's, which they
     have in common (`LawsByHeads.shared`), so that it goes into E. Elsewhere, where every run has its standard error
@@ -398,6 +399,7 @@ def fit_by_heads(
             drop |= same.fillna(False).to_numpy(bool)
         again = fit_by_heads(every[~drop], **options, allow_confounded=True)
         again.aspect, again.source, again.method = found.aspect, found.source, found.method
+        again.penalty = dataclasses.replace(again.penalty, by_size=found.penalty.by_size)
         return again
 
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
@@ -422,8 +424,9 @@ def fit_by_heads(
     found.penalty = shape.penalty(rows, others, found)
     if len(others):
         telling = len(found.penalty.others)
-        found.warnings += (
-            f"{len(others)} {'run' if len(others) == 1 else 'runs'} at another d/L than most of their size in no law; "
-            f"{telling or 'none'} of them {'tells' if telling == 1 else 'tell'} what the shape costs",
-        )
+        have = "run has another d/L than the one of its size that the law is of: it is in no law"
+        if len(others) > 1:
+            have = "runs have another d/L than those of their size that the law is of: they are in no law"
+        telling = f"{telling or 'none'} of them {'tells' if telling <= 1 else 'tell'}"
+        found.warnings += (f"{len(others)} {have}; {telling} what the shape costs",)
     return found

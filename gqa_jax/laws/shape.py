@@ -65,8 +65,13 @@ class Penalty:
     by_size: Aspect | None = None  # r0 as a function of N, where the sizes of the laws differ in it
 
     @property
+    def of_sizes(self) -> tuple[float, float]:
+        """Least and largest r0."""
+        return (self.ratio, self.ratio) if self.by_size is None else (min(self.by_size.ratio), max(self.by_size.ratio))
+
+    @property
     def bounds(self) -> tuple[float, float]:
-        """Least and largest d / L that may be answered."""
+        """Least and largest d / L that may be answered, at every size: half and twice the usual one of the runs."""
         return self.ratio / REACH, self.ratio * REACH
 
     @functools.cached_property
@@ -187,7 +192,12 @@ def penalty(rows: pd.DataFrame, others: pd.DataFrame, laws: LawsByHeads) -> Pena
 
 
 def _as_many_tokens(row: Any, rows: pd.DataFrame) -> bool:
-    """Whether a run saw as many tokens, or as many per parameter, as that of `rows` closest in size; True where none says."""
+    """Whether a run saw as many tokens, or as many per parameter, as the law's of its heads that is closest in size.
+
+    True where that is not known.
+    """
+    same = rows["n_heads"].isna() if pd.isna(row.n_heads) else rows["n_heads"] == row.n_heads
+    rows = rows[(same & (rows["n_kv_heads"] == row.n_kv_heads)).fillna(False).to_numpy(bool)]
     n = rows["params_non_embedding"].to_numpy(np.float64)
     near = rows.iloc[int(np.argmin(np.abs(np.log(n / float(row.params_non_embedding)))))]
     if "tokens" not in rows or pd.isna(row.tokens) or pd.isna(near["tokens"]):

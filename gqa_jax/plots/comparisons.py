@@ -52,8 +52,12 @@ def savings(
     answer = optimum.search(
         laws, loss, context_served, objectives.Z(convention), aspect=aspect, heads=among, baseline=baseline, draws=_draws(laws)
     )
-    of_one_model = {"aspect": answer.ratio if aspect is None else aspect, "heads": [answer.heads], "baseline": baseline}
-    of_one_model["baseline_aspect"] = "trained" if aspect is None else None
+    of_one_model = {
+        "aspect": answer.ratio if aspect in (None, "best") else aspect,
+        "heads": [answer.heads],
+        "baseline": baseline,
+    }
+    of_one_model["baseline_aspect"] = "trained" if aspect in (None, "best") else None
     found = [optimum.search(laws, loss, context_served, each, **of_one_model, draws=_draws(laws)) for each in measures]
     against = found[0].baseline
     if against is None or not np.isfinite(against.cost):

@@ -62,7 +62,8 @@ class ShapeChoice:
     ratio: float  # d / L of the answer
     ratio_interval: tuple[float, float]  # 95% of the draws' best; nan where the rule fixes it, or without draws
     bounds: tuple[float, float]
-    r0: float  # of the runs
+    r0: float  # of the runs: the usual one
+    r0_of_sizes: tuple[float, float]  # least and largest
     k: float  # median
     k_interval: tuple[float, float]
     best: float  # c: where loss is least; median
@@ -209,7 +210,7 @@ def measured_model(laws: Mapping[Heads, PowerLaw], heads: Heads, loss: float) ->
     at = away[close.index].idxmin()
     row = rows.loc[at]
     shape = costs.Shape(
-        float(row["n_layers"]), float(row["d_model"]), float(n_heads[at]), float(n_kv[rows.index.get_loc(at)]), laws.head_dim,
+        float(row["n_layers"]), float(row["d_model"]), float(n_heads[at]), float(n_kv[at]), laws.head_dim,
         vocab_size=laws.vocab_size,
     )  # fmt: skip
     run = str(row["cell"]) if "cell" in rows and pd.notna(row["cell"]) else None

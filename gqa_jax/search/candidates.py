@@ -212,8 +212,9 @@ class Table:
         objective: Objective,
         convention: str | costs.Convention,
         memory_limit: float | Serving | None,
+        guesses: bool = False,
     ) -> Ranked:
-        """The candidates at one served context, the answer first."""
+        """The candidates at one served context, the answer first. guesses: whether an answer beyond FAR has a probability."""
         k = self.known.n_candidates
         objective = self.settled(objective, context)
         cost_H, n_H, shape_H = self.typical(objective, context, memory_limit)
@@ -250,8 +251,9 @@ class Table:
         first = column["cost" if found is None else "expected_regret"]
         order = np.lexsort((excess, column["cost"], first, hopeless))  # the last counts most
         frame = pd.DataFrame({name: values[order] for name, values in column.items()})
-        if hopeless[order[0]] or np.isfinite(self.known.far(int(order[0]), float(n_H[order[0]]))):
-            frame["probability"] = np.nan  # nothing is answered, or a guess
+        guess = np.isfinite(self.known.far(int(order[0]), float(n_H[order[0]])))
+        if hopeless[order[0]] or (guess and not guesses):
+            frame["probability"] = np.nan
         frame["rank"] = pd.arrays.IntegerArray(np.arange(1, k + 1), hopeless[order])
         return Ranked(frame, self.heads, cost_H, n_H, shape_H, cost_SxH, ratio_SxH, found, objective)
 

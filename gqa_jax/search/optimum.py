@@ -21,7 +21,7 @@ import pandas as pd
 
 from gqa_jax import costs, formatting, shape_search
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw, posterior
-from gqa_jax.laws.shape import Price
+from gqa_jax.laws.shape import REACH, Price
 from gqa_jax.search import objectives, ranking
 from gqa_jax.search.answer import Answer, Baseline, Model, ShapeChoice, measured_model, name_of
 from gqa_jax.search.candidates import (
@@ -44,6 +44,7 @@ from gqa_jax.shapes import Aspect
 LLAMA3_UNKNOWN = (
     "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here"
 )
+Without = tuple[Callable[[LawsByHeads], Table], Callable[[pd.Series], str]]
 _SPARE = 1.001  # sizes between the ratios that are looked at are interpolated: to a thousandth
 _ROUNDED = 1.25  # models to build have at most so many times a ratio that is given
 _BUILT = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_params", "ratio", "loss", "cost")
@@ -67,6 +68,7 @@ def search(
     seed: int = 0,
     method: str | None = None,
     loss_S: np.ndarray | None = None,
+    without: Without | None = None,
 ) -> Answer:
     """The heads and the shape that reach `loss` at the least cost of serving `context_served` tokens.
 
@@ -87,13 +89,16 @@ def search(
         them at its batch and precisions; what needs more can't be chosen.
       draws, seed, method: `LawsByHeads.draws`; draws=0 for an answer without probabilities.
       loss_S: the loss that each draw must reach, nats per token, where these differ; `loss` is then their middle.
+      without: what laws without the runs that lie off them are asked, and what is said of their answer, where that is another
+        question than this one (`without_outliers`).
 
     Raises:
       ValueError: a loss that no H reaches by the fitted laws, a limit that none keeps, a context below 1, heads without a law,
         or an aspect ratio that nothing is known of.
     """
     options = {"heads": heads, "baseline": baseline, "baseline_aspect": baseline_aspect, "convention": convention,
-               "memory_limit": memory_limit, "draws": draws, "seed": seed, "method": method, "loss_S": loss_S}  # fmt: skip
+               "memory_limit": memory_limit, "draws": draws, "seed": seed, "method": method, "loss_S": loss_S,
+               "without": without}  # fmt: skip
     objective, rule = objective or objectives.Z(convention), rule_of(laws, aspect)
     answer = _search(laws, loss, context_served, objective, rule, **options)
     if not rule.is_free:
@@ -121,6 +126,7 @@ def _search(
     seed: int,
     method: str | None,
     loss_S: np.ndarray | None,
+    without: Without | None,
     alone: bool = True,
 ) -> Answer:
     """`search` for one rule of shapes; `alone` is False where another answer beside it says what all answers of laws do."""
@@ -141,15 +147,15 @@ def _search(
     far = known.far(i, float(best["n_params"]))
     rule.require(float(best["ratio"]))
 
-    def without(others: LawsByHeads) -> Table:
+    def others_table(others: LawsByHeads) -> Table:
         again = coefficients(others, draws, seed, method, heads=known.heads[: known.n_candidates], compared=None)
         return Table.of(others, loss, dataclasses.replace(rule, penalty=others.penalty), again, seed)
 
     warnings = [
         *(_common_warnings(laws) if alone else []),
         *(
-            without_outliers(laws, best_heads, without, _sure, context_served, objective, memory_limit)
-            if alone and loss_S is None  # whose losses rest on those runs too
+            without_outliers(laws, best_heads, *(without or (others_table, _sure)), context_served, objective, memory_limit)
+            if alone
             else []
         ),
         *_beyond(laws, context_served),
@@ -169,7 +175,7 @@ def _search(
         n_params_interval=(float(best["n_params_low"]), float(best["n_params_high"])),
         n_layers=float(best["n_layers"]),
         d_model=float(best["d_model"]),
-        probability=np.nan if np.isfinite(far) else float(best["probability"]),
+        probability=float(best["probability"]),
         n_candidates=int(np.isfinite(found.frame["cost"]).sum()),
         cost=float(best["cost"]),
         cost_interval=(float(best["cost_low"]), float(best["cost_high"])),
@@ -211,12 +217,13 @@ def optimum_map(
     draws: int = 1000,
     seed: int = 0,
     method: str | None = None,
+    guesses: bool = False,
 ) -> pd.DataFrame:
     """Every H for every loss and served context: loss, context_served and those of `Answer.candidates`; rank 1 answers.
 
     Arguments as in `search`; draws=0 leaves out what is uncertain, and ranks by the cost of the fitted laws. objective: several
     by name share what they can, and the first column is then objective, the name. A loss that an H does not reach gives a row
-    without numbers and with a note.
+    without numbers and with a note. guesses: whether answers beyond FAR keep their probabilities, for who interpolates.
     """
     several = objective if isinstance(objective, Mapping) else {"": objective or objectives.Z(convention)}
     rule = rule_of(laws, aspect)
@@ -228,7 +235,7 @@ def optimum_map(
         base = _base(table, baseline)
         for context in contexts_served:
             for name, one in several.items():
-                found = table.ranked(context, one, convention, memory_limit)
+                found = table.ranked(context, one, convention, memory_limit, guesses=guesses)
                 _against(base, found, baseline, one, context, convention, memory_limit)
                 found.frame.insert(0, "loss", float(loss))
                 found.frame.insert(1, "context_served", int(context))
@@ -382,7 +389,7 @@ def _against(
         return None, [LLAMA3_UNKNOWN if heads == LLAMA3 else f"no saving against heads {heads}: they have no law here"]
     if isinstance(base, Model):
         about_it = {name: getattr(base, name) for name in ("label", "heads", "measured", "run", "loss")}
-        shape, n_params, cost = base.shape, base.n_params, _cost_of(base, objective, context, memory_limit)
+        shape, n_params, cost = base.shape, base.n_params, cost_of(base, objective, context, memory_limit)
         interval = (cost, cost)
     else:
         heads = base.heads[0]
@@ -411,7 +418,7 @@ def _against(
     return Baseline(**about_it, **where, cost=cost, cost_interval=interval), said
 
 
-def _cost_of(model: Model, objective: Objective, context: int, memory_limit: float | Serving | None) -> float:
+def cost_of(model: Model, objective: Objective, context: int, memory_limit: float | Serving | None) -> float:
     """What a model costs; infinite where it can't be served, or does not keep the limit."""
     own = objectives.settled(objective, model.shape, context)
     return float(limited(own, model.shape, context, memory_limit))
@@ -435,6 +442,7 @@ def _choice(table: Table, found: Ranked, i: int, best: pd.Series) -> ShapeChoice
         ratio_interval=interval,
         bounds=penalty.bounds,
         r0=penalty.ratio,
+        r0_of_sizes=penalty.of_sizes,
         k=float(penalty.typical.k),
         k_interval=(float(ends.k[0]), float(ends.k[1])),
         best=float(penalty.typical.best),
@@ -487,7 +495,15 @@ def _doubts(table: Table, heads: Heads, row: pd.Series, far: float) -> list[str]
             )
         if not np.isfinite(row["n_params_high"]):
             found.append("N* is not bounded above: the data allow an E at or above the loss")
-    bounds = table.rule.penalty.bounds
+    bounds, by_size = table.rule.penalty.bounds, table.rule.penalty.by_size
+    if table.rule.ratios_R is not None and by_size is not None:
+        usual = float(by_size(row["n_params"]))
+        away = max(row["ratio"] / usual, usual / row["ratio"])
+        if away > REACH * (1 + 1e-6):
+            found.append(
+                f"d/L = {row['ratio']:.3g} is {formatting.times(away)} away from that of the runs about this N, {usual:.3g}: "
+                "what that does to loss is known from no run and no prior"
+            )
     if table.rule.is_free and any(np.isclose(row["ratio"], bound, rtol=1e-6) for bound in bounds):
         found.append(
             f"d/L = {row['ratio']:.3g} is at the edge of what is looked at ({bounds[0]:.3g} to {bounds[1]:.3g}): beyond it "
@@ -501,8 +517,8 @@ def _buildable(
 ) -> pd.DataFrame:
     """The cheapest models of whole layers and rounded widths near the answer that reach the loss; none that miss it.
 
-    Of models that can be served those from which neither a layer nor a step of width can be taken. A model reaches the loss
-    where its typical loss, the median of the draws, is not above it.
+    Of models that can be served those from which, within the bounds of d / L, neither a layer nor a step of width can be taken.
+    A model reaches the loss where its typical loss, the median of the draws, is not above it.
     """
     head_dim, vocab_size, convention, ffn_ratio = about(table.laws)
     heads, n_params = found.heads[i], float(found.n_params_H[i])
@@ -515,8 +531,9 @@ def _buildable(
     if not rule.is_free:  # the ratio is given: some about it
         about_it = (ratio / _ROUNDED, ratio * _ROUNDED)
         bounds = about_it if rule.ratios_R is None else (max(bounds[0], about_it[0]), min(bounds[1], about_it[1]))
-    if rule.ratios_R is not None and not rule.is_free:
-        table, i = table.alone(heads, dataclasses.replace(rule, ratios_R=np.geomspace(*bounds, RATIOS))), 0
+        penalty = rule.penalty if rule.aspect is None else dataclasses.replace(rule.penalty, by_size=rule.aspect)
+        rule = dataclasses.replace(rule, penalty=penalty, aspect=None, ratios_R=np.geomspace(*bounds, RATIOS))
+        table, i = table.alone(heads, rule), 0
     found_shapes = shape_search.reaching(
         n_params, heads, ratio, bounds, lambda r: _SPARE * table.needed(i, r), int(head_dim), int(vocab_size), convention,
         ffn_ratio, multiple=64 if n_params > 1e7 else 16,
@@ -542,12 +559,10 @@ def _loss_of(table: Table, i: int, n_params: np.ndarray, ratio: np.ndarray) -> n
     rule, heads = table.rule, table.heads[i]
     drawn = table.known.draws
     if drawn is None:
-        more = 1.0 if rule.ratios_R is None else rule.penalty.factor(rule.penalty.typical, ratio, n_params)
-        return table.laws[heads].predict(n_params) * more
-    loss_SxN = drawn.loss(heads, n_params)
-    if rule.ratios_R is not None:
-        price = rule.penalty.draw(len(loss_SxN), table.seed)
-        loss_SxN = loss_SxN * rule.penalty.factor(Price(price.k[:, None], price.best[:, None]), ratio, n_params)
+        return table.laws[heads].predict(n_params) * rule.penalty.factor(rule.penalty.typical, ratio, n_params)
+    price = rule.penalty.draw(len(drawn.b_SxH), table.seed)
+    factor_SxN = rule.penalty.factor(Price(price.k[:, None], price.best[:, None]), ratio, n_params)
+    loss_SxN = drawn.loss(heads, n_params) * factor_SxN
     asked_S = table.loss if table.loss_S is None else table.loss_S[:, None]
     return table.loss + np.median(loss_SxN - asked_S, 0)
 
@@ -564,7 +579,7 @@ def without_outliers(
     laws: Mapping[Heads, PowerLaw],
     heads: Heads,
     table_of: Callable[[LawsByHeads], Table],
-    more: Callable[[Table, pd.Series], str],
+    more: Callable[[pd.Series], str],
     context: int,
     objective: Objective,
     memory_limit: float | Serving | None,
@@ -580,19 +595,18 @@ def without_outliers(
     if (others := laws.without_outliers) is None:
         return [f"without {which} too few sizes are left for a law"]
     try:
-        table = table_of(others)
-        best = table.ranked(context, objective, "figures", memory_limit).frame.iloc[0]
+        best = table_of(others).ranked(context, objective, "figures", memory_limit).frame.iloc[0]
     except ValueError as error:
         return [f"without {which} there is no answer: {error}"]
     if not np.isfinite(best["cost"]):
         return [f"without {which} no heads reach this loss"]
     found = _heads(best)
     same = "the same heads, " if found == heads else ""
-    said = f"the answer is {same}{found}, N* = {formatting.short(best['n_params'])}{more(table, best)}"
+    said = f"the answer is {same}{found}, N* = {formatting.short(best['n_params'])}{more(best)}"
     return [f"without {which} {said}"]
 
 
-def _sure(_: Table, best: pd.Series) -> str:
+def _sure(best: pd.Series) -> str:
     """How sure an answer is, where that is known and it is no guess."""
     if np.isnan(best["probability"]):
         return ""
@@ -630,7 +644,9 @@ def _unreachable(table: Table, frame: pd.DataFrame, memory_limit: float | Servin
         said = f"the fitted entropy E is {least:.4f}"
         if loss > least:
             why = (
-                "most draws of it are above the loss" if table.known.draws is not None else "other d / L cost more than is left"
+                "most draws of it are above the loss"
+                if table.known.draws is not None
+                else "at these d / L the shape alone costs more than the loss leaves above it"
             )
             said += f", and {why}"
         return (

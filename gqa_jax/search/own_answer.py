@@ -172,23 +172,21 @@ def compare_own(
     asked = _Question.of(laws, own, draws, seed, method)
     own_heads, drawn, n_params, loss, loss_S = asked.heads, asked.drawn, asked.n_params, asked.loss, asked.loss_S
     model = Model(f"your model {own.name}", own_heads, own.shape, loss, n_params)
-    answer = optimum.search(
-        served, loss, context_served, objective, aspect=aspect, heads=heads, baseline=model, convention=convention,
-        memory_limit=memory_limit, draws=draws, seed=seed, method=method, loss_S=loss_S,
-    )  # fmt: skip
 
-    def without(others: LawsByHeads) -> Table:
+    def others_table(others: LawsByHeads) -> Table:
         again = _Question.of(others, own, draws, seed, method)
         others = _in_its_likeness(others, own)
         known = optimum.coefficients(others, draws, seed, method, heads=heads, compared=None)
         return Table.of(others, again.loss, rule_of(others, aspect), known, seed, again.loss_S)
 
-    def saves(table: Table, best: pd.Series) -> str:
-        cost = np.nan if answer.baseline is None else answer.baseline.cost
+    def saves(best: pd.Series) -> str:
+        cost = optimum.cost_of(model, objective, context_served, memory_limit)
         return "" if not np.isfinite(cost) else f", at {_more(best['cost'] / cost - 1, (np.nan, np.nan))} your model"
 
-    said = optimum.without_outliers(laws, answer.heads, without, saves, context_served, objective, memory_limit)
-    answer = dataclasses.replace(answer, warnings=(*answer.warnings, *said))
+    answer = optimum.search(
+        served, loss, context_served, objective, aspect=aspect, heads=heads, baseline=model, convention=convention,
+        memory_limit=memory_limit, draws=draws, seed=seed, method=method, loss_S=loss_S, without=(others_table, saves),
+    )  # fmt: skip
     smallest, largest = _trained(laws)
     beyond = max(n_params / largest, smallest / n_params)
     if beyond > FAR and not np.isfinite(answer.far):

@@ -12,7 +12,7 @@ from gqa_jax.laws.shape import Penalty, Price
 from gqa_jax.shapes import Aspect, paper_aspect
 
 BEST, PAPER, TRAINED = "best", "paper", "trained"
-STEPS = 8  # to a size whose r0 depends on it
+STEPS, CLOSE = 100, 1e-5  # at most, to a size whose r0 depends on it, and how close in ln N
 RATIOS = 9  # that are looked at, evenly in ln r from one bound to the other; between them costs are parabolas of ln r
 
 
@@ -80,8 +80,7 @@ class ShapeRule:
     def sizes(self, price: Price, loss: Any, size_of: Callable[[Any], np.ndarray]) -> np.ndarray:
         """N that reaches a loss at each ratio: R x what `size_of` returns of a loss, by the laws as they are.
 
-        k, c and the loss: numbers, or arrays that broadcast to it. Where r0 depends on N it is that of the N found, in steps of
-        which each leaves about a third of the error, or less.
+        k, c and the loss: numbers, or arrays that broadcast to it. Where r0 depends on N it is that of the N found.
         """
         if self.ratios_R is None:
             return size_of(loss)[None]
@@ -89,7 +88,9 @@ class ShapeRule:
         for ratio in self.ratios_R:
             n = size_of(loss / self.penalty.factor(price, ratio))
             for _ in range(0 if self.penalty.by_size is None else STEPS):
-                n = size_of(loss / self.penalty.factor(price, ratio, n))
+                before, n = n, size_of(loss / self.penalty.factor(price, ratio, n))
+                if np.all(~np.isfinite(n) | (n >= (1 - CLOSE) * before) & (n <= (1 + CLOSE) * before)):
+                    break
             found.append(n)
         return np.stack(found)
 

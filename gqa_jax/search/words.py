@@ -39,7 +39,7 @@ def _what(answer: Any) -> str:
     among = f"the cheapest of the {answer.n_candidates}"
     if answer.n_candidates == 1:
         every = len(answer.candidates)
-        sure = "the only heads that are compared" if every == 1 else f"the only ones of the {every} that can be had so"
+        sure = "the only heads that are compared" if every == 1 else f"the only ones of the {every} that can be chosen"
     elif np.isnan(answer.probability):
         on_average = f"the least costly of the {answer.n_candidates} on average"
         sure = on_average if answer.noise_model else f"{among} by the fitted laws"
@@ -56,7 +56,7 @@ def _against(answer: Any) -> str:
         return "."
     between, told = saving_between(*answer.saving_interval), saving(answer.saving)
     if told == "the same":
-        return f", and costs as much as {baseline_words(answer)}."
+        return f"; it costs as much as {baseline_words(answer)}."
     parts = ""
     if answer.objective["cost"] == "z":
         parts = f": memory {saving(answer.saving_memory)}, FLOPs {saving(answer.saving_flops)}"
@@ -160,6 +160,12 @@ def _shape(answer: Any) -> str:
         "trained": f"{here}, as between the trained sizes",
     }
     return told.get(shape.rule, f"{here}, as given")
+
+
+def ratio_of_runs(shape: Any) -> str:
+    """64; 9.3 to 16 by size."""
+    low, high = shape.r0_of_sizes
+    return f"{shape.r0:.3g}" if low == high else f"{low:.3g} to {high:.3g} by size"
 
 
 def shown(answer: Any) -> pd.DataFrame:

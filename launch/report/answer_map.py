@@ -113,7 +113,7 @@ def of(
     if draws is None:
         draws = DRAWS if len(heads or laws) <= FEW else FEWER_DRAWS
     rows = optimum.optimum_map(
-        by_law(laws), losses, contexts, named, aspect=aspect, heads=heads, convention=convention, draws=draws
+        by_law(laws), losses, contexts, named, aspect=aspect, heads=heads, convention=convention, draws=draws, guesses=True
     )
     return AnswerMap(goals, losses, contexts, rows, draws)
 

@@ -14,6 +14,7 @@ from gqa_jax import formatting
 from gqa_jax.search.answer import ShapeChoice
 from gqa_jax.search.roofline import Serving
 from gqa_jax.search.shape_rule import BEST
+from gqa_jax.search.words import ratio_of_runs
 from launch.report import answer_map, sections, words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
@@ -95,8 +96,8 @@ def _of_shapes(shape: ShapeChoice) -> dict[str, str]:
         how = f"The ratio of width to layers is {shape.rule}, as asked."
     known = words.span(shape.k_interval, "{:.2g}".format), words.span(shape.best_interval, "{:.0f}".format)
     priced = (
-        f"A ratio r other than that of the runs, {shape.r0:.0f}, changes the loss: k = {shape.k:.2g} (95%: {known[0]}) and the "
-        f"best ratio c = {shape.best:.0f} (95%: {known[1]}) are drawn too, from {shape.source}."
+        f"A ratio r other than that of the runs, {ratio_of_runs(shape)}, changes the loss: k = {shape.k:.2g} (95%: "
+        f"{known[0]}) and the best ratio c = {shape.best:.0f} (95%: {known[1]}) are drawn too, from {shape.source}."
     )
     return {"shapes": how, "priced": priced}
 

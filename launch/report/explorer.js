@@ -98,6 +98,7 @@ export function look(map, { context, loss, goal }) {
   const worth = (h) => (Number.isFinite(rows[h].expected_regret) ? rows[h].expected_regret : rows[h].cost);
   const order = rows.map((_, h) => h).sort((g, h) => known(h) - known(g) || compare(worth(g), worth(h)) || compare(rows[g].cost, rows[h].cost));
   const [best = null, second = null] = order.filter(known);
+  if (best !== null && rows[best].far) for (const one of rows) one.probability = NaN;
   for (const one of rows) one.more = best === null ? NaN : more(one, rows[best], map.largest_regret);
   return { best, runner_up: second, order, rows, exact: here.corners.length === 1 };
 }
@@ -125,7 +126,7 @@ function row(map, goal, one, h, here) {
     ratio,
     cost: read("cost"),
     cost_interval: between("cost"),
-    probability: beyond > map.far ? NaN : read("probability"),
+    probability: read("probability"),
     expected_regret: read("expected_regret"),
     saving: 1 - read("kept"),
     saving_interval: [1 - read("kept_high"), 1 - read("kept_low")],

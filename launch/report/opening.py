@@ -76,7 +76,7 @@ def _sure(found: Answer, laws: Any, far: bool) -> str:
     if far or words.missing(found.probability):
         return words.sentence(next_) if next_ else ""
     if found.n_candidates == 1:
-        return "No other heads are compared, or can be had so."
+        return "No other heads can be chosen here."
     among = f"the cheapest of the {found.n_candidates}"
     said = f"These heads are {among} in {words.share(found.probability)} of {DRAWS:,} draws of the fitted laws"
     return words.ended("; ".join(filter(None, (said, next_))))
@@ -115,7 +115,7 @@ def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
     elif words.missing(found.probability):
         first = Fact("Probability", "unknown", "no runs are left over to judge it by")
     else:
-        alone = "nothing else is compared, or can be had so"
+        alone = "the only heads that can be chosen here"
         among = f"that it is the cheapest of {found.n_candidates}" if found.n_candidates > 1 else alone
         first = Fact("Probability", words.percent(found.probability), among)
     facts = [

@@ -124,7 +124,7 @@ function showFacts({ goal }, { rows, best, runner_up: second, order }) {
   const row = rows[best];
   const text = costText(goal.unit);
   const count = order.filter((h) => Number.isFinite(rows[h].cost)).length;
-  fact("probability", "Probability", row.far ? "a guess" : percent(row.probability), row.far ? "too far from what was trained" : `that it is the cheapest of ${count}`);
+  fact("probability", "Probability", row.far ? "a guess" : percent(row.probability), row.far ? "too far from what was trained" : count === 1 ? "the only heads that can be chosen here" : `that it is the cheapest of ${count}`);
   fact("params", "Parameters N*", short(row.n_params), range(row.n_params_interval, short));
   fact("shape", "Layers × width", shapeText(row), `width / layers = ${decimals[row.ratio < 100 ? 1 : 0].format(row.ratio)}${data.shapes && `, ${data.shapes}`}`);
   fact("cost", capital(goal.label), text(row.cost), range(row.cost_interval, text) + unitText(goal.unit));
@@ -134,7 +134,7 @@ function showFacts({ goal }, { rows, best, runner_up: second, order }) {
     const between = savingBetween(row.saving_interval, largest_regret);
     fact("saving", against, savingText(row.saving, largest_regret), [between && `95%: ${between}`, data.against].filter(Boolean).join("; "));
   }
-  if (second === null) fact("runner-up", "Next", "none", "nothing else can be served so");
+  if (second === null) fact("runner-up", "Next", "none", "no other heads can be chosen here");
   else fact("runner-up", "Next", heads[second].label, moreSaid(rows[second]));
 }
 

@@ -13,11 +13,11 @@ from gqa_jax.laws import Heads, posterior
 from gqa_jax.search import ranking, serving_words
 from gqa_jax.search.candidates import outside
 from gqa_jax.search.roofline import Layout
+from gqa_jax.search.words import FLOPS
 from launch.report import words
 from launch.report.findings import Findings, Study
 from launch.tables import Column, Table
 
-_FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}
 _NOTE = (
     "Size: parameters without embeddings; * outside what was trained. Probability: share of the draws in which it is the "
     "cheapest. Costs: how much more than the answer, on average over the draws."
@@ -194,7 +194,7 @@ def run_costs(findings: Findings) -> Table | None:
     rule = costs.named_convention(name)
     caption = (
         f"What the trained models cost to serve at {formatting.context(context)} tokens: memory ({rule.memory}) · compute ("
-        f"FLOPs of {_FLOPS[rule.flops]}) · Z, counted as {name}. Every context and convention is in tables/cost.csv."
+        f"FLOPs of {FLOPS[rule.flops]}) · Z, counted as {name}. Every context and convention is in tables/cost.csv."
     )
     cell = lambda run: " · ".join(map(words.short, (run.m_infer, run.c_infer, run.z)))  # noqa: E731
     return _by_heads_and_size(rows, sizes, cell, f"cost-t{study.laws.context}-served{context}", caption)
@@ -271,7 +271,7 @@ def sensitivity(study: Study) -> Table | None:
         return None
     question = study.questions[0]
     columns = [
-        Column("FLOPs of", lambda row: _FLOPS.get(row.flops, row.flops), "left"),
+        Column("FLOPs of", lambda row: FLOPS.get(row.flops, row.flops), "left"),
         Column("memory", lambda row: row.memory, "left"),
         Column("cheapest heads", lambda row: words.label(Heads.of(row.n_heads, row.n_kv_heads), study.laws.head_dim), "left"),
         Column("cheapest in", lambda row: words.percent(row.probability)),
