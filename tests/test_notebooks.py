@@ -258,8 +258,7 @@ class TestOptimumForOtherDevices:
     @pytest.mark.parametrize("device", list(hardware.CHIPS))
     def test_every_device_with_another_batch(self, device):
         """Four times as many requests are asked about, too."""
-        said = run_cells(MODEL, question(f'Serving("{device}", batch=8, decode_share=0.1)'))
-        self.check(said, fits=device != "v5e")
+        self.check(run_cells(MODEL, question(f'Serving("{device}", batch=8, decode_share=0.1)')))
 
     @pytest.mark.slow
     def test_another_loss_and_context(self):
