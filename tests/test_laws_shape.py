@@ -145,8 +145,9 @@ def test_balanced_ratios_tell_it_too(ratios):
 def test_tokens_are_compared_with_those_of_the_same_heads():
     """Other heads of about the size, that saw others, say nothing of it."""
     table = ladder((64, 128))
-    others = table[table["d_model"] / table["n_layers"] < 70].assign(n_heads=16, tokens=lambda rows: 10 * rows["tokens"])
-    nearer = others.assign(params_non_embedding=lambda rows: 1.02 * rows["params_non_embedding"])
+    wide = (table["d_model"] / table["n_layers"] > 100).to_numpy()
+    sizes = table.loc[wide, "params_non_embedding"].to_numpy()
+    nearer = table[~wide].assign(n_heads=16, tokens=1e10, params_non_embedding=sizes)
     found = laws.fit_by_heads(pd.concat([table, nearer]), allow_confounded=True)
     assert len(found.penalty.others) == 4
 

@@ -52,12 +52,9 @@ def savings(
     answer = optimum.search(
         laws, loss, context_served, objectives.Z(convention), aspect=aspect, heads=among, baseline=baseline, draws=_draws(laws)
     )
-    of_one_model = {
-        "aspect": answer.ratio if aspect in (None, "best") else aspect,
-        "heads": [answer.heads],
-        "baseline": baseline,
-    }
-    of_one_model["baseline_aspect"] = "trained" if aspect in (None, "best") else None
+    free = aspect in (None, "best")
+    of_one_model = {"aspect": answer.ratio if free else aspect, "heads": [answer.heads], "baseline": baseline}
+    of_one_model["baseline_aspect"] = "trained" if free else None
     found = [optimum.search(laws, loss, context_served, each, **of_one_model, draws=_draws(laws)) for each in measures]
     against = found[0].baseline
     if against is None or not np.isfinite(against.cost):

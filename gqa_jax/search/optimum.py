@@ -44,6 +44,7 @@ from gqa_jax.shapes import Aspect
 LLAMA3_UNKNOWN = (
     "no saving against Llama 3's heads (d/d_h,8): no run has them at three sizes, and no head law can be fitted here"
 )
+#: The table of laws without the runs that lie off them, and what is said of the row that answers there (`without_outliers`).
 Without = tuple[Callable[[LawsByHeads], Table], Callable[[pd.Series], str]]
 _SPARE = 1.001  # sizes between the ratios that are looked at are interpolated: to a thousandth
 _ROUNDED = 1.25  # models to build have at most so many times a ratio that is given

@@ -123,7 +123,7 @@ function costs({ map, asked, result }, width) {
     parts.push(text(27, y + 4, one.label, `class="${h === best ? "name best row" : ""}"`));
     if (!Number.isFinite(row.cost)) return parts.push(text(left + 6, y + 4, Number.isFinite(row.n_params) ? (row.edge ? "at the edge of what can be served" : "not served so") : "not reached", 'class="quiet"'));
     const [low, high] = row.cost_interval;
-    const label = `${one.label}: ${[said(row.cost), span(row.cost_interval, said) && `95%: ${span(row.cost_interval, said)}`, !Number.isNaN(row.probability) && !row.far && `cheapest in ${percent(row.probability)}`].filter(Boolean).join(", ")}`;
+    const label = `${one.label}: ${[said(row.cost), span(row.cost_interval, said) && `95%: ${span(row.cost_interval, said)}`, !Number.isNaN(row.probability) && `cheapest in ${percent(row.probability)}`].filter(Boolean).join(", ")}`;
     const bar = Number.isNaN(low) ? "" : line(x(low), y, x(high), y, `stroke="${one.color}" stroke-width="5" stroke-opacity="0.4" stroke-linecap="round"`);
     const point = row.cost > end ? `<path d="M${px(right - 5)} ${px(y - 5)} L${px(right + 3)} ${px(y)} L${px(right - 5)} ${px(y + 5)} Z" fill="${one.color}"/>` : `<circle cx="${px(x(row.cost))}" cy="${px(y)}" r="${h === best ? 6 : 4.5}" fill="${h === best ? one.color : "#fff"}" stroke="${one.color}" stroke-width="2"/>`;
     parts.push(`<g>${bar}${point}<title>${escape(label)}</title></g>`);

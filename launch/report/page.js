@@ -212,7 +212,7 @@ function showRanking(asked, result) {
     const saves = served && Number.isFinite(row.saving);
     const shown = [
       one.label,
-      row.far || Number.isNaN(row.probability) ? "" : percent(row.probability),
+      Number.isNaN(row.probability) ? "" : percent(row.probability),
       h === result.best ? "the answer" : served ? moreText(row.more) : "",
       reached ? `${short(row.n_params)}${row.beyond === 1 ? "" : "*"}` : "none",
       reached ? span(row.n_params_interval, short) : "",
