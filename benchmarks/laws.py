@@ -17,9 +17,9 @@ import time
 import numpy as np
 import scipy
 
-from gqa_jax import laws, presets, shapes
+from gqa_jax import laws, shapes
 from gqa_jax.laws import Heads
-from gqa_jax.search import optimum
+from gqa_jax.search import optimum, presets
 from tests import law_tables
 
 LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)

@@ -3,7 +3,7 @@
     python -m benchmarks.loss [--sizes 2K/50304/1536,512/50304/256] [--dtypes float32,bfloat16] [--passes forward,backward]
 
 Sizes are tokens/vocabulary/hidden size. "plain" multiplies hidden states and embedding, takes log-softmax in float32 and picks;
-JAX differentiates it. "chunked" is gqa_jax.loss. Both are compared with each other first, then take turns: shown are medians,
+JAX differentiates it. "chunked" is `training.loss`. Both are compared first, then take turns: shown are medians,
 the middle half of the turns, and how many times as fast as plain, the median within turns and its range. Memory is the
 compiler's: temporary, and in all above the inputs, results included, where the hidden states are given up to their gradient.
 For --memory_sizes it is compiled only. Written to --out: loss.csv; a folder that has results is refused.
@@ -32,8 +32,9 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks import attention, timing
-from gqa_jax import errors, formatting, loss
+from gqa_jax import errors, formatting
 from gqa_jax.attention import implementations
+from gqa_jax.training import loss
 
 FIELDS = (
     "date", "device", "versions", "command",

@@ -25,9 +25,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import coverage_grids as grids
-from gqa_jax import presets, shape_search
+from gqa_jax import shape_search
 from gqa_jax.laws import Heads, fit_by_heads, planning
-from gqa_jax.search import next_runs, objectives, optimum, ranking
+from gqa_jax.search import next_runs, objectives, optimum, presets, ranking
 from gqa_jax.shapes import SIZES, Aspect
 from tests import law_tables
 

@@ -31,8 +31,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax import errors, evaluation, results, run_folder, storage
+from gqa_jax import errors, results, storage
 from gqa_jax.laws import Heads, evidence
+from gqa_jax.training import evaluation, run_folder
 
 LONG = "-long"  # ends the label of a size that is trained for longer
 ALL = "all"  # in the column `size`: all sizes together

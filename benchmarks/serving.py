@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
-from gqa_jax import costs, presets
-from gqa_jax.search import objectives, optimum
+from gqa_jax import costs
+from gqa_jax.search import objectives, optimum, presets
 from gqa_jax.search.roofline import Serving
 
 SHAPES, REPEATS = 20_000, 5

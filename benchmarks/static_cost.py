@@ -107,7 +107,8 @@ def compiled(cell: Cell, one: Execution) -> tuple[str, dict[str, float]]:
     """
     import jax  # noqa: F401 (here, after the platform is set)
 
-    from gqa_jax import program, topologies
+    from gqa_jax.planning import topologies
+    from gqa_jax.training import program
 
     config = one.resolved(config_of(cell))
     where = hardware.find(cell.topology)

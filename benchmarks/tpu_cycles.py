@@ -161,7 +161,7 @@ def _operands(chip: str, head_dim: int, length: int, heads: str):
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from gqa_jax import topologies
+    from gqa_jax.planning import topologies
 
     n_heads, n_kv = map(int, heads.split("/"))
     mesh = topologies.mesh(chip)

@@ -35,10 +35,11 @@ import jax
 import numpy as np
 
 from benchmarks import train_case, workers
-from gqa_jax import attention, costs, hardware, optimizer, program, sharding, topologies
+from gqa_jax import attention, costs, hardware
 from gqa_jax.config import TrainConfig, default_config
-from gqa_jax.planning import planner
+from gqa_jax.planning import planner, topologies
 from gqa_jax.shapes import SIZES
+from gqa_jax.training import optimizer, program, sharding
 
 #: Steps of the learning rate's schedule, warm-up and decay included; later ones have the last one's rate.
 SCHEDULE_STEPS = 10

@@ -23,7 +23,7 @@ _FUNCTIONS = {  # name -> module; pandas is imported when one is asked for
     "load_metrics": "results",
     "load_results": "results",
     "load_study": "search.study",
-    "load_table": "external",
+    "load_table": "laws.external",
 }
 
 __all__ = list(_FUNCTIONS)

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gqa_jax import attention
 from gqa_jax.config import REMAT_POLICIES, ModelConfig
-from gqa_jax.parallel import ALONE, Part
+from gqa_jax.training.parallel import ALONE, Part
 
 RESIDUAL = "residual"  # name of the residual stream between layers, which a rematerialisation policy may keep
 

@@ -23,8 +23,9 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from gqa_jax import costs, errors, evaluation, run_folder, storage
+from gqa_jax import costs, errors, storage
 from gqa_jax.config import OLD_RULES, TrainConfig
+from gqa_jax.training import evaluation, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ def load_metrics(path: os.PathLike | str) -> pd.DataFrame:
 
     Raises FileNotFoundError where neither a grid nor a run is there.
     """
-    from gqa_jax.metrics import read_metrics
+    from gqa_jax.training.metrics import read_metrics
 
     root = storage.path(path)
     names = _cell_names(root)

@@ -7,7 +7,7 @@ and asked to end (SIGTERM), 1 anything else.
 DIR is a local folder or gs://BUCKET/FOLDER.
 
 On several hosts it is the same command on each, with one folder that all of them see. Slurm and Cloud TPU are found; elsewhere
-each process gets --coordinator=HOST:PORT --processes=N --process=I (gqa_jax/distributed.py).
+each process gets --coordinator=HOST:PORT --processes=N --process=I (gqa_jax/training/distributed.py).
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from gqa_jax import command_line, costs, distributed, evaluation, hardware, optimizer, program, run_folder, sharding, storage
-from gqa_jax.checkpoint import Checkpoints, params_sha256, restore_params
+from gqa_jax import costs, hardware, storage
 from gqa_jax.config import TrainConfig, hash_identity
 from gqa_jax.data import reader, store
 from gqa_jax.errors import ConfigError
-from gqa_jax.metrics import Metrics, NoMetrics
 from gqa_jax.planning import planner
-from gqa_jax.program import TrainState
-from gqa_jax.run_folder import DeviceTime, Diverged, Preempted
 from gqa_jax.storage import write_json
+from gqa_jax.training import command_line, distributed, evaluation, optimizer, program, run_folder, sharding
+from gqa_jax.training.checkpoint import Checkpoints, params_sha256, restore_params
+from gqa_jax.training.metrics import Metrics, NoMetrics
+from gqa_jax.training.program import TrainState
+from gqa_jax.training.run_folder import DeviceTime, Diverged, Preempted
 
 log = logging.getLogger("gqa_jax.train")
 

@@ -19,8 +19,9 @@ from rich.progress import Progress
 from gqa_jax import hardware, prices, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, duration, si
-from launch import analysis, executor, fit, grid, local, rules, run, screen, state
-from launch.executor import DEAD, RUNNING, Executor, SubmitError
+from launch import analysis, fit, grid, rules, run, screen, state
+from launch.executors import base, local
+from launch.executors.base import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
 from launch.grid import Cell, Layout
 from launch.rules import Choice
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--where", metavar="FIELD=VALUE,...", help="only these cells, for example size=19M,n_heads=8")
 
     def add_on(command: argparse.ArgumentParser, default: str) -> None:
-        engines = ", ".join(executor.ENGINES)
+        engines = ", ".join(base.ENGINES)
         command.add_argument("--on", metavar="ENGINE", help=f"{engines}, or a cluster file (.toml); default: {default}")
 
     command = add("plan", _plan, "every cell with its parameters, tokens, FLOPs, memory and estimated time")

@@ -15,10 +15,10 @@ from etils import epath
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from gqa_jax import formatting, invariance, plots, results, shape_search, storage
+from gqa_jax import formatting, plots, results, shape_search, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LLAMA3, Heads, validation
-from gqa_jax.search import optimum
+from gqa_jax.search import invariance, optimum
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective, Z
 from gqa_jax.shapes import Aspect

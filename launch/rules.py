@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from gqa_jax import run_folder, storage
+from gqa_jax import storage
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
+from gqa_jax.training import run_folder
 from launch import grid
 from launch.grid import Cell, Grid, Layout
 

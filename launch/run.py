@@ -16,8 +16,9 @@ from typing import Any
 
 from gqa_jax import storage
 from gqa_jax.errors import ConfigError
-from launch import executor, local, state
-from launch.executor import DEAD, Executor, Job, SubmitError
+from launch import state
+from launch.executors import base, local
+from launch.executors.base import DEAD, Executor, Job, SubmitError
 from launch.grid import Cell, Layout
 from launch.state import CellState
 
@@ -187,9 +188,9 @@ def remember(layout: Layout, engine: Executor) -> None:
 def recall(layout: Layout, on: str | None) -> Executor:
     """The engine that `on` names, else the one that the grid was last run on, else this machine. Raises ConfigError."""
     if on is not None:
-        return executor.load(on, layout)
+        return base.load(on, layout)
     facts = storage.read_json(layout.root / "cluster.json")
-    return executor.make(facts, layout) if facts else executor.load("local", layout)
+    return base.make(facts, layout) if facts else base.load("local", layout)
 
 
 def require_free(layout: Layout, engine: Executor) -> None:
@@ -197,7 +198,7 @@ def require_free(layout: Layout, engine: Executor) -> None:
     facts = storage.read_json(layout.root / "cluster.json")
     if facts is None or _same_jobs(facts, _facts(engine)):
         return
-    before = executor.make(facts, layout)
+    before = base.make(facts, layout)
     try:
         active = [job.cell for job in before.jobs().values() if job.state != DEAD]
     except SubmitError as error:

@@ -19,7 +19,7 @@ from gqa_jax import hardware
 from gqa_jax.formatting import duration
 from gqa_jax.hardware import Price
 from launch import state
-from launch.executor import Executor, training
+from launch.executors.base import Executor, training
 from launch.grid import Cell, Layout
 from launch.run import Pass
 from launch.state import CellState

@@ -22,10 +22,11 @@ from typing import Any
 
 from etils import epath
 
-from gqa_jax import run_folder, storage
+from gqa_jax import storage
 from gqa_jax.config import TrainConfig, differing_fields
 from gqa_jax.errors import ConfigError
-from launch.executor import QUEUED, RUNNING, Job
+from gqa_jax.training import run_folder
+from launch.executors.base import QUEUED, RUNNING, Job
 from launch.grid import Cell, Layout
 
 STALLED_SECONDS = 600.0  # without a heartbeat; a compilation may take minutes

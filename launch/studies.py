@@ -50,7 +50,7 @@ class Source(study.Source):
 
 
 def of_preset(name: str) -> Source:
-    """The paper's data (`gqa_jax.presets`)."""
+    """The paper's data (`gqa_jax.search.presets`)."""
     return Source(**vars(study.from_preset(name)), argument=f"--preset {name}")
 
 
@@ -63,7 +63,7 @@ def of_table(
     heads_rule: str | None = None,
     allow_confounded: bool = False,
 ) -> Source:
-    """The runs of any trainer: a .csv or .parquet file (`gqa_jax.external.load_table`).
+    """The runs of any trainer: a .csv or .parquet file (`gqa_jax.laws.external.load_table`).
 
     columns: OURS=THEIRS, separated by commas. Raises ConfigError, as it does.
     """

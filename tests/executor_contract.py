@@ -1,4 +1,4 @@
-"""What every engine must do (launch.executor.Executor), as a base of test classes: real jobs of tests/fake_trainer.py.
+"""What every engine must do (launch.executors.base.Executor), as a base of test classes: real jobs of tests/fake_trainer.py.
 
 An engine's test file has a fixture `engine` that yields an `Engine`, and a class that inherits `Contract`.
 """
@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from launch import executor, grid, state
-from launch.executor import DEAD, QUEUED, RUNNING
+from launch import grid, state
+from launch.executors import base
+from launch.executors.base import DEAD, QUEUED, RUNNING
 from tests import grid_fakes
 
 SECONDS = 300.0  # that anything may take, on a machine that does other things too
@@ -53,8 +54,8 @@ class Engine:
         return None
 
 
-def fake_training(cell, layout, python=sys.executable, code=executor.REPOSITORY):
-    """In the place of `launch.executor.training`."""
+def fake_training(cell, layout, python=sys.executable, code=base.REPOSITORY):
+    """In the place of `launch.executors.base.training`."""
     return [sys.executable, "-m", "tests.fake_trainer", os.fspath(layout.cell(cell.name))]
 
 
@@ -214,7 +215,7 @@ from etils import epath
 from launch import executor, grid
 from launch.grid import Layout
 from tests import executor_contract, grid_fakes
-executor.training = executor_contract.fake_training
+base.training = executor_contract.fake_training
 layout = Layout(epath.Path({os.fspath(engine.layout.root)!r}))
 one = {other}
 (cell,) = [c for c in grid.cells(grid_fakes.small_grid()) if c.name == {cell.name!r}]

@@ -19,9 +19,9 @@ import socket
 import sys
 import time
 
-from gqa_jax import run_folder
-from gqa_jax.metrics import write_json
 from gqa_jax.storage import path
+from gqa_jax.training import run_folder
+from gqa_jax.training.metrics import write_json
 
 
 def main(folder):

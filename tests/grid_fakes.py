@@ -5,7 +5,7 @@ import textwrap
 import time
 
 from gqa_jax.config import default_config
-from gqa_jax.metrics import write_json
+from gqa_jax.training.metrics import write_json
 from launch import grid
 from launch.grid import Layout
 

@@ -2,6 +2,6 @@
 GPUs `needs("jax-cuda13-plugin")`.
 """
 
-from gqa_jax.topologies import mesh
+from gqa_jax.planning.topologies import mesh
 
 __all__ = ["mesh"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from gqa_jax import attention, optimizer, program, sharding
+from gqa_jax import attention
 from gqa_jax.attention import oracle
 from gqa_jax.config import REMAT_POLICIES, TrainConfig
+from gqa_jax.training import optimizer, program, sharding
 from tests import attention_cases as cases
 from tests import machines
 

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from gqa_jax import run_folder, storage
+from gqa_jax import storage
 from gqa_jax.config import ConfigError
-from launch import bundle
+from gqa_jax.training import run_folder
+from launch.executors import bundle
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,13 @@ def test_nothing_of_this_machine_is_in_it(packed):
 
 def test_what_is_in_it(packed):
     names = set(members(packed))
-    assert {"gqa_jax/data/sotu.jsonl.xz", "launch/tpu_startup.sh", "configs/cell.py", "pyproject.toml", "NOTICE"} <= names
+    assert {
+        "gqa_jax/data/sotu.jsonl.xz",
+        "launch/executors/tpu_startup.sh",
+        "configs/cell.py",
+        "pyproject.toml",
+        "NOTICE",
+    } <= names
     assert not [name for name in names if name.startswith(("tests/", "configs/clusters/", ".")) or "__pycache__" in name]
     assert members(packed)[bundle.COMMIT].decode().strip() == (run_folder.commit() or "")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gqa_jax.checkpoint import Checkpoints, _sums, checksums, params_sha256, restore_params
 from gqa_jax.config import ConfigError
+from gqa_jax.training.checkpoint import Checkpoints, _sums, checksums, params_sha256, restore_params
 
 
 @jax.tree_util.register_dataclass

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from gqa_jax import collectives, sharding
+from gqa_jax import collectives
 from gqa_jax.mesh import MeshShape
+from gqa_jax.training import sharding
 
 
 @pytest.mark.parametrize("largest_group", [8, 4, 1])

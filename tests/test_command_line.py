@@ -6,8 +6,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from gqa_jax import command_line
 from gqa_jax.config import BUDGETS, ConfigError, TrainConfig, field_types
+from gqa_jax.training import command_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 

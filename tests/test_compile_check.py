@@ -94,7 +94,7 @@ def test_the_key_depends_on_what_the_program_depends_on():
 
 def test_the_key_depends_on_every_source_that_the_step_imports():
     """A module that `program` imports is in SOURCES, or known to change no program."""
-    code = "import sys, gqa_jax.program; print(*(n for n in sys.modules if n.startswith('gqa_jax.')))"
+    code = "import sys, gqa_jax.training.program; print(*(n for n in sys.modules if n.startswith('gqa_jax.')))"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     here = Path(gqa_jax.__file__).parent
     hashed = {path for pattern in compile_check.SOURCES for path in here.glob(pattern)}

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import presets, results
+from gqa_jax import results
 from gqa_jax.laws import Heads, confounding, fit_by_heads, fit_joint, fit_query_heads
-from gqa_jax.search import optimum
+from gqa_jax.search import optimum, presets
 from launch.__main__ import main
 from tests import grid_fakes, law_tables
 

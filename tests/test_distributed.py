@@ -19,8 +19,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs.train import tiny as configs_train_tiny
-from gqa_jax import checkpoint, distributed, evaluation, metrics, run_folder, train
+from gqa_jax import train
 from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.training import checkpoint, distributed, evaluation, metrics, run_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEARTBEAT = 5  # seconds

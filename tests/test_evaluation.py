@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from gqa_jax import evaluation
 from gqa_jax.data.prepare import Recipe, prepare
 from gqa_jax.data.reader import EvalBatches
 from gqa_jax.data.store import SOURCES
+from gqa_jax.training import evaluation
 
 FIVE_LETTERS = Path(__file__).parent / "data" / "five_letters.json"  # a tokenizer that knows h, e, l and o, and drops the rest
 

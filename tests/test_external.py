@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 import gqa_jax
-from gqa_jax import costs, external, presets, shape_search
+from gqa_jax import costs, shape_search
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import MHA, Heads, fit_by_heads
-from gqa_jax.search import optimum
+from gqa_jax.laws import MHA, Heads, external, fit_by_heads
+from gqa_jax.search import optimum, presets
 from launch.__main__ import main
 from tests import law_tables
 

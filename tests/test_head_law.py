@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from gqa_jax import laws, presets
+from gqa_jax import laws
 from gqa_jax.laws import LLAMA3, Heads, head_law
+from gqa_jax.search import presets
 from tests import law_tables
 
 PAPER = [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (8, 8)]

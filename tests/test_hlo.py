@@ -202,8 +202,9 @@ def test_what_is_no_program_is_refused():
 
 def test_products_of_a_compiled_step_are_the_models():
     """On this CPU, attention by the plain formula: dots over all keys, twice the causal count."""
-    from gqa_jax import costs, program, sharding
+    from gqa_jax import costs
     from gqa_jax.config import TrainConfig
+    from gqa_jax.training import program, sharding
 
     values = TrainConfig(steps=10).to_dict()
     values |= {"context_length": 128, "batch_tokens": 512, "mesh": "data=1", "accumulation_steps": 2}

@@ -3,7 +3,7 @@
 A row imports only rows above it, so there are no circles, and the library never knows the launcher. Where a row names no
 package of jax's family, and no row that it imports does, its modules import none: a notebook on a laptop, the launcher on a
 login node and the planner use them. An import inside a function, or for types alone, is in `lazily`. What is not seen here:
-`launch.executor` finds an engine's module by the name of the engine, and `gqa_jax` its own by the name of an attribute.
+`launch.executors.base` finds an engine's module by the name of the engine, and `gqa_jax` its own by the name of an attribute.
 """
 
 import ast
@@ -48,45 +48,56 @@ TABLE = (
     Row("gqa_jax.storage", ".errors"),
     # Text, and what trains on it.
     Row("gqa_jax.data", ".errors .formatting .config .storage"),
+    Row("gqa_jax.training"),
     Row("gqa_jax.collectives", outside="jax"),
     Row("gqa_jax.attention", ".errors .hardware .collectives", outside="jax"),
-    Row("gqa_jax.loss", ".attention", outside="jax"),
-    Row("gqa_jax.sharding", ".errors .mesh .collectives", outside="jax"),
-    Row("gqa_jax.parallel", ".mesh .config .collectives .attention .loss .sharding", outside="jax"),
-    Row("gqa_jax.model", ".config .attention .parallel", outside="flax jax"),
-    Row("gqa_jax.optimizer", ".config", outside="jax optax"),
-    Row("gqa_jax.evaluation", ".errors", lazily=".data"),
-    Row("gqa_jax.program", ".mesh .config .attention .sharding .parallel .model .optimizer", outside="jax optax"),
-    Row("gqa_jax.run_folder", ".errors .config .storage"),
-    Row("gqa_jax.distributed", ".errors .config .storage .run_folder", outside="jax"),
-    Row("gqa_jax.checkpoint", ".errors .storage .run_folder .distributed", outside="jax orbax"),
-    Row("gqa_jax.metrics", ".errors .config .storage .run_folder"),
+    Row("gqa_jax.training.loss", ".attention", outside="jax"),
+    Row("gqa_jax.training.sharding", ".errors .mesh .collectives", outside="jax"),
+    Row("gqa_jax.training.parallel", ".mesh .config .collectives .attention .training.loss .training.sharding", outside="jax"),
+    Row("gqa_jax.model", ".config .attention .training.parallel", outside="flax jax"),
+    Row("gqa_jax.training.optimizer", ".config", outside="jax optax"),
+    Row("gqa_jax.training.evaluation", ".errors", lazily=".data"),
+    Row(
+        "gqa_jax.training.program",
+        ".mesh .config .attention .training.sharding .training.parallel .model .training.optimizer",
+        outside="jax optax",
+    ),
+    Row("gqa_jax.training.run_folder", ".errors .config .storage"),
+    Row("gqa_jax.training.distributed", ".errors .config .storage .training.run_folder", outside="jax"),
+    Row("gqa_jax.training.checkpoint", ".errors .storage .training.run_folder .training.distributed", outside="jax orbax"),
+    Row("gqa_jax.training.metrics", ".errors .config .storage .training.run_folder"),
     # What a run needs, before it is started.
     Row("gqa_jax.planning"),
     Row("gqa_jax.planning.hlo", ".hardware"),
     Row("gqa_jax.planning.share", ".mesh .costs .config"),
     Row("gqa_jax.planning.traffic", ".planning.share"),
+    Row("gqa_jax.planning.planner", ".errors .mesh .costs .config .hardware .planning.hlo .planning.share .planning.traffic"),
+    Row("gqa_jax.planning.topologies", ".mesh .hardware .training.sharding", outside="jax"),
     Row(
-        "gqa_jax.planning.planner",
-        ".errors .mesh .costs .config .hardware .planning.hlo .planning.share .planning.traffic",
+        "gqa_jax.planning.compile_check",
+        ".config .hardware .storage .planning.hlo",
+        lazily=".training.program .planning.topologies",
     ),
-    Row("gqa_jax.topologies", ".mesh .hardware .sharding", outside="jax"),
-    Row("gqa_jax.planning.compile_check", ".config .hardware .storage .planning.hlo", lazily=".program .topologies"),
     # The program that trains.
-    Row("gqa_jax.command_line", ".errors .config"),
+    Row("gqa_jax.training.command_line", ".errors .config"),
     Row(
         "gqa_jax.train",
-        ".errors .command_line .costs .config .hardware .storage .data .sharding .optimizer .evaluation .program .run_folder "
-        ".distributed .checkpoint .metrics .planning.planner",
+        ".errors .training.command_line .costs .config .hardware .storage .data .training.sharding "
+        ".training.optimizer .training.evaluation .training.program .training.run_folder .training.distributed "
+        ".training.checkpoint .training.metrics .planning.planner",
         outside="jax optax",
     ),
     # Losses to laws, laws to answers.
-    Row("gqa_jax.results", ".errors .costs .config .storage .evaluation .run_folder", lazily=".metrics"),
+    Row(
+        "gqa_jax.results",
+        ".errors .costs .config .storage .training.evaluation .training.run_folder",
+        lazily=".training.metrics",
+    ),
     Row("gqa_jax.shape_search", ".shapes .costs"),
     Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
-    Row("gqa_jax.external", ".errors .storage .results .laws"),
-    Row("gqa_jax.invariance", ".laws"),
-    Row("gqa_jax.presets", ".errors .shapes .laws"),
+    Row("gqa_jax.laws.external", ".errors .storage .results .laws"),
+    Row("gqa_jax.search.invariance", ".laws"),
+    Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
     Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
@@ -102,8 +113,8 @@ TABLE = (
     ),
     Row(
         "gqa_jax.search.optimum",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule "
-        ".search.answer .search.candidates",
+        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking "
+        ".search.shape_rule .search.answer .search.candidates",
     ),
     Row(
         "gqa_jax.search.own_answer",
@@ -118,28 +129,32 @@ TABLE = (
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .shape_search .laws .invariance .search.objectives .search.shape_rule "
-        ".search.candidates .search.optimum",
+        ".formatting .shapes .costs .results .shape_search .laws .search.invariance .search.objectives "
+        ".search.shape_rule .search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
-        ".errors .formatting .storage .results .shape_search .laws .external .presets .search.objectives .search.candidates "
-        ".search.optimum",
+        ".errors .formatting .storage .results .shape_search .laws .laws.external .search.presets "
+        ".search.objectives .search.candidates .search.optimum",
     ),
     Row("gqa_jax"),
     # Grids: what a person runs.
     Row("launch"),
+    Row("launch.executors"),
     Row("launch.grid", ".errors .costs .config .data"),
-    Row("launch.rules", ".errors .config .storage .run_folder launch.grid"),
-    Row("launch.executor", ".errors .config .hardware launch.grid"),
-    Row("launch.bundle", ".errors .storage .run_folder"),
-    Row("launch.local", ".errors .storage .run_folder launch.grid launch.executor"),
-    Row("launch.slurm", ".errors .hardware .storage .run_folder launch.grid launch.executor"),
-    Row("launch.tpu", ".errors .storage .data launch.grid launch.executor launch.bundle"),
-    Row("launch.sky", ".errors .hardware .storage .data .run_folder launch.grid launch.executor launch.bundle"),
-    Row("launch.state", ".errors .config .storage .run_folder launch.grid launch.executor"),
-    Row("launch.run", ".errors .storage launch.grid launch.executor launch.local launch.state"),
-    Row("launch.screen", ".formatting .hardware launch.grid launch.executor launch.state launch.run"),
+    Row("launch.rules", ".errors .config .storage .training.run_folder launch.grid"),
+    Row("launch.executors.base", ".errors .config .hardware launch.grid"),
+    Row("launch.executors.bundle", ".errors .storage .training.run_folder"),
+    Row("launch.executors.local", ".errors .storage .training.run_folder launch.grid launch.executors.base"),
+    Row("launch.executors.slurm", ".errors .hardware .storage .training.run_folder launch.grid launch.executors.base"),
+    Row("launch.executors.tpu", ".errors .storage .data launch.grid launch.executors.base launch.executors.bundle"),
+    Row(
+        "launch.executors.sky",
+        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base launch.executors.bundle",
+    ),
+    Row("launch.state", ".errors .config .storage .training.run_folder launch.grid launch.executors.base"),
+    Row("launch.run", ".errors .storage launch.grid launch.executors.base launch.executors.local launch.state"),
+    Row("launch.screen", ".formatting .hardware launch.grid launch.executors.base launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
     Row("launch.tables"),
     Row(
@@ -150,8 +165,8 @@ TABLE = (
     Row("launch.grid_tables", ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables"),
     Row(
         "launch.answers",
-        ".formatting .laws .search.answer .search.candidates .search.serving_words .search.words launch.studies launch.tables "
-        "launch.grid_tables",
+        ".formatting .laws .search.answer .search.candidates .search.serving_words .search.words launch.studies "
+        "launch.tables launch.grid_tables",
     ),
     Row(
         "launch.device_tables",
@@ -159,45 +174,48 @@ TABLE = (
         "launch.grid_tables launch.answers",
     ),
     Row(
-        "launch.export", ".formatting .storage .results .laws .plots launch.grid launch.rules launch.studies launch.grid_tables"
+        "launch.export",
+        ".formatting .storage .results .laws .plots launch.grid launch.rules launch.studies launch.grid_tables",
     ),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.grid launch.rules launch.state "
-        "launch.studies launch.tables",
+        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.grid launch.rules "
+        "launch.state launch.studies launch.tables",
     ),
     Row(
         "launch.report",
         ".formatting .costs .storage .laws .search.serving_words .search.words .search.answer .search.candidates "
-        ".search.shape_rule .search.roofline .search.ranking .search.objectives .search.optimum .plots launch.tables",
+        ".search.shape_rule .search.roofline .search.ranking .search.objectives .search.optimum .plots "
+        "launch.tables",
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .shapes .storage .results .shape_search .laws .invariance .search.answer .search.objectives "
-        ".search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
+        ".errors .formatting .shapes .storage .results .shape_search .laws .search.invariance .search.answer "
+        ".search.objectives .search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(
         "launch.analysis",
         ".errors .formatting .hardware .prices launch.rules launch.tables",
-        lazily=".laws .search.roofline .search.objectives .search.answer .search.optimum .search.own_model .search.own_answer "
-        ".search.devices launch.studies launch.grid_tables launch.answers launch.device_tables launch.export "
-        "launch.next_cells launch.report launch.findings",
+        lazily=".laws .search.roofline .search.objectives .search.answer .search.optimum .search.own_model "
+        ".search.own_answer .search.devices launch.studies launch.grid_tables launch.answers launch.device_tables "
+        "launch.export launch.next_cells launch.report launch.findings",
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executor launch.local launch.state "
-        "launch.run launch.screen launch.fit launch.analysis",
+        ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executors.base "
+        "launch.executors.local launch.state launch.run launch.screen launch.fit launch.analysis",
         lazily="launch.plan launch.export",
     ),
     # What is built on both.
     Row("configs", ".errors .shapes .config .storage launch.grid"),
     Row(
         "benchmarks",
-        ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .loss .sharding .optimizer .evaluation "
-        ".program .run_folder .checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner .topologies "
-        ".results .shape_search .laws .presets "
-        ".search.own_model .search.roofline .search.objectives .search.ranking .search.optimum .search.next_runs .plots "
-        "launch.grid launch.studies launch.report launch.findings tests",
+        ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
+        ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
+        ".training.checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner "
+        ".planning.topologies .results .shape_search .laws .search.presets .search.own_model .search.roofline "
+        ".search.objectives .search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies "
+        "launch.report launch.findings tests",
         outside="jax",
     ),
 )
@@ -296,10 +314,14 @@ def test_a_row_imports_rows_above_it_only():
 def test_what_does_without_jax_is_imported_without_it():
     """In a process of its own, as source says nothing of what other packages import; and without pyplot, which has a state."""
     names = [module for row in without_jax() if row.name not in ("configs", "benchmarks") for module in of_row(row)]
-    known = ("costs", "shapes", "config", "storage", "run_folder", "metrics", "results", "planning.planner", "prices",
-             "planning.compile_check", "laws.joint", "data.reader", "data.prepare", "data.store", "search.optimum",
+    known = ("costs", "shapes", "config", "storage", "training.run_folder", "training.metrics", "results", "planning.planner",
+             "planning.compile_check", "prices", "laws.joint", "data.reader", "data.prepare", "data.store", "search.optimum",
              "search.objectives", "search.next_runs", "plots.style")  # fmt: skip
-    assert {f"gqa_jax.{name}" for name in known} | {"launch.__main__", "launch.tpu", "launch.report.answer_map"} <= set(names)
+    assert {f"gqa_jax.{name}" for name in known} | {
+        "launch.__main__",
+        "launch.executors.tpu",
+        "launch.report.answer_map",
+    } <= set(names)
     assert "gqa_jax.model" not in names
     code = (
         "import importlib, sys\n"

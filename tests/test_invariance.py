@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from gqa_jax.invariance import context_invariance, pairs
 from gqa_jax.laws.heads import Heads
+from gqa_jax.search.invariance import context_invariance, pairs
 
 CONTEXTS = (1024, 2048, 8192, 16384, 32768, 65536, 131072)
 GAPS = {(1, 1): 0.04, (8, 1): 0.012}  # fewer parameters first, as in the results

@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from gqa_jax import presets
 from gqa_jax.laws import LLAMA3, Heads
-from gqa_jax.search import devices, objectives, optimum, words
+from gqa_jax.search import devices, objectives, optimum, presets, words
 from launch import answers, device_tables, grid_tables
 from launch.__main__ import main
 

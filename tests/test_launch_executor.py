@@ -3,7 +3,8 @@ import os
 import pytest
 
 from gqa_jax.config import ConfigError
-from launch import executor, grid, local
+from launch import grid
+from launch.executors import base, local
 from launch.grid import Layout
 from tests import grid_fakes
 
@@ -11,14 +12,14 @@ from tests import grid_fakes
 def cluster(tmp_path, text):
     path = tmp_path / "cluster.toml"
     path.write_text(text)
-    return executor.load(str(path), Layout(tmp_path))
+    return base.load(str(path), Layout(tmp_path))
 
 
 def test_an_engine_has_the_options_of_its_file(tmp_path):
     one = cluster(tmp_path, 'engine = "local"\nslots = 1\nprocesses = 2\n[environment]\nA = "1"\n')
     assert isinstance(one, local.Executor)
     assert (one.options.processes, one.options.environment, one.capacity) == (2, {"A": "1"}, 1)
-    assert executor.load("local", Layout(tmp_path)).options == local.Options()  # the file of the repository changes nothing
+    assert base.load("local", Layout(tmp_path)).options == local.Options()  # the file of the repository changes nothing
 
 
 @pytest.mark.parametrize(
@@ -42,24 +43,24 @@ def test_a_bad_cluster_file_is_a_sentence_that_names_it(tmp_path, text, message)
 
 def test_no_such_engine_or_file(tmp_path):
     with pytest.raises(ConfigError, match="--on kubernetes: must be local, slurm, tpu, sky, or a cluster file"):
-        executor.load("kubernetes", Layout(tmp_path))
+        base.load("kubernetes", Layout(tmp_path))
 
 
-@pytest.mark.parametrize("engine", executor.ENGINES)
+@pytest.mark.parametrize("engine", base.ENGINES)
 def test_the_example_files_name_real_options(engine, tmp_path):
-    assert executor.load(engine, Layout(tmp_path)).engine == engine
+    assert base.load(engine, Layout(tmp_path)).engine == engine
 
 
 def test_names_of_jobs_are_valid_everywhere_and_of_one_grid_alone(tmp_path):
     cells = grid.cells(grid_fakes.small_grid())
     here, there = Layout(tmp_path / "a"), Layout(tmp_path / "b")
-    names = {executor.job_name(layout, cell.name) for layout in (here, there) for cell in cells}
+    names = {base.job_name(layout, cell.name) for layout in (here, there) for cell in cells}
     assert len(names) == 2 * len(cells)
     for name in names:
         assert len(name) <= 58
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
         assert name[0].isalpha()
-    assert executor.job_name(here, cells[0].name).removeprefix(executor.grid_prefix(here)) == cells[0].name
+    assert base.job_name(here, cells[0].name).removeprefix(base.grid_prefix(here)) == cells[0].name
     (tmp_path / "a").mkdir()
     os.symlink(tmp_path / "a", tmp_path / "link")
-    assert executor.grid_prefix(Layout(tmp_path / "link")) == executor.grid_prefix(here)  # one folder has one name
+    assert base.grid_prefix(Layout(tmp_path / "link")) == base.grid_prefix(here)  # one folder has one name

@@ -10,10 +10,11 @@ import pytest
 
 import gqa_jax
 from gqa_jax.config import ConfigError
-from gqa_jax.metrics import write_json
+from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
-from launch import executor, grid, local, run, state
-from launch.executor import SubmitError
+from launch import grid, run, state
+from launch.executors import base, local
+from launch.executors.base import SubmitError
 from launch.grid import Layout
 from tests import executor_contract, grid_fakes
 from tests.executor_contract import Contract, Engine, behave
@@ -32,7 +33,7 @@ class LocalEngine(Engine):
 
 @pytest.fixture
 def fake_training(monkeypatch):
-    monkeypatch.setattr(executor, "training", executor_contract.fake_training)
+    monkeypatch.setattr(base, "training", executor_contract.fake_training)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ other.cancel([{cell.name!r}])
         """The kernel gives its claim back a moment before its parent can ask for the exit code."""
         cell = engine.cells[0]
         source = "import os, time; os.closerange(3, 64); time.sleep(0.5); os._exit(3)"
-        monkeypatch.setattr(executor, "training", lambda *_, **__: [sys.executable, "-c", source])
+        monkeypatch.setattr(base, "training", lambda *_, **__: [sys.executable, "-c", source])
         engine.executor.submit(cell)
         first = engine.executor._children[cell.name].ranks[0]
         self.wait(engine, lambda: cell.name not in engine.executor.jobs(), "it keeps its claim")
@@ -225,10 +226,11 @@ def test_two_launchers_on_one_grid(tmp_path):
 LAUNCHER = """
 import signal, sys
 from pathlib import Path
-from launch import executor, grid, local, run
+from launch import grid, run
+from launch.executors import base, local
 from launch.grid import Layout
 from tests import executor_contract, grid_fakes
-executor.training = executor_contract.fake_training
+base.training = executor_contract.fake_training
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 layout = Layout(Path(sys.argv[1]))
 cells = executor_contract.prepared(layout, 6, ("hang",))
@@ -263,7 +265,7 @@ def _alive(pid):
 def test_the_command_of_a_cell_can_be_typed(tmp_path):
     layout = Layout(tmp_path)
     cell = grid.cells(grid_fakes.small_grid())[0]
-    argv = executor.training(cell, layout)
+    argv = base.training(cell, layout)
     assert argv[1:3] == ["-m", "gqa_jax.train"]
     assert argv[3].endswith(f"cell.py:{layout.cell(cell.name)}/config.json")
 

@@ -9,11 +9,12 @@ import pytest
 
 import gqa_jax
 from gqa_jax import hardware, storage
-from gqa_jax.metrics import write_json
+from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
-from launch import executor, grid, local, sky
+from launch import grid
 from launch import run as run_passes
-from launch.executor import Job, SubmitError
+from launch.executors import base, local, sky
+from launch.executors.base import Job, SubmitError
 from launch.grid import Layout
 from tests import executor_contract, grid_fakes
 
@@ -69,7 +70,7 @@ def test_status_exit_codes_and_json(small, capsys):
 
 def test_failures_alike_are_one_paragraph_with_file_and_command(small, capsys):
     _, layout, cells = small
-    from gqa_jax import run_folder
+    from gqa_jax.training import run_folder
 
     for cell in cells:
         layout.cell(cell.name).mkdir(parents=True)
@@ -157,7 +158,7 @@ def test_status_says_what_was_spent_where_a_price_is_known(small, capsys):
 
 def test_cancel_and_logs_of_a_running_cell(small, capsys, monkeypatch):
     _, layout, cells = small
-    monkeypatch.setattr(executor, "training", executor_contract.fake_training)
+    monkeypatch.setattr(base, "training", executor_contract.fake_training)
     executor_contract.behave(layout, cells[0], "hang")
     with local.Executor(local.Options(), layout) as engine:
         engine.submit(cells[0])
@@ -270,7 +271,7 @@ def test_a_grid_of_real_cells_from_run_to_tables(tmp_path, capsys):
 
 def test_without_a_compiler_a_dry_run_is_still_json(small, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    monkeypatch.setattr("launch.slurm.Executor.jobs", lambda _: {})
+    monkeypatch.setattr("launch.executors.slurm.Executor.jobs", lambda _: {})
     assert run("run", small, "--on", "slurm", "--dry_run", "--json") == launch.EXIT_DONE
     said = capsys.readouterr()
     assert len(json.loads(said.out)) == len(small[2])

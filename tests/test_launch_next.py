@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from gqa_jax import results
-from gqa_jax.metrics import write_json
 from gqa_jax.search import next_runs
+from gqa_jax.training.metrics import write_json
 from launch import grid, next_cells, studies
 from launch.__main__ import main
 from launch.grid import Layout

@@ -11,7 +11,8 @@ import pytest
 from gqa_jax import hardware
 from gqa_jax.planning.compile_check import Proof
 from launch import __main__ as launch
-from launch import fit, grid, local
+from launch import fit, grid
+from launch.executors import local
 from launch.grid import Layout
 from tests import grid_fakes
 

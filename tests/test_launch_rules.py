@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import evaluation, results, storage
+from gqa_jax import results, storage
 from gqa_jax.config import ConfigError, TrainConfig
 from gqa_jax.data import store
-from gqa_jax.metrics import write_json
+from gqa_jax.training import evaluation
+from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
-from launch import grid, local, rules, state, studies
+from launch import grid, rules, state, studies
+from launch.executors import local
 from launch.grid import Layout
 from tests import first_version, goldens, grid_fakes
 from tests.test_grid import two_phases

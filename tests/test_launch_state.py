@@ -3,10 +3,11 @@ import time
 
 import pytest
 
-from gqa_jax import run_folder
-from gqa_jax.metrics import write_json
-from launch import grid, local, state
-from launch.executor import DEAD, QUEUED, RUNNING, Job
+from gqa_jax.training import run_folder
+from gqa_jax.training.metrics import write_json
+from launch import grid, state
+from launch.executors import local
+from launch.executors.base import DEAD, QUEUED, RUNNING, Job
 from launch.grid import Layout
 from tests import grid_fakes
 from tests.test_grid import two_phases

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from gqa_jax import laws, presets
+from gqa_jax import laws
+from gqa_jax.search import presets
 from tests import law_tables
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import laws, presets
+from gqa_jax import laws
 from gqa_jax.laws import Heads, doubt
-from gqa_jax.search import optimum
+from gqa_jax.search import optimum, presets
 from tests import law_tables
 
 HEADS = list(law_tables.TRACED)

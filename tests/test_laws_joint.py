@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import presets, results
+from gqa_jax import results
 from gqa_jax.laws import LLAMA3, Heads, fit_by_heads, fit_loss_nd_by_heads, joint, joint_fit, joint_terms
 from gqa_jax.laws.joint import fit_joint
+from gqa_jax.search import presets
 from gqa_jax.shapes import Aspect, head_configurations
 
 WIDTHS = np.array([384, 640, 1024, 1536, 2048])

@@ -1,8 +1,8 @@
 import numpy as np
 import pandas as pd
 
-from gqa_jax import presets
 from gqa_jax.laws import runs as run_table
+from gqa_jax.search import presets
 from tests import law_tables
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import laws, presets
+from gqa_jax import laws
 from gqa_jax.laws import Heads
 from gqa_jax.laws.shape import OtherRatio, Penalty, Price, split
-from gqa_jax.search import optimum
+from gqa_jax.search import optimum, presets
 from tests.law_tables import synthetic
 
 SIZES = [(6, 512), (12, 768), (16, 1024), (24, 1536)]

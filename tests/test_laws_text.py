@@ -6,11 +6,11 @@ import pytest
 from scipy import stats
 
 from gqa_jax import laws
-from gqa_jax.invariance import context_invariance
 from gqa_jax.laws import Heads, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import next_runs, optimum
 from gqa_jax.search.equal_compute import equal_training_curves
+from gqa_jax.search.invariance import context_invariance
 from tests import law_tables
 from tests.test_laws_loss_nd import table as nd_table
 from tests.test_laws_query_heads import SHARED

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from gqa_jax import presets
 from gqa_jax.laws import Heads, fit_by_heads, validation
 from gqa_jax.laws.validation import hold_out, hold_out_all, lack_of_fit, not_falling, summary
+from gqa_jax.search import presets
 
 WIDTHS = np.array([384, 640, 1024, 1536, 2048])
 HEADS = [(1, 1), (4, 1), (8, 1), (8, 2), (8, 8), (16, 4)]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa_jax import loss, topologies
+from gqa_jax.planning import topologies
+from gqa_jax.training import loss
 
 
 def plain(hidden, embedding, targets):

@@ -8,9 +8,10 @@ import types
 
 import pytest
 
-from gqa_jax import metrics, storage
+from gqa_jax import storage
 from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.errors import ConfigError
+from gqa_jax.training import metrics
 
 
 def config(**logging_fields):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqa_jax import costs, loss, model, shapes
+from gqa_jax import costs, model, shapes
 from gqa_jax.config import ModelConfig
+from gqa_jax.training import loss
 from tests import llama_numpy
 
 TINY = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": 64, "dtype": "float32"}

@@ -8,9 +8,9 @@ import pytest
 from scipy import stats
 
 from benchmarks import next_runs as benchmark
-from gqa_jax import costs, presets
+from gqa_jax import costs
 from gqa_jax.laws import Draws, Heads, fit_by_heads
-from gqa_jax.search import next_runs, optimum
+from gqa_jax.search import next_runs, optimum, presets
 from gqa_jax.search.next_runs import Candidate, Question, choose, gains
 from gqa_jax.shapes import SIZES
 from tests import law_tables

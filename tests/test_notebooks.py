@@ -24,7 +24,7 @@ from traitlets.config import Config
 
 from gqa_jax import hardware
 from gqa_jax.config import TrainConfig
-from gqa_jax.metrics import write_json
+from gqa_jax.training.metrics import write_json
 from launch import grid
 from launch.grid import Layout
 from tests import grid_fakes

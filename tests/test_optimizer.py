@@ -4,8 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from gqa_jax import model, optimizer
+from gqa_jax import model
 from gqa_jax.config import ModelConfig, OptimizerConfig
+from gqa_jax.training import optimizer
 
 
 def rates(n_steps=100, **fields):

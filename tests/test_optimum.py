@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, laws, presets, shape_search
+from gqa_jax import costs, laws, shape_search
 from gqa_jax.hardware import CHIPS, Efficiency
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
-from gqa_jax.search import candidates, objectives, optimum, ranking, roofline
+from gqa_jax.search import candidates, objectives, optimum, presets, ranking, roofline
 from gqa_jax.search.answer import Model
 from gqa_jax.search.roofline import Serving
 from gqa_jax.shapes import Aspect, ffn_width, paper_aspect

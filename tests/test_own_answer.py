@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from gqa_jax import costs, laws, presets
+from gqa_jax import costs, laws
 from gqa_jax.costs import Shape
 from gqa_jax.laws import LLAMA3, Heads, head_law
-from gqa_jax.search import objectives, optimum, own_model
+from gqa_jax.search import objectives, optimum, own_model, presets
 from gqa_jax.search.own_answer import compare_own
 from gqa_jax.search.own_model import PUBLIC, OwnModel
 from gqa_jax.search.roofline import Serving

@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from benchmarks import pilot
-from gqa_jax import evaluation
 from gqa_jax.laws import evidence
-from gqa_jax.metrics import write_json
+from gqa_jax.training import evaluation
+from gqa_jax.training.metrics import write_json
 from launch import grid
 from launch.grid import Layout
 from tests import grid_fakes

@@ -270,7 +270,7 @@ def test_a_run_that_no_mesh_suits_says_why():
 
 
 def test_the_chunk_of_the_loss_is_the_one_that_runs():
-    from gqa_jax import loss
+    from gqa_jax.training import loss
 
     assert planner.CHUNK_LOGITS == loss.CHUNK_LOGITS
 

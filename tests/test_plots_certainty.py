@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import plots, presets
-from gqa_jax.search import optimum
+from gqa_jax import plots
+from gqa_jax.search import optimum, presets
 from tests import plot_helpers
 
 

@@ -6,9 +6,9 @@ import pytest
 from matplotlib.collections import LineCollection
 
 from gqa_jax import plots
-from gqa_jax.invariance import context_invariance, pairs
 from gqa_jax.laws import Heads
 from gqa_jax.plots import style
+from gqa_jax.search.invariance import context_invariance, pairs
 from tests import plot_helpers
 
 CONTEXTS = [2048, 4096, 8192, 16_384, 32_768, 65_536]

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
 
-from gqa_jax import costs, laws, plots, presets
+from gqa_jax import costs, laws, plots
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.plots import cost_axes, style
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import objectives, optimum, presets
 from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import Aspect
 from launch import grid

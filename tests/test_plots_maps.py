@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from gqa_jax import plots, presets
+from gqa_jax import plots
 from gqa_jax.laws import Heads
-from gqa_jax.search import optimum
+from gqa_jax.search import optimum, presets
 from tests import plot_helpers
 
 TABLE_4 = {

@@ -11,10 +11,10 @@ from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from gqa_jax import costs, plots, presets
-from gqa_jax.invariance import context_invariance
+from gqa_jax import costs, plots
 from gqa_jax.laws import LLAMA3, Heads, fit_by_heads, fit_query_heads
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import objectives, optimum, presets
+from gqa_jax.search.invariance import context_invariance
 from gqa_jax.shapes import head_configurations
 from tests import plot_helpers, test_plots_context, test_plots_heads
 

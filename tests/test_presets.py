@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from gqa_jax import presets
 from gqa_jax.laws import LLAMA3, Heads, fit_loss_nd
+from gqa_jax.search import presets
 from gqa_jax.shapes import Aspect
 
 # Held to ../README of the preset's data: laws fitted elsewhere to the same points, with an E per H.

@@ -11,9 +11,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from gqa_jax import model, program, sharding, topologies
+from gqa_jax import model
 from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.mesh import MeshShape
+from gqa_jax.planning import topologies
+from gqa_jax.training import program, sharding
 from tests.test_train import tiny
 
 

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 import gqa_jax
-from gqa_jax import costs, evaluation, results, storage
-from gqa_jax.metrics import write_json
+from gqa_jax import costs, results, storage
+from gqa_jax.training import evaluation
+from gqa_jax.training.metrics import write_json
 from launch import export, grid
 from launch.grid import Layout
 from tests import first_version, grid_fakes

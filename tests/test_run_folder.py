@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from gqa_jax import run_folder, storage
+from gqa_jax import storage
 from gqa_jax.config import ConfigError, TrainConfig
-from gqa_jax.run_folder import DeviceTime
+from gqa_jax.training import run_folder
+from gqa_jax.training.run_folder import DeviceTime
 
 
 def test_the_lock_says_who_holds_it(tmp_path):

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from gqa_jax import presets
 from gqa_jax.hardware import CHIPS
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import objectives, optimum, presets
 from gqa_jax.search.devices import compare, front
 from gqa_jax.search.roofline import Layout, Serving
 from launch.__main__ import main

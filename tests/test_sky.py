@@ -13,8 +13,9 @@ from etils import epath
 
 from gqa_jax import hardware
 from gqa_jax.config import ConfigError, TrainConfig
-from launch import bundle, executor, grid, sky
-from launch.executor import DEAD, QUEUED, RUNNING, Job, SubmitError
+from launch import grid
+from launch.executors import base, bundle, sky
+from launch.executors.base import DEAD, QUEUED, RUNNING, Job, SubmitError
 from launch.grid import Layout
 from tests import executor_contract, grid_fakes, needs, sky_fake
 
@@ -49,7 +50,7 @@ class Engine(executor_contract.Engine):
         return found
 
     def another_launcher(self):
-        return f"executor.make({self.values!r}, layout)"
+        return f"base.make({self.values!r}, layout)"
 
     def records(self):
         return sky_fake.records(self.folder)
@@ -73,12 +74,12 @@ def fake(tmp_path, monkeypatch):
 
 
 def make_engine(fake, root, monkeypatch, **options):
-    monkeypatch.setattr(executor, "training", executor_contract.fake_training)
+    monkeypatch.setattr(base, "training", executor_contract.fake_training)
     layout = Layout(epath.Path(root))
     cells = executor_contract.prepared(layout)
     values = {"engine": "sky", "sky": os.fspath(fake / "sky"), "shared_root": True, "python": sys.executable} | options
-    values["environment"] = {"PYTHONPATH": os.fspath(executor.REPOSITORY)}  # tests are in no bundle
-    return Engine(executor.make(values, layout), cells, fake, values)
+    values["environment"] = {"PYTHONPATH": os.fspath(base.REPOSITORY)}  # tests are in no bundle
+    return Engine(base.make(values, layout), cells, fake, values)
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def two_nodes(fake, tmp_path, monkeypatch):
 
 def offline(root="gs://bucket/study", **options):
     """An executor that is asked what it would submit."""
-    return executor.make({"engine": "sky", "bundle": f"gs://bucket/{SHA256}.tar.gz"} | options, Layout(epath.Path(root)))
+    return base.make({"engine": "sky", "bundle": f"gs://bucket/{SHA256}.tar.gz"} | options, Layout(epath.Path(root)))
 
 
 def a_cell():
@@ -151,7 +152,7 @@ again.touch()
 while True:
     time.sleep(0.05)
 """
-        monkeypatch.setattr(executor, "training", lambda *_, **__: [sys.executable, "-c", source])
+        monkeypatch.setattr(base, "training", lambda *_, **__: [sys.executable, "-c", source])
         engine.executor.prepare()
         engine.executor.submit(cell)
         self.contract.wait(engine, (engine.folder / "again").exists, "it does not run")
@@ -163,7 +164,7 @@ while True:
     def test_the_processes_know_job_and_commit(self, engine, monkeypatch):
         cell = engine.cells[0]
         source = "import os; print(*(os.environ[n] for n in ('GQA_JAX_JOB', 'GQA_JAX_COMMIT', 'PYTHONPATH')), os.getcwd())"
-        monkeypatch.setattr(executor, "training", lambda *_, **__: [sys.executable, "-c", source])
+        monkeypatch.setattr(base, "training", lambda *_, **__: [sys.executable, "-c", source])
         engine.executor.prepare()
         job = engine.executor.submit(cell)
         self.contract.until_gone(engine, cell)
@@ -171,7 +172,7 @@ while True:
         said, commit, path, folder = log.read_text().split()
         assert said == job.id
         assert commit == (Path(folder) / "COMMIT").read_text().strip() != ""
-        assert path == f"{folder}:{executor.REPOSITORY}"
+        assert path == f"{folder}:{base.REPOSITORY}"
         assert (Path(folder) / "configs" / "cell.py").exists()
 
     def test_a_grid_on_gs(self, fake, gcs_root, monkeypatch):
@@ -188,7 +189,7 @@ while True:
 
     def test_a_log_that_cannot_be_copied_stops_nothing(self, tmp_path):
         copy = [sys.executable, "-c", sky.COPY, os.fspath(tmp_path / "absent" / "log.txt")]
-        done = subprocess.run(copy, input="a\nb\n", capture_output=True, text=True, cwd=executor.REPOSITORY, check=True)
+        done = subprocess.run(copy, input="a\nb\n", capture_output=True, text=True, cwd=base.REPOSITORY, check=True)
         assert done.stdout.startswith("a\nb\nthe log is not copied: ")
 
 
@@ -217,7 +218,7 @@ class TestClaim:
         engine.executor.submit(cell)
         file = engine.folder / "task.yaml"
         file.write_text(engine.executor.submission(cell).files["sky.yaml"])
-        name = executor.job_name(engine.layout, cell.name)
+        name = base.job_name(engine.layout, cell.name)
         subprocess.run([engine.folder / "sky", "jobs", "launch", "-n", name, "-y", "-d", file], check=True, capture_output=True)
         assert engine.executor.jobs()[cell.name].id == "1"
         assert engine.executor.reconcile(engine.executor.jobs()) == [f"{cell.name} had 2 jobs: cancelled all but 1"]
@@ -247,7 +248,7 @@ class TestClaim:
 
     def test_jobs_of_other_grids_are_left_alone(self, engine):
         cell = engine.cells[0]
-        other = executor.make(engine.values, Layout(engine.layout.root.parent / "other"))
+        other = base.make(engine.values, Layout(engine.layout.root.parent / "other"))
         lists(engine.folder, other, cell, job_id=7, status="RUNNING")
         assert other.jobs()[cell.name].id == "7"
         assert engine.executor.jobs() == {}
@@ -257,7 +258,7 @@ class TestClaim:
 
 def lists(folder, the_executor, cell, **record):
     """Makes SkyPilot list this job of a cell, and no other."""
-    name = executor.job_name(the_executor.layout, cell.name)
+    name = base.job_name(the_executor.layout, cell.name)
     (folder / "queue.txt").write_text(json.dumps([{"job_name": name} | record, {"job_name": None, "job_id": 1}], indent=2))
 
 
@@ -330,7 +331,7 @@ class TestJobs:
     def test_more_jobs_than_sky_shows(self, engine):
         (engine.folder / "jobs").mkdir()
         for number in range(60):
-            name = executor.job_name(engine.layout, f"s{number}")
+            name = base.job_name(engine.layout, f"s{number}")
             sky_fake.write(engine.folder, number, {"job_id": number, "job_name": name, "status": "PENDING"})
         assert len(engine.executor.jobs()) == 60
 
@@ -438,9 +439,9 @@ class TestCheck:
             offline(**options)
 
     def test_the_example_can_be_used(self):
-        one = executor.load("sky", Layout(epath.Path("gs://bucket/study")))
+        one = base.load("sky", Layout(epath.Path("gs://bucket/study")))
         assert isinstance(one, sky.Executor)
-        text = (executor.CLUSTERS / "sky.toml").read_text()
+        text = (base.CLUSTERS / "sky.toml").read_text()
         for name in sky.Options.__dataclass_fields__:
             assert f"{name} = " in text or f"[{name}]" in text, f"{name} is not in the example"
 
@@ -539,10 +540,10 @@ def gpu():
 class TestSubmission:
     def expected(self, text, one, python):
         cell = a_cell()
-        train = executor.bash(executor.training(cell, one.layout, python=python, code="."))
+        train = base.bash(base.training(cell, one.layout, python=python, code="."))
         copy = textwrap.indent("'" + sky.COPY.replace("'", "'\"'\"'") + "'", "  ").lstrip()
         names = {"SHA256": SHA256, "TRAIN": train, "COPY": copy, "ADDRESS": ADDRESS}
-        for name, value in (names | {"PREFIX": executor.grid_prefix(one.layout), "CELL": cell.name}).items():
+        for name, value in (names | {"PREFIX": base.grid_prefix(one.layout), "CELL": cell.name}).items():
             text = text.replace(name, value)
         return text
 
@@ -550,7 +551,7 @@ class TestSubmission:
         one, cell = tpu(), a_cell()
         given = one.submission(cell)
         assert given.files["sky.yaml"] == self.expected(TPU, one, ".venv/bin/python")
-        name = executor.job_name(one.layout, cell.name)
+        name = base.job_name(one.layout, cell.name)
         assert given.command == f"sky jobs launch -n {name} -y -d gs://bucket/study/cells/{cell.name}/sky.yaml"
         assert "--config=configs/cell.py:gs://bucket/study/cells/" in given.files["sky.yaml"]
 
@@ -652,7 +653,7 @@ records = [ManagedJobRecord(job_id=i, status=s, **facts).model_dump(mode="json")
 print(json.dumps([records, MANAGED_JOB_ID_ENV_VAR]))
 """
         cell = engine.cells[0]
-        records, variable = self.ask(source, tmp_path, executor.job_name(engine.layout, cell.name))
+        records, variable = self.ask(source, tmp_path, base.job_name(engine.layout, cell.name))
         assert {record["status"] for record in records} <= {*sky.ACTIVE, *sky.FAILED, *sky.ENDED}
         (running,) = [record for record in records if record["status"] == "RUNNING"]
         (engine.folder / "queue.txt").write_text(json.dumps([running], indent=2))

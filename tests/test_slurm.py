@@ -12,8 +12,9 @@ import pytest
 from etils import epath
 
 from gqa_jax.config import ConfigError
-from launch import executor, grid, slurm
-from launch.executor import DEAD, QUEUED, RUNNING, SubmitError
+from launch import grid
+from launch.executors import base, slurm
+from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
 from launch.grid import Layout
 from tests import executor_contract, grid_fakes, slurm_cluster
 
@@ -38,11 +39,11 @@ class Engine(executor_contract.Engine):
             os.kill(pid, signal.SIGKILL)
 
     def another_launcher(self):
-        return f"executor.make({self.values!r}, layout)"
+        return f"base.make({self.values!r}, layout)"
 
     def record(self, cell):
         """The newest job of a cell as Slurm knows it, also when it has ended."""
-        name = executor.job_name(self.layout, cell)
+        name = base.job_name(self.layout, cell)
         return max((r for r in self.cluster.records().values() if r["name"] == name), key=lambda r: r["job_id"])
 
     def log(self, cell):
@@ -71,11 +72,11 @@ def cluster(running_cluster, monkeypatch):
 
 
 def make_engine(cluster, root, monkeypatch, **options):
-    monkeypatch.setattr(executor, "training", executor_contract.fake_training)
+    monkeypatch.setattr(base, "training", executor_contract.fake_training)
     layout = Layout(epath.Path(root))
     cells = executor_contract.prepared(layout)
     values = {"engine": "slurm"} | options
-    return Engine(executor.make(values, layout), cells, cluster, values)
+    return Engine(base.make(values, layout), cells, cluster, values)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def engine(cluster, tmp_path, monkeypatch):
 
 def offline(root="/shared/study", **options):
     """An executor that is asked what it would submit."""
-    return executor.make({"engine": "slurm"} | options, Layout(epath.Path(root)))
+    return base.make({"engine": "slurm"} | options, Layout(epath.Path(root)))
 
 
 def a_cell():
@@ -194,8 +195,8 @@ class TestEnds:
         now = self.contract.state_of(engine, cell)
         assert (now.state, now.failure, now.cause) == ("failed", "infrastructure", "a line of setup failed: see log.txt")
         assert "loading" in engine.log(cell.name)
-        monkeypatch.setattr(executor, "training", lambda *_, **__: ["/not/there"])
-        engine.executor = executor.make({"engine": "slurm"}, engine.layout)
+        monkeypatch.setattr(base, "training", lambda *_, **__: ["/not/there"])
+        engine.executor = base.make({"engine": "slurm"}, engine.layout)
         engine.executor.submit(cell)
         self.contract.until_gone(engine, cell)
         assert self.contract.state_of(engine, cell).cause == "srun ended with code 2 before training began: see log.txt"
@@ -220,7 +221,7 @@ class TestEnds:
         assert [environ[name] for name in ("FROM_SETUP", "GREETING", "OF_THE_USER")] == ["1", "it's $HOME", "kept"]
         assert [environ[name] for name in ("JAX_PLATFORMS", "GQA_JAX_JOB", "SLURM_CPUS_PER_TASK")] == ["cpu", job.id, "2"]
         assert "SLURM_MEM_PER_CPU" not in environ
-        assert environ["PYTHONPATH"].split(":")[0] == os.fspath(executor.REPOSITORY)
+        assert environ["PYTHONPATH"].split(":")[0] == os.fspath(base.REPOSITORY)
         assert os.readlink(f"/proc/{pid}/cwd") == os.getcwd()
 
     def test_gpus_are_asked_for(self, cluster, tmp_path, monkeypatch):
@@ -273,7 +274,7 @@ class TestQueue:
         monkeypatch.setattr(engine.executor, "_there", overtaken)
         assert engine.executor.submit(cell).id == others[0]
         mine = engine.cluster.records()[int(others[0]) + 1]
-        assert (mine["name"], mine["job_state"]) == (executor.job_name(engine.layout, cell.name), "CANCELLED")
+        assert (mine["name"], mine["job_state"]) == (base.job_name(engine.layout, cell.name), "CANCELLED")
 
     def test_a_cell_whose_job_ends_is_not_submitted_yet(self, engine):
         cell = engine.cells[0]
@@ -421,7 +422,7 @@ class TestScript:
             setup=["module load cuda", "ulimit -n 4096"], extra=["--reservation=spring"], environment={"WANDB_MODE": "a b"},
         )  # fmt: skip
         made = one.submission(cell)
-        name = executor.job_name(one.layout, cell.name)
+        name = base.job_name(one.layout, cell.name)
         assert made.files == {"job.sbatch": SCRIPT.format(name=name, cell=cell.name, here=os.getcwd())}
         assert made.command == f"sbatch --parsable '/shared/my study/cells/{cell.name}/job.sbatch'"
 
@@ -455,8 +456,8 @@ class TestScript:
 
     def test_the_example_is_complete(self):
         """configs/clusters/slurm.toml has every option, with the values that hold without it where it sets them."""
-        path = executor.CLUSTERS / "slurm.toml"
-        one = executor.load("slurm", Layout(epath.Path("/shared/study")))
+        path = base.CLUSTERS / "slurm.toml"
+        one = base.load("slurm", Layout(epath.Path("/shared/study")))
         assert one.options == slurm.Options(topology="h100:8")
         named = set(re.findall(r"^(?:# )?\[?(\w+)(?: = |\]$)", path.read_text(), re.MULTILINE))
         assert named >= {field.name for field in dataclasses.fields(slurm.Options)}
@@ -597,11 +598,11 @@ class TestErrors:
     def test_a_job_that_is_over_and_forgotten_was_submitted(self, programs, tmp_path):
         programs("sbatch", stdout="71;cluster")
         cell = a_cell()
-        assert offline(tmp_path).submit(cell) == executor.Job(cell.name, "71", QUEUED)
+        assert offline(tmp_path).submit(cell) == base.Job(cell.name, "71", QUEUED)
 
     def test_jobs_that_have_ended_are_no_error_of_cancel(self, programs, tmp_path):
         one = offline(tmp_path)
-        jobs = [job | {"name": f"{executor.grid_prefix(one.layout)}{job['name']}"} for job in OLD]
+        jobs = [job | {"name": f"{base.grid_prefix(one.layout)}{job['name']}"} for job in OLD]
         calls = programs("squeue", stdout=json.dumps({"jobs": jobs}))
         programs("scancel", 1, "scancel: error: Kill job error on job id 12: Job/step already completing or completed")
         one.cancel(["waits", "runs", "over", "unknown"])
@@ -696,7 +697,7 @@ class TestParse:
 
     @pytest.mark.parametrize("jobs", [OLD, NEW], ids=["22.05", "24.05"])
     def test_jobs(self, jobs, monkeypatch):
-        prefix = executor.grid_prefix(offline().layout)
+        prefix = base.grid_prefix(offline().layout)
         named = [job | {"name": f"{prefix}{job['name']}"} for job in jobs]
         text = json.dumps({"meta": {}, "jobs": [*named, old(1, "other", "RUNNING"), old(2, None, "RUNNING")]})
         monkeypatch.setattr(slurm, "_call", lambda *argv: subprocess.CompletedProcess(argv, 0, text, ""))
@@ -738,7 +739,7 @@ class TestParse:
     def test_jobs_that_did_not_start_are_tried_again(self, tmp_path, monkeypatch):
         """What is written says so; a cell that has a result, or no folder any more, is left alone."""
         one = offline(tmp_path)
-        prefix = executor.grid_prefix(one.layout)
+        prefix = base.grid_prefix(one.layout)
         jobs = [old(i, f"{prefix}{cell}", "PENDING", "JobHoldMaxRequeue") for i, cell in enumerate(("a", "done", "gone"))]
         called = []
 
@@ -773,7 +774,7 @@ def test_training(cluster, tmp_path, nodes):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(cell.config.to_dict()))
     options = {"engine": "slurm", "nodes": nodes, "environment": {"XLA_FLAGS": ""}}
-    engine = Engine(executor.make(options, layout), [cell], cluster, options)
+    engine = Engine(base.make(options, layout), [cell], cluster, options)
     job = engine.executor.submit(cell)
 
     def until(condition):

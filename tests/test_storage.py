@@ -16,8 +16,9 @@ import pytest
 from etils import epath
 from gcsfs.retry import HttpError
 
-from gqa_jax import metrics, run_folder, storage, train
+from gqa_jax import storage, train
 from gqa_jax.config import ConfigError
+from gqa_jax.training import metrics, run_folder
 from tests.test_distributed import Pair, run_commands
 from tests.test_train import LONGER, REPOSITORY, interrupt_after, losses, tiny
 

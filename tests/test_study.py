@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 
 import gqa_jax
-from gqa_jax import evaluation, external, presets, results
+from gqa_jax import results
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import Heads, fit_by_heads
-from gqa_jax.metrics import write_json
-from gqa_jax.search import objectives, optimum, study
+from gqa_jax.laws import Heads, external, fit_by_heads
+from gqa_jax.search import objectives, optimum, presets, study
+from gqa_jax.training import evaluation
+from gqa_jax.training.metrics import write_json
 from launch import grid, studies
 from launch.grid import Layout
 from tests import grid_fakes
@@ -339,7 +340,7 @@ class TestThePackage:
         code = (
             "import sys, gqa_jax\n"
             "assert 'pandas' not in sys.modules, 'slow to import'\n"
-            "gqa_jax.results.load_costs, gqa_jax.presets.load, gqa_jax.laws.fit_by_heads, gqa_jax.search, gqa_jax.plots\n"
+            "gqa_jax.results.load_costs, gqa_jax.search.presets.load, gqa_jax.laws.fit_by_heads, gqa_jax.plots\n"
             "gqa_jax.load_study\n"
             "assert 'jax' not in sys.modules\n"
         )

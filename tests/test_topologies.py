@@ -1,8 +1,9 @@
 import pytest
 
-from gqa_jax import hardware, topologies
+from gqa_jax import hardware
 from gqa_jax.hardware import chip_of
 from gqa_jax.mesh import MeshShape
+from gqa_jax.planning import topologies
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.config import ConfigError
-from launch import executor, grid, run, state, tpu
-from launch.executor import DEAD, QUEUED, RUNNING, SubmitError
+from launch import grid, run, state
+from launch.executors import base, tpu
+from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
 from launch.grid import Layout
 from tests import executor_contract, grid_fakes, tpu_fake
 from tests.executor_contract import Contract, behave
@@ -29,7 +30,7 @@ OPTIONS = {
     "zones": [tpu_fake.ZONES[0]],
     "python": sys.executable,
     "shared_root": True,
-    "environment": {"PYTHONPATH": os.fspath(executor.REPOSITORY)},
+    "environment": {"PYTHONPATH": os.fspath(base.REPOSITORY)},
 }
 
 
@@ -41,7 +42,7 @@ class Engine(executor_contract.Engine):
         self.cloud = cloud
 
     def job(self, cell):
-        return executor.job_name(self.layout, cell)
+        return base.job_name(self.layout, cell)
 
     def preempt(self, cell):
         self.cloud.suspend(self.job(cell))
@@ -63,7 +64,7 @@ class Engine(executor_contract.Engine):
         return found
 
     def another_launcher(self):
-        return f"executor.make({self.executor_options!r}, layout)"
+        return f"base.make({self.executor_options!r}, layout)"
 
 
 @pytest.fixture
@@ -75,12 +76,12 @@ def cloud(tmp_path):
 @pytest.fixture
 def make(cloud, tmp_path, monkeypatch):
     """Makes an engine with other options than OPTIONS."""
-    monkeypatch.setattr(executor, "training", executor_contract.fake_training)
+    monkeypatch.setattr(base, "training", executor_contract.fake_training)
     layout = Layout(epath.Path(tmp_path / "grid"))
 
     def make(behaviour=("finish",), count=2, **changes):
         values = OPTIONS | {"api_endpoint": f"http://127.0.0.1:{cloud.port}"} | changes
-        one = executor.make(values, layout)
+        one = base.make(values, layout)
         one.sleep = lambda seconds: None
         made = Engine(cloud, one, executor_contract.prepared(layout, count, behaviour))
         made.executor_options = values
@@ -293,13 +294,13 @@ class TestRequest:
 def test_options_that_cannot_be_used(changes, words, tmp_path):
     values = {name: value for name, value in (OPTIONS | changes).items() if value is not None}
     with pytest.raises(ValueError) as error:  # noqa: PT011 (ConfigError, or that of hardware.find)
-        executor.make(values, Layout(tmp_path))
+        base.make(values, Layout(tmp_path))
     assert words in str(error.value)
 
 
 def test_the_example_names_every_option(tmp_path):
-    text = (executor.CLUSTERS / "tpu.toml").read_text()
-    with executor.load("tpu", Layout(tmp_path)) as one:
+    text = (base.CLUSTERS / "tpu.toml").read_text()
+    with base.load("tpu", Layout(tmp_path)) as one:
         assert one.options.project == tpu.EXAMPLE_PROJECT
         for field in dataclasses.fields(one.options):
             assert f"\n{field.name} = " in text or f"\n# {field.name} = " in text
@@ -307,7 +308,7 @@ def test_the_example_names_every_option(tmp_path):
     cluster = tmp_path / "all.toml"
     cluster.write_text(uncommented.replace('"spot" ', '"reserved" ').replace("<sha256>", "0" * 64))
     with pytest.raises(ConfigError, match=r"bundle|example"):  # read, with every type; it is the project that is wrong
-        executor.load(str(cluster), Layout(tmp_path)).check()
+        base.load(str(cluster), Layout(tmp_path)).check()
 
 
 class TestCheck:
@@ -505,7 +506,7 @@ class TestJobs:
         engine = make(count=5)
         for cell in engine.cells:
             engine.executor.submit(cell)
-        other = executor.make(engine.executor_options, Layout(epath.Path(tmp_path / "another")))
+        other = base.make(engine.executor_options, Layout(epath.Path(tmp_path / "another")))
         other.submit(engine.cells[0])
         cloud.calls.clear()
         assert set(engine.executor.jobs()) == {cell.name for cell in engine.cells}
@@ -661,7 +662,7 @@ class TestStartup:
 
     def test_no_python(self, make, cloud, monkeypatch):
         engine = make()
-        monkeypatch.setattr(executor, "training", lambda *_, **__: ["/nowhere/python"])
+        monkeypatch.setattr(base, "training", lambda *_, **__: ["/nowhere/python"])
         engine.executor.prepare()
         cell = engine.cells[0]
         engine.executor.submit(cell)
@@ -786,7 +787,7 @@ class TestStartup:
         layout, root = Layout(epath.Path(gcs_root)), store / gcs_root.removeprefix("gs://")
         values = OPTIONS | {"api_endpoint": f"http://127.0.0.1:{cloud.port}", "setup": ["sleep 0.5", "echo bad", "false"]}
         (cell, *_) = grid.cells(grid_fakes.small_grid())
-        with executor.make(values, layout) as one:
+        with base.make(values, layout) as one:
             one.sleep = lambda seconds: None
             one.prepare()
             (root / "code").mkdir(parents=True)
@@ -827,7 +828,7 @@ def test_training_is_suspended_and_goes_on_in_another_slice(cloud, tmp_path):
     folder = layout.cell(cell.name)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(cell.config.to_dict()))
-    with executor.make(values, layout) as one:
+    with base.make(values, layout) as one:
         one.sleep = lambda seconds: None
         one.check()
         one.prepare()
@@ -837,7 +838,7 @@ def test_training_is_suspended_and_goes_on_in_another_slice(cloud, tmp_path):
 
         assert [job.cell for job in run.advance(cells, layout, one).submitted] == [cell.name]
         wait(lambda: step() > 3, 120.0)
-        cloud.suspend(executor.job_name(layout, cell.name))
+        cloud.suspend(base.job_name(layout, cell.name))
         wait(lambda: run.advance(cells, layout, one).submitted)
         wait(lambda: run.look(cells, layout, one).states[0].state == "done", 120.0)
         wait(lambda: not one.jobs())

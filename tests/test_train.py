@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqa_jax import attention, costs, evaluation, metrics, model, train
+from gqa_jax import attention, costs, model, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
 from gqa_jax.data import reader, store
 from gqa_jax.planning import planner
-from gqa_jax.run_folder import Diverged, Preempted
+from gqa_jax.training import evaluation, metrics
+from gqa_jax.training.run_folder import Diverged, Preempted
 from tests import first_version
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -438,7 +439,7 @@ def test_a_non_finite_loss_stops_and_is_a_result(tmp_path):
 
 
 def test_two_processes_in_one_folder_are_refused(tmp_path):
-    from gqa_jax import run_folder
+    from gqa_jax.training import run_folder
 
     with run_folder.claim(tmp_path), pytest.raises(ConfigError, match="another process trains in this folder"):
         train.train_and_evaluate(tiny(), tmp_path)

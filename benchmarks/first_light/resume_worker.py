@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from benchmarks import workers
 from benchmarks.train_ours import Session
-from gqa_jax import attention, program
-from gqa_jax.checkpoint import Checkpoints, params_sha256
+from gqa_jax import attention
+from gqa_jax.training import program
+from gqa_jax.training.checkpoint import Checkpoints, params_sha256
 
 SAVED = {"identity": {}, "seconds_train": 0.0}  # what training notes beside a checkpoint
 

@@ -39,7 +39,7 @@ class Target:
     def __init__(self, *, interpret: bool = False, compile_only: str | None = None):
         self.interpret, self.mesh = interpret, None
         if compile_only is not None:
-            from gqa_jax import topologies
+            from gqa_jax.planning import topologies
 
             self.mesh = topologies.mesh(compile_only)
             _assume_cudnn()

@@ -30,8 +30,9 @@ from gqa_jax.planning import hlo
 PACKAGE = Path(__file__).resolve().parent.parent
 #: Files of the package that the compiled step is made from; the rest changes no program.
 SOURCES = (
-    "attention/*.py", "collectives.py", "config.py", "hardware.py", "loss.py", "mesh.py", "model.py", "optimizer.py",
-    "parallel.py", "program.py", "planning/compile_check.py", "planning/hlo.py", "sharding.py", "topologies.py",
+    "attention/**/*.py", "collectives.py", "config.py", "hardware.py", "mesh.py", "model.py", "training/loss.py",
+    "training/optimizer.py", "training/parallel.py", "training/program.py", "training/sharding.py",
+    "planning/compile_check.py", "planning/hlo.py", "planning/topologies.py",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 #: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
@@ -259,7 +260,8 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
     """
     import jax
 
-    from gqa_jax import program, topologies
+    from gqa_jax.planning import topologies
+    from gqa_jax.training import program
 
     limit = hardware.find(topology).chip.memory_bytes
     started = time.monotonic()

@@ -25,12 +25,14 @@ from gqa_jax.mesh import PARAMETERS, MeshShape
 from gqa_jax.planning import hlo, traffic
 from gqa_jax.planning.share import Execution, Share
 
-CHUNK_LOGITS = 2**26  # gqa_jax.loss.CHUNK_LOGITS
+CHUNK_LOGITS = 2**26  # gqa_jax.training.loss.CHUNK_LOGITS
 # The compiled program may need so many times the estimate: of more than 50 compiled for TPUs one needed more than 1.09 times
 # (85M at 32K on a v6e-4, "full": 1.16), of more than 100 for GPUs, attention by pallas_triton, none more than 1.17 times;
 # tests/test_planner.py compares them.
 MARGIN, MARGIN_GPU = 1.1, 1.2
-SUM_BYTES = 4  # of a value of gradients that are summed, over micro-batches and devices: gqa_jax.program does it in float32
+SUM_BYTES = (
+    4  # of a value of gradients that are summed, over micro-batches and devices: gqa_jax.training.program does it in float32
+)
 # Of what GPUs receive, the share that the compiled schedules wait for, by what it is: gathered weights and summed gradients of
 # them, sums over the tensor axis, keys and values over the context axis, sums of gradients over the data axis.
 EXPOSED = {"weights": 0.2, "tensor": 0.55, "context": 0.55, "data": 0.85}

@@ -38,7 +38,7 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One device's share of a micro-batch and of the model, as `gqa_jax.program` cuts them; lower-case counts are local."""
+    """One device's share of a micro-batch and of the model, as `training.program` cuts them; lower-case counts are local."""
 
     config: TrainConfig
     execution: Execution
@@ -98,7 +98,7 @@ class Share:
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the parameters that lie on this device (gqa_jax.sharding.RULES)."""
+        """Of the parameters that lie on this device (gqa_jax.training.sharding.RULES)."""
         layers, parts, tensor = self.layers, self.execution.mesh.parameters, self.execution.mesh.tensor
         d, own, n, k, h, f = self.d, self.d // parts, self.n, self.k_held, self.h, self.f
         norms = (d,), (layers, d), (layers, d)

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from gqa_jax import formatting, results
-from gqa_jax.invariance import FROM_CONTEXT, Invariance, context_invariance, pairs
 from gqa_jax.laws import Heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.losses import LOSS
+from gqa_jax.search.invariance import FROM_CONTEXT, Invariance, context_invariance, pairs
 
 
 def loss_vs_context(
@@ -33,7 +33,7 @@ def loss_vs_context(
     95% of the standard errors of the differences.
 
     Args:
-      source: of `gqa_jax.invariance.context_invariance`; or a loss table or a grid folder, which is then tested.
+      source: of `gqa_jax.search.invariance.context_invariance`; or a loss table or a grid folder, which is then tested.
       baseline: with a table: heads, for a series per head configuration at its one size (Figure 5); or the name of a size, for
         a series per size at its one head configuration (Figure 6).
       differences: with a loss table: as of `context_invariance`; those of a grid folder are read from it.

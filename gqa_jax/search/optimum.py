@@ -74,7 +74,7 @@ def search(
     """The heads and the shape that reach `loss` at the least cost of serving `context_served` tokens.
 
     Args:
-      laws: of `fit_by_heads`, or of `gqa_jax.presets`.
+      laws: of `fit_by_heads`, or of `gqa_jax.search.presets`.
       loss: L*, nats per token, as in the laws.
       context_served: T of the costs, tokens.
       objective: default `objectives.Z()` with `convention`.
@@ -626,7 +626,7 @@ def _beyond(laws: Mapping[Heads, PowerLaw], context_served: int) -> list[str]:
         return []
     return [
         f"served at {context_served:,} tokens, trained at {laws.context:,}: that heads compare there as here is taken from the "
-        "paper (Section 5.7; gqa_jax.invariance tests it on runs of several contexts)"
+        "paper (Section 5.7; gqa_jax.search.invariance tests it on runs of several contexts)"
     ]
 
 

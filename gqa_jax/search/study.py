@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import errors, external, formatting, presets, results, storage
+from gqa_jax import errors, formatting, results, storage
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import Heads, LawsByHeads, fit_by_heads
+from gqa_jax.laws import Heads, LawsByHeads, external, fit_by_heads
 from gqa_jax.laws import runs as run_table
-from gqa_jax.search import objectives, optimum
+from gqa_jax.search import objectives, optimum, presets
 from gqa_jax.search.candidates import about
 from gqa_jax.shape_search import solve_shape
 
@@ -120,7 +120,7 @@ def _percent(noise: float) -> str:
 
 
 def from_preset(name: str) -> Source:
-    """The paper's data (`gqa_jax.presets`). Raises ValueError for an unknown name."""
+    """The paper's data (`gqa_jax.search.presets`). Raises ValueError for an unknown name."""
     laws = presets.load(name)
     table = results.typed(presets.paper_losses() if name == "paper" else pd.DataFrame(), results.LOSS_COLUMNS)
     return Source(name, table, PAPER_CONTEXTS, PAPER_LOSSES, "figures", laws=laws)
@@ -220,7 +220,7 @@ def load_study(
     """The study of a grid's folder (local or gs://), of a table of runs of any trainer, or of a preset.
 
     Args:
-      source: the folder; a .csv or .parquet file; or "paper", "paper-table4" (`gqa_jax.presets`).
+      source: the folder; a .csv or .parquet file; or "paper", "paper-table4" (`gqa_jax.search.presets`).
       columns, units, context, heads_rule: of a table, as in `gqa_jax.load_table`.
       rules: of a folder with runs under several rules: those that are taken, as its column `rules` has them.
       allow_confounded, options: of `gqa_jax.laws.fit_by_heads`, as entropy=1.9; not for presets.

@@ -160,7 +160,7 @@ def normalised(text: str, folder: Path) -> str:
     """Without what belongs to this machine, this checkout or this moment."""
     for value, name in ((os.fspath(folder), "HERE"), (sys.executable, "PYTHON"), (os.fspath(REPOSITORY), "CHECKOUT")):
         text = text.replace(value, name)
-    text = re.sub(r"\bg[0-9a-f]{7}-s", "gFOLDER-s", text)  # launch.executor.grid_prefix
+    text = re.sub(r"\bg[0-9a-f]{7}-s", "gFOLDER-s", text)  # launch.executors.base.grid_prefix
     text = re.sub(r"(GQA_JAX_COMMIT=)[0-9a-f]+\+?", r"\1COMMIT", text)
     text = re.sub(r"\b[0-9a-f]{64}\b", "SHA256", text)
     text = re.sub(r"gqa_jax/[0-9a-f]{16}\b", "gqa_jax/SHA256", text)
@@ -508,8 +508,9 @@ MESHES = {"1 device": "data=1", "8 devices": "fsdp=2,tensor=2,context=2"}
 @functools.cache
 def trained() -> dict[str, Any]:
     """Losses of six steps on one device and on eight, and hashes of the last parameters."""
-    from gqa_jax import metrics, train
+    from gqa_jax import train
     from gqa_jax.config import TrainConfig, default_config
+    from gqa_jax.training import metrics
 
     found: dict[str, Any] = {}
     for name, mesh in MESHES.items():

@@ -12,7 +12,7 @@ checkpoints/          see checkpoint.py; damaged-checkpoints/ holds those that c
 profile/              traces of --profile; tensorboard/ events, if they are asked for
 exit.json             why the newest attempt ended early, if it did: code, class, reason, attempt, time, host, job
 evaluations.json      the last evaluation by source and position: rows of `gqa_jax.load_evaluations`
-documents.npz         the same by document, for differences between runs: `gqa_jax.evaluation.Documents`
+documents.npz         the same by document, for differences between runs: `gqa_jax.training.evaluation.Documents`
 result.json           written last: the run is over
 .lock                 held by the process that trains here, local folders only: pid, host and time of the one that held it last
 
@@ -73,7 +73,7 @@ class Preempted(Exception):
 
 
 class ProcessFailed(Exception):
-    """Another process of the run failed; the message says which and why (gqa_jax.distributed)."""
+    """Another process of the run failed; the message says which and why (gqa_jax.training.distributed)."""
 
 
 class ProcessLost(ProcessFailed):

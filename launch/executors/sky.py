@@ -24,11 +24,12 @@ from typing import Any
 import yaml
 from etils import epath
 
-from gqa_jax import hardware, run_folder, storage
+from gqa_jax import hardware, storage
 from gqa_jax.data import store
 from gqa_jax.errors import ConfigError
-from launch import bundle, executor
-from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
+from gqa_jax.training import run_folder
+from launch.executors import base, bundle
+from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell
 
 OLDEST = (
@@ -74,7 +75,7 @@ copy()
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(executor.Options):
+class Options(base.Options):
     """Of a cluster file like configs/clusters/sky.toml; `topology` is what each of `num_nodes` has."""
 
     engine: str = "sky"
@@ -88,7 +89,7 @@ class Options(executor.Options):
     max_restarts_on_errors: int = 0  # after errors of a cell, which would mostly come again; losing a machine is none
     setup: list = dataclasses.field(default_factory=list)  # lines of bash, run on each machine before the code is installed
     python: str | None = None  # Python of the machines that has all packages (of an image); None: one is made, by uv
-    bundle: str | None = None  # code of the cells: a file that launch.bundle.make made; None: of this checkout
+    bundle: str | None = None  # code of the cells: a file that launch.executors.bundle.make made; None: of this checkout
     shared_root: bool = False  # the grid's folder is at the same path on every machine; else it must be on gs://
 
     def __post_init__(self):
@@ -127,7 +128,7 @@ class Options(executor.Options):
         return super().slice if self.num_nodes == 1 else None
 
 
-class Executor(executor.Executor):
+class Executor(base.Executor):
     """A managed job per cell."""
 
     Options = Options
@@ -162,10 +163,10 @@ class Executor(executor.Executor):
             bundle.make(made.path.parent, content)
 
     def submission(self, cell: Cell) -> Submission:
-        name = executor.job_name(self.layout, cell.name)
+        name = base.job_name(self.layout, cell.name)
         file = self.layout.cell(cell.name) / "sky.yaml"
         command = [self.options.sky, "jobs", "launch", "-n", name, "-y", "-d", os.fspath(file)]
-        return Submission(cell.name, executor.bash(command), {file.name: self._yaml(name, cell)})
+        return Submission(cell.name, base.bash(command), {file.name: self._yaml(name, cell)})
 
     def submit(self, cell: Cell) -> Job:
         text = self.submission(cell).files["sky.yaml"]
@@ -178,7 +179,7 @@ class Executor(executor.Executor):
             with tempfile.TemporaryDirectory() as folder:  # `sky` reads no gs://
                 file = Path(folder) / "sky.yaml"
                 file.write_text(text)
-                self._sky("jobs", "launch", "-n", executor.job_name(self.layout, cell.name), "-y", "-d", os.fspath(file))
+                self._sky("jobs", "launch", "-n", base.job_name(self.layout, cell.name), "-y", "-d", os.fspath(file))
             known = {record["job_id"] for record in before}
             new = [record for record in self._records().get(cell.name, []) if record["job_id"] not in known]
             if not new:
@@ -288,7 +289,7 @@ class Executor(executor.Executor):
     def _run(self, cell: Cell) -> str:
         """Runs on every host, and ends with the exit code of training, which bash and the log outlast when all are to end."""
         python = self.options.python or ".venv/bin/python"
-        command = executor.bash(executor.training(cell, self.layout, python=python, code="."))
+        command = base.bash(base.training(cell, self.layout, python=python, code="."))
         if self.options.is_tpu:
             several = self.options.accelerators is not None or hardware.find(self.options.topology).n_hosts > 1
             command += " --distributed=on" if several else ""
@@ -340,7 +341,7 @@ class Executor(executor.Executor):
         """Of the launchers of this user and machine, one submits for a grid at a time."""
         folder = storage.cache("sky")
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{executor.grid_prefix(self.layout)}lock", "a") as file:
+        with open(folder / f"{base.grid_prefix(self.layout)}lock", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -355,7 +356,7 @@ class Executor(executor.Executor):
             raise
         lines = text.splitlines()  # `sky` may say first that it starts its server
         start = next((i for i, line in enumerate(lines) if line in ("[", "[]")), 0)
-        prefix = executor.grid_prefix(self.layout)
+        prefix = base.grid_prefix(self.layout)
         found: dict[str, list[dict[str, Any]]] = {}
         try:
             for record in json.loads("\n".join(lines[start:])):
@@ -395,7 +396,7 @@ class Executor(executor.Executor):
 
     def _sky(self, *arguments: str) -> str:
         """What `sky` prints. Raises SubmitError with what it says when it fails."""
-        done = executor.call([self.options.sky, *arguments], seconds=CALL_SECONDS)
+        done = base.call([self.options.sky, *arguments], seconds=CALL_SECONDS)
         if done.returncode:
             said = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", done.stderr.strip() or done.stdout.strip())
             raise SubmitError(f"`{self.options.sky} {' '.join(arguments[:2])}` failed ({done.returncode}): {said[-1000:]}")

@@ -1,8 +1,8 @@
 """The programs that a run executes on a mesh: fresh state, training step, held-out losses.
 
-One device or a pod: the step is what each device does with its part of the batch (`jax.shard_map`; gqa_jax/parallel.py has
-the collectives) and the optimizer on the shards of the state. A configuration must be resolved (`planning.planner.resolve`):
-mesh, rematerialisation and accumulation given. The mesh may be of devices that are not there (`gqa_jax.topologies`): then
+One device or a pod: the step is what each device does with its part of the batch (`jax.shard_map`; `parallel` has the
+collectives) and the optimizer on the shards of the state. A configuration must be resolved (`planning.planner.resolve`):
+mesh, rematerialisation and accumulation given. The mesh may be of devices that are not there (`planning.topologies`): then
 programs compile, and `memory_analysis` tells what they need, but don't run.
 """
 
@@ -19,10 +19,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gqa_jax import attention, model, optimizer, sharding
+from gqa_jax import attention, model
 from gqa_jax.config import TrainConfig
 from gqa_jax.mesh import SEQUENCES
-from gqa_jax.parallel import Part
+from gqa_jax.training import optimizer, sharding
+from gqa_jax.training.parallel import Part
 
 
 @jax.tree_util.register_dataclass

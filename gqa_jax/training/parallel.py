@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gqa_jax import attention, loss, sharding
+from gqa_jax import attention
 from gqa_jax.collectives import reduce_scatter
 from gqa_jax.config import TrainConfig
 from gqa_jax.mesh import AXES, MeshShape
+from gqa_jax.training import loss, sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,8 +36,8 @@ from etils import epath
 from gqa_jax import errors, storage
 from gqa_jax.data import store
 from gqa_jax.errors import ConfigError
-from launch import bundle, executor
-from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
+from launch.executors import base, bundle
+from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell
 
 PROVISIONING = ("spot", "guaranteed", "reserved")
@@ -66,7 +66,7 @@ _ENDING = ("SUSPENDING", "DELETING")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(executor.Options):
+class Options(base.Options):
     """Of configs/clusters/tpu.toml. `topology` is that of one slice."""
 
     project: str = ""  # id of the Google Cloud project that pays; its quota counts
@@ -136,7 +136,7 @@ def _require_texts(name: str, values: Sequence[Any], pattern: str, example: str)
             raise ConfigError(f"{name}: {value!r} must be like {example}")
 
 
-def accelerator(topology: executor.Slice) -> tuple[str, str | None]:
+def accelerator(topology: base.Slice) -> tuple[str, str | None]:
     """How the API names a slice: its accelerator type, and the type of the chip where the shape goes beside it.
 
     The count in the type says the shape of a flat slice (v5e, v6e). Of three dimensions (v4, v5p) it takes the default shape of
@@ -162,7 +162,7 @@ class _Request:
         return self.state not in (*_DEAD, *_ENDING)
 
 
-class Executor(executor.Executor):
+class Executor(base.Executor):
     """Cells as queued resources."""
 
     Options = Options
@@ -177,7 +177,7 @@ class Executor(executor.Executor):
 
     def submission(self, cell: Cell) -> Submission:
         """The request for the zone that is asked first. Raises ConfigError."""
-        options, job = self.options, executor.job_name(self.layout, cell.name)
+        options, job = self.options, base.job_name(self.layout, cell.name)
         zone = self._zones_for(cell.name)[0]
         request, folder = self._request(cell, zone), self.layout.cell(cell.name)
         kind, chip = accelerator(options.slice)
@@ -204,11 +204,11 @@ class Executor(executor.Executor):
         argv += [f"--metadata-from-file=startup-script={folder / 'startup.sh'}"]
         script = request["queued_resource"]["tpu"]["node_spec"][0]["node"]["metadata"]["startup-script"]
         text = json.dumps(request, indent=1) + "\n"
-        return Submission(cell.name, executor.bash(argv), {"queued-resource.json": text, "startup.sh": script})
+        return Submission(cell.name, base.bash(argv), {"queued-resource.json": text, "startup.sh": script})
 
     def _request(self, cell: Cell, zone: str) -> dict[str, Any]:
         """Arguments of `create_queued_resource`, as JSON."""
-        options, job, parent = self.options, executor.job_name(self.layout, cell.name), self._parent(zone)
+        options, job, parent = self.options, base.job_name(self.layout, cell.name), self._parent(zone)
         kind, chip = accelerator(options.slice)
         node: dict[str, Any] = {"runtime_version": options.image}
         if chip is None:
@@ -253,10 +253,10 @@ class Executor(executor.Executor):
                 "gs://, or use a built-in one"
             )
         python = options.python or "../env/bin/python"  # seen from the folder of the code
-        command = [*executor.training(cell, self.layout, python=python, code="."), "--distributed=on"]
+        command = [*base.training(cell, self.layout, python=python, code="."), "--distributed=on"]
         endpoint = (options.api_endpoint or "tpu.googleapis.com").removeprefix("http://")
         values = {
-            "JOB": executor.job_name(self.layout, cell.name),
+            "JOB": base.job_name(self.layout, cell.name),
             "PROJECT": options.project,
             "ZONE": zone,
             "ENDPOINT": endpoint,
@@ -361,7 +361,7 @@ class Executor(executor.Executor):
         """Asks the zones in turn. Raises SubmitError when none takes it now, or while an ended request still has the name."""
         from google.api_core import exceptions
 
-        job, refusals = executor.job_name(self.layout, cell.name), []
+        job, refusals = base.job_name(self.layout, cell.name), []
         if len(self.options.zones) > 1 and (there := self._one(cell.name)) is not None:
             return there
         for zone in self._zones_for(cell.name):
@@ -509,7 +509,7 @@ class Executor(executor.Executor):
         return f"projects/{self.options.project}/locations/{zone}"
 
     def _name(self, cell: str, zone: str) -> str:
-        return f"{self._parent(zone)}/queuedResources/{executor.job_name(self.layout, cell)}"
+        return f"{self._parent(zone)}/queuedResources/{base.job_name(self.layout, cell)}"
 
     def _list(self, method: str, zone: str) -> Iterable[Any]:
         """All pages of a listing."""
@@ -517,7 +517,7 @@ class Executor(executor.Executor):
 
     def _requests(self, cells: Iterable[str] | None = None) -> list[_Request]:
         """Requests of this grid in all zones, in their order; of these cells alone. Raises SubmitError, ConfigError."""
-        prefix, wanted = executor.grid_prefix(self.layout), None if cells is None else set(cells)
+        prefix, wanted = base.grid_prefix(self.layout), None if cells is None else set(cells)
 
         def of(zone: str) -> list[_Request]:
             listed = self._ask(f"requests in {zone}", lambda: list(self._list("list_queued_resources", zone)))
@@ -547,12 +547,12 @@ class Executor(executor.Executor):
         elif state == "ACTIVE":
             detail = ""
         active = made.get(job) if state == "ACTIVE" else None
-        cell = job.removeprefix(executor.grid_prefix(self.layout))
+        cell = job.removeprefix(base.grid_prefix(self.layout))
         return _Request(cell, zone, state, detail, active)
 
     def _job(self, request: _Request) -> Job:
         state = DEAD if request.state in _DEAD else RUNNING if request.state == "ACTIVE" else QUEUED
-        job = executor.job_name(self.layout, request.cell)
+        job = base.job_name(self.layout, request.cell)
         return Job(request.cell, job, state, request.detail, since=request.active, where=request.zone)
 
     def _delete(self, cell: str, zone: str) -> None:

@@ -25,10 +25,11 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gqa_jax import run_folder, storage
+from gqa_jax import storage
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.storage import write_json
+from gqa_jax.training import run_folder
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from gqa_jax import hardware, sharding
+from gqa_jax import hardware
 from gqa_jax.hardware import ALLOCATOR_FRACTION, CHIPS, Chip, Slice
 from gqa_jax.mesh import MeshShape
+from gqa_jax.training import sharding
 
 
 def devices(name: str) -> list[jax.Device]:

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from etils import epath
 
-from gqa_jax import run_folder, storage
+from gqa_jax import storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.training import run_folder
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("gqa_jax", "launch", "configs")
 FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE")  # the last three: setuptools reads them
 LEFT_OUT = ("configs/clusters/",)
@@ -68,7 +69,9 @@ def find(path: os.PathLike | str) -> Bundle:
     """The bundle at a path that somebody gave. Raises ConfigError when its name is not that of one. Reads nothing."""
     match = _NAME.fullmatch(os.fspath(path).rpartition("/")[2])
     if match is None:
-        raise ConfigError(f"bundle = {os.fspath(path)!r}: the name must be <sha256>.tar.gz, as launch.bundle.make gives it")
+        raise ConfigError(
+            f"bundle = {os.fspath(path)!r}: the name must be <sha256>.tar.gz, as launch.executors.bundle.make gives it"
+        )
     return Bundle(storage.path(path), match[1])
 
 
@@ -106,7 +109,7 @@ def check_content(bundle: Bundle, content: bytes) -> None:
                 raise ConfigError(f"{bundle.path}: {strange[0]} is not a plain file below the bundle: make another one")
             contents = {m.name: tar.extractfile(m).read() for m in members}
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ConfigError(f"{bundle.path} is no bundle ({error}): make one with launch.bundle.make") from error
+        raise ConfigError(f"{bundle.path} is no bundle ({error}): make one with launch.executors.bundle.make") from error
     if missing := sorted(needed(contents) - contents.keys()):
         some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigError(
@@ -129,7 +132,9 @@ def _read(bundle: Bundle) -> bytes:
     except OSError as error:
         raise ConfigError(f"bundle {bundle.path} can't be read: {storage.explain(error)}") from error
     if content is None:
-        raise ConfigError(f"bundle {bundle.path} is not there: make one with launch.bundle.make, or leave `bundle` out")
+        raise ConfigError(
+            f"bundle {bundle.path} is not there: make one with launch.executors.bundle.make, or leave `bundle` out"
+        )
     return content
 
 

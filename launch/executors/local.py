@@ -25,10 +25,11 @@ from typing import Any
 
 from etils import epath
 
-from gqa_jax import run_folder, storage
+from gqa_jax import storage
 from gqa_jax.errors import ConfigError
-from launch import executor
-from launch.executor import RUNNING, Job, Submission, SubmitError
+from gqa_jax.training import run_folder
+from launch.executors import base
+from launch.executors.base import RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell, Layout
 
 GRACE_SECONDS = 20.0  # for a cell to save: it is told by SIGTERM
@@ -37,7 +38,7 @@ POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(executor.Options):
+class Options(base.Options):
     """Of [local.toml]; `topology` is what one cell sees, found out where it is not given."""
 
     slots: int | None = None  # cells at a time; None: as many as the GPUs, or CPUs, allow
@@ -69,7 +70,7 @@ class _Child:
     failed_at: float | None = None  # by time.monotonic: when the first of its processes failed
 
 
-class Executor(executor.Executor):
+class Executor(base.Executor):
     """Cells as children of this process."""
 
     Options = Options
@@ -99,7 +100,7 @@ class Executor(executor.Executor):
         return len(self.slots)
 
     def submission(self, cell: Cell) -> Submission:
-        return Submission(cell.name, "\n".join(executor.bash(argv) for argv in self._commands(cell, "PORT")))
+        return Submission(cell.name, "\n".join(base.bash(argv) for argv in self._commands(cell, "PORT")))
 
     def submit(self, cell: Cell) -> Job:
         """Starts the processes of a cell. Raises SubmitError when no slot is free here."""
@@ -194,7 +195,7 @@ class Executor(executor.Executor):
         return [pid for pid in named if _is_of(pid, os.fspath(self.layout.cell(cell)))]
 
     def _commands(self, cell: Cell, port: int | str) -> list[list[str]]:
-        argv, count = executor.training(cell, self.layout), self.options.processes
+        argv, count = base.training(cell, self.layout), self.options.processes
         if count == 1:
             return [argv]
         meet = [
@@ -389,4 +390,4 @@ def _gpus() -> list[str]:
 
 
 def _with_repository(path: str | None) -> str:
-    return os.pathsep.join([str(executor.REPOSITORY), *([path] if path else [])])
+    return os.pathsep.join([str(base.REPOSITORY), *([path] if path else [])])

@@ -27,8 +27,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax import distributed, errors, run_folder, storage
+from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.training import distributed, run_folder
 
 log = logging.getLogger(__name__)
 

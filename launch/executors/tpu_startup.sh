@@ -1,5 +1,5 @@
 #!/bin/bash
-# Startup script of a host of a Cloud TPU slice that trains one cell; launch/tpu.py puts its settings in.
+# Startup script of a host of a Cloud TPU slice that trains one cell; launch/executors/tpu.py puts its settings in.
 #
 # Runs as root on every host at every boot. In order: fetch the code, make the environment, train, delete the slice. Whatever
 # goes wrong on the way, the slice is deleted, for a slice that waits is billed like one that works; only a host that is told

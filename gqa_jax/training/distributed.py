@@ -32,10 +32,11 @@ from etils import epath
 from jax._src import distributed as jax_distributed  # its client is not public; orbax uses it likewise
 from jax.experimental import multihost_utils
 
-from gqa_jax import errors, run_folder, storage
+from gqa_jax import errors, storage
 from gqa_jax.config import TrainConfig, differing_fields
 from gqa_jax.errors import ConfigError
-from gqa_jax.run_folder import ProcessFailed, ProcessLost
+from gqa_jax.training import run_folder
+from gqa_jax.training.run_folder import ProcessFailed, ProcessLost
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gqa_jax import hardware, run_folder, storage
+from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
-from launch import executor
-from launch.executor import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
+from gqa_jax.training import run_folder
+from launch.executors import base
+from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 from launch.grid import Cell
 
 CALL_SECONDS = 120.0  # that a command of Slurm may take
@@ -119,7 +120,7 @@ TIME = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(executor.Options):
+class Options(base.Options):
     """Of a cluster file like configs/clusters/slurm.toml; `topology` is what each of `nodes` has, None: CPUs alone."""
 
     engine: str = "slurm"
@@ -134,7 +135,7 @@ class Options(executor.Options):
     time: str = "24:00:00"  # after which a cell saves, and goes on in the next turn: HOURS:MINUTES:SECONDS or DAYS-HOURS
     signal_seconds: int = 120  # before that time in which it saves
     python: str = sys.executable  # Python that has the packages, at the same path on all nodes; or its name, if setup finds it
-    code: str = os.fspath(executor.REPOSITORY)  # checkout that is trained with, at the same path on all nodes
+    code: str = os.fspath(base.REPOSITORY)  # checkout that is trained with, at the same path on all nodes
     setup: list = dataclasses.field(default_factory=list)  # lines of bash before training, on a cell's first node
     extra: list = dataclasses.field(default_factory=list)  # further options of sbatch: "--reservation=NAME"
 
@@ -280,7 +281,7 @@ class Record:
         return Job(self.cell, str(self.id), state, self.detail, self.start if state == RUNNING else None, self.nodes)
 
 
-class Executor(executor.Executor):
+class Executor(base.Executor):
     """A batch job per cell."""
 
     Options = Options
@@ -304,7 +305,7 @@ class Executor(executor.Executor):
 
     def submission(self, cell: Cell) -> Submission:
         file = self.layout.cell(cell.name) / "job.sbatch"
-        return Submission(cell.name, executor.bash(["sbatch", "--parsable", _absolute(file)]), {file.name: self._script(cell)})
+        return Submission(cell.name, base.bash(["sbatch", "--parsable", _absolute(file)]), {file.name: self._script(cell)})
 
     def submit(self, cell: Cell) -> Job:
         if (there := self._there(self._of(cell.name))) is not None:
@@ -368,13 +369,13 @@ class Executor(executor.Executor):
             exports="\n".join(f"export {name}={value}" for name, value in exports.items()),
             setup=SETUP.format(lines="\n".join(options.setup)) if options.setup else "",
             srun=" ".join(srun),
-            command=executor.bash(executor.training(cell, self.layout, python=options.python, code=options.code)),
+            command=base.bash(base.training(cell, self.layout, python=options.python, code=options.code)),
             preempted=run_folder.EXIT_PREEMPTED,
         )
 
     def _directives(self, cell: str, output: str) -> list[str]:
         """The #SBATCH lines of a cell's job. Its working directory is this one, which relative paths are of."""
-        values = _job_directives(executor.job_name(self.layout, cell), output, os.getcwd()) | self.options.directives
+        values = _job_directives(base.job_name(self.layout, cell), output, os.getcwd()) | self.options.directives
         lines = [f"--{name}={_quoted(value)}" if value is not True else f"--{name}" for name, value in values.items()]
         return [f"#SBATCH {line}" for line in [*lines, *self.options.extra]]
 
@@ -382,9 +383,9 @@ class Executor(executor.Executor):
     def _commit(self) -> str:
         """Commit of the code, for nodes without git; empty where it is not known here."""
         code = Path(self.options.code)
-        if code.resolve() == executor.REPOSITORY:
+        if code.resolve() == base.REPOSITORY:
             return run_folder.commit() or ""
-        return (storage.read_bytes(code / "COMMIT") or b"").decode().strip()  # an unpacked launch.bundle
+        return (storage.read_bytes(code / "COMMIT") or b"").decode().strip()  # an unpacked launch.executors.bundle
 
     def _check_root(self) -> None:
         if storage.is_remote(self.layout.root):
@@ -401,7 +402,7 @@ class Executor(executor.Executor):
         done = _call("squeue", "--json", f"--user={os.getuid()}")
         if done.returncode:
             raise SubmitError(f"squeue failed: {_words(done.stderr)}")
-        return parse(done.stdout, executor.grid_prefix(self.layout), os.getuid())
+        return parse(done.stdout, base.grid_prefix(self.layout), os.getuid())
 
     def _of(self, cell: str) -> list[Record]:
         return self._records().get(cell, [])
@@ -515,7 +516,7 @@ def _call(program: str, *arguments: str, text: str | None = None) -> subprocess.
     kept = ("SLURM_CONF", "SLURM_JWT")
     environment = {name: value for name, value in os.environ.items() if name in kept or not name.startswith(own)}
     hint = ": see that this is a login node, and whether slurmctld is overloaded"
-    return executor.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
+    return base.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
 
 
 def _may_pass(stderr: str) -> bool:

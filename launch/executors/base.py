@@ -28,7 +28,7 @@ from gqa_jax.hardware import Slice
 from launch.grid import Cell, Layout
 
 ENGINES = ("local", "slurm", "tpu", "sky")  # modules of this package, each with an `Executor`
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTERS = REPOSITORY / "configs" / "clusters"
 
 QUEUED, RUNNING, DEAD = "queued", "running", "dead"
@@ -216,5 +216,5 @@ def make(values: Mapping[str, Any], layout: Layout) -> Executor:
     engine = values.get("engine")
     if engine not in ENGINES:
         raise ConfigError(f"engine = {engine!r}: {errors.closest(str(engine), ENGINES)}")
-    kind = importlib.import_module(f"launch.{engine}").Executor
+    kind = importlib.import_module(f"launch.executors.{engine}").Executor
     return kind(config.from_mapping(kind.Options, values), layout)

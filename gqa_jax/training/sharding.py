@@ -76,7 +76,9 @@ def name_of(path: Sequence[Any]) -> str:
         name = getattr(key, "key", getattr(key, "name", None))
         if name in RULES or name in SCALARS:
             return name
-    raise ValueError(f"no rule of gqa_jax.sharding says how {jax.tree_util.keystr(tuple(path))} lies on a mesh: add one")
+    raise ValueError(
+        f"no rule of gqa_jax.training.sharding says how {jax.tree_util.keystr(tuple(path))} lies on a mesh: add one"
+    )
 
 
 def cuts(name: str, mesh: MeshShape, n_kv_heads: int) -> tuple[tuple[str, ...], ...]:

@@ -1,0 +1,1 @@
+"""Where cells run: an engine a module, all behind `base`."""
