@@ -26,6 +26,8 @@ _FUNCTIONS = {  # name -> module; pandas is imported when one is asked for
     "load_table": "laws.external",
 }
 
+_MODULES = {"invariance": "search.invariance", "presets": "search.presets"}  # known by these names too
+
 __all__ = list(_FUNCTIONS)
 
 
@@ -37,10 +39,10 @@ def _modules() -> tuple[str, ...]:
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
-    if name in _modules():
-        return importlib.import_module(f"{__name__}.{name}")
+    if name in (*_modules(), *_MODULES):
+        return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_modules(), *(name for name in globals() if name.startswith("__"))])
+    return sorted([*__all__, *_modules(), *_MODULES, *(name for name in globals() if name.startswith("__"))])

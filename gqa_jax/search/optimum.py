@@ -626,7 +626,7 @@ def _beyond(laws: Mapping[Heads, PowerLaw], context_served: int) -> list[str]:
         return []
     return [
         f"served at {context_served:,} tokens, trained at {laws.context:,}: that heads compare there as here is taken from the "
-        "paper (Section 5.7; gqa_jax.search.invariance tests it on runs of several contexts)"
+        "paper (Section 5.7; gqa_jax.invariance tests it on runs of several contexts)"
     ]
 
 
