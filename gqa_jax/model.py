@@ -8,6 +8,9 @@ N query heads (n_h), K key/value heads (n_kv), G = N / K group, H head size (d_h
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,9 +18,32 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gqa_jax import attention
 from gqa_jax.config import REMAT_POLICIES, ModelConfig
-from gqa_jax.training.parallel import ALONE, Part
 
 RESIDUAL = "residual"  # name of the residual stream between layers, which a rematerialisation policy may keep
+
+
+def _attend_alone(q_BxTxNxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, state: None) -> tuple[jax.Array, None]:
+    return attention.attention(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH), state
+
+
+def _same[T](x: T) -> T:
+    return x
+
+
+class Hooks(NamedTuple):
+    """What stands around the layers' own arithmetic; the defaults are causal attention on one device.
+
+    `gqa_jax.training.parallel` has those of a device of a mesh. `attend` is given rotated queries and keys; generation reads
+    and writes a cache in it, and `state` is that of one layer.
+    """
+
+    attend: Callable[..., tuple[jax.Array, Any]] = _attend_alone  # q (B, T, N, H), k, v (B, T, K, H), state -> out, state
+    weights: Callable[[dict], dict] = _same  # parameters of a layer as they are held -> as they are multiplied
+    enter: Callable[[jax.Array], jax.Array] = _same  # normalised stream -> input of work that devices share
+    leave: Callable[[jax.Array], jax.Array] = _same  # what a device made of it -> what all made
+
+
+ALONE = Hooks()
 
 
 class Block(nnx.Module):
@@ -41,27 +67,22 @@ class Block(nnx.Module):
         self.down = nnx.Param(outward(rngs.params(), (f, d)))
 
     def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        segments_BxT: jax.Array | None = None,
-        part: Part = ALONE,
-    ) -> jax.Array:
+        self, x_BxTxD: jax.Array, rotation: tuple[jax.Array, jax.Array], hooks: Hooks = ALONE, state: Any = None
+    ) -> tuple[jax.Array, Any]:
         eps = self.config.norm_eps
-        normal_BxTxD = part.enter(rms_norm(x_BxTxD, self.attention_norm[...], eps))
-        x_BxTxD = x_BxTxD + part.leave(self._attention(normal_BxTxD, rotation, segments_BxT, part))
-        normal_BxTxD = part.enter(rms_norm(x_BxTxD, self.ffn_norm[...], eps))
-        return x_BxTxD + part.leave(self._ffn(normal_BxTxD))
+        normal_BxTxD = hooks.enter(rms_norm(x_BxTxD, self.attention_norm[...], eps))
+        attended_BxTxD, state = self._attention(normal_BxTxD, rotation, hooks.attend, state)
+        x_BxTxD = x_BxTxD + hooks.leave(attended_BxTxD)
+        normal_BxTxD = hooks.enter(rms_norm(x_BxTxD, self.ffn_norm[...], eps))
+        return x_BxTxD + hooks.leave(self._ffn(normal_BxTxD)), state
 
     @jax.named_scope("attention")
-    def _attention(self, x_BxTxD: jax.Array, rotation, segments_BxT: jax.Array | None, part: Part) -> jax.Array:
+    def _attention(self, x_BxTxD: jax.Array, rotation, attend: Callable, state: Any) -> tuple[jax.Array, Any]:
         q_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, self.query[...].astype(x_BxTxD.dtype))
         k_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.key[...].astype(x_BxTxD.dtype))
         v_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.value[...].astype(x_BxTxD.dtype))
-        out_BxTxNxH = part.attend(
-            rotate(q_BxTxNxH, *rotation), rotate(k_BxTxKxH, *rotation), v_BxTxKxH, segments_BxT, self.config.attention
-        )
-        return jnp.einsum("btnh,nhd->btd", out_BxTxNxH, self.output[...].astype(x_BxTxD.dtype))
+        out_BxTxNxH, state = attend(rotate(q_BxTxNxH, *rotation), rotate(k_BxTxKxH, *rotation), v_BxTxKxH, state)
+        return jnp.einsum("btnh,nhd->btd", out_BxTxNxH, self.output[...].astype(x_BxTxD.dtype)), state
 
     @jax.named_scope("ffn")
     def _ffn(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -73,8 +94,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Token ids to next-token logits. `layers` is one Block whose parameters carry a leading axis L, run by a scan."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        attention.check_name(config.attention)  # an unknown name fails here, not under a trace
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Param(
             nnx.initializers.normal(config.init_std, jnp.dtype(config.param_dtype))(
@@ -86,44 +106,66 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits (B, T, V), float32, of the token after each position; tokens are integers below V."""
-        x_BxTxD = self.hidden(tokens_BxT)
+        return self.logits(self.hidden(self.embed(tokens_BxT), jnp.arange(tokens_BxT.shape[1]))[0])
+
+    def embed(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Rows of the embedding, (B, T, D) in the compute dtype."""
+        return self.embedding[...].astype(self.config.dtype)[tokens_BxT]
+
+    def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
+        """What `hidden` gave, or some of its positions, to logits (B, T, V), float32."""
         return jnp.einsum(
             "btd,vd->btv",
-            x_BxTxD,
-            self.embedding[...].astype(x_BxTxD.dtype),
-            preferred_element_type=jnp.promote_types(x_BxTxD.dtype, jnp.float32),
+            hidden_BxTxD,
+            self.embedding[...].astype(hidden_BxTxD.dtype),
+            preferred_element_type=jnp.promote_types(hidden_BxTxD.dtype, jnp.float32),
         )
 
     def hidden(
-        self,
-        tokens_BxT: jax.Array,
-        segments_BxT: jax.Array | None = None,
-        part: Part = ALONE,
-        whole_embedding_VxD: jax.Array | None = None,
-    ) -> jax.Array:
-        """Output of the final norm (B, T, D) in the compute dtype: what the tied embedding turns into logits.
+        self, x_BxTxD: jax.Array, positions: jax.Array, hooks: Hooks = ALONE, states: Any = None, remat: str = "none"
+    ) -> tuple[jax.Array, Any]:
+        """Output of the final norm (B, T, D) in the compute dtype, which `logits` takes, and the layers' states.
 
         Args:
-          segments_BxT: document of each token, integers; attention stays within documents. None: there are none.
-          part: of a mesh, when this is one device's program and parameters, tokens and result are its shards.
-          whole_embedding_VxD: `part.whole_embedding`, where it is at hand.
+          x_BxTxD: the embedded tokens, in the compute dtype.
+          positions: of the tokens in their sequences, integers (T,) or (B, T).
+          states: what `hooks.attend` is given, for each layer: arrays with a leading axis L.
+          remat: what the backward pass computes again (`gqa_jax.config.REMAT_POLICIES`).
         """
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
-        with jax.named_scope("embedding"):
-            if whole_embedding_VxD is None:
-                whole_embedding_VxD = part.whole_embedding(self.embedding[...], dtype)
-            x_BxTxD = part.embed(self.embedding[...], whole_embedding_VxD, tokens_BxT, dtype)
-        rotation = rope_rotation(part.positions(tokens_BxT.shape[1]), config.head_dim, config.rope_theta)
-        graphdef, stacked = nnx.split(self.layers)
+        layers = nnx.to_pure_dict(nnx.state(self.layers))
+        x_BxTxD, states = run_layers(self.config, layers, x_BxTxD, positions, hooks, states, remat)
+        return rms_norm(x_BxTxD, self.final_norm[...], self.config.norm_eps), states
 
-        def body(x_BxTxD, layer):
-            x_BxTxD = checkpoint_name(x_BxTxD, RESIDUAL)
-            nnx.replace_by_pure_dict(layer, part.weights(nnx.to_pure_dict(layer), dtype))
-            return nnx.merge(graphdef, layer)(x_BxTxD, rotation, segments_BxT, part), None
 
-        x_BxTxD, _ = jax.lax.scan(_remat(body, config.remat or "none"), x_BxTxD, stacked)
-        return rms_norm(x_BxTxD, self.final_norm[...], config.norm_eps)
+def run_layers(
+    config: ModelConfig,
+    layers: dict | Sequence[dict],
+    x_BxTxD: jax.Array,
+    positions: jax.Array,
+    hooks: Hooks = ALONE,
+    states: Any = None,
+    remat: str = "none",
+) -> tuple[jax.Array, Any]:
+    """The residual stream behind the last layer, and the layers' states; arguments as of `Transformer.hidden`.
+
+    `layers` are parameters with a leading axis L, and `states` likewise: a scan. Or both are sequences, an element for each
+    layer: then they run one after another, and every state is an array of its own, which a loop over tokens updates in place.
+    """
+    rotation = rope_rotation(positions, config.head_dim, config.rope_theta)
+
+    def body(x_BxTxD, layer_and_state):
+        layer, state = layer_and_state
+        block = _holding(Block, config, hooks.weights(layer))
+        return block(checkpoint_name(x_BxTxD, RESIDUAL), rotation, hooks, state)
+
+    body = _remat(body, remat)
+    if isinstance(layers, dict):
+        return jax.lax.scan(body, x_BxTxD, (layers, states))
+    found = []
+    for layer, state in zip(layers, [None] * len(layers) if states is None else states, strict=True):
+        x_BxTxD, state = body(x_BxTxD, (layer, state))
+        found.append(state)
+    return x_BxTxD, found
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -133,11 +175,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (normal * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
-def rope_rotation(positions_T: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine (1, T, 1, H/2), float32, of position t times theta^(-2i/H) (RoFormer, arXiv 2104.09864, Eq. 15)."""
+def rope_rotation(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine (1 or B, T, 1, H/2), float32, of position t times theta^(-2i/H) (RoFormer, arXiv 2104.09864, Eq. 15).
+
+    `positions` are (T,), the same in all sequences, or (B, T).
+    """
     frequency_F = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_TxF = jnp.outer(positions_T.astype(jnp.float32), frequency_F)
-    return jnp.cos(angle_TxF)[None, :, None, :], jnp.sin(angle_TxF)[None, :, None, :]
+    angle_BxTx1xF = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequency_F[None, None, None, :]
+    return jnp.cos(angle_BxTx1xF), jnp.sin(angle_BxTx1xF)
 
 
 def rotate(x_BxTxNxH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -186,7 +231,7 @@ def _remat(body, policy: str):
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh parameters as a nested dict of arrays; a pure function of (config, key)."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
 
 
 def seed_key(seed: int) -> jax.Array:
@@ -197,6 +242,10 @@ def seed_key(seed: int) -> jax.Array:
 
 def with_params(config: ModelConfig, params: dict) -> Transformer:
     """The model that holds `params`, a nested dict as `init_params` returns; allocates nothing."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    return _holding(Transformer, config, params)
+
+
+def _holding[M: nnx.Module](kind: type[M], config: ModelConfig, params: dict) -> M:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(config, nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)

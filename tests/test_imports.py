@@ -53,8 +53,12 @@ TABLE = (
     Row("gqa_jax.attention", ".errors .hardware .collectives", outside="jax"),
     Row("gqa_jax.training.loss", ".attention", outside="jax"),
     Row("gqa_jax.training.sharding", ".errors .mesh .collectives", outside="jax"),
-    Row("gqa_jax.training.parallel", ".mesh .config .collectives .attention .training.loss .training.sharding", outside="jax"),
-    Row("gqa_jax.model", ".config .attention .training.parallel", outside="flax jax"),
+    Row("gqa_jax.model", ".config .attention", outside="flax jax"),
+    Row(
+        "gqa_jax.training.parallel",
+        ".mesh .config .collectives .attention .model .training.loss .training.sharding",
+        outside="jax",
+    ),
     Row("gqa_jax.training.optimizer", ".config", outside="jax optax"),
     Row("gqa_jax.training.evaluation", ".errors", lazily=".data"),
     Row(

@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from gqa_jax import costs, model, shapes
+from gqa_jax import attention, costs, model, shapes
 from gqa_jax.config import ModelConfig
 from gqa_jax.training import loss
 from tests import llama_numpy
@@ -22,8 +24,12 @@ def setup(config, batch=2, length=9):
     return params, tokens[:, :-1], tokens[:, 1:]
 
 
-def mean_loss(config, params, tokens, targets):
-    return loss.mean_loss(model.with_params(config, params).hidden(tokens), params["embedding"], targets)
+def mean_loss(config, params, tokens, targets, remat="none"):
+    return loss.mean_loss(hidden(model.with_params(config, params), tokens, remat=remat), params["embedding"], targets)
+
+
+def hidden(transformer, tokens, **how):
+    return transformer.hidden(transformer.embed(tokens), jnp.arange(tokens.shape[1]), **how)[0]
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 4), (4, 2), (4, 1), (6, 3), (1, 1)])
@@ -39,39 +45,77 @@ def test_equals_independent_float64_implementation(n_heads, n_kv):
 def test_no_gradient_of_the_loss_at_t_to_later_inputs():
     config = tiny()
     params, tokens, _ = setup(config)
-    inputs = params["embedding"][tokens]
+    transformer, inputs = model.with_params(config, params), params["embedding"][tokens]
 
     def logit_sum_at_4(inputs):
-        # One-hot tokens of a bigger "vocabulary": the embedding rows are the inputs themselves.
-        flat = inputs.reshape(-1, config.d_model)
-        wide = tiny(vocab_size=flat.shape[0])
-        positions = jnp.arange(flat.shape[0]).reshape(tokens.shape)
-        return (model.with_params(wide, params | {"embedding": flat}).hidden(positions)[:, 4] ** 2).sum()
+        return (transformer.hidden(inputs, jnp.arange(tokens.shape[1]))[0][:, 4] ** 2).sum()
 
     gradient = np.asarray(jax.grad(logit_sum_at_4)(inputs))
     assert np.all(gradient[:, 5:] == 0)
     assert np.all(np.abs(gradient[:, :5]).max(-1) > 0)
 
 
+def layers_of(params, count):
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)]
+
+
 def test_scan_over_layers_equals_a_loop():
     config = tiny(n_layers=3)
     params, tokens, _ = setup(config)
-    transformer = model.with_params(config, params)
-    graphdef, stacked = nnx.split(transformer.layers)
-    x = params["embedding"][tokens]
-    rotation = model.rope_rotation(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
-    for i in range(config.n_layers):
-        x = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))(x, rotation)
+    transformer, positions = model.with_params(config, params), jnp.arange(tokens.shape[1])
+    x, states = model.run_layers(config, layers_of(params, 3), transformer.embed(tokens), positions)
+    assert states == [None] * 3
     x = model.rms_norm(x, params["final_norm"], config.norm_eps)
-    np.testing.assert_allclose(transformer.hidden(tokens), x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hidden(transformer, tokens), x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("unrolled", [True, False])
+def test_decoding_with_a_cache_equals_the_whole_forward_pass(unrolled):
+    """Greedily, prompts of unequal lengths, token by token through `Hooks.attend`: the cache is its state, a layer's own."""
+    config, steps, size = tiny(n_layers=3), 5, 16
+    params, tokens, _ = setup(config, batch=2, length=6)
+    transformer, batch = model.with_params(config, jax.tree.map(lambda x: 3 * x, params)), np.arange(2)
+    lengths, expected = np.array([6, 3]), np.zeros((2, size), np.int32)
+    expected[:, :6] = tokens  # what is behind the shorter prompt is written over
+    for end in range(lengths.max(), lengths.max() + steps):  # each sequence by itself, all of it again for every token
+        for i in batch:
+            own = end - lengths.max() + lengths[i]
+            expected[i, own] = transformer(expected[i : i + 1, :own])[0, -1].argmax()
+
+    def prefill(q, k, v, cache):
+        k_cache, v_cache = (held.at[:, : k.shape[1]].set(new) for held, new in zip(cache, (k, v), strict=True))
+        return attention.attention(q, k, v), (k_cache, v_cache)
+
+    def append(q, k, v, cache, position_B):
+        k_cache, v_cache = (held.at[batch, position_B].set(x[:, 0]) for held, x in zip(cache, (k, v), strict=True))
+        return attention.decode(q[:, 0], k_cache, v_cache, position_B + 1)[:, None], (k_cache, v_cache)
+
+    shape = (2, size, config.n_kv_heads, config.head_dim)
+    layers = nnx.to_pure_dict(nnx.state(transformer))["layers"]
+    caches = tuple(jnp.zeros((config.n_layers, *shape)) for _ in range(2))
+    if unrolled:
+        layers, caches = layers_of({"layers": layers}, 3), [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(3)]
+
+    def last_logits(tokens, positions, attend, caches, at_B):
+        x, caches = model.run_layers(config, layers, transformer.embed(tokens), positions, model.Hooks(attend), caches)
+        x = model.rms_norm(x[batch, at_B][:, None], transformer.final_norm[...], config.norm_eps)
+        return transformer.logits(x)[:, 0].argmax(-1), caches
+
+    token, caches = last_logits(tokens, jnp.arange(6), prefill, caches, lengths - 1)
+    for step in range(steps):
+        np.testing.assert_array_equal(token, expected[batch, lengths + step])
+        at = lengths + step
+        attend = functools.partial(append, position_B=at)
+        token, caches = last_logits(token[:, None], at[:, None], attend, caches, np.zeros(2, int))
+    assert len({int(x) for x in expected[0, 6:11]}) > 1  # not one token over and over
 
 
 def test_remat_changes_the_program_and_not_the_gradient():
     results, programs = {}, {}
+    config = tiny()
+    params, tokens, targets = setup(config, length=16)
     for policy in ("none", "full", "attention_only", "dots"):
-        config = tiny(remat=policy, dtype="float32")
-        params, tokens, targets = setup(config, length=16)
-        gradient = jax.jit(jax.grad(lambda p, c=config, x=tokens, y=targets: mean_loss(c, p, x, y)))
+        gradient = jax.jit(jax.grad(lambda p, policy=policy, x=tokens, y=targets: mean_loss(config, p, x, y, policy)))
         results[policy] = gradient(params)
         programs[policy] = str(jax.make_jaxpr(gradient)(params)).count("dot_general")
     for policy in ("full", "attention_only", "dots"):
@@ -108,7 +152,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     config = tiny(dtype="bfloat16")
     params, tokens, targets = setup(config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    assert model.with_params(config, params).hidden(tokens).dtype == jnp.bfloat16
+    assert hidden(model.with_params(config, params), tokens).dtype == jnp.bfloat16
     assert model.with_params(config, params)(tokens).dtype == jnp.float32
     exact = mean_loss(tiny(), params, tokens, targets)
     assert float(mean_loss(config, params, tokens, targets)) == pytest.approx(float(exact), rel=1e-2)

@@ -1,7 +1,8 @@
 """What a device of a mesh does beside its own arithmetic: gathers weights, sums, looks at keys of others.
 
-The training step is one program that every device runs on its part (`jax.shard_map`); the model calls these where parts
-meet. Alone, each of them returns what it is given. All collectives of the step are here and in `attention.context`:
+The training step is one program that every device runs on its shard (`jax.shard_map`); the model calls these where shards
+meet, as `model.Hooks`. On a mesh of one device each returns what it is given. All collectives of the step are here and in
+`attention.context`:
 
     weights, forward and again backward     all-gather over fsdp and context, in the compute dtype; gradients reduce-scattered
                                             in float32, per layer and micro-batch; summed over data in float32, once a step
@@ -23,75 +24,76 @@ from gqa_jax import attention
 from gqa_jax.collectives import reduce_scatter
 from gqa_jax.config import TrainConfig
 from gqa_jax.mesh import AXES, MeshShape
+from gqa_jax.model import Hooks
 from gqa_jax.training import loss, sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A device's part in a mesh, within `jax.shard_map` over all its axes; the default is a device alone, anywhere."""
+class Shard:
+    """A device's share of a run, whose mesh is given or chosen, within `jax.shard_map` over all its axes."""
 
-    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
-    n_kv_heads: int = 1
-    context_attention: str = "gather"
+    config: TrainConfig
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> Part:
-        """The part of a run whose mesh is given or chosen."""
-        return cls(config.mesh_shape, config.model.n_kv_heads, config.context_attention or "gather")
+    @property
+    def mesh(self) -> MeshShape:
+        return self.config.mesh_shape
 
-    def weights(self, layer: Any, dtype: Any) -> Any:
-        """The parameters of one layer whole, but for what `tensor` cuts, in `dtype`; as they are where nothing is cut."""
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._weight(sharding.name_of(path), leaf, dtype), layer)
+    @property
+    def n_kv_heads(self) -> int:
+        return self.config.model.n_kv_heads
 
-    def _weight(self, name: str, leaf: jax.Array, dtype: Any) -> jax.Array:
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.config.model.dtype)
+
+    def hooks(self, segments_BxT: jax.Array | None) -> Hooks:
+        """What the layers do on this device; with segments, attention stays within the documents that they number."""
+
+        def attend(q_BxTxNxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, state: None) -> tuple[jax.Array, None]:
+            return attention.context_attention(
+                q_BxTxNxH,
+                k_BxTxKxH,
+                v_BxTxKxH,
+                axis="context",
+                size=self.mesh.context,
+                method=self.config.context_attention or "gather",
+                implementation=self.config.model.attention,
+                segment_ids=segments_BxT,
+            ), state
+
+        if self.mesh.tensor == 1:
+            return Hooks(attend, self.weights)
+        return Hooks(attend, self.weights, enter=lambda x: _enter(x, None), leave=_leave)
+
+    def weights(self, layer: dict) -> dict:
+        """Parameters of one layer whole, but for what `tensor` cuts, in the compute dtype; as they are where nothing is cut."""
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._weight(sharding.name_of(path), leaf), layer)
+
+    def _weight(self, name: str, leaf: jax.Array) -> jax.Array:
         narrow = jnp.promote_types(leaf.dtype, jnp.float32) != leaf.dtype
         for dimension, axes in enumerate(sharding.cuts(name, self.mesh, self.n_kv_heads)):
             gathered = tuple(axis for axis in axes if axis != "tensor")
             if gathered:
-                leaf = _gather(leaf, gathered, dimension, jnp.dtype(dtype).name)
+                leaf = _gather(leaf, gathered, dimension, self.dtype.name)
         if name in ("key", "value") and self.n_kv_heads % self.mesh.tensor:
             # Every device has all key/value heads and needs the one that its queries read.
             head = jax.lax.axis_index("tensor") * self.n_kv_heads // self.mesh.tensor
             leaf = jax.lax.dynamic_slice_in_dim(_enter(leaf, "float32" if narrow else None), head, 1, axis=1)
         return leaf
 
-    def enter(self, x: jax.Array) -> jax.Array:
-        """x, the same on all devices of `tensor`, into work that they share: gradients of the parts are summed."""
-        return _enter(x, None) if self.mesh.tensor > 1 else x
-
-    def leave(self, x: jax.Array) -> jax.Array:
-        """The sum over `tensor` of what its devices made; its gradient goes to each as it is."""
-        return _leave(x) if self.mesh.tensor > 1 else x
-
     def positions(self, length: int) -> jax.Array:
         """Positions in their sequence of the `length` tokens that this device has, int32 (T,)."""
         return attention.positions(length, "context", self.mesh.context)
 
-    def attend(
-        self, q_BxTxNxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, segments_BxT: jax.Array | None, name: str | None
-    ) -> jax.Array:
-        """Attention of this device's queries to all keys that they see, by the implementation `name`."""
-        return attention.context_attention(
-            q_BxTxNxH,
-            k_BxTxKxH,
-            v_BxTxKxH,
-            axis="context",
-            size=self.mesh.context,
-            method=self.context_attention,
-            implementation=name,
-            segment_ids=segments_BxT,
-        )
+    def whole_embedding(self, shard_VxD: jax.Array) -> jax.Array:
+        """The embedding (V, D) in the compute dtype, without a gradient: `embed` and `mean_loss` take the shard for that."""
+        shard_VxD, axes = jax.lax.stop_gradient(shard_VxD), self._embedding_axes
+        return jax.lax.all_gather(shard_VxD.astype(self.dtype), axes, axis=1, tiled=True) if axes else shard_VxD
 
-    def whole_embedding(self, shard_VxD: jax.Array, dtype: Any) -> jax.Array:
-        """The embedding (V, D) in `dtype`, without a gradient: `embed` and `mean_loss` take the shard for that."""
-        shard_VxD = jax.lax.stop_gradient(shard_VxD)
-        axes = self._embedding_axes
-        return jax.lax.all_gather(shard_VxD.astype(dtype), axes, axis=1, tiled=True) if axes else shard_VxD
-
-    def embed(self, shard_VxD: jax.Array, whole_VxD: jax.Array, tokens_BxT: jax.Array, dtype: Any) -> jax.Array:
-        """Rows of the embedding for tokens, (B, T, D) in `dtype`; gradients of equal tokens are summed in float32."""
-        own = self._own(tokens_BxT)
-        x_CxD = _embed(shard_VxD, whole_VxD, own, self._embedding_axes).astype(dtype)
+    @jax.named_scope("embedding")
+    def embed(self, shard_VxD: jax.Array, whole_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+        """Rows of the embedding for tokens, (B, T, D) in the compute dtype; gradients of equal tokens are summed in float32."""
+        x_CxD = _embed(shard_VxD, whole_VxD, self._own(tokens_BxT), self._embedding_axes).astype(self.dtype)
         return self._all(x_CxD).reshape(*tokens_BxT.shape, -1)
 
     def mean_loss(self, shard_VxD: jax.Array, whole_VxD: jax.Array, hidden_BxTxD: jax.Array, targets_BxT: jax.Array):
@@ -139,9 +141,6 @@ class Part:
 
     def _all(self, x_C: jax.Array) -> jax.Array:
         return _gather_tokens(x_C) if self.mesh.tensor > 1 else x_C
-
-
-ALONE = Part()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -23,7 +23,7 @@ from gqa_jax import attention, model
 from gqa_jax.config import TrainConfig
 from gqa_jax.mesh import SEQUENCES
 from gqa_jax.training import optimizer, sharding
-from gqa_jax.training.parallel import Part
+from gqa_jax.training.parallel import Shard
 
 
 @jax.tree_util.register_dataclass
@@ -71,13 +71,12 @@ def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, j
 
     Matrices in bfloat16 have a gradient in bfloat16 of each micro-batch, as the product that makes it; sums are in float32.
     """
-    part = Part.of(config)
+    shard = Shard(config)
 
     def share_of_loss(wide_params, micro):
-        whole_VxD = part.whole_embedding(params["embedding"], jnp.dtype(config.model.dtype))
-        transformer = model.with_params(config.model, wide_params)
-        hidden_BxTxD = transformer.hidden(micro["tokens"], micro.get("segments"), part, whole_VxD)
-        return part.mean_loss(wide_params["embedding"], whole_VxD, hidden_BxTxD, micro["targets"])
+        whole_VxD = shard.whole_embedding(params["embedding"])
+        hidden_BxTxD = _hidden(shard, wide_params, whole_VxD, micro)
+        return shard.mean_loss(wide_params["embedding"], whole_VxD, hidden_BxTxD, micro["targets"])
 
     def accumulate(carry, micro):
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(share_of_loss)(wide_params, micro)), None
@@ -91,7 +90,16 @@ def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, j
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params))
         total, _ = jax.lax.scan(accumulate, zero, batch)
         share, grads = jax.tree.map(lambda x: x / steps, total)
-    return part.total(share), part.sum_gradients(grads)
+    return shard.total(share), shard.sum_gradients(grads)
+
+
+def _hidden(shard: Shard, params: dict, whole_VxD: jax.Array, micro: Mapping[str, jax.Array]) -> jax.Array:
+    """The model's last hidden states (B, T, D) of a micro-batch, of one device."""
+    x_BxTxD = shard.embed(params["embedding"], whole_VxD, micro["tokens"])
+    transformer, positions = model.with_params(shard.config.model, params), shard.positions(x_BxTxD.shape[1])
+    return transformer.hidden(x_BxTxD, positions, shard.hooks(micro.get("segments")), remat=shard.config.model.remat or "none")[
+        0
+    ]
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -103,7 +111,7 @@ def _wide_unless_matrix(path: tuple, leaf: jax.Array) -> jax.Array:
     """A parameter as gradients are taken for it: those of embedding and norms are sums over tokens, made in float32.
 
     A matrix stays as it is: a wide copy of them all would need the memory that narrow ones save. Of the embedding none is
-    made: the model reads `Part.whole_embedding`, and the shard only for its dtype.
+    made: the model reads `Shard.whole_embedding`, and the shard only for its dtype.
     """
     name = sharding.name_of(path)
     return _wide(leaf) if name == "embedding" or name.endswith("_norm") else leaf
@@ -111,14 +119,12 @@ def _wide_unless_matrix(path: tuple, leaf: jax.Array) -> jax.Array:
 
 def token_losses(config: TrainConfig, mesh: Mesh, params: dict, batch: Mapping[str, jax.Array]) -> jax.Array:
     """-log p of every target of a batch (1, B, T), (B, T) float32 nats."""
-    part = Part.of(config)
+    shard = Shard(config)
 
     def of_device(params, batch):
         micro = jax.tree.map(lambda x: x[0], batch)
-        whole_VxD = part.whole_embedding(params["embedding"], jnp.dtype(config.model.dtype))
-        transformer = model.with_params(config.model, params)
-        hidden_BxTxD = transformer.hidden(micro["tokens"], micro.get("segments"), part, whole_VxD)
-        return part.token_losses(whole_VxD, hidden_BxTxD, micro["targets"])
+        whole_VxD = shard.whole_embedding(params["embedding"])
+        return shard.token_losses(whole_VxD, _hidden(shard, params, whole_VxD, micro), micro["targets"])
 
     params_specs = sharding.specs(params, sharding.shape_of(mesh), config.model.n_kv_heads)
     return jax.shard_map(
