@@ -24,10 +24,10 @@ import numpy as np
 from scipy.optimize import nnls
 
 from gqa_jax import hardware
-from gqa_jax.config import TrainConfig
+from gqa_jax.config import Execution, TrainConfig
 from gqa_jax.hardware import Chip
 from gqa_jax.planning import hlo, planner, traffic
-from gqa_jax.planning.share import Execution, Share
+from gqa_jax.planning.share import Share
 from gqa_jax.shapes import SIZES
 
 RESULTS = Path(__file__).parent / "results" / "static_cost.json"
@@ -70,8 +70,8 @@ CELLS = (
 )
 
 
-def config_of(cell: Cell, **changes) -> TrainConfig:
-    """The run of a cell in batches of 512K tokens, open but for `changes` (model.remat: `remat`)."""
+def config_of(cell: Cell, **execution) -> TrainConfig:
+    """The run of a cell in batches of 512K tokens, open but for `execution`."""
     shape = SIZES[cell.size]
     context = cell.context * 1024
     values = TrainConfig(steps=10).to_dict()
@@ -79,8 +79,8 @@ def config_of(cell: Cell, **changes) -> TrainConfig:
     values["data"]["block_tokens"] = values["evaluation"]["tokens"] = max(131_072, context)
     heads = {"n_heads": cell.n_heads, "n_kv_heads": cell.n_kv_heads}
     values["model"] |= {"n_layers": shape.n_layers, "d_model": shape.d_model, "d_ff": None, **heads}
-    values["model"]["remat"] = changes.pop("remat", None)
-    return TrainConfig.from_dict(values | changes)
+    values["execution"] |= execution
+    return TrainConfig.from_dict(values)
 
 
 def executions(cell: Cell) -> Iterator[Execution]:
@@ -110,11 +110,10 @@ def compiled(cell: Cell, one: Execution) -> tuple[str, dict[str, float]]:
     from gqa_jax.planning import topologies
     from gqa_jax.training import program
 
-    config = one.resolved(config_of(cell))
-    where = hardware.find(cell.topology)
-    if not where.is_tpu:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="pallas_triton"))
-    step = program.compile_step(config, topologies.mesh(cell.topology, config.mesh_shape))
+    if not hardware.find(cell.topology).is_tpu:
+        one = dataclasses.replace(one, attention="pallas_triton")
+    config = dataclasses.replace(config_of(cell), execution=one)
+    step = program.compile_step(config, topologies.mesh(cell.topology, one.mesh))
     memory = step.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return step.as_text(), {"bytes_arguments": used, "bytes_temporary": memory.temp_size_in_bytes}
@@ -149,7 +148,7 @@ def case_of(found: dict[str, Any]) -> tuple[TrainConfig, Execution, hardware.Sli
     cell = Cell(*(tuple(found[name]) if name == "meshes" else found[name] for name in Cell._fields))
     given = {name: found[name] for name in ("mesh", "remat", "accumulation_steps", "context_attention")}
     config = config_of(cell, **given)
-    return config, Execution.of(config), hardware.find(cell.topology)
+    return config, config.execution, hardware.find(cell.topology)
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[traffic.Traffic, traffic.Traffic]]:

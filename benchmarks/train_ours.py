@@ -83,13 +83,13 @@ def make_config(
         fields = {"n_layers": SIZES[size].n_layers, "d_model": SIZES[size].d_model} | fields
         learning_rate = SIZES[size].learning_rate if learning_rate is None else learning_rate
     config = default_config().to_dict()
-    config["model"] |= fields | {"attention": attention, "remat": remat, "dtype": dtype, "param_dtype": param_dtype}
+    config["model"] |= fields | {"dtype": dtype, "param_dtype": param_dtype}
+    config["execution"] |= {"attention": attention, "remat": remat, "accumulation_steps": accumulation_steps}
     if learning_rate is not None:
         config["optimizer"]["learning_rate"] = learning_rate
     config |= {
         "context_length": context_length,
         "batch_tokens": context_length * micro_batch * accumulation_steps,
-        "accumulation_steps": accumulation_steps,
         "steps": schedule_steps,
         "seed": seed,
         "label": size or "",
@@ -121,7 +121,7 @@ class Case:
         tokens = tokens.reshape(-1, tokens.shape[-1])
         batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
         rows = np.arange(len(tokens))  # all of them: there is one device
-        placed = program.place(config, self.mesh, batch, rows, config.accumulation_steps)
+        placed = program.place(config, self.mesh, batch, rows, config.execution.accumulation_steps)
         self.state, metrics = self.step(self.state, placed)
         self.done += 1
         return metrics
@@ -140,7 +140,8 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
     return {
         **{name: getattr(config.model, name) for name in names},
         **{name: getattr(config.optimizer, name) for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")},
-        **{name: getattr(config, name) for name in ("context_length", "micro_batch", "accumulation_steps", "seed")},
+        **{name: getattr(config, name) for name in ("context_length", "micro_batch", "seed")},
+        "accumulation_steps": config.execution.accumulation_steps,
         "learning_rates": [float(rate(np.int32(step))) for step in range(config.n_steps)],
     }
 
@@ -176,7 +177,7 @@ class Session:
         self.forget(phase, case=case)
         before = self._peak()
         config = planner.resolve(make_config(**fields), self._device.device_kind, 1)
-        mesh = sharding.make_mesh(config.mesh_shape, [self._device])
+        mesh = sharding.make_mesh(config.execution.mesh, [self._device])
         with jax.set_mesh(mesh):
             name = program.attention_of(config)
         began = time.perf_counter()
@@ -204,7 +205,7 @@ class Session:
             "bytes_temporary": memory.temp_size_in_bytes,
             "bytes_peak": after if after is not None and after > before else None,
             "attention": name,
-            "remat": config.model.remat,
+            "remat": config.execution.remat,
             "parameters": costs.count_params(config.model, "exact").total,
             "tokens_per_step": config.batch_tokens,
             "flops_per_step": flops_per_step(config),
@@ -293,15 +294,15 @@ class Session:
         except Exception as error:
             if self.topology is None or name != "cudnn" or "cudnn" not in str(error).lower():
                 raise
-        model = dataclasses.replace(config.model, attention="pallas_triton")
-        return program.lower_step(dataclasses.replace(config, model=model), mesh), "pallas_triton for cudnn"
+        execution = dataclasses.replace(config.execution, attention="pallas_triton")
+        return program.lower_step(dataclasses.replace(config, execution=execution), mesh), "pallas_triton for cudnn"
 
     def _planned(self, config: TrainConfig) -> dict[str, Any] | None:
         """The planner's estimate for the device; None where it has no data sheet, as of CPUs."""
         chip = hardware.chip_of(self._device.device_kind) if self.topology is None else hardware.find(self.topology).chip
         if chip is None:
             return None
-        found = planner.estimate(config, planner.Execution.of(config), chip)
+        found = planner.estimate(config, config.execution, chip)
         names = ("seconds_step", "bytes_arguments", "bytes_temporary", "bytes_limit", "fits", "limited_by")
         return {name: getattr(found, name) for name in names}
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -55,8 +56,6 @@ class ModelConfig:
     init_std: float = 0.02  # of every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
     dtype: str = "bfloat16"  # of the computation
     param_dtype: str = "float32"  # of parameters, gradients and optimizer moments
-    remat: str | None = None  # what the backward pass computes again: REMAT_POLICIES; None: the fastest that fits
-    attention: str | None = None  # implementation by name (gqa_jax.attention); None: the best here
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
@@ -82,13 +81,33 @@ class ModelConfig:
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even, RoPE rotates pairs")
         _require(self.init_std > 0, f"model.init_std = {self.init_std}: must be above 0")
-        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", (*REMAT_POLICIES, None))):
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES)):
             _check_choice(f"model.{name}", getattr(self, name), allowed)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out, which changes its result by rounding alone; None: chosen for the devices that are there."""
+
+    mesh: MeshShape | None = None  # devices and what they share; a file and a command line write it "fsdp=4,context=2"
+    remat: str | None = None  # what the backward pass computes again: REMAT_POLICIES; None: the fastest that fits
+    accumulation_steps: int | None = None  # micro-batches per step; None: as few as fit
+    context_attention: str | None = None  # over a context axis: CONTEXT_ATTENTION; None: the one that moves less
+    attention: str | None = None  # implementation by name (gqa_jax.attention); None: the best here
+
+    def __post_init__(self):
+        steps = self.accumulation_steps
+        _require(steps is None or steps >= 1, f"execution.accumulation_steps = {steps}: must be an integer of at least 1")
+        _check_choice("execution.remat", self.remat, (*REMAT_POLICIES, None))
+        _check_choice("execution.context_attention", self.context_attention, (*CONTEXT_ATTENTION, None))
 
 
 # Rules of the first version, by group and field: what a stored configuration without the field was made with. They are not in
 # an identity, so that what was trained with them keeps its name.
 OLD_RULES: Mapping[str, Mapping[str, str]] = {"evaluation": {"windows": "first"}, "optimizer": {"warmup_from": "zero"}}
+
+# Where the fields of `Execution` were before they were a group: at the top, and in the group "model".
+_OLD_EXECUTION = {"": ("mesh", "accumulation_steps", "context_attention"), "model": ("remat", "attention")}
 
 # Built-in token stores of that version, and what they are called today: documents were held out by their position.
 OLD_STORES: Mapping[str, str] = {name: f"{name}@position" for name in ("sotu-bytes", "sotu-gpt2")}
@@ -192,9 +211,6 @@ class TrainConfig:
 
     context_length: int = 8192  # T, tokens
     batch_tokens: int = 524_288  # tokens per optimizer step, whatever T is
-    accumulation_steps: int | None = None  # micro-batches per step; None: as few as fit
-    mesh: str | None = None  # devices and what they share, like "fsdp=4,context=2"; None: chosen for the devices there
-    context_attention: str | None = None  # over a context axis: CONTEXT_ATTENTION; None: the one that moves less
     tokens: int | None = None  # training budget: exactly one of tokens, tokens_per_param, steps
     tokens_per_param: float | None = None  # of parameters without embeddings
     steps: int | None = None
@@ -202,6 +218,7 @@ class TrainConfig:
     continue_from: str | None = None  # run folder whose last parameters this starts from; relative to this run's own: "../NAME"
     label: str = ""  # name of the size, for tables
     model: ModelConfig = field(default_factory=ModelConfig)
+    execution: Execution = field(default_factory=Execution)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -209,10 +226,8 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self):
-        for name in ("context_length", "batch_tokens", "accumulation_steps"):
+        for name in ("context_length", "batch_tokens"):
             value = getattr(self, name)
-            if name == "accumulation_steps" and value is None:
-                continue
             _require(isinstance(value, int) and value >= 1, f"{name} = {value!r}: must be an integer of at least 1")
         budget = {name: getattr(self, name) for name in BUDGETS}
         given = {name: value for name, value in budget.items() if value is not None}
@@ -226,9 +241,10 @@ class TrainConfig:
             f"batch_tokens = {self.batch_tokens} is not a multiple of context_length = {self.context_length}: "
             f"use {_nearest_multiple(self.batch_tokens, self.context_length)}",
         )
+        steps, mesh = self.execution.accumulation_steps, self.execution.mesh
         _require(
-            self.batch_size % (self.accumulation_steps or 1) == 0,
-            f"accumulation_steps = {self.accumulation_steps} does not divide the {self.batch_size} sequences of a batch "
+            self.batch_size % (steps or 1) == 0,
+            f"execution.accumulation_steps = {steps} does not divide the {self.batch_size} sequences of a batch "
             f"(batch_tokens / context_length): use one of {divisors(self.batch_size)}",
         )
         _require(
@@ -247,23 +263,14 @@ class TrainConfig:
             f"data.skip_tokens = {self.data.skip_tokens} is not a multiple of context_length = {self.context_length}: "
             f"use {_nearest_multiple(self.data.skip_tokens, self.context_length)}",
         )
-        _check_choice("context_attention", self.context_attention, (*CONTEXT_ATTENTION, None))
-        if self.mesh is not None:
-            try:
-                obstacle = self.mesh_shape.obstacle(self.model, self.context_length, self.micro_batch)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
-            _require(obstacle is None, f"mesh {self.mesh!r}: {obstacle}")
-
-    @property
-    def mesh_shape(self) -> MeshShape:
-        """The mesh as numbers; it must have been given or chosen (`gqa_jax.planning.planner.resolve`)."""
-        return MeshShape.parse(self.mesh)
+        if mesh is not None:
+            reason = mesh.unsupported_reason(self.model, self.context_length, self.micro_batch)
+            _require(reason is None, f"execution.mesh {str(mesh)!r}: {reason}")
 
     @property
     def micro_batch(self) -> int:
         """Sequences of a micro-batch, over all devices; of the whole batch while accumulation is not chosen."""
-        return self.batch_size // (self.accumulation_steps or 1)
+        return self.batch_size // (self.execution.accumulation_steps or 1)
 
     @property
     def batch_size(self) -> int:
@@ -289,7 +296,10 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict of every field, JSON-serialisable; `from_dict` inverts it."""
-        return dataclasses.asdict(self)
+        mesh = self.execution.mesh
+        values = dataclasses.asdict(self)
+        values["execution"]["mesh"] = None if mesh is None else str(mesh)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -301,9 +311,19 @@ class TrainConfig:
         """The configuration that `to_dict` gave, now or in an earlier version: what a config.json holds.
 
         A field that is not there did not exist when it was written, and has the value of the rule that was then in force
-        (`OLD_RULES`), not today's default; built-in token stores are those of that time. Raises ConfigError as `from_dict`.
+        (`OLD_RULES`), not today's default; built-in token stores are those of that time; fields of `Execution` may be where
+        they were. Raises ConfigError as `from_dict`.
         """
-        values = dict(values)
+        values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+        if "execution" not in values:
+            groups = {"": values, "model": values.get("model")}
+            values["execution"] = {
+                name: groups[group].pop(name)
+                for group, names in _OLD_EXECUTION.items()
+                if isinstance(groups[group], dict)
+                for name in names
+                if name in groups[group]
+            }
         data, evaluation = values.get("data"), values.get("evaluation", {})
         if isinstance(data, Mapping) and isinstance(evaluation, Mapping) and "windows" not in evaluation:
             values["data"] = {k: OLD_STORES.get(v, v) if k == "store" and isinstance(v, str) else v for k, v in data.items()}
@@ -363,12 +383,9 @@ class TrainConfig:
         else:
             _require(continues is not None, f"continue_from = {self.continue_from!r}: the identity of that run is not known")
             values["continue_from"] = continues
-        execution = ("accumulation_steps", "mesh", "context_attention")
-        for name in ("checkpoint", "logging", "label", "tokens", "tokens_per_param", *execution):
+        for name in ("execution", "checkpoint", "logging", "label", "tokens", "tokens_per_param"):
             del values[name]
         values["steps"] = self.n_steps
-        for name in ("remat", "attention"):
-            del values["model"][name]
         for name in ("store", "epochs"):
             del values["data"][name]
         for name in ("skip_tokens", "document_mask"):
@@ -417,7 +434,7 @@ def _config_dict_of(cls: type) -> ml_collections.ConfigDict:
         if dataclasses.is_dataclass(hint):
             result[spec.name] = _config_dict_of(hint)
         elif isinstance(hint, types.UnionType):  # X | None
-            result[spec.name] = config_dict.placeholder(typing.get_args(hint)[0])
+            result[spec.name] = config_dict.placeholder(field_types(cls)[spec.name][0])
         else:
             result[spec.name] = spec.default
     return result.lock()
@@ -446,17 +463,27 @@ def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str, whole: type
                 value = float(value)
             _require(type(value) in allowed, wrong_type(path, value, whole))
             _require(type(value) is not float or math.isfinite(value), f"{path} = {value}: must be a finite number")
+            if isinstance(value, str) and MeshShape in typing.get_args(_hints(cls)[name]):
+                value = _parsed_mesh(path, value)
         arguments[name] = value
     return cls(**arguments)
 
 
+def _parsed_mesh(path: str, text: str) -> MeshShape:
+    try:
+        return MeshShape.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 @functools.cache
 def field_types(cls: type, prefix: str = "") -> Mapping[str, tuple[type, ...]]:
-    """What each field may be, by its path: "model.d_ff" -> (int, NoneType); "model" -> its dataclass."""
+    """What each field is written as, by its path: "model.d_ff" -> (int, NoneType); "model" -> its dataclass; a mesh is text."""
     found = {}
     for spec in dataclasses.fields(cls):
         hint, path = _hints(cls)[spec.name], f"{prefix}{spec.name}"
-        found[path] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        found[path] = tuple(str if kind is MeshShape else kind for kind in kinds)
         if dataclasses.is_dataclass(hint):
             found |= field_types(hint, f"{path}.")
     return types.MappingProxyType(found)
@@ -480,6 +507,12 @@ def unknown_key(path: str, cls: type) -> str:
         found = by_name.get(close(name, by_name) or "", [])
     meaning = f"did you mean {' or '.join(map(repr, found))}?" if found else f"allowed: {', '.join(names)}"
     return f"unknown configuration key {path!r}: {meaning}"
+
+
+def unknown_key_of(error: BaseException) -> str | None:
+    """`unknown_key` of the error that a ConfigDict of `default_config` raises about a key; None of any other error."""
+    found = re.match(r"""["']?Key "(.*?)" does not exist""", str(error))
+    return unknown_key(found[1], TrainConfig) if found else None
 
 
 def wrong_type(path: str, value: Any, cls: type) -> str:

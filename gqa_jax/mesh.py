@@ -68,7 +68,7 @@ class MeshShape:
         """Parts that the hidden size of a parameter is cut into."""
         return self.fsdp * self.context
 
-    def obstacle(self, model, context_length: int, micro_batch: int) -> str | None:
+    def unsupported_reason(self, model, context_length: int, micro_batch: int) -> str | None:
         """Why a run does not divide into this mesh, with what would; None when it does.
 
         `model` is a `gqa_jax.config.ModelConfig`, `micro_batch` the sequences of a micro-batch, over all devices.

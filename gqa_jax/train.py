@@ -35,7 +35,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from gqa_jax import costs, hardware, storage
-from gqa_jax.config import TrainConfig, hash_identity
+from gqa_jax.config import Execution, TrainConfig, hash_identity
 from gqa_jax.data import reader, store
 from gqa_jax.errors import ConfigError
 from gqa_jax.planning import planner
@@ -85,7 +85,7 @@ def train_and_evaluate(
         )
         try:
             config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()), jax.process_count())
-            mesh = sharding.make_mesh(config.mesh_shape)
+            mesh = sharding.make_mesh(config.execution.mesh)
             attention_of(config)  # one that can't run fails here, before anything is opened
             _warn_of_narrow_parameters(config)
             log.info("data: opening %s", config.data.store)
@@ -125,7 +125,7 @@ def attention_of(config: TrainConfig) -> str:
     try:
         return program.attention_of(config)
     except ValueError as error:
-        raise ConfigError(f"model.attention: {error}") from error
+        raise ConfigError(f"execution.attention: {error}") from error
 
 
 def _warn_of_narrow_parameters(config: TrainConfig) -> None:
@@ -237,16 +237,17 @@ class _Run:
         self._announce("devices", 0)
         mesh = self.mesh
         self.device = self.device_time.device
+        how = config.execution
         self.environment = run_folder.environment(self.device, mesh.size) | {
             "n_processes": jax.process_count(),
-            "mesh": config.mesh,
-            "remat": config.model.remat,
-            "accumulation_steps": config.accumulation_steps,
-            "context_attention": config.context_attention if config.mesh_shape.context > 1 else None,
+            "mesh": str(how.mesh),
+            "remat": how.remat,
+            "accumulation_steps": how.accumulation_steps,
+            "context_attention": how.context_attention if how.mesh.context > 1 else None,
         }
         if distributed.is_primary():
             write_json(self.workdir / "environment.json", self.environment)
-        log.info("mesh %s of %d %s devices (%d there)", config.mesh, mesh.size, self.device, len(jax.devices()))
+        log.info("mesh %s of %d %s devices (%d there)", how.mesh, mesh.size, self.device, len(jax.devices()))
 
         self._announce("restore", 0)
         abstract = program.abstract_state(config, mesh)
@@ -266,11 +267,11 @@ class _Run:
         step_fn = program.compile_step(config, mesh)
         _check_memory(config, mesh, step_fn)
         losses_fn = program.evaluation_losses(config, mesh)
-        rows = program.local_rows(config, mesh, config.accumulation_steps)
+        rows = program.local_rows(config, mesh, how.accumulation_steps)
         every_row, in_order = np.arange(config.micro_batch), np.argsort(program.order(config))
 
         def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-            return program.place(config, mesh, batch, rows, config.accumulation_steps)
+            return program.place(config, mesh, batch, rows, how.accumulation_steps)
 
         def evaluate(params: dict) -> evaluation.Evaluation:
             def token_losses(batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -503,15 +504,13 @@ def _what_fits(config: TrainConfig, device_kind: str, n_devices: int) -> str:
     """How the run would be carried out in less memory, by the planner's estimate."""
     chip = hardware.chip_of(device_kind)
     if chip is None:
-        return "raise accumulation_steps, set model.remat to full, or use a mesh of more devices"
-    model = dataclasses.replace(config.model, remat=None)
-    anyhow = dataclasses.replace(config, mesh=None, accumulation_steps=None, context_attention=None, model=model)
-    tried = planner.Execution.of(config)
+        return "raise execution.accumulation_steps, set execution.remat to full, or use a mesh of more devices"
+    anyhow = dataclasses.replace(config, execution=Execution(attention=config.execution.attention))
     for estimate in planner.choose(anyhow, hardware.on_this_machine(chip, os.environ), n_devices):
-        if estimate.fits and (other := estimate.execution) != tried:
+        if estimate.fits and (other := estimate.execution) != config.execution:
             return (
-                f"mesh={other.mesh}, model.remat={other.remat}, accumulation_steps={other.accumulation_steps}, "
-                f"context_attention={other.context_attention} should fit"
+                f"execution.mesh={other.mesh}, execution.remat={other.remat}, execution.accumulation_steps="
+                f"{other.accumulation_steps}, execution.context_attention={other.context_attention} should fit"
             )
     return f"nothing else fits on {n_devices} of them: use more"
 

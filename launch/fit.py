@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gqa_jax import costs, hardware
-from gqa_jax.config import TrainConfig
+from gqa_jax.config import Execution
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import gb, gib
 from gqa_jax.hardware import Slice
 from gqa_jax.planning import planner
 from gqa_jax.planning.compile_check import Proof, Provers
-from gqa_jax.planning.planner import Estimate, Execution
+from gqa_jax.planning.planner import Estimate
 from launch.grid import Cell
 
 ATTEMPTS = 3  # executions that are compiled for a cell before it is said not to fit
 HOPELESS = 1.5  # an estimate of so many times the memory is not compiled
+PLANNED = ("mesh", "remat", "accumulation_steps", "context_attention")  # fields of Execution that the planner fills in
 STATE_BYTES = 16  # of a parameter in training: itself, its gradient and two moments, in float32
-OPEN = {"mesh": None, "accumulation_steps": None, "context_attention": None}  # fields that the planner may fill in
 
 
 @dataclasses.dataclass
@@ -63,7 +63,7 @@ def prove(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, int, int]
     def submit(fit: Fit) -> bool:
         if fit.chosen is None or (used(fit.chosen) > HOPELESS * fit.chosen.bytes_limit):
             return False
-        future = provers.submit(fit.chosen.execution.resolved(fit.cell.config), fit.slice.name, exact)
+        future = provers.submit(dataclasses.replace(fit.cell.config, execution=fit.chosen.execution), fit.slice.name, exact)
         waiting[future] = fit
         return True
 
@@ -97,10 +97,8 @@ def settings(fit: Fit) -> tuple[str, ...]:
     """Flags by which training carries a cell out as was compiled and proved, and not as it would choose by itself."""
     if fit.proof is None or not fit.proof.fits:
         return ()
-    chosen = fit.chosen.execution
-    flags = {"mesh": chosen.mesh, "model.remat": chosen.remat, "accumulation_steps": chosen.accumulation_steps}
-    flags["context_attention"] = chosen.context_attention
-    return tuple(f"--config.{name}={value}" for name, value in flags.items() if value is not None)
+    chosen = {name: getattr(fit.chosen.execution, name) for name in PLANNED}
+    return tuple(f"--config.execution.{name}={value}" for name, value in chosen.items() if value is not None)
 
 
 def used(e: Estimate) -> float:
@@ -110,7 +108,7 @@ def used(e: Estimate) -> float:
 
 def advice(fit: Fit) -> str:
     """What would fit, by arithmetic: other settings on this slice, else the smallest larger slice of its chips."""
-    free = dataclasses.replace(fit.cell.config, **OPEN, model=dataclasses.replace(fit.cell.config.model, remat=None))
+    free = dataclasses.replace(fit.cell.config, execution=Execution(attention=fit.cell.config.execution.attention))
     for where in (fit.slice, *hardware.larger(fit.slice)):
         for config in (fit.cell.config, free):
             if config == fit.cell.config and where == fit.slice:
@@ -120,17 +118,16 @@ def advice(fit: Fit) -> str:
             except ConfigError:
                 continue
             if best.fits:
-                settings = _differing(fit.cell.config, best.execution.resolved(free)) if config == free else ""
+                settings = _differing(fit.cell.config.execution, best.execution) if config == free else ""
                 name = "" if where == fit.slice else where.name
                 return " with ".join(filter(None, (name, settings)))
     return f"no listed slice of {fit.slice.chip.name}"
 
 
-def _differing(given: TrainConfig, resolved: TrainConfig) -> str:
-    """The settings of `resolved` that contradict what was given."""
-    pairs = [(name, getattr(given, name), getattr(resolved, name)) for name in OPEN]
-    pairs.append(("model.remat", given.model.remat, resolved.model.remat))
-    return " ".join(f"{name}={new}" for name, old, new in pairs if old is not None and old != new)
+def _differing(given: Execution, found: Execution) -> str:
+    """The settings of `found` that contradict what was given."""
+    pairs = [(name, getattr(given, name), getattr(found, name)) for name in PLANNED]
+    return " ".join(f"execution.{name}={new}" for name, old, new in pairs if old is not None and old != new)
 
 
 def require(fits: Sequence[Fit]) -> None:

@@ -21,7 +21,7 @@ import ml_collections
 from etils import epath
 
 from gqa_jax import costs
-from gqa_jax.config import TrainConfig, default_config, hash_identity
+from gqa_jax.config import TrainConfig, default_config, hash_identity, unknown_key_of
 from gqa_jax.data import reader, store
 from gqa_jax.errors import ConfigError, closest
 
@@ -150,11 +150,8 @@ def continued(
         tokens_per_param=None,
         steps=None,
         continue_from=reference(source),
-        mesh=None,
-        accumulation_steps=None,
-        context_attention=None,
     )
-    config.model.remat = None
+    config.execution.update(mesh=None, remat=None, accumulation_steps=None, context_attention=None)
     config.optimizer.update(learning_rate=learning_rate, schedule=schedule)
     config.data.skip_tokens = 0
     config.update(changes)
@@ -182,7 +179,7 @@ def load(path: str) -> Grid:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:
-        raise ConfigError(f"{path} fails: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path} fails: {unknown_key_of(error) or f'{type(error).__name__}: {error}'}") from error
     if not isinstance(grid, Grid):
         raise ConfigError(f"{path}: get_grid() returns a {type(grid).__name__}, it must return a launch.grid.Grid")
     if not grid.configs:

@@ -19,11 +19,12 @@ from tests import machines
 def step_config(context_length, implementation, remat):
     """Two layers, two micro-batches of a sequence, one device."""
     values = TrainConfig(steps=10).to_dict()
-    values |= {"context_length": context_length, "batch_tokens": 2 * context_length, "accumulation_steps": 2}
-    values |= {"mesh": "data=1", "context_attention": "gather"}
+    values |= {"context_length": context_length, "batch_tokens": 2 * context_length}
+    values["execution"] |= {"mesh": "data=1", "accumulation_steps": 2, "context_attention": "gather"}
+    values["execution"] |= {"remat": remat, "attention": implementation}
     values["data"]["block_tokens"] = values["evaluation"]["tokens"] = context_length
     sizes = {"n_layers": 2, "d_model": 64, "n_heads": 8, "n_kv_heads": 1, "vocab_size": 256, "d_ff": None}
-    values["model"] |= sizes | {"remat": remat, "attention": implementation}
+    values["model"] |= sizes
     return TrainConfig.from_dict(values)
 
 
@@ -69,10 +70,10 @@ def kernels_of(implementation, length, **how):
 def test_the_causal_mask_of_a_training_step_is_known_while_it_is_traced(implementation):
     config = step_config(8192, implementation, "attention_only")
     if implementation == "pallas_gpu":  # checkpoint refuses the interpreter of Mosaic GPU
-        step = traced_step(config, machines.mesh("h100:1", config.mesh_shape))
+        step = traced_step(config, machines.mesh("h100:1", config.execution.mesh))
     else:
         with attention.interpreted():
-            step = traced_step(config, sharding.make_mesh(config.mesh_shape, jax.devices()[:1]))
+            step = traced_step(config, sharding.make_mesh(config.execution.mesh, jax.devices()[:1]))
     with attention.interpreted():
         static, traced = kernels_of(implementation, 8192), kernels_of(implementation, 8192, q_offset=None)
     found = kernels(step.jaxpr.jaxpr)
@@ -107,7 +108,7 @@ def cudnn_is_there(monkeypatch):
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_cudnn_runs_once_where_its_results_are_kept(remat):
     config = step_config(2048, "cudnn", remat)
-    mesh = machines.mesh("h100:1", config.mesh_shape)
+    mesh = machines.mesh("h100:1", config.execution.mesh)
     text = traced_step(config, mesh).lower().as_text()  # the body of the scan over layers is there once in each direction
     forward, backward = (text.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward"))
     assert backward == 1

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from gqa_jax.config import BUDGETS, ConfigError, TrainConfig, field_types
+from gqa_jax.config import BUDGETS, ConfigError, Execution, TrainConfig, field_types
 from gqa_jax.training import command_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -70,11 +70,13 @@ def test_two_budgets_of_the_command_line_are_refused(caplog):
 
 def test_every_field_that_may_be_none_can_be_given_none():
     optional = [path for path, allowed in field_types(TrainConfig).items() if type(None) in allowed]
-    assert {"mesh", "model.d_ff", "logging.wandb_project", "continue_from", "accumulation_steps"} <= set(optional)
+    assert {"execution.mesh", "model.d_ff", "logging.wandb_project", "continue_from", "execution.accumulation_steps"} <= set(
+        optional
+    )
     given = [f"{path}=None" for path in optional if path not in BUDGETS]
-    found = config(SMALL, "mesh=fsdp=2", "model.remat=full", "model.d_ff=64", *given)
-    assert (found.mesh, found.accumulation_steps, found.model.remat, found.model.attention) == (None, None, None, None)
-    assert (found.continue_from, found.context_attention, found.logging.wandb_project) == (None, None, None)
+    found = config(SMALL, "execution.mesh=fsdp=2", "execution.remat=full", "model.d_ff=64", *given)
+    assert found.execution == Execution()
+    assert (found.continue_from, found.logging.wandb_project) == (None, None)
     assert found.model.d_ff == 672  # what None stands for
 
 
@@ -94,6 +96,9 @@ def test_every_field_that_may_be_none_can_be_given_none():
         ("seed=18446744073709551616", "seed = 18446744073709551616: must be 0 to 9223372036854775807 (2^63 - 1)"),
         ("learning_rate=1e-3", "unknown configuration key 'learning_rate': did you mean 'optimizer.learning_rate'?"),
         ("model.learning_rate=1", "unknown configuration key 'model.learning_rate': did you mean 'optimizer.learning_rate'?"),
+        ("mesh=fsdp=2", "unknown configuration key 'mesh': did you mean 'execution.mesh'?"),
+        ("model.remat=full", "unknown configuration key 'model.remat': did you mean 'execution.remat'?"),
+        ("execution.mesh=fsdp:4", "execution.mesh: mesh 'fsdp:4': write it like data=2,fsdp=4,context=8; 'fsdp:4' is no axis"),
         ("model.n_layer=3", "unknown configuration key 'model.n_layer': did you mean 'model.n_layers'?"),
         ("to_dict=3", "unknown configuration key 'to_dict': allowed: context_length, "),
         ("model[0]=3", "unknown configuration key 'model[0]'"),

@@ -21,11 +21,13 @@ def cache(tmp_path, monkeypatch):
 
 def tiny(**changes):
     values = TrainConfig(steps=10).to_dict()
-    values |= {"context_length": 256, "batch_tokens": 2048, "mesh": "fsdp=2,context=2", "accumulation_steps": 1}
-    values |= {"context_attention": "gather"}
+    values |= {"context_length": 256, "batch_tokens": 2048}
+    values["execution"] = {
+        "mesh": "fsdp=2,context=2", "remat": "full", "accumulation_steps": 1, "context_attention": "gather", "attention": "xla",
+    } | changes.pop("execution", {})  # fmt: skip
     values["data"]["block_tokens"] = values["evaluation"]["tokens"] = 1024
     values["model"] |= {"n_layers": 3, "d_model": 128, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "d_ff": None}
-    values["model"] |= {"remat": "full", "attention": "xla"} | changes.pop("model", {})
+    values["model"] |= changes.pop("model", {})
     return TrainConfig.from_dict(values | changes)
 
 
@@ -51,8 +53,9 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here_once(cache):
 @pytest.mark.needs("libtpu")
 def test_what_is_too_large_is_said_with_its_bytes(cache):
     large = tiny(
-        batch_tokens=2**21, context_length=1024, mesh="data=1", model={"remat": "none", "n_layers": 24, "d_model": 1024}
-    )
+        batch_tokens=2**21, context_length=1024, execution={"mesh": "data=1", "remat": "none"},
+        model={"n_layers": 24, "d_model": 1024},
+    )  # fmt: skip
     with Provers(1) as provers:
         answer = provers.submit(large, "v5e:1x1").result()
     assert not answer.fits
@@ -84,9 +87,9 @@ def test_the_key_depends_on_what_the_program_depends_on():
     changed = [
         compile_check.key(tiny(), "v5e:2x4", False),
         compile_check.key(tiny(), "v5e:2x2", True),
-        compile_check.key(tiny(accumulation_steps=2), "v5e:2x2", False),
-        compile_check.key(tiny(model={"remat": "dots"}), "v5e:2x2", False),
-        compile_check.key(tiny(mesh="fsdp=4"), "v5e:2x2", False),
+        compile_check.key(tiny(execution={"accumulation_steps": 2}), "v5e:2x2", False),
+        compile_check.key(tiny(execution={"remat": "dots"}), "v5e:2x2", False),
+        compile_check.key(tiny(execution={"mesh": "fsdp=4"}), "v5e:2x2", False),
         compile_check.key(tiny(data=tiny().to_dict()["data"] | {"document_mask": True}), "v5e:2x2", False),
     ]
     assert len({same, *changed}) == 1 + len(changed)
@@ -168,8 +171,8 @@ def test_long_contexts_fit_small_chips(topology, size, context, mesh, gigabytes)
     """1.2B at T = 128K on a v5e-16 and 1.8B at T = 512K on a v5e-64, H = (8,1), batches of 512K tokens, far below 16.9 GB."""
     config = default_config()
     config.context_length, config.batch_tokens, config.steps = context, 524_288, 10
-    config.model.update(n_layers=size[0], d_model=size[1], n_heads=8, n_kv_heads=1, remat="attention_only")
-    config.mesh, config.accumulation_steps, config.context_attention = mesh, 1, "gather"
+    config.model.update(n_layers=size[0], d_model=size[1], n_heads=8, n_kv_heads=1)
+    config.execution.update(mesh=mesh, remat="attention_only", accumulation_steps=1, context_attention="gather")
     config.data.block_tokens = context
     config.evaluation.tokens = 2 * context
     answer = compile_check.compile_proof(TrainConfig.from_dict(config.to_dict()), topology)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -5,6 +6,7 @@ import pytest
 
 from gqa_jax.config import (
     ConfigError,
+    Execution,
     TrainConfig,
     default_config,
     differing_fields,
@@ -12,6 +14,7 @@ from gqa_jax.config import (
     hash_identity,
     unknown_key,
 )
+from gqa_jax.mesh import MeshShape
 
 
 def make(**changes):
@@ -38,6 +41,31 @@ def test_a_stored_configuration_without_the_rules_of_today_has_the_old_ones():
     assert hash_identity(today.identity("x")) != hash_identity(old.identity("x"))
 
 
+def test_a_mesh_is_text_in_files_and_parsed_once():
+    config = make(execution={"mesh": "context=2,fsdp=4", "attention": "xla"})
+    assert config.execution == Execution(mesh=MeshShape(fsdp=4, context=2), attention="xla")
+    assert config.to_dict()["execution"]["mesh"] == "fsdp=4,context=2"
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match=r"execution.mesh = 4: must be str or None"):
+        TrainConfig.from_dict(config.to_dict() | {"execution": {"mesh": 4}})
+
+
+def test_a_stored_configuration_of_before_execution_was_a_group_is_read():
+    """As the code of November 2026 wrote config.json: three fields at the top, two in the model's group."""
+    now = make(execution={"mesh": "fsdp=4", "remat": "full", "accumulation_steps": 2, "attention": "xla"})
+    stored = now.to_dict()
+    execution = stored.pop("execution")
+    stored |= {name: execution[name] for name in ("mesh", "accumulation_steps", "context_attention")}
+    stored["model"] |= {name: execution[name] for name in ("remat", "attention")}
+    kept = json.dumps(stored)
+    assert TrainConfig.from_stored(stored) == now
+    assert json.dumps(stored) == kept  # which is not changed
+    del stored["model"]["attention"], stored["mesh"]  # of a version that did not have them
+    assert TrainConfig.from_stored(stored).execution == dataclasses.replace(now.execution, mesh=None, attention=None)
+    with pytest.raises(ConfigError, match=r"'mesh': did you mean 'execution\.mesh'"):
+        TrainConfig.from_dict(now.to_dict() | {"mesh": None})
+
+
 def test_d_ff_is_the_closest_multiple_of_32():
     assert [make(model={"d_model": d}).model.d_ff for d in (256, 512, 768, 1024, 1536)] == [672, 1376, 2048, 2720, 4096]
 
@@ -49,9 +77,13 @@ def test_d_ff_is_the_closest_multiple_of_32():
         ({"model": {"n_layers": 0}}, "model.n_layers = 0: must be an integer of at least 1"),
         ({"model": {"head_dim": 7}}, "must be even"),
         ({"model": {"dtype": "bfloat61"}}, "did you mean 'bfloat16'"),
-        ({"model": {"remat": "ful"}}, "did you mean 'full'"),
+        ({"execution": {"remat": "ful"}}, "did you mean 'full'"),
+        ({"execution": {"mesh": "fdsp=4"}}, "execution.mesh: mesh 'fdsp=4': .*did you mean 'fsdp'"),
+        ({"execution": {"mesh": "fsdp=3"}}, "execution.mesh 'fsdp=3': data x fsdp = 3 does not divide the 64 sequences"),
+        ({"execution": {"context_attention": "rnig"}}, "execution.context_attention = 'rnig': did you mean 'ring'"),
+        ({"execution": {"accumulation_steps": 0}}, "execution.accumulation_steps = 0: must be an integer of at least 1"),
         ({"batch_tokens": 10_000}, "is not a multiple of context_length = 8192: use 8192"),
-        ({"accumulation_steps": 7}, "does not divide the 64 sequences"),
+        ({"execution": {"accumulation_steps": 7}}, "does not divide the 64 sequences"),
         ({"data": {"block_tokens": 10_000}}, "does not divide data.block_tokens"),
         ({"evaluation": {"tokens": 8193}}, "evaluation.tokens = 8193 is not a multiple"),
         ({"steps": 0}, "steps = 0: must be above 0"),
@@ -136,8 +168,8 @@ def test_budget_in_tokens_and_per_parameter():
 def test_identity_holds_what_changes_the_result_and_nothing_else():
     base = hash_identity(make().identity("f"))
     same = [
-        {"model": {"remat": "full", "attention": "xla"}},
-        {"accumulation_steps": 2},
+        {"execution": {"remat": "full", "attention": "xla"}},
+        {"execution": {"accumulation_steps": 2, "mesh": "fsdp=2"}},
         {"checkpoint": {"every_steps": 7}},
         {"logging": {"tensorboard": True}},
         {"label": "other"},
@@ -175,15 +207,16 @@ def test_identities_and_so_names_stay_what_they_were():
     first = make(**rules, optimizer={"warmup_from": "zero"})
     assert hash_identity(first.identity("f"), 64) == "587066fcbbac91c793904f3ce804c51d8dce51131d8d9e84779f2c0680ccb260"
     other = make(
-        model={"n_heads": 8, "n_kv_heads": 1, "remat": "full"},
+        model={"n_heads": 8, "n_kv_heads": 1},
+        execution={"remat": "full"},
         steps=None,
         tokens_per_param=20.0,
         optimizer={"schedule": "cosine", "warmup_from": "zero"},
         **rules,
     )
     assert hash_identity(other.identity("f")) == "f00f7c58d9"
-    new = {"mesh": "fsdp=2", "accumulation_steps": 2, "context_attention": "ring", "model": {"remat": "offload"}}
-    assert make(**new).identity("f") == make().identity("f")
+    new = {"mesh": "fsdp=2", "accumulation_steps": 2, "context_attention": "ring", "remat": "offload"}
+    assert make(execution=new).identity("f") == make().identity("f")
     for used in ({"data": {"skip_tokens": 8192}}, {"data": {"document_mask": True}}):
         assert make(**used).identity("f") != make().identity("f")
 
@@ -202,7 +235,9 @@ def test_a_run_that_continues_is_named_by_the_other_run_and_not_by_its_path():
 
 
 def test_a_run_continues_another_with_the_same_parameters():
-    run = make(continue_from="../a", context_length=4096, model={"rope_theta": 1e7, "dtype": "float32", "remat": "full"})
+    run = make(
+        continue_from="../a", context_length=4096, model={"rope_theta": 1e7, "dtype": "float32"}, execution={"remat": "full"}
+    )
     run.check_source(make())
     with pytest.raises(ConfigError, match=r"'../a' has other parameters: model.n_heads: 4 here, 8 there\. Use the same model"):
         run.check_source(make(model={"n_heads": 8}))

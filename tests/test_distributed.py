@@ -424,7 +424,10 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
     [
         (((), ("--config.seed=1",)), "different configurations: process 1: seed: 1 here, 0 there (there: process 0)"),
         ((("--config.data.store=none",), ("--config.data.store=none",)), "token store 'none': no such folder"),
-        ((("--config.mesh=data=2",), ("--config.mesh=data=2",)), "mesh 'data=2' is of 2 devices and there are 8"),
+        (
+            (("--config.execution.mesh=data=2",), ("--config.execution.mesh=data=2",)),
+            "mesh 'data=2' is of 2 devices and there are 8",
+        ),
     ],
 )
 def test_what_can_not_be_trained_ends_both_processes_with_the_reason(tmp_path, more, message):

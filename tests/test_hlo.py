@@ -207,15 +207,16 @@ def test_products_of_a_compiled_step_are_the_models():
     from gqa_jax.training import program, sharding
 
     values = TrainConfig(steps=10).to_dict()
-    values |= {"context_length": 128, "batch_tokens": 512, "mesh": "data=1", "accumulation_steps": 2}
-    values |= {"context_attention": "gather"}
+    values |= {"context_length": 128, "batch_tokens": 512}
+    how = {"remat": "none", "accumulation_steps": 2, "context_attention": "gather", "attention": "reference"}
+    values["execution"] |= {"mesh": "data=1"} | how
     values["data"]["block_tokens"] = values["evaluation"]["tokens"] = 512
     values["model"] |= {"n_layers": 3, "d_model": 128, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "d_ff": None}
-    values["model"] |= {"remat": "none", "attention": "reference", "dtype": "float32"}
+    values["model"] |= {"dtype": "float32"}
     config = TrainConfig.from_dict(values)
     import jax
 
-    text = program.compile_step(config, sharding.make_mesh(config.mesh_shape, jax.devices()[:1])).as_text()
+    text = program.compile_step(config, sharding.make_mesh(config.execution.mesh, jax.devices()[:1])).as_text()
     found = sum(times * kernel.flops for kernel, times in hlo.kernels(hlo.parse(text)))
     causal = costs.train_flops(config.model, 128, 512, "exact")
     scores = 3 * 512 * 3 * 4 * (128 / 2) * 2 * 64  # forward and twice that, three layers

@@ -73,7 +73,7 @@ TABLE = (
     # What a run needs, before it is started.
     Row("gqa_jax.planning"),
     Row("gqa_jax.planning.hlo", ".hardware"),
-    Row("gqa_jax.planning.share", ".mesh .costs .config"),
+    Row("gqa_jax.planning.share", ".costs .config"),
     Row("gqa_jax.planning.traffic", ".planning.share"),
     Row("gqa_jax.planning.planner", ".errors .mesh .costs .config .hardware .planning.hlo .planning.share .planning.traffic"),
     Row("gqa_jax.planning.topologies", ".mesh .hardware .training.sharding", outside="jax"),

@@ -203,7 +203,7 @@ def test_compiled_rows_say_so_and_have_the_compilers_bytes(capsys, compiler):
 
 def test_the_next_execution_is_tried_where_the_compiler_says_no(capsys, compiler):
     provers, asked = compiler
-    provers.too_large = staticmethod(lambda config, topology: config.accumulation_steps == 1)
+    provers.too_large = staticmethod(lambda config, topology: config.execution.accumulation_steps == 1)
     (row,) = table(capsys, "--topology", "v5e:4x4", "--where", "size=3M,context=8192,n_heads=8,n_kv_heads=1")
     assert row["fits"] == "False"  # the estimate has one micro-batch for all of them
     assert len(asked) == fit.ATTEMPTS
@@ -211,7 +211,7 @@ def test_the_next_execution_is_tried_where_the_compiler_says_no(capsys, compiler
     provers.too_large = staticmethod(lambda config, topology: len(asked) == fit.ATTEMPTS + 1)
     (row,) = table(capsys, "--topology", "v5e:4x4", "--where", "size=3M,context=8192,n_heads=8,n_kv_heads=1")
     assert row["fits"] == "True"
-    assert row["mesh"] == asked[-1][0].mesh
+    assert row["mesh"] == str(asked[-1][0].execution.mesh)
 
 
 def test_totals_are_by_slice_and_by_choice(capsys):
@@ -251,7 +251,7 @@ def test_a_mesh_that_is_given_for_another_slice_is_a_row_that_does_not_fit(capsy
     path = tmp_path / "meshed.py"
     path.write_text(
         "from launch.grid import Grid\nfrom tests.grid_fakes import config\n"
-        "def get_grid(): return Grid('meshed', [config(mesh='fsdp=4')], [1024])\n"
+        "def get_grid(): return Grid('meshed', [config(execution={'mesh': 'fsdp=4'})], [1024])\n"
     )
     assert launch.main(["plan", str(path), "--topology", "v5e:2x4,v5e:2x2", "--estimate", "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)

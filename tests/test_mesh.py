@@ -45,8 +45,8 @@ def test_a_mesh_that_cannot_be_read_says_why(text, message):
 )
 def test_what_does_not_divide_is_said_with_what_would(mesh, n_kv, message):
     model = ModelConfig(d_model=64, n_heads=12, n_kv_heads=n_kv, head_dim=8)
-    obstacle = MeshShape.parse(mesh).obstacle(model, 64, 8)
+    reason = MeshShape.parse(mesh).unsupported_reason(model, 64, 8)
     if message is None:
-        assert obstacle is None
+        assert reason is None
     else:
-        assert message in obstacle
+        assert message in reason

@@ -6,10 +6,9 @@ import pytest
 
 from benchmarks import static_cost
 from gqa_jax import costs, hardware
-from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.config import ConfigError, Execution, TrainConfig
 from gqa_jax.mesh import MeshShape
 from gqa_jax.planning import planner, traffic
-from gqa_jax.planning.planner import Execution
 from gqa_jax.shapes import SIZES, head_configurations
 
 SHAPES = {name: (size.n_layers, size.d_model) for name, size in SIZES.items()} | {"1.8B": (36, 2048)}
@@ -65,15 +64,14 @@ COMPILED = [
 ]
 
 
-def config(size="1.2B", heads=(8, 1), context=8, **changes):
+def config(size="1.2B", heads=(8, 1), context=8, **execution):
     n_layers, d_model = SHAPES[size]
     values = TrainConfig(steps=10).to_dict()
     values |= {"context_length": context * 1024, "batch_tokens": 524_288}
     values["data"]["block_tokens"] = values["evaluation"]["tokens"] = max(131_072, context * 1024)
     values["model"] |= {"n_layers": n_layers, "d_model": d_model, "n_heads": heads[0], "n_kv_heads": heads[1], "d_ff": None}
-    remat = changes.pop("remat", None)
-    values["model"]["remat"] = remat
-    return TrainConfig.from_dict(values | changes)
+    values["execution"] |= execution
+    return TrainConfig.from_dict(values)
 
 
 def resolved(size, heads, context, mesh, remat, steps, method):
@@ -84,7 +82,7 @@ def resolved(size, heads, context, mesh, remat, steps, method):
 def test_the_estimate_is_near_the_compiled_memory_and_never_below_with_its_margin(row):
     topology, *what, megabytes = row
     where, run = hardware.find(topology), resolved(*what)
-    e = planner.estimate(run, Execution.of(run), where.chip)
+    e = planner.estimate(run, run.execution, where.chip)
     estimate = (e.bytes_arguments + e.bytes_temporary) / 1e6
     if where.is_tpu:
         assert estimate == pytest.approx(megabytes, rel=0.15)
@@ -115,7 +113,7 @@ def narrow(run):
 def test_the_estimate_for_parameters_in_bfloat16_is_near_the_compiled_memory(row):
     topology, *what, megabytes = row
     run = narrow(resolved(*what))
-    e = planner.estimate(run, Execution.of(run), hardware.find(topology).chip)
+    e = planner.estimate(run, run.execution, hardware.find(topology).chip)
     estimate = (e.bytes_arguments + e.bytes_temporary) / 1e6
     assert estimate == pytest.approx(megabytes, rel=0.15)
     assert estimate * planner.MARGIN > megabytes
@@ -129,10 +127,10 @@ def test_sums_of_gradients_are_float32_whatever_the_parameters_are():
     )
     count = costs.count_params(once.model, "exact").total
     for change in (lambda run: run, narrow):
-        one, two = (planner.estimate(change(run), Execution.of(run), chip) for run in (once, twice))
+        one, two = (planner.estimate(change(run), run.execution, chip) for run in (once, twice))
         assert two.bytes_temporary - one.bytes_temporary == pytest.approx(4 * count)
         assert two.collective_bytes["data"] == pytest.approx(2 * 7 / 8 * 4 * count)
-    wide, small = (planner.estimate(run, Execution.of(once), chip) for run in (once, narrow(once)))
+    wide, small = (planner.estimate(run, once.execution, chip) for run in (once, narrow(once)))
     assert wide.bytes_arguments - small.bytes_arguments == pytest.approx(6 * count)  # of 12
 
 
@@ -140,7 +138,7 @@ def test_weights_are_copied_only_into_another_dtype():
     chip = hardware.find("h200:8").chip
     run = resolved("85M", (8, 1), 8, "data=8", "none", 2, "gather")
     layers = costs.count_params(run.model, "exact")
-    temporary = [planner.estimate(one, Execution.of(one), chip).bytes_temporary for one in (run, narrow(run))]
+    temporary = [planner.estimate(one, one.execution, chip).bytes_temporary for one in (run, narrow(run))]
     matrices = layers.attention + layers.ffn
     assert temporary[0] - temporary[1] == pytest.approx((2 + 2) * matrices, rel=0.01)  # the copy, and gradients of the layers
 
@@ -149,9 +147,9 @@ def test_arguments_on_tpus_are_exact_with_their_tiles():
     run = resolved(
         "1.2B", (32, 32), 8, "fsdp=16", "full", 1, "gather"
     )  # hidden size / 16 = 96: padded to 128 in three matrices
-    e = planner.estimate(run, Execution.of(run), hardware.find("v5e:4x4").chip)
+    e = planner.estimate(run, run.execution, hardware.find("v5e:4x4").chip)
     assert e.bytes_arguments == pytest.approx(1_022_305_792, abs=2048)
-    gpu = planner.estimate(run, Execution.of(run), hardware.find("h200:8").chip)
+    gpu = planner.estimate(run, run.execution, hardware.find("h200:8").chip)
     count = costs.count_params(run.model, "exact")
     parameters = (count.total - count.norms) / 16 + count.norms
     assert gpu.bytes_arguments == pytest.approx(12 * parameters + 2 * 4 * 4 * 8192)
@@ -160,7 +158,7 @@ def test_arguments_on_tpus_are_exact_with_their_tiles():
 def test_flops_are_those_of_the_cost_table_and_recomputation_is_apart():
     chip = hardware.find("v5e:4x4").chip
     runs = {remat: resolved("1.2B", (8, 1), 8, "fsdp=16", remat, 4, "gather") for remat in planner.SEARCHED_REMAT}
-    found = {remat: planner.estimate(run, Execution.of(run), chip) for remat, run in runs.items()}
+    found = {remat: planner.estimate(run, run.execution, chip) for remat, run in runs.items()}
     assert {e.flops for e in found.values()} == {costs.train_flops(runs["full"].model, 8192, 524_288, "exact")}
     forward = costs.forward_flops(runs["full"].model, 4096, "exact")
     again = {remat: e.flops_again / 524_288 for remat, e in found.items()}
@@ -191,7 +189,7 @@ def test_attention_limits_long_contexts_and_small_heads_cost_more_than_their_flo
 def test_collectives_by_axis_are_what_the_step_moves():
     run = resolved("1.2B", (8, 1), 128, "fsdp=4,context=4", "attention_only", 1, "gather")
     model = run.model
-    moved = planner.estimate(run, Execution.of(run), hardware.find("v5e:4x4").chip).collective_bytes
+    moved = planner.estimate(run, run.execution, hardware.find("v5e:4x4").chip).collective_bytes
     matrices = costs.count_params(model, "exact").attention + costs.count_params(model, "exact").ffn
     embedding = model.vocab_size * model.d_model
     assert set(moved) == {"fsdp,context", "context"}
@@ -199,7 +197,7 @@ def test_collectives_by_axis_are_what_the_step_moves():
     keys = model.n_layers * 131_072 * 2 * model.n_kv_heads * model.head_dim  # of the one sequence of a device
     assert moved["context"] == pytest.approx(3 / 4 * keys * (2 + 2 + 4))
     alone = resolved("3M", (8, 1), 8, "data=16", "none", 1, "gather")
-    moved = planner.estimate(alone, Execution.of(alone), hardware.find("v5e:4x4").chip).collective_bytes
+    moved = planner.estimate(alone, alone.execution, hardware.find("v5e:4x4").chip).collective_bytes
     assert moved == {"data": pytest.approx(2 * 15 / 16 * 4 * costs.count_params(alone.model, "exact").total)}
 
 
@@ -210,7 +208,7 @@ def test_candidates_keep_what_is_given_and_divide():
     assert {str(e.mesh) for e in found} >= {"data=16", "fsdp=16", "data=4,fsdp=4", "fsdp=4,context=4", "fsdp=8,tensor=2"}
     assert {e.mesh.n_devices for e in found} == {16}
     for e in found:
-        e.resolved(run)  # the configuration's own checks
+        dataclasses.replace(run, execution=e)  # the configuration's own checks
     given = config("85M", (8, 1), mesh="fsdp=8,context=2", remat="full", accumulation_steps=2)
     found = list(planner.candidates(given, chip, 16))
     assert {(str(e.mesh), e.remat, e.accumulation_steps) for e in found} == {("fsdp=8,context=2", "full", 2)}
@@ -239,19 +237,21 @@ def test_every_cell_of_the_paper_fits_v5e_16_by_arithmetic():
 
 def test_resolve_on_a_cpu_is_one_device_and_itself_again():
     run = planner.resolve(config("3M"), "cpu", 8)
-    assert (run.mesh, run.model.remat, run.accumulation_steps, run.context_attention) == ("data=1", "none", 1, "gather")
+    assert run.execution == Execution(MeshShape(), "none", 1, "gather")
     assert planner.resolve(run, "cpu", 8) == run
-    assert planner.resolve(config("3M"), "cpu", 2, 2).mesh == "fsdp=2"  # processes of one run must all take part
-    given = planner.resolve(config("3M", mesh="fsdp=4,context=2", remat="full"), "cpu", 8)
-    assert (given.mesh, given.model.remat, given.accumulation_steps) == ("fsdp=4,context=2", "full", 1)
+    assert planner.resolve(config("3M"), "cpu", 2, 2).execution.mesh == MeshShape(
+        fsdp=2
+    )  # processes of one run must all take part
+    given = planner.resolve(config("3M", mesh="fsdp=4,context=2", remat="full", attention="xla"), "cpu", 8)
+    assert given.execution == Execution(MeshShape(fsdp=4, context=2), "full", 1, "gather", "xla")
 
 
 def test_resolve_on_known_devices_takes_the_best_and_keeps_what_is_given():
     run = planner.resolve(config("1.2B", (32, 32)), "TPU v5 lite", 16)
-    assert run.mesh_shape.n_devices == 16
-    assert planner.estimate(run, Execution.of(run), hardware.find("v5e:4x4").chip).fits
-    given = planner.resolve(config("1.2B", mesh="fsdp=16", remat="full"), "TPU v5 lite", 16)
-    assert (given.mesh, given.model.remat) == ("fsdp=16", "full")
+    assert run.execution.mesh.n_devices == 16
+    assert planner.estimate(run, run.execution, hardware.find("v5e:4x4").chip).fits
+    given = planner.resolve(config("1.2B", mesh="fsdp=16", remat="full", attention="xla"), "TPU v5 lite", 16)
+    assert (str(given.execution.mesh), given.execution.remat, given.execution.attention) == ("fsdp=16", "full", "xla")
     assert planner.resolve(given, "TPU v5 lite", 16) == given
 
 
@@ -273,12 +273,6 @@ def test_the_chunk_of_the_loss_is_the_one_that_runs():
     from gqa_jax.training import loss
 
     assert planner.CHUNK_LOGITS == loss.CHUNK_LOGITS
-
-
-def test_an_execution_is_read_back_from_its_configuration():
-    execution = Execution(MeshShape(fsdp=2), "dots", 4, "ring")
-    assert Execution.of(execution.resolved(config("3M"))) == execution
-    assert dataclasses.replace(config("3M"), mesh="fsdp=2").mesh_shape == execution.mesh
 
 
 #: Programs compiled ahead of time and what their kernels take: benchmarks/static_cost.py.
@@ -415,14 +409,12 @@ def test_a_run_plans_with_the_memory_that_its_environment_gives(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.3")
     small = planner.resolve(run, "NVIDIA H100 80GB HBM3", 1)
     chip = hardware.find("h100:1").chip
-    used = [
-        (e.bytes_arguments + e.bytes_temporary) for e in (planner.estimate(r, Execution.of(r), chip) for r in (usual, small))
-    ]
+    used = [(e.bytes_arguments + e.bytes_temporary) for e in (planner.estimate(r, r.execution, chip) for r in (usual, small))]
     assert used[1] <= 0.3 * 80e9 < used[0] <= 0.75 * 80e9
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75%")
     with pytest.raises(ValueError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=75%: must be a number above 0 and at most 1"):
         planner.resolve(run, "NVIDIA H100 80GB HBM3", 1)
-    assert planner.resolve(run, "TPU v5 lite", 16).mesh  # of TPUs nothing is held back
+    assert planner.resolve(run, "TPU v5 lite", 16).execution.mesh  # of TPUs nothing is held back
 
 
 def test_the_fraction_of_memory_is_read_as_jax_reads_it():

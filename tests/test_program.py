@@ -20,15 +20,17 @@ from tests.test_train import tiny
 
 
 def resolved(mesh="data=1", accumulation_steps=1, remat="none", method="gather", **changes):
-    model = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "remat": remat, **changes.pop("model", {})}
-    return tiny(
-        mesh=mesh, accumulation_steps=accumulation_steps, context_attention=method, batch_tokens=512, context_length=64,
-        model=model, **changes,
-    )  # fmt: skip
+    model = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, **changes.pop("model", {})}
+    execution = {"mesh": mesh, "remat": remat, "accumulation_steps": accumulation_steps, "context_attention": method}
+    return tiny(execution=execution, batch_tokens=512, context_length=64, model=model, **changes)
+
+
+def carried_out(config, **execution):
+    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, **execution))
 
 
 def mesh_of(config):
-    return sharding.make_mesh(config.mesh_shape)
+    return sharding.make_mesh(config.execution.mesh)
 
 
 def batches(config, n, seed=0):
@@ -42,9 +44,9 @@ def batches(config, n, seed=0):
 
 
 def placed(config, mesh, batch):
-    rows = program.local_rows(config, mesh, config.accumulation_steps)
+    rows = program.local_rows(config, mesh, config.execution.accumulation_steps)
     assert np.array_equal(rows, np.arange(config.batch_size))  # one process has them all
-    return program.place(config, mesh, batch, rows, config.accumulation_steps)
+    return program.place(config, mesh, batch, rows, config.execution.accumulation_steps)
 
 
 def train(config, n_steps=20):
@@ -149,7 +151,7 @@ def narrow(request):
 def test_gradients_of_parameters_in_bfloat16_are_summed_over_micro_batches_in_float32(narrow):
     """Summed in bfloat16 they are off by some hundredths: a small gradient is lost beside a large sum."""
     config, params, batch, mean = narrow
-    found, norm = gradients(dataclasses.replace(config, accumulation_steps=64))(params, batch)
+    found, norm = gradients(carried_out(config, accumulation_steps=64))(params, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     assert apart(found, mean) < 1e-6
     assert float(norm) == pytest.approx(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(mean))), rel=1e-6)
@@ -166,7 +168,7 @@ def test_gradients_of_parameters_in_bfloat16_are_summed_over_micro_batches_in_fl
 )
 def test_gradients_of_parameters_in_bfloat16_are_summed_over_devices_in_float32(narrow, mesh, tolerance):
     config, params, batch, mean = narrow
-    on = dataclasses.replace(config, mesh=mesh, accumulation_steps=8)
+    on = carried_out(config, mesh=MeshShape.parse(mesh), accumulation_steps=8)
     state, placement = program.TrainState(jnp.int32(0), params, ()), placed(on, mesh_of(on), batch)
     jaxpr = jax.make_jaxpr(functools.partial(program.train_step, on, KEEP, mesh_of(on)))(state, placement)
     sums = re.findall(r":(\w+)\[[\d,]*\] = (?:psum|reduce_scatter)\[", str(jaxpr))  # computed in float32: all others are too
@@ -222,7 +224,7 @@ def test_nothing_is_replicated_by_accident(mesh):
     """Parameters and both moments take 1 / (fsdp context tensor) of the bytes on each device, but for the norms."""
     config = resolved(mesh)
     _, state = train(config, 1)
-    shape = config.mesh_shape
+    shape = config.execution.mesh
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = sharding.name_of(path)
         parts = leaf.size // leaf.addressable_shards[0].data.size
@@ -296,10 +298,10 @@ def test_a_step_at_128k_moves_keys_and_values_once_each_way_and_no_queries_and_n
     length, n_heads, head_dim = 131_072, 8, 64
     config = default_config()
     config.context_length, config.batch_tokens, config.steps = length, 4 * length, 10
-    config.mesh, config.accumulation_steps, config.context_attention = "fsdp=4,context=4", 1, "gather"
-    config.model.update(n_layers=3, d_model=256, n_heads=n_heads, n_kv_heads=1, remat="attention_only")
+    config.execution.update(mesh="fsdp=4,context=4", remat="attention_only", accumulation_steps=1, context_attention="gather")
+    config.model.update(n_layers=3, d_model=256, n_heads=n_heads, n_kv_heads=1)
     config = TrainConfig.from_dict(config.to_dict())
-    found = collectives(program.compile_step(config, topologies.mesh("v5e:4x4", config.mesh_shape)))
+    found = collectives(program.compile_step(config, topologies.mesh("v5e:4x4", config.execution.mesh)))
     keys_and_values = 2 * length * head_dim
     assert found.count(("all-gather", keys_and_values)) == 2
     assert found.count(("reduce-scatter", keys_and_values // 4)) == 1

@@ -323,7 +323,7 @@ def test_a_tokenizer_that_is_gone_is_said(tmp_path):
 
 @pytest.mark.parametrize("name", ["sotu-bytes", "sotu-bytes@position", "data"])
 def test_a_built_in_store_is_not_to_be_prepared_otherwise(store, name):
-    changes = {"context_length": 32, "batch_tokens": 64, "accumulation_steps": 1, "tokens": 64, "evaluation.tokens": 32_000}
+    changes = {"context_length": 32, "batch_tokens": 64, "tokens": 64, "evaluation.tokens": 32_000}
     changes |= {"data.store": name, "data.block_tokens": BLOCK, "model.vocab_size": 320}
     config = default_config()
     config.update_from_flattened_dict(changes)

@@ -211,7 +211,7 @@ def test_losses_agree_between_implementations_of_attention(implementation, tmp_p
     plain = train.train_and_evaluate(tiny(model=model_changes, steps=4), tmp_path / "xla")
     with attention.interpreted():
         other = train.train_and_evaluate(
-            tiny(model=model_changes | {"attention": implementation}, steps=4), tmp_path / implementation
+            tiny(model=model_changes, execution={"attention": implementation}, steps=4), tmp_path / implementation
         )
     assert (plain["attention"], other["attention"]) == ("xla", implementation)
     np.testing.assert_allclose(losses(tmp_path / implementation), losses(tmp_path / "xla"), rtol=1e-5)
@@ -220,14 +220,14 @@ def test_losses_agree_between_implementations_of_attention(implementation, tmp_p
 
 
 def test_attention_that_cannot_run_here_is_refused_before_data_is_opened(tmp_path):
-    config = tiny(model={"attention": "pallas_gpu", "head_dim": 64}, data={"store": str(tmp_path / "none")})
-    with pytest.raises(ConfigError, match=r"model\.attention: .*'pallas_gpu' can't run here: .* These can: reference, xla"):
+    config = tiny(model={"head_dim": 64}, execution={"attention": "pallas_gpu"}, data={"store": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match=r"execution\.attention: .*'pallas_gpu' can't run here: .* These can: reference, xla"):
         train.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_parameters_in_bfloat16_are_warned_of_and_train(finished, tmp_path, caplog):
     """And are resumed: their optimizer state is in bfloat16 too."""
-    config = tiny(model={"param_dtype": "bfloat16"}, accumulation_steps=4)
+    config = tiny(model={"param_dtype": "bfloat16"}, execution={"accumulation_steps": 4})
     whole = train.train_and_evaluate(config, tmp_path / "whole")
     assert caplog.text.count("updates smaller than about 1/256 of a parameter are lost") == 1
     assert whole["loss"] == pytest.approx(finished[1]["loss"], rel=0.02)
@@ -256,7 +256,7 @@ def test_resume_with_another_config_is_refused_with_the_fields(finished):
 
 def test_logging_and_checkpoints_are_no_other_config(finished):
     folder, result = finished
-    other = dataclasses.replace(tiny(), checkpoint=dataclasses.replace(tiny().checkpoint, every_steps=5), accumulation_steps=2)
+    other = tiny(checkpoint={"every_steps": 5}, execution={"accumulation_steps": 2})
     assert train.train_and_evaluate(other, folder) == result
 
 
@@ -360,12 +360,15 @@ def test_a_second_phase_needs_a_first_that_is_done(finished, tmp_path):
 @pytest.mark.parametrize(
     ("device_kind", "fix"),
     [
-        ("TPU v5 lite", r"mesh=.*, model\.remat=.*, accumulation_steps=.*, context_attention=.* should fit"),
-        ("cpu", "raise accumulation_steps, set model.remat to full, or use a mesh of more devices"),
+        (
+            "TPU v5 lite",
+            r"execution\.mesh=.*, execution\.remat=.*, .*accumulation_steps=.*, .*context_attention=.* should fit",
+        ),
+        ("cpu", "raise execution.accumulation_steps, set execution.remat to full, or use a mesh of more devices"),
     ],
 )
 def test_a_step_that_needs_too_much_memory_is_refused_with_what_would_fit(device_kind, fix):
-    config = planner.resolve(tiny(mesh="data=1", model={"remat": "none"}), "cpu", 1)
+    config = planner.resolve(tiny(execution={"mesh": "data=1", "remat": "none"}), "cpu", 1)
     gib = 2**30
     program = SimpleNamespace(
         memory_analysis=lambda: SimpleNamespace(

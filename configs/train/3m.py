@@ -15,7 +15,7 @@ def get_config():
     size = SIZES["3M"]
     config.label = "3M"
     config.tokens = size.tokens
-    config.accumulation_steps = 8
+    config.execution.accumulation_steps = 8
     config.model.update(n_layers=size.n_layers, d_model=size.d_model, n_heads=4, n_kv_heads=4)
     config.data.store = "stores/text-gpt2"
     config.optimizer.learning_rate = size.learning_rate

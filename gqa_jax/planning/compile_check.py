@@ -266,7 +266,7 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
     limit = hardware.find(topology).chip.memory_bytes
     started = time.monotonic()
     try:
-        mesh = topologies.mesh(topology, config.mesh_shape)
+        mesh = topologies.mesh(topology, config.execution.mesh)
         with jax.set_mesh(mesh):
             attention = program.attention_of(config)
         try:
@@ -275,8 +275,8 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
             if attention != "cudnn" or "cudnn" not in str(error).lower():
                 raise
             attention = "pallas_triton for cudnn"
-            model = dataclasses.replace(config.model, attention="pallas_triton")
-            compiled = program.compile_step(dataclasses.replace(config, model=model), mesh)
+            execution = dataclasses.replace(config.execution, attention="pallas_triton")
+            compiled = program.compile_step(dataclasses.replace(config, execution=execution), mesh)
     except Exception as error:
         return Proof(
             topology,

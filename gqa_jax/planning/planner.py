@@ -18,12 +18,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gqa_jax import costs, hardware
-from gqa_jax.config import CONTEXT_ATTENTION, TrainConfig, divisors
+from gqa_jax.config import CONTEXT_ATTENTION, Execution, TrainConfig, divisors
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Chip
 from gqa_jax.mesh import PARAMETERS, MeshShape
 from gqa_jax.planning import hlo, traffic
-from gqa_jax.planning.share import Execution, Share
+from gqa_jax.planning.share import Share
 
 CHUNK_LOGITS = 2**26  # gqa_jax.training.loss.CHUNK_LOGITS
 # The compiled program may need so many times the estimate: of more than 50 compiled for TPUs one needed more than 1.09 times
@@ -100,7 +100,7 @@ class Estimate:
 
 
 def resolve(config: TrainConfig, device_kind: str, n_devices: int, n_processes: int = 1) -> TrainConfig:
-    """`config` with mesh, model.remat, accumulation_steps and context_attention filled in; what was given is kept.
+    """`config` with its mesh, remat, accumulation_steps and context_attention filled in; what was given is kept.
 
     `device_kind` is JAX's name. On a CPU, or on a device that no table knows: unless a mesh is given one device, or fsdp over
     those of several processes; nothing computed again, no accumulation. Elsewhere the best of `choose`, in the memory that this
@@ -109,17 +109,20 @@ def resolve(config: TrainConfig, device_kind: str, n_devices: int, n_processes: 
     """
     chip = hardware.chip_of(device_kind)
     if chip is not None:
-        return choose(config, hardware.on_this_machine(chip, os.environ), n_devices)[0].execution.resolved(config)
-    if config.mesh is not None and config.mesh_shape.n_devices not in (1, n_devices):
+        best = choose(config, hardware.on_this_machine(chip, os.environ), n_devices)[0]
+        return dataclasses.replace(config, execution=best.execution)
+    given = config.execution
+    if given.mesh is not None and given.mesh.n_devices not in (1, n_devices):
         raise ConfigError(_mesh_of_another_size(config, n_devices))
     default = MeshShape() if n_processes == 1 else MeshShape(fsdp=n_devices)
-    execution = Execution(
-        mesh=default if config.mesh is None else config.mesh_shape,
-        remat=config.model.remat or "none",
-        accumulation_steps=config.accumulation_steps or 1,
-        context_attention=config.context_attention or CONTEXT_ATTENTION[0],
+    execution = dataclasses.replace(
+        given,
+        mesh=given.mesh or default,
+        remat=given.remat or "none",
+        accumulation_steps=given.accumulation_steps or 1,
+        context_attention=given.context_attention or CONTEXT_ATTENTION[0],
     )
-    return execution.resolved(config)
+    return dataclasses.replace(config, execution=execution)
 
 
 def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
@@ -154,40 +157,40 @@ def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
 
 def candidates(config: TrainConfig, chip: Chip, n_devices: int) -> Iterator[Execution]:
     """Every execution on `n_devices` that the configuration leaves open and the mesh allows; fewest micro-batches first."""
-    policies = (config.model.remat,) if config.model.remat else SEARCHED_REMAT
-    if config.model.remat is None and chip.host_memory_bytes is None:
+    given = config.execution
+    policies = (given.remat,) if given.remat else SEARCHED_REMAT
+    if given.remat is None and chip.host_memory_bytes is None:
         policies = tuple(policy for policy in policies if policy != "offload")
-    accumulations = [config.accumulation_steps] if config.accumulation_steps else divisors(config.batch_size)
+    accumulations = [given.accumulation_steps] if given.accumulation_steps else divisors(config.batch_size)
     for shape in meshes(config, n_devices):
-        methods = (
-            (config.context_attention,) if config.context_attention else CONTEXT_ATTENTION[: 2 if shape.context > 1 else 1]
-        )
+        open_methods = CONTEXT_ATTENTION[: 2 if shape.context > 1 else 1]
+        methods = (given.context_attention,) if given.context_attention else open_methods
         for steps in accumulations:
-            if shape.obstacle(config.model, config.context_length, config.batch_size // steps) is None:
+            if shape.unsupported_reason(config.model, config.context_length, config.batch_size // steps) is None:
                 for remat, method in itertools.product(policies, methods):
-                    yield Execution(shape, remat, steps, method)
+                    yield Execution(shape, remat, steps, method, given.attention)
 
 
 def meshes(config: TrainConfig, n_devices: int) -> Iterator[MeshShape]:
     """The meshes of `n_devices` that the whole batch divides into, or the one given. Raises ConfigError for its size."""
-    if config.mesh is not None:
-        if config.mesh_shape.n_devices != n_devices:
+    if (given := config.execution.mesh) is not None:
+        if given.n_devices != n_devices:
             raise ConfigError(_mesh_of_another_size(config, n_devices))
-        yield config.mesh_shape
+        yield given
         return
     for tensor in divisors(n_devices):
         for context in divisors(n_devices // tensor):
             for data in divisors(n_devices // tensor // context):
                 shape = MeshShape(data, n_devices // tensor // context // data, tensor, context)
-                if shape.obstacle(config.model, config.context_length, config.micro_batch) is None:
+                if shape.unsupported_reason(config.model, config.context_length, config.micro_batch) is None:
                     yield shape
 
 
 def _mesh_of_another_size(config: TrainConfig, n_devices: int) -> str:
-    open_config = dataclasses.replace(config, mesh=None)
-    return (
-        f"mesh {config.mesh!r} is of {config.mesh_shape.n_devices} devices and there are {n_devices}: leave it out, or use "
-        + (" or ".join(map(str, itertools.islice(meshes(open_config, n_devices), 4))) or "another number of devices")
+    mesh = config.execution.mesh
+    open_config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, mesh=None))
+    return f"mesh {str(mesh)!r} is of {mesh.n_devices} devices and there are {n_devices}: leave it out, or use " + (
+        " or ".join(map(str, itertools.islice(meshes(open_config, n_devices), 4))) or "another number of devices"
     )
 
 
@@ -195,7 +198,7 @@ def _no_mesh(config: TrainConfig, n_devices: int) -> str:
     plain = MeshShape(fsdp=n_devices)
     return (
         f"no mesh of {n_devices} devices suits batches of {config.batch_size} sequences of {config.context_length} tokens; "
-        f"{str(plain)!r}, for one: {plain.obstacle(config.model, config.context_length, config.micro_batch)}"
+        f"{str(plain)!r}, for one: {plain.unsupported_reason(config.model, config.context_length, config.micro_batch)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How a run is carried out, and what of it one device has: its part of the model and of a micro-batch, counted."""
+"""What one device has of a run: its part of the model and of a micro-batch, counted."""
 
 from __future__ import annotations
 
@@ -7,33 +7,7 @@ import functools
 import math
 
 from gqa_jax import costs
-from gqa_jax.config import TrainConfig
-from gqa_jax.mesh import MeshShape
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a run is carried out: what a configuration may leave open."""
-
-    mesh: MeshShape
-    remat: str
-    accumulation_steps: int
-    context_attention: str
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> Execution:
-        """The execution that a resolved configuration names."""
-        return cls(config.mesh_shape, config.model.remat, config.accumulation_steps, config.context_attention)
-
-    def resolved(self, config: TrainConfig) -> TrainConfig:
-        """`config`, carried out this way."""
-        return dataclasses.replace(
-            config,
-            mesh=str(self.mesh),
-            accumulation_steps=self.accumulation_steps,
-            context_attention=self.context_attention,
-            model=dataclasses.replace(config.model, remat=self.remat),
-        )
+from gqa_jax.config import Execution, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

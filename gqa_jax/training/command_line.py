@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from gqa_jax import errors
-from gqa_jax.config import BUDGETS, TrainConfig, field_types, unknown_key, wrong_type
+from gqa_jax.config import BUDGETS, TrainConfig, field_types, unknown_key, unknown_key_of, wrong_type
 from gqa_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ FLAG = "config"  # by `config_flags.DEFINE_config_file`
 
 _OVERRIDE = re.compile(rf"--?(?:no)?{FLAG}\.([^=]*)")
 _FILE = re.compile(rf"--?{FLAG}=([^:]*)")
-_LOCKED = re.compile(r'Key "(.*?)" does not exist')  # of a ConfigDict
 
 
 class _OrNone(flags.ArgumentParser):
@@ -114,9 +113,7 @@ def _explained(error: Exception, argv: Sequence[str]) -> str:
     for cause in chain:
         lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == file]
         if lines:
-            key = _LOCKED.search(str(cause))
-            said = unknown_key(key[1], TrainConfig) if key else errors.named(cause)
-            return f"{file}, line {lines[-1]}: {said}"
+            return f"{file}, line {lines[-1]}: {unknown_key_of(cause) or errors.named(cause)}"
     if "Error whilst parsing config file" in text:
         return f"--{FLAG}={file}: {errors.named(chain[0])}"
     text = " ".join(text.replace("\\n", " ").split())

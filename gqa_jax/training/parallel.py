@@ -36,7 +36,7 @@ class Shard:
 
     @property
     def mesh(self) -> MeshShape:
-        return self.config.mesh_shape
+        return self.config.execution.mesh
 
     @property
     def n_kv_heads(self) -> int:
@@ -56,8 +56,8 @@ class Shard:
                 v_BxTxKxH,
                 axis="context",
                 size=self.mesh.context,
-                method=self.config.context_attention or "gather",
-                implementation=self.config.model.attention,
+                method=self.config.execution.context_attention or "gather",
+                implementation=self.config.execution.attention,
                 segment_ids=segments_BxT,
             ), state
 

@@ -82,7 +82,7 @@ def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, j
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(share_of_loss)(wide_params, micro)), None
 
     wide_params = jax.tree_util.tree_map_with_path(_wide_unless_matrix, params)
-    steps = config.accumulation_steps
+    steps = config.execution.accumulation_steps
     if steps == 1:
         share, grads = jax.value_and_grad(share_of_loss)(wide_params, jax.tree.map(lambda x: x[0], batch))
         grads = jax.tree.map(_wide, grads)
@@ -95,11 +95,10 @@ def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, j
 
 def _hidden(shard: Shard, params: dict, whole_VxD: jax.Array, micro: Mapping[str, jax.Array]) -> jax.Array:
     """The model's last hidden states (B, T, D) of a micro-batch, of one device."""
-    x_BxTxD = shard.embed(params["embedding"], whole_VxD, micro["tokens"])
-    transformer, positions = model.with_params(shard.config.model, params), shard.positions(x_BxTxD.shape[1])
-    return transformer.hidden(x_BxTxD, positions, shard.hooks(micro.get("segments")), remat=shard.config.model.remat or "none")[
-        0
-    ]
+    config, x_BxTxD = shard.config, shard.embed(params["embedding"], whole_VxD, micro["tokens"])
+    hooks, positions = shard.hooks(micro.get("segments")), shard.positions(x_BxTxD.shape[1])
+    transformer = model.with_params(config.model, params)
+    return transformer.hidden(x_BxTxD, positions, hooks, remat=config.execution.remat or "none")[0]
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -141,7 +140,7 @@ def attention_of(config: TrainConfig) -> str:
 
     Raises ValueError when the one asked for can't run, saying which can.
     """
-    shape, mesh = config.model, config.mesh_shape
+    shape, mesh = config.model, config.execution.mesh
     case = attention.planned_case(
         batch=config.micro_batch // mesh.sequences,
         length=config.context_length // mesh.context,
@@ -150,10 +149,10 @@ def attention_of(config: TrainConfig) -> str:
         head_dim=shape.head_dim,
         dtype=shape.dtype,
         size=mesh.context,
-        method=config.context_attention,
+        method=config.execution.context_attention,
         segments=config.data.document_mask,
     )
-    return attention.resolve(shape.attention, case)
+    return attention.resolve(config.execution.attention, case)
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
@@ -166,7 +165,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of what a step reads."""
     names = ("tokens", "targets", "segments") if config.data.document_mask else ("tokens", "targets")
-    shape = (config.accumulation_steps, config.micro_batch, config.context_length)
+    shape = (config.execution.accumulation_steps, config.micro_batch, config.context_length)
     placement = NamedSharding(mesh, sharding.BATCH)
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement) for name in names}
 
@@ -207,7 +206,7 @@ def evaluation_losses(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
 
 def order(config: TrainConfig) -> np.ndarray:
     """Positions of a sequence in the order in which arrays hold them: zig-zag over a context axis, so that work is equal."""
-    return attention.zigzag(config.context_length, config.mesh_shape.context)
+    return attention.zigzag(config.context_length, config.execution.mesh.context)
 
 
 def local_rows(config: TrainConfig, mesh: Mesh, accumulation_steps: int) -> np.ndarray:

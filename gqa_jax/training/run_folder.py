@@ -285,7 +285,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "disk_full", f"the disk is full ({text}): free space and run the same command again; what was saved is kept"
     if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
         return "out_of_memory", (
-            f"out of memory ({errors.first_line(error) or text}): raise accumulation_steps, or set model.remat to full"
+            f"out of memory ({errors.first_line(error) or text}): raise execution.accumulation_steps, or set "
+            "execution.remat to full"
         )
     if isinstance(error, ConfigError):
         return "config", text

@@ -515,9 +515,9 @@ def trained() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, mesh in MESHES.items():
         config = default_config()
-        config.update(context_length=64, batch_tokens=512, steps=6, mesh=mesh, accumulation_steps=1)
+        config.update(context_length=64, batch_tokens=512, steps=6)
+        config.execution.update(mesh=mesh, remat="none", accumulation_steps=1)
         config.model.update(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=16, vocab_size=320, dtype="float32")
-        config.model.remat = "none"
         config.data.update(store="sotu-bytes", block_tokens=64)
         config.evaluation.tokens = 1024
         config.logging.update(every_steps=1, progress=False)
