@@ -1,7 +1,7 @@
 """What kernels of compiled training steps take by bytes and FLOPs, without the device: python -m benchmarks.static_cost
 
 Compiles the step of every program of `CELLS` ahead of time (package extra aot; about 10 s each), counts its kernels
-(`gqa_jax.planning.hlo`) and writes benchmarks/results/static_cost.json, which the planner's calibration is fitted on
+(`benchmarks.program_cost`) and writes benchmarks/results/static_cost.json, which the planner's calibration is fitted on
 (`--fit`) and compared with (tests/test_planner.py). With --keep DIR the programs are kept, and counted again from there.
 """
 
@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
+from benchmarks import program_cost
 from gqa_jax import hardware
 from gqa_jax.config import Execution, TrainConfig
 from gqa_jax.hardware import Chip
-from gqa_jax.planning import hlo, planner, traffic
+from gqa_jax.planning import planner, traffic
 from gqa_jax.planning.share import Share
 from gqa_jax.shapes import SIZES
 
@@ -121,9 +122,9 @@ def compiled(cell: Cell, one: Execution) -> tuple[str, dict[str, float]]:
 
 def row(cell: Cell, one: Execution, text: str, chip: Chip) -> dict[str, Any]:
     """What is kept of a program."""
-    cost = hlo.static_cost(text, chip, (one.context_attention, one.mesh.context))
+    cost = program_cost.static_cost(text, chip, (one.context_attention, one.mesh.context))
     by_scope: dict[str, float] = defaultdict(float)
-    for kernel, times in hlo.kernels(hlo.parse(text)):
+    for kernel, times in program_cost.kernels(program_cost.parse(text)):
         if kernel.part == "elementwise":
             by_scope[f"{kernel.phase} {kernel.scope or 'layers'}"] += times * kernel.bytes
         elif kernel.part == "stacking":
@@ -213,7 +214,8 @@ def main() -> None:
     known = json.loads(RESULTS.read_text())["programs"] if RESULTS.exists() else []
     if arguments.fit:
         for remat, both in fit(known).items():
-            print(f'    "{remat}": (\n' + "".join(f"        {one},\n" for one in both) + "    ),")
+            rows = (f"        Traffic({', '.join(f'{x:g}' for x in one)}),\n" for one in both)
+            print(f'    "{remat}": (\n' + "".join(rows) + "    ),")
         for name in ("v5e", "v6e"):
             found, error = fit_tpu(known, name)
             print(f"{name}: {found.products:g}, {found.bandwidth:g}, {found.network:g}, {found.passes:g}: {error:.1%} at most")

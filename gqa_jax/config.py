@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from gqa_jax import shapes
 from gqa_jax.errors import ConfigError, close, closest
-from gqa_jax.mesh import MeshShape
+from gqa_jax.mesh import MeshShape, divisors
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -236,11 +236,13 @@ class TrainConfig:
         _require(0 < value < 2**63, f"{name} = {value}: must be above 0, and below 2^63")
         _require(0 <= self.seed <= LARGEST_SEED, f"seed = {self.seed}: must be 0 to {LARGEST_SEED} (2^63 - 1)")
         _require(self.continue_from != "", "continue_from = '': must be a run folder, or None to start from scratch")
-        _require(
-            self.batch_tokens % self.context_length == 0,
-            f"batch_tokens = {self.batch_tokens} is not a multiple of context_length = {self.context_length}: "
-            f"use {_nearest_multiple(self.batch_tokens, self.context_length)}",
-        )
+        multiples = {"batch_tokens": self.batch_tokens, "evaluation.tokens": self.evaluation.tokens}
+        for name, value in (multiples | {"data.skip_tokens": self.data.skip_tokens}).items():
+            _require(
+                value % self.context_length == 0,
+                f"{name} = {value} is not a multiple of context_length = {self.context_length}: "
+                f"use {_nearest_multiple(value, self.context_length)}",
+            )
         steps, mesh = self.execution.accumulation_steps, self.execution.mesh
         _require(
             self.batch_size % (steps or 1) == 0,
@@ -252,16 +254,6 @@ class TrainConfig:
             f"context_length = {self.context_length} does not divide data.block_tokens = {self.data.block_tokens}, the unit "
             f"of the shuffle that every context length is cut from: use a block of "
             f"{_nearest_multiple(self.data.block_tokens, self.context_length)}, the same in all runs that are compared",
-        )
-        _require(
-            self.evaluation.tokens % self.context_length == 0,
-            f"evaluation.tokens = {self.evaluation.tokens} is not a multiple of context_length = {self.context_length}: "
-            f"use {_nearest_multiple(self.evaluation.tokens, self.context_length)}",
-        )
-        _require(
-            self.data.skip_tokens % self.context_length == 0,
-            f"data.skip_tokens = {self.data.skip_tokens} is not a multiple of context_length = {self.context_length}: "
-            f"use {_nearest_multiple(self.data.skip_tokens, self.context_length)}",
         )
         if mesh is not None:
             reason = mesh.unsupported_reason(self.model, self.context_length, self.micro_batch)
@@ -524,12 +516,6 @@ def wrong_type(path: str, value: Any, cls: type) -> str:
 def _check_choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} = {value!r}: {closest(str(value), map(str, allowed))}")
-
-
-def divisors(n: int) -> list[int]:
-    """Ascending. Of numbers that nobody means, above 10^12, only those of a factor up to a million: an error doesn't hang."""
-    small = [i for i in range(1, min(math.isqrt(n), 10**6) + 1) if n % i == 0]
-    return sorted({*small, *(n // i for i in small)})
 
 
 def _nearest_multiple(value: int, unit: int) -> int:

@@ -110,7 +110,7 @@ class Measured(NamedTuple):
 class Calibration(NamedTuple):
     """Shares of a chip's peaks that the planner's expectation of a training step is made with, and how near it comes.
 
-    What it is compared with is the static cost of compiled programs (`planning.hlo`), not a time on a chip: `Measured` is that.
+    What it is compared with is the static cost of compiled programs (`benchmarks`), not a time on a chip: `Measured` is that.
     """
 
     products: float  # of the peak FLOP/s, in products

@@ -105,6 +105,7 @@ class MeshShape:
         return None
 
 
-def divisors(n: int) -> str:
-    """The divisors of n as text: "1, 2, 4"."""
-    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+def divisors(n: int) -> list[int]:
+    """Ascending. Of numbers that nobody means, above 10^12, only those of a factor up to a million: an error doesn't hang."""
+    small = [i for i in range(1, min(math.isqrt(n), 10**6) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})

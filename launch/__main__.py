@@ -270,7 +270,7 @@ def _prove(fits: list[Fit], workers: int | None, exact: bool = False) -> None:
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"compiling, {count} at a time", total=len(fits))
-        fit.prove(fits, count, changed, exact)
+        fit.compile_checks(fits, count, changed, exact)
 
 
 def _proved(arguments, todo: list[Cell], engine: Executor) -> dict[str, Cell]:

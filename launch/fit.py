@@ -16,7 +16,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import gb, gib
 from gqa_jax.hardware import Slice
 from gqa_jax.planning import planner
-from gqa_jax.planning.compile_check import Proof, Provers
+from gqa_jax.planning.compile_check import CompileCheck, Compilers
 from gqa_jax.planning.planner import Estimate
 from launch.grid import Cell
 
@@ -34,13 +34,13 @@ class Fit:
     slice: Slice
     ranked: list[Estimate]  # best first; empty where no mesh suits
     chosen: Estimate | None = None
-    proof: Proof | None = None  # of the one chosen, when it was compiled
-    tried: list[tuple[Execution, Proof]] = dataclasses.field(default_factory=list)  # in vain
-    obstacle: str | None = None  # why there is nothing to choose from
+    check: CompileCheck | None = None  # of the one chosen, when it was compiled
+    tried: list[tuple[Execution, CompileCheck]] = dataclasses.field(default_factory=list)  # in vain
+    unsupported_reason: str | None = None  # why there is nothing to choose from
 
     @property
     def fits(self) -> bool:
-        return self.proof.fits if self.proof else self.chosen is not None and self.chosen.fits
+        return self.check.fits if self.check else self.chosen is not None and self.chosen.fits
 
 
 def estimate(cell: Cell, where: Slice) -> Fit:
@@ -48,12 +48,12 @@ def estimate(cell: Cell, where: Slice) -> Fit:
     try:
         ranked = planner.choose(cell.config, where.chip, where.n_chips)
     except ConfigError as error:
-        return Fit(cell, where, [], obstacle=str(error))
+        return Fit(cell, where, [], unsupported_reason=str(error))
     return Fit(cell, where, ranked, ranked[0])
 
 
-def prove(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, int, int], None], exact: bool = False) -> None:
-    """Compiles what the estimates chose, and what they rank next where the compiler says no; fills in `chosen` and `proof`.
+def compile_checks(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, int, int], None], exact: bool = False) -> None:
+    """Compiles what the estimates chose, and what they rank next where the compiler says no; fills in `chosen` and `check`.
 
     `on_change(fit, done, all)` is called for each cell and slice that is settled. What was compiled is kept when this is
     interrupted. Raises ValueError where a compiler is not installed.
@@ -63,12 +63,12 @@ def prove(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, int, int]
     def submit(fit: Fit) -> bool:
         if fit.chosen is None or (used(fit.chosen) > HOPELESS * fit.chosen.bytes_limit):
             return False
-        future = provers.submit(dataclasses.replace(fit.cell.config, execution=fit.chosen.execution), fit.slice.name, exact)
+        future = compilers.submit(dataclasses.replace(fit.cell.config, execution=fit.chosen.execution), fit.slice.name, exact)
         waiting[future] = fit
         return True
 
-    waiting: dict[concurrent.futures.Future[Proof], Fit] = {}
-    with Provers(workers) as provers:
+    waiting: dict[concurrent.futures.Future[CompileCheck], Fit] = {}
+    with Compilers(workers) as compilers:
         for fit in fits:
             if not submit(fit):
                 done += 1
@@ -77,10 +77,10 @@ def prove(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, int, int]
             ready, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ready:
                 fit = waiting.pop(future)
-                fit.proof = future.result()
-                if not fit.proof.fits and len(fit.tried) + 1 < ATTEMPTS and (smaller := _smaller(fit)) is not None:
-                    fit.tried.append((fit.chosen.execution, fit.proof))
-                    fit.chosen, fit.proof = smaller, None
+                fit.check = future.result()
+                if not fit.check.fits and len(fit.tried) + 1 < ATTEMPTS and (smaller := _smaller(fit)) is not None:
+                    fit.tried.append((fit.chosen.execution, fit.check))
+                    fit.chosen, fit.check = smaller, None
                     if submit(fit):
                         continue
                 done += 1
@@ -94,8 +94,8 @@ def _smaller(fit: Fit) -> Estimate | None:
 
 
 def settings(fit: Fit) -> tuple[str, ...]:
-    """Flags by which training carries a cell out as was compiled and proved, and not as it would choose by itself."""
-    if fit.proof is None or not fit.proof.fits:
+    """Flags by which training carries a cell out as its compile check found to fit, and not as it would choose by itself."""
+    if fit.check is None or not fit.check.fits:
         return ()
     chosen = {name: getattr(fit.chosen.execution, name) for name in PLANNED}
     return tuple(f"--config.execution.{name}={value}" for name, value in chosen.items() if value is not None)
@@ -143,16 +143,16 @@ def require(fits: Sequence[Fit]) -> None:
 
 def reason(fit: Fit) -> str:
     """Why a cell does not fit a slice, in a few words."""
-    if fit.obstacle:
-        return fit.obstacle
+    if fit.unsupported_reason:
+        return fit.unsupported_reason
     limit = gib(fit.chosen.bytes_limit)
-    if fit.proof is None:
+    if fit.check is None:
         return f"at least {gib(used(fit.chosen))} estimated, {limit} there"
-    if fit.proof.bytes_arguments is not None:
-        return f"{gib(fit.proof.bytes_used)} compiled, {limit} there"
-    if fit.proof.bytes_needed:
-        return f"the compiler needs {gib(fit.proof.bytes_needed)}, {limit} are there"
-    return f"the compiler says: {' '.join(str(fit.proof.error).split())[:300]}"
+    if fit.check.bytes_arguments is not None:
+        return f"{gib(fit.check.bytes_used)} compiled, {limit} there"
+    if fit.check.bytes_needed:
+        return f"the compiler needs {gib(fit.check.bytes_needed)}, {limit} are there"
+    return f"the compiler says: {' '.join(str(fit.check.error).split())[:300]}"
 
 
 def here(gpus: int) -> Slice | None:

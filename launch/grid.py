@@ -45,7 +45,7 @@ class Cell:
     data_fingerprint: str | None  # None: the token store is not prepared yet, and the name is provisional
     parent: str | None = None  # name of the cell whose last parameters this one starts from
     continues: str | None = None  # hash of the parent's identity
-    settings: tuple[str, ...] = ()  # flags of its training process: how it is carried out, as was proved to fit
+    settings: tuple[str, ...] = ()  # flags of its training process: how it is carried out, as its compile check found to fit
     number: int = 0  # of its configuration among those of the grid
     holdout: str | None = None  # rule by which documents of its token store are held out; None: it is not prepared yet
 

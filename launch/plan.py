@@ -78,7 +78,7 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
     batch_per_device: sequences of a micro-batch; bytes_arguments, bytes_temporary: of a device, of bytes_limit that a program
     may use; flops: of a step, all devices; collective_bytes: received per device and step; hours_at_least: of the run, every
     phase at its roofline; hours: as expected, or at `efficiency` of the roofline where that is given, else at the share that
-    was measured on the chip where one was; limited_by; chip_hours and price_usd of `hours`; proof: compiled or estimate;
+    was measured on the chip where one was; limited_by; chip_hours and price_usd of `hours`; check: compiled or estimate;
     choice: cheapest, fastest among the slices given; would_fit: where it does not. Empty: not known, or it does not fit.
     """
     about = frame.set_index("cell")
@@ -98,14 +98,14 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
                 "bytes_temporary": chosen.bytes_temporary,
                 "flops": chosen.flops,
                 "collective_bytes": sum(chosen.collective_bytes.values()),
-                "proof": "estimate",
+                "check": "estimate",
             }
         row["bytes_limit"] = one.slice.chip.memory_bytes
-        if one.proof is not None:
+        if one.check is not None:
             row |= {
-                "bytes_arguments": one.proof.bytes_arguments,
-                "bytes_temporary": one.proof.bytes_temporary,
-                "proof": "compiled",
+                "bytes_arguments": one.check.bytes_arguments,
+                "bytes_temporary": one.check.bytes_temporary,
+                "check": "compiled",
             }
         if one.fits:
             hours = config.n_steps * _seconds(chosen, one.slice.chip, efficiency) / 3600
@@ -129,7 +129,7 @@ COLUMNS = {
     "topology": "str", "fits": "boolean", "mesh": "str", "remat": "str", "accumulation_steps": "Int64",
     "context_attention": "str", "batch_per_device": "Int64", "bytes_arguments": "Float64", "bytes_temporary": "Float64",
     "bytes_limit": "Float64", "flops": "Float64", "collective_bytes": "Float64", "hours_at_least": "Float64",
-    "hours": "Float64", "limited_by": "str", "chip_hours": "Float64", "price_usd": "Float64", "proof": "str", "choice": "str",
+    "hours": "Float64", "limited_by": "str", "chip_hours": "Float64", "price_usd": "Float64", "check": "str", "choice": "str",
     "would_fit": "str",
 }  # fmt: skip
 
@@ -175,7 +175,7 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
         Column("hours\nexpected", lambda row: _known(row.hours, figure) if row.fits else "does not fit", rank=0),
         Column("limited by", lambda row: _known(row.limited_by, str), "left", 8),
         Column("USD", lambda row: _known(row.price_usd, figure), rank=0),
-        Column("proof", lambda row: _known(row.proof, str), "left", 9),
+        Column("check", lambda row: _known(row.check, str), "left", 9),
     ]
     advice = [f"{row.cell} on {row.topology}: fits: {row.would_fit}" for row in best.itertuples() if not row.fits]
     view = Table.of(best, columns, "slices", title, advice, values=frame, elsewhere="--format csv")
@@ -234,7 +234,7 @@ def explanation(fits: Sequence[Fit]) -> pd.DataFrame:
     rows = []
     for one in fits:
         if one.chosen is None:
-            raise ConfigError(f"{one.cell.name} on {one.slice.name}: {one.obstacle}")
+            raise ConfigError(f"{one.cell.name} on {one.slice.name}: {one.unsupported_reason}")
         for phase in one.chosen.phases:
             for part in planner.PARTS:
                 rows.append(

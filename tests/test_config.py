@@ -10,11 +10,10 @@ from gqa_jax.config import (
     TrainConfig,
     default_config,
     differing_fields,
-    divisors,
     hash_identity,
     unknown_key,
 )
-from gqa_jax.mesh import MeshShape
+from gqa_jax.mesh import MeshShape, divisors
 
 
 def make(**changes):

@@ -72,16 +72,11 @@ TABLE = (
     Row("gqa_jax.training.metrics", ".errors .config .storage .training.run_folder"),
     # What a run needs, before it is started.
     Row("gqa_jax.planning"),
-    Row("gqa_jax.planning.hlo", ".hardware"),
     Row("gqa_jax.planning.share", ".costs .config"),
     Row("gqa_jax.planning.traffic", ".planning.share"),
-    Row("gqa_jax.planning.planner", ".errors .mesh .costs .config .hardware .planning.hlo .planning.share .planning.traffic"),
+    Row("gqa_jax.planning.planner", ".errors .mesh .costs .config .hardware .planning.share .planning.traffic"),
     Row("gqa_jax.planning.topologies", ".mesh .hardware .training.sharding", outside="jax"),
-    Row(
-        "gqa_jax.planning.compile_check",
-        ".config .hardware .storage .planning.hlo",
-        lazily=".training.program .planning.topologies",
-    ),
+    Row("gqa_jax.planning.compile_check", ".config .hardware .storage", lazily=".training.program .planning.topologies"),
     # The program that trains.
     Row("gqa_jax.training.command_line", ".errors .config"),
     Row(
@@ -113,7 +108,8 @@ TABLE = (
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
+        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking "
+        ".search.shape_rule",
     ),
     Row(
         "gqa_jax.search.optimum",
@@ -154,7 +150,8 @@ TABLE = (
     Row("launch.executors.tpu", ".errors .storage .data launch.grid launch.executors.base launch.executors.bundle"),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base launch.executors.bundle",
+        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base "
+        "launch.executors.bundle",
     ),
     Row("launch.state", ".errors .config .storage .training.run_folder launch.grid launch.executors.base"),
     Row("launch.run", ".errors .storage launch.grid launch.executors.base launch.executors.local launch.state"),
@@ -216,10 +213,10 @@ TABLE = (
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
         ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
-        ".training.checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner "
-        ".planning.topologies .results .shape_search .laws .search.presets .search.own_model .search.roofline "
-        ".search.objectives .search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies "
-        "launch.report launch.findings tests",
+        ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results "
+        ".shape_search .laws .search.presets .search.own_model .search.roofline .search.objectives "
+        ".search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies launch.report "
+        "launch.findings tests",
         outside="jax",
     ),
 )

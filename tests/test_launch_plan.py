@@ -1,4 +1,4 @@
-"""`python -m launch plan --topology` and `run --topology`; nothing is compiled here (tests/test_proof.py)."""
+"""`python -m launch plan --topology` and `run --topology`; nothing is compiled here (tests/test_compile_check.py)."""
 
 import csv
 import dataclasses
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from gqa_jax import hardware
-from gqa_jax.planning.compile_check import Proof
+from gqa_jax.planning.compile_check import CompileCheck
 from launch import __main__ as launch
 from launch import fit, grid
 from launch.executors import local
@@ -20,7 +20,7 @@ PAPER = "configs/grids/paper.py"
 ONE = "size=1.2B,context=8192,n_heads=8,n_kv_heads=1"
 ADDED = (
     "topology,fits,mesh,remat,batch_per_device,bytes_arguments,bytes_temporary,bytes_limit,hours_at_least,hours,limited_by,chip_hours,"
-    "price_usd,accumulation_steps,context_attention,collective_bytes,flops,proof,choice"
+    "price_usd,accumulation_steps,context_attention,collective_bytes,flops,check,choice"
 )
 
 
@@ -41,7 +41,7 @@ def compiler(monkeypatch):
     """A compiler that knows how large programs are: the list says what was asked of it."""
     asked = []
 
-    class Provers:
+    class Compilers:
         too_large = staticmethod(lambda config, topology: False)
 
         def __init__(self, workers):
@@ -60,14 +60,14 @@ def compiler(monkeypatch):
             limit = hardware.find(topology).chip.memory_bytes
             answer = self.future()
             if self.too_large(config, topology):
-                answer.set_result(Proof(topology, False, limit, bytes_needed=2 * limit, error="RESOURCE_EXHAUSTED"))
+                answer.set_result(CompileCheck(topology, False, limit, bytes_needed=2 * limit, error="RESOURCE_EXHAUSTED"))
             else:
-                answer.set_result(Proof(topology, True, limit, 10, 10, 10, 20))
+                answer.set_result(CompileCheck(topology, True, limit, 10, 10, 10, 20))
             return answer
 
-    monkeypatch.setattr(fit, "Provers", Provers)
+    monkeypatch.setattr(fit, "Compilers", Compilers)
     monkeypatch.setattr(hardware.Slice, "require_compiler", lambda self: None)
-    return Provers, asked
+    return Compilers, asked
 
 
 def test_a_row_per_cell_and_slice_with_the_promised_columns(capsys):
@@ -76,7 +76,7 @@ def test_a_row_per_cell_and_slice_with_the_promised_columns(capsys):
     assert [row["topology"] for row in rows] == ["v5e:4x4", "h200:8"]
     v5e, h200 = rows
     assert v5e["fits"] == "True"
-    assert v5e["proof"] == "estimate"
+    assert v5e["check"] == "estimate"
     assert float(v5e["bytes_arguments"]) + float(v5e["bytes_temporary"]) < float(v5e["bytes_limit"]) == 15.75 * 2**30
     for row, chips in ((v5e, 16), (h200, 8)):
         hours = float(row["hours"])
@@ -197,18 +197,18 @@ def test_compiled_rows_say_so_and_have_the_compilers_bytes(capsys, compiler):
     assert [topology for _, topology, _ in asked] == ["v5e:4x4", "v6e:2x4"]
     assert not any(exact for *_, exact in asked)
     for row in rows:
-        assert (row["proof"], row["bytes_arguments"], row["bytes_temporary"]) == ("compiled", "10.0", "20.0")
+        assert (row["check"], row["bytes_arguments"], row["bytes_temporary"]) == ("compiled", "10.0", "20.0")
         assert row["fits"] == "True"
 
 
 def test_the_next_execution_is_tried_where_the_compiler_says_no(capsys, compiler):
-    provers, asked = compiler
-    provers.too_large = staticmethod(lambda config, topology: config.execution.accumulation_steps == 1)
+    compilers, asked = compiler
+    compilers.too_large = staticmethod(lambda config, topology: config.execution.accumulation_steps == 1)
     (row,) = table(capsys, "--topology", "v5e:4x4", "--where", "size=3M,context=8192,n_heads=8,n_kv_heads=1")
     assert row["fits"] == "False"  # the estimate has one micro-batch for all of them
     assert len(asked) == fit.ATTEMPTS
     assert len({config for config, *_ in asked}) == fit.ATTEMPTS
-    provers.too_large = staticmethod(lambda config, topology: len(asked) == fit.ATTEMPTS + 1)
+    compilers.too_large = staticmethod(lambda config, topology: len(asked) == fit.ATTEMPTS + 1)
     (row,) = table(capsys, "--topology", "v5e:4x4", "--where", "size=3M,context=8192,n_heads=8,n_kv_heads=1")
     assert row["fits"] == "True"
     assert row["mesh"] == str(asked[-1][0].execution.mesh)
@@ -261,8 +261,8 @@ def test_a_mesh_that_is_given_for_another_slice_is_a_row_that_does_not_fit(capsy
 
 def test_run_refuses_what_the_compiler_refuses_before_anything_starts(small, capsys, compiler, monkeypatch):
     path, layout, _ = small
-    provers, asked = compiler
-    provers.too_large = staticmethod(lambda config, topology: config.model.d_model == 64)
+    compilers, asked = compiler
+    compilers.too_large = staticmethod(lambda config, topology: config.model.d_model == 64)
     monkeypatch.setattr(local, "_start", lambda *_: pytest.fail("a cell was started"))
     assert launch.main(["run", path, "--root", str(layout.root), "--topology", "v5e:2x2"]) == launch.EXIT_BAD_INPUT
     err = capsys.readouterr().err

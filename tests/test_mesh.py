@@ -33,8 +33,8 @@ def test_a_mesh_that_cannot_be_read_says_why(text, message):
 @pytest.mark.parametrize(
     ("mesh", "n_kv", "message"),
     [
-        ("data=3", 2, "data x fsdp = 3 does not divide the 8 sequences of a micro-batch: use 1, 2, 4, 8"),
-        ("context=3", 2, "context = 3 does not divide half of context_length = 64: use 1, 2, 4, 8, 16, 32"),
+        ("data=3", 2, "data x fsdp = 3 does not divide the 8 sequences of a micro-batch: use [1, 2, 4, 8]"),
+        ("context=3", 2, "context = 3 does not divide half of context_length = 64: use [1, 2, 4, 8, 16, 32]"),
         ("fsdp=8,context=8,tensor=2", 2, "does not divide model.d_model = 64"),
         ("tensor=8", 2, "does not divide model.n_heads = 12"),
         ("tensor=4", 6, "neither divides model.n_kv_heads = 6"),

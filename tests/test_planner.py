@@ -265,7 +265,7 @@ def test_a_run_that_no_mesh_suits_says_why():
     values = config("3M").to_dict()
     values["model"] |= {"d_model": 36, "n_heads": 3, "n_kv_heads": 3, "d_ff": None}
     run = TrainConfig.from_dict(values | {"batch_tokens": 3 * 8192, "evaluation": values["evaluation"] | {"tokens": 8192}})
-    with pytest.raises(ConfigError, match=r"no mesh of 16 devices suits batches of 3 sequences.*use 1, 3"):
+    with pytest.raises(ConfigError, match=r"no mesh of 16 devices suits batches of 3 sequences.*use \[1, 3\]"):
         planner.resolve(run, "TPU v5 lite", 16)
 
 

@@ -1,6 +1,6 @@
 """What the compiler says that a training step needs, on devices that are not here: `python -m gqa_jax.planning.compile_check`.
 
-A job is a resolved configuration and the name of a slice (`gqa_jax.hardware`). `Provers` compiles jobs in processes of their
+A job is a resolved configuration and the name of a slice (`gqa_jax.hardware`). `Compilers` compiles jobs in processes of their
 own, so that importing this module imports no jax, and a compiler that dies takes nothing along. Answers are kept by content
 under $GQA_JAX_CACHE/plans: the same program is compiled once, whatever the cell is called.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,41 +19,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 
 from gqa_jax import hardware, storage
 from gqa_jax.config import TrainConfig
-from gqa_jax.planning import hlo
 
 PACKAGE = Path(__file__).resolve().parent.parent
 #: Files of the package that the compiled step is made from; the rest changes no program.
 SOURCES = (
     "attention/**/*.py", "collectives.py", "config.py", "hardware.py", "mesh.py", "model.py", "training/loss.py",
     "training/optimizer.py", "training/parallel.py", "training/program.py", "training/sharding.py",
-    "planning/compile_check.py", "planning/hlo.py", "planning/topologies.py",
+    "planning/compile_check.py", "planning/topologies.py",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 #: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
 BESIDE = (
-    "checkpoint",
-    "continue_from",
-    "evaluation",
-    "label",
-    "logging",
-    "optimizer",
-    "seed",
-    "steps",
-    "tokens",
-    "tokens_per_param",
-)
+    "checkpoint", "continue_from", "evaluation", "label", "logging", "optimizer", "seed", "steps", "tokens", "tokens_per_param",
+)  # fmt: skip
 
 QUICK_MARGIN = 1.04  # on the temporaries of a program compiled at O1
 DOUBT = 0.1  # of the memory: nearer than that to the limit, the program that runs is compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Proof:
+class CompileCheck:
     """The compiler's answer for one device of a slice. Bytes are None where it gave up before it knew."""
 
     topology: str
@@ -69,7 +57,6 @@ class Proof:
     seconds_compile: float | None = None
     attention: str | None = None  # the implementation that was compiled
     optimization: str | None = None  # level of the compiler: O2 makes the program that runs
-    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # kind -> count and bytes of a step
     error: str | None = None
 
     @property
@@ -95,15 +82,15 @@ def key(config: TrainConfig, topology: str, exact: bool) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cached(config: TrainConfig, topology: str, exact: bool = False) -> Proof | None:
+def cached(config: TrainConfig, topology: str, exact: bool = False) -> CompileCheck | None:
     """The answer from an earlier compilation of the same program, if there is one; an exact one serves for both."""
     for kept in (True,) if exact else (True, False):
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-            return Proof(**json.loads(_path(config, topology, kept).read_text()))
+            return CompileCheck(**json.loads(_path(config, topology, kept).read_text()))
     return None
 
 
-class Provers:
+class Compilers:
     """Processes that compile, at most `workers` at a time; each is started when it is first needed."""
 
     def __init__(self, workers: int):
@@ -112,7 +99,7 @@ class Provers:
         self._processes: list[subprocess.Popen] = []
         self._stopped = False
 
-    def __enter__(self) -> Provers:
+    def __enter__(self) -> Compilers:
         return self
 
     def __exit__(self, *_) -> None:
@@ -127,15 +114,15 @@ class Provers:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
 
-    def submit(self, config: TrainConfig, topology: str, exact: bool = False) -> concurrent.futures.Future[Proof]:
-        """Compiles the step of `config`, resolved, for `topology`, unless it is known (`compile_proof`).
+    def submit(self, config: TrainConfig, topology: str, exact: bool = False) -> concurrent.futures.Future[CompileCheck]:
+        """Compiles the step of `config`, resolved, for `topology`, unless it is known (`check`).
 
         Raises ValueError without a compiler.
         """
         hardware.find(topology).require_compiler()
-        return self._pool.submit(self._prove, config, topology, exact)
+        return self._pool.submit(self._checked, config, topology, exact)
 
-    def _prove(self, config: TrainConfig, topology: str, exact: bool) -> Proof:
+    def _checked(self, config: TrainConfig, topology: str, exact: bool) -> CompileCheck:
         if (known := cached(config, topology, exact)) is not None:
             return known
         process = self._process()
@@ -145,11 +132,11 @@ class Provers:
             process.stdin.flush()
             reply = process.stdout.readline()
         if reply:
-            return Proof(**json.loads(reply))
+            return CompileCheck(**json.loads(reply))
         code = process.wait()
         self._own.process = None
         error = "stopped" if self._stopped else f"the compiler ended with exit code {code}"
-        return Proof(topology, False, hardware.find(topology).chip.memory_bytes, error=error)
+        return CompileCheck(topology, False, hardware.find(topology).chip.memory_bytes, error=error)
 
     def _process(self) -> subprocess.Popen:
         process = getattr(self._own, "process", None)
@@ -163,7 +150,7 @@ class Provers:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 env=environment,
-                start_new_session=True,  # Ctrl-C reaches the launcher, which ends its provers
+                start_new_session=True,  # Ctrl-C reaches the launcher, which ends its compilers
             )
             self._own.process = process
             self._processes.append(process)
@@ -197,7 +184,7 @@ def _sources() -> str:
 
 
 def main() -> None:
-    """Reads jobs, one JSON object a line, {"config": ..., "topology": ..., "exact": ...}, and writes a Proof for each."""
+    """Reads jobs, one JSON object a line, {"config": ..., "topology": ..., "exact": ...}, and writes a CompileCheck each."""
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # compilers print what they like
     for line in sys.stdin:
@@ -205,21 +192,21 @@ def main() -> None:
         config, topology, exact = TrainConfig.from_dict(job["config"]), job["topology"], job["exact"]
         answer = cached(config, topology, exact)
         if answer is None:
-            answer = compile_proof(config, topology, exact)
+            answer = check(config, topology, exact)
             if answer.is_final:
                 _keep(answer, _path(config, topology, exact))
         output.write(json.dumps(dataclasses.asdict(answer)) + "\n")
         output.flush()
 
 
-def _keep(answer: Proof, path: Path) -> None:
+def _keep(answer: CompileCheck, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(dataclasses.asdict(answer), indent=1))
     temporary.replace(path)
 
 
-def compile_proof(config: TrainConfig, topology: str, exact: bool = False) -> Proof:
+def check(config: TrainConfig, topology: str, exact: bool = False) -> CompileCheck:
     """Compiles the training step of `config`, resolved, in this process.
 
     For TPUs at O1, in a third of the time; its temporaries, with QUICK_MARGIN, are those of the program that runs within a few
@@ -252,7 +239,7 @@ def _level(jax, level: str):
         jax.config.update("jax_optimization_level", before)
 
 
-def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
+def _compiled(config: TrainConfig, topology: str, optimization: str) -> CompileCheck:
     """What the compiler says at its present level.
 
     Where cuDNN is not installed its attention can't be compiled for GPUs that are not here; `pallas_triton` stands in for it,
@@ -278,7 +265,7 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
             execution = dataclasses.replace(config.execution, attention="pallas_triton")
             compiled = program.compile_step(dataclasses.replace(config, execution=execution), mesh)
     except Exception as error:
-        return Proof(
+        return CompileCheck(
             topology,
             fits=False,
             bytes_limit=limit,
@@ -288,7 +275,7 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
             error=f"{type(error).__name__}: {error}"[:2000],
         )
     memory = compiled.memory_analysis()
-    answer = Proof(
+    answer = CompileCheck(
         topology,
         fits=False,
         bytes_limit=limit,
@@ -300,7 +287,6 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> Proof:
         seconds_compile=round(time.monotonic() - started, 1),
         attention=attention,
         optimization=optimization,
-        collectives=collectives(compiled.as_text()),
     )
     return dataclasses.replace(answer, fits=answer.bytes_used <= limit)
 
@@ -314,44 +300,6 @@ def bytes_needed(message: str) -> float | None:
         return 0.0
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
     return float(number) * 1024 ** " KMGT".index(unit or " ")
-
-
-_CALLED = re.compile(r"(body|condition|calls|called_computations|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
-
-
-def collectives(text: str) -> dict[str, dict[str, float]]:
-    """Collectives of a compiled program by kind: how many run, and bytes of their results, loops counted by their trips.
-
-    The TPU compiler writes an all-gather that it overlaps with compute several times, with one channel: it is counted once.
-    """
-    tpu, module = "T(8,128)" in text, hlo.parse(text)
-
-    @functools.cache
-    def of(computation: str) -> dict[str, tuple[str, float, float]]:
-        """Its collectives, and those of what it calls: a name for each -> kind, times, bytes."""
-        found: dict[str, tuple[str, float, float]] = {}
-        here = module.computations.get(computation)
-        for one in here.instructions.values() if here else ():
-            start = one.operation.endswith("-start")
-            if (kind := one.operation.removesuffix("-start")) in hlo.COLLECTIVES:
-                size = hlo.bytes_of(one.type)
-                if start and one.type.startswith("("):
-                    size /= 2 if kind == "all-reduce" else 1  # operands and results
-                channel = one.attribute(r"channel_id=(\d+)")
-                once = tpu and channel and kind == "all-gather"
-                found.setdefault(channel if once else one.name, (kind, 1, size))
-            for what, names in _CALLED.findall(one.text):
-                times = hlo.trips(module, one) if what == "body" else 1
-                for callee in names.split(", "):
-                    for name, (kind, count, size) in of(callee.removeprefix("%")).items():
-                        found.setdefault(name, (kind, count * times, size))
-        return found
-
-    total: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0})
-    for kind, times, size in of(module.entry).values():
-        total[kind]["count"] += times
-        total[kind]["bytes"] += times * size
-    return dict(total)
 
 
 if __name__ == "__main__":

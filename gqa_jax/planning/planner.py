@@ -18,11 +18,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gqa_jax import costs, hardware
-from gqa_jax.config import CONTEXT_ATTENTION, Execution, TrainConfig, divisors
+from gqa_jax.config import CONTEXT_ATTENTION, Execution, TrainConfig
 from gqa_jax.errors import ConfigError
-from gqa_jax.hardware import Chip
-from gqa_jax.mesh import PARAMETERS, MeshShape
-from gqa_jax.planning import hlo, traffic
+from gqa_jax.hardware import CHIPS, Chip
+from gqa_jax.mesh import PARAMETERS, MeshShape, divisors
+from gqa_jax.planning import traffic
 from gqa_jax.planning.share import Share
 
 CHUNK_LOGITS = 2**26  # gqa_jax.training.loss.CHUNK_LOGITS
@@ -41,6 +41,10 @@ TILED_PASSES = {"loss": 0.54, "optimizer": 1.3}
 ALIKE = 0.02  # times that differ by less are taken as equal: the simpler execution is chosen
 PARTS = ("matmul", "attention", "memory", "network", "host")
 SEARCHED_REMAT = ("none", "dots", "attention_only", "full", "offload")  # from the most memory to the least
+
+
+# Bytes/s between a device and its host's memory, one way: TPU hosts, jax-ml.github.io/scaling-book/tpus; GPUs, PCIe 5.0 x 16.
+_HOST_BANDWIDTH = {"tpu": 16e9, "gpu": 64e9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +127,21 @@ def resolve(config: TrainConfig, device_kind: str, n_devices: int, n_processes: 
         context_attention=given.context_attention or CONTEXT_ATTENTION[0],
     )
     return dataclasses.replace(config, execution=execution)
+
+
+def what_fits(config: TrainConfig, device_kind: str, n_devices: int) -> str:
+    """How the run would be carried out in less memory, by the planner's estimate."""
+    chip = hardware.chip_of(device_kind)
+    if chip is None:
+        return "raise execution.accumulation_steps, set execution.remat to full, or use a mesh of more devices"
+    anyhow = dataclasses.replace(config, execution=Execution(attention=config.execution.attention))
+    for found in choose(anyhow, hardware.on_this_machine(chip, os.environ), n_devices):
+        if found.fits and (other := found.execution) != config.execution:
+            return (
+                f"execution.mesh={other.mesh}, execution.remat={other.remat}, execution.accumulation_steps="
+                f"{other.accumulation_steps}, execution.context_attention={other.context_attention} should fit"
+            )
+    return f"nothing else fits on {n_devices} of them: use more"
 
 
 def choose(config: TrainConfig, chip: Chip, n_devices: int) -> list[Estimate]:
@@ -239,6 +258,17 @@ def _fits(used: tuple[float, float], chip: Chip) -> bool:
     return sum(used) * (MARGIN if chip.tpu is not None else MARGIN_GPU) <= chip.memory_bytes
 
 
+def attention_shares(chip: Chip, head_dim: int) -> tuple[float, float]:
+    """Shares of the peak that attention reaches, forward and backward; of a GPU without figures those of an H100."""
+    known = chip if chip.attention_share or chip.gpu is None else CHIPS["h100"]
+    return known.attention_shares(head_dim)
+
+
+def host_bandwidth(chip: Chip) -> float:
+    """Bytes/s between a device and its host's memory, one way."""
+    return _HOST_BANDWIDTH["gpu" if chip.tpu is None else "tpu"]
+
+
 def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], float]:
     """The phases of a step; bytes received by mesh axes; FLOPs done again. Of one device."""
     s, execution, mesh = share, share.execution, share.execution.mesh
@@ -295,7 +325,7 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
     offloaded = 2 * steps * s.layers * s.tokens * s.d * s.activation if execution.remat == "offload" else 0
 
     backward_scores = 2.5 * scores / backward_share + again_scores / forward_share  # five products for the forward pass' two
-    reached = hlo.attention_shares(chip, s.h)
+    reached = attention_shares(chip, s.h)
     attention_seconds = {
         "forward": scores / reached[0] / chip.peak_flops,
         "backward": (2.5 * scores / reached[1] + again_scores / reached[0]) / chip.peak_flops,
@@ -317,7 +347,7 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
             "attention": attention / chip.peak_flops,
             "memory": memory / chip.memory_bandwidth,
             "network": received[name] / chip.interconnect,
-            "host": host / hlo.host_bandwidth(chip),
+            "host": host / host_bandwidth(chip),
         }
         phases.append(Phase(name, peak, {}))
     expected = _expected(s, phases, attention_seconds, waited, chip)

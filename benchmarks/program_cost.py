@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its optimized HLO: kernels, their bytes and FLOPs, loops counted by their trips.
+"""What a compiled program takes, from its optimized HLO: kernels, their bytes and FLOPs, seconds of a step without the device.
 
 `static_cost` adds them up to seconds, without the device. Kernels run one after another. On a GPU each takes the longer of its
 bytes over BANDWIDTH of the memory's peak and its FLOPs over PRODUCTS of the chip's; attention takes its FLOPs at the rate that
@@ -18,16 +18,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from gqa_jax.hardware import CHIPS, Chip
+from gqa_jax.hardware import Chip
+from gqa_jax.planning.planner import attention_shares, host_bandwidth
 
 # Shares of the peak that kernels reach. Products: the best bfloat16 product that was measured on an H100 reaches 794.5 of 989
 # TFLOP/s, 8192 x 8192 and larger (github.com/stas00/ml-engineering compute/accelerator, commit 744d01e); those of a layer are
 # smaller. Memory: a GB200 copies at 92% of its peak (Azure, 2025). Network: 368 of 450 GB/s by NCCL's rings on 8 H200 (the
 # same repository, network), 82%; an all-gather on a v5e was measured at 82% as well (github.com/jax-ml/scaling-book, 0819a7d).
 PRODUCTS, BANDWIDTH, NETWORK = 0.75, 0.9, 0.82
-# Bytes/s between a device and its host's memory, one way: TPU hosts, jax-ml.github.io/scaling-book/tpus; GPUs, PCIe 5.0 x 16.
-_HOST_BANDWIDTH = {"tpu": 16e9, "gpu": 64e9}
-
 #: Cycles a second of TPUs (sources: `hardware`).
 _CLOCK = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
@@ -36,12 +34,6 @@ PARTS = (
     "products", "attention", "elementwise", "stacking", "loss products", "loss", "optimizer", "collectives", "host",
 )  # fmt: skip
 
-_ITEM = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
-    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
-}  # fmt: skip
-_ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 #: Operations that move nothing.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id", "replica-id",
@@ -53,6 +45,14 @@ _FREE_CALLS = {
     "SPMDFullToShardShape", "SPMDShardToFullShape",
 }  # fmt: skip
 _HOST_SPACE = "S(5)"  # memory space of a layout: the host's
+
+
+_ITEM = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
+    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
+}  # fmt: skip
+_ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,54 +120,6 @@ class Module:
     entry: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """Something that a device runs, and what it moves and computes in one run."""
-
-    name: str
-    part: str  # of PARTS
-    bytes: float  # read and written in the device's memory
-    flops: float  # of products
-    path: str
-    attention: str | None = None  # "forward" or "backward"
-    head_dim: int = 0  # of attention
-    exchanged: float = 0  # bytes received from other devices
-    hosted: float = 0  # bytes to and from the host's memory
-    cycles: float | None = None  # as the TPU's compiler scheduled it
-    started: bool = False  # asynchronous: it runs beside others until it is waited for
-
-    @property
-    def phase(self) -> str:
-        """Of a training step: forward, backward, loss, optimizer, or accumulation of micro-batches."""
-        if "loss" in self.part or self.part == "optimizer":
-            return self.part.split()[0]
-        if "transpose(" in self.path:
-            return "backward"
-        adds = re.search(r"(^|/)(eval_jaxpr/)?add$", self.path) and "jvp" not in self.path
-        return "accumulation" if adds and self.part == "elementwise" else "forward"
-
-    @property
-    def scope(self) -> str:
-        """Of a layer: ffn or attention; else ""."""
-        found = re.search(r"/(ffn|attention)(/|$)", self.path)
-        return found[1] if found else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """A step of one device, by PARTS."""
-
-    seconds: dict[str, float]
-    bytes: dict[str, float]
-    flops: dict[str, float]
-    kernels: int
-
-    @property
-    def total(self) -> float:
-        """Seconds of the step."""
-        return sum(self.seconds.values())
-
-
 def parse(text: str) -> Module:
     """The program of `jax.stages.Compiled.as_text()`. Raises ValueError where there is no entry computation."""
     computations: dict[str, Computation] = {}
@@ -227,6 +179,92 @@ def trips(module: Module, loop: Instruction) -> int:
         if one.operation == "constant" and one.type.startswith("s32[]") and (found := re.match(r"(\d+)\)", one.text))
     ]
     return max(bounds, default=1)
+
+
+_CALLED = re.compile(r"(body|condition|calls|called_computations|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+
+
+def collectives(text: str) -> dict[str, dict[str, float]]:
+    """Collectives of a compiled program by kind: how many run, and bytes of their results, loops counted by their trips.
+
+    The TPU compiler writes an all-gather that it overlaps with compute several times, with one channel: it is counted once.
+    """
+    tpu, module = "T(8,128)" in text, parse(text)
+
+    @functools.cache
+    def of(computation: str) -> dict[str, tuple[str, float, float]]:
+        """Its collectives, and those of what it calls: a name for each -> kind, times, bytes."""
+        found: dict[str, tuple[str, float, float]] = {}
+        here = module.computations.get(computation)
+        for one in here.instructions.values() if here else ():
+            start = one.operation.endswith("-start")
+            if (kind := one.operation.removesuffix("-start")) in COLLECTIVES:
+                size = bytes_of(one.type)
+                if start and one.type.startswith("("):
+                    size /= 2 if kind == "all-reduce" else 1  # operands and results
+                channel = one.attribute(r"channel_id=(\d+)")
+                once = tpu and channel and kind == "all-gather"
+                found.setdefault(channel if once else one.name, (kind, 1, size))
+            for what, names in _CALLED.findall(one.text):
+                times = trips(module, one) if what == "body" else 1
+                for callee in names.split(", "):
+                    for name, (kind, count, size) in of(callee.removeprefix("%")).items():
+                        found.setdefault(name, (kind, count * times, size))
+        return found
+
+    total: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for kind, times, size in of(module.entry).values():
+        total[kind]["count"] += times
+        total[kind]["bytes"] += times * size
+    return dict(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Something that a device runs, and what it moves and computes in one run."""
+
+    name: str
+    part: str  # of PARTS
+    bytes: float  # read and written in the device's memory
+    flops: float  # of products
+    path: str
+    attention: str | None = None  # "forward" or "backward"
+    head_dim: int = 0  # of attention
+    exchanged: float = 0  # bytes received from other devices
+    hosted: float = 0  # bytes to and from the host's memory
+    cycles: float | None = None  # as the TPU's compiler scheduled it
+    started: bool = False  # asynchronous: it runs beside others until it is waited for
+
+    @property
+    def phase(self) -> str:
+        """Of a training step: forward, backward, loss, optimizer, or accumulation of micro-batches."""
+        if "loss" in self.part or self.part == "optimizer":
+            return self.part.split()[0]
+        if "transpose(" in self.path:
+            return "backward"
+        adds = re.search(r"(^|/)(eval_jaxpr/)?add$", self.path) and "jvp" not in self.path
+        return "accumulation" if adds and self.part == "elementwise" else "forward"
+
+    @property
+    def scope(self) -> str:
+        """Of a layer: ffn or attention; else ""."""
+        found = re.search(r"/(ffn|attention)(/|$)", self.path)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A step of one device, by PARTS."""
+
+    seconds: dict[str, float]
+    bytes: dict[str, float]
+    flops: dict[str, float]
+    kernels: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(self.seconds.values())
 
 
 def products(module: Module, computation: str) -> float:
@@ -443,17 +481,6 @@ def kernels(module: Module) -> Iterator[tuple[Kernel, int]]:
                 yield found, times
 
     yield from of(module.entry, 1)
-
-
-def attention_shares(chip: Chip, head_dim: int) -> tuple[float, float]:
-    """Shares of the peak that attention reaches, forward and backward; of a GPU without figures those of an H100."""
-    known = chip if chip.attention_share or chip.gpu is None else CHIPS["h100"]
-    return known.attention_shares(head_dim)
-
-
-def host_bandwidth(chip: Chip) -> float:
-    """Bytes/s between a device and its host's memory, one way."""
-    return _HOST_BANDWIDTH["gpu" if chip.tpu is None else "tpu"]
 
 
 def seconds_of(one: Kernel, chip: Chip) -> float:

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from benchmarks import program_cost
 from gqa_jax import hardware
-from gqa_jax.planning import hlo
 
 CHIP = dataclasses.replace(hardware.CHIPS["h100"], peak_flops=1e12, memory_bandwidth=1e12, interconnect=1e11)
 
@@ -75,7 +75,7 @@ ENTRY %main (own: bf16[8,16], z: f32[64,32]) -> f32[64,512] {
 
 
 def by_name(text=PROGRAM):
-    return {kernel.name: (kernel, times) for kernel, times in hlo.kernels(hlo.parse(text))}
+    return {kernel.name: (kernel, times) for kernel, times in program_cost.kernels(program_cost.parse(text))}
 
 
 def test_loops_are_counted_by_their_trips_as_noted_or_as_compared():
@@ -115,23 +115,23 @@ def test_parts_phases_and_scopes_are_those_of_the_source():
         "logits": ("loss products", "loss", ""),
         "copy.1": ("stacking", "forward", ""),
     }
-    assert {part for part, *_ in found.values()} <= set(hlo.PARTS)
+    assert {part for part, *_ in found.values()} <= set(program_cost.PARTS)
 
 
 def test_seconds_are_the_longer_of_bytes_and_flops_and_a_collective_is_hidden_behind_what_runs_beside_it():
-    cost = hlo.static_cost(PROGRAM, CHIP)
-    bandwidth, flops = hlo.BANDWIDTH * 1e12, hlo.PRODUCTS * 1e12
+    cost = program_cost.static_cost(PROGRAM, CHIP)
+    bandwidth, flops = program_cost.BANDWIDTH * 1e12, program_cost.PRODUCTS * 1e12
     gemm = max(2 * 64 * 32 * 16 / flops, (64 * 32 + 32 * 16 + 2 * 64 * 16) * 2 / bandwidth)
-    gather = 3 * 8 * 16 * 2 / (hlo.NETWORK * 1e11)  # from three others
+    gather = 3 * 8 * 16 * 2 / (program_cost.NETWORK * 1e11)  # from three others
     assert gather < gemm
     assert cost.seconds["collectives"] == 0
     assert cost.seconds["products"] == pytest.approx(12 * gemm)
     stores = 12 * (2 * 64 * 32 * 4 + 4) + 12 * 64 * 32 * 4 + 64 * 512 * 4  # of the copy what it writes: %l has no type here
     assert cost.seconds["stacking"] == pytest.approx(stores / bandwidth)
     slow = dataclasses.replace(CHIP, interconnect=1e9)
-    late = 3 * 8 * 16 * 2 / (hlo.NETWORK * 1e9) - gemm
-    assert hlo.static_cost(PROGRAM, slow).seconds["collectives"] == pytest.approx(12 * late)
-    assert hlo.static_seconds(PROGRAM, CHIP) == pytest.approx(sum(cost.seconds.values()))
+    late = 3 * 8 * 16 * 2 / (program_cost.NETWORK * 1e9) - gemm
+    assert program_cost.static_cost(PROGRAM, slow).seconds["collectives"] == pytest.approx(12 * late)
+    assert program_cost.static_seconds(PROGRAM, CHIP) == pytest.approx(sum(cost.seconds.values()))
     assert cost.kernels == 4 * 12 + 3
 
 
@@ -180,7 +180,7 @@ def test_attention_is_counted_causal_at_its_published_rate_whichever_kernel_runs
     assert (one.part, one.attention, one.head_dim) == ("attention", way, 64)
     assert one.flops == count * 2 * (2 * 8 * 1024 * 1024 * 64) / 2
     forward, backward = CHIP.attention_shares(64)
-    assert hlo.seconds_of(one, CHIP) == pytest.approx(one.flops / (forward if way == "forward" else backward) / 1e12)
+    assert program_cost.seconds_of(one, CHIP) == pytest.approx(one.flops / (forward if way == "forward" else backward) / 1e12)
 
 
 def test_copies_to_the_host_go_over_its_link():
@@ -191,13 +191,13 @@ def test_copies_to_the_host_go_over_its_link():
   ROOT %c = f32[1024]{0:S(5)} copy(%a)
 }
 """
-    cost = hlo.static_cost(text, CHIP)
+    cost = program_cost.static_cost(text, CHIP)
     assert cost.seconds == {"host": pytest.approx(4096 / 64e9)}
 
 
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no HLO"):
-        hlo.parse("HloModule nothing\n")
+        program_cost.parse("HloModule nothing\n")
 
 
 def test_products_of_a_compiled_step_are_the_models():
@@ -217,7 +217,46 @@ def test_products_of_a_compiled_step_are_the_models():
     import jax
 
     text = program.compile_step(config, sharding.make_mesh(config.execution.mesh, jax.devices()[:1])).as_text()
-    found = sum(times * kernel.flops for kernel, times in hlo.kernels(hlo.parse(text)))
+    found = sum(times * kernel.flops for kernel, times in program_cost.kernels(program_cost.parse(text)))
     causal = costs.train_flops(config.model, 128, 512, "exact")
     scores = 3 * 512 * 3 * 4 * (128 / 2) * 2 * 64  # forward and twice that, three layers
     assert found == pytest.approx(causal + scores, rel=0.02)
+
+
+HLO = """HloModule jit_step
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, dimensions={1}
+  %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%y), channel_id=3, dimensions={1}
+  %reduce-scatter.1 = f32[8,16]{1,0} reduce-scatter(%z), channel_id=4, to_apply=%add
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(36), metadata={}
+  ROOT %lt = pred[] compare(%i, %constant.7), direction=LT
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body
+  %all-reduce.5 = (f32[4]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), channel_id=9, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_by_channel_and_by_trips_of_loops():
+    assert program_cost.collectives(HLO) == {
+        "all-gather": {"count": 36, "bytes": 36 * 8 * 128 * 2},
+        "reduce-scatter": {"count": 36, "bytes": 36 * 8 * 16 * 4},
+        "all-reduce": {"count": 1, "bytes": (4 + 6) * 4},
+    }
+
+
+@pytest.mark.needs("libtpu")
+def test_a_step_gathers_the_weights_of_every_layer_and_its_keys_and_values():
+    """Of each layer both each way, and the embedding: more than the three layers."""
+    from gqa_jax.planning import topologies
+    from gqa_jax.training import program
+    from tests.test_compile_check import tiny
+
+    compiled = program.compile_step(tiny(), topologies.mesh("v5e:2x2", tiny().execution.mesh))
+    assert program_cost.collectives(compiled.as_text())["all-gather"]["count"] >= 2 * 3 + 1
