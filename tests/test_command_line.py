@@ -6,8 +6,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from gqa_jax import train
 from gqa_jax.config import BUDGETS, ConfigError, Execution, TrainConfig, field_types
-from gqa_jax.training import command_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
@@ -19,8 +19,8 @@ def parse(*arguments):
     """As a program of its own, with nothing left of others' flags."""
     argv = ["train", *arguments]
     given = flags.FlagValues()
-    config_flags.DEFINE_config_file(command_line.FLAG, None, flag_values=given, sys_argv=argv)
-    return command_line.parse(argv, given)
+    config_flags.DEFINE_config_file(train.FLAG, None, flag_values=given, sys_argv=argv)
+    return train.read_config(argv, given)
 
 
 def config(file, *overrides):

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from configs.train import tiny as configs_train_tiny
 from gqa_jax import train
 from gqa_jax.config import ConfigError, TrainConfig
-from gqa_jax.training import checkpoint, distributed, evaluation, metrics, run_folder
+from gqa_jax.training import checkpoint, distributed, evaluation, metrics, run_folder, setup
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEARTBEAT = 5  # seconds
@@ -33,7 +33,7 @@ BEGIN = f"""
 import json, os, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp
-from gqa_jax import distributed, run_folder
+from gqa_jax.training import distributed, run_folder
 from gqa_jax.config import ConfigError
 port, me, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 distributed.initialize(coordinator=f"127.0.0.1:{{port}}", processes=2, process=me, heartbeat_seconds={HEARTBEAT})
@@ -293,7 +293,7 @@ import dataclasses
 from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from gqa_jax import checkpoint
+from gqa_jax.training import checkpoint
 {inspect.getsource(State)}
 {inspect.getsource(state_of)}
 run = folder / "run"
@@ -568,7 +568,7 @@ def test_a_collective_whose_other_side_went_away_is_recorded_as_such_at_once(tmp
         except jax.errors.JaxRuntimeError as error:
             raise ValueError("not saved") from error  # as checkpoint libraries do
 
-    monkeypatch.setattr(train, "_open_data", fail)
+    monkeypatch.setattr(setup, "open_data", fail)
     with pytest.raises(ValueError, match="not saved"):
         train.train_and_evaluate(run_config("fsdp=8"), tmp_path)
     ended = json.loads((tmp_path / "exit.json").read_text())
@@ -583,7 +583,7 @@ def test_in_a_process_by_itself_nobody_went_away():
 def test_a_later_sigterm_ends_a_process_at_once():
     source = """
 import os, signal
-from gqa_jax import distributed
+from gqa_jax.training import distributed
 distributed.REPEATED_SECONDS = 0.0
 with distributed.Preemption():
     os.kill(os.getpid(), signal.SIGTERM)

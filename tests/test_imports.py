@@ -78,13 +78,22 @@ TABLE = (
     Row("gqa_jax.planning.topologies", ".mesh .hardware .training.sharding", outside="jax"),
     Row("gqa_jax.planning.compile_check", ".config .hardware .storage", lazily=".training.program .planning.topologies"),
     # The program that trains.
-    Row("gqa_jax.training.command_line", ".errors .config"),
+    Row(
+        "gqa_jax.training.setup",
+        ".errors .config .storage .data .training.program .training.run_folder .training.distributed .planning.planner",
+        outside="jax",
+    ),
+    Row(
+        "gqa_jax.training.loop",
+        ".errors .costs .config .hardware .storage .training.setup .training.sharding .training.optimizer "
+        ".training.evaluation .training.program .training.run_folder .training.distributed .training.checkpoint "
+        ".training.metrics .planning.planner",
+        outside="jax",
+    ),
     Row(
         "gqa_jax.train",
-        ".errors .training.command_line .costs .config .hardware .storage .data .training.sharding "
-        ".training.optimizer .training.evaluation .training.program .training.run_folder .training.distributed "
-        ".training.checkpoint .training.metrics .planning.planner",
-        outside="jax optax",
+        ".errors .config .storage .training.evaluation .training.run_folder .training.distributed .training.loop",
+        outside="jax",
     ),
     # Losses to laws, laws to answers.
     Row(
@@ -108,8 +117,7 @@ TABLE = (
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking "
-        ".search.shape_rule",
+        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
     ),
     Row(
         "gqa_jax.search.optimum",
@@ -150,8 +158,7 @@ TABLE = (
     Row("launch.executors.tpu", ".errors .storage .data launch.grid launch.executors.base launch.executors.bundle"),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base "
-        "launch.executors.bundle",
+        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base launch.executors.bundle",
     ),
     Row("launch.state", ".errors .config .storage .training.run_folder launch.grid launch.executors.base"),
     Row("launch.run", ".errors .storage launch.grid launch.executors.base launch.executors.local launch.state"),

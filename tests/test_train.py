@@ -20,7 +20,7 @@ from gqa_jax import attention, costs, model, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
 from gqa_jax.data import reader, store
 from gqa_jax.planning import planner
-from gqa_jax.training import evaluation, metrics
+from gqa_jax.training import evaluation, metrics, run_folder, setup
 from gqa_jax.training.run_folder import Diverged, Preempted
 from tests import first_version
 
@@ -181,7 +181,7 @@ def test_a_store_that_turns_out_to_be_damaged_ends_a_run(split, place, tmp_path,
     monkeypatch.setattr(store, "open_store", lambda _: opened)
     train_batches, _ = reader.check(tiny(), opened)
     with pytest.raises(ConfigError, match=rf"the {split} split of .* holds the id 300, .* copy the store again"):
-        [*train._read(train_batches, 0, 12)] if split == "train" else train._open_data(tiny())
+        [*setup.read(train_batches, 0, 12)] if split == "train" else setup.open_data(tiny())
 
 
 FIRST_VERSION = {
@@ -302,7 +302,7 @@ def test_sigterm_saves_and_the_next_attempt_goes_on_from_there(finished, tmp_pat
         with pytest.raises(Preempted, match="saved after step 7; the same command goes on"):
             train.train_and_evaluate(tiny(), tmp_path)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert train.exit_code(Preempted(7)) == 75
+    assert run_folder.exit_code(Preempted(7)) == 75
     end = json.loads((tmp_path / "exit.json").read_text())
     assert (end["code"], end["class"], end["attempt"]) == (75, "preempted", 0)
     resumed = train.train_and_evaluate(tiny(), tmp_path)
@@ -384,9 +384,9 @@ def test_a_step_that_needs_too_much_memory_is_refused_with_what_would_fit(device
         return SimpleNamespace(local_devices=[SimpleNamespace(device_kind=device_kind, memory_stats=lambda: stats)], size=1)
 
     for limit in (None, 17 * gib):
-        train._check_memory(config, mesh(limit), program)
+        setup.check_memory(config, mesh(limit), program)
     with pytest.raises(ConfigError, match=rf"a step needs 17\.00 GiB of each {device_kind}, which gives 16\.00: {fix}"):
-        train._check_memory(config, mesh(16 * gib), program)
+        setup.check_memory(config, mesh(16 * gib), program)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -422,7 +422,7 @@ def test_a_renamed_checkpoint_trains_nothing(finished, tmp_path):
         ConfigError, match="checkpoints/12 holds the state after step 8, not 12: it was renamed or copied"
     ) as error:
         train.train_and_evaluate(tiny(), tmp_path)
-    assert train.exit_code(error.value) == 2
+    assert run_folder.exit_code(error.value) == 2
     assert json.loads((tmp_path / "exit.json").read_text())["class"] == "config"
     assert metrics.read_metrics(tmp_path) == []
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]

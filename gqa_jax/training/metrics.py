@@ -148,11 +148,8 @@ class Metrics:
         On gs:// in the background, at most every REMOTE_HEARTBEAT_SECONDS, forced ones every second.
         """
         if self._progress:
-            rate = (
-                ""
-                if tokens_per_second is None
-                else f"{tokens_per_second:,.0f} tok/s" + ("" if mfu is None else f" · MFU {mfu:.0%}")
-            )
+            rate = "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
+            rate += "" if mfu is None else f" · MFU {mfu:.0%}"
             self._progress.update(self._task, description=phase, completed=step, rate=rate)
         now = time.time()
         if not force and now - self._heartbeat_time < HEARTBEAT_SECONDS:
@@ -296,17 +293,10 @@ class NoMetrics(Metrics):
     def __init__(self):
         pass
 
-    def write(self, *_: object, **__: object) -> None:
+    def _nothing(self, *_: object, **__: object) -> None:
         pass
 
-    def heartbeat(self, *_: object, **__: object) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    write = heartbeat = flush = close = _nothing
 
 
 class _TensorBoard:

@@ -80,6 +80,12 @@ class ProcessLost(ProcessFailed):
     """Another process of the run is gone, and could not say why: not of this program, worth another attempt."""
 
 
+#: Class and exit code of the errors that a run may end with.
+_ENDS = {
+    ConfigError: ("config", EXIT_BAD_INPUT),
+    Diverged: ("diverged", EXIT_DIVERGED),
+    Preempted: ("preempted", EXIT_PREEMPTED),
+}
 #: Ends that all processes of a run come to at the same place, so that none waits for another.
 ALIKE = (ConfigError, Diverged, Preempted, ProcessFailed)
 
@@ -288,12 +294,9 @@ def classify(error: BaseException) -> tuple[str, str]:
             f"out of memory ({errors.first_line(error) or text}): raise execution.accumulation_steps, or set "
             "execution.remat to full"
         )
-    if isinstance(error, ConfigError):
-        return "config", text
-    if isinstance(error, Diverged):
-        return "diverged", text
-    if isinstance(error, Preempted):
-        return "preempted", text
+    for kind, (name, _) in _ENDS.items():
+        if isinstance(error, kind):
+            return name, text
     if isinstance(error, ProcessFailed):
         return "infrastructure" if isinstance(error, ProcessLost) else "error", text
     if (sentence := storage.explain_remote(error)) is not None:
@@ -301,14 +304,25 @@ def classify(error: BaseException) -> tuple[str, str]:
     return "error", errors.named(error)
 
 
-def environment(device: str, n_devices: int) -> dict[str, Any]:
-    """Versions, devices, host and commit that a run used."""
+def exit_code(error: BaseException) -> int:
+    """Exit code of a run that ended with `error`."""
+    return next((code for kind, (_, code) in _ENDS.items() if isinstance(error, kind)), EXIT_FAILED)
+
+
+def environment(config: TrainConfig, device: str, n_devices: int, n_processes: int) -> dict[str, Any]:
+    """Versions, devices, host and commit that a run used, and how `config`, resolved, is carried out."""
+    execution = config.execution
     return {
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "device": device,
         "n_devices": n_devices,
         "host": socket.gethostname(),
         "commit": commit(),
+        "n_processes": n_processes,
+        "mesh": str(execution.mesh),
+        "remat": execution.remat,
+        "accumulation_steps": execution.accumulation_steps,
+        "context_attention": execution.context_attention if execution.mesh.context > 1 else None,
     }
 
 
