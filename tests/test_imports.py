@@ -51,7 +51,7 @@ TABLE = (
     Row("gqa_jax.training"),
     Row("gqa_jax.collectives", outside="jax"),
     Row("gqa_jax.attention", ".errors .hardware .collectives", outside="jax"),
-    Row("gqa_jax.training.loss", ".attention", outside="jax"),
+    Row("gqa_jax.training.loss", ".collectives .attention", outside="jax"),
     Row("gqa_jax.training.sharding", ".errors .mesh .collectives", outside="jax"),
     Row("gqa_jax.model", ".config .attention", outside="flax jax"),
     Row(

@@ -207,8 +207,8 @@ def test_what_a_result_says_of_its_rules_is_in_the_loss_table(folder):
 def add_evaluation(folder, name, by_document):
     """What a run leaves of its evaluation."""
     parts = (
-        evaluation.Part("", "", "loss", 3.5, 0.1, 100, 4, "nats/token"),
-        evaluation.Part("web", "", "loss", 3.25, None, 60, 1, "nats/token"),
+        evaluation.Row("", "", "loss", 3.5, 0.1, 100, 4, "nats/token"),
+        evaluation.Row("web", "", "loss", 3.25, None, 60, 1, "nats/token"),
     )
     result = evaluation.Evaluation(3.5, 0.1, 3.2, 3.8, None, 100, 4, 500, 9, parts, by_document)
     rows = evaluation.rows(result, step=4, context=32, rules="hash/spread/one")

@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
     n_documents: int
 
 
-class Part(NamedTuple):
+class Row(NamedTuple):
     """A row of the long table of evaluations, of the targets of one source or of one range of positions, or of all."""
 
     source: str  # "": all
@@ -75,7 +75,7 @@ class Evaluation(NamedTuple):
     documents: int
     heldout_tokens: int  # of the whole held-out split
     heldout_documents: int
-    parts: tuple[Part, ...]
+    parts: tuple[Row, ...]
     by_document: Documents
 
 
@@ -222,7 +222,7 @@ def plus_minus(standard_error: float | None) -> str:
     return "" if standard_error is None else f" ± {standard_error:.4f}"
 
 
-def _parts(source: str, position: str, sums: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray | None) -> Iterator[Part]:
+def _parts(source: str, position: str, sums: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray | None) -> Iterator[Row]:
     """Rows of some documents, or of parts of them: sums in nats, targets and bytes of each."""
     if not len(sums):
         return
@@ -231,7 +231,7 @@ def _parts(source: str, position: str, sums: np.ndarray, tokens: np.ndarray, tex
         measures.append(("bits_per_byte", sums / math.log(2), text_bytes, BITS))
     for metric, numerators, counts, unit in measures:
         found = estimate(numerators, counts)
-        yield Part(source, position, metric, found.value, found.standard_error, int(tokens.sum()), found.n_documents, unit)
+        yield Row(source, position, metric, found.value, found.standard_error, int(tokens.sum()), found.n_documents, unit)
 
 
 def _by_document(held_out: HeldOutDocuments, sums: np.ndarray) -> Documents:

@@ -9,11 +9,14 @@ Axes beside those of gqa_jax.model: P all B x T tokens, C tokens of a chunk.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gqa_jax.attention.implementations import target
+from gqa_jax.collectives import reduce_scatter
 
 # Logits held at once. On an accelerator, adding few tokens at a time to the embedding's gradient takes longer than the matmuls:
 # by the compiler's schedule at V = 50,304 and D = 1,536, chunks of 256, 512, 1,024 and 2,048 tokens take 9,800, 6,200, 6,000
@@ -39,10 +42,20 @@ def token_losses(hidden_BxTxD: jax.Array, embedding_VxD: jax.Array, targets_BxT:
     return lax.fori_loop(0, chunks, chunk, losses_P).reshape(targets_BxT.shape)
 
 
-@jax.custom_vjp
 def mean_loss(hidden_BxTxD: jax.Array, embedding_VxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
     """Mean of `token_losses` over all tokens, a float32 scalar, with a gradient for hidden states and embedding."""
-    return jnp.mean(token_losses(hidden_BxTxD, embedding_VxD, targets_BxT))
+    return mean_loss_of_shard(embedding_VxD, embedding_VxD, hidden_BxTxD, targets_BxT, ())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def mean_loss_of_shard(
+    shard_VxD: jax.Array, whole_VxD: jax.Array, hidden_BxTxD: jax.Array, targets_BxT: jax.Array, axes: tuple[str, ...]
+) -> jax.Array:
+    """`mean_loss` by the whole embedding, with a gradient for hidden states and this device's shard of it.
+
+    The shard is cut over the mesh axes `axes` along D: gradients of the whole are summed over them, in float32 at least.
+    """
+    return jnp.mean(token_losses(hidden_BxTxD, whole_VxD, targets_BxT))
 
 
 @jax.named_scope("loss")
@@ -81,16 +94,17 @@ def loss_and_gradients(
     return total / count, d_hidden_PxD.reshape(hidden_BxTxD.shape), d_embedding_VxD
 
 
-def _forward(hidden_BxTxD, embedding_VxD, targets_BxT):
-    mean, d_hidden_BxTxD, d_embedding_VxD = loss_and_gradients(hidden_BxTxD, embedding_VxD, targets_BxT)
-    return mean, (d_hidden_BxTxD, d_embedding_VxD.astype(embedding_VxD.dtype))
+def _forward(shard_VxD, whole_VxD, hidden_BxTxD, targets_BxT, axes):
+    mean, d_hidden_BxTxD, d_whole_VxD = loss_and_gradients(hidden_BxTxD, whole_VxD, targets_BxT)
+    return mean, (reduce_scatter(d_whole_VxD, axes, 1).astype(shard_VxD.dtype), d_hidden_BxTxD)
 
 
-def _backward(gradients, cotangent):
-    return *((cotangent * x).astype(x.dtype) for x in gradients), None
+def _backward(axes, gradients, cotangent):
+    d_shard_VxD, d_hidden_BxTxD = ((cotangent * x).astype(x.dtype) for x in gradients)
+    return d_shard_VxD, None, d_hidden_BxTxD, None
 
 
-mean_loss.defvjp(_forward, _backward)
+mean_loss_of_shard.defvjp(_forward, _backward)
 
 
 def _chunks(count: int, vocab_size: int) -> tuple[int, int]:

@@ -99,7 +99,9 @@ class Shard:
     def mean_loss(self, shard_VxD: jax.Array, whole_VxD: jax.Array, hidden_BxTxD: jax.Array, targets_BxT: jax.Array):
         """This device's share of the mean cross-entropy over the tokens of all devices: shares add up to it. float32."""
         hidden_CxD = self._own_features(hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1]))
-        mean = _mean_loss(shard_VxD, whole_VxD, hidden_CxD[None], self._own(targets_BxT)[None], self._embedding_axes)
+        mean = loss.mean_loss_of_shard(
+            shard_VxD, whole_VxD, hidden_CxD[None], self._own(targets_BxT)[None], self._embedding_axes
+        )
         return mean / self.mesh.n_devices
 
     def token_losses(self, whole_VxD: jax.Array, hidden_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
@@ -176,25 +178,6 @@ def _embed_backward(axes, kept, d_x_CxD):
 
 
 _embed.defvjp(_embed_forward, _embed_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _mean_loss(shard_VxD, whole_VxD, hidden_BxTxD, targets_BxT, axes):
-    return jnp.mean(loss.token_losses(hidden_BxTxD, whole_VxD, targets_BxT))
-
-
-def _mean_loss_forward(shard_VxD, whole_VxD, hidden_BxTxD, targets_BxT, axes):
-    mean, d_hidden_BxTxD, d_whole_VxD = loss.loss_and_gradients(hidden_BxTxD, whole_VxD, targets_BxT)
-    return mean, (d_hidden_BxTxD, reduce_scatter(d_whole_VxD, axes, 1).astype(shard_VxD.dtype))
-
-
-def _mean_loss_backward(axes, kept, cotangent):
-    d_hidden_BxTxD, d_shard_VxD = kept
-    d_shard_VxD, d_hidden_BxTxD = ((cotangent * x).astype(x.dtype) for x in (d_shard_VxD, d_hidden_BxTxD))
-    return d_shard_VxD, None, d_hidden_BxTxD, None
-
-
-_mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
