@@ -100,32 +100,36 @@ TABLE = (
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
-    Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
-    Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
+    Row("gqa_jax.search.roofline", ".errors .formatting .costs .hardware"),
+    Row("gqa_jax.search.objectives", ".errors .costs"),
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
-    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking .search.serving_words"),
+    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking", lazily=".search.serving_words"),
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
+        ".formatting .shapes .costs .shape_search .laws .search.objectives .search.ranking .search.shape_rule",
     ),
+    Row("gqa_jax.search.serving", ".costs .hardware .search.objectives .search.candidates .search.roofline"),
+    Row("gqa_jax.search.buildable", ".costs .shape_search .laws .search.shape_rule .search.answer .search.candidates"),
+    Row("gqa_jax.search.caveats", ".formatting .laws .search.answer .search.candidates"),
     Row(
         "gqa_jax.search.optimum",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking "
-        ".search.shape_rule .search.answer .search.candidates",
+        ".formatting .shapes .costs .laws .search.objectives .search.ranking .search.shape_rule .search.answer "
+        ".search.candidates .search.buildable .search.caveats",
     ),
     Row(
         "gqa_jax.search.own_answer",
-        ".formatting .laws .search.own_model .search.roofline .search.objectives .search.ranking .search.answer "
-        ".search.candidates .search.optimum",
+        ".formatting .laws .search.own_model .search.objectives .search.ranking .search.answer .search.candidates "
+        ".search.optimum",
     ),
     Row(
         "gqa_jax.search.devices",
-        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline",
+        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline "
+        ".search.serving",
     ),
-    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
+    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking .search.candidates"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
@@ -150,7 +154,8 @@ TABLE = (
     Row("launch.executors.tpu", ".errors .storage .data launch.grid launch.executors.base launch.executors.bundle"),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base launch.executors.bundle",
+        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base "
+        "launch.executors.bundle",
     ),
     Row("launch.state", ".errors .config .storage .training.run_folder launch.grid launch.executors.base"),
     Row("launch.run", ".errors .storage launch.grid launch.executors.base launch.executors.local launch.state"),

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from gqa_jax import formatting
 from gqa_jax.search.answer import ShapeChoice
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search.roofline import RooflineServing
 from gqa_jax.search.shape_rule import BEST
 from gqa_jax.search.words import ratio_of_runs
 from launch.report import answer_map, sections, words
@@ -109,7 +109,7 @@ def _shapes(study: Study) -> dict[str, str]:
     return {"shapes": words.rule(rule), "against": against}
 
 
-def _device_text(one: Serving) -> str:
+def _device_text(one: RooflineServing) -> str:
     count = "" if one.n_devices == 1 else f"{one.n_devices} x "
     price = f", ${one.usd:.2f}/h" if one.has_price else ""
     room, peak = formatting.gb(one.chip.server_bytes), one.chip.peak_flops / 1e12

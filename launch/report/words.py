@@ -152,7 +152,7 @@ def seconds(value: float) -> str:
 def served(row: Any, serving: dict[str, Any]) -> list[str]:
     """How a model is served, in sentences; of none that can't be.
 
-    row: with the columns `gqa_jax.search.optimum.SERVED`; serving: `gqa_jax.search.roofline.Serving.describe()`.
+    row: with the columns `gqa_jax.search.optimum.SERVED`; serving: `gqa_jax.search.roofline.RooflineServing.describe()`.
     """
     if missing(row.layout):
         return []
