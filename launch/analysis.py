@@ -434,7 +434,7 @@ def _show(arguments: argparse.Namespace, found, one, also: list[str], console: C
         for table in others:
             console.print(table)
         return
-    _print_as(arguments.format, [answers.headline(found, also), *about], [*answers.tables(found, one.laws), *others])
+    _print_as(arguments.format, [answers.headline(found, also), *about], [*answers.tables(found), *others])
 
 
 def _print_as(form: str, sentences: list[str], tables) -> None:

@@ -167,16 +167,20 @@ TABLE = (
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
     Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
-    Row("launch.grid_tables", ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables"),
+    Row("launch.columns", ".formatting .laws .search.objectives .search.serving_words .search.words launch.tables"),
+    Row(
+        "launch.grid_tables",
+        ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables launch.columns",
+    ),
     Row(
         "launch.answers",
-        ".formatting .laws .search.answer .search.candidates .search.serving_words .search.words launch.studies "
-        "launch.tables launch.grid_tables",
+        ".formatting .search.answer .search.candidates .search.serving_words .search.words launch.studies "
+        "launch.tables launch.columns launch.grid_tables",
     ),
     Row(
         "launch.device_tables",
         ".formatting .search.devices .search.roofline .search.serving_words .search.words launch.tables "
-        "launch.grid_tables launch.answers",
+        "launch.columns launch.answers",
     ),
     Row(
         "launch.export",
@@ -191,7 +195,7 @@ TABLE = (
         "launch.report",
         ".formatting .costs .storage .laws .search.serving_words .search.words .search.answer .search.candidates "
         ".search.shape_rule .search.roofline .search.ranking .search.objectives .search.optimum .plots "
-        "launch.tables",
+        "launch.tables launch.columns launch.grid_tables launch.answers",
     ),
     Row(
         "launch.findings",

@@ -8,7 +8,7 @@ import pytest
 from gqa_jax import costs, laws, shape_search
 from gqa_jax.hardware import CHIPS, Efficiency
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
-from gqa_jax.search import candidates, objectives, optimum, presets, ranking, roofline
+from gqa_jax.search import candidates, objectives, optimum, presets, ranking, roofline, serving
 from gqa_jax.search.answer import Model
 from gqa_jax.search.roofline import RooflineServing
 from gqa_jax.shapes import Aspect, ffn_width, paper_aspect
@@ -418,7 +418,7 @@ class TestServed:
     def test_columns_say_how_each_h_is_served(self, paper, cost, by):
         objective = _typical(cost)
         frame = optimum.search(paper, 2.615, 131_072, objective, aspect="trained", draws=0).candidates
-        assert tuple(frame.columns) == (*candidates.CANDIDATES, *candidates.SERVED)
+        assert tuple(frame.columns) == (*candidates.CANDIDATES, *serving.SERVED)
         for row in frame.itertuples():
             heads = Heads(None if pd.isna(row.n_heads) else row.n_heads, row.n_kv_heads)
             shape = shape_search.solve_shape(paper[heads].solve(2.615), heads, paper.aspect)
@@ -447,7 +447,7 @@ class TestServed:
     def test_in_json_too(self, paper):
         objective = _typical("price", tpot=0.01)
         values = json.loads(json.dumps(optimum.search(paper, 2.615, 131_072, objective).to_dict(), allow_nan=False))
-        assert set(candidates.SERVED) <= set(values["candidates"][0])
+        assert set(serving.SERVED) <= set(values["candidates"][0])
         assert values["objective"]["serving"]["parallelism"] == "best"
 
     def test_the_layout_is_that_of_the_fitted_laws_in_every_draw(self):
@@ -477,7 +477,7 @@ class TestServed:
         few = frame[(frame["n_heads"] < 4).fillna(False)]
         assert np.isinf(few["cost"]).all()
         assert few["rank"].isna().all()
-        assert few[[name for name in candidates.SERVED if not name.endswith("_limit")]].isna().all().all()
+        assert few[[name for name in serving.SERVED if not name.endswith("_limit")]].isna().all().all()
         assert few["note"].str.match(r"4 devices can't share [12] query heads?: [12] can; so can these as ").all()
         assert frame["rank"].dropna().tolist() == [1, 2, 3, 4, 5, 6]  # Llama 3's rule too
 

@@ -139,13 +139,10 @@ def coefficients(
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """Every H for one question: `frame` has a row per candidate, the answer first; the arrays are in the order of `heads`."""
+    """Every H for one question: `frame` has a row per candidate, the answer first; arrays are in the order of `heads`."""
 
     frame: pd.DataFrame  # columns CANDIDATES, and `serving.SERVED` of costs of devices; savings are empty yet
     heads: list[Heads]
-    cost_H: np.ndarray  # typical; infinite where it can't be
-    n_params_H: np.ndarray
-    shape_H: costs.Shape
     cost_SxH: np.ndarray | None  # at the best ratio of every draw
     ratio_SxH: np.ndarray | None
     ranking: ranking.Ranking | None
@@ -272,7 +269,7 @@ class Table:
         if hopeless[order[0]] or (guess and not guesses):
             frame["probability"] = np.nan
         frame["rank"] = pd.arrays.IntegerArray(np.arange(1, k + 1), hopeless[order])
-        return Ranked(frame, self.heads, cost_H, n_H, shape_H, cost_SxH, ratio_SxH, found)
+        return Ranked(frame, self.heads, cost_SxH, ratio_SxH, found)
 
     def drawn_costs(self, cost: CostAt) -> tuple[np.ndarray, shape_rule.Least]:
         """cost_SxH at the best ratio of every draw, and where that is. `cost` is settled."""

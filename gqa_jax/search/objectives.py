@@ -26,7 +26,9 @@ class Objective:
     """A cost of a model; less is better. A subclass is a frozen dataclass, whose fields are its settings (`make`)."""
 
     name: ClassVar[str]  # as on the command line
-    label: str  # for an axis or a heading, without the unit
+    heading: ClassVar[str]  # of a narrow column
+    choice: ClassVar[str]  # among other costs, in words
+    label: str  # for an axis, without the unit
     unit: str  # of the number; empty where it has none
     parts: ClassVar[Mapping[str, type]] = {}  # fields that are dataclasses, whose own fields are settings too
     needs: ClassVar[tuple[str, str] | None] = None  # a setting that must be given, and an example of it
@@ -60,6 +62,8 @@ class Memory(Objective):
     cache_dtype: str | None = None
 
     name = "memory"
+    heading = "memory"
+    choice = "memory"
     label = "inference memory"
 
     def __post_init__(self):
@@ -103,6 +107,8 @@ class Flops(Objective):
     flops: str | None = None  # "per_token", "half_T", "full_T"
 
     name = "flops"
+    heading = "FLOPs"
+    choice = "compute (FLOPs)"
 
     def __post_init__(self):
         _ = self.rule
@@ -144,6 +150,8 @@ class Z(Objective):
     cache_dtype: str | None = None
 
     name = "z"
+    heading = "Z"
+    choice = "Z: memory and compute, weighted"
     label = "hardware-aware cost Z"
     unit = ""
 
@@ -186,6 +194,8 @@ class Training(Objective):
     train_context: float | None = None
 
     name = "train"
+    heading = "training\nFLOPs"
+    choice = "compute of training"
     label = "training FLOPs"
     unit = "FLOPs"
 

@@ -54,6 +54,8 @@ class Latency(_OfDevices):
     serving: RooflineServing
 
     name = "latency"
+    heading = "a request"
+    choice = "time of a request"
     label = "time of a request"
     unit = "seconds"
     by = "latency"
@@ -69,6 +71,8 @@ class Throughput(_OfDevices):
     serving: RooflineServing
 
     name = "throughput"
+    heading = "a token,\na device"
+    choice = "time per token and device"
     label = "time per token and device"
     unit = "seconds"
 
@@ -83,6 +87,8 @@ class Price(_OfDevices):
     serving: RooflineServing
 
     name = "price"
+    heading = "a million\ntokens"
+    choice = "price of a million tokens"
     label = "price of a million tokens"
     unit = "US dollars"
 
@@ -108,6 +114,8 @@ class Lifetime(_OfDevices):
     training_mfu: float | None = None
 
     name = "lifetime"
+    heading = "training\nand serving"
+    choice = "training and serving, over a lifetime"
     parts: ClassVar = {"serving": RooflineServing, "training": Training}
     needs = ("served_tokens", "1e12")
 
