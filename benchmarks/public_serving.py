@@ -38,7 +38,7 @@ from benchmarks.public.comparison import Errors, every_other, markdown
 from benchmarks.public.devices import DEVICES
 from benchmarks.public.models import MODELS
 from gqa_jax.hardware import Efficiency
-from gqa_jax.search.roofline import Layout, Phase, Serving
+from gqa_jax.search.roofline import Layout, Phase, RooflineServing
 
 MEASURED = Path(__file__).parent / "public" / "serving_measured.csv"
 KINDS = ("batch 1", "batched", "load", "prefill")
@@ -87,7 +87,7 @@ def _case(row, kind: str) -> Case:
     # The bound takes the fastest products there are for the parameters' dtype.
     plain = chip if row.computes == row.param else dataclasses.replace(chip, narrow_flops=())
     expected, bound = (
-        Serving(
+        RooflineServing(
             device, int(row.devices), Layout(int(row.devices)), 1, 0.1, row.param, row.cache, model.untied, efficiency
         )
         for device, efficiency in ((plain, PARTIAL), (chip, Efficiency.of_bound()))
@@ -114,7 +114,7 @@ def fitting(row, *, reserved: bool) -> float:
     Otherwise the most that there can be: all memory, requests at every stage, so half of what they generate.
     """
     model, chip = MODELS[row.model_key], DEVICES[row.chip]
-    serving = Serving(chip, int(row.devices), Layout(int(row.devices)), 1, 0.1, row.param, row.cache, model.untied)
+    serving = RooflineServing(chip, int(row.devices), Layout(int(row.devices)), 1, 0.1, row.param, row.cache, model.untied)
     tokens = row.prompt + row.generated * (1 if reserved else 0.5)
     one = serving.memory_bytes(model.shape, tokens, 2) - serving.memory_bytes(model.shape, tokens, 1)
     held = serving.memory_bytes(model.shape, tokens, 1) - one
@@ -122,7 +122,7 @@ def fitting(row, *, reserved: bool) -> float:
     return float(np.clip(math.floor(room), 1, row.limit if reserved else math.inf))
 
 
-def _phases(row, timing: str, requests: float, serving: Serving) -> list[tuple[Phase, float]]:
+def _phases(row, timing: str, requests: float, serving: RooflineServing) -> list[tuple[Phase, float]]:
     """What the seconds of a measurement are spent on: phases, and how often each."""
     shape = MODELS[row.model_key].shape
     if timing == "prefill":
@@ -137,7 +137,7 @@ def _phases(row, timing: str, requests: float, serving: Serving) -> list[tuple[P
     return [(prompts, requests / row.generated * row.prompt / row.tokens_at_once), (decode, 1.0)]
 
 
-def _prompts(serving: Serving, shape, prompt: float, tokens: float) -> Phase:
+def _prompts(serving: RooflineServing, shape, prompt: float, tokens: float) -> Phase:
     """A pass over so many tokens of prompts of `prompt` tokens: parameters are read once for them all."""
     passed, single = serving.prefill(shape, tokens), serving.prefill(shape, prompt)
     return passed._replace(attention=single.attention * tokens / prompt, cache=single.cache * tokens / prompt)
@@ -147,7 +147,7 @@ def _array(phase: Phase, times: float = 1.0) -> np.ndarray:
     return times * np.array([float(getattr(phase, name)) for name in PARTS])
 
 
-def _bound(row, timing: str, requests: float, serving: Serving) -> float:
+def _bound(row, timing: str, requests: float, serving: RooflineServing) -> float:
     """Seconds below which no server can be; where lengths are not stated, of requests that have no prompt."""
     if isinstance(row.assumed, str) and row.assumed in ("keys", "lengths"):
         return float(serving.decode_step(MODELS[row.model_key].shape, 1.0, batch=requests).seconds)

@@ -8,7 +8,7 @@ import numpy as np
 
 from gqa_jax import costs
 from gqa_jax.search import objectives, optimum, presets
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search.roofline import RooflineServing
 
 SHAPES, REPEATS = 20_000, 5
 DEVICES = ("h200", "h100", "v6e")
@@ -20,7 +20,7 @@ def questions_a_second(n_devices: int, parallelism: str) -> float:
     """Loads of shapes that differ, in one call; the best of REPEATS."""
     generator = np.random.default_rng(0)
     shape = costs.Shape(generator.uniform(12, 60, SHAPES), generator.uniform(768, 4096, SHAPES), 8, 1)
-    serving, times = Serving("h100", n_devices, parallelism), []
+    serving, times = RooflineServing("h100", n_devices, parallelism), []
     for _ in range(REPEATS):
         start = time.perf_counter()
         serving.load(shape, 131_072)

@@ -266,7 +266,7 @@ def _batch(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        return text  # Serving says what there is
+        return text  # RooflineServing says what there is
 
 
 def _add_context(command: argparse.ArgumentParser, default: str = "that of least noise") -> None:
@@ -370,7 +370,7 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     from gqa_jax.search import devices as devices_of
     from gqa_jax.search import objectives, optimum
     from gqa_jax.search.answer import records
-    from gqa_jax.search.roofline import Serving
+    from gqa_jax.search.roofline import RooflineServing
     from launch import answers, studies
 
     source = _source(arguments)
@@ -383,7 +383,7 @@ def _optimum(arguments: argparse.Namespace, console: Console) -> int:
     limit = None
     if arguments.fits:
         own = {name: getattr(arguments, name) for name in ("n_devices", "batch", "param_dtype", "cache_dtype")}
-        limit = Serving(arguments.fits, **{name: value for name, value in own.items() if value is not None})
+        limit = RooflineServing(arguments.fits, **{name: value for name, value in own.items() if value is not None})
     convention = arguments.convention or source.convention
     how = {"draws": arguments.draws, "seed": arguments.seed, "aspect": arguments.aspect, "heads": arguments.heads}
     limits = {"convention": convention, "memory_limit": limit, "method": arguments.method}
@@ -434,7 +434,7 @@ def _show(arguments: argparse.Namespace, found, one, also: list[str], console: C
         for table in others:
             console.print(table)
         return
-    _print_as(arguments.format, [answers.headline(found, also), *about], [*answers.tables(found, one.laws), *others])
+    _print_as(arguments.format, [answers.headline(found, also), *about], [*answers.tables(found), *others])
 
 
 def _print_as(form: str, sentences: list[str], tables) -> None:

@@ -17,13 +17,12 @@ from rich.console import Console
 
 from gqa_jax import formatting, plots, results, shape_search, storage
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import LLAMA3, Heads, validation
+from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import invariance, optimum
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective, Z
 from gqa_jax.shapes import Aspect
-from launch import state, studies
-from launch.grid_tables import without_checks
+from launch import grid_tables, state, studies
 from launch.report import Findings, Picture, Question, Study, answer_map
 from launch.studies import Fitted, Source
 
@@ -149,7 +148,7 @@ def _study(
         ),
         "optimum_map": grid,
         "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, weights=weights, **which),
-        "checks": _checks(one),
+        **dict(zip(("checks", "doubts"), grid_tables.checks(one), strict=True)),
     }
     pictures: dict[str, list[Picture]] = {}
     for part, title, caption, draw in _pictures(one, answer, grid, context):
@@ -257,30 +256,10 @@ def _with_contexts(study: Study, source: Source, console: Console) -> Study:
     except ValueError as error:
         console.print(f"no test of context invariance: {error}", highlight=False)
         return study
-    checks = pd.concat(
-        [study.checks, pd.DataFrame([{"check": "context invariance", "result": found.verdict}])], ignore_index=True
-    )
     caption = f"Relative difference of the loss to that of {found.baseline}, by the context of the training. {found.verdict}"
     drawn = Picture(ax.figure, "Loss differences against the training context", caption)
     pictures = {**study.pictures, "laws": [*study.pictures.get("laws", ()), drawn]}
-    return dataclasses.replace(study, checks=checks, pictures=pictures)
-
-
-def _checks(one: Fitted) -> pd.DataFrame | None:
-    """Columns check, result: the laws on runs that they have not seen."""
-    if one.rows.empty:
-        return None
-    frame, missing = validation.hold_out_all(one.rows)
-    lines = [
-        {
-            "check": f"{row.scheme.replace('_', ' ')}, {row.model.replace('_', ' ')}",
-            "result": f"mean error {row.mean_error:+.4f}, rms {row.rms_error:.4f}, worst {row.worst_error:+.4f} nats per "
-            f"token, {row.predicted} of {row.runs} runs predicted",
-        }
-        for row in validation.summary(frame).itertuples()
-    ]
-    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings]
-    return pd.DataFrame(lines + [{"check": "doubt", "result": text} for text in said], columns=["check", "result"])
+    return dataclasses.replace(study, doubts=[*study.doubts, f"context invariance: {found.verdict}"], pictures=pictures)
 
 
 def _unfinished(source: Source) -> pd.DataFrame | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,13 @@ from rich.markup import escape
 
 from gqa_jax import formatting
 from gqa_jax.formatting import size
-from gqa_jax.laws import Heads, planning, posterior, validation
+from gqa_jax.laws import Heads, LawsByHeads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import optimum
 from gqa_jax.search.candidates import FAR
+from launch import columns as columns_of
 from launch import studies
+from launch.columns import heads_text
 from launch.studies import Fitted
 from launch.tables import Column, Table
 
@@ -24,17 +27,20 @@ EXPONENTS = (0.0, 10.0)  # beyond which a bound of b is none
 E_AT_LEAST = 1e-3  # nats: a bound of E below it is none
 
 
-def fit_table(one: Fitted) -> pd.DataFrame:
-    """One row per H: context, rules of the runs, n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals,
-    r_squared, points, sigma, status, warnings.
-    """
-    laws = one.laws
+def coefficients(laws: LawsByHeads) -> pd.DataFrame:
+    """One row per H: n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals, r_squared, points."""
     frame = laws.intervals()
-    frame.insert(0, "context", one.context)
-    frame.insert(1, "rules", _rules_of(one))
     frame["n_heads"] = frame["n_heads"].astype("Int64")
     frame["r_squared"] = [law.r_squared for law in laws.values()]
     frame["points"] = [len(law.loss) for law in laws.values()]
+    return frame
+
+
+def fit_table(one: Fitted) -> pd.DataFrame:
+    """`coefficients`, after the context and the rules of the runs; with sigma, status and warnings."""
+    laws, frame = one.laws, coefficients(one.laws)
+    frame.insert(0, "context", one.context)
+    frame.insert(1, "rules", _rules_of(one))
     frame["sigma"], frame["status"] = laws.sigma, laws.status
     common = list(dict.fromkeys([*laws.warnings, *(w for law in laws.values() for w in law.warnings)]))
     frame["warnings"] = "; ".join(common)
@@ -78,8 +84,8 @@ def print_laws(one: Fitted, table: pd.DataFrame, console: Console, elsewhere: st
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
 
 
-def laws_of(one: Fitted, table: pd.DataFrame, elsewhere: str = "--format json") -> Table:
-    """Coefficients with their intervals; `table` is its `fit_table`."""
+def laws_of(one: Any, table: pd.DataFrame, elsewhere: str = "--format json") -> Table:
+    """Coefficients with their intervals. one: what has `laws` and `context`; table: their `coefficients`."""
     laws = one.laws
     noise = "no degrees of freedom for noise" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
     shared = "an E for every H"
@@ -92,7 +98,7 @@ def laws_of(one: Fitted, table: pd.DataFrame, elsewhere: str = "--format json") 
         f"embeddings; {shared}; {laws.status}, {noise}; intervals: {posterior.PROFILES}"
     )
     columns = [
-        Column("heads", heads_text, "left", 0),
+        columns_of.HEADS,
         Column("a", lambda row: size(row.a), rank=0),
         Column("95%", lambda row: formatting.sizes(row.a_low, row.a_high), "range", 2, name="95% of a"),
         Column("b", lambda row: f"{row.b:.4f}", rank=0),
@@ -115,15 +121,22 @@ def _entropy_between(low: float, high: float) -> str:
     return formatting.interval(low, high, "{:.3f}".format, (E_AT_LEAST, np.inf))
 
 
-def print_checks(one: Fitted, console: Console) -> None:
-    """How the laws do on runs that they have not seen."""
+def checks(one: Fitted) -> tuple[pd.DataFrame | None, list[str]]:
+    """How the laws do on runs that they have not seen: `validation.summary` (None: of no runs), and sentences."""
     if one.rows.empty:
-        return
+        return None, []
     frame, missing = validation.hold_out_all(one.rows)
-    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings]
-    if not frame.empty:
+    said = [f"no held-out check: {why}" for why in dict.fromkeys(text.partition(": ")[2] or text for text in missing)]
+    said += validation.lack_of_fit(one.laws, one.rows).warnings
+    return None if frame.empty else validation.summary(frame), said
+
+
+def print_checks(one: Fitted, console: Console) -> None:
+    """`checks` in a terminal."""
+    summary, said = checks(one)
+    if summary is not None:
         console.print()
-        console.print(held_out(validation.summary(frame)), "")
+        console.print(held_out(summary), "")
     for sentence in said:
         console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False)
 
@@ -143,13 +156,8 @@ def held_out(summary: pd.DataFrame) -> Table:
     return Table.of(summary, columns, "held-out", caption)
 
 
-def without_checks(missing: Sequence[str]) -> list[str]:
-    """Why schemes of held-out runs could not be carried out, each reason once."""
-    return [f"no held-out check: {why}" for why in dict.fromkeys(text.partition(": ")[2] or text for text in missing)]
-
-
-def losses(loss: pd.DataFrame) -> Table:
-    """Losses by context, heads and size; what ± is, and which rules they are under where a row says."""
+def losses(loss: pd.DataFrame, context: int | None = None) -> Table:
+    """Losses by heads and size (`by_size`); what ± is, and which rules they are under where a row says."""
     ruled = loss["rules"].dropna().unique() if "rules" in loss else ()
     under = f" under {ruled[0]}" if len(ruled) == 1 else ""
 
@@ -163,11 +171,11 @@ def losses(loss: pd.DataFrame) -> Table:
 
     error = studies.of_documents(loss) or "over documents"
     caption = f"Held-out loss{under}, nats per token (± standard error {error})"
-    return _by_size(loss, text, brief, "losses", caption)
+    return by_size(loss, text, brief, "losses", caption, context)
 
 
-def above_best(compared: pd.DataFrame) -> Table:
-    """`studies.to_best` by context, heads and size."""
+def above_best(compared: pd.DataFrame, context: int | None = None) -> Table:
+    """`studies.to_best` by heads and size (`by_size`)."""
 
     def text(row: Any) -> str:
         error = "" if pd.isna(row.standard_error) else f" ± {row.standard_error:.4f}"
@@ -177,27 +185,44 @@ def above_best(compared: pd.DataFrame) -> Table:
         return "best" if row.cell == row.best else f"{row.difference:+.4f}"
 
     caption = "Above the best heads of the size, nats per token (± standard error, paired by documents)"
-    return _by_size(compared, text, brief, "differences", caption)
+    return by_size(compared, text, brief, "differences", caption, context)
 
 
-def _by_size(rows: pd.DataFrame, text: Callable[[Any], str], brief: Callable[[Any], str], name: str, caption: str) -> Table:
-    """A row per context and heads, a column per size; several runs of both in a cell. Narrow: without the middle sizes."""
-    sizes = list(dict.fromkeys(rows.sort_values("params_non_embedding")["size"]))
+def by_size(
+    rows: pd.DataFrame,
+    text: Callable[[Any], str],
+    brief: Callable[[Any], str],
+    name: str,
+    caption: str,
+    context: int | None = None,
+    order: str = studies.COUNT,
+) -> Table:
+    """A row per training context and heads, a column per size; several runs of both in a cell. Narrow: without middle sizes.
+
+    text, brief: of a run, in its cell; the shorter one where there is little room. context: of all rows, which the caption
+    says then instead of a column. order: a column that sizes ascend by.
+    """
+    sizes = list(dict.fromkeys(rows.sort_values(order)["size"]))
     pivot: dict[tuple, dict[str, list[Any]]] = {}
     for row in rows.itertuples():
-        pivot.setdefault((row.context, row.n_heads, row.n_kv_heads), {}).setdefault(row.size, []).append(row)
+        heads = columns_of.heads_of(row)
+        place = row.context, heads.n_heads or math.inf, heads.n_kv_heads  # heads that grow with the width last
+        pivot.setdefault((place, row.context, *heads), {}).setdefault(row.size, []).append(row)
     frame = pd.DataFrame(
-        [(*key, *(runs.get(one, ()) for one in sizes)) for key, runs in sorted(pivot.items())],
+        [(*key[1:], *(runs.get(one, ()) for one in sizes)) for key, runs in sorted(pivot.items())],
         columns=["context", "n_heads", "n_kv_heads", *range(len(sizes))],
+        dtype=object,
     )
 
     def cell(i: int, of: Callable[[Any], str]) -> Callable[[Any], str]:
         return lambda row: ", ".join(map(of, row[3 + i]))
 
     last = len(sizes) - 1
+    if context is not None:
+        caption = f"Trained at {formatting.context(context)} tokens. {caption}"
     columns = [
-        Column("context", lambda row: f"{row.context:,}", rank=0),
-        Column("heads", heads_text, "left", 0),
+        *([columns_of.of("context", "context", "{:,}".format, rank=0)] if context is None else []),
+        columns_of.HEADS,
         *(
             Column(str(one), cell(i, text), rank=0 if i in (0, last) else 1 + min(i, last - i), brief=cell(i, brief))
             for i, one in enumerate(sizes)
@@ -242,16 +267,6 @@ def optimum_map(table: pd.DataFrame, convention: str) -> Table:
 def _winner(row: Any, sized: bool) -> str:
     sure = "" if np.isnan(row.probability) else f" {formatting.percent(row.probability)}"
     return f"{heads_text(row)}{sure}{f' {size(row.n_params)}' if sized else ''}" + ("" if pd.isna(row.note) else "*")
-
-
-def heads_of(row: Any) -> Heads:
-    """The head configuration of a row with n_heads (empty: d / d_h) and n_kv_heads."""
-    return Heads.of(row.n_heads, row.n_kv_heads)
-
-
-def heads_text(row: Any) -> str:
-    """(8,1), (d/d_h,8)."""
-    return str(heads_of(row))
 
 
 def words_of_heads(some: Sequence[Heads], head_dim: float) -> str:

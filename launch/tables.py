@@ -51,21 +51,14 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Headings, rows of text, and a caption that says what they are. `name` is the stem of its files.
-
-    What follows `notes` may be empty: every column has rank 1 then, but for the first, which stays.
-    """
+    """Columns, rows of their texts, and a caption that says what they are. `name` is the stem of its files."""
 
     name: str
     caption: str
-    headings: tuple[str, ...]
-    sides: tuple[str, ...]
+    columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
-    ranks: tuple[int, ...] = ()
     briefs: tuple[tuple[str, ...], ...] = ()  # rows of shorter texts
-    names: tuple[str, ...] = ()
-    totals: tuple[str, ...] = ()  # of a last line; empty: there is none
     strong: frozenset[int] = frozenset()  # rows that stand out
     frame: pd.DataFrame | None = None  # the values
     elsewhere: str = ""  # where all columns are, for who has a narrow terminal: "--format json"
@@ -90,25 +83,29 @@ class Table:
         given = list(frame.itertuples(index=False))
         rows = [tuple(column.text(row) for column in columns) for row in given]
         kept = [i for i, _ in enumerate(columns) if not rows or any(row[i] for row in rows)]
-        chosen = [columns[i] for i in kept]
-        totals = tuple(column.total for column in chosen)
+        chosen = tuple(columns[i] for i in kept)
+        briefs = tuple(tuple((column.brief or column.text)(row) for column in chosen) for row in given)
         return cls(
             name,
             caption,
-            tuple(column.heading for column in chosen),
-            tuple(column.side for column in chosen),
+            chosen,
             tuple(tuple(row[i] for i in kept) for row in rows),
             tuple(notes),
-            ranks=tuple(column.rank for column in chosen),
-            briefs=tuple(tuple((column.brief or column.text)(row) for column in chosen) for row in given)
-            if any(column.brief for column in chosen)
-            else (),
-            names=tuple(column.name or _one_line(column.heading) for column in chosen),
-            totals=totals if any(totals) else (),
-            strong=frozenset(i for i, row in enumerate(given) if strong is not None and strong(row)),
-            frame=frame if values is None else values,
-            elsewhere=elsewhere,
+            briefs if any(column.brief for column in chosen) else (),
+            frozenset(i for i, row in enumerate(given) if strong is not None and strong(row)),
+            frame if values is None else values,
+            elsewhere,
         )
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        return tuple(column.heading for column in self.columns)
+
+    @property
+    def totals(self) -> tuple[str, ...]:
+        """Of a last line; empty: there is none."""
+        totals = tuple(column.total for column in self.columns)
+        return totals if any(totals) else ()
 
     def text(self, form: str) -> str:
         """In one of FORMATS but a table. Raises KeyError for another, ValueError for values that it does not have."""
@@ -131,50 +128,41 @@ class Table:
         )
         widths = self._widths(rows)
         for i in shown:
-            wraps = self.sides[i] == "text"
+            column, wraps = self.columns[i], self.columns[i].side == "text"
             view.add_column(
-                Text(self.headings[i]),
-                Text(self.totals[i]) if self.totals else "",
-                justify="right" if self.sides[i] == "right" else "left",
+                Text(column.heading),
+                Text(column.total) if self.totals else "",
+                justify="right" if column.side == "right" else "left",
                 vertical="bottom" if not wraps else "top",
                 no_wrap=not wraps,
                 min_width=None if wraps else widths[i],
             )
         for number, row in enumerate(rows):
             view.add_row(*(Text(row[i]) for i in shown), style="bold" if number in self.strong else None)
-        missing = [self._name(i) for i in range(len(self.headings)) if i not in shown]
+        missing = [column.name or _one_line(column.heading) for i, column in enumerate(self.columns) if i not in shown]
         parts: list[RenderableType] = [Text(self.caption)] if self.caption else []
         parts.append(view)
         if missing:
             more = f" or {self.elsewhere}" if self.elsewhere else ""
-            needed = self._needed(self.rows, range(len(self.headings)))
+            needed = self._needed(self.rows, range(len(self.columns)))
             parts.append(Text(f"not shown at this width: {', '.join(missing)}; widen to {needed} columns{more}", style="dim"))
         return Group(*parts, *(Text(note, style="dim") for note in self.notes))
 
     def _fitting(self, width: int) -> tuple[tuple[tuple[str, ...], ...], list[int]]:
         """The rows, or their shorter texts, and the columns of them that fit."""
-        shown, rows = list(range(len(self.headings))), self.rows
+        shown, rows = list(range(len(self.columns))), self.rows
         if self.briefs and self._needed(rows, shown) > width:
             rows = self.briefs
-        while self._needed(rows, shown) > width and any(self._rank(i) for i in shown):
-            shown.remove(max(shown, key=lambda i: (self._rank(i), i)))
+        while self._needed(rows, shown) > width and any(self.columns[i].rank for i in shown):
+            shown.remove(max(shown, key=lambda i: (self.columns[i].rank, i)))
         return rows, shown
 
-    def _rank(self, i: int) -> int:
-        return self.ranks[i] if self.ranks else int(i > 0)
-
-    def _name(self, i: int) -> str:
-        return self.names[i] if self.names else _one_line(self.headings[i])
-
     def _widths(self, rows: Sequence[Sequence[str]]) -> list[int]:
-        lines = [heading.split("\n") for heading in self.headings]
         found = []
-        for i, heading in enumerate(lines):
-            cells = [*heading, *(self.totals[i : i + 1])]
-            if self.sides[i] != "text":
-                cells += [row[i] for row in rows]
-            widest = max(map(cell_len, cells))
-            found.append(max(widest, NARROWEST_TEXT) if self.sides[i] == "text" else widest)
+        for i, column in enumerate(self.columns):
+            wraps = column.side == "text"
+            cells = [*column.heading.split("\n"), column.total, *([] if wraps else [row[i] for row in rows])]
+            found.append(max([*map(cell_len, cells), NARROWEST_TEXT if wraps else 0]))
         return found
 
     def _needed(self, rows: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
@@ -208,14 +196,14 @@ class Table:
 
     def markdown(self) -> str:
         """A pipe table below its caption."""
-        rule = ["---:" if side == "right" else "---" for side in self.sides]
+        rule = ["---:" if column.side == "right" else "---" for column in self.columns]
         lines = [self._heads, rule, *self._lines]
         text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return "\n\n".join(filter(None, [self.caption, text, *self.notes])) + "\n"
 
     def latex(self) -> str:
         """A table for the package booktabs, in ASCII."""
-        sides = "".join("r" if side == "right" else "l" for side in self.sides)
+        sides = "".join("r" if column.side == "right" else "l" for column in self.columns)
         lines = [
             r"\begin{table}",
             r"  \centering",
@@ -238,9 +226,9 @@ class Table:
 
         def cells(row: Sequence[str], strong: bool = False) -> str:
             parts = []
-            for i, (text, side) in enumerate(zip(row, self.sides, strict=True)):
-                tag, scope = ("th", ' scope="row"') if i == self._row_heading else ("td", "")
-                style = f' style="text-align: {"right" if side == "right" else "left"}"'
+            for i, (text, column) in enumerate(zip(row, self.columns, strict=True)):
+                tag, scope = ("th", ' scope="row"') if i == self.row_heading else ("td", "")
+                style = f' style="text-align: {"right" if column.side == "right" else "left"}"'
                 shown = html.escape(text, quote=False)
                 parts.append(f"<{tag}{scope}{style}>{f'<b>{shown}</b>' if strong and tag == 'td' else shown}</{tag}>")
             return f"<tr>{''.join(parts)}</tr>"
@@ -258,7 +246,7 @@ class Table:
         return "\n".join(lines) + "\n"
 
     @property
-    def _row_heading(self) -> int:
+    def row_heading(self) -> int:
         """The column that a row is known by: the first with a heading."""
         return next((i for i, heading in enumerate(self.headings) if heading), 0)
 

@@ -173,11 +173,24 @@ class TestPoints:
         said = explorer_node.run(tmp_path, [], "return given.map((x) => gqa.savingBetween(x, 10))", ends)
         assert said == [formatting.saving_between(*one) for one in ends]
         nothing = """
-            const { moreText, savingText, savingBetween, short, range, costText } = gqa;
+            const { moreText, savingText, savingBetween, size, sizes, range, amount } = gqa;
             const shares = [moreText(NaN), savingText(NaN, 10), savingBetween([NaN, 1], 10)];
-            return [...shares, short(NaN), range([NaN, NaN], short), costText("seconds")(NaN), costText("US dollars")(NaN)];
+            return [...shares, size(NaN), range(sizes([NaN, NaN])), amount(NaN, "seconds"), amount(Infinity, "US dollars")];
         """
         assert explorer_node.run(tmp_path, [], nothing) == [""] * 7
+
+    def test_sizes_and_costs_are_written_as_everywhere(self, tmp_path):
+        values = [0.01234, 0.0996, 12.34, 999.4, 999.6, 9999.4, 9999.6, 56_789.0, 2.0234e9, 999.6e6, 1.5e13, 1.5e22]
+        units = ["", "FLOPs", "values", "bytes", "seconds", "US dollars"]
+        script = "return given[0].map((x) => [gqa.size(x), ...given[1].map((unit) => gqa.amount(x, unit))])"
+        said = explorer_node.run(tmp_path, [], script, [values, units])
+        assert said == [[formatting.size(x), *(formatting.amount(x, unit) for unit in units)] for x in values]
+        ends = [[1.93e9, 2.11e9], [1.93e9, 1e14], [10.0, 2.11e9], [10.0, 1e14], [1.0, 2.0], [1e14, 2e14]]
+        said = explorer_node.run(tmp_path, [], "return given.map((x) => [gqa.sizes(x), gqa.amounts(x, 'bytes')])", ends)
+        bytes_ = lambda one: formatting.amount(one, "bytes")  # noqa: E731
+        assert said == [[formatting.sizes(*one), formatting.interval(*one, bytes_, anything="any cost")] for one in ends]
+        script = "return [gqa.amounts([1, Infinity], ''), gqa.sizes([2e9, Infinity]), gqa.amounts([-Infinity, 1], '')]"
+        assert explorer_node.run(tmp_path, [], script) == ["at least 1.00", "at least 2.00B", "at most 1.00"]
 
     def test_interpolation_goes_through_points_and_is_exact_for_cubics(self, tmp_path):
         script = """
@@ -305,11 +318,12 @@ class TestPage:
         assert in_words(answer.heads, 64) in text(chromium, "sentence")
         assert in_words(answer.heads, 64) in chromium.run("return document.querySelector('h1').innerText")
         assert text(chromium, "fact-probability") == words.percent(answer.probability)
-        assert text(chromium, "fact-params") == words.short(answer.n_params)
-        assert text(chromium, "fact-params-range") == f"95%: {words.span(answer.n_params_interval, words.short)}"
+        assert text(chromium, "fact-params") == formatting.size(answer.n_params)
+        assert text(chromium, "fact-params-range") == f"95%: {formatting.sizes(*answer.n_params_interval)}"
         assert text(chromium, "fact-shape") == words.shape(answer.n_layers, answer.d_model)
-        assert text(chromium, "fact-cost") == words.short(answer.cost)
-        assert text(chromium, "fact-cost-range") == f"95%: {words.span(answer.cost_interval, words.short)}"
+        assert text(chromium, "fact-cost") == formatting.amount(answer.cost, "")
+        between = formatting.interval(*answer.cost_interval, lambda one: formatting.amount(one, ""))
+        assert text(chromium, "fact-cost-range") == f"95%: {between}"
         assert text(chromium, "fact-runner-up") == words.label(answer.runner_up)
         more = words.more(answer.regret_of_runner_up - answer.expected_regret)
         assert text(chromium, "fact-runner-up-range") == f"costs {more} on average"

@@ -108,32 +108,36 @@ TABLE = (
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
-    Row("gqa_jax.search.roofline", ".errors .costs .hardware"),
-    Row("gqa_jax.search.objectives", ".errors .costs .hardware .search.roofline"),
+    Row("gqa_jax.search.roofline", ".errors .formatting .costs .hardware"),
+    Row("gqa_jax.search.objectives", ".errors .costs"),
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
-    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking .search.serving_words"),
+    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking", lazily=".search.serving_words"),
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
+        ".formatting .shapes .costs .shape_search .laws .search.objectives .search.ranking .search.shape_rule",
     ),
+    Row("gqa_jax.search.serving", ".costs .hardware .search.objectives .search.candidates .search.roofline"),
+    Row("gqa_jax.search.buildable", ".costs .shape_search .laws .search.shape_rule .search.answer .search.candidates"),
+    Row("gqa_jax.search.caveats", ".formatting .laws .search.answer .search.candidates"),
     Row(
         "gqa_jax.search.optimum",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking "
-        ".search.shape_rule .search.answer .search.candidates",
+        ".formatting .shapes .costs .laws .search.objectives .search.ranking .search.shape_rule .search.answer "
+        ".search.candidates .search.buildable .search.caveats",
     ),
     Row(
         "gqa_jax.search.own_answer",
-        ".formatting .laws .search.own_model .search.roofline .search.objectives .search.ranking .search.answer "
-        ".search.candidates .search.optimum",
+        ".formatting .laws .search.own_model .search.objectives .search.ranking .search.answer .search.candidates "
+        ".search.optimum",
     ),
     Row(
         "gqa_jax.search.devices",
-        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline",
+        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline "
+        ".search.serving",
     ),
-    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
+    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking .search.candidates"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
@@ -158,7 +162,8 @@ TABLE = (
     Row("launch.executors.tpu", ".errors .storage .data launch.grid launch.executors.base launch.executors.bundle"),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base launch.executors.bundle",
+        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base "
+        "launch.executors.bundle",
     ),
     Row("launch.state", ".errors .config .storage .training.run_folder launch.grid launch.executors.base"),
     Row("launch.run", ".errors .storage launch.grid launch.executors.base launch.executors.local launch.state"),
@@ -170,16 +175,20 @@ TABLE = (
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
     Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
-    Row("launch.grid_tables", ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables"),
+    Row("launch.columns", ".formatting .laws .search.objectives .search.serving_words .search.words launch.tables"),
+    Row(
+        "launch.grid_tables",
+        ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables launch.columns",
+    ),
     Row(
         "launch.answers",
-        ".formatting .laws .search.answer .search.candidates .search.serving_words .search.words launch.studies "
-        "launch.tables launch.grid_tables",
+        ".formatting .search.answer .search.candidates .search.serving_words .search.words launch.studies "
+        "launch.tables launch.columns launch.grid_tables",
     ),
     Row(
         "launch.device_tables",
         ".formatting .search.devices .search.roofline .search.serving_words .search.words launch.tables "
-        "launch.grid_tables launch.answers",
+        "launch.columns launch.answers",
     ),
     Row(
         "launch.export",
@@ -194,7 +203,7 @@ TABLE = (
         "launch.report",
         ".formatting .costs .storage .laws .search.serving_words .search.words .search.answer .search.candidates "
         ".search.shape_rule .search.roofline .search.ranking .search.objectives .search.optimum .plots "
-        "launch.tables",
+        "launch.tables launch.columns launch.grid_tables launch.answers",
     ),
     Row(
         "launch.findings",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import devices, objectives, optimum, presets, words
-from launch import answers, device_tables, grid_tables
+from launch import answers, columns, device_tables, grid_tables
 from launch.__main__ import main
 
 T, LOSS = 131_072, 2.615
@@ -97,7 +97,7 @@ class TestHeadline:
         text = words.headline(far)
         assert text.startswith(f"N* is {far.far:.1f}x beyond the trained sizes, further than 10x: a guess. (")
         assert f"the least costly of the {far.n_candidates} on average; it costs as much as Llama 3's heads" in text
-        shown = text + "".join(table.markdown() + printed(table, 200) for table in answers.tables(far, paper))
+        shown = text + "".join(table.markdown() + printed(table, 200) for table in answers.tables(far))
         assert "probab" not in shown
         assert "(prob.)" not in shown
 
@@ -168,17 +168,17 @@ class TestAssumptions:
 class TestCandidates:
     @pytest.mark.parametrize("width", [60, 80, 100, 140])
     def test_heads_and_cost_are_there_at_every_width(self, width, found, paper):
-        text = printed(answers.candidates(found, paper), width)
+        text = printed(answers.candidates(found), width)
         rows = [line.split() for line in text.splitlines()]
         for row in found.candidates.itertuples():
-            cells = next(cells for cells in rows if grid_tables.heads_text(row) in cells[:2])
+            cells = next(cells for cells in rows if columns.heads_text(row) in cells[:2])
             assert any(cell == f"{row.cost / 1e3:.1f}k" for cell in cells)
         base = next(cells for cells in rows if cells[:1] == ["base"])
         assert base[1] == "(d/d_h,8)"
         assert max(map(len, text.splitlines())) <= width
 
     def test_the_usual_terminal_has_what_a_choice_needs(self, found, paper):
-        text = printed(answers.candidates(found, paper), 80)
+        text = printed(answers.candidates(found), 80)
         for heading in ("heads", "L x d", "N*", "Z", "95%", "cheapest", "against"):
             assert heading in text
         assert "not shown at this width: d/L, 95% of N*, expected regret" in " ".join(text.split())
@@ -192,7 +192,7 @@ class TestCandidates:
 
     def test_what_can_not_be_served_says_why_below(self, paper):
         goal = objectives.make("throughput", device="h100", batch=12)
-        table = answers.candidates(optimum.search(paper, LOSS, T, goal, draws=60), paper)
+        table = answers.candidates(optimum.search(paper, LOSS, T, goal, draws=60))
         row = next(row for row in table.rows if row[1] == "(8,8)")
         assert "-" in row
         assert next(note for note in table.notes if note.startswith("(8,8)")).startswith("(8,8): takes ")
@@ -205,7 +205,7 @@ class TestCandidates:
             n_params=[1.99e-28] * 8, n_params_low=[0.0] * 8, n_params_high=[1.86e17] * 4 + [951.0] * 4
         )
         small = dataclasses.replace(small, candidates=table)
-        text = words.headline(small) + printed(answers.candidates(small, paper), 200)
+        text = words.headline(small) + printed(answers.candidates(small), 200)
         assert "e-28" not in text
         assert "186P" not in text
         assert "(<1k parameters)" in text

@@ -94,7 +94,8 @@ class TestScreen:
         assert printed(table, 40)[-1] == "[red]x[/]"
 
     def test_a_table_of_texts_alone_keeps_its_first_column(self):
-        table = Table("map", "Map.", ("loss", "8K", "128K"), ("left",) * 3, (("2.6", "(8,1) 99%", "(8,1) 98%"),))
+        columns = (Column("loss", str, "left", 0), Column("8K", str, "left"), Column("128K", str, "left"))
+        table = Table("map", "Map.", columns, (("2.6", "(8,1) 99%", "(8,1) 98%"),))
         assert printed(table, 16)[1].split() == ["loss", "8K"]
 
 
@@ -110,7 +111,7 @@ class TestFormats:
 
     def test_texts_alone_have_no_values(self):
         with pytest.raises(ValueError, match="table map has texts alone"):
-            Table("map", "Map.", ("loss",), ("left",), (("2.6",),)).text("csv")
+            Table("map", "Map.", (Column("loss", str),), (("2.6",),)).text("csv")
 
     def test_markdown(self):
         assert made().text("markdown").splitlines()[:6] == [

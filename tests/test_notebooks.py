@@ -238,31 +238,33 @@ class TestOptimumForOtherDevices:
         assert len(said) == len([cell for cell in nbformat.read(MODEL, as_version=4).cells if cell.cell_type == "code"])
 
     def test_the_smallest(self):
-        said = run_cells(MODEL, question('Serving("v5e", batch=8, decode_share=0.1)'))
+        said = run_cells(MODEL, question('RooflineServing("v5e", batch=8, decode_share=0.1)'))
         self.check(said)
         assert "(8,2) can't be served so" in said["device"]
         assert "none can be served so" in said["goals"]  # four times as many
         assert "none can be served so" in said["assumptions"]  # a width of 64 times the depth: 16.1 GB of 15.2
 
     def test_none_that_can_be_served(self):
-        said = run_cells(MODEL, question('Serving("v5e", batch=32, decode_share=0.1)'))
+        said = run_cells(MODEL, question('RooflineServing("v5e", batch=32, decode_share=0.1)'))
         self.check(said, fits=False)
         assert "no head configuration can be served as asked" in said["device"]
 
     @pytest.mark.slow
     @pytest.mark.parametrize("device", list(hardware.CHIPS))
     def test_every_device(self, device):
-        self.check(run_cells(MODEL, question(f'Serving("{device}", batch="best", decode_share=0.1)')))
+        self.check(run_cells(MODEL, question(f'RooflineServing("{device}", batch="best", decode_share=0.1)')))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("device", list(hardware.CHIPS))
     def test_every_device_with_another_batch(self, device):
         """Four times as many requests are asked about, too."""
-        self.check(run_cells(MODEL, question(f'Serving("{device}", batch=8, decode_share=0.1)')))
+        self.check(run_cells(MODEL, question(f'RooflineServing("{device}", batch=8, decode_share=0.1)')))
 
     @pytest.mark.slow
     def test_another_loss_and_context(self):
-        said = run_cells(MODEL, question('Serving("h100", n_devices=2, ttft=2.0, tpot=0.05)', loss=2.75, context=32_768))
+        said = run_cells(
+            MODEL, question('RooflineServing("h100", n_devices=2, ttft=2.0, tpot=0.05)', loss=2.75, context=32_768)
+        )
         assert "layers x width" in said["device"]
 
 

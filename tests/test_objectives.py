@@ -8,8 +8,9 @@ import pytest
 from gqa_jax import costs, hardware
 from gqa_jax.hardware import CHIPS
 from gqa_jax.search import objectives
-from gqa_jax.search.objectives import OBJECTIVES, Flops, Lifetime, Memory, Training, Z, make
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search.objectives import OBJECTIVES, Flops, Memory, Training, Z, make
+from gqa_jax.search.roofline import RooflineServing
+from gqa_jax.search.serving import Lifetime
 
 T = 131_072
 SHAPE = costs.Shape(42.6, 2400.0, 8, 1)
@@ -48,7 +49,7 @@ SETTINGS = [
 
 
 class Server:
-    """The load of a device by what `Serving.describe` says alone, in plain arithmetic, one layout after another."""
+    """The load of a device by what `RooflineServing.describe` says alone, in plain arithmetic, one layout after another."""
 
     def __init__(self, said, shape, context):
         self.said, self.shape, self.context = said, shape, context
@@ -265,7 +266,7 @@ def test_units_follow_what_is_counted():
     assert [Memory().unit, Memory("exact").unit, Z().unit] == ["values", "bytes", ""]
     assert Flops("exact").label == "forward FLOPs of a token"
     assert Flops().label == "forward FLOPs of T/2 tokens"
-    assert [Lifetime(1e12).unit, Lifetime(1e12, serving=Serving("h200")).unit] == ["FLOPs", "US dollars"]
+    assert [Lifetime(1e12).unit, Lifetime(1e12, serving=RooflineServing("h200")).unit] == ["FLOPs", "US dollars"]
 
 
 def test_the_price_of_a_token_is_the_time_of_devices():
@@ -290,19 +291,19 @@ class TestSettled:
     @pytest.mark.parametrize(("cost", "by"), [("latency", "latency"), ("throughput", "price"), ("price", "price")])
     def test_the_layout_is_that_which_costs_the_least_by_the_same_measure(self, cost, by):
         objective = make(cost, device="h100", n_devices=8)
-        assert objectives.chosen_by(objective) == by
-        fixed = objectives.settled(objective, self.SHAPES, T)
+        assert objective.by == by
+        fixed = objective.settled(self.SHAPES, T)
         for found, best in zip(fixed.serving.parallelism, objective.serving.load(self.SHAPES, T, by).layout, strict=True):
             np.testing.assert_array_equal(found, best)
         np.testing.assert_array_equal(fixed(self.SHAPES, T), objective(self.SHAPES, T))
 
     def test_a_lifetime_is_settled_by_its_price(self):
         objective = make("lifetime", served_tokens=1e12, device="h100", n_devices=8)
-        assert objectives.chosen_by(objective) == "price"
-        np.testing.assert_array_equal(objectives.settled(objective, self.SHAPES, T)(self.SHAPES, T), objective(self.SHAPES, T))
+        assert objective.by == "price"
+        np.testing.assert_array_equal(objective.settled(self.SHAPES, T)(self.SHAPES, T), objective(self.SHAPES, T))
 
     def test_other_sizes_keep_the_layout(self):
-        objective = objectives.settled(make("latency", device="h100", n_devices=8), self.SHAPES, T)
+        objective = make("latency", device="h100", n_devices=8).settled(self.SHAPES, T)
         free = make("latency", device="h100", n_devices=8)
         swapped = costs.Shape(**{name: value[::-1] for name, value in _arrays(self.SHAPES)}, vocab_size=50_304, head_dim=64)
         assert (objective(swapped, 4096) >= free(swapped, 4096)).all()
@@ -310,7 +311,7 @@ class TestSettled:
 
     def test_what_leaves_nothing_open_stays_as_it_is(self):
         for objective in (make("z"), make("lifetime", served_tokens=1e12), make("price", device="h100", parallelism="tensor")):
-            assert objectives.settled(objective, self.SHAPES, T) is objective
+            assert objective.settled(self.SHAPES, T) is objective
 
 
 def _arrays(shape):
@@ -328,7 +329,7 @@ def test_a_lifetime_goes_from_training_to_serving():
     forward = costs.forward_flops(SHAPE, context / 2).total
     assert Lifetime(0)(SHAPE, context) == Training()(SHAPE, context)
     assert Lifetime(1e13)(SHAPE, context) - Lifetime(0)(SHAPE, context) == pytest.approx(1e13 * forward)
-    serving = Serving("h200", batch=8)
+    serving = RooflineServing("h200", batch=8)
     dollars = [Lifetime(tokens, serving=serving, training_mfu=0.5)(SHAPE, context) for tokens in (0, 1e12)]
     assert dollars[0] == pytest.approx(Training()(SHAPE, context) / (0.5 * 989e12) * 10.4365 / 3600)
     assert dollars[1] - dollars[0] == pytest.approx(1e6 * serving.usd_per_million_tokens(SHAPE, context))
@@ -336,16 +337,16 @@ def test_a_lifetime_goes_from_training_to_serving():
 
 @pytest.mark.parametrize("device", ["h200", "v5e"])
 def test_training_reaches_what_was_measured_of_the_class_of_device(device):
-    lifetime = Lifetime(1e12, serving=Serving(device))
+    lifetime = Lifetime(1e12, serving=RooflineServing(device))
     assert lifetime.mfu == lifetime.describe()["training_mfu"] == hardware.trained_mfu(CHIPS[device])
     assert Lifetime(1e12).mfu is None
 
 
 def test_settings_reach_their_part_and_none_is_the_default():
     assert make("z", lam=0.5, alpha=None, flops=None) == Z(lam=0.5)
-    assert make("latency", device="h200", batch=None).serving == Serving("h200")
+    assert make("latency", device="h200", batch=None).serving == RooflineServing("h200")
     lifetime = make("lifetime", served_tokens=1e12, device="v5e", batch=2, tokens_per_param=30)
-    assert lifetime == Lifetime(1e12, Training(tokens_per_param=30), Serving("v5e", batch=2))
+    assert lifetime == Lifetime(1e12, Training(tokens_per_param=30), RooflineServing("v5e", batch=2))
     assert make("lifetime", served_tokens=1e12) == Lifetime(1e12)
     assert objectives.settings("train") == ["convention", "tokens", "tokens_per_param", "train_context"]
 

@@ -8,9 +8,9 @@ import pytest
 from gqa_jax import costs, laws, shape_search
 from gqa_jax.hardware import CHIPS, Efficiency
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
-from gqa_jax.search import candidates, objectives, optimum, presets, ranking, roofline
+from gqa_jax.search import candidates, objectives, optimum, presets, ranking, roofline, serving
 from gqa_jax.search.answer import Model
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search.roofline import RooflineServing
 from gqa_jax.shapes import Aspect, ffn_width, paper_aspect
 from tests.law_tables import TRACED, synthetic
 
@@ -316,7 +316,7 @@ class TestSearch:
         assert found.candidates["note"].str.contains("smaller than any model").all()
 
     def test_what_must_fit_a_device_can_change_the_heads(self, paper):
-        h100 = Serving("h100", batch=28)
+        h100 = RooflineServing("h100", batch=28)
         free = optimum.search(paper, 2.615, 131_072, objectives.make("memory"))
         flops = optimum.search(paper, 2.615, 131_072, objectives.make("flops"), memory_limit=h100)
         assert h100.fits(shape_search.solve_shape(flops.n_params, flops.heads, paper.aspect), 131_072)
@@ -324,7 +324,7 @@ class TestSearch:
         assert not held.empty
         assert held["note"].str.contains("takes more than the 76.97 GB that a server fills of each of 1 x h100").all()
         assert held["rank"].isna().all()
-        tight = optimum.search(paper, 2.615, 131_072, objectives.make("memory"), memory_limit=Serving("h100", batch=44))
+        tight = optimum.search(paper, 2.615, 131_072, objectives.make("memory"), memory_limit=RooflineServing("h100", batch=44))
         assert np.isnan(tight.saving)
         assert (
             "no saving against Llama 3's heads: they take more than the 76.97 GB that a server fills of each of 1 x h100"
@@ -372,7 +372,7 @@ def _typical(cost, **settings):
 
 
 class TestServed:
-    """Costs that are of devices (`roofline.Serving`)."""
+    """Costs that are of devices (`roofline.RooflineServing`)."""
 
     def test_the_example_of_the_readme(self, paper):
         """v5e x 4, int8 cache, a request of 128K, the bound: over heads (8,4), a key/value head each; over the context (8,1).
@@ -418,7 +418,7 @@ class TestServed:
     def test_columns_say_how_each_h_is_served(self, paper, cost, by):
         objective = _typical(cost)
         frame = optimum.search(paper, 2.615, 131_072, objective, aspect="trained", draws=0).candidates
-        assert tuple(frame.columns) == (*candidates.CANDIDATES, *candidates.SERVED)
+        assert tuple(frame.columns) == (*candidates.CANDIDATES, *serving.SERVED)
         for row in frame.itertuples():
             heads = Heads(None if pd.isna(row.n_heads) else row.n_heads, row.n_kv_heads)
             shape = shape_search.solve_shape(paper[heads].solve(2.615), heads, paper.aspect)
@@ -447,7 +447,7 @@ class TestServed:
     def test_in_json_too(self, paper):
         objective = _typical("price", tpot=0.01)
         values = json.loads(json.dumps(optimum.search(paper, 2.615, 131_072, objective).to_dict(), allow_nan=False))
-        assert set(candidates.SERVED) <= set(values["candidates"][0])
+        assert set(serving.SERVED) <= set(values["candidates"][0])
         assert values["objective"]["serving"]["parallelism"] == "best"
 
     def test_the_layout_is_that_of_the_fitted_laws_in_every_draw(self):
@@ -477,7 +477,7 @@ class TestServed:
         few = frame[(frame["n_heads"] < 4).fillna(False)]
         assert np.isinf(few["cost"]).all()
         assert few["rank"].isna().all()
-        assert few[[name for name in candidates.SERVED if not name.endswith("_limit")]].isna().all().all()
+        assert few[[name for name in serving.SERVED if not name.endswith("_limit")]].isna().all().all()
         assert few["note"].str.match(r"4 devices can't share [12] query heads?: [12] can; so can these as ").all()
         assert frame["rank"].dropna().tolist() == [1, 2, 3, 4, 5, 6]  # Llama 3's rule too
 
@@ -696,7 +696,7 @@ def test_heads_without_a_law_of_their_own_are_served_in_the_layout_that_suits_th
     assert LLAMA3 not in calibrated
     known = candidates.coefficients(calibrated, 50)
     table = candidates.Table.of(calibrated, 2.6, candidates.rule_of(calibrated, "trained"), known)
-    fixed = table.settled(objectives.make("price", **settings), 131_072).serving.parallelism
+    fixed = table.settled(candidates.CostAt(objectives.make("price", **settings), 131_072)).objective.serving.parallelism
     assert [int(x[known.heads.index(LLAMA3)]) for x in fixed] != [8, 1, 1]
     savings = [
         optimum.search(

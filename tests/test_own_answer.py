@@ -12,7 +12,7 @@ from gqa_jax.laws import LLAMA3, Heads, head_law
 from gqa_jax.search import objectives, optimum, own_model, presets
 from gqa_jax.search.own_answer import compare_own
 from gqa_jax.search.own_model import PUBLIC, OwnModel
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search.roofline import RooflineServing
 from launch.__main__ import main
 from tests import law_tables
 
@@ -152,7 +152,7 @@ def test_candidates_have_its_vocabulary_and_its_kind_of_unembedding():
     for untied in (True, False):
         found = compare_own(paper(), model(vocabulary=128_256, untied=untied), 8192, price, draws=50)
         assert found.answer.objective["serving"]["untied"] is untied
-    limit = Serving("h200", batch=1)
+    limit = RooflineServing("h200", batch=1)
     assert compare_own(paper(), model(), 8192, memory_limit=limit, draws=50).answer.cost > 0
 
 

@@ -10,7 +10,7 @@ from benchmarks.public.devices import DEVICES
 from benchmarks.public.models import MODELS
 from benchmarks.public_serving import OF_CLASS, Table, cases, errors, fit, fitted, halves
 from gqa_jax import costs, hardware
-from gqa_jax.search.roofline import Layout, Serving
+from gqa_jax.search.roofline import Layout, RooflineServing
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving-measured.md"
 SLACK = 1e-9
@@ -83,9 +83,9 @@ def test_defaults_are_what_was_fitted():
 
 
 def test_expectation_is_that_of_the_search():
-    """A decode step by the table of parts, and by `roofline.Serving` with the defaults of the device."""
+    """A decode step by the table of parts, and by `roofline.RooflineServing` with the defaults of the device."""
     row = next(row for row in public_serving.read().itertuples() if row.row == 344)  # Qwen3-8B, bfloat16, one H100
-    serving = Serving("h100", 1, Layout(1), 1, 0.1, row.param, row.cache, True)
+    serving = RooflineServing("h100", 1, Layout(1), 1, 0.1, row.param, row.cache, True)
     seconds = serving.decode_step(MODELS[row.model_key].shape, row.keys).seconds
     case = next(case for case in cases() if case.row == 344 and case.kind == "batch 1")
     assert seconds == pytest.approx(case.seconds * public_serving.expected(case), rel=1e-6)

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from gqa_jax import costs
 from gqa_jax.hardware import CHIPS, Chip, Collectives, Efficiency
 from gqa_jax.search.roofline import (
-    OBSTACLES,
+    UNSUPPORTED,
     Layout,
-    Serving,
+    RooflineServing,
     cache_value_bytes,
     kv_heads_held,
     layouts,
-    obstacle_text,
     read_efficiency,
     replication_cost,
+    unsupported_reason,
 )
 
 T = 131_072
@@ -42,7 +42,7 @@ LAYOUTS = {"heads": Layout(8), "sequences": Layout(1, 8, 1), "context": Layout(1
 
 
 def unit(n_devices=8, **settings):
-    return Serving(UNIT, n_devices, **({"batch": BATCH, "efficiency": 1.0, "usd_per_hour": 3.6} | settings))
+    return RooflineServing(UNIT, n_devices, **({"batch": BATCH, "efficiency": 1.0, "usd_per_hour": 3.6} | settings))
 
 
 #: Of comparisons that turn on them: the defaults of `hardware` follow what is measured.
@@ -50,7 +50,7 @@ TYPICAL = Efficiency(0.6, 0.9, 0.8, 0.7, 2e-5, 0.5)
 
 
 def server(*args, **settings):
-    return Serving(*args, **({"efficiency": TYPICAL} | settings))
+    return RooflineServing(*args, **({"efficiency": TYPICAL} | settings))
 
 
 def each_layout(**expected):
@@ -201,18 +201,20 @@ class TestSeconds:
 
     def test_attention_reaches_what_kernels_reach_at_the_head_size_but_not_in_the_bound(self):
         chip = dataclasses.replace(UNIT, attention_share=((8, 0.5, 0.4),))  # heads of 4 fill half of it
-        found = [Serving(chip, efficiency=one).prefill(SMALL, PROMPT).attention for one in (1.0, "bound")]
+        found = [RooflineServing(chip, efficiency=one).prefill(SMALL, PROMPT).attention for one in (1.0, "bound")]
         assert found[0] == 4 * found[1]
 
     @pytest.mark.parametrize(("dtype", "faster"), [("float8", 1979 / 989), ("int8", 1979 / 989), ("int4", 1)])
     def test_narrow_parameters_are_multiplied_at_their_own_peak(self, dtype, faster):
         """And keys and values at that of bfloat16."""
-        wide, narrow = (Serving("h100", param_dtype=one, efficiency=0.5).prefill(LLAMA, 1000) for one in ("bfloat16", dtype))
+        wide, narrow = (
+            RooflineServing("h100", param_dtype=one, efficiency=0.5).prefill(LLAMA, 1000) for one in ("bfloat16", dtype)
+        )
         assert narrow.matmul == pytest.approx(wide.matmul / faster)
         assert narrow.attention == wide.attention
 
     def test_the_limit_is_what_most_of_a_phase_goes_to(self):
-        bound = Serving("h200", efficiency="bound")
+        bound = RooflineServing("h200", efficiency="bound")
         phases = [bound.prefill(LLAMA, T), bound.decode_step(LLAMA, 1, batch=4096), bound.decode_step(LLAMA, T, batch=1)]
         phases += [bound.decode_step(LLAMA, 1), server("v5e", 256).decode_step(dataclasses.replace(LLAMA, n_heads=256), 1)]
         phases += [server("h200", efficiency=TYPICAL._replace(layer_seconds=1.0)).decode_step(LLAMA, 1)]
@@ -226,7 +228,9 @@ class TestSeconds:
         for device in ("h100", "v5e"):
             for share in (0.0, 0.1, 1.0):
                 loads = [
-                    Serving(device, n_devices, efficiency=one, decode_share=share).load(shape, np.array([[1024], [T]]), by)
+                    RooflineServing(device, n_devices, efficiency=one, decode_share=share).load(
+                        shape, np.array([[1024], [T]]), by
+                    )
                     for one in ("bound", efficiency)
                 ]
                 bound, expected = (load.request if by == "latency" else load.token_seconds for load in loads)
@@ -239,13 +243,13 @@ class TestKnownModels:
     @pytest.mark.parametrize(("shape", "n_params", "rate"), [(LLAMA, 1.2e9, 398), (FEW, 1.8e9, 998)])
     def test_decode_bounds_of_the_models_of_table_5(self, shape, n_params, rate):
         """At 128K, one sequence, bfloat16, an H200 gives at most 398 and 998 tokens a second: it reads parameters and cache."""
-        step = Serving("h200", batch=1, efficiency="bound").decode_step(of_size(shape, n_params), T)
+        step = RooflineServing("h200", batch=1, efficiency="bound").decode_step(of_size(shape, n_params), T)
         assert 1 / step.seconds == pytest.approx(rate, abs=0.5)
 
     def test_llama_3_8b(self):
         """128 KiB of cache a token; of 8.03e9 parameters a step reads all but the embedding: 15 GB at 3.35 TB/s."""
         shape = costs.Shape(32, 4096, 32, 8, head_dim=128, d_ff=14_336, vocab_size=128_256)
-        serving = Serving("h100", batch=1, untied=True, efficiency="bound")
+        serving = RooflineServing("h100", batch=1, untied=True, efficiency="bound")
         step = serving.decode_step(shape, 0)
         assert step.seconds == step.weights == pytest.approx(2 * (8_030_261_248 - 128_256 * 4096) / 3.35e12)
         assert serving.memory_bytes(shape, 8192) == 2 * 8_030_261_248 + 8192 * 131_072
@@ -253,7 +257,7 @@ class TestKnownModels:
     @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
     def test_a_request_is_its_prefill_and_the_sum_of_its_steps(self, share):
         """One step at the mean number of keys stands for all: parts grow along straight lines."""
-        serving, context = Serving("h200", batch=1, decode_share=share), 4000
+        serving, context = RooflineServing("h200", batch=1, decode_share=share), 4000
         prompt = round((1 - share) * context)
         steps = serving.decode_step(FEW, np.arange(prompt, context) + 0.5).seconds.sum()
         first = serving.prefill(FEW, prompt).seconds if prompt else 0
@@ -300,7 +304,9 @@ class TestMemory:
     )
     def test_a_cached_value_has_its_share_of_a_scale(self, dtype, bits):
         assert cache_value_bytes(dtype, 64) == bits / 8
-        caches = [Serving("h200", cache_dtype=one, efficiency=1.0).decode_step(LLAMA, T).cache for one in ("bfloat16", dtype)]
+        caches = [
+            RooflineServing("h200", cache_dtype=one, efficiency=1.0).decode_step(LLAMA, T).cache for one in ("bfloat16", dtype)
+        ]
         assert caches[1] / caches[0] == pytest.approx(bits / 16)
 
     def test_of_several_layouts_it_is_the_least(self):
@@ -309,29 +315,29 @@ class TestMemory:
 
     @pytest.mark.parametrize("parallelism", ["best", Layout(1, 4, 1)])
     def test_an_open_batch_is_one_request_for_each_group(self, parallelism):
-        serving = Serving("h200", 4, parallelism, batch="best")
+        serving = RooflineServing("h200", 4, parallelism, batch="best")
         assert serving.memory_bytes(FEW, T) == serving.memory_bytes(FEW, T, batch=4 if parallelism != "best" else 1)
         assert serving.fits(FEW, T)
 
     def test_it_fits_what_a_server_fills_of_a_device(self):
-        needed = Serving(UNIT, batch=4).memory_bytes(SMALL, 50)
+        needed = RooflineServing(UNIT, batch=4).memory_bytes(SMALL, 50)
         for memory, fits in ((needed / 0.9 * 1.0001, True), (needed / 0.9 * 0.9999, False)):
-            assert Serving(dataclasses.replace(UNIT, memory_bytes=memory), batch=4).fits(SMALL, 50) == fits
+            assert RooflineServing(dataclasses.replace(UNIT, memory_bytes=memory), batch=4).fits(SMALL, 50) == fits
 
     @each_layout(heads=None, sequences=None, context=None, mixed=None)
     def test_the_largest_batch_fits_and_one_more_does_not(self, layout, expected):
-        serving = Serving("v5e", 8, layout, batch="fits")
+        serving = RooflineServing("v5e", 8, layout, batch="fits")
         most = serving.largest_batch(LLAMA, T)
         assert most == serving.load(LLAMA, T).batch > 0
         room = serving.chip.server_bytes
         assert serving.memory_bytes(LLAMA, T, batch=most) <= room < serving.memory_bytes(LLAMA, T, batch=most + 1)
 
     def test_of_several_layouts_the_largest_batch_is_that_which_holds_most(self):
-        found = [Serving("v5e", 8, one).largest_batch(LLAMA, T) for one in layouts(8)]
-        assert Serving("v5e", 8).largest_batch(LLAMA, T) == max(found) > min(found)
+        found = [RooflineServing("v5e", 8, one).largest_batch(LLAMA, T) for one in layouts(8)]
+        assert RooflineServing("v5e", 8).largest_batch(LLAMA, T) == max(found) > min(found)
 
     def test_nothing_is_served_where_not_even_one_fits(self):
-        assert Serving("v5e").largest_batch(dataclasses.replace(LLAMA, n_layers=600), T) == 0
+        assert RooflineServing("v5e").largest_batch(dataclasses.replace(LLAMA, n_layers=600), T) == 0
 
 
 def simulated(serving, shape, context, layout, batch, rounds=4):
@@ -366,7 +372,7 @@ class TestLoad:
     @pytest.mark.parametrize(("slots", "share"), [(1, 0.1), (5, 0.1), (8, 0.5)])
     def test_a_server_in_its_steady_state(self, layout, slots, share):
         batch = slots * layout.sequences
-        serving = Serving("h100", 4, layout, batch, share)
+        serving = RooflineServing("h100", 4, layout, batch, share)
         waits, token_seconds = simulated(serving, FEW, 4000, layout, batch)
         load = serving.load(FEW, 4000)
         assert waits == pytest.approx([load.tpot] * len(waits), rel=1e-9)
@@ -388,24 +394,24 @@ class TestLoad:
     @pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
     @pytest.mark.parametrize("batch", [1, 7, "fits"])
     def test_tokens_read_and_generated_add_up_to_a_request(self, share, batch):
-        load = Serving("h200", 2, "tensor", batch, share).load(FEW, T)
+        load = RooflineServing("h200", 2, "tensor", batch, share).load(FEW, T)
         total = (1 - share) * load.input_seconds + share * load.output_seconds
         assert load.token_seconds == pytest.approx(total)
 
     def test_nobody_waits_for_prompts_that_other_devices_read(self):
-        together, apart = (Serving("h200", 4, "tensor", 8, disaggregated=one) for one in (False, True))
+        together, apart = (RooflineServing("h200", 4, "tensor", 8, disaggregated=one) for one in (False, True))
         assert apart.load(FEW, T).tpot == _phases(apart, FEW, T)[1] < together.load(FEW, T).tpot
         assert apart.load(FEW, T).token_seconds == together.load(FEW, T).token_seconds
 
     def test_prefill_only(self):
-        load = Serving("h200", decode_share=0, batch=4).load(FEW, 8192)
-        assert load.request == load.ttft == Serving("h200").prefill(FEW, 8192).seconds
+        load = RooflineServing("h200", decode_share=0, batch=4).load(FEW, 8192)
+        assert load.request == load.ttft == RooflineServing("h200").prefill(FEW, 8192).seconds
         assert np.isnan(load.tpot)
         assert np.isnan(load.output_seconds)
         assert load.token_seconds == pytest.approx(load.input_seconds)
 
     def test_generation_only(self):
-        serving = Serving("h200", decode_share=1, batch=4)
+        serving = RooflineServing("h200", decode_share=1, batch=4)
         load = serving.load(FEW, 8192)
         assert load.request == pytest.approx(8192 * serving.decode_step(FEW, 4096).seconds)
         assert np.isnan(load.ttft)
@@ -413,7 +419,7 @@ class TestLoad:
         assert load.token_seconds == pytest.approx(load.output_seconds)
 
     def test_throughput_and_price_are_one_number(self):
-        serving = Serving("v6e", 2, batch=8)
+        serving = RooflineServing("v6e", 2, batch=8)
         seconds, rate = serving.load(FEW, T).token_seconds, serving.throughput(FEW, T)
         assert rate == pytest.approx(1 / seconds)
         assert serving.usd_per_million_tokens(FEW, T) == pytest.approx(1e6 * seconds * CHIPS["v6e"].price.usd_per_hour / 3600)
@@ -476,10 +482,10 @@ class TestBestLayout:
         """One query head: tensor parallelism does not come far."""
         serving, shape = server("h100", 8, **limit), dataclasses.replace(FEW, n_heads=1)
         load, field = serving.load(shape, T), "memory" if kind == "memory" else kind
-        assert OBSTACLES[load.obstacle] == kind
+        assert UNSUPPORTED[load.unsupported] == kind
         alone = [serving.load(shape, T, layout=one) for one in layouts(8)]
-        assert getattr(load, field) == min(getattr(one, field) for one in alone if OBSTACLES[one.obstacle] == kind)
-        assert obstacle_text(serving.settled(shape, T), shape, T) == obstacle_text(serving, shape, T)
+        assert getattr(load, field) == min(getattr(one, field) for one in alone if UNSUPPORTED[one.unsupported] == kind)
+        assert unsupported_reason(serving.settled(shape, T), shape, T) == unsupported_reason(serving, shape, T)
 
     def test_all_layouts_are_tried_tensor_parallelism_first(self):
         found = layouts(12)
@@ -512,7 +518,7 @@ class TestBestBatch:
         assert 2 < batch < serving.largest_batch(LLAMA, 8192)
         kept, missed = (dataclasses.replace(serving, batch=one).load(LLAMA, 8192) for one in (batch, batch + 2))
         assert kept.tpot <= tpot < missed.tpot
-        assert (str(OBSTACLES[kept.obstacle]), OBSTACLES[missed.obstacle]) == ("", "tpot")
+        assert (str(UNSUPPORTED[kept.unsupported]), UNSUPPORTED[missed.unsupported]) == ("", "tpot")
 
     def test_with_a_limit_that_all_keep_is_the_most_that_fit(self):
         assert server("h100", tpot=100.0).load(LLAMA, T).batch == server("h100").largest_batch(LLAMA, T)
@@ -526,22 +532,22 @@ class TestBestBatch:
             assert serving.load(one, T).batch == batch
 
 
-# (obstacle, how it is served, a model, what is said)
+# (unsupported, how it is served, a model, what is said)
 CANT = [
-    ("heads", Serving("h100", 8, "tensor"), dataclasses.replace(FEW, n_heads=4),
+    ("heads", RooflineServing("h100", 8, "tensor"), dataclasses.replace(FEW, n_heads=4),
      "8 devices can't share 4 query heads: 4 can; so can these as 4,2,1 or 4,1,2"),
-    ("heads", Serving("h100", 4, "tensor"), dataclasses.replace(FEW, n_heads=6),
+    ("heads", RooflineServing("h100", 4, "tensor"), dataclasses.replace(FEW, n_heads=6),
      "4 devices can't share 6 query heads: 3 or 6 can; so can these as 2,2,1 or 2,1,2"),
-    ("heads", Serving("h100", 4, "tensor"), dataclasses.replace(FEW, n_heads=1),
+    ("heads", RooflineServing("h100", 4, "tensor"), dataclasses.replace(FEW, n_heads=1),
      "4 devices can't share 1 query head: 1 can; so can these as 1,4,1 or 1,2,2"),
-    ("heads", Serving("h100", 8, "tensor"), dataclasses.replace(FEW, n_heads=3.5),
+    ("heads", RooflineServing("h100", 8, "tensor"), dataclasses.replace(FEW, n_heads=3.5),
      "8 devices can't share 3.5 query heads: 3 can; so can these as 2,4,1 or 2,2,2"),
-    ("memory", Serving("v5e", 1, batch=4), LLAMA,
+    ("memory", RooflineServing("v5e", 1, batch=4), LLAMA,
      r"takes 40.7 GB of each v5e with 4 requests \(1 fit\), and a server has 15.2 GB"),
-    ("memory", Serving("l4", 1), dataclasses.replace(FEW, n_layers=360),
+    ("memory", RooflineServing("l4", 1), dataclasses.replace(FEW, n_layers=360),
      "takes 38.2 GB of each l4, and a server has 21.7 GB"),
-    ("ttft", Serving("h100", 1, ttft=1e-3), LLAMA, r"first token after \S+ s, not 0.001 s"),
-    ("tpot", Serving("h100", 1, tpot=1e-4), LLAMA, r"token after \S+ s, not 0.0001 s"),
+    ("ttft", RooflineServing("h100", 1, ttft=1e-3), LLAMA, r"first token after \S+ s, not 0.001 s"),
+    ("tpot", RooflineServing("h100", 1, tpot=1e-4), LLAMA, r"token after \S+ s, not 0.0001 s"),
 ]  # fmt: skip
 cant = pytest.mark.parametrize(("kind", "serving", "shape", "text"), CANT, ids=[f"{row[0]}-{i}" for i, row in enumerate(CANT)])
 
@@ -550,9 +556,9 @@ class TestObstacles:
     @cant
     def test_have_a_kind_and_words(self, kind, serving, shape, text):
         load = serving.load(shape, T)
-        assert OBSTACLES[load.obstacle] == kind
+        assert UNSUPPORTED[load.unsupported] == kind
         assert not load.possible
-        assert re.fullmatch(text, obstacle_text(serving, shape, T))
+        assert re.fullmatch(text, unsupported_reason(serving, shape, T))
 
     @cant
     def test_make_costs_infinite(self, kind, serving, shape, text):
@@ -560,40 +566,40 @@ class TestObstacles:
         assert serving.throughput(shape, T) == 0
 
     def test_fewer_requests_than_groups(self):
-        assert OBSTACLES[Serving("h100", 4, batch=2).load(FEW, T, layout=Layout(1, 4, 1)).obstacle] == "batch"
+        assert UNSUPPORTED[RooflineServing("h100", 4, batch=2).load(FEW, T, layout=Layout(1, 4, 1)).unsupported] == "batch"
 
     def test_nothing_is_said_of_what_can_be_served(self):
-        assert obstacle_text(Serving("h100"), FEW, T) == ""
+        assert unsupported_reason(RooflineServing("h100"), FEW, T) == ""
 
     def test_heads_that_grow_with_a_width_are_shared_by_no_more_devices_than_there_are(self):
-        loads = [Serving("h100", 4, "tensor").load(dataclasses.replace(FEW, n_heads=n), T) for n in (3.5, 4.5)]
-        assert [OBSTACLES[load.obstacle] for load in loads] == ["heads", ""]
+        loads = [RooflineServing("h100", 4, "tensor").load(dataclasses.replace(FEW, n_heads=n), T) for n in (3.5, 4.5)]
+        assert [UNSUPPORTED[load.unsupported] for load in loads] == ["heads", ""]
 
     def test_memory_that_is_said_is_that_of_the_layout_that_needs_least(self):
         """One key/value head, so that over heads all devices hold it; over the context each holds a fourth of it."""
-        serving, shape = Serving("v5e", 4, batch=80), dataclasses.replace(FEW, n_heads=4)
+        serving, shape = RooflineServing("v5e", 4, batch=80), dataclasses.replace(FEW, n_heads=4)
         least = serving.memory_bytes(shape, T, layout=Layout(1, 1, 4))
         assert least < 0.5 * serving.memory_bytes(shape, T, layout=Layout(4))
-        assert obstacle_text(serving, shape, T).startswith(f"takes {least / 1e9:.1f} GB of each v5e with 80 requests (")
+        assert unsupported_reason(serving, shape, T).startswith(f"takes {least / 1e9:.1f} GB of each v5e with 80 requests (")
 
     @pytest.mark.parametrize(("kind", "name"), [("ttft", "first token"), ("tpot", "token")])
     def test_time_that_is_said_is_that_of_the_fastest_layout(self, kind, name):
-        serving = Serving("h100", 8, batch=8, **{kind: 1e-6})
+        serving = RooflineServing("h100", 8, batch=8, **{kind: 1e-6})
         least = min(getattr(serving.load(FEW, T, layout=one), kind) for one in layouts(8))
-        assert obstacle_text(serving, FEW, T) == f"{name} after {least:.3g} s, not 1e-06 s"
+        assert unsupported_reason(serving, FEW, T) == f"{name} after {least:.3g} s, not 1e-06 s"
 
     @pytest.mark.parametrize("kind", ["ttft", "tpot"])
     def test_a_limit_is_kept_by_what_takes_just_as_long(self, kind):
-        free = Serving("h100", 4, Layout(2, 2, 1), batch=8)
+        free = RooflineServing("h100", 4, Layout(2, 2, 1), batch=8)
         seconds = float(getattr(free.load(FEW, T), kind))
         assert dataclasses.replace(free, **{kind: seconds}).load(FEW, T).possible
-        assert OBSTACLES[dataclasses.replace(free, **{kind: seconds * 0.999}).load(FEW, T).obstacle] == kind
+        assert UNSUPPORTED[dataclasses.replace(free, **{kind: seconds * 0.999}).load(FEW, T).unsupported] == kind
 
 
 class TestReplication:
     def test_costs_nothing_where_every_device_has_key_value_heads_of_its_own(self):
-        assert replication_cost(Serving("h100", 8, "tensor", 8), LLAMA, T) == 0
-        assert replication_cost(Serving("h100", 1, batch=1), FEW, T) == 0
+        assert replication_cost(RooflineServing("h100", 8, "tensor", 8), LLAMA, T) == 0
+        assert replication_cost(RooflineServing("h100", 1, batch=1), FEW, T) == 0
 
     @pytest.mark.parametrize(("by", "field"), [("price", "token_seconds"), ("latency", "request")])
     def test_is_what_heads_cost_that_several_devices_hold(self, by, field):
@@ -607,12 +613,12 @@ class TestReplication:
 
     def test_is_nothing_where_other_things_decide(self):
         """In the bound a prefill is as long as its FLOPs take, of which those of one head more are few but attention's many."""
-        serving = Serving("h100", 8, "tensor", 1, decode_share=0.0, efficiency="bound")
+        serving = RooflineServing("h100", 8, "tensor", 1, decode_share=0.0, efficiency="bound")
         assert 0 <= replication_cost(serving, FEW, T) < 0.01
 
     def test_is_nan_where_it_can_not_be_served(self):
         shape = dataclasses.replace(FEW, n_heads=np.array([4, 8]))
-        found = replication_cost(Serving("h100", 8, "tensor", 1), shape, T)
+        found = replication_cost(RooflineServing("h100", 8, "tensor", 1), shape, T)
         assert np.isnan(found[0])
         assert found[1] > 0
 
@@ -637,14 +643,14 @@ class TestArrays:
     def test_sizes_that_no_model_has_cost_infinity_or_nan(self, n_devices, settings):
         """Heads that grow with the width, as Llama 3's do, included; none of it warns."""
         for parallelism in ("best", "tensor", Layout(1, n_devices, 1), Layout(1, 1, n_devices)):
-            serving = Serving("h200", n_devices, parallelism, **settings)
+            serving = RooflineServing("h200", n_devices, parallelism, **settings)
             served = serving.request_seconds, serving.seconds_per_token, serving.usd_per_million_tokens
             for cost in (*served, serving.memory_bytes):
                 finite, infinite, nan = cost(ODD, T)
                 assert (math.isfinite(finite), infinite, math.isnan(nan)) == (True, math.inf, True)
 
     def test_they_do_not_fit_and_have_no_limit(self):
-        serving = Serving("h200", 4)
+        serving = RooflineServing("h200", 4)
         np.testing.assert_array_equal(serving.fits(ODD, T), [True, False, False])
         np.testing.assert_array_equal(serving.largest_batch(ODD, T)[1:], [0, 0])
         np.testing.assert_array_equal(serving.decode_step(ODD, T).limit[1:], ["", ""])
@@ -652,13 +658,13 @@ class TestArrays:
 
     def test_a_size_beside_which_the_cache_is_nothing_does_not_fit(self):
         """As draws have them near the entropy: 1e40 parameters."""
-        assert Serving("h200").largest_batch(costs.Shape(1e12, 1e14, 8, 1), T) == 0
-        assert Serving("h200").request_seconds(costs.Shape(1e12, 1e14, 8, 1), T) == math.inf
+        assert RooflineServing("h200").largest_batch(costs.Shape(1e12, 1e14, 8, 1), T) == 0
+        assert RooflineServing("h200").request_seconds(costs.Shape(1e12, 1e14, 8, 1), T) == math.inf
 
     @pytest.mark.parametrize("parallelism", ["best", "tensor", Layout(2, 2, 1)])
     @pytest.mark.parametrize("batch", ["best", "fits", 8])
     def test_shapes_and_contexts_broadcast(self, parallelism, batch):
-        serving = Serving("h200", 4, parallelism, batch)
+        serving = RooflineServing("h200", 4, parallelism, batch)
         shape = costs.Shape(np.array([36, 24]), np.array([2048, 1024]), np.array([8, 16]), np.array([1, 4]))
         for cost in (serving.request_seconds, serving.seconds_per_token, serving.memory_bytes, serving.largest_batch):
             many = cost(shape, np.array([[8192], [T]]))
@@ -668,9 +674,9 @@ class TestArrays:
             assert many[0, 1] == pytest.approx(one, rel=1e-14)
 
     def test_a_layout_for_each_shape(self):
-        serving = Serving("h200", 4, Layout(np.array([4, 1]), np.array([1, 2]), np.array([1, 2])), 8)
+        serving = RooflineServing("h200", 4, Layout(np.array([4, 1]), np.array([1, 2]), np.array([1, 2])), 8)
         found = serving.seconds_per_token(FEW, T)
-        alone = [Serving("h200", 4, one, 8).seconds_per_token(FEW, T) for one in (Layout(4), Layout(1, 2, 2))]
+        alone = [RooflineServing("h200", 4, one, 8).seconds_per_token(FEW, T) for one in (Layout(4), Layout(1, 2, 2))]
         assert found == pytest.approx(alone)
 
 
@@ -678,8 +684,8 @@ class TestLayout:
     def test_text_there_and_back(self):
         assert Layout.parse("4,2,1") == Layout(4, 2, 1)
         assert str(Layout(4, 2, 1)) == "4,2,1"
-        assert Serving("h100", 8, "4,2,1").parallelism == Layout(4, 2, 1)
-        assert Serving("h100", 8, (4, 2, 1)).layouts() == [Layout(4, 2, 1)]
+        assert RooflineServing("h100", 8, "4,2,1").parallelism == Layout(4, 2, 1)
+        assert RooflineServing("h100", 8, (4, 2, 1)).layouts() == [Layout(4, 2, 1)]
 
     def test_in_words(self):
         assert Layout(4, 2, 1).describe() == "heads over 4, sequences over 2"
@@ -695,31 +701,31 @@ class TestLayout:
 class TestDescribe:
     def test_every_device_is_json_with_its_peaks_and_its_price(self):
         for name, chip in CHIPS.items():
-            found = json.loads(json.dumps(Serving(name).describe()))
+            found = json.loads(json.dumps(RooflineServing(name).describe()))
             assert (found["peak_flops"], found["memory_bandwidth"]) == (chip.peak_flops, chip.memory_bandwidth)
             assert found["usd_per_hour"] == chip.price.usd_per_hour
             assert chip.price.date in found["price"]
 
     def test_seconds_of_collectives_are_those_of_every_part_of_a_layout(self):
-        found = Serving("v5e", 8).describe()["collective_seconds"]
+        found = RooflineServing("v5e", 8).describe()["collective_seconds"]
         assert found == [[m, CHIPS["v5e"].collective_seconds(m)] for m in (2, 4, 8)]
-        assert Serving("v5e").describe()["collective_seconds"] == [[1, 0.0]]
+        assert RooflineServing("v5e").describe()["collective_seconds"] == [[1, 0.0]]
 
     @pytest.mark.parametrize(
         ("parallelism", "said"),
         [("best", "best"), ("2,2,1", [2, 2, 1]), (Layout(np.array([4, 1]), 1, np.array([1, 4])), [[4, 1, 1], [1, 1, 4]])],
     )
     def test_layouts(self, parallelism, said):
-        assert json.loads(json.dumps(Serving("v5e", 4, parallelism).describe()))["parallelism"] == said
+        assert json.loads(json.dumps(RooflineServing("v5e", 4, parallelism).describe()))["parallelism"] == said
 
     def test_a_price_of_your_own(self):
-        found = Serving("h200", usd_per_hour=2.0).describe()
+        found = RooflineServing("h200", usd_per_hour=2.0).describe()
         assert (found["usd_per_hour"], found["price"]) == (2.0, "as given")
 
     def test_a_device_without_a_price_is_described_and_has_no_price_of_tokens(self):
-        mine = Serving(dataclasses.replace(CHIPS["h200"], name="mine", prices=()))
+        mine = RooflineServing(dataclasses.replace(CHIPS["h200"], name="mine", prices=()))
         assert (mine.describe()["usd_per_hour"], mine.describe()["price"]) == (None, "no price")
-        assert mine.request_seconds(FEW, T) == Serving("h200").request_seconds(FEW, T)
+        assert mine.request_seconds(FEW, T) == RooflineServing("h200").request_seconds(FEW, T)
         with pytest.raises(ValueError, match="device 'mine' has no list price: give usd_per_hour"):
             mine.usd_per_million_tokens(FEW, T)
 
@@ -736,7 +742,7 @@ class TestEfficiencyFile:
     def test_is_read_with_its_source(self, tmp_path):
         path = self.written(tmp_path, {"efficiency": GOOD, "source": "measured here"})
         assert read_efficiency(path) == Efficiency(**GOOD, source="measured here")
-        assert Serving("h100", efficiency=path).efficiency == read_efficiency(path)
+        assert RooflineServing("h100", efficiency=path).efficiency == read_efficiency(path)
 
     def test_may_say_what_the_links_reach(self, tmp_path):
         found = read_efficiency(self.written(tmp_path, {"efficiency": GOOD | {"exchange": 0.5}}))
@@ -763,7 +769,7 @@ class TestEfficiencyFile:
 
     def test_a_file_that_is_not_there(self, tmp_path):
         with pytest.raises(ValueError, match=r"none\.json: .*No such file"):
-            Serving("h100", efficiency=str(tmp_path / "none.json"))
+            RooflineServing("h100", efficiency=str(tmp_path / "none.json"))
 
 
 class TestRefused:
@@ -810,15 +816,15 @@ class TestRefused:
     )
     def test_what_can_not_serve(self, settings, message):
         with pytest.raises(ValueError, match=message):
-            Serving(**({"device": "h200"} | settings))
+            RooflineServing(**({"device": "h200"} | settings))
 
     def test_a_chip_of_your_own_may_have_any_number_of_links(self):
-        assert Serving(UNIT, 64).decode_step(SMALL, KEYS, Layout(8, 8, 1), 8).exchange > 0
+        assert RooflineServing(UNIT, 64).decode_step(SMALL, KEYS, Layout(8, 8, 1), 8).exchange > 0
 
 
 def test_head_sizes_may_be_an_array_too():
     sizes = np.array([64.0, 128.0, 64.0])
-    serving = Serving("h200", batch=2, cache_dtype="int8")
+    serving = RooflineServing("h200", batch=2, cache_dtype="int8")
     many = serving.load(dataclasses.replace(LLAMA, head_dim=sizes), 8192)
     for i, size in enumerate((64, 128, 64)):
         one = serving.load(dataclasses.replace(LLAMA, head_dim=size), 8192)
@@ -826,5 +832,5 @@ def test_head_sizes_may_be_an_array_too():
 
 
 def test_a_phase_that_there_is_not_is_limited_by_nothing():
-    assert Serving("h200", batch=1, decode_share=1).load(LLAMA, 8192).prefill.limit == ""
-    assert Serving("h200", batch=1, decode_share=0.5).load(LLAMA, 8192).prefill.limit == "matmul"
+    assert RooflineServing("h200", batch=1, decode_share=1).load(LLAMA, 8192).prefill.limit == ""
+    assert RooflineServing("h200", batch=1, decode_share=0.5).load(LLAMA, 8192).prefill.limit == "matmul"

@@ -8,7 +8,7 @@ import pytest
 from gqa_jax.hardware import CHIPS
 from gqa_jax.search import objectives, optimum, presets
 from gqa_jax.search.devices import compare, front
-from gqa_jax.search.roofline import Layout, Serving
+from gqa_jax.search.roofline import Layout, RooflineServing
 from launch.__main__ import main
 
 LOSS, T = 2.615, 131_072
@@ -70,7 +70,7 @@ def test_nothing_of_the_front_is_both_dearer_and_slower_than_another(paper):
 @pytest.mark.parametrize("batch", [1, 8])
 def test_for_a_number_of_requests_the_cheapest_is_the_fastest(paper, batch):
     cheap, fast = (
-        optimum.optimum_map(paper, [LOSS], [T], goal(Serving("h100", 8, batch=batch)), draws=0).iloc[0]
+        optimum.optimum_map(paper, [LOSS], [T], goal(RooflineServing("h100", 8, batch=batch)), draws=0).iloc[0]
         for goal in (objectives.Price, objectives.Latency)
     )
     assert cheap["request_seconds"] == pytest.approx(fast["request_seconds"])
@@ -87,7 +87,7 @@ def test_limits_of_time_hold_on_the_front(paper):
 
 
 def test_a_given_layout_serves_no_fewer_requests_than_it_divides(paper):
-    found = front(paper, LOSS, T, [Serving("h200", 4, Layout(1, 4, 1))])
+    found = front(paper, LOSS, T, [RooflineServing("h200", 4, Layout(1, 4, 1))])
     assert found["batch"].min() >= 4
     assert set(found["layout"]) == {"1,4,1"}
 

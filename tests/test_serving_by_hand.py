@@ -7,7 +7,7 @@ import pytest
 
 from gqa_jax import hardware
 from gqa_jax.costs import Shape
-from gqa_jax.search.roofline import Serving, kv_heads_held
+from gqa_jax.search.roofline import RooflineServing, kv_heads_held
 from tests import serving_by_hand as hand
 
 EXACT = 1e-12
@@ -94,7 +94,7 @@ def shape(case: hand.Case) -> Shape:
     return Shape(model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.ffn, model.vocabulary)
 
 
-def serving(case: hand.Case, parallelism=None) -> Serving:
+def serving(case: hand.Case, parallelism=None) -> RooflineServing:
     """The question as the package asks it, on a chip of the hand's numbers."""
     device, shares = case.device, case.shares
     chip = hardware.Chip(
@@ -107,7 +107,7 @@ def serving(case: hand.Case, parallelism=None) -> Serving:
         narrow_flops=tuple((dtype, flops) for dtype, flops in device.flops.items() if dtype != "bfloat16"),
         attention_share=tuple((size, share, share) for size, share in sorted(device.attention_share.items())),
     )
-    return Serving(
+    return RooflineServing(
         device=chip,
         n_devices=case.n_devices,
         parallelism=parallelism or ("tensor" if case.layout[0] == case.n_devices else case.layout),

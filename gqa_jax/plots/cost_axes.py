@@ -14,7 +14,7 @@ from gqa_jax import costs, formatting
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.plots import style, tables
 from gqa_jax.search import objectives, shape_rule
-from gqa_jax.search.candidates import Table, coefficients, rule_of
+from gqa_jax.search.candidates import CostAt, Table, coefficients, rule_of
 from gqa_jax.shapes import Aspect
 
 _LOSSES = 24  # at which it is found out whose regret is the least
@@ -99,7 +99,7 @@ def answers_by_loss(
     rule: Any = shape_rule.ShapeRule("runs", rule_of(laws, None).penalty, aspect=ratios)  # type: ignore[arg-type]
     edges, found = np.linspace(low, high, _LOSSES + 1), []
     for start, end in itertools.pairwise(edges):
-        best = Table.of(laws, (start + end) / 2, rule, known).ranked(context, cost, "figures", None).frame.iloc[0]
+        best = Table.of(laws, (start + end) / 2, rule, known).ranked(CostAt(cost, context)).frame.iloc[0]
         if np.isfinite(best["cost"]):
             found.append((float(start), float(end), tables.heads_of(best)))
     return found

@@ -51,7 +51,7 @@ class Baseline:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return _plain_fields(self, ("label", "measured", "run", "shape", "note")) | self.heads._asdict()
+        return _fields(self, ("label", "measured", "run", "shape", "note")) | self.heads._asdict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ShapeChoice:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return _plain_fields(self, ("rule", "source"))
+        return _fields(self, ("rule", "source"))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -159,27 +159,27 @@ class Answer:
         """For JSON: plain numbers, None where a number is missing or infinite."""
         own = ("n_params", "n_params_interval", "n_layers", "d_model", "ratio", "probability", "cost", "cost_interval",
                "saving", "saving_interval", "saving_memory", "saving_flops", "expected_regret")  # fmt: skip
-        plain = {name: _plain(getattr(self, name)) for name in own}
+        numbers = {name: plain(getattr(self, name)) for name in own}
         brief = ("n_params", "n_layers", "d_model", "ratio", "probability", "cost", "saving")
         trained = self.as_trained
         return {
             "loss": self.loss,
             "context_served": self.context_served,
             **self.heads._asdict(),
-            **plain,
+            **numbers,
             "n_candidates": self.n_candidates,
             "baseline": None if self.baseline is None else self.baseline.to_dict(),
             "runner_up": None if self.runner_up is None else list(self.runner_up),
-            "regret_of_runner_up": _plain(self.regret_of_runner_up),
-            "not_reached": _plain(self.not_reached),
-            "far": _plain(self.far),
+            "regret_of_runner_up": plain(self.regret_of_runner_up),
+            "not_reached": plain(self.not_reached),
+            "far": plain(self.far),
             "shape": self.shape.to_dict(),
-            "worth": {name: _plain(value) for name, value in self.worth.items()},
+            "worth": {name: plain(value) for name, value in self.worth.items()},
             "as_trained": None
             if trained is None
-            else trained.heads._asdict() | {name: _plain(getattr(trained, name)) for name in brief},
+            else trained.heads._asdict() | {name: plain(getattr(trained, name)) for name in brief},
             "noise_model": self.noise_model,
-            "price_of_doubt": _plain(self.price_of_doubt),
+            "price_of_doubt": plain(self.price_of_doubt),
             "objective": self.objective,
             "candidates": records(self.candidates),
             "buildable": records(self.buildable),
@@ -217,21 +217,27 @@ def measured_model(laws: Mapping[Heads, PowerLaw], heads: Heads, loss: float) ->
     return Model(name_of(heads), heads, shape, float(row["loss"]), float(row["params_non_embedding"]), True, run)
 
 
+def heads_of(row: Mapping[str, Any] | pd.Series) -> Heads:
+    """The head configuration of a row with n_heads (empty: d / d_h) and n_kv_heads."""
+    return Heads.of(row["n_heads"], row["n_kv_heads"])
+
+
 def name_of(heads: Heads) -> str:
     """What a baseline is called: Llama 3's heads, or the heads themselves."""
     return "Llama 3's heads" if heads == LLAMA3 else f"heads {heads}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A number, or a tuple of them, for JSON: None where it is missing or infinite."""
     if isinstance(value, tuple):
-        return [_plain(x) for x in value]
+        return [plain(x) for x in value]
     return float(value) if np.isfinite(value) else None
 
 
-def _plain_fields(one: Any, words: tuple[str, ...]) -> dict[str, Any]:
+def _fields(one: Any, words: tuple[str, ...]) -> dict[str, Any]:
     """Fields by name; `words` as they are, numbers plain, heads left to the caller."""
     values = {field.name: getattr(one, field.name) for field in dataclasses.fields(one) if field.name != "heads"}
-    return {name: value if name in words else _plain(value) for name, value in values.items()}
+    return {name: value if name in words else plain(value) for name, value in values.items()}
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

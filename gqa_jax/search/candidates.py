@@ -13,10 +13,9 @@ import pandas as pd
 from gqa_jax import costs, formatting, shape_search
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
 from gqa_jax.laws.shape import Penalty, Price
-from gqa_jax.search import objectives, ranking, roofline, shape_rule
+from gqa_jax.search import ranking, shape_rule
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.ranking import TAILS, quantiles
-from gqa_jax.search.roofline import Layout, Serving
 from gqa_jax.search.shape_rule import ShapeRule
 from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
 
@@ -31,11 +30,40 @@ CANDIDATES = (
 )  # fmt: skip
 
 
-#: Columns of the candidates beside these, of costs that are of devices.
-SERVED = (
-    "layout", "batch", "memory_bytes", "ttft", "tpot", "request_seconds", "usd_per_million_input", "usd_per_million_output",
-    "prefill_limit", "decode_limit", "replication",
-)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class CostAt:
+    """What is kept low: a cost at a served context, of models that keep a limit of memory.
+
+    limit: bytes that parameters and cache (bfloat16, one sequence) may take; or a `RooflineServing` whose devices must hold
+    them; None: no limit.
+    """
+
+    objective: Objective
+    context: int
+    limit: Any = None
+
+    def __call__(self, shape: costs.Shape) -> np.ndarray:
+        """The cost; infinite where a model does not keep the limit, or where no size reaches the loss; nan without a size."""
+        with np.errstate(over="ignore", invalid="ignore"):  # draws whose sizes are astronomical
+            cost = np.asarray(self.objective(shape, self.context), np.float64)
+        cost = np.where(np.isfinite(shape.n_layers), cost, np.where(np.isnan(shape.n_layers), np.nan, np.inf))
+        if self.limit is None:
+            return cost
+        if hasattr(self.limit, "fits"):
+            kept = self.limit.fits(shape, self.context)
+        else:
+            kept = costs.infer_memory(shape, self.context, "exact") <= self.limit
+        return np.where(kept | np.isnan(cost), cost, np.inf)
+
+    def settled(self, shape: costs.Shape) -> CostAt:
+        """With what the objective leaves open fixed as is best for `shape`."""
+        objective = self.objective.settled(shape, self.context)
+        return self if objective is self.objective else dataclasses.replace(self, objective=objective)
+
+    @property
+    def limit_text(self) -> str:
+        """The limit in words."""
+        return self.limit.room if hasattr(self.limit, "room") else f"the {formatting.gb(self.limit or 0)} of the limit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +72,25 @@ class Coefficients:
 
     heads: list[Heads]
     n_candidates: int  # the first of `heads`; the rest is only compared with
-    entropy_H: np.ndarray  # of the fitted laws; nan for heads that only the draws have
-    log_a_H: np.ndarray
-    b_H: np.ndarray
+    fitted_Hx3: np.ndarray  # E, ln a and b of the fitted laws; nan for heads that only the draws have
     trained_Hx2: np.ndarray  # least and largest N that the law was fitted to
     draws: Draws | None  # of `heads`, in their order
     no_draws: str | None  # why there are none
 
     def far(self, i: int, n_params: float) -> float:
         """How many times N of the i-th heads is beyond the sizes that were trained, where that is more than FAR; else nan."""
-        smallest, largest = self.trained_Hx2[i]
-        beyond = max(n_params / largest, smallest / n_params)
-        return float(beyond) if beyond > FAR else np.nan
+        factor = beyond(n_params, *self.trained_Hx2[i])
+        return factor if factor > FAR else np.nan
+
+    def alone(self, i: int) -> Coefficients:
+        """Those of the i-th heads, in the same draws."""
+        drawn = None if self.draws is None else self.draws.take([self.heads[i]])
+        return Coefficients([self.heads[i]], 1, self.fitted_Hx3[i : i + 1], self.trained_Hx2[i : i + 1], drawn, self.no_draws)
+
+
+def beyond(n_params: float, smallest: float, largest: float) -> float:
+    """How many times N is above the largest size or below the smallest; below 1 between them."""
+    return float(max(n_params / largest, smallest / n_params))
 
 
 def coefficients(
@@ -89,16 +124,14 @@ def coefficients(
     if compared is not None and compared not in every and (compared in laws or (drawn is not None and compared in drawn.heads)):
         every.append(compared)
 
-    def each(value: Callable[[PowerLaw], Any], empty: Any = np.nan) -> np.ndarray:
-        return np.array([value(laws[h]) if h in laws else empty for h in every], np.float64)
+    def each(value: Callable[[PowerLaw], tuple], count: int) -> np.ndarray:
+        return np.array([value(laws[h]) if h in laws else (np.nan,) * count for h in every], np.float64)
 
     return Coefficients(
         every,
         len(candidates),
-        each(lambda law: law.entropy),
-        each(lambda law: np.log(law.a)),
-        each(lambda law: law.b),
-        each(lambda law: (law.params.min(), law.params.max()) if len(law.params) else (np.nan, np.nan), (np.nan, np.nan)),
+        each(lambda law: (law.entropy, np.log(law.a), law.b), 3),
+        each(lambda law: (law.params.min(), law.params.max()) if len(law.params) else (np.nan, np.nan), 2),
         None if drawn is None else drawn.take(every),
         why,
     )
@@ -106,17 +139,13 @@ def coefficients(
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """Every H for one question: `frame` has a row per candidate, the answer first; the arrays are in the order of `heads`."""
+    """Every H for one question: `frame` has a row per candidate, the answer first; arrays are in the order of `heads`."""
 
-    frame: pd.DataFrame  # columns CANDIDATES, and SERVED of costs that are of devices; savings are empty yet
+    frame: pd.DataFrame  # columns CANDIDATES, and `serving.SERVED` of costs of devices; savings are empty yet
     heads: list[Heads]
-    cost_H: np.ndarray  # typical; infinite where it can't be
-    n_params_H: np.ndarray
-    shape_H: costs.Shape
     cost_SxH: np.ndarray | None  # at the best ratio of every draw
     ratio_SxH: np.ndarray | None
     ranking: ranking.Ranking | None
-    objective: Objective  # with its layout settled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +176,7 @@ class Table:
     ) -> Table:
         """`loss_S`: the loss that each draw must reach, where it is not the same for all; `loss` is then its middle."""
         if (drawn := known.draws) is None:
-            laws_H = known.entropy_H, known.log_a_H, known.b_H
-            sizes = rule.sizes(rule.penalty.typical, loss, lambda asked: _sizes(asked, *laws_H))
+            sizes = rule.sizes(rule.penalty.typical, loss, lambda asked: _sizes(asked, *known.fitted_Hx3.T))
             return cls(laws, loss, rule, known, sizes, None, seed, loss_S)
         price_Sx1 = Price(*(values[:, None] for values in rule.penalty.draw(len(drawn.b_SxH), seed)))
         with np.errstate(over="ignore"):  # draws whose sizes are astronomical
@@ -160,10 +188,7 @@ class Table:
 
     def alone(self, heads: Heads, rule: ShapeRule) -> Table:
         """The table of one of its H, by another rule of shapes, in the same draws."""
-        i, known = self.heads.index(heads), self.known
-        arrays = (known.entropy_H, known.log_a_H, known.b_H, known.trained_Hx2)
-        drawn = None if known.draws is None else known.draws.take([heads])
-        own = Coefficients([heads], 1, *(one[i : i + 1] for one in arrays), drawn, known.no_draws)
+        own = self.known.alone(self.heads.index(heads))
         return Table.of(self.laws, self.loss, rule, own, self.seed, self.loss_S)
 
     @property
@@ -186,39 +211,29 @@ class Table:
         """ln of the ratios; of a table of models, where there is one for each size, a single 0."""
         return np.zeros(1) if self.rule.ratios_R is None else np.log(self.rule.ratios_R)
 
-    def settled(self, objective: Objective, context: int) -> Objective:
+    def settled(self, cost: CostAt) -> CostAt:
         """With the layout that suits each H at its best typical shape."""
-        first = objectives.settled(objective, _at(self.shape_RxH, self.rule.usual), context)
-        if first is objective or self.rule.n_ratios == 1:
+        first = cost.settled(one_of(self.shape_RxH, self.rule.usual))
+        if first is cost or self.rule.n_ratios == 1:
             return first
-        return objectives.settled(objective, self.typical(first, context, None)[2], context)
+        return cost.settled(self.typical(dataclasses.replace(first, limit=None))[2])
 
-    def typical(
-        self, objective: Objective, context: int, memory_limit: float | Serving | None
-    ) -> tuple[np.ndarray, np.ndarray, costs.Shape]:
-        """(cost_H, N*_H, shape_H), typical, at the ratio of least cost. `objective` is settled."""
-        cost_RxH = limited(objective, self.shape_RxH, context, memory_limit)
+    def typical(self, cost: CostAt) -> tuple[np.ndarray, np.ndarray, costs.Shape]:
+        """(cost_H, N*_H, shape_H), typical, at the ratio of least cost. `cost` is settled."""
+        cost_RxH = cost(self.shape_RxH)
         if self.rule.n_ratios == 1:
-            return cost_RxH[0], self.n_params_RxH[0], _at(self.shape_RxH, 0)
+            return cost_RxH[0], self.n_params_RxH[0], one_of(self.shape_RxH, 0)
         found = shape_rule.least(cost_RxH, self.log_ratios_R)
         n_H = np.maximum(np.exp(found.of(np.log(self.n_params_RxH))), LEAST_BUILT)
         ratio_H = found.ratio
         shape_H = shape_search.solve_shape(n_H, self.heads, lambda _: ratio_H, *about(self.laws))
-        return limited(objective, shape_H, context, memory_limit), n_H, shape_H
+        return cost(shape_H), n_H, shape_H
 
-    def ranked(
-        self,
-        context: int,
-        objective: Objective,
-        convention: str | costs.Convention,
-        memory_limit: float | Serving | None,
-        guesses: bool = False,
-    ) -> Ranked:
-        """The candidates at one served context, the answer first. guesses: whether an answer beyond FAR has a probability."""
+    def ranked(self, cost: CostAt, convention: str | costs.Convention = "figures", guesses: bool = False) -> Ranked:
+        """The candidates, the answer first. guesses: whether an answer beyond FAR has a probability."""
         k = self.known.n_candidates
-        objective = self.settled(objective, context)
-        cost_H, n_H, shape_H = self.typical(objective, context, memory_limit)
-        serving = getattr(objective, "serving", None)
+        cost = self.settled(cost)
+        cost_H, n_H, shape_H = self.typical(cost)
         finite = np.isfinite(n_H[:k])
 
         def known(values: np.ndarray) -> np.ndarray:
@@ -231,22 +246,21 @@ class Table:
         column["n_params"] = known(n_H)
         column["n_layers"], column["d_model"] = known(shape_H.n_layers), known(shape_H.d_model)
         column["ratio"] = column["d_model"] / column["n_layers"]
-        column["c_infer"] = known(costs.infer_flops(shape_H, context, convention))
-        column["m_infer"] = known(costs.infer_memory(shape_H, context, convention))
+        column["c_infer"] = known(costs.infer_flops(shape_H, cost.context, convention))
+        column["m_infer"] = known(costs.infer_memory(shape_H, cost.context, convention))
         column["cost"] = known(cost_H)
         column["pareto"] = ranking.pareto(column["c_infer"], column["m_infer"])
-        notes = [self._note(i, n_H[i], cost_H[i], memory_limit) for i in range(k)]
+        notes = [self._note(i, n_H[i], cost_H[i], cost) for i in range(k)]
         excess = np.zeros(k)
-        if serving is not None:
-            by = objectives.chosen_by(objective)
-            column |= {name: values[:k] for name, values in served(serving, shape_H, context, by).items()}
+        if (how := cost.objective.served(shape_H, cost.context)) is not None:
+            column |= {name: values[:k] for name, values in how.columns().items()}
             notes = [
-                note if np.isfinite(c) or not np.isfinite(n) else _why(serving, shape_H, i, context, by) or note
-                for i, (note, n, c) in enumerate(zip(notes, n_H[:k], cost_H[:k], strict=True))
+                note if np.isfinite(cost_H[i]) or not np.isfinite(n_H[i]) else how.unsupported_reason(i) or note
+                for i, note in enumerate(notes)
             ]
-            excess = _excess(serving, shape_H, context, by)[:k]
+            excess = how.excess()[:k]
         column["note"] = pd.array(notes, dtype="string")
-        cost_SxH, ratio_SxH, found = self._drawn(objective, context, memory_limit, column)
+        cost_SxH, ratio_SxH, found = self._drawn(cost, column)
         hopeless = ~np.isfinite(column["cost"])
         first = column["cost" if found is None else "expected_regret"]
         order = np.lexsort((excess, column["cost"], first, hopeless))  # the last counts most
@@ -255,24 +269,22 @@ class Table:
         if hopeless[order[0]] or (guess and not guesses):
             frame["probability"] = np.nan
         frame["rank"] = pd.arrays.IntegerArray(np.arange(1, k + 1), hopeless[order])
-        return Ranked(frame, self.heads, cost_H, n_H, shape_H, cost_SxH, ratio_SxH, found, objective)
+        return Ranked(frame, self.heads, cost_SxH, ratio_SxH, found)
 
-    def drawn_costs(
-        self, objective: Objective, context: int, memory_limit: float | Serving | None
-    ) -> tuple[np.ndarray, shape_rule.Least]:
-        """cost_SxH at the best ratio of every draw, and where that is. `objective` is settled."""
-        cost_RxSxH = limited(objective, self.shape_RxSxH, context, memory_limit)
+    def drawn_costs(self, cost: CostAt) -> tuple[np.ndarray, shape_rule.Least]:
+        """cost_SxH at the best ratio of every draw, and where that is. `cost` is settled."""
+        cost_RxSxH = cost(self.shape_RxSxH)
         found = shape_rule.least(cost_RxSxH, self.log_ratios_R)
         return found.cost, found
 
     def _drawn(
-        self, objective: Objective, context: int, memory_limit: float | Serving | None, column: dict[str, Any]
+        self, cost: CostAt, column: dict[str, Any]
     ) -> tuple[np.ndarray | None, np.ndarray | None, ranking.Ranking | None]:
         """Adds what the draws say to the candidates: (cost_SxH, ratio_SxH, ranking), or nothing without draws."""
         if self.n_params_RxSxH is None:
             return None, None, None
         k = self.known.n_candidates
-        cost_SxH, found = self.drawn_costs(objective, context, memory_limit)
+        cost_SxH, found = self.drawn_costs(cost)
         with np.errstate(divide="ignore"):
             n_SxH = np.exp(found.of(np.log(self.n_params_RxSxH)))
         column["n_params_low"], column["n_params_high"] = quantiles(n_SxH[:, :k], TAILS)
@@ -282,7 +294,7 @@ class Table:
         ratio_SxH = None if self.rule.ratios_R is None else found.ratio
         return cost_SxH, ratio_SxH, ranked
 
-    def _note(self, i: int, n_params: float, cost: float, memory_limit: float | Serving | None) -> str | None:
+    def _note(self, i: int, n_params: float, own: float, cost: CostAt) -> str | None:
         law = self.laws.get(self.heads[i])
         if law is None:
             return None
@@ -291,8 +303,8 @@ class Table:
                 return f"not reached at any size: E = {law.entropy:.4f}"
             share = np.isfinite(self.n_params_RxSxH[self.rule.usual, :, i]).mean()
             return f"not reached at any size in {1 - share:.0%} of the draws"
-        if memory_limit is not None and not np.isfinite(cost):
-            return f"takes more than {limit_text(memory_limit)}"
+        if cost.limit is not None and not np.isfinite(own):
+            return f"takes more than {cost.limit_text}"
         if n_params <= LEAST_BUILT * (1 + 1e-9):
             return "smaller than any model: every size reaches this loss"
         if not len(law.params):
@@ -300,8 +312,8 @@ class Table:
         smallest, largest = law.params.min(), law.params.max()
         if smallest <= n_params <= largest:
             return None
-        factor, side = (n_params / largest, "above") if n_params > largest else (smallest / n_params, "below")
-        return f"{_OUTSIDE}{formatting.times(factor)} {side} the trained sizes"
+        side = "above" if n_params > largest else "below"
+        return f"{_OUTSIDE}{formatting.times(beyond(n_params, smallest, largest))} {side} the trained sizes"
 
     def follows_its_curve(self, heads: Heads) -> bool:
         """Whether N* of the fitted law of H is within 95% of the draws, in models shaped as the runs; True without draws."""
@@ -321,13 +333,6 @@ class Table:
         if self.rule.n_ratios == 1:
             return np.broadcast_to(self.n_params_RxH[0, i], np.shape(ratio))
         return np.exp(np.interp(np.log(ratio), self.log_ratios_R, np.log(self.n_params_RxH[:, i])))
-
-
-def _at(shape: costs.Shape, index: int) -> costs.Shape:
-    """The shapes of one ratio."""
-    count = np.shape(shape.n_layers)
-    fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
-    return costs.Shape(**{name: np.broadcast_to(v, count)[index] if np.ndim(v) > 1 else v for name, v in fields.items()})
 
 
 def _sizes(loss: np.ndarray, entropy: np.ndarray, log_a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -352,77 +357,13 @@ def rule_of(laws: Mapping[Heads, PowerLaw], asked: str | float | Aspect | None) 
     return ShapeRule.of(asked, Penalty(), paper_aspect())
 
 
-def served(serving: Serving, shape: costs.Shape, context: int, by: str) -> dict[str, Any]:
-    """Columns SERVED: how every H is served; empty where it can't be."""
-    load = serving.load(shape, context, by)
-    count = np.broadcast_shapes(np.shape(shape.n_layers), np.shape(load.token_seconds))
-
-    def known(values: Any) -> np.ndarray:
-        return np.where(np.broadcast_to(load.possible, count), np.broadcast_to(values, count), np.nan)
-
-    usd = serving.usd_per_million(1.0) if serving.has_price else np.nan
-    possible = np.broadcast_to(load.possible, count)
-    chosen = _each(load.layout, count)
-    return {
-        "layout": pd.array([str(one) if ok else None for one, ok in zip(chosen, possible, strict=True)], dtype="string"),
-        "batch": known(load.batch),
-        "memory_bytes": known(load.memory),
-        "ttft": known(load.ttft),
-        "tpot": known(load.tpot),
-        "request_seconds": known(load.request),
-        "usd_per_million_input": known(usd * load.input_seconds),
-        "usd_per_million_output": known(usd * load.output_seconds),
-        "prefill_limit": pd.array(np.broadcast_to(load.prefill.limit, count), dtype="string"),
-        "decode_limit": pd.array(np.broadcast_to(load.decode.limit, count), dtype="string"),
-        "replication": known(roofline.replication_cost(serving, shape, context, by)),
-    }
-
-
-def _excess(serving: Serving, shape: costs.Shape, context: int, by: str) -> np.ndarray:
-    """By what factor every H misses the limit that it misses, in its best layout; 0 where it keeps all, infinite for heads."""
-    count = np.shape(shape.n_layers)
-    least = np.full(count, np.inf)
-    for layout in serving.layouts():
-        load = serving.load(shape, context, by, layout)
-        over = [0.0, np.inf, np.inf, load.memory / serving.chip.server_bytes]
-        over += [
-            np.inf if limit is None else value / limit
-            for value, limit in ((load.ttft, serving.ttft), (load.tpot, serving.tpot))
-        ]
-        least = np.fmin(least, np.choose(load.obstacle, [np.broadcast_to(one, count) for one in over]))
-    return least
-
-
-def _each(layout: Layout, count: tuple[int, ...]) -> list[Layout]:
-    """The layouts of a row of H, one by one."""
-    return [Layout(*map(int, one)) for one in zip(*(np.broadcast_to(values, count) for values in layout), strict=True)]
-
-
-def _why(serving: Serving, shape: costs.Shape, index: int, context: int, by: str) -> str:
-    """Why the H of that index can't be served; empty where it can."""
-    if isinstance(serving.parallelism, Layout):
-        serving = dataclasses.replace(serving, parallelism=_each(serving.parallelism, np.shape(shape.n_layers))[index])
-    return roofline.obstacle_text(serving, one_of(shape, index), context, by)
-
-
 def one_of(shape: costs.Shape, index: int) -> costs.Shape:
-    """The shape of the H of that index."""
+    """The shape, or the shapes, of that index along the first axis."""
+    count = np.shape(shape.n_layers)
     fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
-    return costs.Shape(**{name: np.broadcast_to(value, np.shape(shape.n_layers))[index] for name, value in fields.items()})
-
-
-def limited(objective: Objective, shape: costs.Shape, context: int, memory_limit: float | Serving | None) -> np.ndarray:
-    """The cost; infinite where a model does not keep the limit, or where no size reaches the loss; nan without a size."""
-    with np.errstate(over="ignore", invalid="ignore"):  # draws whose sizes are astronomical
-        cost = np.asarray(objective(shape, context), np.float64)
-    cost = np.where(np.isfinite(shape.n_layers), cost, np.where(np.isnan(shape.n_layers), np.nan, np.inf))
-    if memory_limit is None:
-        return cost
-    if isinstance(memory_limit, Serving):
-        kept = memory_limit.fits(shape, context)
-    else:
-        kept = costs.infer_memory(shape, context, "exact") <= memory_limit
-    return np.where(kept | np.isnan(cost), cost, np.inf)
+    return costs.Shape(
+        **{name: np.broadcast_to(v, count)[index] if np.ndim(v) == len(count) else v for name, v in fields.items()}
+    )
 
 
 def outside(note: Any) -> str:
@@ -430,10 +371,3 @@ def outside(note: Any) -> str:
     if pd.isna(note) or not note.startswith(_OUTSIDE):
         return ""
     return note.removeprefix(_OUTSIDE).removesuffix(" the trained sizes")
-
-
-def limit_text(memory_limit: float | Serving | None) -> str:
-    if isinstance(memory_limit, Serving):
-        count, chip = memory_limit.n_devices, memory_limit.chip
-        return f"the {formatting.gb(chip.server_bytes)} that a server fills of each of {count} x {chip.name}"
-    return f"the {formatting.gb(memory_limit or 0)} of the limit"

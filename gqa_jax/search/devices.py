@@ -11,10 +11,11 @@ import pandas as pd
 
 from gqa_jax import prices
 from gqa_jax.laws import Heads, PowerLaw
-from gqa_jax.search import candidates, objectives, optimum
+from gqa_jax.search import candidates, optimum
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search.roofline import RooflineServing
+from gqa_jax.search.serving import Price
 
 COLUMNS = (
     "device", "n_devices", "n_heads", "n_kv_heads", "n_params", "n_layers", "d_model", "ratio", "layout", "batch", "cost",
@@ -79,7 +80,7 @@ def compare(
 
 
 def front(
-    laws: Mapping[Heads, PowerLaw], loss: float, context_served: int, servings: Sequence[Serving], **options: Any
+    laws: Mapping[Heads, PowerLaw], loss: float, context_served: int, servings: Sequence[RooflineServing], **options: Any
 ) -> pd.DataFrame:
     """Money against time: for every device and number of requests (powers of two) the cheapest heads by the fitted laws.
 
@@ -94,13 +95,13 @@ def front(
         batch = 1
         while serving.has_price and batch <= _LARGEST_BATCH:
             if _allowed(serving, batch):
-                goal = objectives.Price(dataclasses.replace(serving, batch=batch))
-                settled = table.settled(goal, context_served)
-                cost_H, n_H, shape_H = table.typical(settled, context_served, limit)
+                asked = candidates.CostAt(Price(dataclasses.replace(serving, batch=batch)), context_served, limit)
+                settled = table.settled(asked)
+                cost_H, n_H, shape_H = table.typical(settled)
                 if not np.isfinite(cost_H).any():
                     break  # with more requests memory and time only grow
                 i = int(np.nanargmin(cost_H))
-                served = candidates.served(settled.serving, shape_H, context_served, "price")
+                served = settled.objective.served(shape_H, context_served).columns()
                 about = {"device": serving.chip.name, "n_devices": serving.n_devices, "usd_per_million": cost_H[i]}
                 own = table.heads[i]._asdict() | {"n_params": n_H[i]} | {name: values[i] for name, values in served.items()}
                 found.append({name: own[name] for name in FRONT if name in own} | about)
@@ -111,12 +112,12 @@ def front(
     return frame[cheaper].reset_index(drop=True)
 
 
-def _allowed(serving: Serving, batch: int) -> bool:
+def _allowed(serving: RooflineServing, batch: int) -> bool:
     """Whether so many requests can be divided as a given layout says."""
     return isinstance(serving.parallelism, str) or bool(np.all(np.asarray(serving.parallelism.sequences) <= batch))
 
 
-def _usd(row: pd.Series, serving: Serving) -> float:
+def _usd(row: pd.Series, serving: RooflineServing) -> float:
     """US dollars per million tokens of requests, prompt and generated alike."""
     share = serving.decode_share
     parts = [(1 - share, row["usd_per_million_input"]), (share, row["usd_per_million_output"])]

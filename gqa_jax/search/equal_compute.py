@@ -19,8 +19,9 @@ from gqa_jax import costs, shape_search
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import LossNDByHeads
 from gqa_jax.laws.loss_nd_fit import DrawsND
-from gqa_jax.search import objectives
-from gqa_jax.search.ranking import TAILS, quantiles, regret
+from gqa_jax.search import objectives, ranking
+from gqa_jax.search.candidates import beyond
+from gqa_jax.search.ranking import TAILS
 
 _BELOW, _ABOVE, _POINTS = 30.0, 1000.0, 400  # N* is looked for from least / 30 to largest trained N x 1000, first on a grid
 _HALVINGS = 30  # of a step of that grid: N* to 4e-11
@@ -104,7 +105,7 @@ def equal_training_curves(
         )
         ends = [np.nan, np.nan]
         if drawn is not None:  # on the text of the runs: what all losses have in common would widen all bands alike
-            ends = quantiles(drawn.predict(i, params, tokens) - np.reshape(drawn.shift, (-1, 1)), TAILS)
+            ends = ranking.quantiles(drawn.predict(i, params, tokens) - np.reshape(drawn.shift, (-1, 1)), TAILS)
         frame["loss_low"], frame["loss_high"] = ends
         if context_served is not None:
             frame["c_infer"] = costs.infer_flops(shape, context_served, convention)
@@ -166,11 +167,11 @@ def equal_training_cost(
     if drawn is not None:
         n_SxH = np.concatenate([plan.least_params(loss, part) for part in _parts(drawn)])
         share = _add_uncertainty(frame, plan, n_SxH, objective, context_served, against)
-        order = ["hopeless", "expected_regret", "cost"]
-        if share > 0.005:
-            warnings.append(
-                f"in {share:.0%} of the draws no heads reach the loss with this budget: probabilities are of the others"
-            )
+        order.insert(1, "expected_regret")
+    if share > 0.005:
+        warnings.append(
+            f"in {share:.0%} of the draws no heads reach the loss with this budget: probabilities are of the others"
+        )
     frame = frame.assign(hopeless=frame["n_params"].isna()).sort_values(order, kind="stable")
     heads = plan.heads[frame.index[0]]
     if pd.notna(note := frame["note"].iloc[0]):
@@ -302,25 +303,15 @@ def _add_uncertainty(
     inside = np.where(reached, n_SxH, np.nan)
     tokens_SxH = plan.tokens(inside)
     cost_SxH = np.where(reached, objective(plan.shape(inside, plan.heads), context_served), np.inf)
-    ends = {"n_params": n_SxH, "cost": cost_SxH}
-    for name, values in ends.items():
-        frame[f"{name}_low"], frame[f"{name}_high"] = quantiles(values, TAILS)
-    for name, values in {"tokens": tokens_SxH, "saving": _savings(cost_SxH, against)}.items():
-        columns = [quantiles(column[~np.isnan(column)], TAILS) for column in values.T]
-        frame[f"{name}_low"], frame[f"{name}_high"] = np.array(columns, np.float64).T
-    some = reached.any(axis=1)
-    if some.any():
-        own = cost_SxH[some]
-        frame["probability"] = np.bincount(own.argmin(axis=1), minlength=len(plan.heads)) / len(own)
-        frame["expected_regret"] = regret(own).mean(axis=0)
-    return float(1 - some.mean())
-
-
-def _savings(cost_SxH: np.ndarray, against: int | None) -> np.ndarray:
-    if against is None:
-        return np.full_like(cost_SxH, np.nan)
-    with np.errstate(invalid="ignore"):  # neither reaches the loss
-        return 1 - cost_SxH / cost_SxH[:, [against]]
+    for name, values in {"n_params": n_SxH, "cost": cost_SxH}.items():
+        frame[f"{name}_low"], frame[f"{name}_high"] = ranking.quantiles(values, TAILS)
+    ends = [ranking.quantiles(column[~np.isnan(column)], TAILS) for column in tokens_SxH.T]
+    frame["tokens_low"], frame["tokens_high"] = np.array(ends, np.float64).T
+    if against is not None:
+        frame["saving_low"], _, frame["saving_high"] = ranking.savings(cost_SxH, cost_SxH[:, against])
+    found = ranking.rank(cost_SxH)
+    frame["probability"], frame["expected_regret"] = found.probability_H, found.expected_regret_H
+    return found.not_reached
 
 
 def _note(laws: LossNDByHeads, heads: Heads, n_params: float, tokens: float) -> str | None:
@@ -328,8 +319,6 @@ def _note(laws: LossNDByHeads, heads: Heads, n_params: float, tokens: float) -> 
         return "does not reach the loss with this training budget at any size"
     law, said = laws[heads], []
     for name, value, trained in (("N*", n_params, law.params), ("D", tokens, law.tokens)):
-        if value > _FAR * trained.max():
-            said.append(f"{name} is {value / trained.max():.2g}x above the trained ones")
-        elif value < trained.min() / _FAR:
-            said.append(f"{name} is {trained.min() / value:.2g}x below the trained ones")
+        if (factor := beyond(value, trained.min(), trained.max())) > _FAR:
+            said.append(f"{name} is {factor:.2g}x {'above' if value > trained.max() else 'below'} the trained ones")
     return f"extrapolated: {', '.join(said)}" if said else None

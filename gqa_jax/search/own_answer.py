@@ -20,14 +20,13 @@ import pandas as pd
 
 from gqa_jax import formatting
 from gqa_jax.laws import Draws, Heads, LawsByHeads
-from gqa_jax.search import objectives, optimum, ranking
-from gqa_jax.search.answer import Answer, Model
-from gqa_jax.search.candidates import FAR, Coefficients, Table, rule_of
+from gqa_jax.search import candidates, objectives, optimum, ranking
+from gqa_jax.search.answer import Answer, Model, plain
+from gqa_jax.search.candidates import FAR, Coefficients, CostAt, Table, rule_of
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.optimum import AspectAsked
 from gqa_jax.search.own_model import OwnModel
 from gqa_jax.search.ranking import TAILS, quantiles
-from gqa_jax.search.roofline import Serving
 
 #: d / L of the shapes that docs/shape.md has losses of: outside, nothing is known of any.
 KNOWN_RATIOS = (3.0, 750.0)
@@ -80,30 +79,16 @@ class OwnAnswer:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the answer's, and `like`, what is of the own model."""
-        shape = self.own.shape
-        like = {
-            "name": self.own.name,
-            "source": self.own.source,
-            "n_layers": shape.n_layers,
-            "d_model": shape.d_model,
-            "n_heads": shape.n_heads,
-            "n_kv_heads": shape.n_kv_heads,
-            "head_dim": shape.head_dim,
-            "d_ff": shape.d_ff,
-            "vocab_size": shape.vocab_size,
-            "untied": self.own.untied,
-            "ratio": self.ratio,
-            "n_params": self.n_params,
-            "n_params_over_largest": self.n_params_over_largest,
-            "law_of_heads": [self.heads.n_heads, self.heads.n_kv_heads],
-            "law_source": self.source,
-            "loss": self.loss,
-            "loss_interval": _plain(self.loss_interval),
-            "above": _plain(self.above),
-            "above_interval": _plain(self.above_interval),
-            "kept": None if self.kept is None else {k: _plain(v) for k, v in dataclasses.asdict(self.kept).items()},
-            "notes": list(self.notes),
-        }
+        own, shape = self.own, self.own.shape
+        names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
+        like = {"name": own.name, "source": own.source}
+        like |= {name: getattr(shape, name) for name in names}
+        like |= {"untied": own.untied}
+        like |= {name: getattr(self, name) for name in ("ratio", "n_params", "n_params_over_largest")}
+        like |= {"law_of_heads": list(self.heads), "law_source": self.source, "loss": self.loss}
+        like |= {name: plain(getattr(self, name)) for name in ("loss_interval", "above", "above_interval")}
+        kept = None if self.kept is None else {k: plain(v) for k, v in dataclasses.asdict(self.kept).items()}
+        like |= {"kept": kept, "notes": list(self.notes)}
         return {"like": like} | self.answer.to_dict()
 
     def sentences(self) -> list[str]:
@@ -143,7 +128,7 @@ def compare_own(
     aspect: AspectAsked = None,
     heads: Sequence[Heads] | None = None,
     convention: str = "figures",
-    memory_limit: float | Serving | None = None,
+    memory_limit: Any = None,
     draws: int = 1000,
     seed: int = 0,
     method: str | None = None,
@@ -167,8 +152,9 @@ def compare_own(
     served = _in_its_likeness(laws, own)
     if (serving := getattr(objective, "serving", None)) is not None:
         objective = dataclasses.replace(objective, serving=dataclasses.replace(serving, untied=own.untied))
-    if isinstance(memory_limit, Serving):
+    if hasattr(memory_limit, "untied"):
         memory_limit = dataclasses.replace(memory_limit, untied=own.untied)
+    at = CostAt(objective, context_served, memory_limit)
     asked = _Question.of(laws, own, draws, seed, method)
     own_heads, drawn, n_params, loss, loss_S = asked.heads, asked.drawn, asked.n_params, asked.loss, asked.loss_S
     model = Model(f"your model {own.name}", own_heads, own.shape, loss, n_params)
@@ -176,19 +162,19 @@ def compare_own(
     def others_table(others: LawsByHeads) -> Table:
         again = _Question.of(others, own, draws, seed, method)
         others = _in_its_likeness(others, own)
-        known = optimum.coefficients(others, draws, seed, method, heads=heads, compared=None)
+        known = candidates.coefficients(others, draws, seed, method, heads=heads, compared=None)
         return Table.of(others, again.loss, rule_of(others, aspect), known, seed, again.loss_S)
 
     def saves(best: pd.Series) -> str:
-        cost = optimum.cost_of(model, objective, context_served, memory_limit)
+        cost = optimum.cost_of(model, at)
         return "" if not np.isfinite(cost) else f", at {_more(best['cost'] / cost - 1, (np.nan, np.nan))} your model"
 
     answer = optimum.search(
         served, loss, context_served, objective, aspect=aspect, heads=heads, baseline=model, convention=convention,
         memory_limit=memory_limit, draws=draws, seed=seed, method=method, loss_S=loss_S, without=(others_table, saves),
     )  # fmt: skip
-    smallest, largest = _trained(laws)
-    beyond = max(n_params / largest, smallest / n_params)
+    sizes = np.concatenate([law.params for law in laws.values()])
+    beyond = candidates.beyond(n_params, sizes.min(), sizes.max())
     if beyond > FAR and not np.isfinite(answer.far):
         answer = dataclasses.replace(
             answer, far=float(beyond), probability=np.nan, candidates=answer.candidates.assign(probability=np.nan)
@@ -196,15 +182,18 @@ def compare_own(
     kept, above = None, (np.nan, np.nan)
     cost = np.nan if answer.baseline is None else answer.baseline.cost
     if drawn is not None:
-        rule = rule_of(served, aspect)
-        table = Table.of(served, loss, rule, _alone(drawn), seed, loss_S)
-        kept = _kept(table, answer, objective, context_served, convention, memory_limit, served, heads, loss_S, cost, method)
+        nothing = np.full((1, 5), np.nan)  # the fitted laws need not have these heads
+        alone = Coefficients(drawn.heads, 1, nothing[:, :3], nothing[:, 3:], drawn, None)
+        table = Table.of(served, loss, rule_of(served, aspect), alone, seed, loss_S)
+        known = candidates.coefficients(served, len(drawn.b_SxH), seed, method, heads=heads, compared=None)
+        others = Table.of(served, loss, table.rule, known, seed, loss_S)
+        kept = _kept(table, others, answer, at, cost)
         ends = 1 / (1 - np.array(answer.saving_interval)) - 1 if np.isfinite(cost) else np.array(above)
         above = (float(ends[0]), float(ends[1]))
     return OwnAnswer(
-        own=own, heads=own_heads, source=asked.source, n_params=n_params, n_params_over_largest=float(n_params / largest),
+        own=own, heads=own_heads, source=asked.source, n_params=n_params, n_params_over_largest=float(n_params / sizes.max()),
         ratio=own.ratio, loss=loss, loss_interval=asked.interval, above=float(cost / answer.cost - 1), above_interval=above,
-        kept=kept, notes=tuple(_notes(laws, own, own_heads, asked.source, beyond, n_params > largest)), answer=answer,
+        kept=kept, notes=tuple(_notes(laws, own, own_heads, asked.source, beyond, n_params > sizes.max())), answer=answer,
     )  # fmt: skip
 
 
@@ -267,33 +256,13 @@ def _law_of(laws: LawsByHeads, own: OwnModel, draws: int, seed: int, method: str
     return said.heads[0], said, said.notes[0]
 
 
-def _alone(drawn: Draws) -> Coefficients:
-    """The own heads as the only candidate; the fitted laws need not have them."""
-    nothing = np.full(1, np.nan)
-    return Coefficients(drawn.heads, 1, nothing, nothing, nothing, np.full((1, 2), np.nan), drawn, None)
-
-
-def _kept(
-    table: Table,
-    answer: Answer,
-    objective: Objective,
-    context: int,
-    convention: str,
-    memory_limit: float | Serving | None,
-    laws: LawsByHeads,
-    heads: Sequence[Heads] | None,
-    loss_S: np.ndarray,
-    own_cost: float,
-    method: str | None,
-) -> Kept:
-    """The own heads at the best shape, draw by draw against the answer's."""
-    found = table.ranked(context, objective, convention, memory_limit)
+def _kept(table: Table, others: Table, answer: Answer, at: CostAt, own_cost: float) -> Kept:
+    """The own heads (the only ones of `table`) at the best shape, draw by draw against the answer and `others`."""
+    found = table.ranked(at)
     best = found.frame.iloc[0]
     own_S = found.cost_SxH[:, 0]
-    known = optimum.coefficients(laws, len(own_S), table.seed, method, heads=heads, compared=None)
-    others = Table.of(laws, table.loss, table.rule, known, table.seed, loss_S)
-    settled = others.settled(objective, context)
-    cost_SxH, _ = others.drawn_costs(settled, context, memory_limit)
+    cost_SxH, _ = others.drawn_costs(others.settled(at))
+    known = others.known
     same = known.heads.index(table.heads[0]) if table.heads[0] in known.heads else None
     with np.errstate(invalid="ignore"):
         above_S = own_S / cost_SxH[:, known.heads.index(answer.heads)] - 1
@@ -344,12 +313,6 @@ def _notes(laws: LawsByHeads, own: OwnModel, heads: Heads, source: str, beyond: 
     return found
 
 
-def _trained(laws: LawsByHeads) -> tuple[float, float]:
-    """N of the smallest and of the largest run."""
-    sizes = np.concatenate([law.params for law in laws.values()])
-    return float(sizes.min()), float(sizes.max())
-
-
 def _more(share: float, interval: tuple[float, float]) -> str:
     """ "34.8% more (31.8% to 39.4%) than"; where 95% of the draws hold more and less, both are said first."""
     low, high = interval
@@ -362,9 +325,3 @@ def _more(share: float, interval: tuple[float, float]) -> str:
         ends = sorted(abs(x) for x in interval)
         text += f" ({ends[0]:.1%} to {ends[1]:.1%})"
     return f"{text} than"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(x) for x in value]
-    return float(value) if np.isfinite(value) else None

@@ -20,25 +20,15 @@ from gqa_jax.errors import ConfigError, close, first_line
 CONFIG = "config.json"
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
-#: Fields that make another kind of model unless they are missing, null, false, 0 or empty; and what they mean.
+#: What makes another kind of model, and the fields that say so unless they are missing, null, false, 0 or empty.
 _OTHER_KINDS = {
-    "sliding_window": "attention to a window: its cache does not grow with the context",
-    "attention_bias": "biases, which the laws' models have not",
-    "mlp_bias": "biases, which the laws' models have not",
-    "qkv_bias": "biases, which the laws' models have not",
-    "use_bias": "biases, which the laws' models have not",
-    "num_local_experts": "a mixture of experts",
-    "num_experts": "a mixture of experts",
-    "n_routed_experts": "a mixture of experts",
-    "num_experts_per_tok": "a mixture of experts",
-    "moe_intermediate_size": "a mixture of experts",
-    "kv_lora_rank": "latent attention (MLA): its cache holds no heads",
-    "q_lora_rank": "latent attention (MLA): its cache holds no heads",
-    "qk_rope_head_dim": "latent attention (MLA): its cache holds no heads",
-    "v_head_dim": "latent attention (MLA): its cache holds no heads",
-    "cross_attention_layers": "attention to something that is no text",
-    "num_nextn_predict_layers": "further layers that predict several tokens",
-    "block_configs": "layers that differ",
+    "attention to a window: its cache does not grow with the context": "sliding_window",
+    "biases, which the laws' models have not": "attention_bias mlp_bias qkv_bias use_bias",
+    "a mixture of experts": "num_local_experts num_experts n_routed_experts num_experts_per_tok moe_intermediate_size",
+    "latent attention (MLA): its cache holds no heads": "kv_lora_rank q_lora_rank qk_rope_head_dim v_head_dim",
+    "attention to something that is no text": "cross_attention_layers",
+    "further layers that predict several tokens": "num_nextn_predict_layers",
+    "layers that differ": "block_configs",
 }
 
 
@@ -107,7 +97,7 @@ def from_config(config: Any, name: str, source: str) -> OwnModel:
         raise wrong("model_type", f"only models of the Llama class can be compared: {', '.join(CLASSES)}")
     if (named := config.get("architectures")) is not None and named != [CLASSES[kind]]:
         raise wrong("architectures", f"a model_type of {kind} must be a [{CLASSES[kind]!r}]")
-    for field, what in _OTHER_KINDS.items():
+    for what, field in ((what, field) for what, fields in _OTHER_KINDS.items() for field in fields.split()):
         if config.get(field) not in (None, False, 0, "", [], {}):
             raise wrong(field, f"{what}; only models of the Llama class can be compared")
     if kind == "mistral" and "sliding_window" not in config:
@@ -182,42 +172,28 @@ def _public(text: str) -> OwnModel:
     )
 
 
-def _model(
-    name: str,
-    layers: int,
-    d: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    d_ff: int,
-    vocabulary: int,
-    untied: bool,
-    source: str,
-) -> OwnModel:
-    return OwnModel(name, Shape(layers, d, heads, kv_heads, head_dim, d_ff, vocabulary), untied, source)
-
-
-#: Public models of the Llama class, by name. A test compares `total_params` with the count in each one's published weights.
+#: Public models of the Llama class, by name; numbers in the order of `Shape`. A test compares `total_params` with the count in
+#: each one's published weights.
 PUBLIC: dict[str, OwnModel] = {
-    one.name: one
-    for one in (
-        _model("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, False, "config.json of HuggingFaceTB/SmolLM2-135M"),
-        _model("smollm2-360m", 32, 960, 15, 5, 64, 2560, 49152, False, "config.json of HuggingFaceTB/SmolLM2-360M"),
-        _model("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, False, "config.json of HuggingFaceTB/SmolLM2-1.7B"),
-        _model("tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, 32000, True, "arXiv 2401.02385; config.json of TinyLlama"),
-        _model("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, False, "config.json of meta-llama/Llama-3.2-1B"),
-        _model("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, False, "config.json of meta-llama/Llama-3.2-3B"),
-        _model("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256, True, "arXiv 2407.21783, Table 3; Llama 3 8B has the same"),
-        _model("llama-3.1-70b", 80, 8192, 64, 8, 128, 28672, 128256, True, "arXiv 2407.21783, Table 3; Llama 3.3 has the same"),
-        _model("llama-3.1-405b", 126, 16384, 128, 8, 128, 53248, 128256, True, "arXiv 2407.21783, Table 3"),
-        _model("llama-7b", 32, 4096, 32, 32, 128, 11008, 32000, True, "arXiv 2302.13971, Table 2; F: config.json of llama-7b"),
-        _model("llama-2-7b", 32, 4096, 32, 32, 128, 11008, 32000, True, "arXiv 2307.09288; config.json of Llama-2-7b-hf"),
-        _model("llama-2-13b", 40, 5120, 40, 40, 128, 13824, 32000, True, "arXiv 2307.09288; config.json of Llama-2-13b-hf"),
-        _model("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000, True, "arXiv 2307.09288; config.json of Llama-2-70b-hf"),
-        _model("mistral-7b-v0.3", 32, 4096, 32, 8, 128, 14336, 32768, True, "config.json of mistralai/Mistral-7B-v0.3"),
-        _model("mistral-nemo-12b", 40, 5120, 32, 8, 128, 14336, 131072, True, "config.json of Mistral-Nemo-Base-2407"),
-        _model("mistral-small-24b", 40, 5120, 32, 8, 128, 32768, 131072, True, "config.json of Mistral-Small-24B-Base-2501"),
-        _model("yi-6b", 32, 4096, 32, 4, 128, 11008, 64000, True, "arXiv 2403.04652; config.json of 01-ai/Yi-6B"),
-        _model("yi-34b", 60, 7168, 56, 8, 128, 20480, 64000, True, "arXiv 2403.04652; config.json of 01-ai/Yi-34B"),
+    name: OwnModel(name, Shape(*numbers), untied, source)
+    for name, numbers, untied, source in (
+        ("smollm2-135m", (30, 576, 9, 3, 64, 1536, 49152), False, "config.json of HuggingFaceTB/SmolLM2-135M"),
+        ("smollm2-360m", (32, 960, 15, 5, 64, 2560, 49152), False, "config.json of HuggingFaceTB/SmolLM2-360M"),
+        ("smollm2-1.7b", (24, 2048, 32, 32, 64, 8192, 49152), False, "config.json of HuggingFaceTB/SmolLM2-1.7B"),
+        ("tinyllama-1.1b", (22, 2048, 32, 4, 64, 5632, 32000), True, "arXiv 2401.02385; config.json of TinyLlama"),
+        ("llama-3.2-1b", (16, 2048, 32, 8, 64, 8192, 128256), False, "config.json of meta-llama/Llama-3.2-1B"),
+        ("llama-3.2-3b", (28, 3072, 24, 8, 128, 8192, 128256), False, "config.json of meta-llama/Llama-3.2-3B"),
+        ("llama-3.1-8b", (32, 4096, 32, 8, 128, 14336, 128256), True, "arXiv 2407.21783, Table 3; Llama 3 8B has the same"),
+        ("llama-3.1-70b", (80, 8192, 64, 8, 128, 28672, 128256), True, "arXiv 2407.21783, Table 3; Llama 3.3 has the same"),
+        ("llama-3.1-405b", (126, 16384, 128, 8, 128, 53248, 128256), True, "arXiv 2407.21783, Table 3"),
+        ("llama-7b", (32, 4096, 32, 32, 128, 11008, 32000), True, "arXiv 2302.13971, Table 2; F: config.json of llama-7b"),
+        ("llama-2-7b", (32, 4096, 32, 32, 128, 11008, 32000), True, "arXiv 2307.09288; config.json of Llama-2-7b-hf"),
+        ("llama-2-13b", (40, 5120, 40, 40, 128, 13824, 32000), True, "arXiv 2307.09288; config.json of Llama-2-13b-hf"),
+        ("llama-2-70b", (80, 8192, 64, 8, 128, 28672, 32000), True, "arXiv 2307.09288; config.json of Llama-2-70b-hf"),
+        ("mistral-7b-v0.3", (32, 4096, 32, 8, 128, 14336, 32768), True, "config.json of mistralai/Mistral-7B-v0.3"),
+        ("mistral-nemo-12b", (40, 5120, 32, 8, 128, 14336, 131072), True, "config.json of Mistral-Nemo-Base-2407"),
+        ("mistral-small-24b", (40, 5120, 32, 8, 128, 32768, 131072), True, "config.json of Mistral-Small-24B-Base-2501"),
+        ("yi-6b", (32, 4096, 32, 4, 128, 11008, 64000), True, "arXiv 2403.04652; config.json of 01-ai/Yi-6B"),
+        ("yi-34b", (60, 7168, 56, 8, 128, 20480, 64000), True, "arXiv 2403.04652; config.json of 01-ai/Yi-34B"),
     )
 }

@@ -66,6 +66,7 @@ import numpy as np
 from gqa_jax import costs, hardware
 from gqa_jax.costs import HasShape
 from gqa_jax.errors import closest
+from gqa_jax.formatting import gb
 from gqa_jax.hardware import CHIPS, Chip, Efficiency, Price
 
 CONVENTION = "exact"
@@ -95,7 +96,7 @@ class Layout(NamedTuple):
         return self.heads * self.sequences * self.context
 
     def __str__(self) -> str:
-        """As `Serving.parallelism` takes it."""
+        """As `RooflineServing.parallelism` takes it."""
         return f"{self.heads},{self.sequences},{self.context}"
 
     def describe(self) -> str:
@@ -185,19 +186,19 @@ class Load(NamedTuple):
     output_seconds: Any  # device-seconds per generated token
     token_seconds: Any  # device-seconds per token of a request, of either kind
     memory: Any  # bytes on the fullest device
-    obstacle: Any  # why it can't be, a place in OBSTACLES; 0: it can
+    unsupported: Any  # why it can't be, a place in UNSUPPORTED; 0: it can
 
     @property
     def possible(self) -> Any:
-        return self.obstacle == 0
+        return self.unsupported == 0
 
 
 #: Why a model can't be served as asked.
-OBSTACLES = ("", "heads", "batch", "memory", "ttft", "tpot")
+UNSUPPORTED = ("", "heads", "batch", "memory", "ttft", "tpot")
 
 
 @dataclass(frozen=True)
-class Serving:
+class RooflineServing:
     """How a model is served. Raises ValueError for what can't be: the value, what is allowed, what comes closest.
 
     parallelism: "tensor": attention divided over heads alone; "best": the `Layout` that costs the least; a Layout, or "t,p,c".
@@ -341,7 +342,7 @@ class Serving:
             return loads[0]
         return _take(loads, _best(loads, by))
 
-    def settled(self, shape: HasShape, context: Any, by: str = "price") -> Serving:
+    def settled(self, shape: HasShape, context: Any, by: str = "price") -> RooflineServing:
         """With the layout fixed that is the best for `shape`, one for each of its elements."""
         if self.parallelism != BEST:
             return self
@@ -381,6 +382,11 @@ class Serving:
             can = self._divides(shape, one) & (np.asarray(one.sequences) <= count)
             needed.append(np.where(can, self._memory(shape, context, one, np.asarray(count, np.float64)), np.inf))
         return np.minimum.reduce(needed)[()]
+
+    @property
+    def room(self) -> str:
+        """What may be filled, in words."""
+        return f"the {gb(self.chip.server_bytes)} that a server fills of each of {self.n_devices} x {self.chip.name}"
 
     def fits(self, shape: HasShape, context: Any) -> Any:
         """Whether that is at most what a server fills of a device, in some layout."""
@@ -438,7 +444,7 @@ class Serving:
             output_seconds = self.n_devices * step / batch
             token_seconds = self.n_devices * (rounds * first + generated * step) / (batch * context)
         memory = self._memory(shape, context, layout, batch)
-        obstacle = np.select(
+        unsupported = np.select(
             [
                 ~self._divides(shape, layout),
                 np.asarray(layout.sequences) > batch,
@@ -456,7 +462,7 @@ class Serving:
             request=first + generated * per_token,
             input_seconds=input_seconds if self.decode_share < 1 else np.nan * input_seconds,
             output_seconds=output_seconds if self.decode_share > 0 else np.nan * output_seconds,
-            token_seconds=token_seconds, memory=memory, obstacle=obstacle,
+            token_seconds=token_seconds, memory=memory, unsupported=unsupported,
         )  # fmt: skip
 
     def prefill(self, shape: HasShape, tokens: Any, layout: Layout | None = None) -> Phase:
@@ -612,14 +618,14 @@ class _Parts:
         return shared + self.queries / group + self.keys + self.norms
 
 
-class _Undivided(Serving):
+class _Undivided(RooflineServing):
     """As if key/value heads could be divided as finely as query heads: what replicating them costs is the difference."""
 
     def _parts(self, shape: HasShape, heads_over: Any) -> _Parts:
         return _Parts.of(shape, shape.n_kv_heads / heads_over)
 
 
-def replication_cost(serving: Serving, shape: HasShape, context: Any, by: str = "price") -> Any:
+def replication_cost(serving: RooflineServing, shape: HasShape, context: Any, by: str = "price") -> Any:
     """What devices that hold the same key/value heads cost, relative: 0 where none do or where other things decide.
 
     Of the layout and the number of requests with which the model is served. NaN where it can't be served.
@@ -629,19 +635,19 @@ def replication_cost(serving: Serving, shape: HasShape, context: Any, by: str = 
     as_served = fields | {"parallelism": load.layout, "ttft": None, "tpot": None}
     with np.errstate(invalid="ignore"):
         values = []
-        for kind in (Serving, _Undivided):
+        for kind in (RooflineServing, _Undivided):
             other = kind(**as_served)._load(shape, context, load.layout, by, load.batch)
             values.append(other.request if by == "latency" else other.token_seconds)
         return np.where(load.possible, values[0] / values[1] - 1, np.nan)[()]
 
 
-def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "price") -> str:
+def unsupported_reason(serving: RooflineServing, shape: HasShape, context: float, by: str = "price") -> str:
     """Why one model can't be served as asked, with what comes closest; empty where it can."""
     loads = [serving._load(shape, context, layout, by) for layout in serving.layouts()]
     if any(load.possible for load in loads):
         return ""
-    load = max(loads, key=lambda load: float(load.obstacle))  # the layout that comes furthest
-    chip, kind = serving.chip, OBSTACLES[int(load.obstacle)]
+    load = max(loads, key=lambda load: float(load.unsupported))  # the layout that comes furthest
+    chip, kind = serving.chip, UNSUPPORTED[int(load.unsupported)]
     if kind == "heads":
         plural = "s" if shape.n_heads > 1 else ""
         count = f"{_number(shape.n_heads)} query head{plural}"
@@ -653,12 +659,12 @@ def obstacle_text(serving: Serving, shape: HasShape, context: float, by: str = "
             f"takes {float(serving.memory_bytes(shape, context)) / 1e9:.1f} GB of each {chip.name}{count}, and a server has "
             f"{chip.server_bytes / 1e9:.1f} GB"
         )
-    least = min(float(getattr(other, kind)) for other in loads if other.obstacle == load.obstacle)
+    least = min(float(getattr(other, kind)) for other in loads if other.unsupported == load.unsupported)
     name = "first token" if kind == "ttft" else "token"
     return f"{name} after {least:.3g} s, not {getattr(serving, kind):.3g} s"
 
 
-def _nearest(serving: Serving, shape: HasShape) -> str:
+def _nearest(serving: RooflineServing, shape: HasShape) -> str:
     """What comes closest: numbers of devices that can share the heads, and layouts of these devices that can."""
     heads = float(shape.n_heads)
     allowed = [one for one in layouts(serving.n_devices) if serving._divides(shape, one)]
@@ -739,9 +745,9 @@ def _cost(load: Load, by: str) -> Any:
 
 def _best(loads: list[Load], by: str) -> np.ndarray:
     """Index of the load that costs the least; where none is possible, of those that come furthest the one that misses least."""
-    rows = [np.broadcast_arrays(_cost(load, by), load.obstacle, load.memory, load.ttft, load.tpot) for load in loads]
+    rows = [np.broadcast_arrays(_cost(load, by), load.unsupported, load.memory, load.ttft, load.tpot) for load in loads]
     cost, stop, *missed = (np.stack(values) for values in zip(*rows, strict=True))
-    over = np.select([stop == OBSTACLES.index(name) for name in ("memory", "ttft", "tpot")], missed)
+    over = np.select([stop == UNSUPPORTED.index(name) for name in ("memory", "ttft", "tpot")], missed)
     return np.where((stop == 0).any(0), _least(cost), _least(np.where(stop == stop.max(0), over, np.inf)))
 
 

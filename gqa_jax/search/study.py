@@ -7,6 +7,7 @@ study.answer(1.75, "128K"), study.map(), study.curves(), study.compare(gqa_jax.l
 from __future__ import annotations
 
 import dataclasses
+import html
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import pandas as pd
 
 from gqa_jax import errors, formatting, results, storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.formatting import counted
 from gqa_jax.laws import Heads, LawsByHeads, external, fit_by_heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import objectives, optimum, presets
@@ -88,7 +90,8 @@ class Fits:
         noise = f"their noise, {first.laws.sigma:.4f} nats, is {first.noise:.1%} of what the loss falls by with size"
         if round(first.noise, 3) == round(others[0].noise, 3):
             return f"{noise}, as at {others[0].context:,}, and they are of more runs, or longer ones"
-        named = ", ".join(f"{one.context:,}: {_percent(one.noise)}" for one in others)
+        shares = [f"{one.noise:.1%}" if np.isfinite(one.noise) else "not known" for one in others]
+        named = ", ".join(f"{one.context:,}: {share}" for one, share in zip(others, shares, strict=True))
         return f"{noise}, the least of {len(self.fitted)} training contexts ({named})"
 
     def at(self, context: int | None) -> Fitted:
@@ -110,10 +113,6 @@ class Fits:
 def by_noise(fitted: Sequence[Fitted]) -> list[Fitted]:
     """The laws of least noise (`Fitted.noise`) first; where it is the same, those of most runs, then of the longest context."""
     return sorted(fitted, key=lambda one: (round(one.noise, 3), -len(one.rows), -one.context))
-
-
-def _percent(noise: float) -> str:
-    return f"{noise:.1%}" if np.isfinite(noise) else "not known"
 
 
 # Where runs come from
@@ -425,7 +424,8 @@ class Study:
 
     def __repr__(self) -> str:
         trained = ", ".join(f"{context:,}" for context in sorted([*self.contexts, *self.fits.unfitted]))
-        return f"<Study {self.name}: {_runs(len(self.runs)) if len(self.runs) else 'no runs'} trained at {trained} tokens>"
+        runs = counted(len(self.runs), "run") if len(self.runs) else "no runs"
+        return f"<Study {self.name}: {runs} trained at {trained} tokens>"
 
     def table(self) -> pd.DataFrame:
         """One row per training context: context, runs, heads, sizes, R^2 of the least explained H, sigma, E, default, note."""
@@ -455,7 +455,7 @@ class Study:
         return "\n".join([*lines, *([f"answers are of {self.why}"] if self.why else [])])
 
     def _said(self) -> str:
-        return self.source.laws.source if self.source.laws is not None else _runs(len(self.runs))
+        return self.source.laws.source if self.source.laws is not None else counted(len(self.runs), "run")
 
     def _repr_html_(self) -> str:
         table = self.table()
@@ -465,8 +465,10 @@ class Study:
                 "laws": [row["note"] or _known(row) for row in table.to_dict("records")],
             }
         )
-        said = f"<p>Answers are of {_escape(self.why)}.</p>" if self.why else ""
-        return f"<p><b>{_escape(self.name)}</b>: {_escape(self._said())}</p>{shown.to_html(index=False, border=0)}{said}"
+        said = f"<p>Answers are of {html.escape(self.why)}.</p>" if self.why else ""
+        return (
+            f"<p><b>{html.escape(self.name)}</b>: {html.escape(self._said())}</p>{shown.to_html(index=False, border=0)}{said}"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -502,7 +504,11 @@ class Comparison:
             if pd.isna(row["n_kv_heads"]):
                 lines.append(f"{asked}: no answer")
                 continue
-            sure = "" if np.isnan(row["probability"]) else f", the cheapest with probability {_share(row['probability'])}"
+            sure = (
+                ""
+                if np.isnan(row["probability"])
+                else f", the cheapest with probability {formatting.probability(row['probability'])}"
+            )
             heads = Heads.of(row["n_heads"], row["n_kv_heads"])
             lines.append(f"{asked}: {heads} at {formatting.short(row['n_params'])} parameters{sure}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -511,7 +517,7 @@ class Comparison:
         return f"<Comparison of {self.name} with {self.other}: {len(self.runs)} configurations in both>"
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<p>{_escape(line)}</p>" for line in self.summary().splitlines())
+        said = "".join(f"<p>{html.escape(line)}</p>" for line in self.summary().splitlines())
         return said + self.runs.to_html(index=False, border=0, na_rep="")
 
 
@@ -529,24 +535,12 @@ def _tokens(context: int | str) -> int:
     return formatting.read_context(context) if isinstance(context, str) else int(context)
 
 
-def _runs(count: int) -> str:
-    return f"{count} run{'s' * (count != 1)}"
-
-
-def _share(probability: float) -> str:
-    return formatting.probability(probability)
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
 def _known(row: Mapping[str, Any]) -> str:
     """The laws of a row of `Study.table` in words."""
     nats = f"{row['sigma']:.4f} nats" if np.isfinite(row["sigma"]) else "not known"
     entropy = "an E per H" if np.isnan(row["entropy"]) else f"E = {row['entropy']:.3f}"
     return (
-        f"{_runs(int(row['runs']))}, {int(row['heads'])} head configurations at {int(row['sizes'])} sizes; R² from "
+        f"{counted(int(row['runs']), 'run')}, {int(row['heads'])} head configurations at {int(row['sizes'])} sizes; R² from "
         f"{row['least_r_squared']:.4f}, noise {nats}, {entropy}"
     )
 

@@ -11,7 +11,7 @@ import pandas as pd
 from gqa_jax import costs, formatting
 from gqa_jax.formatting import counted, probability, regret, saving, saving_between, size
 from gqa_jax.laws import Heads
-from gqa_jax.search import ranking, serving_words
+from gqa_jax.search import ranking
 
 ASSUMED = " Assumed: "  # between the answer and what it takes for granted
 FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}  # that a rule counts the FLOPs of
@@ -112,6 +112,8 @@ def assumptions(answer: Any) -> list[str]:
         found.append(f"trained on {each}{'' if mfu is None else f' at {mfu:.0%} of the peak'}")
     found.append(_shape(answer))
     if goal.get("serving"):
+        from gqa_jax.search import serving_words  # a leaf: of costs of devices alone
+
         found += serving_words.assumed(answer)
     return found
 

@@ -25,7 +25,7 @@ from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.plots import style
 from gqa_jax.search import candidates, objectives, optimum
 from gqa_jax.search.objectives import Objective
-from gqa_jax.search.roofline import Layout, Serving
+from gqa_jax.search.roofline import Layout, RooflineServing
 from gqa_jax.search.words import in_words
 from launch.report import words
 
@@ -160,10 +160,10 @@ def goals_of(
     return found
 
 
-def _elsewhere(own: Serving | None, device: str, given: Mapping[str, Any]) -> Serving:
+def _elsewhere(own: RooflineServing | None, device: str, given: Mapping[str, Any]) -> RooflineServing:
     """Served on another device as on one's own."""
     if own is None:
-        return Serving(device, **{name: value for name, value in given.items() if name != "device"})
+        return RooflineServing(device, **{name: value for name, value in given.items() if name != "device"})
     return dataclasses.replace(own, device=device, efficiency=given.get("efficiency"), usd_per_hour=None, price=None)
 
 
@@ -299,7 +299,7 @@ def _packed(goal: Goal, rows: pd.DataFrame, place: tuple, shape: tuple[int, int,
     }
 
 
-def _served(serving: Serving) -> dict[str, Any]:
+def _served(serving: RooflineServing) -> dict[str, Any]:
     """What is said of how a model is served, beside what the map has of each."""
     return {
         "on": f"{serving.n_devices} {serving.chip.name}",
@@ -308,7 +308,7 @@ def _served(serving: Serving) -> dict[str, Any]:
     }
 
 
-def _moves_in_steps(serving: Serving, rows: pd.DataFrame) -> np.ndarray:
+def _moves_in_steps(serving: RooflineServing, rows: pd.DataFrame) -> np.ndarray:
     """Where a request more or less at once moves the cost by more than STEP: between such points a map is not exact.
 
     Requests share the reading of parameters: its share of what is read, over the number of requests, is what one more changes.

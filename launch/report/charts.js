@@ -3,7 +3,7 @@
 // Colours are those of the page's pictures, a colour and a dash for each head configuration; style.css turns both for the dark.
 
 import { costCurves } from "./explorer.js";
-import { costText, decimals, moreText, percent, span, unitText, UNITS } from "./numbers.js";
+import { amount, amounts, decimals, moreText, percent, range, UNITS } from "./numbers.js";
 
 const POINTS_OF_A_CURVE = 64;
 const [ROW, LABEL, MORE] = [23, 76, 118]; // pixels of a head configuration: high, of its name, and of what is said of it
@@ -103,6 +103,7 @@ function mark(one, row, isBest, x, y, [left, right], taken) {
 
 /** A row for each head configuration, the answer first: what it costs at the loss asked for, and 95% of the draws. */
 function costs({ map, asked, result }, width) {
+  const { unit } = asked.goal;
   const { rows, best, order } = result;
   const known = order.filter((h) => Number.isFinite(rows[h].cost));
   const beside = width < 420 ? 0 : MORE;
@@ -114,7 +115,6 @@ function costs({ map, asked, result }, width) {
   const [start, end] = ends.length ? [Math.min(...ends) / 1.03, Math.max(...ends) * 1.05] : [1, 10];
   const x = (cost) => left + ((right - left) * Math.log(Math.min(Math.max(cost, start), end) / start)) / Math.log(end / start);
   const parts = [];
-  const said = costText(asked.goal.unit);
   order.forEach((h, i) => {
     const [one, row] = [map.heads[h], rows[h]];
     const y = top + ROW * (i + 0.5);
@@ -123,7 +123,7 @@ function costs({ map, asked, result }, width) {
     parts.push(text(27, y + 4, one.label, `class="${h === best ? "name best row" : ""}"`));
     if (!Number.isFinite(row.cost)) return parts.push(text(left + 6, y + 4, Number.isFinite(row.n_params) ? (row.edge ? "at the edge of what can be served" : "not served so") : "not reached", 'class="quiet"'));
     const [low, high] = row.cost_interval;
-    const label = `${one.label}: ${[said(row.cost), span(row.cost_interval, said) && `95%: ${span(row.cost_interval, said)}`, !Number.isNaN(row.probability) && `cheapest in ${percent(row.probability)}`].filter(Boolean).join(", ")}`;
+    const label = `${one.label}: ${[amount(row.cost, unit), range(amounts(row.cost_interval, unit)), !Number.isNaN(row.probability) && `cheapest in ${percent(row.probability)}`].filter(Boolean).join(", ")}`;
     const bar = Number.isNaN(low) ? "" : line(x(low), y, x(high), y, `stroke="${one.color}" stroke-width="5" stroke-opacity="0.4" stroke-linecap="round"`);
     const point = row.cost > end ? `<path d="M${px(right - 5)} ${px(y - 5)} L${px(right + 3)} ${px(y)} L${px(right - 5)} ${px(y + 5)} Z" fill="${one.color}"/>` : `<circle cx="${px(x(row.cost))}" cy="${px(y)}" r="${h === best ? 6 : 4.5}" fill="${h === best ? one.color : "#fff"}" stroke="${one.color}" stroke-width="2"/>`;
     parts.push(`<g>${bar}${point}<title>${escape(label)}</title></g>`);
@@ -145,14 +145,14 @@ function costAxis(goal, start, end, x, [left, right, top, bottom], typical) {
     last = at;
     parts.push(text(at, bottom + 18, goal.unit === "US dollars" ? `$${tick}` : String(tick), 'text-anchor="middle"'));
   }
-  const units = [word, unitText(goal.unit).slice(2) || (goal.unit === "seconds" ? "seconds" : "")].filter(Boolean).join(" of ").replace(/ of (seconds)/, " $1");
+  const units = [word, goal.unit === "US dollars" ? "" : goal.unit].filter(Boolean).join(" of ").replace(/ of (seconds)/, " $1");
   parts.push(text(left, bottom + 40, "← cheaper", 'class="name"'), text(right, bottom + 40, goal.label + (units && `, ${units}`), 'class="quiet" text-anchor="end"'));
   return parts;
 }
 
 /** What an axis is divided by so that its ticks are short, and the word for that. */
 function axisUnit(value) {
-  const [size, , word] = UNITS.find(([size]) => value >= 10 * size) ?? [1, "", ""];
+  const [size, , , word] = UNITS.find(([size]) => value >= 10 * size) ?? [1, "", "", ""];
   return [size, word && `${word.trim()}s`];
 }
 

@@ -12,24 +12,14 @@ from markupsafe import Markup
 
 from gqa_jax import formatting
 from gqa_jax.search.answer import ShapeChoice
-from gqa_jax.search.roofline import Serving
+from gqa_jax.search.objectives import OBJECTIVES
+from gqa_jax.search.roofline import RooflineServing
 from gqa_jax.search.shape_rule import BEST
 from gqa_jax.search.words import ratio_of_runs
 from launch.report import answer_map, sections, words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
 from launch.report.opening import opening
-
-_CHOICES = {
-    "z": "Z: memory and compute, weighted",
-    "flops": "compute (FLOPs)",
-    "memory": "memory",
-    "latency": "time of a request",
-    "price": "price of a million tokens",
-    "throughput": "time per token and device",
-    "train": "compute of training",
-    "lifetime": "training and serving, over a lifetime",
-}
 
 
 def page(findings: Findings) -> str:
@@ -48,7 +38,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
     )
     maps = [study.answer_map for study in findings.studies]
     goals = [goal for one in maps for goal in one.goals.values()]
-    costs = {goal.objective.name: None for goal in goals}
+    costs = {goal.objective.name: goal.objective for goal in goals}
     servings = {goal.device: goal.objective.serving for goal in goals if goal.device is not None}
     data = {"studies": [_study(study) for study in findings.studies], "command": findings.ask}
     data |= _shapes(findings.studies[0])
@@ -64,7 +54,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         head_dim=f"{findings.studies[0].laws.head_dim:g}",
         contexts=[(i, f"{formatting.context(study.laws.context)} tokens") for i, study in enumerate(findings.studies)],
         points=f"{len(maps[0].losses)} losses, {len(maps[0].contexts)} contexts and {len(maps[0].goals)} costs",
-        costs=[(cost, _CHOICES[cost]) for cost in _CHOICES if cost in costs],
+        costs=[(cost, costs[cost].choice) for cost in OBJECTIVES if cost in costs],
         devices=[(name, _device_text(one)) for name, one in servings.items()],
         style=_inline("style.css"),
         payload=_json(data),
@@ -94,10 +84,13 @@ def _of_shapes(shape: ShapeChoice) -> dict[str, str]:
         return {"shapes": how, "priced": ""}
     else:
         how = f"The ratio of width to layers is {shape.rule}, as asked."
-    known = words.span(shape.k_interval, "{:.2g}".format), words.span(shape.best_interval, "{:.0f}".format)
+    k, best = (
+        formatting.interval(*shape.k_interval, "{:.2g}".format),
+        formatting.interval(*shape.best_interval, "{:.0f}".format),
+    )
     priced = (
         f"A ratio r other than that of the runs, {ratio_of_runs(shape)}, changes the loss: k = {shape.k:.2g} (95%: "
-        f"{known[0]}) and the best ratio c = {shape.best:.0f} (95%: {known[1]}) are drawn too, from {shape.source}."
+        f"{k}) and the best ratio c = {shape.best:.0f} (95%: {best}) are drawn too, from {shape.source}."
     )
     return {"shapes": how, "priced": priced}
 
@@ -109,7 +102,7 @@ def _shapes(study: Study) -> dict[str, str]:
     return {"shapes": words.rule(rule), "against": against}
 
 
-def _device_text(one: Serving) -> str:
+def _device_text(one: RooflineServing) -> str:
     count = "" if one.n_devices == 1 else f"{one.n_devices} x "
     price = f", ${one.usd:.2f}/h" if one.has_price else ""
     room, peak = formatting.gb(one.chip.server_bytes), one.chip.peak_flops / 1e12

@@ -38,8 +38,14 @@ class Study:
     answer_map: Any  # launch.report.answer_map.AnswerMap, which the explorer reads
     optimum_map: pd.DataFrame | None = None  # gqa_jax.search.optimum.optimum_map of losses and contexts served
     sensitivity: pd.DataFrame | None = None  # gqa_jax.search.optimum.convention_sensitivity of the first question
-    checks: pd.DataFrame | None = None  # columns check, result: how the laws do where it can be seen
+    checks: pd.DataFrame | None = None  # gqa_jax.laws.validation.summary: how the laws do on runs that they have not seen
+    doubts: Sequence[str] = ()  # what the checks say beside
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)  # by part of the page: questions, runs, laws, costs
+
+    @property
+    def context(self) -> int:
+        """Of the training, tokens."""
+        return self.laws.context
 
     def __post_init__(self):
         if not self.questions:

@@ -1,6 +1,7 @@
-// Numbers as text, written as words.py does. What is not known is never a number: it is empty, or said in words.
+// Numbers as text, written as gqa_jax.formatting and words.py do. What is not known is never a number: it is empty, or said in words.
 
-export const UNITS = [[1e21, "Z", " sextillion"], [1e18, "E", " quintillion"], [1e15, "P", " quadrillion"], [1e12, "T", " trillion"], [1e9, "B", " billion"], [1e6, "M", " million"], [1e3, "k", " thousand"]];
+export const UNITS = [[1e21, "Z", "Z", " sextillion"], [1e18, "E", "E", " quintillion"], [1e15, "P", "P", " quadrillion"], [1e12, "T", "T", " trillion"], [1e9, "B", "G", " billion"], [1e6, "M", "M", " million"], [1e3, "k", "k", " thousand"]];
+const [COUNT, SI, NAME] = [1, 2, 3]; // what each is called: of counted things, of a unit, in words
 export const decimals = [0, 1, 2, 3, 4, 5, 6, 7, 8].map((n) => new Intl.NumberFormat("en", { minimumFractionDigits: n, maximumFractionDigits: n }));
 
 export function three(value) {
@@ -9,15 +10,27 @@ export function three(value) {
   return decimals[Math.min(8, Math.max(0, 2 - size))].format(value);
 }
 
-function scaled(value, ending) {
-  if (Number.isNaN(value)) return "";
-  if (!Number.isFinite(value)) return "not reached";
+function scaled(value, ending, before = "") {
   const unit = UNITS.find(([size]) => value >= 0.9995 * size);
-  return unit ? three(value / unit[0]) + unit[ending] : three(value);
+  return unit ? three(value / unit[0]) + before + unit[ending] : three(value);
 }
 
-export const short = (value) => scaled(value, 1);
-export const long = (value) => scaled(value, 2);
+export const long = (value) => scaled(value, NAME);
+
+/** A number of parameters; those of no model are not told apart. */
+export function size(value) {
+  if (Number.isNaN(value)) return "";
+  return value < 1e3 ? "<1k" : value > 1e13 ? ">10T" : scaled(value, COUNT);
+}
+
+/** A cost, with its unit where that is dollars, seconds or bytes. */
+export function amount(value, unit) {
+  if (!Number.isFinite(value)) return "";
+  if (unit === "seconds") return seconds(value);
+  if (unit === "US dollars") return usd(value);
+  if (unit !== "bytes") return scaled(value, SI);
+  return value >= 999.5 ? `${scaled(value, SI, " ")}B` : `${three(value)} B`;
+}
 
 /** Shares of draws to a percent: 1,000 draws don't know more. */
 export function percent(share) {
@@ -49,17 +62,22 @@ export function savingBetween([low, high], largest) {
   return `${savingText(low, largest)} to ${savingText(high, largest)}`;
 }
 
-export function span([low, high], text) {
+/** Both ends as `text` writes them; one at `within` or beyond is none. */
+function interval([low, high], text, within, anything) {
   if (Number.isNaN(low) || Number.isNaN(high)) return "";
-  if (high === Infinity) return low === Infinity ? "not reached" : `${text(low)} or more`;
-  return low === -Infinity ? `${text(high)} or less` : `${text(low)} to ${text(high)}`;
+  const [below, above] = [low <= within[0], high >= within[1]];
+  if (below && above) return anything;
+  if (above) return `at least ${text(low)}`;
+  return below ? `at most ${text(high)}` : `${text(low)} to ${text(high)}`;
 }
 
+export const sizes = (ends) => (ends[1] < 1e3 || ends[0] > 1e13 ? size(ends[0]) : interval(ends, size, [1e3, 1e13], "any size"));
+export const amounts = (ends, unit) => interval(ends, (value) => amount(value, unit), [-Infinity, Infinity], "any cost");
+
 export const seconds = (value) => (value < 0.1 ? `${three(1000 * value)} ms` : `${three(value)} s`);
-export const range = (ends, text) => (span(ends, text) ? `95%: ${span(ends, text)}` : "");
+export const usd = (value) => `$${value >= 9999.5 ? scaled(value, SI) : three(value)}`;
+export const range = (text) => text && `95%: ${text}`;
 export const contextLabel = (tokens) => (tokens % 1024 === 0 ? `${tokens / 1024}K` : decimals[0].format(tokens));
 export const counted = (count, noun) => `${decimals[0].format(count)} ${noun}${count === 1 ? "" : "s"}`;
-const money = (x) => (Number.isNaN(x) ? "" : Number.isFinite(x) ? `$${three(x)}` : "not reached");
-export const costText = (unit) => (unit === "US dollars" ? money : (x) => short(x) + (unit === "seconds" && Number.isFinite(x) ? " s" : ""));
 /** What follows numbers that don't say their unit themselves. */
-export const unitText = (unit) => (["", "seconds", "US dollars"].includes(unit) ? "" : `, ${unit}`);
+export const unitText = (unit) => (["", "seconds", "US dollars", "bytes"].includes(unit) ? "" : `, ${unit}`);

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gqa_jax import formatting
+from gqa_jax.formatting import amount
 from gqa_jax.search import ranking
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.words import in_words
@@ -98,7 +99,7 @@ def _worth(found: Answer, laws: Any) -> list[str]:
         often = words.share(trained.probability)
         sure = f", the cheapest in {often} of the draws" if often else ""
         size = f"{words.long(trained.n_params)} parameters in {words.shape(trained.n_layers, trained.d_model)}"
-        cost = words.cost(found.objective["unit"])(trained.cost)
+        cost = amount(trained.cost, found.objective["unit"])
         said.append(f"With the shapes of the sizes that were trained the answer is {same}, {size}, at a cost of {cost}{sure}.")
     return said
 
@@ -109,7 +110,6 @@ def _ratio(found: Answer) -> str:
 
 
 def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
-    cost = words.cost(goal.unit)
     if far:
         first = Fact("Probability", "a guess", "too far from what was trained")
     elif words.missing(found.probability):
@@ -118,15 +118,12 @@ def _facts(found: Answer, goal: Any, laws: Any, far: bool) -> list[Fact]:
         alone = "the only heads that can be chosen here"
         among = f"that it is the cheapest of {found.n_candidates}" if found.n_candidates > 1 else alone
         first = Fact("Probability", words.percent(found.probability), among)
+    between = formatting.interval(*found.cost_interval, lambda one: amount(one, goal.unit), anything="any cost")
     facts = [
         first,
-        Fact("Parameters N*", words.short(found.n_params), _range(found.n_params_interval, words.short)),
-        Fact(
-            f"Layers {words.TIMES} width",
-            words.shape(found.n_layers, found.d_model),
-            _ratio(found),
-        ),
-        Fact(words.capital(goal.label), cost(found.cost), _range(found.cost_interval, cost) + words.unit(goal.unit)),
+        Fact("Parameters N*", formatting.size(found.n_params), _range(formatting.sizes(*found.n_params_interval))),
+        Fact(f"Layers {words.TIMES} width", words.shape(found.n_layers, found.d_model), _ratio(found)),
+        Fact(words.capital(goal.label), amount(found.cost, goal.unit), _range(between) + words.unit(goal.unit)),
         _saving(found),
     ]
     if found.runner_up is not None:
@@ -141,9 +138,8 @@ def warnings(findings: Findings, said: Sequence[str]) -> list[str]:
     return [words.sentence(line) for line in dict.fromkeys(said) if line != findings.about]
 
 
-def _range(interval: Sequence[float] | None, text: Callable[[float], str]) -> str:
-    shown = words.span(interval, text)
-    return f"95%: {shown}" if shown else ""
+def _range(between: str) -> str:
+    return between and f"95%: {between}"
 
 
 def _saving(found: Answer) -> Fact:
@@ -153,4 +149,4 @@ def _saving(found: Answer) -> Fact:
         return Fact(name, "unknown", "they have no law here" if base is None else "they have no cost here")
     which = f"measured, {base.n_layers:.0f} {words.TIMES} {base.d_model:,.0f}" if base.measured else "by their law"
     between = formatting.saving_between(*found.saving_interval)
-    return Fact(name, formatting.saving(found.saving), "; ".join(filter(None, (between and f"95%: {between}", which))))
+    return Fact(name, formatting.saving(found.saving), "; ".join(filter(None, (_range(between), which))))

@@ -2,7 +2,7 @@
 
 import { Charts } from "./charts.js";
 import { costCurves, look, unpack } from "./explorer.js";
-import { contextLabel, costText, counted, decimals, long, moreText, percent, range, savingBetween, savingText, seconds, short, span, three, unitText } from "./numbers.js";
+import { amount, amounts, contextLabel, counted, decimals, long, moreText, percent, range, savingBetween, savingText, seconds, size, sizes, three, unitText, usd } from "./numbers.js";
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("payload").textContent);
@@ -122,17 +122,17 @@ function showFacts({ goal }, { rows, best, runner_up: second, order }) {
   }
   const { heads, largest_regret } = study.map;
   const row = rows[best];
-  const text = costText(goal.unit);
+  const { unit } = goal;
   const count = order.filter((h) => Number.isFinite(rows[h].cost)).length;
   fact("probability", "Probability", row.far ? "a guess" : percent(row.probability), row.far ? "too far from what was trained" : count === 1 ? "the only heads that can be chosen here" : `that it is the cheapest of ${count}`);
-  fact("params", "Parameters N*", short(row.n_params), range(row.n_params_interval, short));
+  fact("params", "Parameters N*", size(row.n_params), range(sizes(row.n_params_interval)));
   fact("shape", "Layers × width", shapeText(row), `width / layers = ${decimals[row.ratio < 100 ? 1 : 0].format(row.ratio)}${data.shapes && `, ${data.shapes}`}`);
-  fact("cost", capital(goal.label), text(row.cost), range(row.cost_interval, text) + unitText(goal.unit));
+  fact("cost", capital(goal.label), amount(row.cost, unit), range(amounts(row.cost_interval, unit)) + unitText(unit));
   const against = "Against Llama 3's heads";
   if (Number.isNaN(row.saving)) fact("saving", against, "unknown", "they have no cost here");
   else {
     const between = savingBetween(row.saving_interval, largest_regret);
-    fact("saving", against, savingText(row.saving, largest_regret), [between && `95%: ${between}`, data.against].filter(Boolean).join("; "));
+    fact("saving", against, savingText(row.saving, largest_regret), [range(between), data.against].filter(Boolean).join("; "));
   }
   if (second === null) fact("runner-up", "Next", "none", "no other heads can be chosen here");
   else fact("runner-up", "Next", heads[second].label, moreSaid(rows[second]));
@@ -155,7 +155,7 @@ function servedText({ goal }, { rows, best }) {
   const how = best === null ? null : rows[best].served;
   if (!how || !Number.isFinite(how.batch)) return "";
   const { on, others, closing } = goal.served;
-  const cost = (kind, usd) => (Number.isFinite(usd) ? `; a million ${kind} tokens cost $${three(usd)}` : "");
+  const cost = (kind, dollars) => (Number.isFinite(dollars) ? `; a million ${kind} tokens cost ${usd(dollars)}` : "");
   const said = [`Served on ${on}${how.layout && ` (${how.layout})`}, ${counted(Math.round(how.batch), "request")} at once${others ? "; prompts are read on others" : ""}.`];
   if (Number.isFinite(how.ttft)) said.push(`The first token comes after ${seconds(how.ttft)} (mostly ${how.prefill_limit})${cost("input", how.usd_per_million_input)}.`);
   if (Number.isFinite(how.tpot)) said.push(`Each generated token takes ${seconds(how.tpot)} (a step is mostly ${how.decode_limit})${cost("output", how.usd_per_million_output)}.`);
@@ -171,7 +171,7 @@ function warnings(asked, { rows, best, order }) {
   const { beyond, far, n_params: n, probability, steps } = rows[best];
   if (beyond !== 1) {
     const [low, high] = heads[best].trained;
-    const where = n > high ? `the largest size that was trained (${short(high)})` : `below the smallest size that was trained (${short(low)})`;
+    const where = n > high ? `the largest size that was trained (${size(high)})` : `below the smallest size that was trained (${size(low)})`;
     said.push(`N* is ${three(beyond)} times ${where}${far ? ": a guess, so no probability is given" : ""}.`);
   }
   if (probability < 0.5) said.push("No heads are the cheapest in most draws: several are about as good.");
@@ -198,12 +198,12 @@ function openRanking() {
 }
 
 /** Why a size that reaches the loss has no cost. */
-const obstacle = (row) => (row.edge ? "at the edge" : "not served");
+const unsupported = (row) => (row.edge ? "at the edge" : "not served");
 
 function showRanking(asked, result) {
-  const text = costText(asked.goal.unit);
+  const { unit } = asked.goal;
   const { largest_regret } = study.map;
-  write("ranking-cost", asked.goal.unit === "US dollars" ? "US dollars" : asked.goal.unit || "Z");
+  write("ranking-cost", unit || "Z");
   result.order.forEach((h, i) => {
     const row = result.rows[h];
     const one = study.map.heads[h];
@@ -214,11 +214,11 @@ function showRanking(asked, result) {
       one.label,
       Number.isNaN(row.probability) ? "" : percent(row.probability),
       h === result.best ? "the answer" : served ? moreText(row.more) : "",
-      reached ? `${short(row.n_params)}${row.beyond === 1 ? "" : "*"}` : "none",
-      reached ? span(row.n_params_interval, short) : "",
+      reached ? `${size(row.n_params)}${row.beyond === 1 ? "" : "*"}` : "none",
+      reached ? sizes(row.n_params_interval) : "",
       reached ? shapeText(row) : "",
-      served ? text(row.cost) : reached ? obstacle(row) : "not reached",
-      served ? span(row.cost_interval, text) : "",
+      served ? amount(row.cost, unit) : reached ? unsupported(row) : "not reached",
+      served ? amounts(row.cost_interval, unit) : "",
       saves ? savingText(row.saving, largest_regret) : "",
       saves ? savingBetween(row.saving_interval, largest_regret) : "",
     ];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,12 @@ import numpy as np
 from gqa_jax import formatting
 from gqa_jax.laws import Heads
 from gqa_jax.search import candidates
+from launch import answers, grid_tables
 from launch.report import pictures, tables, words
 from launch.report.answer_map import DRAWS
 from launch.report.findings import Findings, Study
 from launch.report.opening import warnings
-from launch.tables import Table
+from launch.tables import Column, Table
 
 _OUTSIDE = "* N* is outside the sizes that were trained."
 
@@ -40,8 +42,8 @@ class Map(NamedTuple):
     def table(self) -> Table:
         """The same as text."""
         rows = tuple((loss, *(f"{cell.text} {cell.small}".strip() for cell in cells)) for loss, cells in self.rows)
-        sides = ("left",) * (1 + len(self.contexts))
-        return Table(self.name, self.caption, ("loss", *self.contexts), sides, rows, (_OUTSIDE,))
+        columns = tuple(Column(heading, str, "left") for heading in ("loss", *self.contexts))
+        return Table(self.name, self.caption, columns, rows, (_OUTSIDE,))
 
 
 class Block(NamedTuple):
@@ -92,8 +94,10 @@ def _questions(findings: Findings) -> list[Block]:
             blocks += _warnings("Before you rely on it", warnings(findings, study.questions[0].answer.warnings))
         if study.optimum_map is not None and len(study.optimum_map):
             blocks.append(Block("map", map=_map(study, index)))
-        blocks += _pictures(study, "questions") + _table(tables.buildable(study))
-        blocks.append(Block("folded", "Every head configuration for the first question", table=tables.candidates(study)))
+        answer = study.questions[0].answer
+        blocks += _pictures(study, "questions") + _table(answers.buildable(answer), f"buildable-t{study.context}")
+        every = dataclasses.replace(answers.candidates(answer, page=True), name=f"candidates-t{study.context}")
+        blocks.append(Block("folded", "Every head configuration for the first question", table=every))
         if (how := tables.serving(study)) is not None:
             blocks.append(Block("folded", "How each of them is served", table=how))
     return blocks
@@ -113,7 +117,7 @@ def _map(study: Study, index: int) -> Map:
         "The cheapest heads for each loss (nats per token, rows) and context served (tokens, columns), with the share of "
         f"{DRAWS:,} draws in which they are, and N*. Kept low: {study.objective.label}."
     )
-    return Map(f"optimum-t{study.laws.context}", caption, [formatting.context(int(one)) for one in contexts], rows)
+    return Map(f"optimum-t{study.context}", caption, [formatting.context(int(one)) for one in contexts], rows)
 
 
 def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
@@ -121,9 +125,9 @@ def _map_cell(row: Any, study: Study, index: int, none: str) -> MapCell:
     if row is None or words.missing(row.n_params) or math.isinf(row.n_params):
         return MapCell(none)
     heads = Heads.of(row.n_heads, row.n_kv_heads)
-    size = words.short(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
+    size = formatting.size(row.n_params) + ("*" if isinstance(row.note, str) and row.note else "")
     sizes = study.laws[heads].params
-    far = len(sizes) > 0 and max(row.n_params / max(sizes), min(sizes) / row.n_params) > candidates.FAR
+    far = len(sizes) > 0 and candidates.beyond(row.n_params, min(sizes), max(sizes)) > candidates.FAR
     sure = 0.0 if far or words.missing(row.probability) else round(float(row.probability), 3)
     return MapCell(
         words.label(heads, study.laws.head_dim),
@@ -151,10 +155,13 @@ def _runs(findings: Findings) -> list[Block]:
         said = [f"{count:,} {status}" for status, count in findings.loss["status"].value_counts().items()]
         blocks.append(Block("text", f"{formatting.counted(len(findings.loss), 'run')} with a result: {words.listed(said)}."))
         for context, rows in findings.loss.groupby("context"):
-            blocks += _table(tables.losses(int(context), rows, findings.error))
-            blocks += _table(tables.differences(int(context), findings.differences))
+            blocks += _table(grid_tables.losses(rows, int(context)), f"loss-t{context}")
+            compared = () if findings.differences is None else findings.differences.query("context == @context")
+            blocks += _table(
+                grid_tables.above_best(compared, int(context)) if len(compared) else None, f"difference-t{context}"
+            )
             for study in findings.studies:
-                blocks += _pictures(study, "runs") if study.laws.context == context else []
+                blocks += _pictures(study, "runs") if study.context == context else []
     return blocks + _table(tables.unfinished(findings))
 
 
@@ -163,7 +170,14 @@ def _laws(findings: Findings) -> list[Block]:
     blocks = [Block("law")]
     for study in findings.studies:
         blocks += _heading(findings, study)
-        blocks += _table(tables.coefficients(study)) + _table(tables.checks(study)) + _pictures(study, "laws")
+        if math.isfinite(sigma := study.laws.sigma):
+            scatter = (
+                f"Runs scatter about their laws by {sigma:.4f} nats (standard deviation, {study.laws.dof} degrees of freedom)."
+            )
+            blocks.append(Block("text", scatter))
+        blocks += _table(grid_tables.laws_of(study, grid_tables.coefficients(study.laws)))
+        blocks += _table(None if study.checks is None else grid_tables.held_out(study.checks), f"checks-t{study.context}")
+        blocks += _warnings("What the checks say", [words.sentence(one) for one in study.doubts]) + _pictures(study, "laws")
         ended = [] if study.laws.status == "CONVERGED" else [f"the fit ended as {study.laws.status}, not CONVERGED"]
         blocks += _warnings("About these laws", warnings(findings, [*ended, *study.laws.warnings]))
     for context, why in findings.unfitted.items():
@@ -177,7 +191,8 @@ def _costs(findings: Findings) -> list[Block]:
     """What serving costs, and what the way of counting changes."""
     blocks = []
     for study in findings.studies:
-        inner = _table(tables.sensitivity(study)) + _pictures(study, "costs")
+        counted = None if study.sensitivity is None else answers.conventions(study.sensitivity)
+        inner = _table(counted, f"sensitivity-t{study.context}") + _pictures(study, "costs")
         blocks += [*_heading(findings, study), *inner] if inner else []
     return blocks + _table(tables.run_costs(findings))
 
@@ -211,7 +226,7 @@ def _provenance(findings: Findings) -> list[Block]:
         ("Rules", values("rules")),
         ("Held-out text", held_out),
         ("Tokens trained on", total("tokens", words.long)),
-        ("Compute of training", total("train_flops", lambda value: f"{words.short(value)} FLOPs")),
+        ("Compute of training", total("train_flops", lambda value: f"{formatting.amount(value, 'FLOPs')} FLOPs")),
         ("Time in training steps", total("seconds_train", formatting.duration)),
         ("This page was made", findings.made),
         ("With", ", ".join(f"{name} {version}" for name, version in findings.versions.items())),
@@ -231,11 +246,12 @@ def _provenance(findings: Findings) -> list[Block]:
 def _heading(findings: Findings, study: Study) -> list[Block]:
     """The training context, where there are several."""
     several = len(findings.studies) > 1
-    return [Block("heading", f"Trained at {formatting.context(study.laws.context)} tokens")] if several else []
+    return [Block("heading", f"Trained at {formatting.context(study.context)} tokens")] if several else []
 
 
-def _table(table: Table | None) -> list[Block]:
-    return [] if table is None else [Block("table", table=table)]
+def _table(table: Table | None, name: str | None = None) -> list[Block]:
+    """A table, by the name that its files have; nothing of none, or of one without rows."""
+    return [Block("table", table=dataclasses.replace(table, name=name or table.name))] if table and table.rows else []
 
 
 def _warnings(title: str, lines: Sequence[str]) -> list[Block]:
@@ -243,5 +259,5 @@ def _warnings(title: str, lines: Sequence[str]) -> list[Block]:
 
 
 def _pictures(study: Study, part: str) -> list[Block]:
-    made = [pictures.draw(one, f"t{study.laws.context}-{part}{i}") for i, one in enumerate(study.pictures.get(part, ()))]
+    made = [pictures.draw(one, f"t{study.context}-{part}{i}") for i, one in enumerate(study.pictures.get(part, ()))]
     return [Block("pictures", pictures=made)] if made else []

@@ -1,40 +1,26 @@
-"""Numbers and sentences of a report. numbers.js writes numbers in the same way."""
+"""Sentences of a report. Numbers are written as everywhere (`gqa_jax.formatting`), but for a few; numbers.js does likewise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 from gqa_jax import formatting
-from gqa_jax.formatting import counted, three
+from gqa_jax.formatting import counted, seconds, usd
 from gqa_jax.laws import Heads
-from gqa_jax.search import serving_words
 from gqa_jax.search.roofline import Layout
 from gqa_jax.search.serving_words import LIMITS
 
-MINUS, TIMES = "\u2212", "\u00d7"  # signs that look like a hyphen and an x
+TIMES = "\u00d7"  # a sign that looks like an x
 NAMES = (" sextillion", " quintillion", " quadrillion", " trillion", " billion", " million", " thousand")
-
-
-def short(value: float) -> str:
-    """2.02B."""
-    return _scaled(value, formatting.COUNT)
 
 
 def long(value: float) -> str:
     """2.02 billion."""
-    return _scaled(value, NAMES)
-
-
-def _scaled(value: float, endings: Sequence[str]) -> str:
-    if missing(value):
-        return ""
-    if math.isinf(value):
-        return "not reached"
-    return formatting.scaled(value, endings, three)
+    return formatting.scaled(value, NAMES, formatting.three)
 
 
 def percent(share: float) -> str:
@@ -45,16 +31,6 @@ def percent(share: float) -> str:
 def share(value: float) -> str:
     """The same within a sentence: more than 99%."""
     return percent(value).replace("<", "fewer than ").replace(">", "more than ")
-
-
-def tenths(share: float) -> str:
-    """Shares of a cost to a tenth of a percent, with a minus sign."""
-    if missing(share):
-        return ""
-    if math.isinf(share):
-        return "not reached"
-    text = f"{abs(100 * share):,.1f}%"
-    return f"{MINUS}{text}" if share < 0 and text != "0.0%" else text
 
 
 def more(share: float) -> str:
@@ -68,28 +44,9 @@ def more(share: float) -> str:
     return "<0.1% more" if share < 5e-4 else f"{100 * share:.1f}% more"
 
 
-def span(interval: Sequence[float] | None, text: Callable[[float], str]) -> str:
-    """1.93B to 2.11B, 1.93B or more; empty where nothing is known."""
-    if interval is None or any(map(missing, interval)):
-        return ""
-    low, high = interval
-    if math.isinf(high):
-        return "not reached" if math.isinf(low) else f"{text(low)} or more"
-    return f"{text(high)} or less" if math.isinf(low) else f"{text(low)} to {text(high)}"
-
-
-def cost(unit_name: str) -> Callable[[float], str]:
-    """How numbers of a cost are written: dollars and seconds with their sign, others with a letter for their size."""
-    if unit_name == "US dollars":
-        return lambda value: "" if missing(value) else "not reached" if math.isinf(value) else f"${three(value)}"
-    if unit_name == "seconds":
-        return lambda value: short(value) + ("" if missing(value) or math.isinf(value) else " s")
-    return short
-
-
 def unit(name: str) -> str:
     """What follows numbers that don't say their unit themselves: ", FLOPs"; empty for the others."""
-    return "" if name in ("", "US dollars", "seconds") else f", {name}"
+    return "" if name in ("", "US dollars", "seconds", "bytes") else f", {name}"
 
 
 def listed(texts: Sequence[str]) -> str:
@@ -144,15 +101,10 @@ def baseline(one: Any) -> str:
     return f"what the law of {one.label} needs, {model}{', shaped as the trained sizes' if one.shape == 'trained' else ''}"
 
 
-def seconds(value: float) -> str:
-    """12.3 ms, 3.21 s; empty where not known."""
-    return "" if missing(value) else serving_words.seconds(value)
-
-
 def served(row: Any, serving: dict[str, Any]) -> list[str]:
     """How a model is served, in sentences; of none that can't be.
 
-    row: with the columns `gqa_jax.search.optimum.SERVED`; serving: `gqa_jax.search.roofline.Serving.describe()`.
+    row: with the columns `gqa_jax.search.serving.SERVED`; serving: `gqa_jax.search.roofline.RooflineServing.describe()`.
     """
     if missing(row.layout):
         return []
@@ -161,10 +113,10 @@ def served(row: Any, serving: dict[str, Any]) -> list[str]:
     others = "; prompts are read on others" if serving["disaggregated"] else ""
     said = [f"Served on {on}, {counted(int(row.batch), 'request')} at once{others}."]
     if not missing(row.ttft):
-        cost = "" if price is None else f"; a million input tokens cost ${three(row.usd_per_million_input)}"
+        cost = "" if price is None else f"; a million input tokens cost {usd(row.usd_per_million_input)}"
         said.append(f"The first token comes after {seconds(row.ttft)} (mostly {LIMITS[row.prefill_limit]}){cost}.")
     if not missing(row.tpot):
-        cost = "" if price is None else f"; a million output tokens cost ${three(row.usd_per_million_output)}"
+        cost = "" if price is None else f"; a million output tokens cost {usd(row.usd_per_million_output)}"
         said.append(f"Each generated token takes {seconds(row.tpot)} (a step is mostly {LIMITS[row.decode_limit]}){cost}.")
     return said + closing(serving)
 
