@@ -141,19 +141,25 @@ TABLE = (
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.executors"),
-    Row("launch.grid", ".errors .costs .config .data"),
-    Row("launch.rules", ".errors .config .storage .training.run_folder launch.grid"),
-    Row("launch.executors.base", ".errors .config .hardware launch.grid"),
-    Row("launch.executors.bundle", ".errors .storage .training.run_folder"),
-    Row("launch.executors.local", ".errors .storage .training.run_folder launch.grid launch.executors.base"),
-    Row("launch.executors.slurm", ".errors .hardware .storage .training.run_folder launch.grid launch.executors.base"),
-    Row("launch.executors.tpu", ".errors .storage .data launch.grid launch.executors.base launch.executors.bundle"),
+    Row("launch.cells", ".errors .costs .config .storage .training.run_folder"),
+    Row("launch.grid", ".errors .config .data launch.cells"),
+    Row("launch.rules", ".errors .config .storage .training.run_folder launch.grid launch.cells"),
+    Row("launch.executors.base", ".errors .config .hardware launch.cells"),
+    Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
+    Row("launch.executors.bundle", ".errors .storage .data .training.run_folder launch.cells launch.executors.base"),
+    Row("launch.executors.local", ".errors .storage .training.run_folder launch.cells launch.executors.base"),
+    Row(
+        "launch.executors.slurm",
+        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base launch.executors.queue",
+    ),
+    Row("launch.executors.tpu", ".errors .storage launch.cells launch.executors.base launch.executors.bundle"),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base launch.executors.bundle",
+        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
+        "launch.executors.queue launch.executors.bundle",
     ),
-    Row("launch.state", ".errors .config .storage .training.run_folder launch.grid launch.executors.base"),
-    Row("launch.run", ".errors .storage launch.grid launch.executors.base launch.executors.local launch.state"),
+    Row("launch.state", ".storage launch.cells launch.executors.base"),
+    Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
     Row("launch.screen", ".formatting .hardware launch.grid launch.executors.base launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
     Row("launch.tables"),
@@ -203,7 +209,7 @@ TABLE = (
     Row(
         "launch.__main__",
         ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executors.base "
-        "launch.executors.local launch.state launch.run launch.screen launch.fit launch.analysis",
+        "launch.state launch.run launch.screen launch.fit launch.analysis",
         lazily="launch.plan launch.export",
     ),
     # What is built on both.
