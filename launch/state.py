@@ -119,8 +119,8 @@ def _running(beat: Mapping[str, Any], known: dict[str, Any], job: Job, now: floa
     silence = now - max(life) if life else 0.0
     if silence > STALLED_SECONDS:
         cause = f"no heartbeat for {silence:.0f} s: see what it printed, cancel it to start again"
-        return CellState("stalled", **known, cause=cause)
-    return CellState("running", **known, eta_seconds=beat.get("eta_seconds"))
+        return CellState("stalled", **known, silence=silence, cause=cause)
+    return CellState("running", **known, silence=silence, eta_seconds=beat.get("eta_seconds"))
 
 
 def _at_rest(

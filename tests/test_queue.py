@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 
-from launch import grid
+from gqa_jax import storage
+from launch import grid, run
 from launch.cells import Layout
 from launch.executors import base, queue
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
@@ -53,7 +55,7 @@ OVER = of(4, None, "failed")
 def engine(tmp_path):
     layout = Layout(tmp_path)
     layout.cell(A.name).mkdir(parents=True)
-    (layout.cell(A.name) / "config.json").touch()
+    storage.write_json(layout.cell(A.name) / "config.json", A.stored())
     return lambda *listed: Listed(layout, *listed)
 
 
@@ -120,6 +122,14 @@ def test_second_jobs_are_removed(engine):
     one = engine(WAITS, RUNS, ENDS, OVER)
     assert one.reconcile({}) == [f"{A.name} had 2 jobs: cancelled all but 7"]
     assert one.ended == [8]
+
+
+@pytest.mark.parametrize(("minutes", "ended"), [(50, []), (70, [7])])
+def test_a_job_that_is_silent_for_an_hour_is_ended_to_start_again(engine, minutes, ended):
+    one = engine(of(7, RUNNING, since=time.time() - 60 * minutes))
+    found = run.advance([A], one.layout, one)
+    assert one.ended == ended
+    assert found.notes == [f"{A.name} has been silent for 60 minutes: cancelled, to start again"] * len(ended)
 
 
 @pytest.mark.parametrize(("is_final", "kind"), [(True, "error"), (False, "infrastructure")])

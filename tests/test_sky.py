@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -540,7 +541,7 @@ def gpu():
 class TestSubmission:
     def expected(self, text, one, python):
         cell = a_cell()
-        train = base.bash(cell.command(one.layout.cell(cell.name), python, "."))
+        train = shlex.join(cell.command(one.layout.cell(cell.name), python, "."))
         copy = textwrap.indent("'" + sky.COPY.replace("'", "'\"'\"'") + "'", "  ").lstrip()
         names = {"SHA256": SHA256, "TRAIN": train, "COPY": copy, "ADDRESS": ADDRESS}
         for name, value in (names | {"PREFIX": base.grid_prefix(one.layout), "CELL": cell.name}).items():

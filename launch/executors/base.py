@@ -12,8 +12,6 @@ import hashlib
 import importlib
 import os
 import re
-import shlex
-import subprocess
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -196,26 +194,6 @@ def grid_prefix(layout: Layout) -> str:
     root = os.fspath(layout.root)
     where = root if "://" in root else os.path.realpath(root)
     return f"g{hashlib.sha256(where.encode()).hexdigest()[:7]}-"
-
-
-def call(
-    argv: Sequence[str], *, seconds: float, text: str = "", environment: Mapping[str, str] | None = None, hint: str = ""
-) -> subprocess.CompletedProcess:
-    """An engine's program, with `text` as its input; its exit code is for the caller.
-
-    Raises SubmitError, with the `hint`, when it can't be started or takes longer than `seconds`.
-    """
-    try:
-        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
-    except subprocess.TimeoutExpired as error:
-        raise SubmitError(f"`{bash(argv)}` has not ended after {seconds:.0f} s{hint}") from error
-    except OSError as error:
-        raise SubmitError(f"`{bash(argv)}` can't be started: {error.strerror}{hint}") from error
-
-
-def bash(argv: Sequence[str]) -> str:
-    """A command as a line of bash."""
-    return shlex.join(argv)
 
 
 def load(on: str, layout: Layout) -> Executor:

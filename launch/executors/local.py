@@ -12,6 +12,7 @@ import fcntl
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -105,7 +106,7 @@ class Executor(base.Executor):
         self._reap()
 
     def submission(self, cell: Cell) -> Submission:
-        return Submission(cell.name, "\n".join(base.bash(argv) for argv in self._commands(cell, "PORT")))
+        return Submission(cell.name, "\n".join(shlex.join(argv) for argv in self._commands(cell, "PORT")))
 
     def submit(self, cell: Cell) -> Job:
         """Starts the processes of a cell. Raises SubmitError when no slot is free here."""

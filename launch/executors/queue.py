@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import shlex
+import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -113,3 +115,18 @@ class Executor(base.Executor):
 def _alive(records: Iterable[Record]) -> list[Record]:
     """Jobs that run, or will; the first is the cell's."""
     return [record for record in records if record.state in (QUEUED, RUNNING) and not record.ending]
+
+
+def call(
+    argv: Sequence[str], *, seconds: float, text: str = "", environment: Mapping[str, str] | None = None, hint: str = ""
+) -> subprocess.CompletedProcess:
+    """An engine's program, with `text` as its input; its exit code is for the caller.
+
+    Raises SubmitError, with the `hint`, when it can't be started or takes longer than `seconds`.
+    """
+    try:
+        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise SubmitError(f"`{shlex.join(argv)}` has not ended after {seconds:.0f} s{hint}") from error
+    except OSError as error:
+        raise SubmitError(f"`{shlex.join(argv)}` can't be started: {error.strerror}{hint}") from error

@@ -140,7 +140,7 @@ class Executor(queue.Executor, bundle.Executor):
 
     def submission(self, cell: Cell) -> Submission:
         file = self.layout.cell(cell.name) / "sky.yaml"
-        command = base.bash([self.options.sky, *self._launch(cell, file)])
+        command = shlex.join([self.options.sky, *self._launch(cell, file)])
         return Submission(cell.name, command, {file.name: self._yaml(base.job_name(self.layout, cell.name), cell)})
 
     def submit(self, cell: Cell) -> Job:
@@ -260,7 +260,7 @@ class Executor(queue.Executor, bundle.Executor):
     def _run(self, cell: Cell) -> str:
         """Runs on every host, and ends with the exit code of training, which bash and the log outlast when all are to end."""
         python = self.options.python or ".venv/bin/python"
-        command = base.bash(cell.command(self.layout.cell(cell.name), python, "."))
+        command = shlex.join(cell.command(self.layout.cell(cell.name), python, "."))
         if self.options.is_tpu:
             several = self.options.accelerators is not None or hardware.find(self.options.topology).n_hosts > 1
             command += " --distributed=on" if several else ""
@@ -298,7 +298,7 @@ class Executor(queue.Executor, bundle.Executor):
 
     def _sky(self, *arguments: str) -> str:
         """What `sky` prints. Raises SubmitError with what it says when it fails."""
-        done = base.call([self.options.sky, *arguments], seconds=CALL_SECONDS)
+        done = queue.call([self.options.sky, *arguments], seconds=CALL_SECONDS)
         if done.returncode:
             said = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", done.stderr.strip() or done.stdout.strip())
             raise SubmitError(f"`{self.options.sky} {' '.join(arguments[:2])}` failed ({done.returncode}): {said[-1000:]}")

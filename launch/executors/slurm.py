@@ -209,7 +209,7 @@ class Executor(queue.Executor):
 
     def submission(self, cell: Cell) -> Submission:
         file = self.layout.cell(cell.name) / "job.sbatch"
-        return Submission(cell.name, base.bash(["sbatch", "--parsable", _absolute(file)]), {file.name: self._script(cell)})
+        return Submission(cell.name, shlex.join(["sbatch", "--parsable", _absolute(file)]), {file.name: self._script(cell)})
 
     def launch(self, cell: Cell) -> int:
         folder = self.layout.cell(cell.name)
@@ -261,7 +261,7 @@ class Executor(queue.Executor):
             "exports": "\n".join(f"export {name}={value}" for name, value in exports.items()),
             "setup": SETUP.format(lines="\n".join(options.setup)) if options.setup else "",
             "srun": " ".join(srun),
-            "command": base.bash(cell.command(self.layout.cell(cell.name), options.python, options.code)),
+            "command": shlex.join(cell.command(self.layout.cell(cell.name), options.python, options.code)),
             "preempted": str(run_folder.EXIT_PREEMPTED),
         }
         return re.sub(r"@(\w+)@", lambda match: values[match[1]], SCRIPT.read_text())
@@ -368,7 +368,7 @@ def _call(program: str, *arguments: str, text: str | None = None) -> subprocess.
     kept = ("SLURM_CONF", "SLURM_JWT")
     environment = {name: value for name, value in os.environ.items() if name in kept or not name.startswith(own)}
     hint = ": see that this is a login node, and whether slurmctld is overloaded"
-    return base.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
+    return queue.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
 
 
 def _may_pass(stderr: str) -> bool:

@@ -175,7 +175,7 @@ class Executor(bundle.Executor):
         argv += [f"--metadata-from-file=startup-script={folder / 'startup.sh'}"]
         script = request["queued_resource"]["tpu"]["node_spec"][0]["node"]["metadata"]["startup-script"]
         text = json.dumps(request, indent=1) + "\n"
-        return Submission(cell.name, base.bash(argv), {"queued-resource.json": text, "startup.sh": script})
+        return Submission(cell.name, shlex.join(argv), {"queued-resource.json": text, "startup.sh": script})
 
     def _request(self, cell: Cell, zone: str) -> dict[str, Any]:
         """Arguments of `create_queued_resource`, as JSON."""
