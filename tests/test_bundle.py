@@ -116,7 +116,9 @@ def test_it_is_put_once(tmp_path, packed, monkeypatch):
     monkeypatch.setattr(storage, "write_bytes", lambda path, content: (written.append(path), write(path, content)))
     assert bundle.make(tmp_path / "a", packed) == made
     assert written == []
-    assert bundle.put(bundle.find(made.path), tmp_path / "b") == bundle.Bundle(tmp_path / "b" / made.path.name, made.sha256)
+    assert bundle.make(tmp_path / "b", bundle.read(bundle.find(made.path))) == bundle.Bundle(
+        tmp_path / "b" / made.path.name, made.sha256
+    )
     assert written == [tmp_path / "b" / made.path.name]
 
 
@@ -125,7 +127,7 @@ def test_it_is_put_on_gs(gcs_root, packed, monkeypatch):
     bundle.check(made)
     assert storage.names(gcs_root) == [made.path.name]
     monkeypatch.setattr(storage, "write_bytes", lambda *_: pytest.fail("written again"))
-    assert bundle.put(made, gcs_root) == made
+    assert bundle.make(gcs_root, bundle.read(made)) == made
 
 
 def test_a_damaged_one_is_replaced_by_make_and_refused_by_check(tmp_path, packed):
@@ -175,6 +177,6 @@ def test_it_runs_unpacked(tmp_path, packed):
 
 def test_it_is_quick(packed):
     started = time.monotonic()
-    bundle.check_content(bundle.named("/x", packed), packed)
+    bundle.check(bundle.named("/x", packed), packed)
     assert time.monotonic() - started < 30.0
     assert len(packed) < 20e6

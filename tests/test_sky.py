@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -443,7 +444,7 @@ class TestCheck:
         one = base.load("sky", Layout(epath.Path("gs://bucket/study")))
         assert isinstance(one, sky.Executor)
         text = (base.CLUSTERS / "sky.toml").read_text()
-        for name in sky.Options.__dataclass_fields__:
+        for name in (field.name for field in dataclasses.fields(sky.Options)):
             assert f"{name} = " in text or f"[{name}]" in text, f"{name} is not in the example"
 
 

@@ -47,17 +47,14 @@ class Bundle:
 
 
 def make(folder: os.PathLike | str, content: bytes | None = None) -> Bundle:
-    """Puts a bundle of this code into a folder, local or on gs://, unless it is there.
-
-    Args:
-      content: what `pack` gave; None: packed now.
-    Raises:
-      ConfigError: something that a run needs is missing.
-    """
+    """Puts a bundle (None: of this code) into a folder, local or on gs://, unless it is there. Raises as `check`."""
     content = pack() if content is None else content
     made = named(folder, content)
-    check_content(made, content)
-    _write(made, content)
+    check(made, content)
+    if storage.read_bytes(made.path) != content:  # a few MB; another file of that name would stop every host
+        if not storage.is_remote(made.path):
+            Path(made.path).parent.mkdir(parents=True, exist_ok=True)
+        storage.write_bytes(made.path, content)
     return made
 
 
@@ -77,16 +74,6 @@ def find(path: os.PathLike | str) -> Bundle:
     return Bundle(storage.path(path), match[1])
 
 
-def check(bundle: Bundle) -> None:
-    """Raises ConfigError unless it is there, its bytes have the hash of its name, and nothing that a run needs is missing."""
-    check_content(bundle, _read(bundle))
-
-
-def put(bundle: Bundle, folder: os.PathLike | str) -> Bundle:
-    """Copies a bundle, checked, into another folder, local or on gs://, unless it is there. Raises as `check`."""
-    return make(folder, _read(bundle))
-
-
 def pack(root: Path = REPOSITORY, commit: str | None = None) -> bytes:
     """The bytes of a bundle of the code below `root`: what git tracks or would track, all files where there is no git.
 
@@ -98,8 +85,9 @@ def pack(root: Path = REPOSITORY, commit: str | None = None) -> bytes:
     return _tar(contents)
 
 
-def check_content(bundle: Bundle, content: bytes) -> None:
-    """As `check`, for bytes that were read, or are to be written."""
+def check(bundle: Bundle, content: bytes | None = None) -> None:
+    """Raises ConfigError unless its bytes (None: as they are read) have the hash of its name and all that every run needs."""
+    content = read(bundle) if content is None else content
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != bundle.sha256:
         raise ConfigError(f"{bundle.path} is damaged: its SHA-256 is {sha256}: remove it, or give a whole one")
@@ -115,16 +103,8 @@ def check_content(bundle: Bundle, content: bytes) -> None:
         raise ConfigError(f"{bundle.path} lacks {', '.join(missing)}: make it in a whole checkout (git clone)")
 
 
-def _write(bundle: Bundle, content: bytes) -> None:
-    there = storage.read_bytes(bundle.path)  # a few MB; another file of that name would stop every host
-    if there == content:
-        return
-    if not storage.is_remote(bundle.path):
-        Path(bundle.path).parent.mkdir(parents=True, exist_ok=True)
-    storage.write_bytes(bundle.path, content)
-
-
-def _read(bundle: Bundle) -> bytes:
+def read(bundle: Bundle) -> bytes:
+    """Its bytes. Raises ConfigError where it can't be read."""
     try:
         content = storage.read_bytes(bundle.path)
     except OSError as error:
@@ -203,8 +183,7 @@ class Executor(base.Executor):
     def prepare(self) -> None:
         """Puts the bundle to code/ of the grid's folder. Raises ConfigError when that can't be written."""
         storage.check_writable(self.layout.root)
-        folder = self.bundle.path.parent
-        put(find(self.options.bundle), folder) if self._packed is None else make(folder, self._packed)
+        make(self.bundle.path.parent, self._packed or read(find(self.options.bundle)))
 
     @functools.cached_property
     def _packed(self) -> bytes | None:
@@ -222,7 +201,7 @@ class Executor(base.Executor):
 
     def check_bundle(self) -> None:
         """Raises ConfigError for one that can't be used."""
-        check(find(self.options.bundle)) if self._packed is None else check_content(self.bundle, self._packed)
+        check(self.bundle if self.options.bundle is None else find(self.options.bundle), self._packed)
 
     def check_root(self) -> None:
         """Raises ConfigError for a grid's folder that the machines don't see."""
