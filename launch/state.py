@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -211,30 +212,22 @@ ALIKE = 3  # cells of a size that fail alike before the others of that size are 
 
 def held_back(cells: Sequence[Cell], states: Sequence[CellState]) -> dict[str, str]:
     """Cells not to be started, with the reason: the first of their kind and size have failed alike, none has got through."""
-    failures: dict[tuple, list[tuple[str, str]]] = defaultdict(list)
-    through = set()
-    groups = [(cell.kind, cell.size) for cell in cells]
-    for cell, group, now in zip(cells, groups, states, strict=True):
-        if now.state == "failed" and now.failure not in RETRIED_CLASSES:
-            failures[group].append((str(now.failure), cell.name))
-        elif now.state == "done" or (now.state == "running" and now.step):
-            through.add(group)
+    groups: dict[tuple, list[tuple[Cell, CellState]]] = defaultdict(list)
+    for cell, now in zip(cells, states, strict=True):
+        groups[cell.kind, cell.size].append((cell, now))
     result = {}
-    for cell, group, now in zip(cells, groups, states, strict=True):
-        failed = failures[group]
-        if now.runnable and group not in through and len(failed) >= ALIKE and len({failure for failure, _ in failed}) == 1:
-            failure, first = failed[0]
-            result[cell.name] = f"held back: {len(failed)} cells of its size failed alike ({failure}), like {first}"
+    for members in groups.values():
+        failed = [(now.failure, cell.name) for cell, now in members if now.state == "failed" and not now.runnable]
+        through = any(now.state == "done" or (now.state == "running" and now.step) for _, now in members)
+        if through or len(failed) < ALIKE or len({failure for failure, _ in failed}) > 1:
+            continue
+        (failure, first), *_ = failed
+        reason = f"held back: {len(failed)} cells of its size failed alike ({failure}), like {first}"
+        result |= {cell.name: reason for cell, now in members if now.runnable}
     return result
 
 
 def _attempts(folder: epath.Path, names: set[str]) -> int:
     """How often training has begun: by the records, and by the rows of attempts from before there were records."""
-    numbers = set()
-    for kind in ("attempts", "metrics"):
-        if kind in names:
-            for name in storage.names(folder / kind):
-                number = name.removeprefix("attempt-").split(".")[0].split("-")[0]
-                if number.isdecimal():
-                    numbers.add(int(number))
-    return len(numbers)
+    files = [name for kind in ("attempts", "metrics") if kind in names for name in storage.names(folder / kind)]
+    return len({int(match[1]) for name in files if (match := re.match(r"(?:attempt-)?(\d+)[-.]", name))})
