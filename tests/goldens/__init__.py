@@ -148,7 +148,7 @@ def printed(folder: Path, *argv: str, width: int | None = None) -> str:
             mock.patch("importlib.util.find_spec", lambda name, *rest: None if name in absent else find_spec(name, *rest))
         )
         for engine in ("slurm", "tpu", "sky"):
-            stack.enter_context(mock.patch(f"launch.{engine}.Executor.jobs", return_value={}))
+            stack.enter_context(mock.patch(f"launch.executors.{engine}.Executor.jobs", return_value={}))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         ended = launch.main(argv)
