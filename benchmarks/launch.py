@@ -71,7 +71,7 @@ def main() -> None:
             print(f"{name:16s} {statistics.median(those):6.2f} s {spread}, {statistics.median(cpu[name]):.2f} s of a CPU")
 
 
-def populate(cells: list[grid.Cell], layout: Layout) -> None:
+def populate(cells: list[grid.TrainingCell], layout: Layout) -> None:
     """Folders as a night on a cluster leaves them: done, failed, preempted, not started."""
     now = time.time()
     for number, cell in enumerate(cells):

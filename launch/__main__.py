@@ -20,7 +20,7 @@ from gqa_jax import hardware, prices, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, duration, si
 from launch import analysis, fit, grid, rules, run, screen, state
-from launch.executors import base, local
+from launch.executors import base
 from launch.executors.base import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
 from launch.grid import Cell, Layout
@@ -279,11 +279,10 @@ def _proved(arguments, todo: list[Cell], engine: Executor) -> dict[str, Cell]:
     Raises ConfigError when a cell does not fit where it would run, before anything is started.
     """
     where = hardware.find(arguments.topology) if arguments.topology else engine.options.slice
-    if where is None and isinstance(engine, local.Executor):
-        gpus = sum("CUDA_VISIBLE_DEVICES" in environment for slot in engine.slots[:1] for environment in slot.environments)
-        where = fit.here(engine.options.gpus_per_cell if gpus else 0)
+    if where is None and engine.here:
+        where = fit.here(engine.gpus_here)
         if where is None:
-            fit.require_memory(todo, len(engine.slots))
+            fit.require_memory(todo, engine.capacity)
     if where is None:
         return {cell.name: cell for cell in todo}
     fits = [fit.estimate(cell, where) for cell in todo]
@@ -308,11 +307,7 @@ def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
         )
     engine = run.recall(layout, arguments.on)
     if arguments.slots is not None:
-        if not isinstance(engine, local.Executor):
-            raise ConfigError(
-                f"--slots is for --on local; on {engine.engine} max_jobs of the cluster file limits the cells at a time"
-            )
-        engine = local.Executor(dataclasses.replace(engine.options, slots=arguments.slots), layout)
+        engine = engine.with_slots(arguments.slots)
     if arguments.json and not arguments.dry_run:
         raise ConfigError("--json needs --dry_run; what runs is shown by `python -m launch status GRID --json`")
     chosen = grid.select(the.cells, arguments.where)
@@ -325,14 +320,13 @@ def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
     _check_parents(chosen, layout)
     if arguments.dry_run:
         return _dry_run(arguments, the, chosen, layout, engine, console)
-    here = isinstance(engine, local.Executor)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(local.only_launcher(layout, patience=0.0 if here else run.PATIENCE_SECONDS))
+        stack.enter_context(run.only_launcher(layout, patience=0.0 if engine.here else run.PATIENCE_SECONDS))
         engine.check()
         run.require_free(layout, engine)
         before = run.look(chosen, layout, engine)
         todo = [cell for cell, now in zip(chosen, before.states, strict=True) if now.runnable]
-        at_a_time = f"{engine.capacity} at a time{'' if here else f' on {engine.engine}'}"
+        at_a_time = f"{engine.capacity} at a time{'' if engine.here else f' on {engine.engine}'}"
         summary = f"{the.grid.name}: {counted(len(chosen), 'cell')}, {len(todo)} to train, {at_a_time}, in {layout.root}"
         console.print(summary, highlight=False, soft_wrap=True)
         _print_others(the, layout, console)
@@ -342,7 +336,7 @@ def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
         run.remember(layout, engine)
         if todo:
             engine.prepare()
-        if not here:
+        if not engine.here:
             stack.close()  # each pass holds the grid for itself: other launchers may work on it too
         stack.enter_context(engine)
         ready = [proved.get(cell.name, cell) for cell in chosen]
@@ -456,7 +450,7 @@ def _logs(arguments, the: Choice, layout: Layout, console: Console) -> int:
         sys.stdout.flush()
         if not active:
             break
-        engine.wait(0.5 if isinstance(engine, local.Executor) else 5.0)
+        engine.wait(0.5 if engine.here else 5.0)
     if not shown:
         now = run.look([cell], layout, engine).states[0]
         said = f": it is {now.state}{f' ({now.cause})' if now.cause else ''}"
@@ -502,7 +496,7 @@ def _cancel(arguments, the: Choice, layout: Layout, console: Console) -> int:
 def _retry(arguments, the: Choice, layout: Layout, console: Console) -> int:
     the = _begun(the, layout)
     engine = run.recall(layout, None)
-    with run.only_pass(layout, False):
+    with run.only_launcher(layout, run.PATIENCE_SECONDS):
         chosen = _named(arguments.cells, the.cells) if arguments.cells else the.cells
         count = 0
         for cell, now in zip(chosen, run.look(chosen, layout, engine).states, strict=True):
@@ -538,7 +532,7 @@ def _export(arguments, the: Choice, layout: Layout, console: Console) -> int:
     states = run.look(the.cells, layout, run.recall(layout, None)).states
     if not any(s.state in state.FINAL for s in states) and (the.asked or not the.finished):
         raise ConfigError(f"no cell of {the.grid.name} has finished in {layout.root}: run it first")
-    with local.only_launcher(layout):
+    with run.only_launcher(layout):
         _write_plan(the, layout)
         _write_answer(layout, console, arguments.rules, arguments.allow_confounded)
     missing = sum(s.state not in state.FINAL for s in states)
@@ -588,7 +582,7 @@ def _write_plan(the: Choice, layout: Layout) -> None:
         folder = layout.cell(cell.name)
         if cell.name not in there or "config.json" not in storage.names(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            storage.write_json(folder / "config.json", cell.config.to_dict())
+            storage.write_json(folder / "config.json", cell.stored())
 
     storage.each(write, the.cells, remote=storage.is_remote(layout.root))
     storage.write_json(

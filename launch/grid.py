@@ -12,18 +12,16 @@ import functools
 import importlib.util
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-from etils import epath
 
-from gqa_jax import costs
 from gqa_jax.config import TrainConfig, default_config, hash_identity, unknown_key_of
 from gqa_jax.data import reader, store
 from gqa_jax.errors import ConfigError, closest
+from launch.cells import Cell, Layout, TrainingCell  # noqa: F401
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,82 +33,6 @@ class Grid:
     contexts_served: Sequence[int]  # T of the cost table and of the answer, tokens
     losses: Sequence[float] = ()  # L* of the answer; empty: chosen from what was reached
     convention: str = "figures"  # costs the answer minimises (gqa_jax.costs.CONVENTIONS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One training run of a grid."""
-
-    config: TrainConfig
-    data_fingerprint: str | None  # None: the token store is not prepared yet, and the name is provisional
-    parent: str | None = None  # name of the cell whose last parameters this one starts from
-    continues: str | None = None  # hash of the parent's identity
-    settings: tuple[str, ...] = ()  # flags of its training process: how it is carried out, as its compile check found to fit
-    number: int = 0  # of its configuration among those of the grid
-    holdout: str | None = None  # rule by which documents of its token store are held out; None: it is not prepared yet
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What its training run will call its identity."""
-        return self.config.identity(self.data_fingerprint or "unprepared", self.continues)
-
-    @functools.cached_property
-    def name(self) -> str:
-        """Readable, unique, and valid for every engine: `[a-z][a-z0-9-]{0,48}`; ends in the hash of the cell's identity."""
-        config, model = self.config, self.config.model
-        label = re.sub(r"[^a-z0-9]+", "p", (config.label or f"{model.n_layers}x{model.d_model}").lower())[:12]
-        return f"s{label}-t{config.context_length}-h{model.n_heads}-{model.n_kv_heads}-{hash_identity(self.identity, 8)}"
-
-    def describe(self) -> dict[str, Any]:
-        """What `plan` and the tables say of a cell before it has run."""
-        config, model = self.config, self.config.model
-        count = costs.count_params(model, "exact")
-        return {
-            "cell": self.name,
-            "size": config.label,
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-            "n_heads": model.n_heads,
-            "n_kv_heads": model.n_kv_heads,
-            "head_dim": model.head_dim,
-            "d_ff": model.d_ff,
-            "vocab_size": model.vocab_size,
-            "context": config.context_length,
-            "continue_from": self.parent,
-            "seed": config.seed,
-            "params_non_embedding": count.non_embedding,
-            "params_total": count.total,
-            "tokens": config.train_tokens,
-            "steps": config.n_steps,
-            "batch_tokens": config.batch_tokens,
-            "train_flops": self.train_flops,
-        }
-
-    @property
-    def train_flops(self) -> float:
-        """FLOPs of its training run, as its model counts them (`costs.train_flops`, convention "exact")."""
-        config = self.config
-        return costs.train_flops(config.model, config.context_length, config.train_tokens, "exact")
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The folder of a grid, local or on gs://: `cells/NAME` per cell, `tables/`, `figures/`, `grid.json`, which names the
-    cells, and `cluster.json`, the engine that it was last run on.
-    """
-
-    root: epath.Path
-
-    def cell(self, name: str) -> epath.Path:
-        return self.root / "cells" / name
-
-    @property
-    def tables(self) -> epath.Path:
-        return self.root / "tables"
-
-    @property
-    def figures(self) -> epath.Path:
-        return self.root / "figures"
 
 
 def product(
@@ -187,47 +109,55 @@ def load(path: str) -> Grid:
     return grid
 
 
-def cells(grid: Grid) -> list[Cell]:
+def cells(grid: Grid) -> list[TrainingCell]:
     """The cells of a grid, checked against their token stores as a training run would; parents come before their children.
 
     Raises ConfigError: a configuration that can't be used, two cells that are the same run, a store that is too short, a cell
     that continues one which is not there. A store that does not exist yet is no error here: its cells have no fingerprint.
     """
-    result: dict[str, Cell] = {}
-    stores: dict[str, store.TokenStore | None] = {}
-    by_reference: dict[str, Cell] = {}
-    waiting: list[tuple[int, TrainConfig]] = []
-    for number, values in enumerate(grid.configs):
+    result: dict[str, TrainingCell] = {}
+    opened = functools.cache(lambda name: store.open_store(name) if store.exists(name) else None)
+    by_reference: dict[str | None, TrainingCell | None] = {None: None}
+    for number, config, own in _parents_first(_configs(grid)):
         with _blame(grid, number):
-            waiting.append((number, values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict())))
-    while waiting:
-        ready = [item for item in waiting if item[1].continue_from is None or item[1].continue_from in by_reference]
-        if not ready:  # no cycle: a configuration that refers to another holds its hash
-            with _blame(grid, waiting[0][0]):
+            if config.continue_from not in by_reference:  # no cycle: a configuration that refers to another holds its hash
                 raise ConfigError(
-                    f"continue_from = {waiting[0][1].continue_from!r} is no cell of this grid: put the configuration that "
+                    f"continue_from = {config.continue_from!r} is no cell of this grid: put the configuration that "
                     "launch.grid.continued was given into the grid too, and don't change it after"
                 )
-        waiting = [item for item in waiting if item not in ready]
-        for number, config in ready:
-            with _blame(grid, number):
-                if config.data.store not in stores:
-                    stores[config.data.store] = _open(config.data.store)
-                cell = _cell(config, stores[config.data.store], by_reference.get(config.continue_from), number)
-            if cell.name in result:
-                raise ConfigError(
-                    f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed"
-                )
-            result[cell.name] = by_reference[reference(config)] = cell
+            cell = _cell(config, opened(config.data.store), by_reference[config.continue_from], number)
+        if cell.name in result:
+            raise ConfigError(f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed")
+        result[cell.name] = by_reference[own] = cell
     return list(result.values())
 
 
-def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | None, number: int) -> Cell:
+def _configs(grid: Grid) -> list[TrainConfig]:
+    found = []
+    for number, values in enumerate(grid.configs):
+        with _blame(grid, number):
+            found.append(values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict()))
+    return found
+
+
+def _parents_first(configs: Sequence[TrainConfig]) -> Iterator[tuple[int, TrainConfig, str]]:
+    """Number, configuration and `reference` of each, after what it continues; last those that continue none of them."""
+    waiting, known = {number: (config, reference(config)) for number, config in enumerate(configs)}, {None}
+    while ready := [number for number, (config, _) in waiting.items() if config.continue_from in known]:
+        for number in ready:
+            config, own = waiting.pop(number)
+            known.add(own)
+            yield number, config, own
+    for number, (config, own) in waiting.items():
+        yield number, config, own
+
+
+def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: TrainingCell | None, number: int) -> TrainingCell:
     if tokens is not None:
         reader.check(config, tokens)
     fingerprint, holdout = (tokens.fingerprint, tokens.holdout_rule) if tokens else (None, None)
     if parent is None:
-        return Cell(config, fingerprint, number=number, holdout=holdout)
+        return TrainingCell(config, fingerprint, number=number, holdout=holdout)
     config = dataclasses.replace(config, continue_from=f"../{parent.name}")  # folders of cells lie side by side
     config.check_source(parent.config)
     if fingerprint != parent.data_fingerprint:
@@ -235,7 +165,7 @@ def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Cell | N
             f"data.store = {config.data.store} is not the store of {parent.name}, which it continues "
             f"({parent.config.data.store}): use that one"
         )
-    return Cell(config, fingerprint, parent.name, hash_identity(parent.identity), number=number, holdout=holdout)
+    return TrainingCell(config, fingerprint, parent.name, hash_identity(parent.identity), number=number, holdout=holdout)
 
 
 def reference(config: TrainConfig) -> str:
@@ -250,18 +180,14 @@ def under_old_rules(grid: Grid) -> Grid:
 
     Raises ConfigError for a configuration that can't be used.
     """
-    waiting, made = {}, {}
-    for number, values in enumerate(grid.configs):
-        with _blame(grid, number):
-            waiting[number] = values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict())
+    configs = _configs(grid)
     renamed: dict[str | None, str | None] = {None: None}  # what stands for a configuration, by what stood for it
-    while ready := [number for number, config in waiting.items() if config.continue_from in renamed]:
-        for number in ready:
-            config = waiting.pop(number)
-            made[number] = dataclasses.replace(config, continue_from=renamed[config.continue_from]).under_old_rules()
-            renamed[reference(config)] = reference(made[number])
-    made |= waiting  # these continue what is not in the grid, as `cells` says
-    return dataclasses.replace(grid, configs=[made[number] for number in range(len(grid.configs))])
+    for number, config, own in _parents_first(configs):
+        if config.continue_from in renamed:  # others continue what is not in the grid, as `cells` says
+            with _blame(grid, number):
+                configs[number] = dataclasses.replace(config, continue_from=renamed[config.continue_from]).under_old_rules()
+                renamed[own] = reference(configs[number])
+    return dataclasses.replace(grid, configs=configs)
 
 
 @contextlib.contextmanager
@@ -300,18 +226,15 @@ def part(path: os.PathLike | str, names: Sequence[str], seeds: Mapping[str, Sequ
     return dataclasses.replace(whole, configs=configs)
 
 
-def select(all_cells: Sequence[Cell], where: str | None) -> list[Cell]:
+def select[T: Cell](all_cells: Sequence[T], where: str | None) -> list[T]:
     """The cells whose fields (as `describe` names them) have the values of `where`: "size=19M,n_heads=8"."""
-    if not where:
-        return list(all_cells)
     chosen = list(all_cells)
-    for term in where.split(","):
+    for term in where.split(",") if where else ():
         name, _, value = term.partition("=")
-        known = chosen[0].describe() if chosen else {}
-        if known and name not in known:
+        if chosen and name not in (known := chosen[0].describe()):
             raise ConfigError(f"--where {term}: {name!r} is no field of a cell: {closest(name, known)}")
         chosen = [cell for cell in chosen if str(cell.describe()[name]) == value]
-    if not chosen:
+    if where and not chosen:
         raise ConfigError(f"--where {where}: no cell matches")
     return chosen
 
@@ -319,17 +242,18 @@ def select(all_cells: Sequence[Cell], where: str | None) -> list[Cell]:
 def facts(grid: Grid, all_cells: Sequence[Cell], old_cells: Sequence[str] = ()) -> dict[str, Any]:
     """grid.json: what the tables need to know of the grid beside its cells (`gqa_jax.results.grid_facts`).
 
+    Names of cells of another kind than those that train are in a list of their own (`Cell.listed`).
+
     old_cells: names of those that were finished or begun under other rules, and stay in the tables.
     """
+    names: dict[str, list[str]] = {"cells": []}
+    for cell in all_cells:
+        names.setdefault(cell.listed, []).append(cell.name)
     found = {
         "name": grid.name,
         "contexts_served": list(grid.contexts_served),
         "losses": list(grid.losses),
         "convention": grid.convention,
-        "cells": [cell.name for cell in all_cells],
+        **names,
     }
     return found | ({"old_cells": list(old_cells)} if old_cells else {})
-
-
-def _open(name: str) -> store.TokenStore | None:
-    return store.open_store(name) if store.exists(name) else None

@@ -16,7 +16,8 @@ from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch import grid
-from launch.grid import Cell, Grid, Layout
+from launch.cells import Layout, TrainingCell
+from launch.grid import Grid
 
 OLD, NEW = "old", "new"
 FIRST = "position/first/zero"  # the rules of the first version, as tables have them
@@ -44,10 +45,10 @@ class Choice:
     """The cells that a command is about, and what else their root holds."""
 
     grid: Grid
-    cells: list[Cell]
+    cells: list[TrainingCell]
     rules: str  # OLD or NEW
     asked: bool  # by --rules; or the root was begun so, and what is printed has to say it
-    others: list[Cell]  # of the same grid under the other rules, that have begun
+    others: list[TrainingCell]  # of the same grid under the other rules, that have begun
     finished: int  # of those
     strangers: list[str]  # folders that are of no cell under either rules
     kept: list[str]  # of other folders, finished under other rules than those of the cells: by another grid file, or before
@@ -79,7 +80,7 @@ def choose(the_grid: Grid, layout: Layout, asked: str | None) -> Choice:
     cells = _old_cells(of_file) if asked == OLD else grid.cells(of_file)
     folders = storage.names(layout.root / "cells")
     strangers = [name for name in folders if name not in {cell.name for cell in cells}]
-    others: list[Cell] = []
+    others: list[TrainingCell] = []
     if strangers:
         try:
             others = grid.cells(of_file) if asked == OLD else _old_cells(of_file)
@@ -110,7 +111,7 @@ def begun_with(found: Choice, layout: Layout) -> Choice:
     return Choice(old, cells, OLD, True, others=[], finished=0, strangers=left, kept=kept)
 
 
-def _old_cells(the_grid: Grid) -> list[Cell]:
+def _old_cells(the_grid: Grid) -> list[TrainingCell]:
     """Its cells under the old rules. Raises ConfigError for a token store that the first version did not make."""
     cells = grid.cells(grid.under_old_rules(the_grid))
     for cell in cells:
@@ -122,7 +123,7 @@ def _old_cells(the_grid: Grid) -> list[Cell]:
     return cells
 
 
-def _under_other_rules(names: Sequence[str], cells: Sequence[Cell], layout: Layout) -> list[str]:
+def _under_other_rules(names: Sequence[str], cells: Sequence[TrainingCell], layout: Layout) -> list[str]:
     """Those of the folders that hold a result under rules that no cell has."""
     own = {cell.config.rules(cell.holdout) for cell in cells if cell.holdout is not None}
 
@@ -142,7 +143,7 @@ def _under_other_rules(names: Sequence[str], cells: Sequence[Cell], layout: Layo
     return [name for name, is_kept in zip(names, found, strict=True) if is_kept]
 
 
-def _contents(cells: Sequence[Cell], layout: Layout) -> dict[str, set[str]]:
+def _contents(cells: Sequence[TrainingCell], layout: Layout) -> dict[str, set[str]]:
     """What the folders of these cells hold beside the configuration, which is written before anything begins."""
     remote = storage.is_remote(layout.root)
     found = storage.each(lambda cell: storage.names(layout.cell(cell.name)), cells, remote=remote)

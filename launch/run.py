@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 from gqa_jax import storage
 from gqa_jax.errors import ConfigError
 from launch import state
-from launch.executors import base, local
+from launch.cells import Cell, Layout
+from launch.executors import base
 from launch.executors.base import DEAD, Executor, Job, SubmitError
-from launch.grid import Cell, Layout
 from launch.state import CellState
 
 HUNG_SECONDS = 3600.0  # without a sign of life after which a job is ended
 PATIENCE_SECONDS = 300.0  # for another launcher of this machine to end its pass
 REFUSALS = 3  # in a row after which a pass submits no more: the quota is used up, or the engine is down
-PASS_SECONDS = {True: 2.0, False: 30.0}  # between passes, by whether cells are children of this launcher
 
 
 @dataclasses.dataclass
@@ -84,20 +83,19 @@ def advance(
         mine = states[cell.name]
         if mine.runnable and mine.cancelled is not None and mine.cancelled > since:
             now.held[cell.name] = "cancelled meanwhile: the next `run` starts it again"
-        if (cell.name in once and _was_lost(mine)) or cell.name in now.held or not mine.runnable or mine.not_before > at:
+        was_lost = mine.state == "lost" or mine.failure in ("killed", "disk_full")
+        if (cell.name in once and was_lost) or cell.name in now.held or not mine.runnable or mine.not_before > at:
             continue
-        if cell.parent is not None and not _is_done(cell.parent, states, layout):
+        if cell.parent is not None and (states.get(cell.parent) or state.of(layout.cell(cell.parent), at)).state != "done":
             continue
         if now.active >= engine.capacity or refusals == REFUSALS:
             break
         try:
-            job = submit(cell, layout, engine)
+            now.submitted.append(submit(cell, layout, engine))
+            refusals = 0
         except SubmitError as error:
             now.refused[cell.name] = str(error)
             refusals += 1
-        else:
-            now.submitted.append(job)
-            refusals = 0
     return now
 
 
@@ -108,9 +106,8 @@ def submit(cell: Cell, layout: Layout, engine: Executor) -> Job:
         storage.write_bytes(folder / name, text.encode())
     storage.remove(folder / "host-failure.json")  # of a submission before this one
     job = engine.submit(cell)
-    if engine.engine != "local":
-        at = time.time()
-        records = folder / "submissions"
+    if not engine.here:
+        at, records = time.time(), folder / "submissions"
         records.mkdir(parents=True, exist_ok=True)
         facts = {"time": at, "engine": engine.engine, "id": job.id, "where": job.where}
         storage.write_json(records / f"{int(1000 * at)}-{os.getpid()}.json", facts)
@@ -130,13 +127,13 @@ def repeat(
     Without `watch` a cell that was killed or lost meanwhile is not started again. `on_pass` is called after each pass, also one
     in which the engine did not answer, which has a note. `seconds` lie between them (default: the engine's).
     """
-    here = engine.engine == "local"
     began = time.time()
     started: set[str] = set()
     last: Pass | None = None
     while True:
         try:
-            with only_pass(layout, here):
+            # Of the launchers on this machine one looks and submits at a time; one whose children the cells are holds the grid.
+            with contextlib.nullcontext() if engine.here else only_launcher(layout, PATIENCE_SECONDS):
                 last = advance(cells, layout, engine, () if watch else started, began)
         except SubmitError as error:
             if last is None:
@@ -144,22 +141,30 @@ def repeat(
             last = dataclasses.replace(last, submitted=[], notes=[f"{engine.engine} does not answer: {error}"])
         started |= {job.cell for job in last.submitted}
         on_pass(last)
-        if not (here or watch) or (last.active == 0 and not (watch and last.pending)):
+        if not (engine.here or watch) or (last.active == 0 and not (watch and last.pending)):
             return last
-        engine.wait(PASS_SECONDS[here] if seconds is None else seconds)
-
-
-def _was_lost(now: CellState) -> bool:
-    return now.state == "lost" or now.failure in ("killed", "disk_full")
+        engine.wait(engine.pass_seconds if seconds is None else seconds)
 
 
 @contextlib.contextmanager
-def only_pass(layout: Layout, held: bool) -> Iterator[None]:
-    """Of the launchers on this machine one looks and submits at a time; `held`: this one holds the grid anyway."""
-    if held:
-        yield
-        return
-    with local.only_launcher(layout, patience=PATIENCE_SECONDS):
+def only_launcher(layout: Layout, patience: float = 0.0) -> Iterator[None]:
+    """Holds the grid for this process; of a grid on gs://, against others of this machine.
+
+    Raises ConfigError when another launcher has it for longer than `patience` seconds.
+    """
+    layout.on_this_machine.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with open(layout.on_this_machine / ".lock", "a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"another launcher runs in {layout.root}: see `python -m launch status`, or wait for it to end"
+                    ) from None
+                time.sleep(0.1)
         yield
 
 
@@ -176,7 +181,7 @@ def remember(layout: Layout, engine: Executor) -> None:
     Raises ConfigError when the clock of this machine is not that of the storage: states follow from times of both.
     """
     path = layout.root / "cluster.json"
-    storage.write_json(path, _facts(engine))
+    storage.write_json(path, engine.options.facts())
     ahead = time.time() - storage.modified(path)
     if abs(ahead) > state.CLOCK_SECONDS:
         where = "Google's" if storage.is_remote(path) else f"that of the file system of {layout.root}"
@@ -196,7 +201,7 @@ def recall(layout: Layout, on: str | None) -> Executor:
 def require_free(layout: Layout, engine: Executor) -> None:
     """Raises ConfigError while another engine than this one has cells of the grid: they would run twice."""
     facts = storage.read_json(layout.root / "cluster.json")
-    if facts is None or _same_jobs(facts, _facts(engine)):
+    if facts is None or engine.options.has_jobs_of(facts):
         return
     before = base.make(facts, layout)
     try:
@@ -210,17 +215,3 @@ def require_free(layout: Layout, engine: Executor) -> None:
             f"{len(active)} cells of the grid are on {before.engine}, like {active[0]}: wait for them, or end them with "
             "`python -m launch cancel GRID`, before you run it elsewhere"
         )
-
-
-def _same_jobs(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two engines' options lead to the same list of jobs."""
-    return all(a.get(name) == b.get(name) for name in ("engine", "project", "zones", "sky"))
-
-
-def _facts(engine: Executor) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(engine.options).items() if value is not None}
-
-
-def _is_done(name: str, states: Mapping[str, CellState], layout: Layout) -> bool:
-    now = states.get(name) or state.of(layout.cell(name), time.time())
-    return now.state == "done"

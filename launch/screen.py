@@ -19,7 +19,7 @@ from gqa_jax import hardware
 from gqa_jax.formatting import duration
 from gqa_jax.hardware import Price
 from launch import state
-from launch.executors.base import Executor, training
+from launch.executors.base import Executor
 from launch.grid import Cell, Layout
 from launch.run import Pass
 from launch.state import CellState
@@ -53,7 +53,7 @@ def _row(cell: Cell, now: CellState, prices: Mapping[str, Price]) -> dict[str, s
     return {
         "cell": cell.name,
         "state": f"[{COLORS.get(now.state, 'default')}]{now.state}[/]",
-        "step": "" if now.step is None else f"{now.step:,}/{cell.config.n_steps:,}",
+        "step": "" if now.step is None else f"{now.step:,}/{cell.steps:,}",
         "tok/s": "" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}",
         "ETA": duration(now.eta_seconds) if alive and now.eta_seconds is not None else "",
         "tries": "" if now.attempts < 2 else str(now.attempts),
@@ -110,7 +110,7 @@ def print_failures(
         if kind == "stalled":
             _line(console, f"  end it  python -m launch cancel {about} {first.name}")
             continue
-        _line(console, f"  repeat  {escape(shlex.join(training(first, layout)))}")
+        _line(console, f"  repeat  {escape(shlex.join(first.command(layout.cell(first.name))))}")
         _line(console, f"  again   python -m launch retry {about}, then run")
     for line in state.waiting([cell.name for cell in cells], states):
         _line(console, escape(line))

@@ -13,21 +13,18 @@ done       it has a result
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import itertools
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from gqa_jax import storage
-from gqa_jax.config import TrainConfig, differing_fields
-from gqa_jax.errors import ConfigError
-from gqa_jax.training import run_folder
+from launch.cells import Cell, Layout, TrainingCell, record
 from launch.executors.base import QUEUED, RUNNING, Job
-from launch.grid import Cell, Layout
 
 STALLED_SECONDS = 600.0  # without a heartbeat; a compilation may take minutes
 CLOCK_SECONDS = 60.0  # that clocks of two machines may differ
@@ -36,6 +33,7 @@ FINAL = ("done", "diverged")
 ACTIVE = ("queued", "running", "stalled")
 BAD = ("failed", "diverged", "stalled")
 CANCELLED = "cancelled.json"  # in a run folder: when `launch cancel` ended its job
+PROGRESS = ("step", "steps", "tokens_per_second", "device", "device_seconds")  # of CellState, and of Cell.progress
 
 # Attempts in a row, of a cell that has saved nothing since, after which it is not started any more.
 PREEMPTED_IN_VAIN, LOST_IN_VAIN = 3, 8
@@ -84,172 +82,119 @@ def of_all(cells: Sequence[Cell], layout: Layout, now: float, jobs: Mapping[str,
 def of(folder: epath.PathLike, now: float, job: Job | None = None, cell: Cell | None = None) -> CellState:
     """State of the cell in `folder` at `now` (seconds since the epoch), for which the engine has `job`. Reads only.
 
-    With `cell` it is also checked that the folder is still of that cell.
+    With `cell` it is also checked that the folder is still of that cell; without, it is one of training.
     """
+    kind = TrainingCell if cell is None else cell
     folder = epath.Path(folder) if storage.is_remote(folder) else Path(folder)  # the latter is several times as fast
     names = set(storage.names(folder))
-    heartbeat = _json(folder / "heartbeat.json") if "heartbeat.json" in names else {}
-    known: dict[str, Any] = {
-        "step": heartbeat.get("step"),
-        "steps": heartbeat.get("steps"),
-        "tokens_per_second": heartbeat.get("tokens_per_second"),
-        "heartbeat_age": now - heartbeat["time"] if "time" in heartbeat else None,
-        "device": heartbeat.get("device"),
-        "device_seconds": heartbeat.get("device_seconds"),
-        "attempts": _attempts(folder, names),
-    }
+    beat = kind.progress(folder) if "heartbeat.json" in names else {}
+    known: dict[str, Any] = {name: beat.get(name) for name in PROGRESS}
+    known |= {"heartbeat_age": now - beat["time"] if "time" in beat else None, "attempts": _attempts(folder, names)}
     if job is not None:
         known |= {"job": job.id, "where": job.where}
     if CANCELLED in names:
-        known |= {"cancelled": _json(folder / CANCELLED).get("time")}
-    if cell is not None and "config.json" in names and (what := _edited(folder, cell)) is not None:
+        known |= {"cancelled": record(folder / CANCELLED).get("time")}
+    if cell is not None and "config.json" in names and (what := cell.edited(folder)) is not None:
         return CellState("failed", **known, failure="edited", cause=what)
-    if "result.json" in names and (over := _finished(folder, known)) is not None:
-        return over
+    if "result.json" in names:
+        try:
+            result = kind.finished(folder)
+        except ValueError as error:
+            return CellState("failed", **known, failure="broken_result", cause=str(error))
+        if result is not None:  # else `retry` has just moved it away
+            known |= {name: result.get(name) for name in (*PROGRESS, "loss", "cause") if name != "steps"}
+            return CellState(result["status"], **known)
     if job is not None and job.state == QUEUED:
         return CellState("queued", **known, cause=job.detail or None)
     if job is not None and job.state == RUNNING:
-        return _running(heartbeat, known, job, now)
-    return _at_rest(folder, names, known, job, now)
+        return _running(beat, known, job, now)
+    return _at_rest(folder, names, known, job, kind, now)
 
 
-def _finished(folder: epath.Path, known: dict[str, Any]) -> CellState | None:
-    """Of a cell with a result; None when `retry` has just moved it away."""
-    try:
-        result = run_folder.find_result(folder / "result.json")
-    except ValueError as error:
-        return CellState("failed", **known, failure="broken_result", cause=str(error))
-    if result is None:
-        return None
-    cause = None if result["status"] == "done" else f"not finite at step {result['step']}"
-    known |= {"step": result["step"], "tokens_per_second": result.get("tokens_per_second")}
-    known |= {"device": result.get("device"), "device_seconds": result.get("device_seconds")}
-    return CellState(result["status"], **known, loss=result["loss"], cause=cause)
-
-
-def _running(heartbeat: dict[str, Any], known: dict[str, Any], job: Job, now: float) -> CellState:
-    ahead = heartbeat.get("time", now) - now
+def _running(beat: Mapping[str, Any], known: dict[str, Any], job: Job, now: float) -> CellState:
+    ahead = beat.get("time", now) - now
     if ahead > CLOCK_SECONDS:
-        cause = f"the clock of {heartbeat.get('host')} is {ahead:.0f} s ahead of this machine's: set both by NTP"
-        return CellState("running", **known, eta_seconds=heartbeat.get("eta_seconds"), cause=cause)
-    life = [at for at in (heartbeat.get("time"), job.since) if at is not None]
+        cause = f"the clock of {beat.get('host')} is {ahead:.0f} s ahead of this machine's: set both by NTP"
+        return CellState("running", **known, eta_seconds=beat.get("eta_seconds"), cause=cause)
+    life = [at for at in (beat.get("time"), job.since) if at is not None]
     silence = now - max(life) if life else 0.0
     if silence > STALLED_SECONDS:
-        return CellState(
-            "stalled", **known, cause=f"no heartbeat for {silence:.0f} s: see what it printed, cancel it to start again"
-        )
-    return CellState("running", **known, eta_seconds=heartbeat.get("eta_seconds"))
+        cause = f"no heartbeat for {silence:.0f} s: see what it printed, cancel it to start again"
+        return CellState("stalled", **known, silence=silence, cause=cause)
+    return CellState("running", **known, silence=silence, eta_seconds=beat.get("eta_seconds"))
 
 
-def _at_rest(folder: epath.Path, names: set[str], known: dict[str, Any], job: Job | None, now: float) -> CellState:
+def _at_rest(
+    folder: epath.Path, names: set[str], known: dict[str, Any], job: Job | None, kind: Cell | type[Cell], now: float
+) -> CellState:
     """Of a cell without a job that lives."""
     tries = _in_vain(folder, names)
-    end = _json(folder / "exit.json") if "exit.json" in names else {}
+    end = record(folder / "exit.json") if "exit.json" in names else {}
     if "host-failure.json" in names:  # a host that did not come to train
-        failure = _json(folder / "host-failure.json")
+        failure = record(folder / "host-failure.json")
         if failure.get("time", 0.0) > max(end.get("time", 0.0), tries.begun):
             end = failure
-    kind, cause = end.get("class", "error"), end.get("reason")
-    if end and kind not in RETRIED_CLASSES:
-        return CellState("failed", **known, failure=kind, cause=cause)
-    waits, blocked = _obstacle(folder, now)
+    failure, cause = end.get("class", "error"), end.get("reason")
+    if end and failure not in RETRIED_CLASSES:
+        return CellState("failed", **known, failure=failure, cause=cause)
     known |= {"not_before": tries.resume}
+    waits, blocked = _waits(kind.waits_for(folder), now)
     said = job.detail if job is not None and job.detail else None
-    if end and kind != "preempted":
-        resting = CellState("failed", **known, failure=kind, cause=cause)
-    elif end:
-        resting = CellState("preempted", **known, cause=cause, blocked=blocked)
+    if end:
+        resting = "preempted" if failure == "preempted" else "failed"
     elif known["attempts"]:
-        cause = said or "it ended without a word: killed, or its machine is gone"
-        resting = CellState("lost", **known, cause=cause, blocked=blocked)
+        resting, cause = "lost", said or "it ended without a word: killed, or its machine is gone"
     else:
-        resting = CellState("planned", **known, cause=waits or said, blocked=blocked)
-    if (reason := tries.reason(resting)) is not None:
+        resting, cause = "planned", waits or said
+    if (reason := tries.reason(resting, cause)) is not None:
         return CellState("failed", **known, failure="no_progress", cause=reason)
-    return resting
+    if resting == "failed":
+        return CellState("failed", **known, failure=failure, cause=cause)
+    return CellState(resting, **known, cause=cause, blocked=blocked)
 
 
-@dataclasses.dataclass(frozen=True)
-class _InVain:
+class _InVain(NamedTuple):
     """What a cell has tried since it last got on."""
 
-    attempts: int = 0  # that saved nothing
-    submissions: int = 0  # that led to no attempt
-    resume: float = 0.0  # when the next one may come, seconds since the epoch
-    begun: float = 0.0  # when the newest attempt came to train, seconds since the epoch
+    attempts: int  # that saved nothing
+    submissions: int  # that led to no attempt
+    resume: float  # when the next one may come, seconds since the epoch
+    begun: float  # when the newest attempt came to train, seconds since the epoch
 
-    def reason(self, now: CellState) -> str | None:
-        """Why it is not tried again; None: it is."""
+    def reason(self, resting: str, cause: str | None) -> str | None:
+        """Why a cell that rests in this state is not tried again; None: it is."""
         if self.submissions >= UNSTARTED:
-            said = f": {now.cause}" if now.cause else ""
+            said = f": {cause}" if cause else ""
             return f"submitted {self.submissions} times in a row and no training process has appeared{said}"
-        limit = PREEMPTED_IN_VAIN if now.state == "preempted" else LOST_IN_VAIN
+        how, limit = ("preempted", PREEMPTED_IN_VAIN) if resting == "preempted" else ("ended", LOST_IN_VAIN)
         if self.attempts >= limit:
-            how = "preempted" if now.state == "preempted" else "ended"
             return f"{how} {self.attempts} times in a row before it had saved anything: lower checkpoint.every_steps"
         return None
 
 
 def _in_vain(folder: epath.Path, names: set[str]) -> _InVain:
     """From attempts/, submissions/ and the newest checkpoint."""
-    records = [_json(folder / "attempts" / name) for name in storage.names(folder / "attempts")] if "attempts" in names else []
-    newest = 0
-    if records and "checkpoints" in names:
-        newest = max((int(name) for name in storage.names(folder / "checkpoints") if name.isdecimal()), default=0)
-    fruitless = 0
-    for record in reversed(records):
-        if record.get("first_step", 0) < newest:
-            break
-        fruitless += 1
-    begun = max((record.get("time", 0.0) for record in records), default=0.0)
-    submissions = 0
-    last = 0.0
-    if "submissions" in names:
-        for name in reversed(storage.names(folder / "submissions")):
-            at = _json(folder / "submissions" / name).get("time", 0.0)
-            if at <= begun:
-                break
-            submissions, last = submissions + 1, max(last, at)
-    wait = min(BACKOFF_SECONDS * 2 ** (submissions - 1), LONGEST_BACKOFF_SECONDS) if submissions else 0.0
-    return _InVain(fruitless, submissions, last + wait, begun)
+
+    def listed(name: str) -> list[str]:
+        return storage.names(folder / name) if name in names else []
+
+    records = [record(folder / "attempts" / name) for name in listed("attempts")]
+    saved = [int(name) for name in listed("checkpoints") if name.isdecimal()] if records else []
+    after = itertools.takewhile(lambda each: each.get("first_step", 0) >= max(saved, default=0), reversed(records))
+    begun = max((each.get("time", 0.0) for each in records), default=0.0)
+    times = (record(folder / "submissions" / name).get("time", 0.0) for name in reversed(listed("submissions")))
+    unheard = list(itertools.takewhile(lambda at: at > begun, times))
+    wait = min(BACKOFF_SECONDS * 2 ** (len(unheard) - 1), LONGEST_BACKOFF_SECONDS) if unheard else 0.0
+    return _InVain(len(list(after)), len(unheard), max(unheard, default=0.0) + wait, begun)
 
 
-def parent(folder: epath.PathLike) -> epath.Path | None:
-    """Folder of the cell that the one in `folder` continues, by its config.json."""
-    source = _json(epath.Path(folder) / "config.json").get("continue_from")
-    if source is None:
-        return None
-    joined = storage.join(folder, source)
-    return joined if storage.is_remote(joined) else epath.Path(os.path.normpath(joined))
-
-
-def _obstacle(folder: epath.Path, now: float) -> tuple[str | None, bool]:
-    """What a cell that has not started waits for, and whether in vain."""
-    source = parent(folder)
+def _waits(source: epath.Path | None, now: float) -> tuple[str | None, bool]:
+    """What a cell whose parent has this folder waits for, and whether in vain."""
     if source is None or (before := of(source, now)).state == "done":
         return None, False
     blocked = before.blocked or not before.runnable
     what = before.cause if before.blocked else before.state if before.state in ("failed", "diverged") else None
     return f"waits for {source.name}{f', which {what}' if what else ''}", blocked
-
-
-def _edited(folder: epath.Path, cell: Cell) -> str | None:
-    """What somebody has changed in config.json, so that the folder is not this cell's any more."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(storage.read_bytes(path) or b"")
-        if values == cell.config.to_dict():
-            return None
-        theirs = TrainConfig.from_stored(values)
-    except ValueError as error:
-        return f"{path} can't be used ({error}): move it away, and `run` writes it again"
-    try:
-        lines = differing_fields(*(c.identity("", c.continue_from) for c in (cell.config, theirs)))
-    except ConfigError as error:
-        return f"{path} can't be used ({error}): move it away, and `run` writes it again"
-    if not lines:
-        return None
-    return f"{path} was changed: {'; '.join(lines)}. Change it back, or move the folder away"
 
 
 def waiting(names: Sequence[str], states: Sequence[CellState]) -> list[str]:
@@ -266,42 +211,23 @@ ALIKE = 3  # cells of a size that fail alike before the others of that size are 
 
 
 def held_back(cells: Sequence[Cell], states: Sequence[CellState]) -> dict[str, str]:
-    """Cells not to be started, with the reason: the first of their size have failed alike, and none has got through."""
-    failures: dict[tuple, list[tuple[str, str]]] = defaultdict(list)
-    through = set()
+    """Cells not to be started, with the reason: the first of their kind and size have failed alike, none has got through."""
+    groups: dict[tuple, list[tuple[Cell, CellState]]] = defaultdict(list)
     for cell, now in zip(cells, states, strict=True):
-        if now.state == "failed" and now.failure not in RETRIED_CLASSES:
-            failures[_size(cell)].append((str(now.failure), cell.name))
-        elif now.state == "done" or (now.state == "running" and now.step):
-            through.add(_size(cell))
+        groups[cell.kind, cell.size].append((cell, now))
     result = {}
-    for cell, now in zip(cells, states, strict=True):
-        kinds = {kind for kind, _ in failures[_size(cell)]}
-        if now.runnable and _size(cell) not in through and len(failures[_size(cell)]) >= ALIKE and len(kinds) == 1:
-            (kind, first), *others = failures[_size(cell)]
-            result[cell.name] = f"held back: {len(others) + 1} cells of its size failed alike ({kind}), like {first}"
+    for members in groups.values():
+        failed = [(now.failure, cell.name) for cell, now in members if now.state == "failed" and not now.runnable]
+        through = any(now.state == "done" or (now.state == "running" and now.step) for _, now in members)
+        if through or len(failed) < ALIKE or len({failure for failure, _ in failed}) > 1:
+            continue
+        (failure, first), *_ = failed
+        reason = f"held back: {len(failed)} cells of its size failed alike ({failure}), like {first}"
+        result |= {cell.name: reason for cell, now in members if now.runnable}
     return result
-
-
-def _size(cell: Cell) -> tuple[int, int, int]:
-    return cell.config.model.n_layers, cell.config.model.d_model, cell.config.context_length
 
 
 def _attempts(folder: epath.Path, names: set[str]) -> int:
     """How often training has begun: by the records, and by the rows of attempts from before there were records."""
-    numbers = set()
-    for kind in ("attempts", "metrics"):
-        if kind in names:
-            for name in storage.names(folder / kind):
-                number = name.removeprefix("attempt-").split(".")[0].split("-")[0]
-                if number.isdecimal():
-                    numbers.add(int(number))
-    return len(numbers)
-
-
-def _json(path: epath.Path) -> dict[str, Any]:
-    """A small record, {} when it is not there or broken: a heartbeat is never worth an error."""
-    try:
-        return storage.read_json(path) or {}
-    except (OSError, ValueError):
-        return {}
+    files = [name for kind in ("attempts", "metrics") if kind in names for name in storage.names(folder / kind)]
+    return len({int(match[1]) for name in files if (match := re.match(r"(?:attempt-)?(\d+)[-.]", name))})

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from launch import grid, state
-from launch.executors import base
 from launch.executors.base import DEAD, QUEUED, RUNNING
 from tests import grid_fakes
 
@@ -54,9 +53,9 @@ class Engine:
         return None
 
 
-def fake_training(cell, layout, python=sys.executable, code=base.REPOSITORY):
-    """In the place of `launch.executors.base.training`."""
-    return [sys.executable, "-m", "tests.fake_trainer", os.fspath(layout.cell(cell.name))]
+def fake_command(cell, folder, *_):
+    """In the place of `Cell.command`."""
+    return [sys.executable, "-m", "tests.fake_trainer", os.fspath(folder)]
 
 
 def prepared(layout, count=2, behaviour=("finish",)):
@@ -212,10 +211,11 @@ class Contract:
 import os, sys, time
 from pathlib import Path
 from etils import epath
-from launch import executor, grid
-from launch.grid import Layout
+from launch import grid
+from launch.cells import Layout, TrainingCell
+from launch.executors import base
 from tests import executor_contract, grid_fakes
-base.training = executor_contract.fake_training
+TrainingCell.command = executor_contract.fake_command
 layout = Layout(epath.Path({os.fspath(engine.layout.root)!r}))
 one = {other}
 (cell,) = [c for c in grid.cells(grid_fakes.small_grid()) if c.name == {cell.name!r}]

@@ -14,7 +14,7 @@ import pytest
 
 from gqa_jax.training.metrics import read_metrics
 from launch import grid
-from launch.executors import base
+from launch.cells import REPOSITORY
 
 STEPS, SECONDS, SEED = 24, 120.0, 7
 #: Two grids at a time, with a cell at a time each: name -> cells, processes of a cell.
@@ -42,7 +42,7 @@ def launcher(root):
     """`run --watch` of the grid whose folder this is; its files lie beside it."""
     command = [sys.executable, "-m", "launch", "run", f"{root}.py", "--root", str(root), "--on", f"{root}.toml", "--watch"]
     with open(f"{root}.txt", "ab") as log:
-        return subprocess.Popen(command, cwd=base.REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def ranks(root):

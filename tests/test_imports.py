@@ -56,14 +56,14 @@ TABLE = (
     Row("gqa_jax.model", ".config .attention", outside="flax jax"),
     Row(
         "gqa_jax.training.parallel",
-        ".mesh .config .collectives .attention .model .training.loss .training.sharding",
+        ".mesh .config .collectives .attention .training.loss .training.sharding .model",
         outside="jax",
     ),
     Row("gqa_jax.training.optimizer", ".config", outside="jax optax"),
     Row("gqa_jax.training.evaluation", ".errors", lazily=".data"),
     Row(
         "gqa_jax.training.program",
-        ".mesh .config .attention .training.sharding .training.parallel .model .training.optimizer",
+        ".mesh .config .attention .training.sharding .model .training.parallel .training.optimizer",
         outside="jax optax",
     ),
     Row("gqa_jax.training.run_folder", ".errors .config .storage"),
@@ -74,9 +74,9 @@ TABLE = (
     Row("gqa_jax.planning"),
     Row("gqa_jax.planning.share", ".costs .config"),
     Row("gqa_jax.planning.traffic", ".planning.share"),
-    Row("gqa_jax.planning.planner", ".errors .mesh .costs .config .hardware .planning.share .planning.traffic"),
-    Row("gqa_jax.planning.topologies", ".mesh .hardware .training.sharding", outside="jax"),
-    Row("gqa_jax.planning.compile_check", ".config .hardware .storage", lazily=".training.program .planning.topologies"),
+    Row("gqa_jax.planning.planner", ".errors .hardware .mesh .costs .config .planning.share .planning.traffic"),
+    Row("gqa_jax.planning.topologies", ".hardware .mesh .training.sharding", outside="jax"),
+    Row("gqa_jax.planning.compile_check", ".hardware .config .storage", lazily=".training.program .planning.topologies"),
     # The program that trains.
     Row(
         "gqa_jax.training.setup",
@@ -85,9 +85,9 @@ TABLE = (
     ),
     Row(
         "gqa_jax.training.loop",
-        ".errors .costs .config .hardware .storage .training.setup .training.sharding .training.optimizer "
-        ".training.evaluation .training.program .training.run_folder .training.distributed .training.checkpoint "
-        ".training.metrics .planning.planner",
+        ".errors .hardware .costs .config .storage .training.sharding .training.optimizer .training.evaluation "
+        ".training.program .training.run_folder .training.distributed .training.checkpoint .training.metrics "
+        ".planning.planner .training.setup",
         outside="jax",
     ),
     Row(
@@ -108,18 +108,18 @@ TABLE = (
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
-    Row("gqa_jax.search.roofline", ".errors .formatting .costs .hardware"),
+    Row("gqa_jax.search.roofline", ".errors .formatting .hardware .costs"),
     Row("gqa_jax.search.objectives", ".errors .costs"),
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
-    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking", lazily=".search.serving_words"),
+    Row("gqa_jax.search.words", ".formatting .costs .laws .search.ranking", lazily=".search.serving_words"),
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
         ".formatting .shapes .costs .shape_search .laws .search.objectives .search.ranking .search.shape_rule",
     ),
-    Row("gqa_jax.search.serving", ".costs .hardware .search.objectives .search.candidates .search.roofline"),
+    Row("gqa_jax.search.serving", ".hardware .costs .search.roofline .search.objectives .search.candidates"),
     Row("gqa_jax.search.buildable", ".costs .shape_search .laws .search.shape_rule .search.answer .search.candidates"),
     Row("gqa_jax.search.caveats", ".formatting .laws .search.answer .search.candidates"),
     Row(
@@ -134,8 +134,7 @@ TABLE = (
     ),
     Row(
         "gqa_jax.search.devices",
-        ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline "
-        ".search.serving",
+        ".prices .laws .search.roofline .search.objectives .search.answer .search.candidates .search.serving .search.optimum",
     ),
     Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking .search.candidates"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
@@ -153,22 +152,27 @@ TABLE = (
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.executors"),
-    Row("launch.grid", ".errors .costs .config .data"),
-    Row("launch.rules", ".errors .config .storage .training.run_folder launch.grid"),
-    Row("launch.executors.base", ".errors .config .hardware launch.grid"),
-    Row("launch.executors.bundle", ".errors .storage .training.run_folder"),
-    Row("launch.executors.local", ".errors .storage .training.run_folder launch.grid launch.executors.base"),
-    Row("launch.executors.slurm", ".errors .hardware .storage .training.run_folder launch.grid launch.executors.base"),
-    Row("launch.executors.tpu", ".errors .storage .data launch.grid launch.executors.base launch.executors.bundle"),
+    Row("launch.cells", ".costs .config .storage .training.run_folder"),
+    Row("launch.grid", ".errors .config .data launch.cells"),
+    Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.grid"),
+    Row("launch.executors.base", ".errors .hardware .config launch.cells"),
+    Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
+    Row("launch.executors.bundle", ".errors .storage .data .training.run_folder launch.cells launch.executors.base"),
+    Row("launch.executors.local", ".errors .storage .training.run_folder launch.cells launch.executors.base"),
+    Row(
+        "launch.executors.slurm",
+        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base launch.executors.queue",
+    ),
+    Row("launch.executors.tpu", ".errors .storage launch.cells launch.executors.base launch.executors.bundle"),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .storage .data .training.run_folder launch.grid launch.executors.base "
-        "launch.executors.bundle",
+        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
+        "launch.executors.queue launch.executors.bundle",
     ),
-    Row("launch.state", ".errors .config .storage .training.run_folder launch.grid launch.executors.base"),
-    Row("launch.run", ".errors .storage launch.grid launch.executors.base launch.executors.local launch.state"),
+    Row("launch.state", ".storage launch.cells launch.executors.base"),
+    Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
     Row("launch.screen", ".formatting .hardware launch.grid launch.executors.base launch.state launch.run"),
-    Row("launch.fit", ".errors .formatting .costs .config .hardware .planning.planner .planning.compile_check launch.grid"),
+    Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.grid"),
     Row("launch.tables"),
     Row(
         "launch.plan",
@@ -178,16 +182,16 @@ TABLE = (
     Row("launch.columns", ".formatting .laws .search.objectives .search.serving_words .search.words launch.tables"),
     Row(
         "launch.grid_tables",
-        ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables launch.columns",
+        ".formatting .laws .search.candidates .search.optimum launch.tables launch.studies launch.columns",
     ),
     Row(
         "launch.answers",
-        ".formatting .search.answer .search.candidates .search.serving_words .search.words launch.studies "
-        "launch.tables launch.columns launch.grid_tables",
+        ".formatting .search.serving_words .search.words .search.answer .search.candidates launch.tables "
+        "launch.studies launch.columns launch.grid_tables",
     ),
     Row(
         "launch.device_tables",
-        ".formatting .search.devices .search.roofline .search.serving_words .search.words launch.tables "
+        ".formatting .search.roofline .search.serving_words .search.words .search.devices launch.tables "
         "launch.columns launch.answers",
     ),
     Row(
@@ -197,30 +201,30 @@ TABLE = (
     Row(
         "launch.next_cells",
         ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.grid launch.rules "
-        "launch.state launch.studies launch.tables",
+        "launch.state launch.tables launch.studies",
     ),
     Row(
         "launch.report",
-        ".formatting .costs .storage .laws .search.serving_words .search.words .search.answer .search.candidates "
-        ".search.shape_rule .search.roofline .search.ranking .search.objectives .search.optimum .plots "
+        ".formatting .costs .storage .laws .search.roofline .search.objectives .search.ranking .search.shape_rule "
+        ".search.serving_words .search.words .search.answer .search.candidates .search.optimum .plots "
         "launch.tables launch.columns launch.grid_tables launch.answers",
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .shapes .storage .results .shape_search .laws .search.invariance .search.answer "
-        ".search.objectives .search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
+        ".errors .formatting .shapes .storage .results .shape_search .laws .search.invariance .search.objectives "
+        ".search.answer .search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(
         "launch.analysis",
         ".errors .formatting .hardware .prices launch.rules launch.tables",
-        lazily=".laws .search.roofline .search.objectives .search.answer .search.optimum .search.own_model "
+        lazily=".laws .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.studies launch.grid_tables launch.answers launch.device_tables "
         "launch.export launch.next_cells launch.report launch.findings",
     ),
     Row(
         "launch.__main__",
         ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executors.base "
-        "launch.executors.local launch.state launch.run launch.screen launch.fit launch.analysis",
+        "launch.state launch.run launch.screen launch.fit launch.analysis",
         lazily="launch.plan launch.export",
     ),
     # What is built on both.

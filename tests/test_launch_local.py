@@ -13,9 +13,9 @@ from gqa_jax.config import ConfigError
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
 from launch import grid, run, state
-from launch.executors import base, local
+from launch.cells import Layout, TrainingCell
+from launch.executors import local
 from launch.executors.base import SubmitError
-from launch.grid import Layout
 from tests import executor_contract, grid_fakes
 from tests.executor_contract import Contract, Engine, behave
 from tests.test_grid import two_phases
@@ -33,7 +33,7 @@ class LocalEngine(Engine):
 
 @pytest.fixture
 def fake_training(monkeypatch):
-    monkeypatch.setattr(base, "training", executor_contract.fake_training)
+    monkeypatch.setattr(TrainingCell, "command", executor_contract.fake_command)
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ class TestContract(Contract):
         self.until_running(engine, cell)
         source = f"""
 from pathlib import Path
-from launch import local
-from launch.grid import Layout
+from launch.cells import Layout
+from launch.executors import local
 other = local.Executor(local.Options(), Layout(Path({os.fspath(engine.layout.root)!r})))
 print(other.jobs()[{cell.name!r}].id)
 other.cancel([{cell.name!r}])
@@ -83,7 +83,7 @@ other.cancel([{cell.name!r}])
         """The kernel gives its claim back a moment before its parent can ask for the exit code."""
         cell = engine.cells[0]
         source = "import os, time; os.closerange(3, 64); time.sleep(0.5); os._exit(3)"
-        monkeypatch.setattr(base, "training", lambda *_, **__: [sys.executable, "-c", source])
+        monkeypatch.setattr(TrainingCell, "command", lambda *_, **__: [sys.executable, "-c", source])
         engine.executor.submit(cell)
         first = engine.executor._children[cell.name].ranks[0]
         self.wait(engine, lambda: cell.name not in engine.executor.jobs(), "it keeps its claim")
@@ -109,9 +109,9 @@ other.cancel([{cell.name!r}])
 def _start_ranks(start):
     """Tells the fake trainer its rank, which has no flags."""
 
-    def tell(argv, folder, slot, environment, more, claim):
+    def tell(argv, file, slot, environment, claim):
         rank = next(word.removeprefix("--process=") for word in argv if word.startswith("--process="))
-        return start(argv[:4], folder, slot, environment | {"JAX_PROCESS_ID": rank}, more, claim)
+        return start(argv[:4], file, slot, environment | {"JAX_PROCESS_ID": rank}, claim)
 
     return tell
 
@@ -219,18 +219,18 @@ def test_a_slot_of_several_gpus(monkeypatch):
 
 def test_two_launchers_on_one_grid(tmp_path):
     layout = Layout(tmp_path)
-    with local.only_launcher(layout), pytest.raises(ConfigError, match="another launcher runs in"):
-        local.only_launcher(layout).__enter__()
+    with run.only_launcher(layout), pytest.raises(ConfigError, match="another launcher runs in"):
+        run.only_launcher(layout).__enter__()
 
 
 LAUNCHER = """
 import signal, sys
 from pathlib import Path
 from launch import grid, run
-from launch.executors import base, local
-from launch.grid import Layout
+from launch.cells import Layout, TrainingCell
+from launch.executors import local
 from tests import executor_contract, grid_fakes
-base.training = executor_contract.fake_training
+TrainingCell.command = executor_contract.fake_command
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 layout = Layout(Path(sys.argv[1]))
 cells = executor_contract.prepared(layout, 6, ("hang",))
@@ -265,7 +265,7 @@ def _alive(pid):
 def test_the_command_of_a_cell_can_be_typed(tmp_path):
     layout = Layout(tmp_path)
     cell = grid.cells(grid_fakes.small_grid())[0]
-    argv = base.training(cell, layout)
+    argv = cell.command(layout.cell(cell.name))
     assert argv[1:3] == ["-m", "gqa_jax.train"]
     assert argv[3].endswith(f"cell.py:{layout.cell(cell.name)}/config.json")
 

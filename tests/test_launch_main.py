@@ -13,9 +13,9 @@ from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
 from launch import grid
 from launch import run as run_passes
-from launch.executors import base, local, sky
+from launch.cells import Layout, TrainingCell
+from launch.executors import local, sky
 from launch.executors.base import Job, SubmitError
-from launch.grid import Layout
 from tests import executor_contract, grid_fakes
 
 
@@ -123,7 +123,7 @@ def test_run_trains_nothing_that_is_done_and_a_second_launcher_is_refused(small,
         grid_fakes.finish(cell, layout)
     monkeypatch.setattr(local, "_start", lambda *_: pytest.fail("a finished cell was started"))
     assert run("run", small) == launch.EXIT_DONE
-    with local.only_launcher(layout):
+    with run_passes.only_launcher(layout):
         assert run("run", small) == launch.EXIT_BAD_INPUT
     assert "another launcher runs in" in capsys.readouterr().err
 
@@ -158,7 +158,7 @@ def test_status_says_what_was_spent_where_a_price_is_known(small, capsys):
 
 def test_cancel_and_logs_of_a_running_cell(small, capsys, monkeypatch):
     _, layout, cells = small
-    monkeypatch.setattr(base, "training", executor_contract.fake_training)
+    monkeypatch.setattr(TrainingCell, "command", executor_contract.fake_command)
     executor_contract.behave(layout, cells[0], "hang")
     with local.Executor(local.Options(), layout) as engine:
         engine.submit(cells[0])

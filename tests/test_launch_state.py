@@ -40,6 +40,7 @@ def test_states_follow_from_the_files_the_job_and_the_time(tmp_path):
     stalled = state.of(folder, now, running(cell))
     assert stalled.state == "stalled"
     assert "no heartbeat for 36" in stalled.cause
+    assert stalled.silence > state.STALLED_SECONDS
     lost = state.of(folder, now)
     assert (lost.state, lost.runnable) == ("lost", True)
     assert state.of(folder, now, Job(cell.name, "7", DEAD, "the node failed")).cause == "the node failed"

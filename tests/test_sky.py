@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -14,9 +16,9 @@ from etils import epath
 from gqa_jax import hardware
 from gqa_jax.config import ConfigError, TrainConfig
 from launch import grid
+from launch.cells import REPOSITORY, Layout, TrainingCell
 from launch.executors import base, bundle, sky
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, SubmitError
-from launch.grid import Layout
 from tests import executor_contract, grid_fakes, needs, sky_fake
 
 FAKE = Path(sky_fake.__file__)
@@ -74,11 +76,11 @@ def fake(tmp_path, monkeypatch):
 
 
 def make_engine(fake, root, monkeypatch, **options):
-    monkeypatch.setattr(base, "training", executor_contract.fake_training)
+    monkeypatch.setattr(TrainingCell, "command", executor_contract.fake_command)
     layout = Layout(epath.Path(root))
     cells = executor_contract.prepared(layout)
     values = {"engine": "sky", "sky": os.fspath(fake / "sky"), "shared_root": True, "python": sys.executable} | options
-    values["environment"] = {"PYTHONPATH": os.fspath(base.REPOSITORY)}  # tests are in no bundle
+    values["environment"] = {"PYTHONPATH": os.fspath(REPOSITORY)}  # tests are in no bundle
     return Engine(base.make(values, layout), cells, fake, values)
 
 
@@ -152,7 +154,7 @@ again.touch()
 while True:
     time.sleep(0.05)
 """
-        monkeypatch.setattr(base, "training", lambda *_, **__: [sys.executable, "-c", source])
+        monkeypatch.setattr(TrainingCell, "command", lambda *_, **__: [sys.executable, "-c", source])
         engine.executor.prepare()
         engine.executor.submit(cell)
         self.contract.wait(engine, (engine.folder / "again").exists, "it does not run")
@@ -164,7 +166,7 @@ while True:
     def test_the_processes_know_job_and_commit(self, engine, monkeypatch):
         cell = engine.cells[0]
         source = "import os; print(*(os.environ[n] for n in ('GQA_JAX_JOB', 'GQA_JAX_COMMIT', 'PYTHONPATH')), os.getcwd())"
-        monkeypatch.setattr(base, "training", lambda *_, **__: [sys.executable, "-c", source])
+        monkeypatch.setattr(TrainingCell, "command", lambda *_, **__: [sys.executable, "-c", source])
         engine.executor.prepare()
         job = engine.executor.submit(cell)
         self.contract.until_gone(engine, cell)
@@ -172,7 +174,7 @@ while True:
         said, commit, path, folder = log.read_text().split()
         assert said == job.id
         assert commit == (Path(folder) / "COMMIT").read_text().strip() != ""
-        assert path == f"{folder}:{base.REPOSITORY}"
+        assert path == f"{folder}:{REPOSITORY}"
         assert (Path(folder) / "configs" / "cell.py").exists()
 
     def test_a_grid_on_gs(self, fake, gcs_root, monkeypatch):
@@ -189,7 +191,7 @@ while True:
 
     def test_a_log_that_cannot_be_copied_stops_nothing(self, tmp_path):
         copy = [sys.executable, "-c", sky.COPY, os.fspath(tmp_path / "absent" / "log.txt")]
-        done = subprocess.run(copy, input="a\nb\n", capture_output=True, text=True, cwd=base.REPOSITORY, check=True)
+        done = subprocess.run(copy, input="a\nb\n", capture_output=True, text=True, cwd=REPOSITORY, check=True)
         assert done.stdout.startswith("a\nb\nthe log is not copied: ")
 
 
@@ -230,7 +232,7 @@ class TestClaim:
         engine.executor.prepare()
         (engine.folder / "at-once").write_text("FAILED_PRECHECKS")
         job = engine.executor.submit(cell)
-        assert (job.id, job.detail) == ("1", "ended: failed_prechecks")
+        assert (job.id, job.detail) == ("1", "ended: SkyPilot's job 1 is FAILED_PRECHECKS: see `sky jobs logs 1`")
         assert engine.executor.jobs()[cell.name].state == DEAD
 
     def test_a_job_that_is_not_listed(self, engine):
@@ -242,7 +244,7 @@ class TestClaim:
     def test_a_cell_that_is_being_cancelled_is_not_submitted(self, engine):
         cell = engine.cells[0]
         lists(engine.folder, engine.executor, cell, job_id=7, status="CANCELLING")
-        with pytest.raises(SubmitError, match=f"job 7 of {cell.name} is still being cancelled"):
+        with pytest.raises(SubmitError, match=f"job 7 of {cell.name} is still cancelling"):
             engine.executor.submit(cell)
         assert engine.executor.jobs()[cell.name].state == RUNNING
 
@@ -424,10 +426,10 @@ class TestCheck:
             ({"disk_gb": 1}, "disk_gb = 1: must be at least 10"),
             ({"max_restarts_on_errors": -1}, "max_restarts_on_errors = -1: must be at least 0"),
             ({"accelerators": "8x H100"}, "accelerators = '8x H100': must be NAME or NAME:COUNT"),
-            ({"setup": [1]}, "setup has 1: must be lines of bash"),
-            ({"infra": ""}, "infra = '': must not be empty"),
-            ({"environment": {"GQA_JAX_JOB": "1"}}, "environment.GQA_JAX_JOB: must be a name"),
-            ({"environment": {"1A": "1"}}, "environment.1A: must be a name"),
+            ({"setup": [1]}, "setup = 1: must be lines of bash"),
+            ({"infra": ""}, "infra = '': must be a text of one line"),
+            ({"environment": {"GQA_JAX_JOB": "1"}}, "environment.GQA_JAX_JOB = '1': must be a name"),
+            ({"environment": {"1A": "1"}}, "environment.1A = '1': must be a name"),
             ({"topology": "v5e:4x4", "num_nodes": 2}, "num_nodes = 2 with v5e:4x4: a cell has one TPU slice"),
             ({"topology": "v5e:3x3"}, "unknown topology 'v5e:3x3'"),
             ({"use_spott": True}, "did you mean 'use_spot'"),
@@ -442,7 +444,7 @@ class TestCheck:
         one = base.load("sky", Layout(epath.Path("gs://bucket/study")))
         assert isinstance(one, sky.Executor)
         text = (base.CLUSTERS / "sky.toml").read_text()
-        for name in sky.Options.__dataclass_fields__:
+        for name in (field.name for field in dataclasses.fields(sky.Options)):
             assert f"{name} = " in text or f"[{name}]" in text, f"{name} is not in the example"
 
 
@@ -540,7 +542,7 @@ def gpu():
 class TestSubmission:
     def expected(self, text, one, python):
         cell = a_cell()
-        train = base.bash(base.training(cell, one.layout, python=python, code="."))
+        train = shlex.join(cell.command(one.layout.cell(cell.name), python, "."))
         copy = textwrap.indent("'" + sky.COPY.replace("'", "'\"'\"'") + "'", "  ").lstrip()
         names = {"SHA256": SHA256, "TRAIN": train, "COPY": copy, "ADDRESS": ADDRESS}
         for name, value in (names | {"PREFIX": base.grid_prefix(one.layout), "CELL": cell.name}).items():
@@ -589,7 +591,7 @@ class TestSubmission:
     def test_a_token_store_that_machines_do_not_see(self):
         values = grid_fakes.config()
         values.data.store = "stores/web"
-        cell = grid.Cell(TrainConfig.from_dict(values.to_dict()), "x")
+        cell = grid.TrainingCell(TrainConfig.from_dict(values.to_dict()), "x")
         with pytest.raises(ConfigError, match=f"data.store = 'stores/web' of {cell.name} is on this machine"):
             offline().submission(cell)
         offline("/data/study", shared_root=True).submission(cell)

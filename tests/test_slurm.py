@@ -13,9 +13,9 @@ from etils import epath
 
 from gqa_jax.config import ConfigError
 from launch import grid
+from launch.cells import REPOSITORY, Layout, TrainingCell
 from launch.executors import base, slurm
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
-from launch.grid import Layout
 from tests import executor_contract, grid_fakes, slurm_cluster
 
 USER = os.getuid()
@@ -72,7 +72,7 @@ def cluster(running_cluster, monkeypatch):
 
 
 def make_engine(cluster, root, monkeypatch, **options):
-    monkeypatch.setattr(base, "training", executor_contract.fake_training)
+    monkeypatch.setattr(TrainingCell, "command", executor_contract.fake_command)
     layout = Layout(epath.Path(root))
     cells = executor_contract.prepared(layout)
     values = {"engine": "slurm"} | options
@@ -195,7 +195,7 @@ class TestEnds:
         now = self.contract.state_of(engine, cell)
         assert (now.state, now.failure, now.cause) == ("failed", "infrastructure", "a line of setup failed: see log.txt")
         assert "loading" in engine.log(cell.name)
-        monkeypatch.setattr(base, "training", lambda *_, **__: ["/not/there"])
+        monkeypatch.setattr(TrainingCell, "command", lambda *_, **__: ["/not/there"])
         engine.executor = base.make({"engine": "slurm"}, engine.layout)
         engine.executor.submit(cell)
         self.contract.until_gone(engine, cell)
@@ -221,7 +221,7 @@ class TestEnds:
         assert [environ[name] for name in ("FROM_SETUP", "GREETING", "OF_THE_USER")] == ["1", "it's $HOME", "kept"]
         assert [environ[name] for name in ("JAX_PLATFORMS", "GQA_JAX_JOB", "SLURM_CPUS_PER_TASK")] == ["cpu", job.id, "2"]
         assert "SLURM_MEM_PER_CPU" not in environ
-        assert environ["PYTHONPATH"].split(":")[0] == os.fspath(base.REPOSITORY)
+        assert environ["PYTHONPATH"].split(":")[0] == os.fspath(REPOSITORY)
         assert os.readlink(f"/proc/{pid}/cwd") == os.getcwd()
 
     def test_gpus_are_asked_for(self, cluster, tmp_path, monkeypatch):
@@ -260,18 +260,15 @@ class TestQueue:
         """Another launcher submits after this one has looked."""
         cell = engine.cells[0]
         executor_contract.behave(engine.layout, cell, "hang")
-        there = engine.executor._there
-        others = []
+        launch, others = engine.executor.launch, []
 
         def overtaken(mine):
-            if (job := there(mine)) is None and not others:
-                script = engine.executor.submission(cell).files["job.sbatch"]
-                (engine.layout.cell(cell.name) / "theirs").write_text(script)
-                path = os.fspath(engine.layout.cell(cell.name) / "theirs")
-                others.append(engine.cluster.run("sbatch", "--parsable", path).stdout.strip())
-            return job
+            file = engine.layout.cell(cell.name) / "theirs"
+            file.write_text(engine.executor.submission(cell).files["job.sbatch"])
+            others.append(engine.cluster.run("sbatch", "--parsable", os.fspath(file)).stdout.strip())
+            return launch(mine)
 
-        monkeypatch.setattr(engine.executor, "_there", overtaken)
+        monkeypatch.setattr(engine.executor, "launch", overtaken)
         assert engine.executor.submit(cell).id == others[0]
         mine = engine.cluster.records()[int(others[0]) + 1]
         assert (mine["name"], mine["job_state"]) == (base.job_name(engine.layout, cell.name), "CANCELLED")
@@ -485,10 +482,10 @@ class TestScript:
         ({"topology": "h100:3"}, "unknown topology 'h100:3'"),
         ({"time": "1 day"}, "time = '1 day': must be HOURS:MINUTES:SECONDS or DAYS-HOURS"),
         ({"time": "3:00"}, "time = '3:00' is 180 s: must be more than signal_seconds . 60 = 180"),
-        ({"environment": {"SLURM_X": "1"}}, "environment.SLURM_X: must be a name"),
-        ({"environment": {"GQA_JAX_JOB": "1"}}, "environment.GQA_JAX_JOB: must be a name"),
-        ({"setup": [1]}, "setup has 1: must be lines of text"),
-        ({"extra": ["reservation=x"]}, "extra has 'reservation=x': must be options of sbatch"),
+        ({"environment": {"SLURM_X": "1"}}, "environment.SLURM_X = '1': must be a name"),
+        ({"environment": {"GQA_JAX_JOB": "1"}}, "environment.GQA_JAX_JOB = '1': must be a name"),
+        ({"setup": [1]}, "setup = 1: must be lines of bash"),
+        ({"extra": ["reservation=x"]}, "extra = 'reservation=x': must be options of sbatch"),
         ({"extra": ["--no-requeue"]}, "extra has '--no-requeue': --no-requeue is set by the launcher"),
         ({"extra": ["--mem=1G"]}, "extra has '--mem=1G': --mem is set by the launcher, or by an option"),
         ({"partitions": "x"}, "did you mean 'partition'"),
@@ -709,32 +706,9 @@ class TestParse:
         assert {cell: (j.id, j.state, j.detail, j.since, j.where) for cell, j in found.items()} == wanted
         assert all(job.cell == cell for cell, job in found.items())
 
-    def test_the_job_of_a_cell(self):
-        records = slurm.parse(
-            json.dumps(
-                {
-                    "jobs": [
-                        old(9, "p-a", "PENDING", "Dependency"),
-                        old(7, "p-a", "FAILED"),
-                        old(8, "p-a", "RUNNING"),
-                        old(5, "p-a", "PENDING", "BadConstraints"),
-                        old(6, "p-a", "COMPLETING"),
-                    ]
-                }
-            ),
-            "p-",
-            USER,
-        )
-        assert [record.id for record in records["a"]] == [5, 6, 7, 8, 9]
-        assert slurm._shown(records["a"]).id == 8
-        assert slurm._shown(records["a"][:3]).id == 6
-        assert slurm._shown(records["a"][:1]).id == 5
-        assert slurm._shown(records["a"][2:3]) is None
-
     def test_a_state_of_the_future(self):
-        (record,) = slurm.parse(json.dumps({"jobs": [new(3, "p-a", ["TELEPORTING"])]}), "p-", USER)["a"]
         with pytest.raises(SubmitError, match="job 3 of a is in a state that is not known here: TELEPORTING"):
-            _ = record.state
+            slurm.parse(json.dumps({"jobs": [new(3, "p-a", ["TELEPORTING"])]}), "p-", USER)
 
     def test_jobs_that_did_not_start_are_tried_again(self, tmp_path, monkeypatch):
         """What is written says so; a cell that has a result, or no folder any more, is left alone."""

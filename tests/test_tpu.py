@@ -1,12 +1,14 @@
 """The Cloud TPU engine on a fake of the API (tests/tpu_fake.py) that really runs the startup script."""
 
 import dataclasses
+import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,9 +19,9 @@ from etils import epath
 from gqa_jax import storage
 from gqa_jax.config import ConfigError
 from launch import grid, run, state
-from launch.executors import base, tpu
+from launch.cells import REPOSITORY, Layout, TrainingCell
+from launch.executors import base, bundle, tpu
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
-from launch.grid import Layout
 from tests import executor_contract, grid_fakes, tpu_fake
 from tests.executor_contract import Contract, behave
 
@@ -30,7 +32,7 @@ OPTIONS = {
     "zones": [tpu_fake.ZONES[0]],
     "python": sys.executable,
     "shared_root": True,
-    "environment": {"PYTHONPATH": os.fspath(base.REPOSITORY)},
+    "environment": {"PYTHONPATH": os.fspath(REPOSITORY)},
 }
 
 
@@ -76,7 +78,7 @@ def cloud(tmp_path):
 @pytest.fixture
 def make(cloud, tmp_path, monkeypatch):
     """Makes an engine with other options than OPTIONS."""
-    monkeypatch.setattr(base, "training", executor_contract.fake_training)
+    monkeypatch.setattr(TrainingCell, "command", executor_contract.fake_command)
     layout = Layout(epath.Path(tmp_path / "grid"))
 
     def make(behaviour=("finish",), count=2, **changes):
@@ -662,12 +664,26 @@ class TestStartup:
 
     def test_no_python(self, make, cloud, monkeypatch):
         engine = make()
-        monkeypatch.setattr(base, "training", lambda *_, **__: ["/nowhere/python"])
+        monkeypatch.setattr(TrainingCell, "command", lambda *_, **__: ["/nowhere/python"])
         engine.executor.prepare()
         cell = engine.cells[0]
         engine.executor.submit(cell)
         until_gone(engine, cell)
         assert "training could not be started (code 127)" in now(engine, cell).cause
+
+    def test_a_module_that_is_missing(self, make, cloud, tmp_path):
+        """Nothing of training can say so: one import on the host does."""
+        with tarfile.open(fileobj=io.BytesIO(bundle.pack()), mode="r:gz") as tar:
+            contents = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
+        contents["gqa_jax/train.py"] = b"import nowhere"
+        engine = make(behaviour=("silent",), bundle=os.fspath(bundle.make(tmp_path / "made", bundle._tar(contents)).path))
+        engine.executor.prepare()
+        cell = engine.cells[0]
+        engine.executor.submit(cell)
+        until_gone(engine, cell)
+        cause = "training can't be imported: ModuleNotFoundError: No module named 'nowhere'"
+        assert cause in now(engine, cell).cause
+        assert 200 in cloud.rest
 
     def test_the_environment_is_made_once(self, make, cloud):
         """At another boot too; and of the bundle's own files."""
@@ -791,7 +807,7 @@ class TestStartup:
             one.sleep = lambda seconds: None
             one.prepare()
             (root / "code").mkdir(parents=True)
-            (root / "code" / one._bundle.path.name).write_bytes(storage.read_bytes(one._bundle.path))
+            (root / "code" / one.bundle.path.name).write_bytes(storage.read_bytes(one.bundle.path))
             one.submit(cell)
         wait(lambda: states(cloud) == [] and cloud.rest)
         folder = root / "cells" / cell.name

@@ -11,9 +11,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-import shlex
-import subprocess
-import sys
+import re
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -25,13 +23,16 @@ from etils import epath
 from gqa_jax import config, errors, hardware
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Slice
-from launch.grid import Cell, Layout
+from launch.cells import REPOSITORY, Cell, Layout
 
 ENGINES = ("local", "slurm", "tpu", "sky")  # modules of this package, each with an `Executor`
-REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTERS = REPOSITORY / "configs" / "clusters"
 
 QUEUED, RUNNING, DEAD = "queued", "running", "dead"
+
+# Forms of options.
+LINE = (r"\S(.*\S)?", "a text of one line; leave it out for the default")
+BASH = (r"(?s).*", "lines of bash, as text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,13 @@ class SubmitError(Exception):
 class Options:
     """What a cluster file may set, for every engine. Made by `load`, which checks names and types."""
 
+    least: ClassVar[Mapping[str, int]] = {"max_jobs": 1}  # of options that are numbers, where they are set
+    forms: ClassVar[Mapping[str, tuple[str, str]]] = {}  # of texts, and of lists of texts: a pattern, and in words
+    reserved: ClassVar[tuple[str, ...]] = ()  # beginnings of variables that `environment` may not set
+    claims: ClassVar[tuple[str, ...]] = ()  # options that decide which list of jobs the engine has
+
     engine: str = "local"
-    topology: str | None = None  # slice of a cell (gqa_jax.hardware): what must fit it is proved before anything is submitted
+    topology: str | None = None  # slice of a cell (gqa_jax.hardware): what must fit it is compiled before it is submitted
     environment: dict = dataclasses.field(default_factory=dict)  # variables of the training processes, name -> text
     max_jobs: int = 100  # cells on the engine at a time
 
@@ -72,21 +78,43 @@ class Options:
         if self.topology is not None:
             hardware.find(self.topology)
         for name, value in self.environment.items():
-            if not isinstance(value, str) or not name.replace("_", "").isalnum():
-                raise ConfigError(f"environment.{name} = {value!r}: must be a name and a text")
-        if self.max_jobs < 1:
-            raise ConfigError(f"max_jobs = {self.max_jobs}: must be at least 1")
+            if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or name.startswith(self.reserved):
+                raise ConfigError(
+                    f"environment.{name} = {value!r}: must be a name of letters, digits and _ that is not set by the engine or "
+                    "the launcher, and a text"
+                )
+        for name, least in (Options.least | self.least).items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name} = {value}: must be at least {least}")
+        for name, (pattern, words) in self.forms.items():
+            value = getattr(self, name)
+            for text in value if isinstance(value, list) else [value]:
+                if text is not None and not (isinstance(text, str) and re.fullmatch(pattern, text)):
+                    raise ConfigError(f"{name} = {text!r}: must be {words}")
 
     @property
     def slice(self) -> Slice | None:
         """All the chips of a cell; None where no topology was named."""
         return None if self.topology is None else hardware.find(self.topology)
 
+    def facts(self) -> dict[str, Any]:
+        """What `make` needs to make the engine again: cluster.json of a grid."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def has_jobs_of(self, facts: Mapping[str, Any]) -> bool:
+        """Whether these options and those `facts` lead to the same list of jobs."""
+        return all(self.facts().get(name) == facts.get(name) for name in {*self.claims, "engine"})
+
 
 class Executor(abc.ABC):
     """One engine, for the grid in `layout`."""
 
     Options: ClassVar[type[Options]] = Options
+    #: Whether cells are children of this process: they end with it, so it holds the grid and stays until the last has ended.
+    #: Else they go on by themselves, and each submission is recorded in the cell's folder.
+    here: ClassVar[bool] = False
+    pass_seconds: ClassVar[float] = 30.0  # between two looks of a launcher
+    gpus_here: int = 0  # of this machine, that a cell gets
 
     def __init__(self, options: Options, layout: Layout):
         self.options, self.layout = options, layout
@@ -105,6 +133,12 @@ class Executor(abc.ABC):
     def capacity(self) -> int:
         """Cells that may be on the engine at a time."""
         return self.options.max_jobs
+
+    def with_slots(self, count: int) -> Executor:
+        """The engine with so many cells of this machine at a time. Raises ConfigError for one on others."""
+        raise ConfigError(
+            f"--slots is for --on local; on {self.engine} max_jobs of the cluster file limits the cells at a time"
+        )
 
     def check(self) -> None:  # noqa: B027 (nothing to check is an answer)
         """Raises ConfigError for what would fail later: programs, credentials, names that the engine does not know, the root.
@@ -160,35 +194,6 @@ def grid_prefix(layout: Layout) -> str:
     root = os.fspath(layout.root)
     where = root if "://" in root else os.path.realpath(root)
     return f"g{hashlib.sha256(where.encode()).hexdigest()[:7]}-"
-
-
-def training(cell: Cell, layout: Layout, python: str = sys.executable, code: str | Path = REPOSITORY) -> list[str]:
-    """The training process of a cell; also what a person types to repeat it."""
-    folder = layout.cell(cell.name)
-    return [
-        python, "-m", "gqa_jax.train", f"--config={Path(code) / 'configs' / 'cell.py'}:{folder / 'config.json'}",
-        f"--workdir={folder}", *cell.settings,
-    ]  # fmt: skip
-
-
-def call(
-    argv: Sequence[str], *, seconds: float, text: str = "", environment: Mapping[str, str] | None = None, hint: str = ""
-) -> subprocess.CompletedProcess:
-    """An engine's program, with `text` as its input; its exit code is for the caller.
-
-    Raises SubmitError, with the `hint`, when it can't be started or takes longer than `seconds`.
-    """
-    try:
-        return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
-    except subprocess.TimeoutExpired as error:
-        raise SubmitError(f"`{bash(argv)}` has not ended after {seconds:.0f} s{hint}") from error
-    except OSError as error:
-        raise SubmitError(f"`{bash(argv)}` can't be started: {error.strerror}{hint}") from error
-
-
-def bash(argv: Sequence[str]) -> str:
-    """A command as a line of bash."""
-    return shlex.join(argv)
 
 
 def load(on: str, layout: Layout) -> Executor:

@@ -7,8 +7,8 @@ are left out: hosts don't need them, and they may hold keys.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -18,22 +18,24 @@ import subprocess
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from etils import epath
 
 from gqa_jax import storage
+from gqa_jax.data import store
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
+from launch.cells import REPOSITORY, Cell
+from launch.executors import base
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("gqa_jax", "launch", "configs")
 FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE")  # the last three: setuptools reads them
 LEFT_OUT = ("configs/clusters/",)
 COMMIT = "COMMIT"
-NEEDED = (COMMIT, "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE", "configs/cell.py", "gqa_jax/train.py")
+NEEDED = (COMMIT, *FILES, "configs/cell.py", "gqa_jax/train.py")
 
 _NAME = re.compile(r"([0-9a-f]{64})\.tar\.gz")
-_DATA = re.compile(r"\w[\w.]*\.xz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +47,14 @@ class Bundle:
 
 
 def make(folder: os.PathLike | str, content: bytes | None = None) -> Bundle:
-    """Puts a bundle of this code into a folder, local or on gs://, unless it is there.
-
-    Args:
-      content: what `pack` gave; None: packed now.
-    Raises:
-      ConfigError: something that a run needs is missing.
-    """
+    """Puts a bundle (None: of this code) into a folder, local or on gs://, unless it is there. Raises as `check`."""
     content = pack() if content is None else content
     made = named(folder, content)
-    check_content(made, content)
-    _write(made, content)
+    check(made, content)
+    if storage.read_bytes(made.path) != content:  # a few MB; another file of that name would stop every host
+        if not storage.is_remote(made.path):
+            Path(made.path).parent.mkdir(parents=True, exist_ok=True)
+        storage.write_bytes(made.path, content)
     return made
 
 
@@ -75,16 +74,6 @@ def find(path: os.PathLike | str) -> Bundle:
     return Bundle(storage.path(path), match[1])
 
 
-def check(bundle: Bundle) -> None:
-    """Raises ConfigError unless it is there, its bytes have the hash of its name, and nothing that a run needs is missing."""
-    check_content(bundle, _read(bundle))
-
-
-def put(bundle: Bundle, folder: os.PathLike | str) -> Bundle:
-    """Copies a bundle, checked, into another folder, local or on gs://, unless it is there. Raises as `check`."""
-    return make(folder, _read(bundle))
-
-
 def pack(root: Path = REPOSITORY, commit: str | None = None) -> bytes:
     """The bytes of a bundle of the code below `root`: what git tracks or would track, all files where there is no git.
 
@@ -96,37 +85,26 @@ def pack(root: Path = REPOSITORY, commit: str | None = None) -> bytes:
     return _tar(contents)
 
 
-def check_content(bundle: Bundle, content: bytes) -> None:
-    """As `check`, for bytes that were read, or are to be written."""
+def check(bundle: Bundle, content: bytes | None = None) -> None:
+    """Raises ConfigError unless its bytes (None: as they are read) have the hash of its name and all that every run needs."""
+    content = read(bundle) if content is None else content
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != bundle.sha256:
         raise ConfigError(f"{bundle.path} is damaged: its SHA-256 is {sha256}: remove it, or give a whole one")
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
             members = tar.getmembers()
-            strange = [m.name for m in members if not m.isfile() or m.name.startswith("/") or ".." in m.name.split("/")]
-            if strange:
-                raise ConfigError(f"{bundle.path}: {strange[0]} is not a plain file below the bundle: make another one")
-            contents = {m.name: tar.extractfile(m).read() for m in members}
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ConfigError(f"{bundle.path} is no bundle ({error}): make one with launch.executors.bundle.make") from error
-    if missing := sorted(needed(contents) - contents.keys()):
-        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ConfigError(
-            f"{bundle.path} lacks {some}: make it in a whole checkout (git clone), whose .gitignore does not name these"
-        )
+    for member in members:
+        if not member.isfile() or member.name.startswith("/") or ".." in member.name.split("/"):
+            raise ConfigError(f"{bundle.path}: {member.name} is not a plain file below the bundle: make another one")
+    if missing := sorted({*NEEDED} - {member.name for member in members}):
+        raise ConfigError(f"{bundle.path} lacks {', '.join(missing)}: make it in a whole checkout (git clone)")
 
 
-def _write(bundle: Bundle, content: bytes) -> None:
-    there = storage.read_bytes(bundle.path)  # a few MB; another file of that name would stop every host
-    if there == content:
-        return
-    if not storage.is_remote(bundle.path):
-        Path(bundle.path).parent.mkdir(parents=True, exist_ok=True)
-    storage.write_bytes(bundle.path, content)
-
-
-def _read(bundle: Bundle) -> bytes:
+def read(bundle: Bundle) -> bytes:
+    """Its bytes. Raises ConfigError where it can't be read."""
     try:
         content = storage.read_bytes(bundle.path)
     except OSError as error:
@@ -139,24 +117,24 @@ def _read(bundle: Bundle) -> bytes:
 
 
 def _names(root: Path) -> list[str]:
-    """Files of a bundle below `root`, sorted, with `/`."""
-    names = _of_git(root)
-    if names is None:
+    """Files of a bundle below `root`, sorted, with `/`. Raises ConfigError for one that git tracks and that is not there."""
+    tracked = _git(root, "--cached")
+    if tracked is None or "gqa_jax/train.py" not in tracked:  # no checkout of this code, but an installed package
         walked = (path for folder in FOLDERS for path in (root / folder).rglob("*"))
         names = [path.relative_to(root).as_posix() for path in (*walked, *(root / name for name in FILES))]
         names = [name for name in names if "__pycache__" not in name and "/." not in name]
+    else:
+        if gone := sorted(name for name in tracked if not (root / name).exists()):
+            raise ConfigError(f"{root} lacks {', '.join(gone[:5])}, which git tracks: `git restore` it, or `git rm` it")
+        names = [*tracked, *_git(root, "--others", "--exclude-standard")]
     return sorted({name for name in names if (root / name).is_file() and not name.startswith(LEFT_OUT)})
 
 
-def _of_git(root: Path) -> list[str] | None:
-    """Files that git tracks, or does not ignore; None where `root` is no checkout of this code (an installed package)."""
-    git = ["git", "-C", os.fspath(root), "ls-files", "-z"]
+def _git(root: Path, *which: str) -> list[str] | None:
+    """Files of a bundle that git lists below `root`; None where there is no git."""
+    argv = ["git", "-C", os.fspath(root), "ls-files", "-z", *which, "--", *FOLDERS, *FILES]
     try:
-        tracked = subprocess.run([*git, "--", "gqa_jax/train.py"], capture_output=True, check=True).stdout
-        if not tracked:
-            return None
-        listed = [*git, "--cached", "--others", "--exclude-standard", "--", *FOLDERS, *FILES]
-        found = subprocess.run(listed, capture_output=True, check=True).stdout
+        found = subprocess.run(argv, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return [name for name in found.decode().split("\0") if name]
@@ -176,44 +154,68 @@ def _tar(contents: Mapping[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def needed(contents: Mapping[str, bytes]) -> set[str]:
-    """Files that a run needs: NEEDED, modules of gqa_jax that others of them import, data that they name."""
-    names = set(NEEDED)
-    trees = {name: ast.parse(text) for name, text in contents.items() if name.startswith("gqa_jax/") and name.endswith(".py")}
-    packages = {name.rpartition("/")[0] for name in trees}
+@dataclasses.dataclass(frozen=True)
+class Options(base.Options):
+    """Of engines whose machines get the code as a bundle."""
 
-    def need(module: str) -> None:
-        parts = module.split(".")
-        for n in range(1, len(parts) + 1):  # the packages that it is in, too
-            path = "/".join(parts[:n])
-            names.add(f"{path}/__init__.py" if path in packages else f"{path}.py")
+    forms: ClassVar = {"setup": base.BASH, "python": base.LINE}
 
-    for name, tree in trees.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    if alias.name.split(".")[0] == "gqa_jax":
-                        need(alias.name)
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gqa_jax":
-                need(node.module)
-                if (package := node.module.replace(".", "/")) in packages:
-                    bound = _bound(trees.get(f"{package}/__init__.py", ast.Module([], [])), node.module)
-                    for alias in node.names:
-                        if alias.name not in bound:
-                            need(f"{node.module}.{alias.name}")
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _DATA.fullmatch(node.value):
-                names.add(f"{name.rpartition('/')[0]}/{node.value}")  # data lies beside the module that names it
-    return names
+    setup: list = dataclasses.field(default_factory=list)  # lines of bash, run on each machine before training
+    python: str | None = None  # of the machines' image, with all packages; None: an environment is made, by uv
+    bundle: str | None = None  # <sha256>.tar.gz of the code, a file or on gs://; None: made of this checkout
+    shared_root: bool = False  # the grid's folder is no gs://, but a file system that all machines mount at the same place
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bundle is not None:
+            find(self.bundle)
 
 
-def _bound(tree: ast.AST, package: str) -> set[str]:
-    """Names that the text of a package gives to other things than its own modules."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.ImportFrom) and node.module != package:
-            found |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
+class Executor(base.Executor):
+    """Cells on machines that see no disk of this one, and get the code as a bundle."""
+
+    machines: ClassVar[str]  # what they are called
+
+    def logs(self, cell: str) -> list[epath.Path]:
+        folder = epath.Path(self.layout.cell(cell)) / "logs"
+        return [folder / name for name in storage.names(folder) if name.endswith(".txt")]
+
+    def prepare(self) -> None:
+        """Puts the bundle to code/ of the grid's folder. Raises ConfigError when that can't be written."""
+        storage.check_writable(self.layout.root)
+        make(self.bundle.path.parent, self._packed or read(find(self.options.bundle)))
+
+    @functools.cached_property
+    def _packed(self) -> bytes | None:
+        """The code, read once, so that all cells of this launcher run the same; None: an option names it."""
+        return pack() if self.options.bundle is None else None
+
+    @functools.cached_property
+    def bundle(self) -> Bundle:
+        """Where the machines find the code."""
+        folder = storage.path(self.layout.root) / "code"
+        if self._packed is not None:
+            return named(folder, self._packed)
+        given = find(self.options.bundle)
+        return Bundle(folder / f"{given.sha256}.tar.gz", given.sha256)
+
+    def check_bundle(self) -> None:
+        """Raises ConfigError for one that can't be used."""
+        check(self.bundle if self.options.bundle is None else find(self.options.bundle), self._packed)
+
+    def check_root(self) -> None:
+        """Raises ConfigError for a grid's folder that the machines don't see."""
+        root = os.fspath(self.layout.root)
+        if not storage.is_remote(root) and not (self.options.shared_root and os.path.isabs(root)):
+            raise ConfigError(
+                f"--root {root}: {self.machines} don't see it: use gs://BUCKET/FOLDER, or, where a file system is mounted at "
+                "the same path on all of them, its absolute path and shared_root = true"
+            )
+
+    def check_store(self, cell: Cell) -> None:
+        """Raises ConfigError for a token store that the machines don't see."""
+        if cell.store not in store.BUILT_IN and not storage.is_remote(cell.store) and not self.options.shared_root:
+            raise ConfigError(
+                f"data.store = {cell.store!r} of {cell.name} is on this machine, and {self.machines} don't see it: copy it to "
+                "gs://, or use a built-in one"
+            )

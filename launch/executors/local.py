@@ -10,27 +10,27 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
+from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import base
 from launch.executors.base import RUNNING, Job, Submission, SubmitError
-from launch.grid import Cell, Layout
 
 GRACE_SECONDS = 20.0  # for a cell to save: it is told by SIGTERM
 RANK_SECONDS = 5.0  # that the other processes of a cell have to end after one has failed
@@ -41,23 +41,20 @@ POLL_SECONDS = 0.1
 class Options(base.Options):
     """Of [local.toml]; `topology` is what one cell sees, found out where it is not given."""
 
+    least: ClassVar = {"gpus_per_cell": 1, "processes": 1, "heartbeat_seconds": 1}
+
     slots: int | None = None  # cells at a time; None: as many as the GPUs, or CPUs, allow
     gpus_per_cell: int = 1  # where there are GPUs
     processes: int = 1  # of a cell, as on a pod of so many hosts
     heartbeat_seconds: int = 30  # after which processes of a cell miss another one
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("gpus_per_cell", "processes", "heartbeat_seconds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
 
+class Slot(NamedTuple):
+    """A place for one cell."""
 
-class Slot:
-    """A place for one cell: the environment of each of its processes, which shows its devices, and the CPUs that it may use."""
-
-    def __init__(self, name: str, environments: Sequence[dict[str, str]], cpus: set[int]):
-        self.name, self.environments, self.cpus = name, list(environments), cpus
+    name: str
+    environments: list[dict[str, str]]  # of each of its processes, which shows its devices
+    cpus: set[int]  # that it may use
 
 
 @dataclasses.dataclass
@@ -74,6 +71,8 @@ class Executor(base.Executor):
     """Cells as children of this process."""
 
     Options = Options
+    here = True
+    pass_seconds = 2.0
 
     def __init__(self, options: Options, layout: Layout):
         super().__init__(options, layout)
@@ -83,6 +82,17 @@ class Executor(base.Executor):
     def slots(self) -> list[Slot]:
         """The places of this machine. Raises ConfigError when it does not have those that the options ask for."""
         return slots(self.options.slots, self.options.gpus_per_cell, self.options.processes)
+
+    @property
+    def capacity(self) -> int:
+        return len(self.slots)
+
+    @property
+    def gpus_here(self) -> int:
+        return self.options.gpus_per_cell if "CUDA_VISIBLE_DEVICES" in self.slots[0].environments[0] else 0
+
+    def with_slots(self, count: int) -> Executor:
+        return Executor(dataclasses.replace(self.options, slots=count), self.layout)
 
     def check(self) -> None:
         _ = self.slots
@@ -95,18 +105,15 @@ class Executor(base.Executor):
                 process.wait()
         self._reap()
 
-    @property
-    def capacity(self) -> int:
-        return len(self.slots)
-
     def submission(self, cell: Cell) -> Submission:
-        return Submission(cell.name, "\n".join(base.bash(argv) for argv in self._commands(cell, "PORT")))
+        return Submission(cell.name, "\n".join(shlex.join(argv) for argv in self._commands(cell, "PORT")))
 
     def submit(self, cell: Cell) -> Job:
         """Starts the processes of a cell. Raises SubmitError when no slot is free here."""
         self._reap()
-        folder = self.layout.cell(cell.name)
-        with open(self._claim(cell.name), "a+") as claim:
+        place = self._claims(cell.name)[0]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "a+") as claim:
             try:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -122,10 +129,11 @@ class Executor(base.Executor):
             ranks: list[subprocess.Popen] = []
             claim.truncate(0)
             job = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+            (log,) = self.logs(cell.name)
             try:
-                for rank, argv in enumerate(self._commands(cell, _free_port())):
-                    environment = slot.environments[rank] | {"GQA_JAX_JOB": job}
-                    ranks.append(_start(argv, folder, slot, environment, self.options.environment, claim.fileno()))
+                for argv, environment in zip(self._commands(cell, _free_port()), slot.environments, strict=True):
+                    environment = environment | {"GQA_JAX_JOB": job} | self.options.environment
+                    ranks.append(_start(argv, Path(log), slot, environment, claim.fileno()))
             finally:
                 self._children[cell.name] = _Child(cell.name, slot, ranks)
                 facts = {"id": job, "pids": [process.pid for process in ranks], "launcher": os.getpid(), "time": time.time()}
@@ -134,7 +142,8 @@ class Executor(base.Executor):
 
     def jobs(self) -> dict[str, Job]:
         self._reap()
-        found = (self._job(name) for name in storage.names(self._claims if self._remote else self.layout.root / "cells"))
+        remote = storage.is_remote(self.layout.root)
+        found = map(self._job, storage.names(self.layout.on_this_machine / "claims") if remote else self.layout.names())
         return {job.cell: job for job in found if job is not None}
 
     def cancel(self, cells: Sequence[str]) -> None:
@@ -157,52 +166,38 @@ class Executor(base.Executor):
             time.sleep(POLL_SECONDS)
 
     def logs(self, cell: str) -> list[epath.Path]:
-        return [epath.Path(_log(self.layout.cell(cell)))]
+        """What the processes of a cell print: in its folder, or on this machine for a grid on gs://."""
+        if storage.is_remote(self.layout.root):
+            return [epath.Path(self.layout.on_this_machine / "logs" / f"{cell}.txt")]
+        return super().logs(cell)
 
-    @property
-    def _remote(self) -> bool:
-        return storage.is_remote(self.layout.root)
+    def _claims(self, cell: str) -> list[Path]:
+        """Files that the processes of a cell lock: the launcher's, and its own; on this machine for a grid on gs://."""
+        if storage.is_remote(self.layout.root):
+            return [self.layout.on_this_machine / "claims" / cell]
+        return [Path(self.layout.cell(cell)) / name for name in (".job", ".lock")]
 
-    @property
-    def _claims(self) -> Path:
-        """Folder of the claims on cells of a grid on gs://, where no file can be locked."""
-        return machine_folder(self.layout) / "claims"
-
-    def _claim(self, cell: str) -> Path:
-        if self._remote:
-            self._claims.mkdir(parents=True, exist_ok=True)
-            return self._claims / cell
-        folder = Path(self.layout.cell(cell))
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / ".job"
+    def _holders(self, cell: str) -> list[dict[str, Any]]:
+        """What the processes of a cell, started by this or another launcher, or by hand, say of themselves."""
+        return [facts for path in self._claims(cell) if (facts := _holder(path)) is not None]
 
     def _job(self, cell: str) -> Job | None:
-        """The processes of a cell, started by this or another launcher, or by hand."""
-        paths = [self._claims / cell] if self._remote else [Path(self.layout.cell(cell)) / name for name in (".job", ".lock")]
-        for path in paths:
-            if (facts := holder(path)) is not None:
-                since, pids = facts.get("time"), facts.get("pids") or [facts.get("pid")]
-                return Job(cell, facts.get("id") or f"{pids[0]}", RUNNING, since=since, where=str(facts.get("host") or ""))
+        for facts in self._holders(cell):
+            job = facts.get("id") or str((facts.get("pids") or [facts.get("pid")])[0])
+            return Job(cell, job, RUNNING, since=facts.get("time"), where=str(facts.get("host") or ""))
         return None
 
     def _processes(self, cell: str) -> list[int]:
-        """Ids of the living processes of a cell: those that its claim names and that are of its folder still."""
-        paths = [self._claims / cell] if self._remote else [Path(self.layout.cell(cell)) / name for name in (".job", ".lock")]
-        named = set()
-        for path in paths:
-            facts = holder(path) or {}
-            named |= {pid for pid in (*facts.get("pids", ()), facts.get("pid")) if pid}
+        """Ids of the living processes of a cell: those that its claims name and that are of its folder still."""
+        named = {pid for facts in self._holders(cell) for pid in (*facts.get("pids", ()), facts.get("pid")) if pid}
         return [pid for pid in named if _is_of(pid, os.fspath(self.layout.cell(cell)))]
 
     def _commands(self, cell: Cell, port: int | str) -> list[list[str]]:
-        argv, count = base.training(cell, self.layout), self.options.processes
+        argv, count = cell.command(self.layout.cell(cell.name)), self.options.processes
         if count == 1:
             return [argv]
-        meet = [
-            f"--coordinator=127.0.0.1:{port}",
-            f"--processes={count}",
-            f"--heartbeat_seconds={self.options.heartbeat_seconds}",
-        ]
+        beats = f"--heartbeat_seconds={self.options.heartbeat_seconds}"
+        meet = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", beats]
         return [[*argv, *meet, f"--process={rank}"] for rank in range(count)]
 
     def _reap(self) -> bool:
@@ -253,35 +248,7 @@ def slots(count: int | None = None, gpus_per_cell: int = 1, processes: int = 1) 
     return [Slot(f"CPU {i}", [tunables | platform] * processes, share) for i, share in enumerate(shares)]
 
 
-@contextlib.contextmanager
-def only_launcher(layout: Layout, patience: float = 0.0) -> Iterator[None]:
-    """Holds the grid for this process; of a grid on gs://, against others of this machine.
-
-    Raises ConfigError when another launcher has it for longer than `patience` seconds.
-    """
-    folder = machine_folder(layout) if storage.is_remote(layout.root) else Path(layout.root)
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
-    with open(folder / ".lock", "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"another launcher runs in {layout.root}: see `python -m launch status`, or wait for it to end"
-                    ) from None
-                time.sleep(POLL_SECONDS)
-        yield
-
-
-def machine_folder(layout: Layout) -> Path:
-    """What this machine keeps for a grid on gs://: locks, and what its processes print."""
-    return storage.cache("grids") / hashlib.sha256(os.fspath(layout.root).encode()).hexdigest()[:16]
-
-
-def holder(path: Path) -> dict[str, Any] | None:
+def _holder(path: Path) -> dict[str, Any] | None:
     """What the process that holds the lock file says of itself; None: nobody holds it."""
     try:
         with open(path) as file:
@@ -296,25 +263,13 @@ def holder(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _log(folder: epath.PathLike) -> Path:
-    """What the processes of a cell print: in its folder, or on this machine for one on gs://."""
-    if not storage.is_remote(folder):
-        return Path(folder) / "log.txt"
-    folder = epath.Path(folder)
-    return machine_folder(Layout(folder.parent.parent)) / "logs" / f"{folder.name}.txt"
-
-
-def _start(
-    argv: list[str], folder: epath.PathLike, slot: Slot, environment: dict[str, str], more: dict[str, str], claim: int
-) -> subprocess.Popen:
-    path = _with_repository(os.environ.get("PYTHONPATH"))
-    everything = os.environ | environment | {"PYTHONPATH": path} | more
+def _start(argv: list[str], file: Path, slot: Slot, environment: dict[str, str], claim: int) -> subprocess.Popen:
+    """A process that prints into `file` and holds the claim until it has ended."""
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    start = argv  # where there is no way to be told of the launcher's death a cell left over ends by itself and is not lost
     if sys.platform == "linux":
         cpus = ",".join(map(str, sorted(slot.cpus)))
         start = [sys.executable, "-S", "-E", "-c", _BIND, str(os.getpid()), cpus, *argv]
-    else:
-        start = argv  # no way to be told of the launcher's death: a cell left over ends by itself and is not lost
-    file = _log(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "ab") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {slot.name}: {' '.join(argv)}\n".encode())
@@ -324,8 +279,8 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=everything,
-            pass_fds=[claim],  # held until the last process of the cell has ended
+            env=os.environ | {"PYTHONPATH": path} | environment,
+            pass_fds=[claim],
             start_new_session=True,  # Ctrl-C reaches the launcher, which ends its cells
         )
 
@@ -387,7 +342,3 @@ def _gpus() -> list[str]:
     found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     lines = found.stdout.splitlines() if found.returncode == 0 else []
     return [str(i) for i, _ in enumerate(line for line in lines if line.startswith("GPU "))]
-
-
-def _with_repository(path: str | None) -> str:
-    return os.pathsep.join([str(base.REPOSITORY), *([path] if path else [])])

@@ -1,7 +1,7 @@
 """SkyPilot managed jobs: cells on any cloud that it reaches, a job each, by its `sky` program.
 
 SkyPilot finds the machines, and finds others when these are taken away; it starts a cell again that ends with exit code 75. Its
-names of managed jobs are not unique: who submits looks before and after, and of several jobs of a cell the first is kept.
+names of managed jobs are not unique (`queue`).
 """
 
 from __future__ import annotations
@@ -9,33 +9,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import os
 import re
 import shlex
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from etils import epath
 
 from gqa_jax import hardware, storage
-from gqa_jax.data import store
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
-from launch.executors import base, bundle
-from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
-from launch.grid import Cell
+from launch.cells import Cell, record
+from launch.executors import base, bundle, queue
+from launch.executors.base import QUEUED, RUNNING, Job, Submission, SubmitError
+from launch.executors.queue import Record
 
-OLDEST = (
-    0,
-    13,
-)  # version of SkyPilot: the first with $SKYPILOT_MANAGED_JOB_ID; --output and recover_on_exit_codes came in 0.12
+# Of SkyPilot: the first with $SKYPILOT_MANAGED_JOB_ID; --output and recover_on_exit_codes came in 0.12.
+OLDEST = (0, 13)
 PORT = 8476  # of process 0, where a cell has several machines; they are the cell's alone
 CALL_SECONDS = 1800.0  # that `sky` may take; the first launch of all makes a machine for SkyPilot's controller
 NO_CONTROLLER = "No in-progress managed jobs"  # `sky jobs queue` fails with this where there never was a job, or none for long
@@ -75,8 +70,16 @@ copy()
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(base.Options):
+class Options(bundle.Options):
     """Of a cluster file like configs/clusters/sky.toml; `topology` is what each of `num_nodes` has."""
+
+    least: ClassVar = {"num_nodes": 1, "disk_gb": 10, "max_restarts_on_errors": 0}
+    forms: ClassVar = bundle.Options.forms | {
+        **dict.fromkeys(("sky", "infra", "image"), base.LINE),
+        "accelerators": (r"[A-Za-z][\w.-]*(:\d+)?", "NAME or NAME:COUNT as `sky gpus list` has it"),
+    }
+    reserved = ("SKYPILOT_", "GQA_JAX_JOB", "GQA_JAX_COMMIT")
+    claims = ("sky",)
 
     engine: str = "sky"
     sky: str = "sky"  # SkyPilot's program, on the PATH or by path: it is best in an environment of its own
@@ -87,28 +90,9 @@ class Options(base.Options):
     disk_gb: int | None = None  # of each machine, GB; None: SkyPilot's default
     image: str | None = None  # image of the machines, "docker:IMAGE" or a cloud's; None: SkyPilot's
     max_restarts_on_errors: int = 0  # after errors of a cell, which would mostly come again; losing a machine is none
-    setup: list = dataclasses.field(default_factory=list)  # lines of bash, run on each machine before the code is installed
-    python: str | None = None  # Python of the machines that has all packages (of an image); None: one is made, by uv
-    bundle: str | None = None  # code of the cells: a file that launch.executors.bundle.make made; None: of this checkout
-    shared_root: bool = False  # the grid's folder is at the same path on every machine; else it must be on gs://
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("num_nodes", 1), ("disk_gb", 10), ("max_restarts_on_errors", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{name} = {value}: must be at least {least}")
-        for name in ("sky", "infra", "image", "python", "bundle"):
-            if getattr(self, name) == "":
-                raise ConfigError(f"{name} = '': must not be empty; leave it out for the default")
-        if self.accelerators is not None and not re.fullmatch(r"[A-Za-z][\w.-]*(:\d+)?", self.accelerators):
-            raise ConfigError(f"accelerators = {self.accelerators!r}: must be NAME or NAME:COUNT as `sky gpus list` has it")
-        if bad := [line for line in self.setup if not isinstance(line, str)]:
-            raise ConfigError(f"setup has {bad[0]!r}: must be lines of bash, as text")
-        for name in self.environment:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name) or name.startswith(("SKYPILOT_", "GQA_JAX_JOB", "GQA_JAX_COMMIT")):
-                raise ConfigError(
-                    f"environment.{name}: must be a name of letters, digits and _ that is not set by the launcher"
-                )
         if self.is_tpu and self.num_nodes > 1:
             raise ConfigError(
                 f"num_nodes = {self.num_nodes} with {self.accelerators or self.topology}: a cell has one TPU slice: take a "
@@ -128,15 +112,15 @@ class Options(base.Options):
         return super().slice if self.num_nodes == 1 else None
 
 
-class Executor(base.Executor):
+class Executor(queue.Executor, bundle.Executor):
     """A managed job per cell."""
 
     Options = Options
+    machines = "SkyPilot's machines"
 
     def check(self) -> None:
-        self._check_root()
-        made, content = self._bundle
-        bundle.check_content(made, content) if content else bundle.check(bundle.find(self.options.bundle))
+        self.check_root()
+        self.check_bundle()
         if shutil.which(self.options.sky) is None:
             raise ConfigError(
                 f"sky = {self.options.sky!r} is not there: install SkyPilot in an environment of its own (python -m venv DIR; "
@@ -154,85 +138,73 @@ class Executor(base.Executor):
                 "pip install -U skypilot"
             )
 
-    def prepare(self) -> None:
-        """Puts the code beside the cells."""
-        made, content = self._bundle
-        if content is None:
-            bundle.put(bundle.find(self.options.bundle), made.path.parent)
-        else:
-            bundle.make(made.path.parent, content)
-
     def submission(self, cell: Cell) -> Submission:
-        name = base.job_name(self.layout, cell.name)
         file = self.layout.cell(cell.name) / "sky.yaml"
-        command = [self.options.sky, "jobs", "launch", "-n", name, "-y", "-d", os.fspath(file)]
-        return Submission(cell.name, base.bash(command), {file.name: self._yaml(name, cell)})
+        command = shlex.join([self.options.sky, *self._launch(cell, file)])
+        return Submission(cell.name, command, {file.name: self._yaml(base.job_name(self.layout, cell.name), cell)})
 
     def submit(self, cell: Cell) -> Job:
-        text = self.submission(cell).files["sky.yaml"]
         with self._only_submitter():
-            before = self._records().get(cell.name, [])
-            if kept := _kept(before):
-                return _job(cell.name, kept[0])
-            if ending := _active(before):
-                raise SubmitError(f"job {ending[0]['job_id']} of {cell.name} is still being cancelled")
-            with tempfile.TemporaryDirectory() as folder:  # `sky` reads no gs://
-                file = Path(folder) / "sky.yaml"
-                file.write_text(text)
-                self._sky("jobs", "launch", "-n", base.job_name(self.layout, cell.name), "-y", "-d", os.fspath(file))
-            known = {record["job_id"] for record in before}
-            new = [record for record in self._records().get(cell.name, []) if record["job_id"] not in known]
-            if not new:
-                raise SubmitError(f"SkyPilot took {cell.name} and does not list it: see `{self.options.sky} jobs queue`")
-            if not (kept := _kept(new)):  # it is over already, as the next look will show
-                return Job(cell.name, str(new[-1]["job_id"]), QUEUED, f"ended: {new[-1]['status'].lower()}")
-            self._cancel(kept[1:])  # another launcher came between
-            return _job(cell.name, kept[0])
+            return super().submit(cell)
 
-    def jobs(self) -> dict[str, Job]:
-        """As Executor.jobs. DEAD are failures that the run folder says nothing of, as no training process was there to."""
-        records = self._records()
-        dead = self._unexplained(records)
-        active = {cell: _kept(mine) or _active(mine) for cell, mine in records.items()}
-        return {cell: _job(cell, mine[0]) for cell, mine in active.items() if mine} | {
-            cell: Job(cell, str(record["job_id"]), DEAD, _why(record)) for cell, record in dead.items()
-        }
+    def launch(self, cell: Cell) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # `sky` reads no gs://
+            file = Path(folder) / "sky.yaml"
+            file.write_text(self.submission(cell).files["sky.yaml"])
+            self._sky(*self._launch(cell, file))
 
-    def cancel(self, cells: Sequence[str]) -> None:
-        records = self._records()
-        self._cancel([record for cell in cells for record in _kept(records.get(cell, []))])
+    def _launch(self, cell: Cell, file: os.PathLike) -> list[str]:
+        return ["jobs", "launch", "-n", base.job_name(self.layout, cell.name), "-y", "-d", os.fspath(file)]
 
-    def reconcile(self, jobs: Mapping[str, Job]) -> list[str]:
-        records = self._records()
-        done = []
-        for cell, mine in records.items():
-            if more := _kept(mine)[1:]:
-                self._cancel(more)
-                done.append(f"{cell} had {len(more) + 1} jobs: cancelled all but {_kept(mine)[0]['job_id']}")
-        for cell, record in self._unexplained(records).items():
-            facts = {"class": "infrastructure", "reason": _why(record), "job": str(record["job_id"])}
-            storage.write_json(
-                self.layout.cell(cell) / "host-failure.json", facts | {"time": record.get("end_at") or time.time()}
-            )
-            done.append(f"{cell}: {_why(record)}")
-        return done
+    def end(self, records: Sequence[Record]) -> None:
+        if records:
+            self._sky("jobs", "cancel", "-y", *(str(record.id) for record in records))
 
-    def logs(self, cell: str) -> list[epath.Path]:
-        folder = self.layout.cell(cell) / "logs"
-        return [epath.Path(folder) / name for name in storage.names(folder) if name.endswith(".txt")]
+    def dead(self, records: Mapping[str, Sequence[Record]]) -> list[Record]:
+        """The newest jobs of cells that failed, where the run folder has no word of it: no training process was there."""
+        newest = [mine[-1] for mine in records.values() if all(record.state is None for record in mine)]
+        failed = [record for record in newest if record.failure is not None]
+        known = storage.each(self._is_explained, failed, remote=storage.is_remote(self.layout.root))
+        return [record for record, yes in zip(failed, known, strict=True) if not yes]
+
+    def _is_explained(self, job: Record) -> bool:
+        folder = self.layout.cell(job.cell)
+        names = storage.names(folder)
+        if not names or "result.json" in names:  # the cell was removed, or is done
+            return True
+        ends = [record(folder / name) for name in ("exit.json", "host-failure.json") if name in names]
+        # A job that was preempted and saved has failed after that: no machine was left for it, say.
+        ends = [end for end in ends if end.get("class") != "preempted" or end.get("job") != str(job.id)]
+        return any(end.get("job") == str(job.id) or end.get("time", 0) >= (job.ended or 0) for end in ends)
+
+    def records(self) -> dict[str, list[Record]]:
+        """This grid's jobs, of all users, also those that have ended."""
+        arguments = ["jobs", "queue", "--all", "--all-users", "--verbose", "--output", "json"]
+        try:
+            text = self._sky(*arguments)
+        except SubmitError as error:
+            if NO_CONTROLLER in str(error):
+                return {}
+            raise
+        lines = text.splitlines()  # `sky` may say first that it starts its server
+        start = next((i for i, line in enumerate(lines) if line in ("[", "[]")), 0)
+        prefix = base.grid_prefix(self.layout)
+        found: dict[str, list[Record]] = {}
+        try:
+            for job in json.loads("\n".join(lines[start:])):
+                if (name := job["job_name"] or "").startswith(prefix):
+                    found.setdefault(name.removeprefix(prefix), []).append(_record(name.removeprefix(prefix), job))
+        except (ValueError, TypeError, KeyError) as error:
+            raise SubmitError(f"`{self.options.sky} jobs queue` gives no list of jobs: {text[-300:].strip()!r}") from error
+        return {cell: sorted(mine, key=lambda job: job.id) for cell, mine in found.items()}
 
     # What a job is.
 
     def _yaml(self, name: str, cell: Cell) -> str:
         """The task as SkyPilot reads it (docs.skypilot.co/en/latest/reference/yaml-spec.html)."""
         options = self.options
-        self._check_root()
-        tokens = cell.config.data.store
-        if tokens not in store.BUILT_IN and not storage.is_remote(tokens) and not options.shared_root:
-            raise ConfigError(
-                f"data.store = {tokens!r} of {cell.name} is on this machine, and SkyPilot's machines don't see it: copy it to "
-                "gs://, or use a built-in one"
-            )
+        self.check_root()
+        self.check_store(cell)
         resources = self._accelerators() | {
             "infra": options.infra,
             "use_spot": options.use_spot,
@@ -243,8 +215,7 @@ class Executor(base.Executor):
                 "recover_on_exit_codes": [run_folder.EXIT_PREEMPTED],
             },
         }
-        made, _ = self._bundle
-        file = f"{self._code}.tar.gz"
+        made, file = self.bundle, f"{self._code}.tar.gz"
         task = {
             "name": name,
             "resources": {key: value for key, value in resources.items() if value is not None},
@@ -289,7 +260,7 @@ class Executor(base.Executor):
     def _run(self, cell: Cell) -> str:
         """Runs on every host, and ends with the exit code of training, which bash and the log outlast when all are to end."""
         python = self.options.python or ".venv/bin/python"
-        command = base.bash(base.training(cell, self.layout, python=python, code="."))
+        command = shlex.join(cell.command(self.layout.cell(cell.name), python, "."))
         if self.options.is_tpu:
             several = self.options.accelerators is not None or hardware.find(self.options.topology).n_hosts > 1
             command += " --distributed=on" if several else ""
@@ -314,27 +285,7 @@ class Executor(base.Executor):
     @property
     def _code(self) -> str:
         """Folder of the code on a host."""
-        return f"~/gqa_jax/{self._bundle[0].sha256[:16]}"
-
-    @functools.cached_property
-    def _bundle(self) -> tuple[bundle.Bundle, bytes | None]:
-        """The bundle where hosts find it, and its bytes if they are of this checkout."""
-        folder = self.layout.root / "code"
-        if self.options.bundle is not None:
-            name = bundle.find(self.options.bundle)
-            return dataclasses.replace(name, path=storage.path(folder / f"{name.sha256}.tar.gz")), None
-        content = bundle.pack()
-        return bundle.named(folder, content), content
-
-    def _check_root(self) -> None:
-        root = os.fspath(self.layout.root)
-        if not storage.is_remote(root) and not (self.options.shared_root and os.path.isabs(root)):
-            raise ConfigError(
-                f"--root {root}: SkyPilot's machines don't see it: use gs://BUCKET/FOLDER, or, where a file system is mounted "
-                "at the same path on all of them, its absolute path and shared_root = true"
-            )
-
-    # What SkyPilot has.
+        return f"~/gqa_jax/{self.bundle.sha256[:16]}"
 
     @contextlib.contextmanager
     def _only_submitter(self) -> Iterator[None]:
@@ -345,87 +296,30 @@ class Executor(base.Executor):
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _records(self) -> dict[str, list[dict[str, Any]]]:
-        """This grid's jobs, of all users, by cell and oldest first, also those that have ended."""
-        arguments = ["jobs", "queue", "--all", "--all-users", "--verbose", "--output", "json"]
-        try:
-            text = self._sky(*arguments)
-        except SubmitError as error:
-            if NO_CONTROLLER in str(error):
-                return {}
-            raise
-        lines = text.splitlines()  # `sky` may say first that it starts its server
-        start = next((i for i, line in enumerate(lines) if line in ("[", "[]")), 0)
-        prefix = base.grid_prefix(self.layout)
-        found: dict[str, list[dict[str, Any]]] = {}
-        try:
-            for record in json.loads("\n".join(lines[start:])):
-                if (name := record["job_name"] or "").startswith(prefix):
-                    found.setdefault(name.removeprefix(prefix), []).append(record)
-            states = {record["status"] for mine in found.values() for record in mine}
-            for mine in found.values():
-                mine.sort(key=lambda record: record["job_id"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise SubmitError(f"`{self.options.sky} jobs queue` gives no list of jobs: {text[-300:].strip()!r}") from error
-        if unknown := states - {*ACTIVE, *FAILED, *ENDED}:
-            raise SubmitError(f"SkyPilot has jobs in states that are not known here: {', '.join(map(str, unknown))}")
-        return found
-
-    def _unexplained(self, records: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-        """The newest jobs of cells that failed, of which the run folder holds no word, by cell."""
-        failed = [(cell, mine[-1]) for cell, mine in records.items() if not _active(mine) and mine[-1]["status"] in FAILED]
-
-        def explained(pair: tuple[str, dict[str, Any]]) -> bool:
-            folder, record = self.layout.cell(pair[0]), pair[1]
-            names = storage.names(folder)
-            if not names or "result.json" in names:  # the cell was removed, or is done
-                return True
-            ends = [storage.read_json(folder / name) or {} for name in ("exit.json", "host-failure.json") if name in names]
-            # A job that was preempted and saved has failed after that: no machine was left for it, say.
-            ends = [end for end in ends if end.get("class") != "preempted" or end.get("job") != str(record["job_id"])]
-            return any(
-                end.get("job") == str(record["job_id"]) or end.get("time", 0) >= (record.get("end_at") or 0) for end in ends
-            )
-
-        known = storage.each(explained, failed, remote=storage.is_remote(self.layout.root))
-        return {cell: record for (cell, record), yes in zip(failed, known, strict=True) if not yes}
-
-    def _cancel(self, records: Sequence[dict[str, Any]]) -> None:
-        if records:
-            self._sky("jobs", "cancel", "-y", *(str(record["job_id"]) for record in records))
-
     def _sky(self, *arguments: str) -> str:
         """What `sky` prints. Raises SubmitError with what it says when it fails."""
-        done = base.call([self.options.sky, *arguments], seconds=CALL_SECONDS)
+        done = queue.call([self.options.sky, *arguments], seconds=CALL_SECONDS)
         if done.returncode:
             said = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", done.stderr.strip() or done.stdout.strip())
             raise SubmitError(f"`{self.options.sky} {' '.join(arguments[:2])}` failed ({done.returncode}): {said[-1000:]}")
         return done.stdout
 
 
-def _active(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that have not ended."""
-    return [record for record in records if record["status"] in ACTIVE]
-
-
-def _kept(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that have not ended and are not to; the first is the cell's."""
-    return [record for record in _active(records) if record["status"] != "CANCELLING"]
-
-
-def _job(cell: str, record: dict[str, Any]) -> Job:
-    state = ACTIVE[record["status"]]
-    since = record.get("start_at") if state == RUNNING else None
-    detail = record["status"].lower()
-    if record.get("recovery_count"):
-        detail += f", recovered {record['recovery_count']} times"
-    return Job(cell, str(record["job_id"]), state, detail, since, record.get("infra") or "")
-
-
-def _why(record: dict[str, Any]) -> str:
-    """Why a job failed, in one line."""
-    reason = " ".join((record.get("failure_reason") or f"see `sky jobs logs {record['job_id']}`").split())
-    return f"SkyPilot's job {record['job_id']} is {record['status']}: {reason[:500]}"
+def _record(cell: str, job: dict[str, Any]) -> Record:
+    """A job as `sky jobs queue` has it. Raises SubmitError for a state that is not known here."""
+    number, status = int(job["job_id"]), job["status"]
+    if status not in (*ACTIVE, *FAILED, *ENDED):
+        raise SubmitError(f"SkyPilot has jobs in states that are not known here: {status}")
+    state, detail, failure = ACTIVE.get(status), status.lower(), None
+    if status in FAILED:
+        reason = " ".join((job.get("failure_reason") or f"see `sky jobs logs {number}`").split())
+        detail = failure = f"SkyPilot's job {number} is {status}: {reason[:500]}"
+    elif job.get("recovery_count"):
+        detail += f", recovered {job['recovery_count']} times"
+    since = job.get("start_at") if state == RUNNING else None
+    return Record(
+        cell, number, state, detail, since, job.get("infra") or "", status == "CANCELLING", failure, ended=job.get("end_at")
+    )
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,8 +1,7 @@
 """Slurm: a batch job per cell, on nodes that share a file system with this machine.
 
 Slurm starts a cell again after the failure of a node, a preemption, or an end with exit code 75, in the same job. Its job names
-are not unique: of jobs of one name only one runs at a time (singleton), and who submits looks before and after, and keeps the
-one with the lowest id.
+are not unique (`queue`), but of jobs of one name only one runs at a time (singleton).
 """
 
 from __future__ import annotations
@@ -16,53 +15,21 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
-from launch.executors import base
-from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
-from launch.grid import Cell
+from launch.cells import REPOSITORY, Cell
+from launch.executors import base, queue
+from launch.executors.base import DEAD, QUEUED, RUNNING, Submission, SubmitError
+from launch.executors.queue import Record
 
 CALL_SECONDS = 120.0  # that a command of Slurm may take
 RANK_SECONDS = 60  # that the other processes of a cell have to end after one has ended
-
-SCRIPT = """\
-#!/bin/bash
-{directives}
-
-# Slurm sends SIGTERM before it ends a job: training saves, and this script waits for that.
-trap : TERM
-
-# What `python -m launch status` shows where no training process was there to say more.
-failed() {{
-    printf '{{"class": "infrastructure", "reason": "%s: see log.txt", "time": %s, "job": "%s"}}\\n' \\
-        "$1" "$(date +%s)" "$SLURM_JOB_ID" >{folder}/host-failure.json
-}}
-echo "--- $(date '+%Y-%m-%d %H:%M:%S') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restarts: ${{SLURM_RESTART_COUNT:-0}}"
-
-{exports}
-{setup}
-# A process that ends does not end the others at once: they may be saving.
-srun {srun} \\
-    {command}
-code=$?
-
-# A job that Slurm itself ends is not RUNNING any more: it was cancelled, or comes back without this.
-if [ "$code" != 0 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    if [ "$code" = {preempted} ]; then # asked to end, and saved
-        scontrol requeue "$SLURM_JOB_ID"
-    elif ! grep -qsF "\\"job\\": \\"$SLURM_JOB_ID\\"" {folder}/exit.json {folder}/attempts/*.json; then
-        failed "srun ended with code $code before training began"
-    fi
-fi
-exit "$code"
-"""
-
+SCRIPT = Path(__file__).with_name("slurm_job.sh")
 SETUP = """
 trap 'failed "a line of setup failed"' ERR
 set -e
@@ -123,6 +90,14 @@ TIME = re.compile(
 class Options(base.Options):
     """Of a cluster file like configs/clusters/slurm.toml; `topology` is what each of `nodes` has, None: CPUs alone."""
 
+    least: ClassVar = {"nodes": 1, "cpus_per_task": 1, "signal_seconds": 1}
+    forms: ClassVar = dict.fromkeys(("partition", "account", "qos", "constraint", "python", "code"), base.LINE) | {
+        "memory": (r"\d+[KMGT]?", 'a number with K, M, G or T, as "64G"'),
+        "setup": base.BASH,
+        "extra": (r"--[a-z][a-z-]*(=.*)?", 'options of sbatch, as "--reservation=NAME"'),
+    }
+    reserved = ("SLURM_", "GQA_JAX_JOB", "GQA_JAX_COMMIT")
+
     engine: str = "slurm"
     nodes: int = 1  # of a cell, one training process each
     gpus_per_node: int | str | None = None  # a count, or TYPE:COUNT as the cluster calls them; None: those of `topology`
@@ -135,28 +110,12 @@ class Options(base.Options):
     time: str = "24:00:00"  # after which a cell saves, and goes on in the next turn: HOURS:MINUTES:SECONDS or DAYS-HOURS
     signal_seconds: int = 120  # before that time in which it saves
     python: str = sys.executable  # Python that has the packages, at the same path on all nodes; or its name, if setup finds it
-    code: str = os.fspath(base.REPOSITORY)  # checkout that is trained with, at the same path on all nodes
+    code: str = os.fspath(REPOSITORY)  # checkout that is trained with, at the same path on all nodes
     setup: list = dataclasses.field(default_factory=list)  # lines of bash before training, on a cell's first node
     extra: list = dataclasses.field(default_factory=list)  # further options of sbatch: "--reservation=NAME"
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("nodes", 1), ("cpus_per_task", 1), ("signal_seconds", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{name} = {value}: must be at least {least}")
-        for name in ("memory", "partition", "account", "qos", "constraint", "python", "code"):
-            if (value := getattr(self, name)) is not None and (not value.strip() or not value.isprintable()):
-                raise ConfigError(f"{name} = {value!r}: must be a text of one line; leave it out for the default")
-        if self.memory is not None and not re.fullmatch(r"\d+[KMGT]?", self.memory):
-            raise ConfigError(f'memory = {self.memory!r}: must be a number with K, M, G or T, as "64G"')
-        for name in self.environment:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name) or name.startswith(("SLURM_", "GQA_JAX_JOB", "GQA_JAX_COMMIT")):
-                raise ConfigError(
-                    f"environment.{name}: must be a name of letters, digits and _ that is not set by Slurm or the launcher"
-                )
-        for name in ("setup", "extra"):
-            if bad := [line for line in getattr(self, name) if not isinstance(line, str) or not line.strip()]:
-                raise ConfigError(f"{name} has {bad[0]!r}: must be lines of text")
         self._check_gpus()
         self._check_time()
         self._check_extra()
@@ -221,67 +180,12 @@ class Options(base.Options):
         ours = {*_job_directives("", "", ""), *self.directives, "gpus", "array", "parsable", "wrap", "test-only", "no-requeue"}
         ours |= {"gpus-per-node", "cpus-per-task", "mem", "partition", "account", "qos", "constraint"}
         for line in self.extra:
-            name = line.removeprefix("--").partition("=")[0].strip()
-            if not line.startswith("--") or not line.isprintable() or not re.fullmatch(r"[a-z][a-z-]*", name):
-                raise ConfigError(f'extra has {line!r}: must be options of sbatch, as "--reservation=NAME"')
+            name = line.removeprefix("--").partition("=")[0]
             if name in ours:
                 raise ConfigError(f"extra has {line!r}: --{name} is set by the launcher, or by an option of this file")
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A job in Slurm's queue."""
-
-    id: int
-    cell: str
-    states: tuple[str, ...]
-    reason: str  # that it waits for, as Slurm calls it
-    description: str
-    start: float | None  # seconds since the epoch
-    nodes: str
-
-    @property
-    def state(self) -> str | None:
-        """QUEUED, RUNNING, DEAD; None: it has ended. Raises SubmitError for a state that is not known here."""
-        state = next((state for state, names in STATES if any(name in names for name in self.states)), "")
-        if state == "":
-            raise SubmitError(f"job {self.id} of {self.cell} is in a state that is not known here: {', '.join(self.states)}")
-        return DEAD if state == QUEUED and (self.never or self.not_launched) else state
-
-    @property
-    def ending(self) -> bool:
-        return any(name in ENDING for name in self.states)
-
-    @property
-    def never(self) -> bool:
-        """Whether it can't start before something is changed."""
-        return self.reason in NEVER
-
-    @property
-    def not_launched(self) -> bool:
-        """Whether Slurm holds it because it could not start it."""
-        return self.reason == HELD_AFTER or NOT_LAUNCHED in self.description.lower()
-
-    @property
-    def detail(self) -> str:
-        """Why it waits, or ends, in words."""
-        if self.state == RUNNING:
-            return "ending" if self.ending else ""
-        if self.not_launched:
-            return f"held by Slurm, which could not start it ({self.description or self.reason})"
-        if self.never:
-            return f"Slurm will not start it: {self.reason}"
-        flags = [name for name in self.states if name not in ("PENDING", "RUNNING")]
-        words = REASONS.get(self.reason, self.reason).format(id=self.id)
-        return ", ".join([*(flag.lower() for flag in flags), *([words] if words not in ("", "None") else [])])
-
-    @property
-    def job(self) -> Job:
-        state = self.state
-        return Job(self.cell, str(self.id), state, self.detail, self.start if state == RUNNING else None, self.nodes)
-
-
-class Executor(base.Executor):
+class Executor(queue.Executor):
     """A batch job per cell."""
 
     Options = Options
@@ -295,7 +199,7 @@ class Executor(base.Executor):
             if (os.path.isabs(path) or name == "code") and not os.path.exists(path):
                 raise ConfigError(f"{name} = {getattr(self.options, name)!r}: {path} is not there")
         try:
-            self._records()
+            self.records()
         except SubmitError as error:
             raise ConfigError(f"{error}: Slurm must answer, be 21.08 or newer, and have JSON") from error
         script = "\n".join(["#!/bin/bash", *self._directives("check", os.devnull), "true", ""])
@@ -305,11 +209,9 @@ class Executor(base.Executor):
 
     def submission(self, cell: Cell) -> Submission:
         file = self.layout.cell(cell.name) / "job.sbatch"
-        return Submission(cell.name, base.bash(["sbatch", "--parsable", _absolute(file)]), {file.name: self._script(cell)})
+        return Submission(cell.name, shlex.join(["sbatch", "--parsable", _absolute(file)]), {file.name: self._script(cell)})
 
-    def submit(self, cell: Cell) -> Job:
-        if (there := self._there(self._of(cell.name))) is not None:
-            return there
+    def launch(self, cell: Cell) -> int:
         folder = self.layout.cell(cell.name)
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_bytes(folder / "job.sbatch", self._script(cell).encode())
@@ -318,32 +220,22 @@ class Executor(base.Executor):
             if _may_pass(done.stderr):
                 raise SubmitError(f"sbatch failed: {_words(done.stderr)}")
             raise ConfigError(f"sbatch refuses {cell.name}: {_words(done.stderr)}")
-        mine = done.stdout.strip().partition(";")[0]  # ID, or ID;CLUSTER
-        alive = _alive(self._of(cell.name))
-        _cancel(alive[1:])  # another launcher came between
-        return alive[0].job if alive else Job(cell.name, mine, QUEUED)  # over already, and forgotten
+        return int(done.stdout.strip().partition(";")[0])  # ID, or ID;CLUSTER
 
-    def jobs(self) -> dict[str, Job]:
-        return {cell: shown.job for cell, mine in self._records().items() if (shown := _shown(mine)) is not None}
+    def end(self, records: Sequence[Record]) -> None:
+        if ids := sorted({record.id for record in records}):
+            done = _call("scancel", *map(str, ids))
+            others = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in GONE)]
+            if done.returncode and others:
+                raise SubmitError(f"scancel failed: {_words(done.stderr)}")
 
-    def cancel(self, cells: Sequence[str]) -> None:
-        records = self._records() if cells else {}
-        _cancel(record for cell in cells for record in records.get(cell, ()) if record.state is not None)
-
-    def reconcile(self, jobs: Mapping[str, Job]) -> list[str]:
-        """As Executor.reconcile. Why a job was never started is left in the cell's folder."""
-        notes, removed = [], []
-        for cell, mine in self._records().items():
-            if more := _alive(mine)[1:]:
-                removed += more
-                notes.append(f"{cell} had {len(more) + 1} jobs: cancelled all but {_alive(mine)[0].id}")
-            for record in mine:
-                if record.state == DEAD:
-                    removed.append(record)
-                    self._explain(record)
-                    notes.append(f"{cell}: {_why(record)}; cancelled")
-        _cancel(removed)
-        return notes
+    def records(self) -> dict[str, list[Record]]:
+        """This user's jobs of this grid."""
+        # Some versions ignore all filters of `squeue --json`.
+        done = _call("squeue", "--json", f"--user={os.getuid()}")
+        if done.returncode:
+            raise SubmitError(f"squeue failed: {_words(done.stderr)}")
+        return parse(done.stdout, base.grid_prefix(self.layout), os.getuid())
 
     # What a job is.
 
@@ -363,15 +255,16 @@ class Executor(base.Executor):
         # Slurm passes the number of CPUs on to no step by itself.
         srun = ["--kill-on-bad-exit=0", f"--wait={RANK_SECONDS}"]
         srun += [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
-        return SCRIPT.format(
-            directives="\n".join(lines),
-            folder=shlex.quote(folder),
-            exports="\n".join(f"export {name}={value}" for name, value in exports.items()),
-            setup=SETUP.format(lines="\n".join(options.setup)) if options.setup else "",
-            srun=" ".join(srun),
-            command=base.bash(base.training(cell, self.layout, python=options.python, code=options.code)),
-            preempted=run_folder.EXIT_PREEMPTED,
-        )
+        values = {
+            "directives": "\n".join(lines),
+            "folder": shlex.quote(folder),
+            "exports": "\n".join(f"export {name}={value}" for name, value in exports.items()),
+            "setup": SETUP.format(lines="\n".join(options.setup)) if options.setup else "",
+            "srun": " ".join(srun),
+            "command": shlex.join(cell.command(self.layout.cell(cell.name), options.python, options.code)),
+            "preempted": str(run_folder.EXIT_PREEMPTED),
+        }
+        return re.sub(r"@(\w+)@", lambda match: values[match[1]], SCRIPT.read_text())
 
     def _directives(self, cell: str, output: str) -> list[str]:
         """The #SBATCH lines of a cell's job. Its working directory is this one, which relative paths are of."""
@@ -383,7 +276,7 @@ class Executor(base.Executor):
     def _commit(self) -> str:
         """Commit of the code, for nodes without git; empty where it is not known here."""
         code = Path(self.options.code)
-        if code.resolve() == base.REPOSITORY:
+        if code.resolve() == REPOSITORY:
             return run_folder.commit() or ""
         return (storage.read_bytes(code / "COMMIT") or b"").decode().strip()  # an unpacked launch.executors.bundle
 
@@ -394,38 +287,6 @@ class Executor(base.Executor):
                 "the others share: give one on their file system"
             )
 
-    # What Slurm has.
-
-    def _records(self) -> dict[str, list[Record]]:
-        """This user's jobs of this grid by cell, ended ones too, by id."""
-        # Some versions ignore all filters of `squeue --json`.
-        done = _call("squeue", "--json", f"--user={os.getuid()}")
-        if done.returncode:
-            raise SubmitError(f"squeue failed: {_words(done.stderr)}")
-        return parse(done.stdout, base.grid_prefix(self.layout), os.getuid())
-
-    def _of(self, cell: str) -> list[Record]:
-        return self._records().get(cell, [])
-
-    def _there(self, mine: Sequence[Record]) -> Job | None:
-        """The job that a cell has. Raises SubmitError where the one that it has must be gone first."""
-        if alive := _alive(mine):
-            return alive[0].job
-        for record in mine:
-            if record.ending:
-                raise SubmitError(f"job {record.id} of {record.cell} is still ending")
-            if record.state == DEAD:
-                raise SubmitError(f"job {record.id} of {record.cell} must be cancelled first: {record.detail}")
-        return None
-
-    def _explain(self, record: Record) -> None:
-        folder = self.layout.cell(record.cell)
-        names = storage.names(folder)
-        if names and "result.json" not in names:
-            kind = "error" if record.never else "infrastructure"  # the latter is tried again
-            facts = {"class": kind, "reason": _why(record), "time": time.time(), "job": str(record.id)}
-            storage.write_json(folder / "host-failure.json", facts)
-
 
 def parse(text: str, prefix: str, user: int) -> dict[str, list[Record]]:
     """The jobs of a user (an id) in what `squeue --json` prints, whose names begin with `prefix`, by the rest of these.
@@ -435,24 +296,39 @@ def parse(text: str, prefix: str, user: int) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     try:
         for job in json.loads(text)["jobs"]:
-            name, states = job["name"] or "", job["job_state"]
-            if not name.startswith(prefix) or _number(job["user_id"]) != user:
-                continue
-            record = Record(
-                id=int(_number(job["job_id"])),
-                cell=name.removeprefix(prefix),
-                states=tuple(states.split()) if isinstance(states, str) else tuple(states),
-                reason=job["state_reason"] or "",
-                description=job["state_description"] or "",
-                start=_number(job["start_time"]) or None,
-                nodes=job["nodes"] or "",
-            )
-            found.setdefault(record.cell, []).append(record)
+            name, owner = job["name"] or "", _number(job["user_id"])
+            if name.startswith(prefix) and owner == user:
+                found.setdefault(name.removeprefix(prefix), []).append(_record(name.removeprefix(prefix), job))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SubmitError(f"`squeue --json` gives no list of jobs ({error!r}): {text[:300].strip()!r}") from error
-    for mine in found.values():
-        mine.sort(key=lambda record: record.id)
-    return found
+    return {cell: sorted(mine, key=lambda record: record.id) for cell, mine in found.items()}
+
+
+def _record(cell: str, job: dict[str, Any]) -> Record:
+    """A job as `squeue --json` has it. Raises SubmitError for a state that is not known here."""
+    number, states, reason = int(_number(job["job_id"])), job["job_state"], job["state_reason"] or ""
+    states = states.split() if isinstance(states, str) else states
+    state = next((state for state, names in STATES if any(name in names for name in states)), "")
+    if state == "":
+        raise SubmitError(f"job {number} of {cell} is in a state that is not known here: {', '.join(states)}")
+    ending = any(name in ENDING for name in states)
+    description = job["state_description"] or ""
+    never = reason in NEVER
+    flags = [name.lower() for name in states if name not in ("PENDING", "RUNNING")]
+    words = REASONS.get(reason, reason).format(id=number)
+    failure = None
+    if state == RUNNING:
+        detail = "ending" if ending else ""
+    elif state == QUEUED and (reason == HELD_AFTER or NOT_LAUNCHED in description.lower()):
+        state, detail = DEAD, f"held by Slurm, which could not start it ({description or reason})"
+    elif state == QUEUED and never:
+        state, detail = DEAD, f"Slurm will not start it: {reason}"
+    else:
+        detail = ", ".join([*flags, *([words] if words not in ("", "None") else [])])
+    if state == DEAD:
+        failure = f"job {number}: {detail}" + ("; change the options or the grid, then `retry`" if never else "")
+    since = _number(job["start_time"]) or None if state == RUNNING else None
+    return Record(cell, number, state, detail, since, job["nodes"] or "", ending, failure, is_final=never)
 
 
 def _number(value: Any) -> float | None:
@@ -460,30 +336,6 @@ def _number(value: Any) -> float | None:
     if isinstance(value, dict):
         return value["number"] if value["set"] and not value["infinite"] else None
     return value
-
-
-def _alive(records: Iterable[Record]) -> list[Record]:
-    """Jobs that run, or will; the first is the cell's."""
-    return [record for record in records if record.state in (QUEUED, RUNNING) and not record.ending]
-
-
-def _shown(records: Sequence[Record]) -> Record | None:
-    """The job that stands for a cell: one that is alive, else one that ends, else a DEAD one."""
-    rest = [record for record in records if record.state is not None]
-    return next(iter([*_alive(rest), *(record for record in rest if record.ending), *rest]), None)
-
-
-def _why(record: Record) -> str:
-    return f"job {record.id}: {record.detail}" + ("; change the options or the grid, then `retry`" if record.never else "")
-
-
-def _cancel(records: Iterable[Record]) -> None:
-    """Raises SubmitError when Slurm does not do it; jobs that have ended by themselves are no error."""
-    if ids := sorted({record.id for record in records}):
-        done = _call("scancel", *map(str, ids))
-        others = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in GONE)]
-        if done.returncode and others:
-            raise SubmitError(f"scancel failed: {_words(done.stderr)}")
 
 
 def _job_directives(name: str, output: str, folder: str) -> dict[str, Any]:
@@ -516,7 +368,7 @@ def _call(program: str, *arguments: str, text: str | None = None) -> subprocess.
     kept = ("SLURM_CONF", "SLURM_JWT")
     environment = {name: value for name, value in os.environ.items() if name in kept or not name.startswith(own)}
     hint = ": see that this is a login node, and whether slurmctld is overloaded"
-    return base.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
+    return queue.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
 
 
 def _may_pass(stderr: str) -> bool:

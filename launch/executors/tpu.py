@@ -29,16 +29,13 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from etils import epath
+from typing import Any, ClassVar, NoReturn
 
 from gqa_jax import errors, storage
-from gqa_jax.data import store
 from gqa_jax.errors import ConfigError
+from launch.cells import Cell, record
 from launch.executors import base, bundle
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
-from launch.grid import Cell
 
 PROVISIONING = ("spot", "guaranteed", "reserved")
 EXAMPLE_PROJECT = "my-project"  # of configs/clusters/tpu.toml
@@ -66,8 +63,17 @@ _ENDING = ("SUSPENDING", "DELETING")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(base.Options):
+class Options(bundle.Options):
     """Of configs/clusters/tpu.toml. `topology` is that of one slice."""
+
+    least: ClassVar = {"slices": 1}
+    forms: ClassVar = bundle.Options.forms | {
+        "project": (r"[a-z][a-z0-9:.-]{3,60}[a-z0-9]", f'the id of a Google Cloud project, like "{EXAMPLE_PROJECT}"'),
+        "zones": (r"[a-z]+-[a-z]+\d+-[a-z]\w*", 'like "us-west4-a"'),
+        "tags": (r"[a-z][a-z0-9-]{0,62}", 'like "allow-internal"'),
+        "service_account": (r"[^@\s]+@[\w.-]+\.gserviceaccount\.com", "an e-mail, NAME@PROJECT.iam.gserviceaccount.com"),
+    }
+    claims = ("project", "zones")
 
     project: str = ""  # id of the Google Cloud project that pays; its quota counts
     zones: list = dataclasses.field(default_factory=list)  # names, in order of preference
@@ -83,23 +89,14 @@ class Options(base.Options):
     tags: list = dataclasses.field(default_factory=list)  # network tags, for firewall rules
     valid_until_hours: float = 24.0  # that a request may wait; then it fails, and the next one goes to the next zone
     max_run_hours: float = 48.0  # of a slice, from its first training on; then training saves and the slice goes
-    bundle: str | None = None  # <sha256>.tar.gz of the code, a file or on gs://; None: made of this checkout
-    python: str | None = None  # of the image, with the dependencies of gqa_jax; None: an environment is made at boot
-    setup: list = dataclasses.field(default_factory=list)  # lines of bash before training, as root in the code's folder
-    shared_root: bool = False  # the grid's folder is no gs://, but a file system that all hosts mount at the same place
     api_endpoint: str | None = None  # HOST of the API; None: tpu.googleapis.com; http://HOST:PORT: an emulator, without TLS
 
     def __post_init__(self):
         super().__post_init__()
         if self.slice is None or not self.slice.is_tpu:
             raise ConfigError(f'topology = {self.topology!r}: name the TPU slice of a cell, like "v5e:4x4"')
-        if not re.fullmatch(r"[a-z][a-z0-9:.-]{3,60}[a-z0-9]", self.project):
-            raise ConfigError(f'project = {self.project!r}: must be the id of a Google Cloud project, like "{EXAMPLE_PROJECT}"')
         if not self.zones or len(set(self.zones)) != len(self.zones):
             raise ConfigError(f'zones = {self.zones!r}: must be zones in order of preference, each once, like ["us-west4-a"]')
-        _require_texts("zones", self.zones, r"[a-z]+-[a-z]+\d+-[a-z]\w*", '"us-west4-a"')
-        _require_texts("tags", self.tags, r"[a-z][a-z0-9-]{0,62}", '"allow-internal"')
-        _require_texts("setup", self.setup, r"(?s).*", '"mount /data"')
         for name, value in self.labels.items():
             fits = isinstance(value, str) and re.fullmatch(r"[a-z0-9_-]{0,63}", value)
             if not fits or not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", name):
@@ -110,30 +107,14 @@ class Options(base.Options):
             raise ConfigError(
                 f'reservation = {self.reservation!r}: its name goes with provisioning = "reserved", and only with it'
             )
-        if self.slices < 1:
-            raise ConfigError(f"slices = {self.slices}: must be at least 1")
         for name in ("valid_until_hours", "max_run_hours"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be above 0")
-        if self.service_account is not None and not re.fullmatch(
-            r"[^@\s]+@[\w.-]+\.gserviceaccount\.com", self.service_account
-        ):
-            raise ConfigError(
-                f"service_account = {self.service_account!r}: must be an e-mail, NAME@PROJECT.iam.gserviceaccount.com"
-            )
-        if self.bundle is not None:
-            bundle.find(self.bundle)
 
     @property
     def image(self) -> str:
         """Runtime version of the machines."""
         return self.runtime_version or self.slice.chip.tpu.image
-
-
-def _require_texts(name: str, values: Sequence[Any], pattern: str, example: str) -> None:
-    for value in values:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise ConfigError(f"{name}: {value!r} must be like {example}")
 
 
 def accelerator(topology: base.Slice) -> tuple[str, str | None]:
@@ -162,10 +143,11 @@ class _Request:
         return self.state not in (*_DEAD, *_ENDING)
 
 
-class Executor(base.Executor):
+class Executor(bundle.Executor):
     """Cells as queued resources."""
 
     Options = Options
+    machines = "the hosts of a slice"
     sleep = staticmethod(time.sleep)
     random = random.Random()
 
@@ -182,29 +164,18 @@ class Executor(base.Executor):
         request, folder = self._request(cell, zone), self.layout.cell(cell.name)
         kind, chip = accelerator(options.slice)
         shape = options.slice.shape
-        argv = [
-            "gcloud",
-            "compute",
-            "tpus",
-            "queued-resources",
-            "create",
-            job,
-            f"--project={options.project}",
-            f"--zone={zone}",
-        ]
+        argv = ["gcloud", "compute", "tpus", "queued-resources", "create", job]
+        argv += [f"--project={options.project}", f"--zone={zone}"]
         argv += [f"--accelerator-type={kind}"] if chip is None else [f"--type={options.slice.chip.name}", f"--topology={shape}"]
         argv += [f"--runtime-version={options.image}"]
         argv += [f"--node-id={job}"] if options.slices == 1 else [f"--node-count={options.slices}", f"--node-prefix={job}"]
-        argv += {
-            "spot": ["--spot"],
-            "guaranteed": [],
-            "reserved": ["--reserved", f"--reservation={options.reservation}"],
-        }[options.provisioning]
+        tiers = {"spot": ["--spot"], "guaranteed": [], "reserved": ["--reserved", f"--reservation={options.reservation}"]}
+        argv += tiers[options.provisioning]
         argv += [f"--valid-until-duration={_seconds(options.valid_until_hours)}s"]
         argv += [f"--metadata-from-file=startup-script={folder / 'startup.sh'}"]
         script = request["queued_resource"]["tpu"]["node_spec"][0]["node"]["metadata"]["startup-script"]
         text = json.dumps(request, indent=1) + "\n"
-        return Submission(cell.name, base.bash(argv), {"queued-resource.json": text, "startup.sh": script})
+        return Submission(cell.name, shlex.join(argv), {"queued-resource.json": text, "startup.sh": script})
 
     def _request(self, cell: Cell, zone: str) -> dict[str, Any]:
         """Arguments of `create_queued_resource`, as JSON."""
@@ -232,28 +203,18 @@ class Executor(base.Executor):
             spec["multislice_params"] = {"node_count": options.slices, "node_id_prefix": job}
         resource: dict[str, Any] = {"tpu": {"node_spec": [spec]}}
         resource["queueing_policy"] = {"valid_until_duration": {"seconds": _seconds(options.valid_until_hours)}}
-        match options.provisioning:
-            case "spot":
-                resource["spot"] = {}
-            case "guaranteed":
-                resource["guaranteed"] = {}
-            case "reserved":
-                resource["guaranteed"] = {}
-                resource["reservation_name"] = f"{parent}/reservations/{options.reservation}"
-                node["scheduling_config"] = {"reserved": True}
+        resource["spot" if options.provisioning == "spot" else "guaranteed"] = {}
+        if options.provisioning == "reserved":
+            resource["reservation_name"] = f"{parent}/reservations/{options.reservation}"
+            node["scheduling_config"] = {"reserved": True}
         return {"parent": parent, "queued_resource_id": job, "queued_resource": resource}
 
     def _script(self, cell: Cell, zone: str) -> str:
         """tpu_startup.sh with the settings of a cell."""
-        options, code = self.options, self._bundle
-        stores = cell.config.data.store
-        if stores not in store.BUILT_IN and not storage.is_remote(stores) and not options.shared_root:
-            raise ConfigError(
-                f"data.store = {stores!r} of {cell.name} is on this machine, and the hosts of a slice don't see it: copy it to "
-                "gs://, or use a built-in one"
-            )
+        options, code = self.options, self.bundle
+        self.check_store(cell)
         python = options.python or "../env/bin/python"  # seen from the folder of the code
-        command = [*base.training(cell, self.layout, python=python, code="."), "--distributed=on"]
+        command = [*cell.command(self.layout.cell(cell.name), python, "."), "--distributed=on"]
         endpoint = (options.api_endpoint or "tpu.googleapis.com").removeprefix("http://")
         values = {
             "JOB": base.job_name(self.layout, cell.name),
@@ -275,20 +236,6 @@ class Executor(base.Executor):
         assert mark
         return before + "\n".join(lines) + "\n" + after
 
-    @functools.cached_property
-    def _packed(self) -> bytes | None:
-        """The code, read once, so that all cells of this launcher run the same; None: an option names it."""
-        return bundle.pack() if self.options.bundle is None else None
-
-    @property
-    def _bundle(self) -> bundle.Bundle:
-        """Where the hosts find the code."""
-        folder = storage.path(self.layout.root) / "code"
-        if self._packed is not None:
-            return bundle.named(folder, self._packed)
-        given = bundle.find(self.options.bundle)
-        return bundle.Bundle(folder / f"{given.sha256}.tar.gz", given.sha256)
-
     # Before anything is submitted
 
     def check(self) -> None:
@@ -296,23 +243,16 @@ class Executor(base.Executor):
 
         What is not asked: quota, whether the service account exists and may delete the slice and write to the bucket.
         """
-        options, root = self.options, os.fspath(self.layout.root)
+        options = self.options
         if options.project == EXAMPLE_PROJECT and options.api_endpoint is None:
             raise ConfigError(f'project = "{EXAMPLE_PROJECT}" is the example: write the id of yours (gcloud projects list)')
-        if not storage.is_remote(root) and not options.shared_root:
-            raise ConfigError(
-                f"the grid's folder {root} is on this machine, and the hosts of a slice don't see it: use --root "
-                "gs://BUCKET/FOLDER, or shared_root = true for a file system that all of them mount there"
-            )
-        if not storage.is_remote(root) and not os.path.isabs(root):
-            raise ConfigError(
-                f"the grid's folder {root} is relative: with shared_root, give --root as the hosts see it, from /"
-            )
-        if self._packed is not None:
-            bundle.check_content(self._bundle, self._packed)
-        else:
-            bundle.check(bundle.find(options.bundle))
-        known = {location.location_id for location in self._locations()}
+        self.check_root()
+        self.check_bundle()
+        ask = {"name": f"projects/{options.project}", "page_size": 500}
+        listed = self._ask(
+            f"zones of {options.project}", lambda: self._client.list_locations(request=ask, timeout=CALL_SECONDS)
+        )
+        known = {location.location_id for location in listed.locations}
         kind, chip = accelerator(options.slice)
         shape = options.slice.shape
         for zone in options.zones:
@@ -327,31 +267,15 @@ class Executor(base.Executor):
                 names = sorted(name for name in has[zone] if isinstance(name, str))
                 where = f"there are some in {', '.join(others)}" if others else errors.closest(kind, names)
                 raise ConfigError(f"topology = {options.topology!r} is {kind}, which zone {zone} does not have: {where}")
-            listed = self._ask(f"images of {zone}", lambda zone=zone: list(self._list("list_runtime_versions", zone)))
-            images = {version.version for version in listed}
+            images = {version.version for version in self._list("runtime_versions", zone)}
             if options.image not in images:
                 close = errors.closest(options.image, sorted(images))
                 raise ConfigError(f"runtime_version = {options.image!r} is not in zone {zone}: {close}")
 
-    def prepare(self) -> None:
-        """Puts the bundle of the code to code/ of the grid's folder. Raises ConfigError when that can't be written."""
-        storage.check_writable(self.layout.root)
-        if self._packed is not None:
-            bundle.make(storage.path(self.layout.root) / "code", self._packed)
-        else:
-            bundle.put(bundle.find(self.options.bundle), storage.path(self.layout.root) / "code")
-
-    def _locations(self) -> list[Any]:
-        ask = {"name": f"projects/{self.options.project}", "page_size": 500}
-        listed = self._ask(
-            f"zones of {self.options.project}", lambda: self._client.list_locations(request=ask, timeout=CALL_SECONDS)
-        )
-        return list(listed.locations)
-
     def _accelerators(self, zone: str) -> set[str | tuple[str, str]]:
         """Accelerator types of a zone, and the (chip, shape) that may be asked for."""
         found: set[str | tuple[str, str]] = set()
-        for kind in self._ask(f"slices of {zone}", lambda: list(self._list("list_accelerator_types", zone))):
+        for kind in self._list("accelerator_types", zone):
             found |= {kind.type_} | {(shape.type_.name, shape.topology) for shape in kind.accelerator_configs}
         return found
 
@@ -367,7 +291,8 @@ class Executor(base.Executor):
         for zone in self._zones_for(cell.name):
             request = self._request(cell, zone)
             try:
-                operation = self._call(lambda request=request: self._create(request))
+                create = functools.partial(self._client.create_queued_resource, request=request, timeout=CALL_SECONDS)
+                operation = self._call(create)
                 if operation.operation.HasField("error"):  # refused before it was queued
                     raise exceptions.from_grpc_status(operation.operation.error.code, operation.operation.error.message)
             except exceptions.AlreadyExists:
@@ -384,19 +309,16 @@ class Executor(base.Executor):
 
     def _zones_for(self, cell: str) -> list[str]:
         """The zones, the one to ask first at their front: the next one where the last request led to no training."""
-        zones, folder = list(self.options.zones), epath.Path(self.layout.cell(cell))
+        zones, folder = list(self.options.zones), self.layout.cell(cell)
         submissions, attempts = storage.names(folder / "submissions"), storage.names(folder / "attempts")
         if len(zones) == 1 or not submissions:
             return zones
-        last = storage.read_json(folder / "submissions" / submissions[-1]) or {}
-        began = (storage.read_json(folder / "attempts" / attempts[-1]) or {}).get("time", 0.0) if attempts else 0.0
+        last = record(folder / "submissions" / submissions[-1])
+        began = record(folder / "attempts" / attempts[-1]).get("time", 0.0) if attempts else 0.0
         if last.get("where") not in zones:
             return zones
         first = zones.index(last["where"]) + (began < last.get("time", 0.0))
         return zones[first:] + zones[:first]
-
-    def _create(self, request: Mapping[str, Any]) -> Any:
-        return self._client.create_queued_resource(request=dict(request), timeout=CALL_SECONDS)
 
     def _one(self, cell: str) -> Job | None:
         """The request of a cell that lives, in the earliest of the zones; those in later ones are deleted.
@@ -475,15 +397,11 @@ class Executor(base.Executor):
         return f"deleted the request of {request.cell} in {request.zone}: {why}"
 
     def _is_long_done(self, cell: str, now: float) -> bool:
-        folder = epath.Path(self.layout.cell(cell))
+        folder = self.layout.cell(cell)
         if "result.json" not in storage.names(folder):
             return False
-        last = (storage.read_json(folder / "heartbeat.json") or {}).get("time", 0.0)
+        last = record(folder / "heartbeat.json").get("time", 0.0)
         return now - last > LINGER_SECONDS
-
-    def logs(self, cell: str) -> list[epath.Path]:
-        folder = epath.Path(self.layout.cell(cell)) / "logs"
-        return [folder / name for name in storage.names(folder) if name.endswith(".txt")]
 
     # The API
 
@@ -511,20 +429,22 @@ class Executor(base.Executor):
     def _name(self, cell: str, zone: str) -> str:
         return f"{self._parent(zone)}/queuedResources/{base.job_name(self.layout, cell)}"
 
-    def _list(self, method: str, zone: str) -> Iterable[Any]:
-        """All pages of a listing."""
-        return getattr(self._client, method)(parent=self._parent(zone), timeout=CALL_SECONDS)
+    def _list(self, what: str, zone: str) -> list[Any]:
+        """All pages of a listing. Raises SubmitError, ConfigError."""
+        listing = getattr(self._client, f"list_{what}")
+        ask = lambda: list(listing(parent=self._parent(zone), timeout=CALL_SECONDS))  # noqa: E731
+        return self._ask(f"{what.replace('_', ' ')} of {zone}", ask)
 
     def _requests(self, cells: Iterable[str] | None = None) -> list[_Request]:
         """Requests of this grid in all zones, in their order; of these cells alone. Raises SubmitError, ConfigError."""
         prefix, wanted = base.grid_prefix(self.layout), None if cells is None else set(cells)
 
         def of(zone: str) -> list[_Request]:
-            listed = self._ask(f"requests in {zone}", lambda: list(self._list("list_queued_resources", zone)))
+            listed = self._list("queued_resources", zone)
             ours = [request for request in listed if request.name.rpartition("/")[2].startswith(prefix)]
             made = {}
             if any(request.state.state.name == "ACTIVE" for request in ours):  # a request does not say since when
-                for node in self._ask(f"machines in {zone}", lambda: list(self._list("list_nodes", zone))):
+                for node in self._list("nodes", zone):
                     at = node.create_time.timestamp() if node.create_time else None
                     made[node.queued_resource.rpartition("/")[2]] = at
             found = [self._read(request, made) for request in ours]

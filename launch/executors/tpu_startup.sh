@@ -205,6 +205,11 @@ train() {
             75) ;;
             12[67]) fail "training could not be started (code ${code}): $(tail -n 1 "${LOG}")" ;;
             1[3-9][0-9]) fail "training was ended by signal $(kill -l "${code}"), perhaps out of memory" ;;
+            1) # a module that is missing, in the bundle or the environment, leaves training no way to say so
+                env "${VARIABLES[@]}" "${COMMAND[0]}" -c 'import gqa_jax.train' 9>&- ||
+                    fail "training can't be imported: $(tail -n 1 "${LOG}")"
+                exit 1
+                ;;
             *) exit "${code}" ;; # it has said why in exit.json, or it is done
         esac
         say "training was preempted on another host; it starts again in ${RESTART_SECONDS} s"
