@@ -93,8 +93,7 @@ TABLE = (
         ".errors .costs .config .storage .training.evaluation .training.run_folder",
         lazily=".training.metrics",
     ),
-    Row("gqa_jax.shape_search", ".shapes .costs"),
-    Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
+    Row("gqa_jax.laws", ".errors .formatting .shapes .costs"),
     Row("gqa_jax.laws.external", ".errors .storage .results .laws"),
     Row("gqa_jax.search.invariance", ".laws"),
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
@@ -109,12 +108,12 @@ TABLE = (
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
+        ".formatting .shapes .costs .laws .search.roofline .search.objectives .search.ranking .search.shape_rule",
     ),
     Row(
         "gqa_jax.search.optimum",
-        ".formatting .shapes .costs .shape_search .laws .search.roofline .search.objectives .search.ranking "
-        ".search.shape_rule .search.answer .search.candidates",
+        ".formatting .shapes .costs .laws .search.roofline .search.objectives .search.ranking .search.shape_rule "
+        ".search.answer .search.candidates",
     ),
     Row(
         "gqa_jax.search.own_answer",
@@ -125,19 +124,19 @@ TABLE = (
         "gqa_jax.search.devices",
         ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline",
     ),
-    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
+    Row("gqa_jax.search.equal_compute", ".costs .laws .search.objectives .search.ranking"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .shape_search .laws .search.invariance .search.objectives "
-        ".search.shape_rule .search.candidates .search.optimum",
+        ".formatting .shapes .costs .results .laws .search.invariance .search.objectives .search.shape_rule "
+        ".search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
-        ".errors .formatting .storage .results .shape_search .laws .laws.external .search.presets "
-        ".search.objectives .search.candidates .search.optimum",
+        ".errors .formatting .costs .storage .results .laws .laws.external .search.presets .search.objectives "
+        ".search.candidates .search.optimum",
     ),
-    Row("gqa_jax"),
+    Row("gqa_jax", lazily=".results .laws.external .search.invariance .search.presets .search.study"),
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.executors"),
@@ -190,8 +189,8 @@ TABLE = (
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .shapes .storage .results .shape_search .laws .search.invariance .search.answer "
-        ".search.objectives .search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
+        ".errors .formatting .shapes .costs .storage .results .laws .search.invariance .search.answer .search.objectives "
+        ".search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(
         "launch.analysis",
@@ -213,7 +212,7 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
         ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
         ".training.checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner "
-        ".planning.topologies .results .shape_search .laws .search.presets .search.own_model .search.roofline "
+        ".planning.topologies .results .laws .search.presets .search.own_model .search.roofline "
         ".search.objectives .search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies "
         "launch.report launch.findings tests",
         outside="jax",

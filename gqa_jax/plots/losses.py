@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from gqa_jax import costs, formatting
+from gqa_jax.costs import solve_shape
 from gqa_jax.laws import Heads, PowerLaw, fit_by_heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import cost_axes, labels, style, tables
-from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import HEAD_DIM, VOCAB_SIZE, Aspect
 
 LOSS = "held-out loss (nats per token)"

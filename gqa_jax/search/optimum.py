@@ -1,7 +1,7 @@
 """Cost-optimal heads and shape, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1.
 
 1. Fit L(N; H) for every head configuration H (`gqa_jax.laws`). 2. Solve N*(H) for the loss that must be reached (Eq. 8).
-3. Turn N* into a shape (`shape_rule`, `shape_search`), evaluate a cost at the served context (`objectives`), compare the H
+3. Turn N* into a shape (`shape_rule`, `costs.solve_shape`), evaluate a cost at the served context (`objectives`), compare the H
 (Eq. 9).
 
 The same is done for every joint draw of the laws' coefficients and of what the shape costs in loss (`gqa_jax.laws.shape`): each
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, formatting, shape_search
+from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw, posterior
 from gqa_jax.laws.shape import REACH, Price
 from gqa_jax.search import objectives, ranking
@@ -535,7 +535,7 @@ def _buildable(
         penalty = rule.penalty if rule.aspect is None else dataclasses.replace(rule.penalty, by_size=rule.aspect)
         rule = dataclasses.replace(rule, penalty=penalty, aspect=None, ratios_R=np.geomspace(*bounds, RATIOS))
         table, i = table.alone(heads, rule), 0
-    found_shapes = shape_search.reaching(
+    found_shapes = costs.buildable_shapes(
         n_params, heads, ratio, bounds, lambda r: _SPARE * table.needed(i, r), int(head_dim), int(vocab_size), convention,
         ffn_ratio, multiple=64 if n_params > 1e7 else 16,
     )  # fmt: skip
