@@ -3,7 +3,7 @@
 Source: arXiv 2503.09579v2, Tables 2, 3 and 8, Equation 5. What counts differs between the paper's equations, its figures
 and the model that is really trained, so every function takes a named `Convention`; none is ever assumed silently to be
 another. Shapes may be real-valued: the search of Section 4.1 needs models between the ones that can be built
-(`solve_shape`, Appendix B.1; `buildable_shapes` are those about it).
+(`solve_shape`, Appendix B.1; `buildable_shapes` are the ones that can be built).
 
 Symbols: T context length, N parameters, D training tokens, L layers, d hidden size, d_h head size, F feed-forward width.
 Everything broadcasts over NumPy arrays of contexts and of the fields of a shape. All costs are affine in T or, for a whole
@@ -280,18 +280,6 @@ def serving_costs(
         "c_train": train_flops(shape, train_context, tokens, convention),
         "m_train": train_memory(shape, train_context, convention),
     }
-
-
-def expected(cost: Callable[[Any], Any], contexts: Any, weights: Any = None) -> float:
-    """Mean of `cost(T)` under a distribution of context lengths; equal weights when none are given.
-
-    For a cost that is affine in T (per-token FLOPs, memory) this is the cost at the mean context (Section 3).
-    """
-    contexts = np.asarray(contexts, np.float64)
-    weights = np.ones_like(contexts) if weights is None else np.asarray(weights, np.float64)
-    if contexts.size == 0 or contexts.shape != weights.shape or (weights < 0).any() or not weights.sum() > 0:
-        raise ValueError(f"one weight, at least 0, per context and a positive sum; got contexts {contexts}, weights {weights}")
-    return float(np.sum(weights * cost(contexts)) / weights.sum())
 
 
 def dtype_bytes(dtype: str) -> float:
