@@ -5,8 +5,8 @@
 and the long ones: `load_evaluations`, the loss of each run by source and position, and `load_differences`, between two runs.
 
 `LOSS_COLUMNS`, `COST_COLUMNS`, `EVALUATION_COLUMNS` and `DIFFERENCE_COLUMNS` are the schema: every column with its type, unit
-and meaning. What is not known is an empty cell, never 0. Runs of the first version are in the tables, under the rules that were
-theirs (`gqa_jax.config.TrainConfig.rules`).
+and meaning. One more of what a run's result.json or configuration has is one more line there. What is not known is an empty
+cell, never 0. Runs of the first version are in the tables, under their own rules (`gqa_jax.config.TrainConfig.rules`).
 """
 
 from __future__ import annotations

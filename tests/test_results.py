@@ -41,6 +41,20 @@ def test_loss_table_obeys_its_schema(folder):
             "device"} <= set(table.columns)  # fmt: skip
 
 
+def test_a_new_column_is_one_line(folder, monkeypatch):
+    """What the configuration has by its field, what result.json has by its own name; what a run lacks is empty."""
+    new = (
+        results.Column("window", "Int64", "", "of the evaluation", "evaluation.tokens"),
+        results.Column("step", "Int64", "", "optimizer steps done"),
+        results.Column("watts", "Float64", "W", "of the device"),
+    )
+    monkeypatch.setattr(results, "LOSS_COLUMNS", (*results.LOSS_COLUMNS, *new))
+    table = gqa_jax.load_results(folder)
+    assert (table["step"] == table["steps"]).all()
+    assert table["window"].notna().all()
+    assert table["watts"].isna().all()
+
+
 def leave_out(folder, *names):
     """As when the grid was changed, and run again, since these cells were."""
     facts = storage.read_json(folder / "grid.json")
