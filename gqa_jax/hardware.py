@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gqa_jax.errors import close
+from gqa_jax.errors import closest
 
 GIB = 2**30
 #: Of a GPU's memory that JAX takes unless the environment says otherwise (`memory_fraction`).
@@ -617,8 +617,7 @@ def find(name: str) -> Slice:
         raise ValueError(
             f"unknown topology {name!r}: of {chip.name} there are {', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
         )
-    meant = close(name, SLICES)
-    raise ValueError(f"unknown topology {name!r}: " + (f"did you mean {meant!r}?" if meant else f"there are {listing()}"))
+    raise ValueError(f"unknown topology {name!r}: {closest(name, SLICES, f'there are {listing()}')}")
 
 
 def listing() -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gqa_jax.errors import close, closest
+from gqa_jax.errors import closest
 from gqa_jax.hardware import CHIPS, Price
 
 SPOT, ON_DEMAND = "spot", "on-demand"
@@ -133,9 +133,8 @@ def _missing(words: str) -> str:
     for name in names:
         if not any(_has(price, name) for price in rows):
             known = {word.lower() for price in rows for word in (*price.vendor.split(), *price.product.split(), price.region)}
-            meant = close(name, sorted(known))
-            hint = "" if meant is None else f", did you mean {meant!r}?"
-            return f"no list price has {name!r} in its vendor, product or region{hint}; {_names()}"
+            hint = closest(name, sorted(known), "")
+            return f"no list price has {name!r} in its vendor, product or region{hint and ', ' + hint}; {_names()}"
     near = dict.fromkeys(f"{price.product}{f' {SPOT}' * price.spot}" for price in rows if not names or _has(price, names[0]))
     return f"no list price has all of these words, {SPOT if spot else ON_DEMAND}; there are {', '.join(near)}"
 
