@@ -11,6 +11,7 @@ are attributes, imported when they are asked for: `presets`, `laws`, `search`, `
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
@@ -27,17 +28,22 @@ __all__ = [
 ]  # fmt: skip
 
 _ELSEWHERE = {"load_study": "search.study", "load_table": "laws.external"}  # the other functions are of `results`
-_MODULES = {module.name: module.name for module in pkgutil.iter_modules(__path__)}
-_MODULES |= {"invariance": "search.invariance", "presets": "search.presets"}  # known by these names too
+
+
+@functools.cache
+def _modules() -> dict[str, str]:
+    """Where the modules are that are attributes."""
+    known = {module.name: module.name for module in pkgutil.iter_modules(__path__)}
+    return known | {"invariance": "search.invariance", "presets": "search.presets"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'results')}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    if name in _modules():
+        return importlib.import_module(f"{__name__}.{_modules()[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))])
+    return sorted([*__all__, *_modules(), *(name for name in globals() if name.startswith("__"))])
