@@ -126,10 +126,9 @@ def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", *note: str, chea
       note: explains, in small print above the axes, a paragraph each in lines as long as the figure is wide; "" is none.
       cheaper: "x" or "y": that axis is a cost, which is less towards its beginning.
     """
-    for label, text, beginning in (("x", xlabel, "left"), ("y", ylabel, "bottom")):
-        is_cost = cheaper == label
-        place = beginning if is_cost else None
-        getattr(ax, f"set_{label}label")(_CHEAPER * is_cost + text, fontsize=TEXT, color=INK, loc=place)
+    along_x, along_y = cheaper == "x", cheaper == "y"
+    ax.set_xlabel(_CHEAPER * along_x + xlabel, fontsize=TEXT, color=INK, loc="left" if along_x else None)
+    ax.set_ylabel(_CHEAPER * along_y + ylabel, fontsize=TEXT, color=INK, loc="bottom" if along_y else None)
     ax.tick_params(labelsize=SMALL, color="0.6", labelcolor=INK, length=3, width=0.7)
     ax.tick_params(which="minor", length=1.8, width=0.5)
     ax.grid(True, which="major", linewidth=0.5, color="0.91")
