@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, shape_search
+from gqa_jax import costs
 from gqa_jax.laws import Heads, bends, evidence
 from gqa_jax.search import objectives
 from gqa_jax.shapes import Aspect
@@ -235,7 +235,7 @@ class Grid:
 
     def cost(self, size_H: np.ndarray) -> np.ndarray:
         """Z_H of models of N = size_H at the served context; inf where a size is."""
-        shape = shape_search.solve_shape(size_H, self.truth.heads, Aspect.constant(ASPECT))
+        shape = costs.solve_shape(size_H, self.truth.heads, Aspect.constant(ASPECT))
         with np.errstate(over="ignore"):  # sizes that are astronomical
             cost = objectives.Z()(shape, self.served)
         return np.where(np.isfinite(shape.n_layers), cost, np.inf)

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import coverage_grids as grids
-from gqa_jax import shape_search
+from gqa_jax import costs
 from gqa_jax.laws import Heads, fit_by_heads, planning
 from gqa_jax.search import next_runs, objectives, optimum, presets, ranking
 from gqa_jax.shapes import SIZES, Aspect
@@ -162,8 +162,8 @@ def _answer(table: pd.DataFrame):
 
 def _true_regret(truth: dict) -> dict[Heads, float]:
     sizes = np.array([1e9 * ((LOSS - entropy) / amplitude) ** (-1 / b) for amplitude, b, entropy in truth.values()])
-    costs = objectives.Z()(shape_search.solve_shape(sizes, list(truth), ASPECT), CONTEXT)
-    return dict(zip(truth, ranking.regret(costs), strict=True))
+    cost = objectives.Z()(costs.solve_shape(sizes, list(truth), ASPECT), CONTEXT)
+    return dict(zip(truth, ranking.regret(cost), strict=True))
 
 
 def _spend(order: list[next_runs.Candidate], budget: float) -> list[str]:

@@ -14,35 +14,36 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_FUNCTIONS = {  # name -> module; pandas is imported when one is asked for
-    "load_costs": "results",
-    "load_differences": "results",
-    "load_evaluations": "results",
-    "load_metrics": "results",
-    "load_results": "results",
-    "load_study": "search.study",
-    "load_table": "laws.external",
-}
+if TYPE_CHECKING:
+    from gqa_jax.laws.external import load_table
+    from gqa_jax.results import load_costs, load_differences, load_evaluations, load_metrics, load_results
+    from gqa_jax.search import invariance as invariance
+    from gqa_jax.search import presets as presets
+    from gqa_jax.search.study import load_study
 
-_MODULES = {"invariance": "search.invariance", "presets": "search.presets"}  # known by these names too
+__all__ = [
+    "load_costs", "load_differences", "load_evaluations", "load_metrics", "load_results", "load_study", "load_table",
+]  # fmt: skip
 
-__all__ = list(_FUNCTIONS)
+_ELSEWHERE = {"load_study": "search.study", "load_table": "laws.external"}  # the other functions are of `results`
 
 
 @functools.cache
-def _modules() -> tuple[str, ...]:
-    return tuple(module.name for module in pkgutil.iter_modules(__path__))
+def _modules() -> dict[str, str]:
+    """Where the modules are that are attributes."""
+    known = {module.name: module.name for module in pkgutil.iter_modules(__path__)}
+    return known | {"invariance": "search.invariance", "presets": "search.presets"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
-    if name in (*_modules(), *_MODULES):
-        return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'results')}"), name)
+    if name in _modules():
+        return importlib.import_module(f"{__name__}.{_modules()[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_modules(), *_MODULES, *(name for name in globals() if name.startswith("__"))])
+    return sorted([*__all__, *_modules(), *(name for name in globals() if name.startswith("__"))])

@@ -16,11 +16,12 @@ def close(name: str, allowed: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(allowed), n=1)), None)
 
 
-def closest(name: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "did you mean 'x'?", or all of `allowed` when none is close."""
+def closest(name: str, allowed: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of a message about an unknown name: "did you mean 'x'?", or `otherwise`, all of `allowed`, when none is close."""
     allowed = list(allowed)
-    match = close(name, allowed)
-    return f"allowed: {', '.join(allowed)}" if match is None else f"did you mean {match!r}?"
+    if (match := close(name, allowed)) is not None:
+        return f"did you mean {match!r}?"
+    return f"allowed: {', '.join(allowed)}" if otherwise is None else otherwise
 
 
 def first_line(error: BaseException) -> str:

@@ -75,6 +75,11 @@ def percent(share: float) -> str:
     return ">99%" if 0.995 <= share < 1 else "<1%" if 0 < share < 0.005 else f"{100 * share:.0f}%"
 
 
+def percent_of_draws(share: float) -> str:
+    """A probability that rests on about 1,000 draws, to a percent: 87%, >99%, <1%, never 0% or 100%."""
+    return percent(min(max(share, 0.001), 0.999))
+
+
 def probability(share: float) -> str:
     """A probability that rests on about 1,000 draws: 87.3%. These can't tell any from 0 or 1: >99.9%, <0.1%."""
     return ">99.9%" if share > 0.999 else "<0.1%" if share < 0.001 else f"{share:.1%}"

@@ -11,13 +11,14 @@ of what a page calls bidirectional.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gqa_jax.errors import close
+from gqa_jax.errors import closest
 
 GIB = 2**30
 #: Of a GPU's memory that JAX takes unless the environment says otherwise (`memory_fraction`).
@@ -158,9 +159,9 @@ class Gpu:
     device_kind: str  # as JAX names the board
     compute_capability: tuple[int, int]
     multiprocessors: int
-    shared_memory: int  # bytes of a multiprocessor; a program may have 1 KiB less
+    shared_kib: int  # memory of a multiprocessor; a program may have 1 KiB less
     clock_ghz: float
-    l2_bytes: int
+    l2_mib: int  # cache
     board_mib: int  # of memory, as nvidia-smi shows it: what a server has a fraction of
 
 
@@ -201,6 +202,11 @@ class Chip:
     def price(self) -> Price | None:
         """What an hour costs where no other price is asked for; None: nobody lists it."""
         return self.prices[0] if self.prices else None
+
+    @property
+    def kind(self) -> str:
+        """Its class, "gpu" or "tpu": the key of what is known of classes."""
+        return "gpu" if self.tpu is None else "tpu"
 
     @property
     def board_bytes(self) -> float:
@@ -278,11 +284,27 @@ _TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
 _EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml, commit 1929382e"
 
 
+def _listed(
+    vendor: str, region: str, date: str, source: str, usd: Mapping[str, float], *, spot: bool = False
+) -> tuple[Price, ...]:
+    """Prices of one list: of products by their names without the vendor's."""
+    return tuple(Price(each, vendor, f"{vendor} {name}", region, date, source, spot) for name, each in usd.items())
+
+
+_google = functools.partial(_listed, "Google Cloud", "us-central1")
+_runpod = functools.partial(_listed, "RunPod", "any region", "2026-09-25", _SILYBENCH)
+_nebius = functools.partial(_listed, "Nebius", "any region", "2026-09-25", _SILYBENCH)
+_lambda = functools.partial(_listed, "Lambda", "any region", "2026-09-20", _EVANGELIST)
+_aws = functools.partial(_listed, "AWS", "us-east-1", "2026-11-09", _DATARECEIPTS)
+_azure = functools.partial(_listed, "Azure", "eastus", "2026-11-09", _DATARECEIPTS)
+
+
 def _cloud_tpu(name: str, *rows: tuple[str, float, float]) -> tuple[Price, ...]:
-    """Google's prices of a TPU, from (region, on demand, spot): of a chip, where the list has that of a slice."""
+    """Google's prices of a TPU, from (regions, on demand, spot): of a chip, where the list has that of a slice."""
     return tuple(
         Price(usd, "Google Cloud", f"Google Cloud TPU {name}", region, "2026-11", _SKYPILOT, spot)
-        for region, on_demand, spot_usd in rows
+        for regions, on_demand, spot_usd in rows
+        for region in regions.split()
         for usd, spot in ((on_demand, False), (spot_usd, True))
     )
 
@@ -326,237 +348,125 @@ _TILES_256 = (
 # memory_bytes of TPUs is what XLA (libtpu 0.0.51) says it has when a program compiled ahead of time is too large, "exceeds
 # available HBM (15.75G)". Attention: cycles of the compiler's static schedule of our kernels for blocks without a mask (README,
 # "What it costs on a TPU"; `python -m benchmarks.tpu_cycles`), not run on a chip. v4 has no such figures.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip(
-            "v4",
-            kinds=("TPU v4",),
-            peak_flops=275e12,
-            memory_bytes=30.75 * GIB,
-            memory_bandwidth=1228e9,
-            interconnect=300e9,  # 6 links of 50 GB/s
-            collectives=_CUBE_TORUS,
-            host_memory_bytes=407e9 / 4,
-            shapes=_CUBE,
-            prices=_cloud_tpu("v4", ("us-central2", 3.22, 0.922)),
-            # Its matrix units are those of a v5p. Its two cores work as one device, as they do on Google Cloud, when libtpu is
-            # told so; those of a v5p always do.
-            tpu=Tpu("v4", counted=2, image="tpu-ubuntu2204-base", tiles=(_TILES_128,), libtpu_config="megacore"),
+# fmt: off
+_ROWS = (
+    Chip(
+        "v4", kinds=("TPU v4",), peak_flops=275e12,
+        memory_bytes=30.75 * GIB, memory_bandwidth=1228e9, host_memory_bytes=407e9 / 4,
+        interconnect=300e9,  # 6 links of 50 GB/s
+        collectives=_CUBE_TORUS, shapes=_CUBE,
+        prices=_cloud_tpu("v4", ("us-central2", 3.22, 0.922)),
+        # Its matrix units are those of a v5p. Its two cores work as one device, as they do on Google Cloud, when libtpu is
+        # told so; those of a v5p always do.
+        tpu=Tpu("v4", counted=2, image="tpu-ubuntu2204-base", tiles=(_TILES_128,), libtpu_config="megacore"),
+    ),
+    Chip(
+        "v5e", kinds=("TPU v5 lite", "TPU v5e"), peak_flops=197e12, narrow_flops=(("int8", 394e12),),
+        memory_bytes=15.75 * GIB, memory_bandwidth=819e9, host_memory_bytes=192e9 / 4,  # ct5lp-hightpu-4t
+        interconnect=200e9, network=6.4e12 / 8 / 256,  # 4 links, 1600 Gbps; a share of a pod of 256
+        collectives=_TORUS, shapes=_FLAT, attention_share=_shares(197e12 / 1.5e9, (64, 3212, 7322), (128, 4239, 10408)),
+        prices=_cloud_tpu(
+            "v5e", ("us-central1 us-east1 us-west1", 1.20, 0.245),
+            ("us-west4", 1.20, 0.48),
+            ("us-east4 us-east5", 1.20, 0.60),
+            ("europe-west4", 1.56, 0.445),
         ),
-        Chip(
-            "v5e",
-            kinds=("TPU v5 lite", "TPU v5e"),
-            peak_flops=197e12,
-            memory_bytes=15.75 * GIB,
-            memory_bandwidth=819e9,
-            interconnect=200e9,  # 4 links, 1600 Gbps
-            network=6.4e12 / 8 / 256,  # of a pod of 256
-            collectives=_TORUS,
-            narrow_flops=(("int8", 394e12),),
-            host_memory_bytes=48e9,  # ct5lp-hightpu-4t: 192 GB for 4 chips
-            shapes=_FLAT,
-            prices=_cloud_tpu(
-                "v5e",
-                ("us-central1", 1.20, 0.245),
-                ("us-east1", 1.20, 0.245),
-                ("us-west1", 1.20, 0.245),
-                ("us-west4", 1.20, 0.48),
-                ("us-east4", 1.20, 0.60),
-                ("us-east5", 1.20, 0.60),
-                ("europe-west4", 1.56, 0.445),
-            ),
-            attention_share=_shares(197e12 / 1.5e9, (64, 3212, 7322), (128, 4239, 10408)),
-            tpu=Tpu("v5litepod", counted=1, image="v2-alpha-tpuv5-lite", tiles=(_TILES_128,)),
+        tpu=Tpu("v5litepod", counted=1, image="v2-alpha-tpuv5-lite", tiles=(_TILES_128,)),
+    ),
+    Chip(
+        "v5p", kinds=("TPU v5", "TPU v5p"), peak_flops=459e12, narrow_flops=(("int8", 918e12),),
+        memory_bytes=95.73 * GIB, memory_bandwidth=2765e9, host_memory_bytes=448e9 / 4,
+        interconnect=600e9, network=50e9 / 8,  # 6 links, 4800 Gbps
+        collectives=_CUBE_TORUS, shapes=_CUBE,
+        attention_share=_shares(459e12 / 2 / 1.75e9, (64, 3222, 7323), (128, 4242, 10409)),  # of a core
+        prices=_cloud_tpu(
+            "v5p", ("us-central1 us-east1", 4.20, 0.836),
+            ("us-east5", 4.20, 1.68),
+            ("europe-west4", 4.2525, 1.349),
         ),
-        Chip(
-            "v5p",
-            kinds=("TPU v5", "TPU v5p"),
-            peak_flops=459e12,
-            memory_bytes=95.73 * GIB,
-            memory_bandwidth=2765e9,
-            interconnect=600e9,  # 6 links, 4800 Gbps
-            network=50e9 / 8,
-            collectives=_CUBE_TORUS,
-            narrow_flops=(("int8", 918e12),),
-            host_memory_bytes=448e9 / 4,
-            shapes=_CUBE,
-            prices=_cloud_tpu(
-                "v5p",
-                ("us-central1", 4.20, 0.836),
-                ("us-east1", 4.20, 0.836),
-                ("us-east5", 4.20, 1.68),
-                ("europe-west4", 4.2525, 1.349),
-            ),
-            attention_share=_shares(459e12 / 2 / 1.75e9, (64, 3222, 7323), (128, 4242, 10409)),  # of a core
-            tpu=Tpu("v5p", counted=2, image="v2-alpha-tpuv5", tiles=(_TILES_128,)),
+        tpu=Tpu("v5p", counted=2, image="v2-alpha-tpuv5", tiles=(_TILES_128,)),
+    ),
+    Chip(
+        "v6e", kinds=("TPU v6 lite", "TPU v6e"), peak_flops=918e12, narrow_flops=(("int8", 1836e12),),
+        memory_bytes=31.24 * GIB, memory_bandwidth=1640e9, host_memory_bytes=1536 * GIB / 8,
+        interconnect=400e9, network=25.6e12 / 8 / 256,  # 4 links, 3200 Gbps
+        collectives=_TORUS, shapes=_FLAT, attention_share=_shares(918e12 / 1.75e9, (64, 2144, 4055), (128, 2440, 4437)),
+        prices=_cloud_tpu(
+            "v6e", ("us-central1 us-east1 us-west1", 2.70, 0.544),
+            ("us-east5", 2.70, 1.215),
+            ("us-south1", 2.70, 1.35),
+            ("europe-west4", 2.97, 1.037),
+            ("asia-northeast1", 3.24, 0.944),
         ),
-        Chip(
-            "v6e",
-            kinds=("TPU v6 lite", "TPU v6e"),
-            peak_flops=918e12,
-            memory_bytes=31.24 * GIB,
-            memory_bandwidth=1640e9,
-            interconnect=400e9,  # 4 links, 3200 Gbps
-            network=25.6e12 / 8 / 256,
-            collectives=_TORUS,
-            narrow_flops=(("int8", 1836e12),),
-            host_memory_bytes=1536 * GIB / 8,
-            shapes=_FLAT,
-            prices=_cloud_tpu(
-                "v6e",
-                ("us-central1", 2.70, 0.544),
-                ("us-east1", 2.70, 0.544),
-                ("us-west1", 2.70, 0.544),
-                ("us-east5", 2.70, 1.215),
-                ("us-south1", 2.70, 1.35),
-                ("europe-west4", 2.97, 1.037),
-                ("asia-northeast1", 3.24, 0.944),
-            ),
-            attention_share=_shares(918e12 / 1.75e9, (64, 2144, 4055), (128, 2440, 4437)),
-            tpu=Tpu("v6e", counted=1, image="v2-alpha-tpuv6e", tiles=(_TILES_256,)),
+        tpu=Tpu("v6e", counted=1, image="v2-alpha-tpuv6e", tiles=(_TILES_256,)),
+    ),
+    Chip(
+        "h200", kinds=("H200",), peak_flops=989e12, narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
+        memory_bytes=141e9 * ALLOCATOR_FRACTION, memory_bandwidth=4.8e12, host_memory_bytes=2952e9 / 8,  # a3-ultragpu-8g
+        interconnect=450e9, network=400e9 / 8,  # NVLink 4
+        collectives=_NVSWITCH, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
+        prices=(
+            *_google("2026-10-13", _TANOD, {"a3-ultragpu-8g": 10.4365}),
+            *_runpod({"secure H200": 4.59, "community H200": 3.59}),
+            *_nebius({"HGX H200": 4.50}),
         ),
-        Chip(
-            "h200",
-            kinds=("H200",),
-            peak_flops=989e12,
-            memory_bytes=141e9 * ALLOCATOR_FRACTION,
-            memory_bandwidth=4.8e12,
-            interconnect=450e9,  # NVLink 4
-            network=400e9 / 8,
-            collectives=_NVSWITCH,
-            narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
-            host_memory_bytes=369e9,  # a3-ultragpu-8g: 2,952 GB for 8
-            shapes=_HOST,
-            prices=(
-                Price(10.4365, "Google Cloud", "Google Cloud a3-ultragpu-8g", "us-central1", "2026-10-13", _TANOD),
-                Price(4.59, "RunPod", "RunPod secure H200", "any region", "2026-09-25", _SILYBENCH),
-                Price(3.59, "RunPod", "RunPod community H200", "any region", "2026-09-25", _SILYBENCH),
-                Price(4.50, "Nebius", "Nebius HGX H200", "any region", "2026-09-25", _SILYBENCH),
-            ),
-            attention_share=_HOPPER_ATTENTION,
-            gpu=Gpu(
-                "H200", "NVIDIA H200", (9, 0), 132, shared_memory=233472, clock_ghz=1.98, l2_bytes=50 * 2**20, board_mib=143771
-            ),
+        gpu=Gpu("H200", "NVIDIA H200", (9, 0), 132, shared_kib=228, clock_ghz=1.98, l2_mib=50, board_mib=143771),
+    ),
+    Chip(
+        "h100", kinds=("H100", "GH200"), peak_flops=989e12, narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
+        memory_bytes=80e9 * ALLOCATOR_FRACTION, memory_bandwidth=3.35e12, host_memory_bytes=1872e9 / 8,  # a3-highgpu-8g
+        interconnect=450e9, network=400e9 / 8,
+        collectives=_NVSWITCH, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
+        prices=(
+            # The sum of its parts on demand: machines of one H100 are rented as spot alone.
+            *_google("2026-09-26", _SILYBENCH, {"a3-highgpu-1g": 10.9791}),
+            *_google("2026-09-26", _SILYBENCH, {"a3-highgpu-1g": 6.571}, spot=True),
+            *_lambda({"8x H100 SXM": 3.99, "4x H100 SXM": 4.09, "2x H100 SXM": 4.19, "1x H100 SXM": 4.29}),
+            *_runpod({"secure H100 SXM": 3.49, "community H100 SXM": 2.69}),
+            *_nebius({"HGX H100": 3.85}),
+            *_aws({"p5.48xlarge": 6.88}),
+            *_azure({"ND96isr_H100_v5": 12.29}),
         ),
-        Chip(
-            "h100",
-            kinds=("H100", "GH200"),
-            peak_flops=989e12,
-            memory_bytes=80e9 * ALLOCATOR_FRACTION,
-            memory_bandwidth=3.35e12,
-            interconnect=450e9,
-            network=400e9 / 8,
-            collectives=_NVSWITCH,
-            narrow_flops=(("float8", 1979e12), ("int8", 1979e12)),
-            host_memory_bytes=234e9,  # a3-highgpu-8g: 1,872 GB for 8
-            shapes=_HOST,
-            prices=(
-                # The sum of its parts on demand: machines of one H100 are rented as spot alone.
-                Price(10.9791, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH),
-                Price(6.571, "Google Cloud", "Google Cloud a3-highgpu-1g", "us-central1", "2026-09-26", _SILYBENCH, spot=True),
-                Price(3.99, "Lambda", "Lambda 8x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
-                Price(4.09, "Lambda", "Lambda 4x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
-                Price(4.19, "Lambda", "Lambda 2x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
-                Price(4.29, "Lambda", "Lambda 1x H100 SXM", "any region", "2026-09-20", _EVANGELIST),
-                Price(3.49, "RunPod", "RunPod secure H100 SXM", "any region", "2026-09-25", _SILYBENCH),
-                Price(2.69, "RunPod", "RunPod community H100 SXM", "any region", "2026-09-25", _SILYBENCH),
-                Price(3.85, "Nebius", "Nebius HGX H100", "any region", "2026-09-25", _SILYBENCH),
-                Price(6.88, "AWS", "AWS p5.48xlarge", "us-east-1", "2026-11-09", _DATARECEIPTS),
-                Price(12.29, "Azure", "Azure ND96isr_H100_v5", "eastus", "2026-11-09", _DATARECEIPTS),
-            ),
-            attention_share=_HOPPER_ATTENTION,
-            gpu=Gpu(
-                "H100",
-                "NVIDIA H100 80GB HBM3",
-                (9, 0),
-                132,
-                shared_memory=233472,
-                clock_ghz=1.98,
-                l2_bytes=50 * 2**20,
-                board_mib=81559,
-            ),
+        gpu=Gpu("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, shared_kib=228, clock_ghz=1.98, l2_mib=50, board_mib=81559),
+    ),
+    Chip(
+        "a100", kinds=("A100",), peak_flops=312e12, narrow_flops=(("int8", 624e12),),  # the board of 80 GB
+        memory_bytes=80e9 * ALLOCATOR_FRACTION, memory_bandwidth=2.04e12, host_memory_bytes=1360e9 / 8,  # a2-ultragpu-8g
+        interconnect=300e9, network=200e9 / 8,  # NVLink 3
+        collectives=_NVLINK_3, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
+        prices=(
+            *_google("2026-08-20", _CYCLENERD, {"a2-ultragpu-8g": 40.5503831 / 8}),
+            *_lambda({"8x A100 SXM 80 GB": 2.79}),
+            *_runpod({"secure A100 SXM": 1.59, "community A100 SXM": 1.39}),
+            *_aws({"p4de.24xlarge": 3.43}),
         ),
-        Chip(
-            "a100",
-            kinds=("A100",),
-            peak_flops=312e12,
-            memory_bytes=80e9 * ALLOCATOR_FRACTION,  # the 80 GB board
-            memory_bandwidth=2.04e12,
-            interconnect=300e9,  # NVLink 3
-            network=200e9 / 8,
-            collectives=_NVLINK_3,
-            narrow_flops=(("int8", 624e12),),
-            host_memory_bytes=170e9,  # a2-ultragpu-8g: 1,360 GB for 8
-            shapes=_HOST,
-            prices=(
-                Price(40.5503831 / 8, "Google Cloud", "Google Cloud a2-ultragpu-8g", "us-central1", "2026-08-20", _CYCLENERD),
-                Price(2.79, "Lambda", "Lambda 8x A100 SXM 80 GB", "any region", "2026-09-20", _EVANGELIST),
-                Price(1.59, "RunPod", "RunPod secure A100 SXM", "any region", "2026-09-25", _SILYBENCH),
-                Price(1.39, "RunPod", "RunPod community A100 SXM", "any region", "2026-09-25", _SILYBENCH),
-                Price(3.43, "AWS", "AWS p4de.24xlarge", "us-east-1", "2026-11-09", _DATARECEIPTS),
-            ),
-            attention_share=_HOPPER_ATTENTION,
-            gpu=Gpu(
-                "A100-80GB",
-                "NVIDIA A100-SXM4-80GB",
-                (8, 0),
-                108,
-                shared_memory=167936,
-                clock_ghz=1.41,
-                l2_bytes=40 * 2**20,
-                board_mib=81920,
-            ),
+        gpu=Gpu("A100-80GB", "NVIDIA A100-SXM4-80GB", (8, 0), 108, shared_kib=164, clock_ghz=1.41, l2_mib=40, board_mib=81920),
+    ),
+    Chip(
+        "b200", kinds=("B200",), peak_flops=2250e12, narrow_flops=(("float8", 4500e12), ("int8", 4500e12), ("float4", 9000e12)),
+        memory_bytes=180e9 * ALLOCATOR_FRACTION, memory_bandwidth=8e12,
+        interconnect=900e9, network=400e9 / 8,  # NVLink 5
+        collectives=_NVLINK_5, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
+        prices=(
+            *_lambda({"8x B200 SXM6": 6.69, "4x B200 SXM6": 6.79, "2x B200 SXM6": 6.89, "1x B200 SXM6": 6.99}),
+            *_runpod({"secure B200": 6.79, "community B200": 5.98}),
+            *_nebius({"HGX B200": 7.15}),
         ),
-        Chip(
-            "b200",
-            kinds=("B200",),
-            peak_flops=2250e12,
-            memory_bytes=180e9 * ALLOCATOR_FRACTION,
-            memory_bandwidth=8e12,
-            interconnect=900e9,  # NVLink 5
-            network=400e9 / 8,
-            collectives=_NVLINK_5,
-            narrow_flops=(("float8", 4500e12), ("int8", 4500e12), ("float4", 9000e12)),
-            shapes=_HOST,
-            prices=(
-                Price(6.69, "Lambda", "Lambda 8x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
-                Price(6.79, "Lambda", "Lambda 4x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
-                Price(6.89, "Lambda", "Lambda 2x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
-                Price(6.99, "Lambda", "Lambda 1x B200 SXM6", "any region", "2026-09-20", _EVANGELIST),
-                Price(6.79, "RunPod", "RunPod secure B200", "any region", "2026-09-25", _SILYBENCH),
-                Price(5.98, "RunPod", "RunPod community B200", "any region", "2026-09-25", _SILYBENCH),
-                Price(7.15, "Nebius", "Nebius HGX B200", "any region", "2026-09-25", _SILYBENCH),
-            ),
-            attention_share=_HOPPER_ATTENTION,
-            gpu=Gpu(
-                "B200",
-                "NVIDIA B200",
-                (10, 0),
-                148,
-                shared_memory=233472,
-                clock_ghz=1.96,
-                l2_bytes=126 * 2**20,
-                board_mib=183359,
-            ),
-        ),
-        Chip(
-            "l4",
-            kinds=("L4",),
-            peak_flops=121e12,
-            memory_bytes=24e9 * ALLOCATOR_FRACTION,
-            memory_bandwidth=0.3e12,
-            interconnect=32e9,  # PCIe 4.0 x16
-            collectives=_PCIE,
-            narrow_flops=(("float8", 242e12), ("int8", 242e12)),
-            host_memory_bytes=16e9,  # g2-standard-4
-            shapes=_HOST,
-            prices=(Price(0.706832255, "Google Cloud", "Google Cloud g2-standard-4", "us-central1", "2026-08-20", _CYCLENERD),),
-            attention_share=_HOPPER_ATTENTION,
-            gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_memory=102400, clock_ghz=2.04, l2_bytes=48 * 2**20, board_mib=23034),
-        ),
-    )
-}
+        gpu=Gpu("B200", "NVIDIA B200", (10, 0), 148, shared_kib=228, clock_ghz=1.96, l2_mib=126, board_mib=183359),
+    ),
+    Chip(
+        "l4", kinds=("L4",), peak_flops=121e12, narrow_flops=(("float8", 242e12), ("int8", 242e12)),
+        memory_bytes=24e9 * ALLOCATOR_FRACTION, memory_bandwidth=0.3e12, host_memory_bytes=16e9,  # g2-standard-4
+        interconnect=32e9,  # PCIe 4.0 x16
+        collectives=_PCIE, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
+        prices=_google("2026-08-20", _CYCLENERD, {"g2-standard-4": 0.706832255}),
+        gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_kib=100, clock_ghz=2.04, l2_mib=48, board_mib=23034),
+    ),
+)
+# fmt: on
+
+CHIPS = {chip.name: chip for chip in _ROWS}
+
 
 # Devices without a row, of which kernels know enough.
 SAME_MATRIX_UNITS = {"TPU7x": "v6e"}  # JAX's device kind -> the chip whose tiles suit it
@@ -611,7 +521,7 @@ CALIBRATED = {
 
 def calibration(chip: Chip) -> Calibration:
     """Of the chip itself where it has one, else of its class, GPU or TPU."""
-    return CALIBRATED.get(chip.name, CALIBRATED["tpu" if chip.tpu is not None else "gpu"])
+    return CALIBRATED.get(chip.name, CALIBRATED[chip.kind])
 
 
 _PUBLIC = "public measurements of {} (docs/serving-measured.md)"
@@ -626,11 +536,9 @@ MATMUL = {"gpu": {16: 0.71, 8: 0.52, 4: 0.39}, "tpu": {}}
 
 def default_efficiency(chip: Chip, param_dtype: str = "bfloat16") -> Efficiency:
     """What is taken of a chip that nobody has calibrated: that of its class, GPU or TPU, for parameters of a dtype."""
-    kind = "tpu" if chip.tpu is not None else "gpu"
-    bits = (
-        {"float8": 8, "int8": 8, "float4": 4, "int4": 4}.get(param_dtype, 16) if param_dtype in dict(chip.narrow_flops) else 16
-    )
-    return SERVED[kind]._replace(matmul=MATMUL[kind].get(bits, SERVED[kind].matmul))
+    narrow = {"float8": 8, "int8": 8, "float4": 4, "int4": 4} if param_dtype in dict(chip.narrow_flops) else {}
+    bits = narrow.get(param_dtype, 16)
+    return SERVED[chip.kind]._replace(matmul=MATMUL[chip.kind].get(bits, SERVED[chip.kind].matmul))
 
 
 #: Model FLOPs utilisation of training in public measurements, median by class of device (docs/training-measured.md).
@@ -639,7 +547,7 @@ TRAINED = {"gpu": 0.4, "tpu": 0.49}
 
 def trained_mfu(chip: Chip) -> float:
     """Share of the peak in bfloat16 that training is taken to reach where it was not measured on the chip."""
-    return TRAINED["tpu" if chip.tpu is not None else "gpu"]
+    return TRAINED[chip.kind]
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -709,8 +617,7 @@ def find(name: str) -> Slice:
         raise ValueError(
             f"unknown topology {name!r}: of {chip.name} there are {', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
         )
-    meant = close(name, SLICES)
-    raise ValueError(f"unknown topology {name!r}: " + (f"did you mean {meant!r}?" if meant else f"there are {listing()}"))
+    raise ValueError(f"unknown topology {name!r}: {closest(name, SLICES, f'there are {listing()}')}")
 
 
 def listing() -> str:

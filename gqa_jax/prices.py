@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gqa_jax.errors import close, closest
+from gqa_jax.errors import closest
 from gqa_jax.hardware import CHIPS, Price
 
 SPOT, ON_DEMAND = "spot", "on-demand"
 FILES = (".json", ".toml")
-_FIELDS = ("usd_per_hour", "vendor", "product", "region", "date", "spot")
+_FIELDS = tuple(field for field in Price._fields if field != "source")
 
 
 def load(spec: str | None = None) -> dict[str, Price]:
@@ -47,19 +47,14 @@ def load(spec: str | None = None) -> dict[str, Price]:
 
 
 def find(chip: str, words: str) -> Price | None:
-    """The first list price of a chip that has all of the words; None where none has.
+    """The first list price of a chip, by its name, that has all of the words; None where none has.
 
-    Args:
-      chip: its name.
-      words: separated by colons, in any case: "spot", "on-demand", or how a word of a vendor, product or region begins.
-
-    Raises:
-      ValueError: no words, or both terms.
+    Words are separated by colons, in any case: "spot", "on-demand", or how a word of a vendor, product or region begins.
+    Raises ValueError: no words, or both terms.
     """
     names, spot = _asked(words)
-    return next(
-        (price for price in CHIPS[chip].prices if price.spot == spot and all(_has(price, name) for name in names)), None
-    )
+    of_terms = (price for price in CHIPS[chip].prices if price.spot == spot)
+    return next((price for price in of_terms if all(_has(price, name) for name in names)), None)
 
 
 def listing(chip: str) -> str:
@@ -77,8 +72,7 @@ def vendors() -> list[str]:
 def one_vendor(chips: Iterable[str]) -> str | None:
     """A vendor that lists every one of the chips on demand, best one whose price is the first of a chip; None: nobody does.
 
-    Args:
-      chips: names; of a chip that has no row there are no list prices.
+    A name of no chip has no list price.
     """
     rows = [CHIPS[name].prices if name in CHIPS else () for name in chips]
     asking = [[price.vendor for price in prices if not price.spot] for prices in rows]
@@ -89,9 +83,7 @@ def one_vendor(chips: Iterable[str]) -> str | None:
 def compared(chips: Iterable[str], table: Mapping[str, Price]) -> str | None:
     """What to say of prices that are set side by side: None where one vendor asks for all of them, on the same terms.
 
-    Args:
-      chips: names; those without a price in `table` are not compared.
-      table: prices by name of the chip.
+    `table` has prices by name of the chip; chips that are not in it are not compared.
     """
     known = {name: table[name] for name in chips if name in table}
     if len({(price.vendor, price.spot) for price in known.values()}) < 2:
@@ -141,9 +133,8 @@ def _missing(words: str) -> str:
     for name in names:
         if not any(_has(price, name) for price in rows):
             known = {word.lower() for price in rows for word in (*price.vendor.split(), *price.product.split(), price.region)}
-            meant = close(name, sorted(known))
-            hint = "" if meant is None else f", did you mean {meant!r}?"
-            return f"no list price has {name!r} in its vendor, product or region{hint}; {_names()}"
+            hint = closest(name, sorted(known), "")
+            return f"no list price has {name!r} in its vendor, product or region{hint and ', ' + hint}; {_names()}"
     near = dict.fromkeys(f"{price.product}{f' {SPOT}' * price.spot}" for price in rows if not names or _has(price, names[0]))
     return f"no list price has all of these words, {SPOT if spot else ON_DEMAND}; there are {', '.join(near)}"
 

@@ -5,8 +5,8 @@
 and the long ones: `load_evaluations`, the loss of each run by source and position, and `load_differences`, between two runs.
 
 `LOSS_COLUMNS`, `COST_COLUMNS`, `EVALUATION_COLUMNS` and `DIFFERENCE_COLUMNS` are the schema: every column with its type, unit
-and meaning. What is not known is an empty cell, never 0. Runs of the first version are in the tables, under the rules that were
-theirs (`gqa_jax.config.TrainConfig.rules`).
+and meaning. One more of what a run's result.json or configuration has is one more line there. What is not known is an empty
+cell, never 0. Runs of the first version are in the tables, under their own rules (`gqa_jax.config.TrainConfig.rules`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -39,25 +40,26 @@ class Column(NamedTuple):
     dtype: str
     unit: str
     meaning: str
+    field: str = ""  # of the run's configuration that it shows; else it is what result.json has of this name, or worked out
 
 
 _MODEL_COLUMNS = (
     Column("cell", "string", "", "name of the run: its folder under cells/"),
-    Column("size", "string", "", "name of the size in the grid"),
-    Column("n_layers", "Int64", "", "layers L"),
-    Column("d_model", "Int64", "", "hidden size d"),
-    Column("n_heads", "Int64", "", "query heads n_h"),
-    Column("n_kv_heads", "Int64", "", "key/value heads n_kv"),
-    Column("head_dim", "Int64", "", "head size d_h"),
+    Column("size", "string", "", "name of the size in the grid", "label"),
+    Column("n_layers", "Int64", "", "layers L", "model.n_layers"),
+    Column("d_model", "Int64", "", "hidden size d", "model.d_model"),
+    Column("n_heads", "Int64", "", "query heads n_h", "model.n_heads"),
+    Column("n_kv_heads", "Int64", "", "key/value heads n_kv", "model.n_kv_heads"),
+    Column("head_dim", "Int64", "", "head size d_h", "model.head_dim"),
 )
 
 LOSS_COLUMNS = (
     *_MODEL_COLUMNS,
-    Column("d_ff", "Int64", "", "feed-forward width"),
-    Column("vocab_size", "Int64", "", "vocabulary V of the model, padding included"),
-    Column("context", "Int64", "tokens", "context length T of the training"),
+    Column("d_ff", "Int64", "", "feed-forward width", "model.d_ff"),
+    Column("vocab_size", "Int64", "", "vocabulary V of the model, padding included", "model.vocab_size"),
+    Column("context", "Int64", "tokens", "context length T of the training", "context_length"),
     Column("continue_from", "string", "", "run whose last parameters it started from; empty: from scratch"),
-    Column("seed", "Int64", "", "seed of initialisation and data order"),
+    Column("seed", "Int64", "", "seed of initialisation and data order", "seed"),
     Column("status", "string", "", "done, or diverged: the loss was no longer finite"),
     Column("params_non_embedding", "Int64", "", "parameters without embeddings, as trained (N of the fits)"),
     Column("params_total", "Int64", "", "parameters as trained, tied embedding once"),
@@ -65,8 +67,8 @@ LOSS_COLUMNS = (
     Column("params_figures", "Int64", "", "parameters by the paper's figures: three FFN matrices, no embedding, no norms"),
     Column("tokens", "Int64", "tokens", "tokens trained on, D; without those of the run it continues"),
     Column("steps", "Int64", "", "optimizer steps done"),
-    Column("batch_tokens", "Int64", "tokens", "tokens per step"),
-    Column("learning_rate", "Float64", "", "maximum learning rate"),
+    Column("batch_tokens", "Int64", "tokens", "tokens per step", "batch_tokens"),
+    Column("learning_rate", "Float64", "", "maximum learning rate", "optimizer.learning_rate"),
     Column("loss", "Float64", "nats/token", "held-out loss after the last step"),
     Column(
         "loss_sem", "Float64", "nats/token",
@@ -103,7 +105,7 @@ LOSS_COLUMNS = (
 
 COST_COLUMNS = (
     *_MODEL_COLUMNS,
-    Column("context", "Int64", "tokens", "context length T of the training"),
+    Column("context", "Int64", "tokens", "context length T of the training", "context_length"),
     Column("context_served", "Int64", "tokens", "context length that the costs are for"),
     Column("convention", "string", "", "what is counted: a name of gqa_jax.costs.CONVENTIONS"),
     Column("c_infer", "Float64", "FLOP", "inference compute, per token or per sequence as the convention says"),
@@ -156,8 +158,7 @@ def load_results(path: os.PathLike | str) -> pd.DataFrame:
     names = _cell_names(root)
     if names is None:
         return typed(_of_first_version(_exported(root, "loss")), LOSS_COLUMNS)
-    rows = storage.each(_loss_row, [root / "cells" / name for name in names], remote=storage.is_remote(root))
-    return typed(pd.DataFrame([row for row in rows if row is not None]), LOSS_COLUMNS)
+    return typed(pd.DataFrame([row for row in _each(_loss_row, root, names) if row is not None]), LOSS_COLUMNS)
 
 
 def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = None) -> pd.DataFrame:
@@ -168,9 +169,14 @@ def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = 
         return typed(_exported(root, "cost"), COST_COLUMNS)
     if contexts_served is None:
         contexts_served = grid_facts(root)["contexts_served"]
-    paths = [root / "cells" / name / "config.json" for name in names]
-    configs = zip(names, storage.each(_read_json, paths, remote=storage.is_remote(root)), strict=True)
-    rows = [row for name, values in configs for row in _cost_rows(name, TrainConfig.from_stored(values), contexts_served)]
+    rows = [
+        {"cell": name, "context_served": context, "convention": convention}
+        | _configured(COST_COLUMNS, config)
+        | costs.serving_costs(config.model, context, config.train_tokens, config.context_length, convention)
+        for name, config in zip(names, _each(_config, root, names), strict=True)
+        for context in contexts_served
+        for convention in costs.CONVENTIONS
+    ]
     return typed(pd.DataFrame(rows), COST_COLUMNS)
 
 
@@ -184,7 +190,7 @@ def load_evaluations(path: os.PathLike | str) -> pd.DataFrame:
     names = _cell_names(root)
     if names is None:
         return typed(_exported(root, "evaluations"), EVALUATION_COLUMNS)
-    found = storage.each(_evaluation_rows, [root / "cells" / name for name in names], remote=storage.is_remote(root))
+    found = _each(_evaluation_rows, root, names)
     return typed(pd.DataFrame([row for rows in found for row in rows]), EVALUATION_COLUMNS)
 
 
@@ -217,10 +223,8 @@ def load_differences(
     for name in dict.fromkeys(name for pair in pairs for name in pair) if other is None else [other]:
         if name not in names:
             raise ValueError(f"{root} has no cell {name!r}: {errors.closest(name, names)}")
-    needed = list(dict.fromkeys(name for pair in pairs for name in pair))
-    read = storage.each(_documents, [root / "cells" / name for name in needed], remote=storage.is_remote(root))
-    by_name = dict(zip(needed, read, strict=True))
-    rows = [{"cell": a, "other": b} | _difference(by_name[a], by_name[b]) for a, b in pairs]
+    of = _documents_of(root, (name for pair in pairs for name in pair))
+    rows = [{"cell": a, "other": b} | _difference(of[a], of[b]) for a, b in pairs]
     return typed(pd.DataFrame(rows), DIFFERENCE_COLUMNS)
 
 
@@ -238,12 +242,12 @@ def load_differences_between(
       no document is in both.
     """
     pairs = [(list(ours), list(theirs)) for ours, theirs in pairs]
-    found = []
-    for root, side in ((storage.path(path), 0), (storage.path(other_path), 1)):
-        names = list(dict.fromkeys(name for pair in pairs for name in pair[side]))
-        read = storage.each(_documents, [root / "cells" / name for name in names], remote=storage.is_remote(root))
-        found.append(dict(zip(names, read, strict=True)))
-    rows = [_difference(*(_mean([of[name] for name in pair[i]]) for i, of in enumerate(found))) for pair in pairs]
+    ours_of, theirs_of = (
+        _documents_of(storage.path(root), (name for pair in pairs for name in pair[side]))
+        for side, root in enumerate((path, other_path))
+    )
+    means = [(_mean([ours_of[name] for name in ours]), _mean([theirs_of[name] for name in theirs])) for ours, theirs in pairs]
+    rows = [_difference(*both) for both in means]
     return typed(pd.DataFrame(rows), [column for column in DIFFERENCE_COLUMNS if column.name not in ("cell", "other")])
 
 
@@ -262,9 +266,8 @@ def load_metrics(path: os.PathLike | str) -> pd.DataFrame:
     names = _cell_names(root)
     if names is None and not storage.names(root / "metrics"):
         raise FileNotFoundError(f"{root} is no grid folder and no run's: neither cells/ nor metrics/ is in it")
-    folders = [root] if names is None else [root / "cells" / name for name in names]
-    read = storage.each(read_metrics, folders, remote=storage.is_remote(root))
-    rows = [{"cell": folder.name} | row for folder, rows in zip(folders, read, strict=True) for row in rows]
+    read = {root.name: read_metrics(root)} if names is None else dict(zip(names, _each(read_metrics, root, names), strict=True))
+    rows = [{"cell": name} | row for name, rows in read.items() for row in rows]
     first = ["cell", "kind", "step", "time", "loss"]
     table = pd.DataFrame(rows, columns=None if rows else first)
     table = table[first + [name for name in table if name not in first]]
@@ -285,6 +288,20 @@ def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
     """`table` with exactly `columns`, in order, each of its type; what is missing is empty."""
     columns = list(columns)
     return table.reindex(columns=[c.name for c in columns]).astype({c.name: c.dtype for c in columns})
+
+
+def _each[T](read: Callable[[epath.Path], T], root: epath.Path, names: Iterable[str]) -> list[T]:
+    """What `read` gives of the folder of each run."""
+    return storage.each(read, [root / "cells" / name for name in names], remote=storage.is_remote(root))
+
+
+def _configured(columns: Iterable[Column], config: TrainConfig) -> dict[str, Any]:
+    """The columns that show a field of the configuration."""
+    return {column.name: operator.attrgetter(column.field)(config) for column in columns if column.field}
+
+
+def _config(folder: epath.Path) -> TrainConfig:
+    return TrainConfig.from_stored(_read_json(folder / "config.json"))
 
 
 def _cell_names(root: epath.Path) -> list[str] | None:
@@ -365,36 +382,24 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
     result = run_folder.find_result(folder / "result.json")
     if result is None:
         return None
-    config = TrainConfig.from_stored(_read_json(folder / "config.json"))
-    model = config.model
+    config = _config(folder)
+    versions = result.get("versions", {})
     return (
-        {key: result.get(key) for key in _FROM_RESULT}
+        result
         | _interval(result)
         | _rules(result, config)
-        | _model_fields(folder.name, config)
+        | _configured(LOSS_COLUMNS, config)
         | {
-            "d_ff": model.d_ff,
-            "vocab_size": model.vocab_size,
+            "cell": folder.name,
             "continue_from": config.continue_from and PurePosixPath(config.continue_from).name,
-            "seed": config.seed,
-            "params_paper": costs.count_params(model, "paper").total,
-            "params_figures": costs.count_params(model, "figures").total,
+            "params_paper": costs.count_params(config.model, "paper").total,
+            "params_figures": costs.count_params(config.model, "figures").total,
             "steps": result["step"],
-            "batch_tokens": config.batch_tokens,
-            "learning_rate": config.optimizer.learning_rate,
-            "train_flops": costs.train_flops(model, config.context_length, result["tokens"], "exact"),
-            "jax": result.get("versions", {}).get("jax"),
-            "flax": result.get("versions", {}).get("flax"),
+            "train_flops": costs.train_flops(config.model, config.context_length, result["tokens"], "exact"),
+            "jax": versions.get("jax"),
+            "flax": versions.get("flax"),
         }
     )
-
-
-_FROM_RESULT = (
-    "status", "params_non_embedding", "params_total", "tokens", "loss", "loss_sem", "bits_per_byte", "eval_tokens",
-    "eval_documents", "heldout_documents",
-    "tokens_per_second", "mfu", "seconds_train", "seconds_total", "peak_memory_bytes", "attention", "device", "n_devices",
-    "attempts", "commit", "data_fingerprint", "params_sha256",
-)  # fmt: skip
 
 
 def _rules(result: dict[str, Any], config: TrainConfig) -> dict[str, str]:
@@ -424,7 +429,7 @@ def _evaluation_rows(folder: epath.Path) -> list[dict[str, Any]]:
             return [{"cell": folder.name} | {key: row[key] for key in _KEPT} for row in kept["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s can't be read (%s): only the loss of all held-out text is in the table; %s", path, error, AGAIN)
-    config = TrainConfig.from_stored(_read_json(folder / "config.json"))
+    config = _config(folder)
     about = {"cell": folder.name, "step": result["step"], "task": evaluation.TASK, "source": "", "position": ""}
     about |= {"context": config.context_length, "n": result.get("eval_tokens"), "n_documents": result.get("eval_documents")}
     about["rules"] = _rules(result, config)["rules"]
@@ -447,6 +452,12 @@ def _pairs(table: pd.DataFrame, other: str | None) -> list[tuple[str, str]]:
     size = done["size"].where(done["size"].fillna("") != "", done["n_layers"].astype(str) + "x" + done["d_model"].astype(str))
     best = done["cell"].loc[done.groupby([done["context"], size, done["rules"]])["loss"].transform("idxmin")]
     return [(cell, against) for cell, against in zip(done["cell"], best, strict=True) if cell != against]
+
+
+def _documents_of(root: epath.Path, names: Iterable[str]) -> dict[str, evaluation.Documents | str]:
+    """Of runs by name, each read once."""
+    names = list(dict.fromkeys(names))
+    return dict(zip(names, _each(_documents, root, names), strict=True))
 
 
 def _documents(folder: epath.Path) -> evaluation.Documents | str:
@@ -487,30 +498,6 @@ def _difference(ours: evaluation.Documents | str, theirs: evaluation.Documents |
         "difference": value, "standard_error": error, "low": low, "high": high, "tokens": found.tokens,
         "n_documents": n_documents, "note": note,
     }  # fmt: skip
-
-
-def _cost_rows(name: str, config: TrainConfig, contexts_served: Sequence[int]) -> Iterable[dict[str, Any]]:
-    for context in contexts_served:
-        for convention in costs.CONVENTIONS:
-            yield _model_fields(name, config) | {
-                "context_served": context,
-                "convention": convention,
-                **costs.serving_costs(config.model, context, config.train_tokens, config.context_length, convention),
-            }
-
-
-def _model_fields(name: str, config: TrainConfig) -> dict[str, Any]:
-    model = config.model
-    return {
-        "cell": name,
-        "size": config.label,
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-        "n_heads": model.n_heads,
-        "n_kv_heads": model.n_kv_heads,
-        "head_dim": model.head_dim,
-        "context": config.context_length,
-    }
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

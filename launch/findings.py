@@ -15,7 +15,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from gqa_jax import formatting, plots, results, shape_search, storage
+from gqa_jax import costs, formatting, plots, results, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import invariance, optimum
@@ -210,7 +210,7 @@ def _pictures(
                 f"By size, at {several.idxmax()} key/value heads: a power of n_h and a constant that all sizes share.",
                 lambda: plots.loss_vs_query_heads(kept),
             )
-    shape = shape_search.solve_shape(
+    shape = costs.solve_shape(
         answer.n_params, answer.heads, Aspect.constant(answer.ratio), laws.head_dim, laws.vocab_size, laws.size_convention
     )
     contexts = [2**k for k in range(10, 21)]

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, shape_search
+from gqa_jax import costs
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import fit_loss_nd_by_heads
 from gqa_jax.search import equal_compute, objectives, ranking
@@ -41,7 +41,7 @@ def noisy():
 def trained(laws, row, context):
     """Training FLOPs and loss of a row of the candidates."""
     heads = Heads(int(row["n_heads"]), int(row["n_kv_heads"]))
-    shape = shape_search.solve_shape(row["n_params"], heads, laws.aspect, 64, 50_304, "figures")
+    shape = costs.solve_shape(row["n_params"], heads, laws.aspect, 64, 50_304, "figures")
     return costs.train_flops(shape, context, row["tokens"], "figures"), laws[heads].predict(row["n_params"], row["tokens"])
 
 
@@ -78,7 +78,7 @@ def test_the_same_cost_as_a_baseline_gives_it_its_tokens_and_fewer_heads_more(ex
     assert (ratio.loc[(1, 1)].to_numpy() > ratio.loc[(8, 1)].to_numpy()).all()
     assert (ratio.loc[(1, 1)] > 100).all()  # attention of 32 heads at 128K is most of the cost
     first = curve.iloc[0]
-    shape = shape_search.solve_shape(first["n_params"], Heads(1, 1), exact.aspect, 64, 50_304, "figures")
+    shape = costs.solve_shape(first["n_params"], Heads(1, 1), exact.aspect, 64, 50_304, "figures")
     assert first["c_infer"] == pytest.approx(costs.infer_flops(shape, T, "figures"))
     assert first["m_infer"] == pytest.approx(costs.infer_memory(shape, T, "figures"))
     assert first["cost"] == pytest.approx(objectives.Z()(shape, T))

@@ -10,6 +10,10 @@ def test_the_closest_name_is_told_or_all_of_them():
     assert errors.close("rows", ["n_heads", "d_model"]) is None
     assert errors.closest("n_head", ["n_heads", "d_model"]) == "did you mean 'n_heads'?"
     assert errors.closest("rows", (name for name in ("n_heads", "d_model"))) == "allowed: n_heads, d_model"
+    assert [errors.closest(name, ["n_heads"], "there are many") for name in ("n_head", "rows")] == [
+        "did you mean 'n_heads'?",
+        "there are many",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import gqa_jax
-from gqa_jax import costs, shape_search
+from gqa_jax import costs
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import MHA, Heads, external, fit_by_heads
 from gqa_jax.search import optimum, presets
@@ -229,7 +229,7 @@ class TestHeadRules:
     @pytest.mark.parametrize("convention", ["figures", "exact"])
     def test_shapes_have_the_parameters_that_were_asked_for(self, heads, convention):
         n = np.array([1e8, 3e9, np.inf])
-        shape = shape_search.solve_shape(n, heads, lambda n: 64.0, convention=convention)
+        shape = costs.solve_shape(n, heads, lambda n: 64.0, convention=convention)
         np.testing.assert_allclose(costs.count_params(shape, convention).non_embedding[:2], n[:2], rtol=1e-12)
         np.testing.assert_allclose(shape.n_kv_heads * np.ones(3), heads.kv_heads(shape.d_model, 64) * np.ones(3))
 

@@ -132,6 +132,7 @@ def test_three_digits_of_a_negative_number():
 )
 def test_shares(share, counted, probable):
     assert (formatting.percent(share), formatting.probability(share)) == (counted, probable)
+    assert formatting.percent_of_draws(share) == {"100%": ">99%", "0%": "<1%"}.get(counted, counted)  # never sure
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,7 @@ TABLE = (
         ".errors .costs .config .storage .training.evaluation .training.run_folder",
         lazily=".training.metrics",
     ),
-    Row("gqa_jax.shape_search", ".shapes .costs"),
-    Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
+    Row("gqa_jax.laws", ".errors .formatting .shapes .costs"),
     Row("gqa_jax.laws.external", ".errors .storage .results .laws"),
     Row("gqa_jax.search.invariance", ".laws"),
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
@@ -115,12 +114,9 @@ TABLE = (
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
     Row("gqa_jax.search.words", ".formatting .costs .laws .search.ranking", lazily=".search.serving_words"),
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
-    Row(
-        "gqa_jax.search.candidates",
-        ".formatting .shapes .costs .shape_search .laws .search.objectives .search.ranking .search.shape_rule",
-    ),
+    Row("gqa_jax.search.candidates", ".formatting .shapes .costs .laws .search.objectives .search.ranking .search.shape_rule"),
     Row("gqa_jax.search.serving", ".hardware .costs .search.roofline .search.objectives .search.candidates"),
-    Row("gqa_jax.search.buildable", ".costs .shape_search .laws .search.shape_rule .search.answer .search.candidates"),
+    Row("gqa_jax.search.buildable", ".costs .laws .search.shape_rule .search.answer .search.candidates"),
     Row("gqa_jax.search.caveats", ".formatting .laws .search.answer .search.candidates"),
     Row(
         "gqa_jax.search.optimum",
@@ -136,19 +132,19 @@ TABLE = (
         "gqa_jax.search.devices",
         ".prices .laws .search.roofline .search.objectives .search.answer .search.candidates .search.serving .search.optimum",
     ),
-    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking .search.candidates"),
+    Row("gqa_jax.search.equal_compute", ".costs .laws .search.objectives .search.ranking .search.candidates"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .shape_search .laws .search.invariance .search.objectives "
-        ".search.shape_rule .search.candidates .search.optimum",
+        ".formatting .shapes .costs .results .laws .search.invariance .search.objectives .search.shape_rule "
+        ".search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
-        ".errors .formatting .storage .results .shape_search .laws .laws.external .search.presets "
-        ".search.objectives .search.candidates .search.optimum",
+        ".errors .formatting .costs .storage .results .laws .laws.external .search.presets .search.objectives "
+        ".search.candidates .search.optimum",
     ),
-    Row("gqa_jax"),
+    Row("gqa_jax", lazily=".results .laws.external .search.invariance .search.presets .search.study"),
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.executors"),
@@ -211,7 +207,7 @@ TABLE = (
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .shapes .storage .results .shape_search .laws .search.invariance .search.objectives "
+        ".errors .formatting .shapes .costs .storage .results .laws .search.invariance .search.objectives "
         ".search.answer .search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
     ),
     Row(
@@ -234,9 +230,8 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
         ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
         ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results "
-        ".shape_search .laws .search.presets .search.own_model .search.roofline .search.objectives "
-        ".search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies launch.report "
-        "launch.findings tests",
+        ".laws .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
+        ".search.optimum .search.next_runs .plots launch.grid launch.studies launch.report launch.findings tests",
         outside="jax",
     ),
 )

@@ -148,6 +148,6 @@ SIZE_RANGE = (3e7, 8e8)
 
 
 def _cost(size, heads, one, context):
-    from gqa_jax import shape_search
+    from gqa_jax import costs
 
-    return float(objectives.Z()(shape_search.solve_shape(size, Heads(*heads), one.aspect), context))
+    return float(objectives.Z()(costs.solve_shape(size, Heads(*heads), one.aspect), context))

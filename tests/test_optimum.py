@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import costs, laws, shape_search
+from gqa_jax import costs, laws
 from gqa_jax.hardware import CHIPS, Efficiency
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.search import candidates, objectives, optimum, presets, ranking, roofline, serving
@@ -93,7 +93,7 @@ class TestPaper:
     def test_figure_1_from_the_papers_points(self, paper):
         """(8,1) against Llama 3's (32,8) at L x d = 32 x 2048, whose measured loss is 2.6145: -50.8% memory, -57.8% FLOPs."""
         llama = costs.Shape(32, 2048, 32, 8)
-        ours = shape_search.solve_shape(paper[Heads(8, 1)].solve(2.6145), Heads(8, 1), paper_aspect())
+        ours = costs.solve_shape(paper[Heads(8, 1)].solve(2.6145), Heads(8, 1), paper_aspect())
         memory = costs.infer_memory(ours, 131_072, "figures") / costs.infer_memory(llama, 131_072, "figures") - 1
         flops = costs.infer_flops(ours, 131_072, "figures") / costs.infer_flops(llama, 131_072, "figures") - 1
         assert memory == pytest.approx(-0.508, abs=0.003)
@@ -134,7 +134,7 @@ class TestSearch:
             [
                 [
                     objectives.Z()(
-                        shape_search.solve_shape(np.exp(log_n), h, paper.aspect, 64, 50_304, "figures"),
+                        costs.solve_shape(np.exp(log_n), h, paper.aspect, 64, 50_304, "figures"),
                         65_536,
                     )
                     for h, log_n in zip(drawn.heads, row, strict=True)
@@ -181,7 +181,7 @@ class TestSearch:
                 for r in ratios:
                     dearer = (1 + k * np.log(r / c) ** 2) / (1 + k * np.log(64 / c) ** 2)
                     n = np.exp(drawn.log_size(loss / dearer)[s, i])
-                    shape = shape_search.solve_shape(n, heads, Aspect.constant(r), 64, 50_304, "figures")
+                    shape = costs.solve_shape(n, heads, Aspect.constant(r), 64, 50_304, "figures")
                     costs_R.append(objectives.Z()(shape, 131_072))
                 least_SxH[s, i], best_SxH[s, i] = min(costs_R), ratios[np.argmin(costs_R)]
         by_heads = by_name(found.candidates)
@@ -319,7 +319,7 @@ class TestSearch:
         h100 = RooflineServing("h100", batch=28)
         free = optimum.search(paper, 2.615, 131_072, objectives.make("memory"))
         flops = optimum.search(paper, 2.615, 131_072, objectives.make("flops"), memory_limit=h100)
-        assert h100.fits(shape_search.solve_shape(flops.n_params, flops.heads, paper.aspect), 131_072)
+        assert h100.fits(costs.solve_shape(flops.n_params, flops.heads, paper.aspect), 131_072)
         held = flops.candidates[~np.isfinite(flops.candidates["cost"])]
         assert not held.empty
         assert held["note"].str.contains("takes more than the 76.97 GB that a server fills of each of 1 x h100").all()
@@ -385,7 +385,7 @@ class TestServed:
             paper, 2.615, 131_072, objectives.make("price", parallelism="tensor", **told), aspect="paper", draws=0
         )
         assert found.heads == Heads(8, 4)
-        shape = shape_search.solve_shape(paper[Heads(8, 4)].solve(2.615), Heads(8, 4), paper_aspect())
+        shape = costs.solve_shape(paper[Heads(8, 4)].solve(2.615), Heads(8, 4), paper_aspect())
         assert found.cost == pytest.approx(_dollars_by_hand(shape, 1 + 2 / 64))
         assert found.cost == pytest.approx(0.2738, abs=5e-5)
         assert _dollars_by_hand(shape, 1) == pytest.approx(0.2705, abs=5e-5)
@@ -421,7 +421,7 @@ class TestServed:
         assert tuple(frame.columns) == (*candidates.CANDIDATES, *serving.SERVED)
         for row in frame.itertuples():
             heads = Heads(None if pd.isna(row.n_heads) else row.n_heads, row.n_kv_heads)
-            shape = shape_search.solve_shape(paper[heads].solve(2.615), heads, paper.aspect)
+            shape = costs.solve_shape(paper[heads].solve(2.615), heads, paper.aspect)
             load = objective.serving.load(shape, 131_072, by)
             assert row.cost == pytest.approx(objective(shape, 131_072))
             assert (row.layout, row.batch) == (str(load.layout), load.batch)
@@ -458,11 +458,11 @@ class TestServed:
         costs_SxH, free_SxH = np.zeros((2, 50, len(found.heads)))
         for i, heads in enumerate(found.heads):
             typical = np.median(np.exp(drawn.log_size(2.35)[:, drawn.heads.index(heads)]))
-            shape = shape_search.solve_shape(typical, heads, calibrated.aspect)
+            shape = costs.solve_shape(typical, heads, calibrated.aspect)
             layout = objective.serving.load(shape, 131_072).layout
             fixed = dataclasses.replace(objective, serving=dataclasses.replace(objective.serving, parallelism=layout))
             sizes = np.exp(drawn.log_size(2.35)[:, drawn.heads.index(heads)])
-            many = shape_search.solve_shape(sizes, heads, calibrated.aspect)
+            many = costs.solve_shape(sizes, heads, calibrated.aspect)
             costs_SxH[:, i], free_SxH[:, i] = fixed(many, 131_072), objective(many, 131_072)
         assert found.regret_SxH == pytest.approx(ranking.regret(costs_SxH))
         answer = optimum.search(calibrated, 2.35, 131_072, objective, aspect="trained", draws=50)

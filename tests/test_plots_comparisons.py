@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from gqa_jax import costs, plots
+from gqa_jax.costs import solve_shape
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import objectives, optimum, presets
-from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import paper_aspect
 from tests import plot_helpers
 

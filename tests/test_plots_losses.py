@@ -9,10 +9,10 @@ import pytest
 from matplotlib.collections import LineCollection
 
 from gqa_jax import costs, laws, plots
+from gqa_jax.costs import solve_shape
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.plots import cost_axes, style
 from gqa_jax.search import objectives, optimum, presets
-from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import Aspect
 from launch import grid
 from launch.grid import Layout

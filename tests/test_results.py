@@ -41,6 +41,20 @@ def test_loss_table_obeys_its_schema(folder):
             "device"} <= set(table.columns)  # fmt: skip
 
 
+def test_a_new_column_is_one_line(folder, monkeypatch):
+    """What the configuration has by its field, what result.json has by its own name; what a run lacks is empty."""
+    new = (
+        results.Column("window", "Int64", "", "of the evaluation", "evaluation.tokens"),
+        results.Column("step", "Int64", "", "optimizer steps done"),
+        results.Column("watts", "Float64", "W", "of the device"),
+    )
+    monkeypatch.setattr(results, "LOSS_COLUMNS", (*results.LOSS_COLUMNS, *new))
+    table = gqa_jax.load_results(folder)
+    assert (table["step"] == table["steps"]).all()
+    assert table["window"].notna().all()
+    assert table["watts"].isna().all()
+
+
 def leave_out(folder, *names):
     """As when the grid was changed, and run again, since these cells were."""
     facts = storage.read_json(folder / "grid.json")
@@ -359,6 +373,5 @@ def test_evaluations_on_a_bucket_read_the_same(evaluated, gcs_root, caplog):
         assert message.startswith(f"1 finished run in {root}/cells is not of grid.json, so not in the tables: {names[1]}. If")
 
 
-def test_functions_are_exported():
-    assert {"load_costs", "load_differences", "load_evaluations", "load_results"} <= set(dir(gqa_jax))
+def test_columns_have_a_meaning():
     assert all(c.meaning for c in (*results.EVALUATION_COLUMNS, *results.DIFFERENCE_COLUMNS))

@@ -1,8 +1,11 @@
 """Studies in a notebook: what is loaded, which training context answers, what is drawn and compared."""
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -320,19 +323,19 @@ class TestWhatIsShown:
 class TestThePackage:
     def test_dir_is_complete(self):
         names = dir(gqa_jax)
-        loaders = {
-            "load_study",
-            "load_results",
-            "load_costs",
-            "load_differences",
-            "load_evaluations",
-            "load_metrics",
-            "load_table",
-        }
-        assert loaders <= set(names)
-        assert {"presets", "laws", "search", "plots", "results", "hardware", "train"} <= set(names)
+        assert set(gqa_jax.__all__) <= set(names)
+        assert {"presets", "laws", "search", "plots", "results", "hardware", "train", "invariance"} <= set(names)
         assert all(not name.startswith("_") or name.startswith("__") for name in names)
         assert gqa_jax.load_table is external.load_table
+
+    def test_what_is_imported_when_it_is_asked_for_has_a_type(self):
+        """What type checkers read is what comes at run time."""
+        tree = ast.parse(Path(gqa_jax.__file__).read_text())
+        block = next(node for node in tree.body if isinstance(node, ast.If))
+        typed = {alias.name: node.module for node in block.body for alias in node.names}
+        assert set(typed) == {*gqa_jax.__all__, "invariance", "presets"}
+        for name, module in typed.items():
+            assert getattr(gqa_jax, name) is getattr(importlib.import_module(module), name)
         with pytest.raises(AttributeError, match="no attribute 'load_nothing'"):
             _ = gqa_jax.load_nothing
 

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import shape_search
+from gqa_jax import costs
 from gqa_jax.laws import confounding, fitting, joint_fit, joint_terms
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B
@@ -283,7 +283,7 @@ class JointLaw:
         if heads.n_heads is not None:
             return np.full(2, float(heads.n_heads)), np.log(np.array([least, most]) / self.center)
         n = np.geomspace(least, most, _RULE_SIZES)
-        shape = shape_search.solve_shape(n, heads, aspect or self.aspect, self.head_dim, self.vocab_size, self.size_convention)
+        shape = costs.solve_shape(n, heads, aspect or self.aspect, self.head_dim, self.vocab_size, self.size_convention)
         return np.asarray(shape.n_heads, np.float64), np.log(n / self.center)
 
     def _require(self, n_heads: np.ndarray, n_kv_heads: np.ndarray) -> None:

@@ -67,13 +67,13 @@ def _tpu(where: Slice) -> list[jax.Device]:
 
 def _gpu(chip: Chip, count: int) -> list[jax.Device]:
     gpu = chip.gpu
-    (major, minor), memory = gpu.compute_capability, gpu.shared_memory
+    (major, minor), memory = gpu.compute_capability, 1024 * gpu.shared_kib
     target = f"""
     gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
       shared_memory_per_block: 49152 shared_memory_per_core: {memory} shared_memory_per_block_optin: {memory - 1024}
       core_count: {gpu.multiprocessors} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: {chip.memory_bandwidth:.0f} l2_cache_size: {gpu.l2_bytes} clock_rate_ghz: {gpu.clock_ghz}
+      memory_bandwidth: {chip.memory_bandwidth:.0f} l2_cache_size: {gpu.l2_mib * 2**20} clock_rate_ghz: {gpu.clock_ghz}
       device_memory_size: {chip.memory_bytes / ALLOCATOR_FRACTION:.0f}
       registers_per_core_limit: 65536 registers_per_block_limit: 65536
       cuda_compute_capability {{ major: {major} minor: {minor} }}

@@ -13,24 +13,7 @@ from gqa_jax.plots.shares import flops_shares, memory_shares
 from gqa_jax.plots.style import head_look, head_text, save
 
 __all__ = [
-    "aligned_cost",
-    "continued_training",
-    "cost_by_context",
-    "cost_intervals",
-    "flops_shares",
-    "head_look",
-    "head_text",
-    "loss_vs_context",
-    "loss_vs_cost",
-    "loss_vs_costs",
-    "loss_vs_params",
-    "loss_vs_query_heads",
-    "memory_shares",
-    "optimum_map",
-    "profile",
-    "residuals",
-    "save",
-    "savings",
-    "savings_by_context",
-    "share_of_draws",
-]
+    "aligned_cost", "continued_training", "cost_by_context", "cost_intervals", "flops_shares", "head_look", "head_text",
+    "loss_vs_context", "loss_vs_cost", "loss_vs_costs", "loss_vs_params", "loss_vs_query_heads", "memory_shares",
+    "optimum_map", "profile", "residuals", "save", "savings", "savings_by_context", "share_of_draws",
+]  # fmt: skip

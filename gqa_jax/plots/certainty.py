@@ -34,22 +34,15 @@ def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str 
     for i, (_, row) in enumerate(shown.iterrows()):
         look = style.head_look(tables.heads_of(row))
         ax.barh(i, 100 * row["probability"], height=0.66, color=look.color, edgecolor=style.INK, linewidth=0.6)
-        _beside(
-            ax,
-            i,
-            row["probability"],
-            look.color,
-            "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}",
-        )
+        regret = "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}"
+        _beside(ax, i, row["probability"], look.color, regret)
         names.append(style.head_text(tables.heads_of(row)))
     if len(rest):
         share = float(rest["probability"].sum())
         ax.barh(len(shown), 100 * share, height=0.66, color="0.88", hatch="//", edgecolor=style.INK, linewidth=0.6)
         _beside(ax, len(shown), share, "0.88", "")
         names.append(f"{len(rest)} other{'s' * (len(rest) > 1)}")
-    note = ""
-    if shown["answer"].any():
-        note = f"{_ANSWER}; regret: expected cost above the cheapest"
+    note = f"{_ANSWER}; regret: expected cost above the cheapest" * bool(shown["answer"].any())
     style.finish(ax, "probability of being the cheapest (%)", "", title, note)
     ax.set(xlim=(0, 100))
     _rows(ax, names, shown["answer"].to_numpy())
@@ -85,10 +78,9 @@ def cost_intervals(
     ax.set(xlim=(least / 1.05, top * 1.05))
     style.log_axis(ax.xaxis, text=formatting.short)
     answer = _is_answer(frame)
-    lines = [f"{_ANSWER}: the least expected regret"] if answer.any() else []
-    if np.isfinite(low).any():
-        lines.append(f"bars: 95%{style.rests_on(laws)}; what is not known of E moves all alike")
-    style.finish(ax, label, "", title, "\n".join(lines), cheaper="x")
+    marked = f"{_ANSWER}: the least expected regret" * bool(answer.any())
+    bars = f"bars: 95%{style.rests_on(laws)}; what is not known of E moves all alike" * bool(np.isfinite(low).any())
+    style.finish(ax, label, "", title, marked, bars, cheaper="x")
     _rows(ax, [style.head_text(tables.heads_of(row)) for _, row in frame.iterrows()], answer)
     return ax
 
@@ -136,13 +128,8 @@ def profile(
         f"{100 * level:g}%", (1, limit), (-2, 2), xycoords=ax.get_yaxis_transform(), textcoords="offset points", ha="right",
         fontsize=style.SMALL, color=style.QUIET,
     )  # fmt: skip
-    return style.finish(
-        ax,
-        xlabel,
-        "rise of the sum of squares / $\\sigma^2$",
-        title,
-        f"independent noise; least at {entropy[best]:.2f}; {100 * level:g}%: {ends}",
-    )
+    found = f"independent noise; least at {entropy[best]:.2f}; {100 * level:g}%: {ends}"
+    return style.finish(ax, xlabel, "rise of the sum of squares / $\\sigma^2$", title, found)
 
 
 def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | None = None) -> Axes:
@@ -164,7 +151,6 @@ def residuals(laws: Mapping[Heads, PowerLaw], *, title: str = "", ax: Axes | Non
 
 
 _ANSWER = "yellow: the answer"
-_DRAWS_TELL = (0.001, 0.999)  # what 1,000 draws can't tell from 0 and 1 is not called so
 
 
 def _is_answer(candidates: pd.DataFrame) -> np.ndarray:
@@ -186,7 +172,7 @@ def _rows(ax: Axes, names: list[str], answer: np.ndarray) -> None:
 
 def _beside(ax: Axes, place: float, probability: float, color: str, text: str) -> None:
     """The number at the end of a bar; inside it where there is no room beside it."""
-    words = "   ".join(part for part in (formatting.percent(np.clip(probability, *_DRAWS_TELL)), text) if part)
+    words = "   ".join(part for part in (formatting.percent_of_draws(probability), text) if part)
     inside = probability > 0.55
     ink = "white" if inside and style.luma(color) < 0.5 else style.INK
     ax.annotate(

@@ -15,6 +15,7 @@ from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
 from gqa_jax.laws.posterior import IN_BRIEF
 from gqa_jax.plots import cost_axes, labels, style, tables
+from gqa_jax.plots.losses import LOSS
 from gqa_jax.search import objectives, optimum
 
 _NAMES = {"memory": "memory", "flops": "FLOPs", "z": "$Z$"}
@@ -90,12 +91,11 @@ def savings(
         loc="upper left", bbox_to_anchor=(-0.02, -0.1), frameon=False, fontsize=style.SMALL, labelcolor=style.INK,
     )  # fmt: skip
     shapes = cost_axes.shapes_said(laws, aspect).replace("least cost", "least $Z$")
-    lines = [
-        f"loss {loss:g}, served at {formatting.context(context_served)}; {against.label} = 100%",
-        "; ".join(filter(None, (cost_axes.counted(convention, show[0]), shapes))),
-        *([f"whiskers: 95%{style.rests_on(laws)}"] if sure else []),
-    ]
-    style.finish(ax, "", "cost of inference (%)", title, "\n".join(lines), cheaper="y")
+    what = f"loss {loss:g}, served at {formatting.context(context_served)}; {against.label} = 100%"
+    rests = f"whiskers: 95%{style.rests_on(laws)}" * sure
+    style.finish(
+        ax, "", "cost of inference (%)", title, what, cost_axes.counted(convention, show[0], shapes), rests, cheaper="y"
+    )
     ax.grid(visible=False, axis="x")
     ax.tick_params(axis="x", length=0, labelsize=style.TEXT)
     return ax
@@ -135,9 +135,7 @@ def cost_by_context(
             raise ValueError(f"heads {each} have no cost at a loss of {loss:g}: {rows['note'].iloc[0]}")
         look = style.head_look(each)
         style.curve(ax, x, y, look)
-        if np.isfinite(low).any():
-            style.band(ax, x, low, np.where(np.isfinite(high), high, np.nan), look)
-            bands = True
+        bands |= style.band(ax, x, low, np.where(np.isfinite(high), high, np.nan), look)
         n_params = formatting.short(tables.numbers(rows, "n_params")[-1])
         entries.append(labels.Entry(f"{style.head_text(each)}, {n_params}", look, float(y[-1])))
         curves[each] = y
@@ -150,12 +148,9 @@ def cost_by_context(
     labels.legend(
         ax, entries, f"{labels.heads(curves)},\n$N$ at {formatting.context(int(grid[-1]))}", markers=False, answer=marks
     )
-    lines = [
-        f"loss {loss:g}; "
-        + "; ".join(filter(None, (cost_axes.counted(convention, cost), cost_axes.shapes_said(laws, aspect)))),
-        *([f"bands: 95%{style.rests_on(laws)}"] if bands else []),
-    ]
-    return style.finish(ax, "context served (tokens)", cost_axes.label(chosen), title, "\n".join(lines), cheaper="y")
+    what = f"loss {loss:g}; {cost_axes.counted(convention, cost, cost_axes.shapes_said(laws, aspect))}"
+    rests = f"bands: 95%{style.rests_on(laws)}" * bands
+    return style.finish(ax, "context served (tokens)", cost_axes.label(chosen), title, what, rests, cheaper="y")
 
 
 def _mark(ax: Axes, winners: Sequence[Heads], x: np.ndarray, curves: Mapping[Heads, np.ndarray]) -> None:
@@ -199,15 +194,13 @@ def savings_by_context(
         )
         style.curve(ax, x, 100 * saving, look)
         style.points(ax, x, 100 * saving, look, label=text)
-        if np.isfinite(low).any():
-            style.band(ax, x, 100 * low, 100 * high, look)
-            bands = True
+        bands |= style.band(ax, x, 100 * low, 100 * high, look)
         entries.append(labels.Entry(text, look, float(saving[-1])))
     style.power_of_two_axis(ax.xaxis, best["context_served"], formatting.context)
     labels.legend(ax, entries, "loss to reach\n(nats per token)")
     note = f"heads of least expected regret, against {baseline} at the same loss"
     label = f"cost saved against\n{baseline} (%)      cheaper \u2192"
-    return style.finish(ax, "context served (tokens)", label, title, note + "\nbands: 95%" * bands)
+    return style.finish(ax, "context served (tokens)", label, title, note, "bands: 95%" * bands)
 
 
 _COLUMNS = {"memory": "m_infer", "flops": "c_infer", "cost": "cost"}
@@ -256,8 +249,8 @@ def aligned_cost(
     if len(found) > 1:
         _mark_cheapest(ax, [(tables.numbers(rows, column), tables.numbers(rows, "loss")) for rows in found.values()])
     labels.legend(ax, entries, labels.heads(found), markers=False, answer="least cost" * (len(found) > 1))
-    note = f"same training cost for all\nbands: 95% {IN_BRIEF['independent']}"
-    return style.finish(ax, label, "held-out loss (nats per token)", title, note, cheaper="x")
+    rests = f"bands: 95% {IN_BRIEF['independent']}"
+    return style.finish(ax, label, LOSS, title, "same training cost for all", rests, cheaper="x")
 
 
 def _mark_cheapest(ax: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:

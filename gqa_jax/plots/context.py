@@ -57,9 +57,8 @@ def loss_vs_context(
     entries = []
     for i, model in enumerate(models):
         rows = found.differences[found.differences["model"] == model].sort_values("context")
-        heads = tables.heads_named(model)
-        look = style.step_look(i, len(models)) if heads is None else style.head_look(heads)
-        text = model if heads is None else style.head_text(heads)
+        series = tables.heads_named(model) or model
+        look, text = _look(series, i, len(models)), _text(series)
         contexts, percent = tables.numbers(rows, "context"), 100 * tables.numbers(rows, "difference")
         ax.plot(contexts, percent, color=look.color, linestyle=look.line, linewidth=0.7, label="_joined")
         style.points(ax, contexts, percent, look, error=100 * tables.numbers(rows, "standard_error"), label=text)
@@ -74,12 +73,13 @@ def loss_vs_context(
             end, text = line[-1], f"{text} {test['verdict']}"
         entries.append(labels.Entry(text, look, float(end)))
     style.power_of_two_axis(ax.xaxis, found.differences["context"], formatting.context)
-    named = tables.heads_named(found.baseline)
-    labels.legend(ax, entries, f"{'size' if named is None else 'heads'}, and the verdict")
-    base = found.baseline if named is None else style.head_text(named)
-    note = f"thick: straight lines from {formatting.context(found.from_context)} on; bands: 95% by the runs' scatter about them"
-    note += "\nbars: 95% of the standard errors of differences"
-    return style.finish(ax, "context of training, $T$ (tokens)", f"loss relative to {base} (%)", title, note)
+    base = tables.heads_named(found.baseline) or found.baseline
+    labels.legend(ax, entries, f"{'size' if isinstance(base, str) else 'heads'}, and the verdict")
+    lines = (
+        f"thick: straight lines from {formatting.context(found.from_context)} on; bands: 95% by the runs' scatter about them"
+    )
+    bars = "bars: 95% of the standard errors of differences"
+    return style.finish(ax, "context of training, $T$ (tokens)", f"loss relative to {_text(base)} (%)", title, lines, bars)
 
 
 def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = "", ax: Axes | None = None) -> Axes:
@@ -95,7 +95,8 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
     Raises:
       ValueError: no continued run is done, or they differ in more than that.
     """
-    table = _with_heads(tables.loss_table(table))
+    table = tables.loss_table(table)
+    table = table.assign(heads=[tables.heads_of(row) for _, row in table.iterrows()])
     run_table.require_one_rule(table)
     shared = run_table.shared_error(table)
     if run_table.shared_sem(table) is not None:
@@ -114,39 +115,25 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
         look, rows = _look(value, i, len(order)), _select(continued, series, value).sort_values("tokens")
         tokens, loss = tables.numbers(rows, "tokens"), tables.numbers(rows, "loss")
         ax.plot(tokens, loss, color=look.color, linestyle=look.line, linewidth=0.7, label="_joined")
-        style.points(ax, tokens, loss, look, error=tables.numbers(rows, "loss_sem"), label=_text(value))
+        bars |= style.points(ax, tokens, loss, look, error=tables.numbers(rows, "loss_sem"), label=_text(value))
         entries.append(labels.Entry(_text(value), look, float(loss[-1])))
-        bars |= bool(rows["loss_sem"].notna().any())
         same = scratch[(scratch["size"].isin(rows["size"])) & (scratch["heads"].isin(rows["heads"]))]
         if not same.empty:
-            mean = _by_context(same).iloc[0]
-            ax.axhline(mean["loss"], color=look.color, linestyle=look.line, linewidth=1.3, label="_scratch")
-            if np.isfinite(mean["sem"]):
-                half = stats.norm.ppf((1 + style.LEVEL) / 2) * mean["sem"]
-                ax.axhspan(mean["loss"] - half, mean["loss"] + half, color=look.color, alpha=0.12, linewidth=0)
+            loss, squares = tables.numbers(same, "loss").mean(), same["loss_sem"].astype("Float64") ** 2
+            ax.axhline(loss, color=look.color, linestyle=look.line, linewidth=1.3, label="_scratch")
+            if squares.notna().any():
+                half = stats.norm.ppf((1 + style.LEVEL) / 2) * np.sqrt(squares.sum()) / len(same)
+                ax.axhspan(loss - half, loss + half, color=look.color, alpha=0.12, linewidth=0)
                 bands = True
     style.log_axis(ax.xaxis, text=formatting.short)
     labels.legend(ax, entries, labels.heads(order) if series == "heads" else "size")
     sure = style.sure(None, shared, bars=bars, bands=bands)
-    note = "\n".join(filter(None, ("lines across: trained at that context from scratch", sure)))
-    return style.finish(ax, f"tokens of the continuation at {formatting.context(int(context))}", LOSS, title, note)
-
-
-def _with_heads(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(heads=[tables.heads_of(row) for _, row in table.iterrows()])
+    across = "lines across: trained at that context from scratch"
+    return style.finish(ax, f"tokens of the continuation at {formatting.context(int(context))}", LOSS, title, across, sure)
 
 
 def _select(table: pd.DataFrame, series: str, value: Heads | str) -> pd.DataFrame:
     return table[[each == value for each in table[series]]]  # pandas would take heads for two values
-
-
-def _by_context(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean loss and its standard error `sem` (NaN where a run has none) per context: seeds are averaged."""
-    frame = pd.DataFrame({name: tables.numbers(rows, source) for name, source in (("loss", "loss"), ("square", "loss_sem"))})
-    frame["square"] **= 2
-    groups = frame.groupby(rows["context"].to_numpy(np.int64))
-    sem = np.sqrt(groups["square"].sum(min_count=1)) / groups["loss"].size()
-    return pd.DataFrame({"loss": groups["loss"].mean(), "sem": sem})
 
 
 def _order(table: pd.DataFrame, series: str) -> list[Any]:

@@ -47,15 +47,16 @@ def scale(axis: Axis, cost: objectives.Objective) -> None:
     style.log_axis(axis, text=formatting.si if cost.unit in ("FLOPs", "bytes") else formatting.short)
 
 
-def counted(convention: str | costs.Convention, cost: Any) -> str:
-    """By which convention a cost is counted, where it is by one with a name."""
-    return f'costs counted by the "{convention}" convention' if isinstance(convention, str) and isinstance(cost, str) else ""
+def counted(convention: str | costs.Convention, cost: Any, shapes: str = "") -> str:
+    """By which convention a cost is counted, where it is by one with a name, and `shapes` (`shapes_said`) after it."""
+    named = isinstance(convention, str) and isinstance(cost, str)
+    return "; ".join(filter(None, (f'costs counted by the "{convention}" convention' if named else "", shapes)))
 
 
 def shapes_said(laws: Mapping[Heads, PowerLaw], aspect: Any) -> str:
     """Which rule for shapes a picture's costs have, `aspect` as of `gqa_jax.search.optimum.search`."""
     name = rule_of(laws, aspect).name
-    return f"shapes: $d/L$ {_SHAPES[name]}" if name in _SHAPES else f"shapes: $d/L$ = {name}"
+    return f"shapes: $d/L$ {_SHAPES.get(name, f'= {name}')}"
 
 
 def smooth(aspect: Callable[[Any], Any]) -> Callable[[Any], Any]:

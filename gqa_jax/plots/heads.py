@@ -38,16 +38,13 @@ def loss_vs_query_heads(
         grid = np.geomspace(law.n_heads.min(), law.n_heads.max(), 41)
         style.curve(ax, grid, law.predict(grid), look)
         bands |= _band(ax, laws, which, law, grid, look)
-        error = style.standard_errors(laws, which)
-        bars |= error is not None and bool(np.isfinite(error).any())
-        style.points(ax, law.n_heads, law.loss, look, error=error, label=text(which))
+        bars |= style.points(ax, law.n_heads, law.loss, look, error=style.standard_errors(laws, which), label=text(which))
         entries.append(labels.Entry(text(which), look, float(law.predict(grid[-1]))))
     style.power_of_two_axis(ax.xaxis, np.concatenate([law.n_heads for law in laws.values()]))
     labels.legend(ax, entries, series)
     n_kv = f"$n_{{kv}}$ = {laws.n_kv_heads}" if hasattr(laws, "n_kv_heads") else ""
-    note = ", ".join(filter(None, (note, n_kv)))
     sure = style.sure(laws, getattr(laws, "shared", None), bars=bars, bands=bands)
-    return style.finish(ax, "query heads, $n_h$", LOSS, title, "\n".join(filter(None, (note, sure))))
+    return style.finish(ax, "query heads, $n_h$", LOSS, title, ", ".join(filter(None, (note, n_kv))), sure)
 
 
 def _names(curves: list[Curve]) -> tuple[Any, str, str]:
@@ -66,8 +63,5 @@ def _band(ax: Axes, laws: Any, which: Curve, law: QueryHeadsLaw, grid: np.ndarra
         return False
     heads = np.unique(law.n_heads)
     edges = laws.band(which, heads, style.LEVEL)
-    if not np.isfinite(edges).any():
-        return False
     apart = [np.interp(np.log(grid), np.log(heads), edge - law.predict(heads)) for edge in edges]
-    style.band(ax, grid, law.predict(grid) + apart[0], law.predict(grid) + apart[1], look)
-    return True
+    return style.band(ax, grid, law.predict(grid) + apart[0], law.predict(grid) + apart[1], look)

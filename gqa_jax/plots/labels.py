@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
 from gqa_jax.laws import Heads
@@ -37,24 +36,22 @@ def legend(
     """Names of series beside the axes, from the top down as their curves end. `answer`: what the yellow marks."""
     order = sorted(entries, key=lambda entry: -entry.end)
     handles, texts = _handles(order, lines, markers, answer)
-    _finish(
-        ax.legend(
-            handles, texts, title=title or None, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=-(-len(handles) // _ROWS),
-            handlelength=3.4 if lines else 1.2, labelspacing=0.6, columnspacing=1.4, **_TEXT,
-        )
+    legend = ax.legend(
+        handles, texts, title=title or None, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=-(-len(handles) // _ROWS),
+        handlelength=3.4 if lines else 1.2, labelspacing=0.6, columnspacing=1.4, **_TEXT,
     )  # fmt: skip
+    legend.get_title().set_color(style.QUIET)
 
 
 def legend_below(figure: Figure, entries: Sequence[Entry], title: str, *, answer: str = "") -> None:
     """Names of series that several axes share, below them, in their own order."""
     handles, texts = _handles(entries, True, True, answer)
     rows = -(-len(handles) // _ACROSS)
-    _finish(
-        figure.legend(
-            handles, texts, title=title, loc="outside lower center", ncols=-(-len(handles) // rows), handlelength=3.4,
-            labelspacing=0.6, columnspacing=1.6, **_TEXT,
-        )
+    legend = figure.legend(
+        handles, texts, title=title, loc="outside lower center", ncols=-(-len(handles) // rows), handlelength=3.4,
+        labelspacing=0.6, columnspacing=1.6, **_TEXT,
     )  # fmt: skip
+    legend.get_title().set_color(style.QUIET)
 
 
 def areas_legend(ax: Axes, areas: Sequence[Artist]) -> None:
@@ -77,7 +74,3 @@ def _handles(entries: Sequence[Entry], lines: bool, markers: bool, answer: str) 
         handles.append(Line2D([], [], color=style.HALO, linewidth=8, solid_capstyle="butt"))
         texts.append(answer)
     return handles, texts
-
-
-def _finish(legend: Legend) -> None:
-    legend.get_title().set_color(style.QUIET)

@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from gqa_jax import costs, formatting
+from gqa_jax.costs import solve_shape
 from gqa_jax.laws import Heads, PowerLaw, fit_by_heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import cost_axes, labels, style, tables
-from gqa_jax.shape_search import solve_shape
 from gqa_jax.shapes import HEAD_DIM, VOCAB_SIZE, Aspect
 
 LOSS = "held-out loss (nats per token)"
@@ -48,16 +48,14 @@ def loss_vs_params(
             style.curve(ax, beyond, law.predict(beyond), look, linewidth=0.7)
             grid = np.concatenate([grid, beyond[1:]])
         bands |= style.law_band(ax, laws, heads, grid, look)
-        error = style.standard_errors(laws, heads)
-        bars |= error is not None and bool(np.isfinite(error).any())
-        style.points(ax, law.params, law.loss, look, error=error, label=style.head_text(heads))
-        entries.append(labels.Entry(style.head_text(heads), look, float(law.predict(grid[-1]))))
+        text, error = style.head_text(heads), style.standard_errors(laws, heads)
+        bars |= style.points(ax, law.params, law.loss, look, error=error, label=text)
+        entries.append(labels.Entry(text, look, float(law.predict(grid[-1]))))
     style.log_axis(ax.xaxis, text=formatting.short)
     labels.legend(ax, entries, labels.heads(laws))
     beyond = "thin: beyond the runs" if until is not None else ""
     sure = style.sure(laws, getattr(laws, "shared", None), bars=bars, bands=bands)
-    note = "\n".join(filter(None, (beyond, sure)))
-    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, note)
+    return style.finish(ax, "parameters without embeddings, $N$", LOSS, title, beyond, sure)
 
 
 def loss_vs_cost(
@@ -89,10 +87,10 @@ def loss_vs_cost(
     laws = fit_by_heads(table) if laws is None else laws
     ax = ax or style.new_axes()
     chosen = cost_axes.objective(cost, convention)
-    entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
+    entries, sure, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
     labels.legend(ax, entries, labels.heads(laws), answer=marks)
-    note = "\n".join(filter(None, ("; ".join(filter(None, (cost_axes.counted(convention, cost), note[0]))), *note[1:])))
-    return style.finish(ax, cost_axes.label(chosen, context_served), LOSS, title, note, cheaper="x")
+    what = cost_axes.counted(convention, cost, _shapes_said(aspect))
+    return style.finish(ax, cost_axes.label(chosen, context_served), LOSS, title, what, sure, cheaper="x")
 
 
 def loss_vs_costs(
@@ -110,22 +108,20 @@ def loss_vs_costs(
     panels = style.new_panels(3, width=3.2, height=4.2, sharey=True)
     for ax, cost in zip(panels, ("memory", "flops", "z"), strict=True):
         chosen = cost_axes.objective(cost, convention)
-        entries, note, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
+        entries, sure, marks = _draw_costs(ax, table, laws, context_served, chosen, aspect)
         label = cost_axes.label(chosen, context_served).replace(" at ", "\nat ")
         style.finish(ax, label, LOSS if ax is panels[0] else "", cheaper="x")
-    note = "\n".join(("; ".join(filter(None, (cost_axes.counted(convention, "z"), note[0]))), *note[1:]))
-    style.caption(panels[0], title, note, columns=3)
+    style.caption(panels[0], title, cost_axes.counted(convention, "z", _shapes_said(aspect)), sure, columns=3)
     labels.legend_below(panels[0].figure, entries, labels.heads(laws), answer=marks)
     return panels
 
 
 def _draw_costs(
     ax: Axes, table: pd.DataFrame, laws: Mapping[Heads, PowerLaw], context: int, cost: Any, aspect: Any
-) -> tuple[list[labels.Entry], list[str], str]:
-    """Runs, curves and bands at their costs; what the legend says, what is to be noted, and what the yellow marks."""
+) -> tuple[list[labels.Entry], str, str]:
+    """Runs, curves and bands at their costs; what the legend says, what bars and bands are, and what the yellow marks."""
     shared, entries, aspects, curves = run_table.shared_sem(table), [], {}, {}
     bars, bands = False, False
-    words = f"shapes: $d/L$ as {'between the runs of each curve' if aspect is None else 'given'}"
     for heads, law in laws.items():
         look, rows = style.head_look(heads), _rows(table, heads)
         sizes = np.geomspace(law.params.min() / _MARGIN, law.params.max() * _MARGIN, 100)
@@ -136,8 +132,7 @@ def _draw_costs(
         style.curve(ax, x, y, look)
         bands |= style.law_band(ax, laws, heads, sizes, look, at=x)
         error = tables.numbers(rows, "loss_sem") if shared is None else None
-        bars |= error is not None and bool(np.isfinite(error).any())
-        style.points(ax, cost(_shapes(rows), context), rows["loss"], look, error=error, label=style.head_text(heads))
+        bars |= style.points(ax, cost(_shapes(rows), context), rows["loss"], look, error=error, label=style.head_text(heads))
         entries.append(labels.Entry(style.head_text(heads), look, float(y[-1])))
         curves[heads] = x, y
     cost_axes.scale(ax.xaxis, cost)
@@ -150,8 +145,11 @@ def _draw_costs(
             if inside.any():
                 style.halo(ax, x[inside], y[inside])
                 marks = "least expected regret" if np.isfinite(getattr(laws, "sigma", np.nan)) else "least cost"
-    sure = style.sure(laws, run_table.shared_error(table), bars=bars, bands=bands)
-    return entries, list(filter(None, (words, sure))), marks
+    return entries, style.sure(laws, run_table.shared_error(table), bars=bars, bands=bands), marks
+
+
+def _shapes_said(aspect: Any) -> str:
+    return f"shapes: $d/L$ as {'between the runs of each curve' if aspect is None else 'given'}"
 
 
 def _aspect_between(rows: pd.DataFrame) -> Aspect:

@@ -14,7 +14,6 @@ from gqa_jax.plots import style, tables
 _TINT = (0.04, 0.3)  # how far cells are from white, from impossible to certain, whatever their hue: light enough for dark text
 _HATCH = (0.1, 0.1, 0.1, 0.3)
 _DOUBT = 0.5  # below it the heads are more likely not the cheapest: hatched
-_DRAWS_TELL = 0.999  # what 1,000 draws can't tell from 1 is not called so
 
 
 def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
@@ -74,26 +73,19 @@ def _cell(ax: Axes, row: int, column: int, answer: pd.Series, certain: bool) -> 
     heads = tables.heads_of(answer)
     own, away = style.head_look(heads).color, np.interp(0.5 if probability is None else probability, (0, 1), _TINT)
     color = style.mix(own, away / max(1 - style.luma(own), _TINT[1]))
-    ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
+    corner = (column - 0.5, row - 0.5)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
     if probability is not None and probability < _DOUBT:
-        ax.add_patch(
-            Rectangle(
-                (column - 0.5, row - 0.5), 1, 1, facecolor="none", edgecolor=_HATCH, hatch="////", linewidth=0, zorder=1.2
-            )
-        )
+        ax.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=_HATCH, hatch="////", linewidth=0, zorder=1.2))
     star = "*" if not pd.isna(answer.get("note", pd.NA)) else ""
     halo = {"boxstyle": "round,pad=0.12", "facecolor": color, "edgecolor": "none"}
     small = [formatting.short(answer["n_params"])] if not pd.isna(answer.get("n_params", pd.NA)) else []
-    small += [formatting.percent(min(probability, _DRAWS_TELL))] if probability is not None else []
-    ax.text(
-        column, row - (0.16 if small else 0), style.head_text(heads) + star, ha="center", va="center", color=style.INK,
-        fontsize=style.TEXT, fontweight="bold", bbox=halo,
-    )  # fmt: skip
+    small += [formatting.percent_of_draws(probability)] if probability is not None else []
+    inside = {"ha": "center", "va": "center", "color": style.INK, "bbox": halo}
+    name, place = style.head_text(heads) + star, row - (0.16 if small else 0)
+    ax.text(column, place, name, fontsize=style.TEXT, fontweight="bold", **inside)
     if small:
-        ax.text(
-            column, row + 0.22, " · ".join(small), ha="center", va="center", color=style.INK, fontsize=style.SMALL - 1,
-            bbox=halo,
-        )  # fmt: skip
+        ax.text(column, row + 0.22, " · ".join(small), fontsize=style.SMALL - 1, **inside)
     return heads
 
 

@@ -76,26 +76,24 @@ class Look(NamedTuple):
 def head_look(heads: Heads) -> Look:
     """The look of a head configuration, the same in every picture."""
     level = np.log2(heads.n_kv_heads if heads.group is None else heads.group)
+    size = 5.0
     if heads.n_heads is None:
-        colors = _RULE_COLORS if heads.group is None else _GROUP_COLORS
-        color = _between(colors, level / (len(colors) - 1))
-        return Look(color, "*" if heads.group is None else "X", _line(level), mix(color, min(level / 5, 1.0)), 8.0)
-    color = _head_color(np.log2(heads.n_heads), level)
-    power = int(np.log2(heads.n_heads))
-    known = heads.n_heads == 2**power and power < len(_MARKERS)
-    marker = _MARKERS[power] if known else _OTHER_MARKERS[heads.n_heads % len(_OTHER_MARKERS)]
-    return Look(color, marker, _line(level), mix(color, min(level / 5, 1.0)))
+        colors, marker = (_RULE_COLORS, "*") if heads.group is None else (_GROUP_COLORS, "X")
+        color, size = _between(colors, level / (len(colors) - 1)), 8.0
+    else:
+        color, power = _head_color(np.log2(heads.n_heads), level), int(np.log2(heads.n_heads))
+        known = heads.n_heads == 2**power and power < len(_MARKERS)
+        marker = _MARKERS[power] if known else _OTHER_MARKERS[heads.n_heads % len(_OTHER_MARKERS)]
+    return Look(color, marker, _LINES[min(round(level), len(_LINES) - 1)], mix(color, min(level / 5, 1.0)), size)
 
 
 def _head_color(level: float, kv_level: float) -> str:
     """The colour of 2^level query and 2^kv_level key/value heads: between those of the table, beyond it darker and greyer."""
     last = len(_HEAD_COLORS) - 1
     below = min(int(kv_level), last)
-    each = []
-    for row in {below, min(below + 1, last)}:
-        colors = _HEAD_COLORS[row]
-        each.append(_between(colors, (level - row) / max(len(colors) - 1, 1)))
-    color = each[0] if len(each) == 1 else mix(each[0], 1 - (kv_level - below), each[1])
+    rows = (below, min(below + 1, last))
+    here, above = (_between(_HEAD_COLORS[row], (level - row) / max(len(_HEAD_COLORS[row]) - 1, 1)) for row in rows)
+    color = mix(here, 1 - min(kv_level - below, 1), above)
     color = mix(color, 0.6 ** max(level - last, 0), "#000000")
     return mix(color, 0.75 ** max(kv_level - last, 0), "#808080")
 
@@ -121,35 +119,32 @@ def new_panels(count: int, width: float = 3.6, height: float = 3.6, **options: A
     return Figure(figsize=(width * count, height), layout="constrained").subplots(1, count, squeeze=False, **options)[0]
 
 
-def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", note: str = "", *, cheaper: str = "") -> Axes:
+def finish(ax: Axes, xlabel: str, ylabel: str, title: str = "", *note: str, cheaper: str = "") -> Axes:
     """Labels, fonts, grid and frame.
 
     Args:
-      note: explains, in small print above the axes, in lines as long as the figure is wide.
+      note: explains, in small print above the axes, a paragraph each in lines as long as the figure is wide; "" is none.
       cheaper: "x" or "y": that axis is a cost, which is less towards its beginning.
     """
-    ax.set_xlabel(
-        _CHEAPER + xlabel if cheaper == "x" else xlabel, fontsize=TEXT, color=INK, loc="left" if cheaper == "x" else None
-    )
-    ax.set_ylabel(
-        _CHEAPER + ylabel if cheaper == "y" else ylabel, fontsize=TEXT, color=INK, loc="bottom" if cheaper == "y" else None
-    )
+    along_x, along_y = cheaper == "x", cheaper == "y"
+    ax.set_xlabel(_CHEAPER * along_x + xlabel, fontsize=TEXT, color=INK, loc="left" if along_x else None)
+    ax.set_ylabel(_CHEAPER * along_y + ylabel, fontsize=TEXT, color=INK, loc="bottom" if along_y else None)
     ax.tick_params(labelsize=SMALL, color="0.6", labelcolor=INK, length=3, width=0.7)
     ax.tick_params(which="minor", length=1.8, width=0.5)
     ax.grid(True, which="major", linewidth=0.5, color="0.91")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set(color="0.6", linewidth=0.7)
-    caption(ax, title, note)
+    caption(ax, title, *note)
     return ax
 
 
-def caption(ax: Axes, title: str, note: str, columns: int = 1) -> None:
-    """Title and note above axes, as wide as `columns` of the figure's."""
+def caption(ax: Axes, title: str, *notes: str, columns: int = 1) -> None:
+    """Title and notes above axes, as wide as `columns` of the figure's."""
     place = ax.get_subplotspec()
     share = 1.0 if place is None else columns / place.get_gridspec().ncols
     letters = int(share * ax.figure.get_figwidth() * 72 / (0.6 * SMALL)) - 6  # letters are about 0.6 of their size wide
-    note = "\n".join(textwrap.fill(line, max(letters, 20)) for line in note.split("\n"))
+    note = "\n".join(textwrap.fill(paragraph, max(letters, 20)) for paragraph in notes if paragraph)
     if title:
         pad = 8 + 8 * bool(note) + 10 * note.count("\n")
         ax.set_title(title, fontsize=TEXT + 0.5, color=INK, loc="left", pad=pad, wrap=True)
@@ -172,8 +167,8 @@ def curve(ax: Axes, x: Any, y: Any, look: Look, **options: Any) -> None:
     ax.plot(x, y, color=look.color, linestyle=look.line, **{"linewidth": 1.3, "label": "_curve"} | options)
 
 
-def points(ax: Axes, x: Any, y: Any, look: Look, *, error: Any = None, label: str) -> None:
-    """Measured points; `error` is a standard error, drawn as a bar of 95%."""
+def points(ax: Axes, x: Any, y: Any, look: Look, *, error: Any = None, label: str) -> bool:
+    """Measured points; `error` is a standard error, drawn as a bar of 95%. Whether there is any bar."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if error is not None:
         half = 1.96 * np.asarray(error, np.float64)  # one that is not known is NaN: no bar
@@ -182,22 +177,20 @@ def points(ax: Axes, x: Any, y: Any, look: Look, *, error: Any = None, label: st
         x, y, color=look.color, marker=look.marker, markerfacecolor=look.face, markersize=look.size,
         markeredgewidth=1.0, linestyle="none", label=label, zorder=3,
     )  # fmt: skip
+    return error is not None and bool(np.isfinite(half).any())
 
 
-def band(ax: Axes, x: Any, low: Any, high: Any, look: Look) -> None:
-    """A confidence band."""
-    ax.fill_between(x, low, high, color=look.color, alpha=0.16, linewidth=0, zorder=1.5)
+def band(ax: Axes, x: Any, low: Any, high: Any, look: Look) -> bool:
+    """A confidence band; False, and none is drawn, where no end of it is known."""
+    known = bool(np.isfinite(low).any())
+    if known:
+        ax.fill_between(x, low, high, color=look.color, alpha=0.16, linewidth=0, zorder=1.5)
+    return known
 
 
 def law_band(ax: Axes, laws: Any, key: Any, x: np.ndarray, look: Look, *, at: Any = None) -> bool:
     """The band of a law at each x, drawn `at` other places if given; False: a dict of laws, or one without residuals."""
-    if not hasattr(laws, "band"):
-        return False
-    low, high = laws.band(key, x, LEVEL)
-    if not np.isfinite(low).any():
-        return False
-    band(ax, x if at is None else at, low, high, look)
-    return True
+    return hasattr(laws, "band") and band(ax, x if at is None else at, *laws.band(key, x, LEVEL), look)
 
 
 def standard_errors(laws: Any, key: Any) -> np.ndarray | None:
@@ -273,10 +266,6 @@ _METADATA: dict[str, dict] = {"png": {"Software": None}, "svg": {"Date": None}, 
 def _round_numbers(low: float, high: float, steps: Any) -> list[float]:
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     return [float(tick) for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
-
-
-def _line(level: float) -> Any:
-    return _LINES[min(round(level), len(_LINES) - 1)]
 
 
 def _between(colors: Sequence[str], place: float) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, shape_search
+from gqa_jax import costs
 from gqa_jax.laws.shape import Price
 from gqa_jax.search.answer import Answer
 from gqa_jax.search.candidates import LARGEST_BUILT, CostAt, Table, about
@@ -37,7 +37,7 @@ def near(table: Table, answer: Answer, cost: CostAt) -> pd.DataFrame:
         penalty = rule.penalty if rule.aspect is None else dataclasses.replace(rule.penalty, by_size=rule.aspect)
         rule = dataclasses.replace(rule, penalty=penalty, aspect=None, ratios_R=np.geomspace(*bounds, RATIOS))
         table, i = table.alone(heads, rule), 0
-    found_shapes = shape_search.reaching(
+    found_shapes = costs.buildable_shapes(
         n_params, heads, ratio, bounds, lambda r: _SPARE * table.needed(i, r), int(head_dim), int(vocab_size), convention,
         ffn_ratio, multiple=64 if n_params > 1e7 else 16,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, formatting, shape_search
+from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Draws, Heads, LawsByHeads, PowerLaw
 from gqa_jax.laws.shape import Penalty, Price
 from gqa_jax.search import ranking, shape_rule
@@ -204,7 +204,7 @@ class Table:
         return None if self.n_params_RxSxH is None else self._shapes(self.n_params_RxSxH)
 
     def _shapes(self, n_params: np.ndarray) -> costs.Shape:
-        return shape_search.solve_shape(n_params, self.heads, self.rule, *about(self.laws))
+        return costs.solve_shape(n_params, self.heads, self.rule, *about(self.laws))
 
     @property
     def log_ratios_R(self) -> np.ndarray:
@@ -226,7 +226,7 @@ class Table:
         found = shape_rule.least(cost_RxH, self.log_ratios_R)
         n_H = np.maximum(np.exp(found.of(np.log(self.n_params_RxH))), LEAST_BUILT)
         ratio_H = found.ratio
-        shape_H = shape_search.solve_shape(n_H, self.heads, lambda _: ratio_H, *about(self.laws))
+        shape_H = costs.solve_shape(n_H, self.heads, lambda _: ratio_H, *about(self.laws))
         return cost(shape_H), n_H, shape_H
 
     def ranked(self, cost: CostAt, convention: str | costs.Convention = "figures", guesses: bool = False) -> Ranked:

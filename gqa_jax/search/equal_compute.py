@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import costs, shape_search
+from gqa_jax import costs
 from gqa_jax.laws.heads import LLAMA3, Heads
 from gqa_jax.laws.loss_nd import LossNDByHeads
 from gqa_jax.laws.loss_nd_fit import DrawsND
@@ -203,7 +203,7 @@ class _Plan:
 
     def shape(self, n_params: np.ndarray, heads: Heads | Sequence[Heads]) -> costs.Shape:
         laws = self.laws
-        return shape_search.solve_shape(n_params, heads, self.aspect, laws.head_dim, laws.vocab_size, laws.size_convention)
+        return costs.solve_shape(n_params, heads, self.aspect, laws.head_dim, laws.vocab_size, laws.size_convention)
 
     def tokens(self, n_params: np.ndarray) -> np.ndarray:
         """D that the budget pays for, of (..., H) sizes."""

@@ -1,7 +1,7 @@
 """Cost-optimal heads and shape, and how sure: the three-step search of arXiv 2503.09579v2, Section 4.1.
 
 1. Fit L(N; H) for every head configuration H (`gqa_jax.laws`). 2. Solve N*(H) for the loss that must be reached (Eq. 8).
-3. Turn N* into a shape (`shape_rule`, `shape_search`), evaluate a cost at the served context (`objectives`), compare the H
+3. Turn N* into a shape (`shape_rule`, `costs.solve_shape`), evaluate a cost at the served context (`objectives`), compare the H
 (Eq. 9).
 
 The same is done for every joint draw of the laws' coefficients and of what the shape costs in loss (`gqa_jax.laws.shape`): each

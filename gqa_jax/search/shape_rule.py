@@ -74,7 +74,7 @@ class ShapeRule:
         return 1 if self.ratios_R is None else len(self.ratios_R)
 
     def __call__(self, n_RxX: np.ndarray) -> np.ndarray:
-        """d / L of models of N parameters, at every ratio along the first axis: what `shape_search.solve_shape` asks."""
+        """d / L of models of N parameters, at every ratio along the first axis: what `costs.solve_shape` asks."""
         return self.aspect(n_RxX) if self.ratios_R is None else self._along(np.ndim(n_RxX))
 
     def sizes(self, price: Price, loss: Any, size_of: Callable[[Any], np.ndarray]) -> np.ndarray:

@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 
 from gqa_jax import errors, formatting, results, storage
+from gqa_jax.costs import solve_shape
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted
 from gqa_jax.laws import Heads, LawsByHeads, external, fit_by_heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import objectives, optimum, presets
 from gqa_jax.search.candidates import about
-from gqa_jax.shape_search import solve_shape
 
 PAPER_LOSSES = (3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.35)  # rows of its Table 4
 PAPER_CONTEXTS = (8192, 16_384, 32_768, 65_536, 131_072)  # and its columns
