@@ -279,7 +279,7 @@ def _checks(one: Fitted) -> pd.DataFrame | None:
         }
         for row in validation.summary(frame).itertuples()
     ]
-    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings]
+    said = [*without_checks(missing), *validation.not_falling(one.laws)]
     return pd.DataFrame(lines + [{"check": "doubt", "result": text} for text in said], columns=["check", "result"])
 
 

@@ -120,7 +120,7 @@ def print_checks(one: Fitted, console: Console) -> None:
     if one.rows.empty:
         return
     frame, missing = validation.hold_out_all(one.rows)
-    said = [*without_checks(missing), *validation.lack_of_fit(one.laws, one.rows).warnings]
+    said = [*without_checks(missing), *validation.not_falling(one.laws)]
     if not frame.empty:
         console.print()
         console.print(held_out(validation.summary(frame)), "")

@@ -3,7 +3,8 @@
 A row imports only rows above it, so there are no circles, and the library never knows the launcher. Where a row names no
 package of jax's family, and no row that it imports does, its modules import none: a notebook on a laptop, the launcher on a
 login node and the planner use them. An import inside a function, or for types alone, is in `lazily`. What is not seen here:
-`launch.executors.base` finds an engine's module by the name of the engine, and `gqa_jax` its own by the name of an attribute.
+`launch.executors.base` finds an engine's module by the name of the engine, and `gqa_jax` and `gqa_jax.laws` their own by the
+name of an attribute.
 """
 
 import ast
@@ -94,9 +95,16 @@ TABLE = (
         lazily=".training.metrics",
     ),
     Row("gqa_jax.shape_search", ".shapes .costs"),
-    Row("gqa_jax.laws", ".errors .formatting .shapes .costs .shape_search"),
+    Row("gqa_jax.laws", ".formatting .shapes .costs"),
+    Row("gqa_jax.laws.joint", ".shapes .shape_search .laws"),
+    Row("gqa_jax.laws.loss_nd", ".errors .shapes .laws"),
+    Row("gqa_jax.laws.contexts", ".laws"),
+    Row("gqa_jax.laws.query_heads", ".laws .laws.contexts"),
+    Row("gqa_jax.laws.trends", ".laws"),
+    Row("gqa_jax.laws.validation", ".laws .laws.joint"),
+    Row("gqa_jax.laws.planning", ".formatting .laws"),
     Row("gqa_jax.laws.external", ".errors .storage .results .laws"),
-    Row("gqa_jax.search.invariance", ".laws"),
+    Row("gqa_jax.search.invariance", ".laws .laws.contexts"),
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
@@ -125,12 +133,12 @@ TABLE = (
         "gqa_jax.search.devices",
         ".prices .laws .search.objectives .search.answer .search.candidates .search.optimum .search.roofline",
     ),
-    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .search.objectives .search.ranking"),
+    Row("gqa_jax.search.equal_compute", ".costs .shape_search .laws .laws.loss_nd .search.objectives .search.ranking"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .shape_search .laws .search.invariance .search.objectives "
-        ".search.shape_rule .search.candidates .search.optimum",
+        ".formatting .shapes .costs .results .shape_search .laws .laws.query_heads .search.invariance "
+        ".search.objectives .search.shape_rule .search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
@@ -162,7 +170,10 @@ TABLE = (
         ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
     ),
     Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
-    Row("launch.grid_tables", ".formatting .laws .search.candidates .search.optimum launch.studies launch.tables"),
+    Row(
+        "launch.grid_tables",
+        ".formatting .laws .laws.planning .laws.validation .search.candidates .search.optimum launch.studies launch.tables",
+    ),
     Row(
         "launch.answers",
         ".formatting .laws .search.answer .search.candidates .search.serving_words .search.words launch.studies "
@@ -190,8 +201,9 @@ TABLE = (
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .shapes .storage .results .shape_search .laws .search.invariance .search.answer "
-        ".search.objectives .search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
+        ".errors .formatting .shapes .storage .results .shape_search .laws .laws.validation .search.invariance "
+        ".search.answer .search.objectives .search.optimum .plots launch.state launch.studies launch.grid_tables "
+        "launch.report",
     ),
     Row(
         "launch.analysis",
@@ -213,9 +225,9 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
         ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
         ".training.checkpoint .planning.hlo .planning.share .planning.traffic .planning.planner "
-        ".planning.topologies .results .shape_search .laws .search.presets .search.own_model .search.roofline "
-        ".search.objectives .search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies "
-        "launch.report launch.findings tests",
+        ".planning.topologies .results .shape_search .laws .laws.planning .search.presets .search.own_model "
+        ".search.roofline .search.objectives .search.ranking .search.optimum .search.next_runs .plots launch.grid "
+        "launch.studies launch.report launch.findings tests",
         outside="jax",
     ),
 )
