@@ -1,5 +1,7 @@
 """The least-squares core: every status provoked, and every number against a closed form or scipy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import optimize, stats
@@ -338,21 +340,21 @@ def regression(seed=0, n=20):
 
 def test_profiles_of_a_linear_law_are_students_intervals():
     model, y, fit = regression()
-    limit, free = fitting.threshold(fit.sigma, fit.dof, 0.95), np.full(3, np.inf)
+    free = np.full(3, np.inf)
     for i in range(3):
-        low, high = fitting.profile(model, y, fit.theta, fit.covariance, fit.objective, i, limit, -free, free)
+        low, high = fitting.profile(model, y, fit, i, 0.95, -free, free)
         half = stats.t.ppf(0.975, 17) * np.sqrt(fit.covariance[i, i])
         np.testing.assert_allclose([low, high], fit.theta[i] + np.array([-half, half]), rtol=1e-6)
     upper = np.array([np.inf, fit.theta[1] + 1e-3, np.inf])
-    _, high = fitting.profile(model, y, fit.theta, fit.covariance, fit.objective, 1, limit, -free, upper)
+    _, high = fitting.profile(model, y, fit, 1, 0.95, -free, upper)
     assert upper[1] - 2e-4 < high <= upper[1]
 
 
 def test_a_profile_starts_without_a_covariance_too():
     model, y, fit = regression()
-    limit, free = fitting.threshold(fit.sigma, fit.dof, 0.95), np.full(3, np.inf)
+    free = np.full(3, np.inf)
     for unknown in (np.full((3, 3), np.nan), np.zeros((3, 3))):
-        low, high = fitting.profile(model, y, fit.theta, unknown, fit.objective, 2, limit, -free, free)
+        low, high = fitting.profile(model, y, dataclasses.replace(fit, inverse=unknown), 2, 0.95, -free, free)
         half = stats.t.ppf(0.975, 17) * np.sqrt(fit.covariance[2, 2])
         np.testing.assert_allclose([low, high], fit.theta[2] + np.array([-half, half]), rtol=1e-3)
 
@@ -377,8 +379,7 @@ def test_a_bootstrap_scatters_as_the_coefficients_do():
         sizes.append(len(y))
         return fitting.refit(model, y, fit.theta)[0]
 
-    noise = fit.sigma, np.inf, 2050, np.random.default_rng(0)
-    drawn = fitting.bootstrap(model(fit.theta)[0], *noise, again)
+    drawn = fitting.bootstrap(model(fit.theta)[0], dataclasses.replace(fit, dof=np.inf), 2050, np.random.default_rng(0), again)
     assert sizes == [100] * 20 + [50]
     np.testing.assert_allclose(drawn.mean(0), fit.theta, atol=4 * np.sqrt(np.diag(fit.covariance).max() / 2050))
     np.testing.assert_allclose(np.diag(np.cov(drawn.T)), np.diag(fit.covariance), rtol=0.15)

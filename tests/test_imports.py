@@ -3,7 +3,8 @@
 A row imports only rows above it, so there are no circles, and the library never knows the launcher. Where a row names no
 package of jax's family, and no row that it imports does, its modules import none: a notebook on a laptop, the launcher on a
 login node and the planner use them. An import inside a function, or for types alone, is in `lazily`. What is not seen here:
-`launch.executors.base` finds an engine's module by the name of the engine, and `gqa_jax` its own by the name of an attribute.
+`launch.executors.base` finds an engine's module by the name of the engine, and `gqa_jax` and `gqa_jax.laws` their own by the
+name of an attribute.
 """
 
 import ast
@@ -101,9 +102,16 @@ TABLE = (
         ".errors .costs .config .storage .training.evaluation .training.run_folder",
         lazily=".training.metrics",
     ),
-    Row("gqa_jax.laws", ".errors .formatting .shapes .costs"),
+    Row("gqa_jax.laws", ".formatting .shapes .costs"),
+    Row("gqa_jax.laws.joint", ".shapes .costs .laws"),
+    Row("gqa_jax.laws.loss_nd", ".errors .shapes .laws"),
+    Row("gqa_jax.laws.contexts", ".laws"),
+    Row("gqa_jax.laws.query_heads", ".laws .laws.contexts"),
+    Row("gqa_jax.laws.trends", ".laws"),
+    Row("gqa_jax.laws.validation", ".laws .laws.joint"),
+    Row("gqa_jax.laws.planning", ".formatting .laws"),
     Row("gqa_jax.laws.external", ".errors .storage .results .laws"),
-    Row("gqa_jax.search.invariance", ".laws"),
+    Row("gqa_jax.search.invariance", ".laws .laws.contexts"),
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
@@ -132,12 +140,12 @@ TABLE = (
         "gqa_jax.search.devices",
         ".prices .laws .search.roofline .search.objectives .search.answer .search.candidates .search.serving .search.optimum",
     ),
-    Row("gqa_jax.search.equal_compute", ".costs .laws .search.objectives .search.ranking .search.candidates"),
+    Row("gqa_jax.search.equal_compute", ".costs .laws .laws.loss_nd .search.objectives .search.ranking .search.candidates"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .laws .search.invariance .search.objectives .search.shape_rule "
-        ".search.candidates .search.optimum",
+        ".formatting .shapes .costs .results .laws .laws.query_heads .search.invariance .search.objectives "
+        ".search.shape_rule .search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
@@ -178,7 +186,8 @@ TABLE = (
     Row("launch.columns", ".formatting .laws .search.objectives .search.serving_words .search.words launch.tables"),
     Row(
         "launch.grid_tables",
-        ".formatting .laws .search.candidates .search.optimum launch.tables launch.studies launch.columns",
+        ".formatting .laws .laws.validation .laws.planning .search.candidates .search.optimum launch.tables "
+        "launch.studies launch.columns",
     ),
     Row(
         "launch.answers",
@@ -230,8 +239,9 @@ TABLE = (
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
         ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
         ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results "
-        ".laws .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
-        ".search.optimum .search.next_runs .plots launch.grid launch.studies launch.report launch.findings tests",
+        ".laws .laws.planning .search.presets .search.own_model .search.roofline .search.objectives "
+        ".search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies launch.report "
+        "launch.findings tests",
         outside="jax",
     ),
 )

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -227,3 +230,25 @@ def test_no_huber_minimum_of_many_starts_is_deeper(delta, by):
     ]
     assert total(residual(best)) <= min(2 * one.cost for one in found) * (1 + 1e-7)
     assert total(residual(best)) == pytest.approx(min(2 * one.cost for one in found), rel=1e-3)
+
+
+# The core and what stands beside it
+
+CORE = {"law", "heads", "checks", "runs", "fitting", "block", "shape", "by_heads", "posterior"}
+
+
+def test_the_core_imports_no_further_law_and_nothing_that_an_answer_can_do_without():
+    code = "import sys, gqa_jax.laws; print(*(n.removeprefix('gqa_jax.laws.') for n in sys.modules if 'gqa_jax.laws.' in n))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(found) == CORE
+
+
+def test_further_laws_are_found_under_the_name_of_the_package():
+    for module, names in laws.FURTHER.items():
+        for name in names:
+            assert getattr(laws, name).__module__ == f"gqa_jax.laws.{module}"
+            assert name in dir(laws)
+    with pytest.raises(AttributeError, match="has no attribute 'fit_nothing'"):
+        _ = laws.fit_nothing
+    with pytest.raises(ImportError):
+        from gqa_jax.laws import fit_nothing  # noqa: F401

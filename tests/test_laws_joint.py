@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from gqa_jax import results
-from gqa_jax.laws import LLAMA3, Heads, fit_by_heads, fit_loss_nd_by_heads, joint, joint_fit, joint_terms
+from gqa_jax.laws import LLAMA3, Heads, fit_by_heads, fit_loss_nd_by_heads, joint
 from gqa_jax.laws.joint import fit_joint
 from gqa_jax.search import presets
 from gqa_jax.shapes import Aspect, head_configurations
@@ -58,7 +58,7 @@ def paper():
 @pytest.mark.parametrize("p", [0.0, 1e-5, 0.02, 0.7, -0.4])
 def test_derivatives_are_those_of_the_losses(form, p):
     where = (np.array([1.0, 4, 12, 32]), np.array([1.0, 2, 8, 1]), np.array([-1.0, 0.3, 0.9, 2.0]))
-    terms = joint_terms.Terms(form, (0, 1, 2, 3, 4) if form == "quadratic" else (0, 1, 2), (0, 1, 2))
+    terms = joint.Terms(form, (0, 1, 2, 3, 4) if form == "quadratic" else (0, 1, 2), (0, 1, 2))
     theta = np.concatenate(
         [[1.9], [p] if form == "power" else [], np.random.default_rng(0).normal(size=8 - 2 * (form == "power")) * 0.1]
     )
@@ -69,7 +69,7 @@ def test_derivatives_are_those_of_the_losses(form, p):
 
 def test_the_power_form_is_a_power_plus_a_constant_and_the_logarithm_between():
     n = np.array([1.0, 2, 8, 32])
-    functions, _ = joint_terms.heads_functions("power", n, n, np.array([0.5, 0.0, 1e-7]))
+    functions, _ = joint.heads_functions("power", n, n, np.array([0.5, 0.0, 1e-7]))
     np.testing.assert_allclose(functions[0, :, 1], (1 - n**-0.5) / 0.5)
     np.testing.assert_allclose(functions[1, :, 1], np.log(n))
     np.testing.assert_allclose(functions[2, :, 1], np.log(n), rtol=1e-6)
@@ -79,7 +79,7 @@ def test_functions_that_the_trained_heads_cannot_tell_apart_are_left_out():
     def chosen(heads):
         n_heads, n_kv_heads = np.array(heads, float).T.repeat(5, axis=1)
         x = np.tile(np.linspace(-2, 2, 5), len(heads))
-        return joint_terms.choose("quadratic", (n_heads, n_kv_heads, x), len(heads), len(heads))
+        return joint.choose("quadratic", (n_heads, n_kv_heads, x), len(heads), len(heads))
 
     assert chosen(TRAINED).names[1:] == [
         *("ln A: 1", "ln A: log2 n_h", "ln A: log2 n_kv", "ln A: log2^2 n_h", "ln A: log2^2 n_kv"),
@@ -173,13 +173,13 @@ def test_both_routes_to_hubers_minimum_agree(form, delta, by):
 
 def test_a_plain_fit_whose_routes_differ_is_not_forgotten(monkeypatch):
     """Huber's weights and the heads' offsets come from it, the last fit is then of squares."""
-    sound = joint_fit.plain
+    sound = joint.fit_independent
 
     def doubtful(*arguments):
         runs, fit = sound(*arguments)
         return runs, dataclasses.replace(fit, status="DISAGREE")
 
-    monkeypatch.setattr(joint_fit, "plain", doubtful)
+    monkeypatch.setattr(joint, "fit_independent", doubtful)
     law = fit_joint(table(noise=0.002))
     assert law.status == "DISAGREE"
     assert "the joint fit is DISAGREE" in " ".join(law.warnings)
@@ -205,7 +205,7 @@ def test_log_residuals_are_nearly_the_same():
 def test_units_of_independent_runs_are_a_root_of_the_inverse_covariance():
     law = fit_joint(table(noise=0.002, offset=0.01))
     ratio, above = 3.0, law.runs["above"].to_numpy()
-    turned = joint_fit._turning(law.runs)(np.eye(60), ratio)
+    turned = joint._turning(law.runs)(np.eye(60), ratio)
     same = law.runs["n_heads"].to_numpy() * 100 + law.runs["n_kv_heads"].to_numpy()
     covariance = np.diag(1 / law.runs["weight"]) + ratio * np.outer(above, above) * (same[:, None] == same)
     np.testing.assert_allclose(turned @ covariance @ turned.T, np.eye(60), atol=1e-9)
@@ -315,7 +315,7 @@ def test_quadratic_is_the_better_form_on_the_papers_points(paper):
 
     def aicc(form):
         law = paper[form]
-        _, plain = joint_fit.plain(law.terms, law.runs.assign(sem=np.nan), law.center, False, None)
+        _, plain = joint.fit_independent(law.terms, law.runs.assign(sem=np.nan), law.center, False, None)
         n, k = 45, len(law.coefficients) + 1
         return n * np.log(plain.objective / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from gqa_jax.laws import Heads, fit_by_heads, validation
-from gqa_jax.laws.validation import hold_out, hold_out_all, lack_of_fit, not_falling, summary
+from gqa_jax.laws.validation import hold_out, hold_out_all, not_falling, summary
 from gqa_jax.search import presets
 
 WIDTHS = np.array([384, 640, 1024, 1536, 2048])
@@ -259,47 +259,31 @@ def test_the_index_of_a_table_does_not_matter():
 # Repeated runs
 
 
-def test_lack_of_fit_is_the_f_test_of_regression():
+def repeats(rows):
+    """The F test of repeated runs among the doubts."""
+    return fit_by_heads(rows).doubts.tests.set_index("test").loc["repeats"]
+
+
+def test_that_of_repeated_runs_is_the_f_test_of_regression():
     rows = table(noise=0.004, seeds=3)
-    laws = fit_by_heads(rows)
-    found = lack_of_fit(laws, rows)
+    found = repeats(rows)
     means = rows.groupby(["n_heads", "n_kv_heads", "params_non_embedding"])["loss"]
     pure = ((rows["loss"] - means.transform("mean")) ** 2).sum()
-    whole = (laws.residuals["residual"] ** 2).sum()
+    whole = (fit_by_heads(rows).residuals["residual"] ** 2).sum()
     dof_lack, dof_pure = 30 - 13, 60
-    assert (found.dof_lack, found.dof_pure) == (dof_lack, dof_pure)
-    assert found.f == pytest.approx((whole - pure) / dof_lack / (pure / dof_pure), rel=1e-9)
-    assert found.p_value == pytest.approx(stats.f.sf(found.f, dof_lack, dof_pure))
-    assert found.pure_sigma == pytest.approx(0.004, rel=0.2)
+    assert found["statistic"] == pytest.approx((whole - pure) / dof_lack / (pure / dof_pure), rel=1e-9)
+    assert found["p_value"] == pytest.approx(stats.f.sf(found["statistic"], dof_lack, dof_pure))
 
 
-def test_lack_of_fit_finds_a_law_that_is_wrong_and_none_that_is_right():
+def test_repeated_runs_find_a_law_that_is_wrong_and_none_that_is_right():
     def wavy(heads, n):
         return power_law(heads, n) + 0.01 * np.cos(3 * np.log(n))
 
     rows = table(wavy, noise=0.002, seeds=2)
-    found = lack_of_fit(fit_by_heads(rows), rows)
-    assert found.p_value < 1e-6
+    assert repeats(rows)["p_value"] < 1e-6
     assert fit_by_heads(rows).doubts.fires
-    p = [lack_of_fit(fit_by_heads(rows), rows).p_value for rows in (table(noise=0.002, seeds=2, seed=s) for s in range(12))]
+    p = [repeats(table(noise=0.002, seeds=2, seed=seed))["p_value"] for seed in range(12)]
     assert stats.kstest(p, "uniform").pvalue > 0.01
-
-
-def test_runs_of_another_recipe_repeat_nothing():
-    rows = table(noise=0.002, seeds=2).assign(learning_rate=lambda r: 1e-3 / (1 + r["seed"]))
-    found = lack_of_fit(fit_by_heads(rows), rows)
-    assert found.dof_pure == 0
-    assert np.isnan([found.f, found.p_value, found.pure_sigma]).all()
-    assert found.warnings == ()
-
-
-def test_lack_of_fit_wants_the_table_of_the_laws():
-    rows = table(noise=0.002, seeds=2)
-    laws = fit_by_heads(rows)
-    with pytest.raises(ValueError, match="not those that the laws were fitted to"):
-        lack_of_fit(laws, rows.assign(loss=rows["loss"] + 0.01))
-    with pytest.raises(ValueError, match="not those that the laws were fitted to"):
-        lack_of_fit(laws, rows.iloc[:-1])
 
 
 # More heads
@@ -315,7 +299,6 @@ def test_heads_that_do_not_help_are_named():
     assert "(8,2) above (4,1)" not in said  # (8,1) lies between
     (apart,) = not_falling(fit_by_heads(rows, shared_entropy=False))
     assert "(8,2) above (8,1)" in apart
-    assert lack_of_fit(fit_by_heads(rows), rows).warnings == (said,)
 
 
 def test_the_error_of_a_difference_is_that_of_drawn_laws():

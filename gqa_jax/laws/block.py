@@ -143,10 +143,10 @@ class Block:
 
     def explored(self, wide: bool, seed: int) -> Explored:
         """What draws of the posterior are drawn from (`evidence.explore`); kept."""
-        from gqa_jax.laws import evidence, posterior
+        from gqa_jax.laws import evidence, sampling
 
         if (wide, seed) not in self._explored:
-            self._explored[wide, seed] = evidence.explore(self, posterior.pooling(self), wide=wide, seed=seed)
+            self._explored[wide, seed] = evidence.explore(self, sampling.pooling(self), wide=wide, seed=seed)
         return self._explored[wide, seed]
 
     def entropy_profile(self) -> tuple[np.ndarray, np.ndarray]:

@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from gqa_jax.formatting import short
-from gqa_jax.laws import confounding, fitting, shape
+from gqa_jax.laws import fitting, shape
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
-from gqa_jax.laws.confounding import Design
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
-from gqa_jax.laws.law import PowerLaw
+from gqa_jax.laws.law import Laws, PowerLaw
 from gqa_jax.laws.runs import Runs
 from gqa_jax.laws.shape import Penalty
 from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
 
 if TYPE_CHECKING:
+    from gqa_jax.laws.confounding import Design
     from gqa_jax.laws.doubt import Doubts
     from gqa_jax.laws.posterior import Draws
 
 _UNBOUNDED = 70.0  # ln a: no size is 1e30, the end of such an interval is b's lower bound
 
 
-class LawsByHeads(Mapping[Heads, PowerLaw]):
+class LawsByHeads(Laws[Heads, PowerLaw]):
     """The laws of one training context, one per H, and how sure they are. Made by `fit_by_heads`.
 
     Attributes:
@@ -82,15 +80,6 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         self._laws = {heads: law for block in blocks for heads, law in block.laws(self.warnings).items()}
         self._draws: dict[tuple, Draws] = {}
 
-    def __getitem__(self, heads: Heads | tuple) -> PowerLaw:
-        return self._laws[heads]
-
-    def __iter__(self) -> Iterator[Heads]:
-        return iter(self._laws)
-
-    def __len__(self) -> int:
-        return len(self._laws)
-
     @property
     def shared_entropy(self) -> bool:
         return len(self.blocks) == 1
@@ -130,22 +119,17 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
 
     @functools.cached_property
     def doubts(self) -> Doubts:
-        """What one calibrated suite of tests finds against the laws (`gqa_jax.laws.doubt`); it fires on 5% of good ones.
-
-        Nothing where the noise is not the residuals' (a preset of computed curves), or no degrees of freedom are left.
-        """
+        """What one calibrated suite of tests finds against the laws (`gqa_jax.laws.doubt`); it fires on 5% of good ones."""
         from gqa_jax.laws import doubt
 
-        if any(block.known_sigma is not None for block in self.blocks) or not self.dof > 0:
-            return doubt.nothing()
-        return doubt.of_blocks(self.blocks)
+        return doubt.of_laws(self)
 
     @property
     def doubted(self) -> list[str]:
         """`doubts` in sentences, and what could not have been seen: every answer from these laws carries them."""
         from gqa_jax.laws import doubt
 
-        return doubt.sentences(self.doubts, [self._named(*run) for run in self._runs], self._size_names)
+        return doubt.in_words(self)
 
     @functools.cached_property
     def without_outliers(self) -> LawsByHeads | None:
@@ -153,33 +137,19 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
         if self._refit is None or not self.doubts.outliers:
             return None
         try:
-            return self._refit([self._runs[one.run] for one in self.doubts.outliers])
+            return self._refit([self.runs[one.run] for one in self.doubts.outliers])
         except ValueError:  # an H has too few sizes then
             return None
 
     @property
-    def _runs(self) -> list[tuple[Heads, float, float]]:
-        """(heads, N, loss) in the order of the suite's rows."""
+    def runs(self) -> list[tuple[Heads, float, float]]:
+        """(heads, N, loss) of every run, in the order of `doubts`."""
         return [
             (heads, float(n), float(loss))
             for block in self.blocks
             for heads, runs in zip(block.heads, block.runs, strict=True)
             for n, loss in zip(runs.params, runs.loss, strict=True)
         ]
-
-    @staticmethod
-    def _named(heads: Heads, params: float, loss: float) -> str:
-        return f"{heads} at N = {short(params)} (loss {loss:.4f})"
-
-    @property
-    def _size_names(self) -> dict[int, str]:
-        """Label of a size -> its mean N, in words."""
-        found: dict[int, list[float]] = {}
-        for block in self.blocks:
-            for runs in block.runs:
-                for label, n in zip(runs.size, runs.params, strict=True):
-                    found.setdefault(int(label), []).append(float(n))
-        return {label: f"about {short(np.mean(n))} parameters" for label, n in found.items()}
 
     def size_label(self, heads: Heads, params: float, name: str | None = None) -> int | None:
         """Which trained size a run of H with N parameters is of, as `Runs.size` has it; None: of one that no run has.
@@ -274,58 +244,27 @@ class LawsByHeads(Mapping[Heads, PowerLaw]):
 
     def summary(self) -> str:
         """The laws in words: a heading, a row per H with its 95% intervals, and what is doubtful about them."""
-        heading, warnings = self._heading(), self._said()
-        return "\n".join([*heading, self._shown().to_string(index=False), *(f"warning: {text}" for text in warnings)])
+        from gqa_jax.laws import summary
+
+        return summary.text(self)
+
+    def _repr_html_(self) -> str:
+        from gqa_jax.laws import summary
+
+        return summary.html(self)
 
     def __repr__(self) -> str:
         runs = sum(len(law.loss) for law in self.values())
         worst = min((law.r_squared for law in self.values()), default=np.nan)
         return (
-            f"<LawsByHeads: {', '.join(map(str, self))}; {runs} runs trained at {self.context:,} tokens, {self._noise()}, "
+            f"<LawsByHeads: {', '.join(map(str, self))}; {runs} runs trained at {self.context:,} tokens, {self.noise}, "
             f"R² from {worst:.4f}>"
         )
 
-    def _repr_html_(self) -> str:
-        said = "<br>".join(html.escape(line) for line in self._heading())
-        warnings = "".join(f"<li>{html.escape(text)}</li>" for text in self._said())
-        return f"<p>{said}</p>{self._shown().to_html(index=False, border=0)}" + (f"<ul>{warnings}</ul>" if warnings else "")
-
-    def _noise(self) -> str:
+    @property
+    def noise(self) -> str:
+        """`sigma` in words."""
         return f"noise {self.sigma:.4f} nats" if np.isfinite(self.sigma) else "noise not known"
-
-    def _heading(self) -> list[str]:
-        shared = "one E for all H" if self.shared_entropy else "an E per H"
-        lines = [
-            f"L(N; H) = (a / N)^b + E, N parameters without embeddings, {shared}; trained at {self.context:,} tokens",
-            f"{self.status}; {self._noise()}, the standard deviation of a run about its law; intervals of 95%",
-        ]
-        return [*([self.source] if self.source else []), *lines]
-
-    def _said(self) -> list[str]:
-        return list(dict.fromkeys([*self.warnings, *self.doubted, *(text for law in self.values() for text in law.warnings)]))
-
-    def _shown(self) -> pd.DataFrame:
-        """`to_frame` as text."""
-
-        def between(row: Any, name: str, text: Callable[[float], str]) -> str:
-            low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
-            value = text(getattr(row, name))
-            return value if np.isnan(low) else f"{value} ({text(low)} to {text(high) if np.isfinite(high) else 'more'})"
-
-        rows = self.to_frame().itertuples()
-        return pd.DataFrame(
-            [
-                {
-                    "heads": str(heads),
-                    "a": between(row, "a", short),
-                    "b": between(row, "b", "{:.4f}".format),
-                    "E": between(row, "entropy", "{:.3f}".format),
-                    "R²": f"{row.r_squared:.5f}",
-                    "runs": row.points,
-                }
-                for heads, row in zip(self, rows, strict=True)
-            ]
-        )
 
     def size_interval(self, heads: Heads, loss: float, level: float = 0.95) -> tuple[float, float]:
         """Profile-likelihood interval of N*, the size that reaches `loss` with H; inf above where the data do not bound it."""
@@ -379,24 +318,22 @@ def fit_by_heads(
         run twice, fewer than three sizes of an H or sizes within a factor of 4, heads that saw more tokens than others, losses
         that don't fall with size, or an E at or above a loss.
     """
-    rows, said = run_table.usable(table)
-    rows, taken = run_table.by_rule(rows)
-    said += taken
-    every = rows
-    rows, others = shape.split(rows)
+    from gqa_jax.laws import confounding
+
+    usable, said = run_table.usable(table)
+    every, taken = run_table.by_rule(usable)
+    rows, others = shape.split(every)
     groups = run_table.by_heads(rows)
     run_table.require(groups)
-    lowest = min(runs.loss.min() for runs in groups.values())
-    fitting.require(lowest, entropy, huber_delta)
+    fitting.require(run_table.column(rows, "loss").min(), entropy, huber_delta)
     design = confounding.require(rows, allow_confounded)
     options = {"shared_entropy": shared_entropy, "entropy": entropy, "log": log, "huber_delta": huber_delta}
 
     def refit(left_out: Sequence[tuple[Heads, float, float]]) -> LawsByHeads:
         drop = np.zeros(len(every), bool)
         for heads, n, loss in left_out:
-            same = every["n_heads"].isna() if heads.n_heads is None else every["n_heads"] == heads.n_heads
-            same &= (every["n_kv_heads"] == heads.n_kv_heads) & (every["params_non_embedding"] == n) & (every["loss"] == loss)
-            drop |= same.fillna(False).to_numpy(bool)
+            same = (every["params_non_embedding"] == n) & (every["loss"] == loss)
+            drop |= run_table.have(every, heads) & same.to_numpy(bool)
         again = fit_by_heads(every[~drop], **options, allow_confounded=True)
         again.aspect, again.source, again.method = found.aspect, found.source, found.method
         again.penalty = dataclasses.replace(again.penalty, by_size=found.penalty.by_size)
@@ -405,14 +342,10 @@ def fit_by_heads(
     parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
     shared = run_table.shared_error(rows)
     blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
-    said += [*run_table.warnings(groups, rows), *design.warnings]
+    said += [*taken, *run_table.warnings(groups, rows), *design.warnings]
     found = LawsByHeads(
         blocks,
-        context=int(rows["context"].iloc[0]),
-        head_dim=run_table.only(rows, "head_dim", 64.0),
-        vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
-        size_convention=run_table.size_convention(rows),
-        aspect=run_table.aspect(rows),
+        **run_table.common(rows),
         rows=rows,
         warnings=said,
         llama3=None if LLAMA3 in groups else run_table.llama3(rows),
@@ -423,10 +356,10 @@ def fit_by_heads(
     )
     found.penalty = shape.penalty(rows, others, found)
     if len(others):
-        telling = len(found.penalty.others)
         have = "run has another d/L than the one of its size that the law is of: it is in no law"
         if len(others) > 1:
             have = "runs have another d/L than those of their size that the law is of: they are in no law"
-        telling = f"{telling or 'none'} of them {'tells' if telling <= 1 else 'tell'}"
+        count = len(found.penalty.others)
+        telling = f"{count or 'none'} of them {'tells' if count <= 1 else 'tell'}"
         found.warnings += (f"{len(others)} {have}; {telling} what the shape costs",)
     return found

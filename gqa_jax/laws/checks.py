@@ -30,7 +30,7 @@ def require(rows: pd.DataFrame, strict: bool = False) -> None:
 
 def heads(rows: pd.DataFrame) -> None:
     """n_heads (empty where they follow the width) must be a multiple of n_kv_heads, both above 0."""
-    n_heads, n_kv = _column(rows, "n_heads"), _column(rows, "n_kv_heads")
+    n_heads, n_kv = column(rows, "n_heads"), column(rows, "n_kv_heads")
     for name, values in (("n_heads", n_heads), ("n_kv_heads", n_kv)):
         known = np.isfinite(values) & (np.isfinite(n_heads) | (name == "n_heads"))  # rules may say n_kv in other words
         _refuse(rows, known & ((values < 1) | (values != np.round(values))), name, "must be a whole number of 1 or more")
@@ -41,10 +41,10 @@ def heads(rows: pd.DataFrame) -> None:
 
 def losses(rows: pd.DataFrame) -> None:
     """Losses in nats per token lie above 0, and below ln V, which a model has that knows nothing."""
-    loss = _column(rows, "loss")
+    loss = column(rows, "loss")
     if (loss <= 0).any():
         raise ValueError(f"a loss of {loss.min():g} nats per token can't be: losses are above 0")
-    vocab = _column(rows, "vocab_size")
+    vocab = column(rows, "vocab_size")
     if len(known := loss[np.isfinite(loss) & (loss > np.log(vocab))]):
         most = np.log(vocab[np.isfinite(vocab)].max())
         raise ValueError(
@@ -64,7 +64,7 @@ def in_other_units(loss: float) -> str:
 
 def counts(rows: pd.DataFrame, strict: bool = False) -> None:
     """N must be a number of parameters, not of millions; strict: of its shape, without embeddings, within 5%."""
-    params = _column(rows, "params_non_embedding")
+    params = column(rows, "params_non_embedding")
     if not (params > 0).all():
         raise ValueError("params_non_embedding must be above 0 in every row: the parameters without embeddings")
     expected = shape_counts(rows)
@@ -89,7 +89,7 @@ def counts(rows: pd.DataFrame, strict: bool = False) -> None:
         raise ValueError(f"{said}: it is in {UNITS[unit]}; multiply it by {unit:g}")
     if not strict:
         return
-    with_embeddings = expected[-1, i] + _column(rows, "d_model")[i] * np.array([1, 2]) * _column(rows, "vocab_size")[i]
+    with_embeddings = expected[-1, i] + column(rows, "d_model")[i] * np.array([1, 2]) * column(rows, "vocab_size")[i]
     if np.any(np.abs(np.log(params[i] / with_embeddings)) <= np.log(CLOSE)):
         raise ValueError(f"{said}: it counts embeddings; N of the laws is without them, subtract d_model x vocab_size")
     raise ValueError(
@@ -103,8 +103,8 @@ def shape_counts(rows: pd.DataFrame) -> np.ndarray:
 
     Feed-forward layers with two matrices and with three, with and without norms; d_ff is 8 d / 3 where it is not known.
     """
-    layers, d, n_heads, n_kv = (_column(rows, name) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads"))
-    head_dim, d_ff = _column(rows, "head_dim"), _column(rows, "d_ff")
+    layers, d, n_heads, n_kv = (column(rows, name) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads"))
+    head_dim, d_ff = column(rows, "head_dim"), column(rows, "d_ff")
     follows = np.isnan(n_heads)
     n_heads = np.where(follows, d / head_dim, n_heads)
     n_kv = np.where(follows & (n_kv < 0), n_heads / -n_kv, n_kv)
@@ -115,7 +115,8 @@ def shape_counts(rows: pd.DataFrame) -> np.ndarray:
     return np.where(known, [costs.count_params(shape, rule).non_embedding for rule in rules], np.nan)
 
 
-def _column(rows: pd.DataFrame, name: str) -> np.ndarray:
+def column(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """A column as float64; nan where it is empty or not there."""
     return rows[name].to_numpy(np.float64, na_value=np.nan) if name in rows else np.full(len(rows), np.nan)
 
 

@@ -8,6 +8,7 @@ there is no saying what the heads did, and the table is refused unless its user 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ def require(rows: pd.DataFrame, allow: bool = False) -> Design:
 
 def design(rows: pd.DataFrame) -> Design:
     """The design of `runs.usable` rows of one law; runs are of one size by `runs.size_labels`, and one training context."""
-    sizes = _Sizes(rows)
+    sizes = _sizes(rows)
     kind, problem, warnings = _kind(rows, sizes)
     said = {name: _difference(rows, sizes, name) for name in (*DATA, *RECIPE, *SEED)}
     if kind in (NEITHER, UNKNOWN):
@@ -79,33 +80,32 @@ def design(rows: pd.DataFrame) -> Design:
     return Design(kind, tuple(differences.values()), tuple(warnings), problem)
 
 
-class _Sizes:
-    """The sizes at which several heads can be compared: for each its name, and the rows (positions) of each H."""
+class _Size(NamedTuple):
+    """A size at which several heads can be compared, and its rows (positions) of each H."""
 
-    def __init__(self, rows: pd.DataFrame):
-        labels = run_table.size_labels(rows)
-        names = run_table.size_names(rows, labels)
-        keys = [labels] if "context" not in rows else [labels, rows["context"].to_numpy(np.int64)]
-        frame = pd.DataFrame({f"key{i}": key for i, key in enumerate(keys)})
-        heads = rows[["n_heads", "n_kv_heads"]].astype("Int64").reset_index(drop=True)
-        self.compared: list[tuple[str, dict[Heads, np.ndarray]]] = []
-        for _, group in frame.groupby(list(frame.columns)):
-            own = heads.iloc[group.index]
-            if len(own.drop_duplicates()) < 2:
-                continue
-            by_heads = {
-                Heads.of(n_heads, n_kv): chosen.index.to_numpy()
-                for (n_heads, n_kv), chosen in own.groupby(["n_heads", "n_kv_heads"], dropna=False)
-            }
-            self.compared.append((names[labels[group.index[0]]], by_heads))
+    name: str
+    rows: dict[Heads, np.ndarray]
 
 
-def _kind(rows: pd.DataFrame, sizes: _Sizes) -> tuple[str, str | None, list[str]]:
+def _sizes(rows: pd.DataFrame) -> list[_Size]:
+    labels = run_table.size_labels(rows)
+    names = run_table.size_names(rows, labels)
+    contexts = rows["context"].to_numpy(np.int64) if "context" in rows else np.zeros(len(rows), np.int64)
+    frame = rows[["n_heads", "n_kv_heads"]].astype("Int64").reset_index(drop=True)
+    found = []
+    for (label, _), own in frame.groupby([labels, contexts]):
+        by_heads = {Heads.of(*heads): one.index.to_numpy() for heads, one in own.groupby([*own.columns], dropna=False)}
+        if len(by_heads) > 1:
+            found.append(_Size(names[label], by_heads))
+    return found
+
+
+def _kind(rows: pd.DataFrame, sizes: list[_Size]) -> tuple[str, str | None, list[str]]:
     """The kind of design, what is wrong with it, and what answers have to say of it."""
     tokens = run_table.column(rows, "tokens")
     known = np.isfinite(tokens)
     if not known.any():
-        if not sizes.compared:
+        if not sizes:
             return UNKNOWN, None, []
         return UNKNOWN, None, ["whether heads of a size saw as many tokens is not known: the table has no column tokens"]
     said = []
@@ -116,14 +116,24 @@ def _kind(rows: pd.DataFrame, sizes: _Sizes) -> tuple[str, str | None, list[str]
     if worst_tokens is None or worst_ratio is None:
         kinds = {(True, True): BOTH, (True, False): TOKENS, (False, True): PER_PARAMETER}
         return kinds[worst_tokens is None, worst_ratio is None], None, said
-    problem = _problem(tokens, known, sizes, worst_tokens, worst_ratio)
+    problem = _problem(tokens, known, worst_tokens, worst_ratio)
     return NEITHER, problem, [*said, f"confounded, and allowed: {problem}; what looks like an effect of heads may be of tokens"]
 
 
-def _problem(tokens: np.ndarray, known: np.ndarray, sizes: _Sizes, worst_tokens: _Far, worst_ratio: _Far) -> str:
+class _Far(NamedTuple):
+    """Heads that are far from the others of their size."""
+
+    size: _Size
+    heads: Heads
+    own: float
+    others: float  # their median
+    factor: float  # 1 or more
+
+
+def _problem(tokens: np.ndarray, known: np.ndarray, worst_tokens: _Far, worst_ratio: _Far) -> str:
     """A sentence on the heads that are farthest from the others."""
-    at_ratio = _far(tokens, known, worst_ratio.size, sizes.compared[worst_ratio.size][1], worst_ratio.heads)
-    size = sizes.compared[worst_ratio.size][0]
+    at_ratio = _far(tokens, known, worst_ratio.size, worst_ratio.heads)
+    size = worst_ratio.size.name
     if at_ratio.factor > TOLERANCE:
         return (
             f"heads {worst_ratio.heads} at size {size} saw {short(at_ratio.own)} tokens, other heads there "
@@ -131,40 +141,26 @@ def _problem(tokens: np.ndarray, known: np.ndarray, sizes: _Sizes, worst_tokens:
         )
     # Tokens agree at some sizes, tokens per parameter at others: no one design.
     return (
-        f"heads {worst_tokens.heads} at size {sizes.compared[worst_tokens.size][0]} saw {short(worst_tokens.own)} tokens, "
+        f"heads {worst_tokens.heads} at size {worst_tokens.size.name} saw {short(worst_tokens.own)} tokens, "
         f"other heads there {short(worst_tokens.others)} ({worst_tokens.factor:.3g} times apart), and heads "
         f"{worst_ratio.heads} at size {size} {worst_ratio.own:.3g} per parameter, other heads there {worst_ratio.others:.3g} "
         f"({worst_ratio.factor:.3g} times)"
     )
 
 
-class _Far(NamedTuple):
-    """Heads that are far from the others of their size."""
-
-    size: int  # index into _Sizes.compared
-    heads: Heads
-    own: float
-    others: float  # their median
-    factor: float  # 1 or more
-
-
-def _worst(values: np.ndarray, known: np.ndarray, sizes: _Sizes) -> _Far | None:
+def _worst(values: np.ndarray, known: np.ndarray, sizes: list[_Size]) -> _Far | None:
     """The H farthest from the others of its size; None where all agree within TOLERANCE."""
-    found = None
-    for size, (_, by_heads) in enumerate(sizes.compared):
-        ends_Hx2 = np.array([*_ends(values, known, by_heads).values()])
-        if len(ends_Hx2) < 2 or (ends_Hx2.max(0) <= TOLERANCE * ends_Hx2.min(0)).all():
-            continue
-        each = [_far(values, known, size, by_heads, heads) for heads in _ends(values, known, by_heads)]
-        farthest = max(each, key=lambda far: far.factor)
-        if found is None or farthest.factor > found.factor:
-            found = farthest
-    return found
+    found = []
+    for size in sizes:
+        ends_Hx2 = np.array([*_ends(values, known, size).values()])
+        if len(ends_Hx2) > 1 and (ends_Hx2.max(0) > TOLERANCE * ends_Hx2.min(0)).any():
+            found += [_far(values, known, size, heads) for heads in _ends(values, known, size)]
+    return max(found, key=lambda far: far.factor, default=None)
 
 
-def _far(values: np.ndarray, known: np.ndarray, size: int, by_heads: dict[Heads, np.ndarray], heads: Heads) -> _Far:
+def _far(values: np.ndarray, known: np.ndarray, size: _Size, heads: Heads) -> _Far:
     """One H against the others of its size: at its least or its most, whichever is farther."""
-    ends = _ends(values, known, by_heads)
+    ends = _ends(values, known, size)
     own_2 = ends[heads]
     others_2 = np.median([found for name, found in ends.items() if name != heads], axis=0)
     factors = np.maximum(own_2 / others_2, others_2 / own_2)
@@ -172,22 +168,21 @@ def _far(values: np.ndarray, known: np.ndarray, size: int, by_heads: dict[Heads,
     return _Far(size, heads, float(own_2[i]), float(others_2[i]), float(factors[i]))
 
 
-def _ends(values: np.ndarray, known: np.ndarray, by_heads: dict[Heads, np.ndarray]) -> dict[Heads, np.ndarray]:
+def _ends(values: np.ndarray, known: np.ndarray, size: _Size) -> dict[Heads, np.ndarray]:
     """The least and the most of every H: both must agree, so that runs of several token counts are compared too."""
-    return {h: np.sort(values[at[known[at]]])[[0, -1]] for h, at in by_heads.items() if known[at].any()}
+    return {h: np.sort(values[at[known[at]]])[[0, -1]] for h, at in size.rows.items() if known[at].any()}
 
 
-def _difference(rows: pd.DataFrame, sizes: _Sizes, name: str, close: float = CLOSE) -> str | None:
+def _difference(rows: pd.DataFrame, sizes: list[_Size], name: str, close: float = CLOSE) -> str | None:
     """How a column differs between heads of a size, in a sentence; None where it is not there, or does not."""
     if name not in rows or rows[name].isna().all():
         return None
-    values = rows[name].to_numpy(object)
+    values, same = rows[name].to_numpy(object), functools.partial(_same, close=close)
     first, count = None, 0
-    for size, by_heads in sizes.compared:
-        own = {heads: _distinct(values[at], close) for heads, at in by_heads.items()}
-        own = {heads: found for heads, found in own.items() if found}
+    for size, by_heads in sizes:
+        own = {heads: found for heads, at in by_heads.items() if (found := _distinct(values[at], close))}
         one = next(iter(own.values()), [])
-        if any(not _same(one, other, close) for other in own.values()):
+        if any(len(one) != len(other) or not all(map(same, one, other)) for other in own.values()):
             first, count = first or (size, own), count + 1
     if first is None:
         return None
@@ -197,24 +192,18 @@ def _difference(rows: pd.DataFrame, sizes: _Sizes, name: str, close: float = CLO
         by_value.setdefault(", ".join(_text(value) for value in found), []).append(str(heads))
     listed = "; ".join(f"{value} of {_few(heads)}" for value, heads in list(by_value.items())[:3])
     more = f"; {len(by_value) - 3} more" if len(by_value) > 3 else ""
-    return f"{name} (at {count} of {len(sizes.compared)} sizes; at {size} {listed}{more})"
+    return f"{name} (at {count} of {len(sizes)} sizes; at {size} {listed}{more})"
 
 
 def _distinct(values: np.ndarray, close: float) -> list:
     found: list = []
     for value in sorted((value for value in values if not pd.isna(value)), key=lambda value: (str(type(value)), value)):
-        if not any(_same([value], [other], close) for other in found):
+        if not any(_same(value, other, close) for other in found):
             found.append(value)
     return found
 
 
-def _same(one: list, other: list, close: float) -> bool:
-    if len(one) != len(other):
-        return False
-    return all(_equal(a, b, close) for a, b in zip(one, other, strict=True))
-
-
-def _equal(a: object, b: object, close: float) -> bool:
+def _same(a: object, b: object, close: float) -> bool:
     if isinstance(a, int | float | np.number) and isinstance(b, int | float | np.number):
         return abs(a - b) <= close * max(abs(a), abs(b))
     return a == b

@@ -32,7 +32,7 @@ from gqa_jax.laws import bends
 from gqa_jax.laws.block import curves
 
 if TYPE_CHECKING:
-    from gqa_jax.laws.block import Block
+    from gqa_jax.laws.by_heads import LawsByHeads
 
 LEVEL = 0.05  # false alarms of the whole suite
 _DRAWS = 8000
@@ -366,8 +366,14 @@ def sentences(found: Doubts, names: Sequence[str], sizes: Mapping[int, str]) -> 
     return said
 
 
-def of_blocks(blocks: Sequence[Block]) -> Doubts:
-    """The suite of laws by heads, all blocks at once: rows in the order of blocks, heads and runs."""
+def of_laws(laws: LawsByHeads) -> Doubts:
+    """The suite of laws by heads, all blocks at once; its rows are those of `LawsByHeads.runs`.
+
+    Nothing where the noise is not the residuals' (a preset of computed curves), or no degrees of freedom are left.
+    """
+    blocks = laws.blocks
+    if any(block.known_sigma is not None for block in blocks) or not laws.dof > 0:
+        return nothing()
     there = [block.weight_GxM > 0 for block in blocks]
     x = np.concatenate([np.log(block.center) + block.x_GxM[rows] for block, rows in zip(blocks, there, strict=True)])
     value = np.concatenate(
@@ -389,6 +395,16 @@ def of_blocks(blocks: Sequence[Block]) -> Doubts:
         linalg.block_diag(*parts), np.concatenate(residual), weights / weights.mean(), sizes, bends_of(x, value),
         repeats.ravel(),
     )  # fmt: skip
+
+
+def in_words(laws: LawsByHeads) -> list[str]:
+    """`sentences` on the doubts of laws by heads."""
+    runs = laws.runs
+    names = [f"{heads} at N = {short(params)} (loss {loss:.4f})" for heads, params, loss in runs]
+    labels = np.concatenate([one.size for block in laws.blocks for one in block.runs])
+    params = np.array([params for _, params, _ in runs])
+    sizes = {label: f"about {short(np.mean(params[labels == label]))} parameters" for label in labels}
+    return sentences(laws.doubts, names, sizes)
 
 
 def bends_of(log_n: np.ndarray, above: np.ndarray) -> list[Direction]:

@@ -23,13 +23,14 @@ and .89; with the flat prior .96 and .83, with the whole volume .82 and .97. `py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
 from gqa_jax.laws import bends
+from gqa_jax.laws.bends import Bends
 
 if TYPE_CHECKING:
     from gqa_jax.laws.block import Block
@@ -145,7 +146,7 @@ def linearise(block: Block, model: Model, basis_Gx2xK: np.ndarray | None, entrop
                 _log_volume(AA, basis_Gx2xK),
             )
         )  # fmt: skip
-    return Linear(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Linear)))
+    return joined(parts)
 
 
 def _log_volume(AA_IxGx2x2: np.ndarray, basis_Gx2xK: np.ndarray | None) -> np.ndarray:
@@ -162,9 +163,6 @@ class Points:
     sigma_S: np.ndarray
     tau_Sx2: np.ndarray
     kappa_S: np.ndarray
-
-    def take(self, rows: np.ndarray | slice) -> Points:
-        return Points(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,10 +261,8 @@ def _in_parts(linear: Linear, model: Model, basis: np.ndarray | None, n_runs: in
     G, C = linear.AC_IxGx2xC.shape[1], linear.AC_IxGx2xC.shape[3]
     D = C + (0 if basis is None else basis.shape[2])
     step = max(64, _AT_A_TIME // (2 * G * D + D * D))
-    parts = [
-        integrate(linear, model, basis, n_runs, points.take(slice(at, at + step))) for at in range(0, len(points.node_S), step)
-    ]
-    return Gaussian(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Gaussian)))
+    parts = [slice(at, at + step) for at in range(0, len(points.node_S), step)]
+    return joined([integrate(linear, model, basis, n_runs, taken(points, part)) for part in parts])
 
 
 def explore(block: Block, basis_Gx2xK: np.ndarray | None, *, wide: bool, seed: int = 0) -> Explored:
@@ -324,8 +320,7 @@ def explore(block: Block, basis_Gx2xK: np.ndarray | None, *, wide: bool, seed: i
     samples, logs = looked(proposals, counts)
     log_w = np.concatenate([log_w - np.log(len(log_w)) for log_w in logs])
     weight = np.exp(log_w - log_w.max())
-    merged = Points(*(np.concatenate([getattr(p, f.name) for p in samples]) for f in dataclasses.fields(Points)))
-    return Explored(model, linear, basis_Gx2xK, merged, weight / weight.sum(), n_runs)
+    return Explored(model, linear, basis_Gx2xK, joined(samples), weight / weight.sum(), n_runs)
 
 
 def _entropies(
@@ -434,6 +429,25 @@ class _Proposal:
             kappa = next(columns)
             log_prior = log_prior + np.log(kappa / (1 + kappa) ** 2 / (SHARE[1] - SHARE[0]))
         return Points(self.nodes[picked], sigma, tau, kappa), log_q + np.log(self.p_nodes[picked]) - log_prior
+
+
+def joined[T](parts: Sequence[T]) -> T:
+    """One dataclass with the rows of all; what is None stays None."""
+
+    def column(values: list) -> Any:
+        if values[0] is None:
+            return None
+        return Bends.joined(values) if isinstance(values[0], Bends) else np.concatenate(values)
+
+    kind = type(parts[0])
+    return kind(*(column([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(kind)))
+
+
+def taken[T](one: T, rows: np.ndarray | slice) -> T:
+    """The dataclass with these rows of all its arrays."""
+    values = [getattr(one, field.name) for field in dataclasses.fields(one)]
+    arrays = (value.take(rows) if isinstance(value, Bends) else value if value is None else value[rows] for value in values)
+    return type(one)(*arrays)
 
 
 def _mixed(weights: np.ndarray) -> np.ndarray:

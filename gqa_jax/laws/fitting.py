@@ -54,8 +54,8 @@ def fit(
     y: np.ndarray,
     start: np.ndarray,
     *,
-    lower: np.ndarray | None = None,
-    upper: np.ndarray | None = None,
+    lower: np.ndarray | float = -np.inf,
+    upper: np.ndarray | float = np.inf,
     weights: np.ndarray | None = None,
     huber_delta: float | None = None,
 ) -> Fit:
@@ -75,8 +75,7 @@ def fit(
     if not (np.isfinite(y).all() and np.isfinite(weights).all()):
         raise ValueError("losses and weights must be finite: leave out what is not")
     start = np.asarray(start, np.float64)
-    lower = np.full(start.shape, -np.inf) if lower is None else np.asarray(lower, np.float64)
-    upper = np.full(start.shape, np.inf) if upper is None else np.asarray(upper, np.float64)
+    lower, upper = np.broadcast_to(lower, start.shape), np.broadcast_to(upper, start.shape)
     root = np.sqrt(weights)
     gap = np.where(np.isfinite(lower) & np.isfinite(upper), upper - lower, 1.0)
     inside = np.clip(start, lower + 1e-12 * gap, upper - 1e-12 * gap)
@@ -96,11 +95,9 @@ def fit(
     theta = found.x
     value, jacobian = model(theta)
     residual = root * (value - y)
-    far = np.zeros_like(residual) if huber_delta is None else np.abs(residual) / huber_delta
-    final = weights / np.maximum(far, 1.0)
+    final = weights if huber_delta is None else weights / np.maximum(np.abs(residual) / huber_delta, 1.0)
     free = ~((theta <= lower + _NEAR_BOUND * gap) | (theta >= upper - _NEAR_BOUND * gap))
-    objective = float(np.sum(rho(residual, huber_delta)))
-    begun = float(np.sum(rho(root * (model(inside)[0] - y), huber_delta)))
+    objective, begun = (float(np.sum(rho(root * (model(at)[0] - y), huber_delta))) for at in (theta, inside))
     gradient = jacobian.T @ (final * (value - y))
     scale = np.sqrt(np.sum(final[:, None] * jacobian**2, axis=0))
     flat = np.where(scale > 0, gradient / np.maximum(scale, 1e-300), 0.0)[free]
@@ -166,11 +163,15 @@ def r_squared(
     Args:
       loss, fitted: (M,). group: (M,) ints, which runs belong together. weights: (M,) of the squares, default 1.
     """
-    weights = np.ones_like(loss) if weights is None else weights
-    group = np.zeros(len(loss), int) if group is None else group
+    weights, group = _of_all(loss, weights, group)
     mean = np.array([np.average(loss[group == g], weights=weights[group == g]) for g in group])
     spread = np.sum(weights * (loss - mean) ** 2)
     return float(1 - np.sum(weights * (loss - fitted) ** 2) / spread) if spread > 0 else np.nan
+
+
+def _of_all(loss: np.ndarray, weights: np.ndarray | None, group: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, by default 1, and groups, by default one."""
+    return np.ones_like(loss) if weights is None else weights, np.zeros(len(loss), int) if group is None else group
 
 
 def not_explained(share: float, of: str = "R^2") -> list[str]:
@@ -196,8 +197,8 @@ def poor(
       largest: what is largest there, (M,) each, by its symbol: the largest of each group.
       dof: runs minus coefficients.
     """
-    weights = np.ones_like(loss) if weights is None else weights / np.mean(weights)
-    group = np.zeros(len(loss), int) if group is None else group
+    weights, group = _of_all(loss, weights, group)
+    weights = weights / np.mean(weights)
     share, relative = r_squared(loss, fitted, group, weights), np.sqrt(np.mean(weights * np.log(loss / fitted) ** 2))
     reasons = not_explained(share)
     if relative > POOR_RESIDUALS:
@@ -297,9 +298,8 @@ def refit(
         trial = np.clip(theta - step, lower, upper)
         trial_value, trial_jacobian = model(trial)
         trial_total = np.sum(weights * (trial_value - y) ** 2, axis=-1)
-        better = trial_total <= total  # False for nan
+        better = (trial_total <= total) & active  # False for nan
         converged = np.abs(total - trial_total) <= 1e-13 * total + floor
-        better = better & active
         theta = np.where(better[..., None], trial, theta)
         value = np.where(better[..., None], trial_value, value)
         jacobian = np.where(better[..., None, None], trial_jacobian, jacobian)
@@ -313,9 +313,7 @@ def refit(
 
 def noise(sigma: float, dof: float, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
     """Normal noise (S, ...) of a standard deviation known from `dof` degrees of freedom only: each draw has its own."""
-    scale = np.full(shape[0], sigma)
-    if np.isfinite(dof):
-        scale = sigma * np.sqrt(dof / generator.chisquare(dof, shape[0]))
+    scale = sigma * np.sqrt(dof / generator.chisquare(dof, shape[0])) if np.isfinite(dof) else np.full(shape[0], sigma)
     return scale.reshape(-1, *[1] * (len(shape) - 1)) * generator.normal(size=shape)
 
 
@@ -326,18 +324,13 @@ def in_parts(refit: Callable[..., np.ndarray], *columns: np.ndarray) -> np.ndarr
 
 
 def bootstrap(
-    fitted: np.ndarray,
-    sigma: float,
-    dof: float,
-    count: int,
-    generator: np.random.Generator,
-    refit: Callable[[np.ndarray], np.ndarray],
+    fitted: np.ndarray, fit: Fit, count: int, generator: np.random.Generator, refit: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """theta_SxP: every run drawn anew from the fitted law (M,) with the noise of a run, and all coefficients fitted again.
 
     `refit`: draws of y (S, M) -> theta (S, P).
     """
-    return in_parts(refit, fitted + noise(sigma, dof, (count, fitted.size), generator))
+    return in_parts(refit, fitted + noise(fit.sigma, fit.dof, (count, fitted.size), generator))
 
 
 def percentiles(draws: np.ndarray, level: float) -> np.ndarray:
@@ -383,8 +376,7 @@ def threshold(sigma: float, dof: float, level: float) -> float:
 
 def widened(center: float, ends: tuple[float, float], below: float, above: float) -> tuple[float, float]:
     """An interval with an independent error added in quadrature: `below` and `above` are how far that alone reaches."""
-    low, high = ends
-    return float(center - np.hypot(center - low, below)), float(center + np.hypot(high - center, above))
+    return float(center - np.hypot(center - ends[0], below)), float(center + np.hypot(ends[1] - center, above))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,20 +451,13 @@ def interval(
 
 
 def profile(
-    model: Model,
-    y: np.ndarray,
-    theta: np.ndarray,
-    covariance: np.ndarray,
-    objective: float,
-    place: int,
-    limit: float,
-    lower: np.ndarray,
-    upper: np.ndarray,
+    model: Model, y: np.ndarray, fit: Fit, place: int, level: float, lower: np.ndarray, upper: np.ndarray
 ) -> tuple[float, float]:
-    """`interval` of the coefficient at `place` of a least-squares fit: it is held, and all others follow.
+    """Profile-likelihood interval of the coefficient at `place` of a least-squares fit: it is held, and all others follow.
 
-    theta (P,) is at the minimum, `objective`, with this covariance (P, P), on whose tangent the others start.
+    The others start on the tangent that the covariance of the fit has at its minimum.
     """
+    theta, covariance = fit.theta, fit.covariance
     with np.errstate(invalid="ignore", divide="ignore"):
         tangent = covariance[:, place] / covariance[place, place]
     tangent = np.where(np.isfinite(tangent), tangent, np.arange(len(tangent)) == place)
@@ -482,7 +467,8 @@ def profile(
         low[:, place] = high[:, place] = values
         many = np.broadcast_to(y, (len(values), len(y)))
         start = theta + (values - theta[place])[:, None] * tangent
-        return refit(model, many, start, lower=low, upper=high)[1] - objective
+        return refit(model, many, start, lower=low, upper=high)[1] - fit.objective
 
+    limit = threshold(fit.sigma, fit.dof, level)
     error = error_of(covariance[place, place], 0.01 * max(abs(theta[place]), 0.1))
     return interval(rise, theta[place], error, limit, lower[place], upper[place])

@@ -30,26 +30,136 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import optimize
 
 from gqa_jax import costs
-from gqa_jax.laws import confounding, fitting, joint_fit, joint_terms
+from gqa_jax.laws import confounding, fitting
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
-from gqa_jax.laws.joint_terms import Terms, Where
 from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.posterior import Draws
-from gqa_jax.shapes import Aspect, paper_aspect
+from gqa_jax.shapes import Aspect
 
 MIN_HEADS = {"quadratic": 3, "power": 5}  # head configurations; with them runs are more than coefficients
 _RULE_SIZES = 8
+LEAST_P, MOST_P = -1.0, 4.0
+#: (n_h, n_kv, x) of points, x = ln(N / N0): three arrays (N,).
+Where = tuple[np.ndarray, np.ndarray, np.ndarray]
+_NAMES = {"quadratic": ("1", "log2 n_h", "log2 n_kv", "log2^2 n_h", "log2^2 n_kv"), "power": ("1", "f_p(n_h)", "f_p(n_kv)")}
+#: In which order they are taken up, as far as the trained heads tell them apart: (of ln A?, which function).
+_ORDER = {
+    "quadratic": ((True, 0), (False, 0), (True, 1), (True, 2), (False, 1), (False, 2), (True, 3), (True, 4)),
+    "power": ((True, 0), (False, 0), (True, 1), (True, 2), (False, 1), (False, 2)),
+}
+_EXPONENTS = (-0.5, 0.0, 0.5, 1.0, 2.0)  # p to start from
+_GRID_E, _STARTS = 24, 8
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The coefficients of a joint law and what they multiply: theta = (E, p, those of ln A, those of b).
+
+    E is missing where it is given (`entropy`), p in the quadratic form. alpha, b: which functions of the heads are used.
+    """
+
+    form: str
+    alpha: tuple[int, ...]
+    b: tuple[int, ...]
+    entropy: float | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the coefficients."""
+        functions = _NAMES[self.form]
+        return [
+            *(["E"] if self.entropy is None else []),
+            *(["p"] if self.form == "power" else []),
+            *(f"ln A: {functions[k]}" for k in self.alpha),
+            *(f"b: {functions[k]}" for k in self.b),
+        ]
+
+    def entropy_of(self, theta: np.ndarray) -> np.ndarray:
+        """E (...,) of coefficients (..., P)."""
+        return theta[..., 0] if self.entropy is None else np.full(theta.shape[:-1], self.entropy)
+
+    def bounds(self, lowest_loss: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of the coefficients: E between 0 and the lowest loss, p where it can be told."""
+        ends = {"E": (0.0, lowest_loss * (1 - 1e-4)), "p": (LEAST_P, MOST_P)}
+        return tuple(np.array([ends.get(name, (-np.inf, np.inf))[i] for name in self.names]) for i in (0, 1))
+
+    def log_above(self, theta: np.ndarray, where: Where) -> tuple[np.ndarray, np.ndarray]:
+        """ln(L - E) (..., N) of coefficients (..., P), and its derivatives (..., N, P); E has no part in it."""
+        n_heads, n_kv_heads, x = where
+        first = len(self.names) - len(self.alpha) - len(self.b)
+        of_alpha, of_b = theta[..., first : first + len(self.alpha)], theta[..., first + len(self.alpha) :]
+        p = theta[..., first - 1] if self.form == "power" else np.zeros(theta.shape[:-1])
+        functions, by_p = heads_functions(self.form, n_heads, n_kv_heads, p)
+        in_alpha, in_b = functions[..., list(self.alpha)], -x[:, None] * functions[..., list(self.b)]
+        value = _times(in_alpha, of_alpha) + _times(in_b, of_b)
+        gradient = np.concatenate([np.zeros((*value.shape, first)), in_alpha, in_b], axis=-1)
+        if self.form == "power":
+            gradient[..., first - 1] = _times(by_p[..., list(self.alpha)], of_alpha) - x * _times(by_p[..., list(self.b)], of_b)
+        return value, gradient
+
+    def loss(self, theta: np.ndarray, where: Where) -> tuple[np.ndarray, np.ndarray]:
+        """The losses (..., N), and their derivatives (..., N, P)."""
+        above, gradient = self.log_above(theta, where)
+        value = np.exp(np.clip(above, -50, 50))  # far steps of a search
+        gradient *= value[..., None]
+        if self.entropy is None:
+            gradient[..., 0] = 1.0
+        return value + self.entropy_of(theta)[..., None], gradient
+
+
+def choose(form: str, where: Where, trained: int, several_sizes: int, entropy: float | None = None) -> Terms:
+    """Those functions of the heads that runs with these heads and sizes tell apart, with a head configuration to spare.
+
+    trained: head configurations; several_sizes: those with two sizes or more, which tell the functions in b apart.
+    """
+    n_heads, n_kv_heads, x = where
+    functions, _ = heads_functions(form, n_heads, n_kv_heads, np.array(0.5))
+    most = {True: trained - 1, False: max(1, several_sizes - 1)}
+    kept, columns = {True: [], False: []}, []
+    for of_alpha, k in _ORDER[form]:
+        column = functions[:, k] * (1.0 if of_alpha else x)
+        trial = np.stack([*columns, column / max(np.linalg.norm(column), 1e-300)], axis=1)
+        if len(kept[of_alpha]) < most[of_alpha] and np.linalg.matrix_rank(trial, tol=1e-6) == trial.shape[1]:
+            kept[of_alpha].append(k)
+            columns = list(trial.T)
+    return Terms(form, tuple(kept[True]), tuple(kept[False]), entropy)
+
+
+def heads_functions(form: str, n_heads: np.ndarray, n_kv_heads: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The functions (..., N, K) of heads (N,) for exponents p (...,), and their derivatives by p."""
+    shape = (*np.shape(p), len(n_heads))
+    if form == "quadratic":
+        u, v = np.log2(n_heads), np.log2(n_kv_heads)
+        functions = np.stack([np.ones_like(u), u, v, u * u, v * v], axis=-1)
+        return np.broadcast_to(functions, (*shape, 5)), np.zeros((*shape, 5))
+    (f, f_p), (g, g_p) = (_bend(np.log(n), np.asarray(p)[..., None]) for n in (n_heads, n_kv_heads))
+    return np.stack([np.ones(shape), f, g], axis=-1), np.stack([np.zeros(shape), f_p, g_p], axis=-1)
+
+
+def _bend(log_n: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f_p(n) = (1 - n^-p) / p, ln n for p = 0, and its derivative by p."""
+    z = p * log_n
+    near = np.abs(z) < 1e-3  # where the quotients lose digits: their series
+    safe = np.where(near, 1.0, z)
+    value = np.where(near, 1 - z / 2 + z**2 / 6 - z**3 / 24, -np.expm1(-safe) / safe)
+    slope = np.where(near, -0.5 + z / 3 - z**2 / 8 + z**3 / 30, (np.exp(-safe) * (1 + safe) - 1) / safe**2)
+    return log_n * value, log_n**2 * slope
+
+
+def _times(columns: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    return (columns @ coefficients[..., None])[..., 0]
 
 
 @dataclass(frozen=True)
@@ -112,7 +222,7 @@ class JointLaw:
     @property
     def heads(self) -> list[Heads]:
         """The head configurations that were trained."""
-        return list(dict.fromkeys(joint_fit.heads_of(self.runs)))
+        return list(dict.fromkeys(heads_of(self.runs)))
 
     @property
     def residuals(self) -> pd.DataFrame:
@@ -120,7 +230,7 @@ class JointLaw:
 
         These are of a run of any heads, whose own offset (tau) is not known.
         """
-        fitted = self.terms.loss(self.fit.theta, joint_fit.at(self.runs, self.center))[0]
+        fitted = self.terms.loss(self.fit.theta, at(self.runs, self.center))[0]
         scale = np.hypot(self.sigma / np.sqrt(self.runs["weight"]), self.tau * (fitted - self.entropy))
         columns = fitting.residual_columns(self.runs["loss"].to_numpy(), fitted, scale)
         return self.runs[["n_heads", "n_kv_heads", "params"]].assign(**columns)
@@ -166,11 +276,11 @@ class JointLaw:
         said = list(self.warnings)
         if (miss := np.max(np.abs(np.exp(alpha - b * x) - np.exp(log_above[0])))) > self.sigma:
             said.append(f"heads {heads}: a power law misses the joint law by up to {miss:.4f} nats per token")
-        n_known, kv_known, _ = joint_fit.columns(self.runs)
+        n_known, kv_known, _ = columns(self.runs)
         for name, asked, known in (("n_h", n_heads, n_known), ("n_kv", heads.n_kv_heads, kv_known)):
             if np.max(asked) > known.max() * (1 + 1e-9) or np.min(asked) < known.min() * (1 - 1e-9):
                 said.append(f"heads {heads}: {name} is outside the trained {known.min():g} to {known.max():g}")
-        own = self.runs[[one == heads for one in joint_fit.heads_of(self.runs)]]
+        own = self.runs[[one == heads for one in heads_of(self.runs)]]
         params, loss = own["params"].to_numpy(), own["loss"].to_numpy()
         law = PowerLaw(float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, params, loss, tuple(said))
         return dataclasses.replace(law, r_squared=fitting.r_squared(loss, law.predict(params)))
@@ -231,8 +341,7 @@ class JointLaw:
         if not self.fit.covariance[i, i] > 0:
             return np.nan, np.nan
         (model, y), (lower, upper) = self._independent, self._bounds
-        limit = fitting.threshold(self.sigma, self.dof, level)
-        ends = fitting.profile(model, y, self.fit.theta, self.fit.covariance, self.fit.objective, i, limit, lower, upper)
+        ends = fitting.profile(model, y, self.fit, i, level, lower, upper)
         if i > 0 or self.terms.entropy is not None:
             return ends
         return self.shared.widened(self.fit.theta[0], ends, level, lower[0])
@@ -243,8 +352,7 @@ class JointLaw:
             (model, _), (lower, upper) = self._independent, self._bounds
             self._kept[count, seed] = fitting.bootstrap(
                 model(self.fit.theta)[0],
-                self.sigma,
-                self.dof,
+                self.fit,
                 count,
                 np.random.default_rng([seed, 0]),
                 lambda y: fitting.refit(model, y, self.fit.theta, lower=lower, upper=upper)[0],
@@ -257,9 +365,7 @@ class JointLaw:
 
     @functools.cached_property
     def _independent(self) -> tuple[fitting.Model, np.ndarray]:
-        return joint_fit.independent(
-            self.terms, self.runs, self.center, (self.tau / self.sigma) ** 2 if self.sigma > 0 else 0.0
-        )
+        return independent(self.terms, self.runs, self.center, (self.tau / self.sigma) ** 2 if self.sigma > 0 else 0.0)
 
     @property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -288,7 +394,7 @@ class JointLaw:
 
     def _require(self, n_heads: np.ndarray, n_kv_heads: np.ndarray) -> None:
         """Raises ValueError for heads that differ from the trained ones where those do not differ from each other."""
-        known, asked = (_logs(*pair) for pair in (joint_fit.columns(self.runs)[:2], (n_heads, n_kv_heads)))
+        known, asked = (_logs(*pair) for pair in (columns(self.runs)[:2], (n_heads, n_kv_heads)))
         away = np.abs(asked - asked @ np.linalg.pinv(known, rcond=1e-9) @ known).max(1, initial=0.0)
         if away.max(initial=0.0) > 1e-6:
             first = int(away.argmax())
@@ -337,15 +443,15 @@ def fit_rows(
     """`fit_joint` of rows of `run_table.usable`, without its warnings."""
     if form not in MIN_HEADS:
         raise ValueError(f"form {form!r} is unknown: use {' or '.join(MIN_HEADS)}")
-    head_dim = run_table.only(rows, "head_dim", 64.0)
+    common = run_table.common(rows)
     groups = run_table.by_heads(rows)
-    runs = _runs(groups, head_dim)
+    runs = _runs(groups, common["head_dim"])
     fitting.require(runs["loss"].min(), entropy, huber_delta)
     center = float(np.exp(np.mean(np.log(runs["params"]))))
     terms = _terms(form, groups, runs, center, entropy)
-    runs, plain = joint_fit.plain(terms, runs, center, log, huber_delta)
-    ratio = joint_fit.between_heads(terms, runs, center, plain.theta)
-    fit = joint_fit.polish(terms, runs, *joint_fit.independent(terms, runs, center, ratio), plain.theta[None])
+    runs, plain = fit_independent(terms, runs, center, log, huber_delta)
+    ratio = between_heads(terms, runs, center, plain.theta)
+    fit = polish(terms, runs, *independent(terms, runs, center, ratio), plain.theta[None])
     if plain.status == "DISAGREE":  # what the heads' offsets and Huber's weights come from
         fit = dataclasses.replace(fit, status=plain.status)
     _falls(terms, fit, runs)
@@ -356,11 +462,7 @@ def fit_rows(
         float(fit.sigma * np.sqrt(ratio)),
         len(groups) - len(terms.alpha),
         runs,
-        context=int(rows["context"].iloc[0]),
-        head_dim=head_dim,
-        vocab_size=run_table.only(rows, "vocab_size", 50_304.0),
-        size_convention=run_table.size_convention(rows),
-        aspect=run_table.aspect(rows) or paper_aspect(),
+        **common,
         shared=run_table.shared_error(rows),
     )
 
@@ -383,9 +485,7 @@ def _runs(groups: dict[Heads, run_table.Runs], head_dim: float) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _terms(
-    form: str, groups: dict[Heads, run_table.Runs], runs: pd.DataFrame, center: float, entropy: float | None
-) -> joint_terms.Terms:
+def _terms(form: str, groups: dict[Heads, run_table.Runs], runs: pd.DataFrame, center: float, entropy: float | None) -> Terms:
     """The functions of the heads that these runs tell apart."""
     if len(groups) < MIN_HEADS[form]:
         raise ValueError(f"{len(groups)} head configurations: a {form} joint law needs {MIN_HEADS[form]} or more")
@@ -395,23 +495,23 @@ def _terms(
             f"{run_table.MIN_SPAN:g} or more: train smaller or larger ones"
         )
     several_sizes = sum(one.n_sizes > 1 for one in groups.values())
-    return joint_terms.choose(form, joint_fit.at(runs, center), len(groups), several_sizes, entropy)
+    return choose(form, at(runs, center), len(groups), several_sizes, entropy)
 
 
 def _falls(terms: Terms, fit: fitting.Fit, runs: pd.DataFrame) -> None:
     """Raises ValueError where b of trained heads is not above 0."""
-    n_heads, n_kv_heads, _ = joint_fit.columns(runs)
+    n_heads, n_kv_heads, _ = columns(runs)
     at_0, at_1 = (terms.log_above(fit.theta, (n_heads, n_kv_heads, np.full(len(runs), x)))[0] for x in (0.0, 1.0))
     if (b := at_0 - at_1).min() < SMALLEST_B:
-        heads = joint_fit.heads_of(runs)[int(b.argmin())]
+        heads = heads_of(runs)[int(b.argmin())]
         raise ValueError(f"heads {heads}: by the joint law the losses do not fall with size (b = {b.min():.4f}): no power law")
 
 
 def _warnings(law: JointLaw) -> list[str]:
     found = fitting.doubts(law.fit, len(law.runs), len(law.fit.theta), "the joint fit")
-    n_heads, n_kv_heads, params = joint_fit.columns(law.runs)
+    n_heads, n_kv_heads, params = columns(law.runs)
     loss, fitted = (law.residuals[name].to_numpy() for name in ("loss", "fitted"))
-    names = joint_fit.heads_of(law.runs)
+    names = heads_of(law.runs)
     group, weights = np.array([names.index(one) for one in names]), law.runs["weight"].to_numpy()
     found += fitting.poor(loss, fitted, {"N": params}, dof=law.dof, group=group, weights=weights)
     for axis, counts, line in (("query", n_heads, 1), ("key/value", n_kv_heads, 2)):
@@ -448,3 +548,139 @@ def _logs(n_heads: np.ndarray, n_kv_heads: np.ndarray) -> np.ndarray:
     if not (np.min(n_heads, initial=1) > 0 and np.min(n_kv_heads, initial=1) > 0):
         raise ValueError("numbers of heads must be above 0")
     return np.stack([np.ones_like(n_heads), np.log2(n_heads), np.log2(n_kv_heads)], axis=1)
+
+
+def fit_independent(
+    terms: Terms, runs: pd.DataFrame, center: float, log: bool, huber_delta: float | None
+) -> tuple[pd.DataFrame, fitting.Fit]:
+    """The fit that takes all runs for independent; and the runs with their weights and L - E, instead of sem."""
+    loss, sem = runs["loss"].to_numpy(), runs["sem"].to_numpy()
+    base = 1 / loss**2 if log else np.ones_like(loss)
+    runs = runs.drop(columns="sem").assign(weight=base / base.mean(), above=1.0)  # L - E, as soon as a fit knows it
+    weighted = np.isfinite(sem).all() and np.ptp(sem) > 1e-3 * sem.mean()
+    for _ in range(4 if weighted else 1):
+        model, y = independent(terms, runs, center, 0.0)
+        fit = polish(terms, runs, model, y, global_starts(terms, runs, center), huber_delta)
+        if weighted:
+            residual = terms.loss(fit.theta, at(runs, center))[0] - loss
+            weight = base / (fitting.between_runs(residual**2, sem**2, fit.dof) + sem**2)
+            runs = runs.assign(weight=weight / weight.mean())
+    if huber_delta is not None:
+        runs = runs.assign(weight=runs["weight"] * fit.weights)
+    return runs.assign(above=terms.loss(fit.theta, at(runs, center))[0] - terms.entropy_of(fit.theta)), fit
+
+
+def global_starts(terms: Terms, runs: pd.DataFrame, center: float) -> np.ndarray:
+    """Coefficients_SxP to start from: given E and p, ln(L - E) is linear in all others, so a grid over these two is global."""
+    loss = runs["loss"].to_numpy()
+    entropies = loss.min() * (1 - np.geomspace(1e-3, 1, _GRID_E)) if terms.entropy is None else np.array([terms.entropy])
+    exponents = np.array(_EXPONENTS if "p" in terms.names else [0.0])
+    entropy, p = (grid.ravel() for grid in np.meshgrid(entropies, exponents, indexing="ij"))
+    first = len(terms.names) - len(terms.alpha) - len(terms.b)
+    theta = np.zeros((len(entropy), len(terms.names)))
+    if terms.entropy is None:
+        theta[:, 0] = entropy
+    if "p" in terms.names:
+        theta[:, first - 1] = p
+    linear = terms.log_above(theta, at(runs, center))[1][..., first:]  # columns of a linear model of ln(L - E)
+    above = loss - entropy[:, None]
+    weights = np.sqrt(runs["weight"].to_numpy()) * above
+    left, right = linear * weights[..., None], np.log(above) * weights
+    theta[:, first:] = (np.linalg.pinv(left) @ right[..., None])[..., 0]
+    missed = np.sum((np.einsum("snk,sk->sn", left, theta[:, first:]) - right) ** 2, axis=1)
+    return theta[np.argsort(missed, kind="stable")[:_STARTS]]
+
+
+def polish(
+    terms: Terms,
+    runs: pd.DataFrame,
+    model: fitting.Model,
+    y: np.ndarray,
+    starts: np.ndarray,
+    huber_delta: float | None = None,
+) -> fitting.Fit:
+    """The best of the minima that `fitting.refit` reaches from all starts, checked by `fitting.fit`."""
+    lower, upper = terms.bounds(float(runs["loss"].min()))
+    many = np.broadcast_to(y, (len(starts), len(y)))
+    same = model if huber_delta is None else fitting.huberised(model, y, huber_delta)
+    iterations = 200 if huber_delta is None else 1000  # where most residuals count linearly, the steps are many
+    theta, squares = fitting.refit(same, many, starts, lower=lower, upper=upper, iterations=iterations)
+    return fitting.fit(model, y, theta[np.nanargmin(squares)], lower=lower, upper=upper, huber_delta=huber_delta)
+
+
+def independent(terms: Terms, runs: pd.DataFrame, center: float, ratio: float) -> tuple[fitting.Model, np.ndarray]:
+    """The law and the losses in units where the noise of all runs is independent, of standard deviation sigma (`_turning`)."""
+    where, turn = at(runs, center), _turning(runs)
+
+    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value, jacobian = terms.loss(theta, where)
+        both = turn(np.concatenate([value[..., None], jacobian], axis=-1), ratio)
+        return both[..., 0], both[..., 1:]
+
+    return model, turn(runs["loss"].to_numpy()[:, None], ratio)[:, 0]
+
+
+def _turning(runs: pd.DataFrame) -> Callable[[np.ndarray, float], np.ndarray]:
+    """turn(columns (..., N, K), ratio): a root of the inverse covariance times the columns.
+
+    The covariance of the runs of an H is sigma^2 (diag(1 / weight) + ratio a a^T), a = L - E, ratio = tau^2 / sigma^2. With
+    s = a sqrt(weight) that root is (1 - (1 - 1 / sqrt(1 + ratio |s|^2)) s s^T / |s|^2) diag(sqrt(weight)) / sigma.
+    """
+    root, member_NxG = np.sqrt(runs["weight"].to_numpy()), _members(runs)
+    s = root * runs["above"].to_numpy()
+    size = (s**2) @ member_NxG
+    unit_NxG = s[:, None] * member_NxG / np.sqrt(size)
+
+    def turn(columns: np.ndarray, ratio: float) -> np.ndarray:
+        columns = columns * root[:, None]
+        if ratio == 0:
+            return columns
+        return columns - (unit_NxG * (1 - 1 / np.sqrt(1 + ratio * size))) @ (unit_NxG.T @ columns)
+
+    return turn
+
+
+def between_heads(terms: Terms, runs: pd.DataFrame, center: float, theta: np.ndarray) -> float:
+    """tau^2 / sigma^2 of greatest restricted likelihood, for the law linearised at the plain fit; 0 where that is greatest."""
+    turn = _turning(runs)
+    size = (runs["weight"].to_numpy() * runs["above"].to_numpy() ** 2) @ _members(runs)
+    value, jacobian = terms.loss(theta, at(runs, center))
+    both = np.column_stack([runs["loss"].to_numpy() - value, jacobian])
+    floor = 1e-24 * np.sum(runs["weight"] * runs["loss"] ** 2)  # an exact fit: rounding is all that is left
+
+    def deviance(ratio: float) -> float:
+        turned = turn(both, ratio)
+        q, r = np.linalg.qr(turned[:, 1:])
+        rest = turned[:, 0] - q @ (q.T @ turned[:, 0])
+        spread = 2 * np.sum(np.log(np.maximum(np.abs(np.diag(r)), 1e-300)))
+        return float(np.sum(np.log1p(ratio * size)) + spread + (len(q) - len(theta)) * np.log(max(rest @ rest, floor)))
+
+    ratios = np.concatenate([[0.0], np.geomspace(1e-3, 1e4, 36)]) / np.mean(size)
+    heights = [deviance(ratio) for ratio in ratios]
+    best = int(np.argmin(heights))
+    if best == 0:
+        return 0.0
+    low, high = ratios[best - 1], ratios[min(best + 1, len(ratios) - 1)]
+    return float(optimize.minimize_scalar(deviance, bounds=(low, high), method="bounded", options={"xatol": 1e-6 * high}).x)
+
+
+def columns(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n_h, n_kv, N) of the runs; n_h a number also for d / d_h."""
+    return tuple(runs[name].to_numpy(np.float64) for name in ("query_heads", "n_kv_heads", "params"))
+
+
+def at(runs: pd.DataFrame, center: float) -> Where:
+    """(n_h, n_kv, x) of the runs."""
+    n_heads, n_kv_heads, params = columns(runs)
+    return n_heads, n_kv_heads, np.log(params / center)
+
+
+def heads_of(runs: pd.DataFrame) -> list[Heads]:
+    return [Heads.of(n, k) for n, k in zip(runs["n_heads"], runs["n_kv_heads"], strict=True)]
+
+
+def _members(runs: pd.DataFrame) -> np.ndarray:
+    """1 where run N has heads G."""
+    names = heads_of(runs)
+    number = {name: g for g, name in enumerate(dict.fromkeys(names))}
+    return np.eye(len(number))[[number[name] for name in names]]

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from gqa_jax.formatting import short
+
+
+class Laws[K, L](Mapping[K, L]):
+    """Laws by what they are of, in `_laws`: what a mapping offers, and no more."""
+
+    _laws: dict[K, L]
+
+    def __getitem__(self, of: K) -> L:
+        return self._laws[of]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._laws)
+
+    def __len__(self) -> int:
+        return len(self._laws)
 
 
 @dataclass(frozen=True, repr=False)

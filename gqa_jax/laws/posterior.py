@@ -17,17 +17,16 @@ the cheapest hardly does.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gqa_jax.laws import bends, evidence, fitting
-from gqa_jax.laws.bends import Bends
-from gqa_jax.laws.block import conditional, curves
-from gqa_jax.laws.evidence import Explored
+from gqa_jax.laws import fitting
+from gqa_jax.laws.block import curves
 from gqa_jax.laws.heads import LLAMA3, Heads
 
 if TYPE_CHECKING:
+    from gqa_jax.laws.bends import Bends
     from gqa_jax.laws.block import Block
     from gqa_jax.laws.by_heads import LawsByHeads
 
@@ -45,9 +44,6 @@ IN_BRIEF = {
     "bootstrap": "with independent noise",
 }
 PROFILES = "95% by profile likelihood with independent noise and exact power laws"
-POOLED_FROM = 5  # head configurations
-_ROUNDS = 40  # of draws, each a quarter more than are wanted, until enough fall with size
-_LLAMA3_SIZES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +105,8 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
         raise ValueError(f"method {method!r} is unknown: use {', '.join(METHODS)}")
     if count < 2:
         raise ValueError(f"count = {count}: draw 2 or more")
+    from gqa_jax.laws import sampling
+
     generator = np.random.default_rng(seed)
     parts, notes = [], []
     for block in laws.blocks:
@@ -120,7 +118,7 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
         if method == "bootstrap":
             drawn = _bootstrap(block, count, generator)
         else:
-            drawn = _posterior(block, count, seed, method == "posterior")
+            drawn = sampling.posterior(block, count, seed, wide=method == "posterior")
         parts.append((block, drawn))
     heads = [h for block, _ in parts for h in block.heads]
     entropy = np.concatenate([np.repeat(one.entropy_S[:, None], len(block.heads), 1) for block, one in parts], 1)
@@ -128,7 +126,7 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
     b = np.concatenate([one.b_SxG for _, one in parts], 1)
     sigma = np.concatenate([np.repeat(one.sigma_S[:, None], len(block.heads), 1) for block, one in parts], 1)
     if LLAMA3 not in heads and len(parts) == 1:
-        extra, note = _llama3(laws, *parts[0], generator)
+        extra, note = sampling.llama3(laws, *parts[0], generator)
         if extra is not None:
             heads.append(LLAMA3)
             entropy, log_a, b = (np.column_stack([m, c]) for m, c in zip((entropy, log_a, b), extra, strict=True))
@@ -143,7 +141,9 @@ def draw(laws: LawsByHeads, count: int, seed: int, method: str) -> Draws:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawn:
+class Drawn:
+    """S draws of a block of G heads, before what all blocks share; what a method does not draw is None or 0."""
+
     entropy_S: np.ndarray
     alpha_SxG: np.ndarray
     b_SxG: np.ndarray
@@ -154,20 +154,8 @@ class _Drawn:
     effects_SxJ: np.ndarray | None = None
     bends: Bends | None = None
 
-    def take(self, rows: np.ndarray | slice) -> _Drawn:
-        def one(value: Any) -> Any:
-            return (
-                value
-                if value is None or isinstance(value, float)
-                else value.take(rows)
-                if isinstance(value, Bends)
-                else value[rows]
-            )
 
-        return _Drawn(*(one(getattr(self, f.name)) for f in dataclasses.fields(self)))
-
-
-def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Drawn:
+def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> Drawn:
     there = block.weight_GxM > 0
     model = curves(block.x_GxM, there)
     weights = block.weight_GxM[there]
@@ -178,188 +166,7 @@ def _bootstrap(block: Block, count: int, generator: np.random.Generator) -> _Dra
     lower = np.array([0.0 if given is None else given] + [-np.inf, 1e-4] * len(block.heads))
     highest = y.min(-1, keepdims=True) * (1 - 1e-4) if given is None else np.full((count, 1), given)
     upper = np.concatenate([highest, np.full((count, 2 * len(block.heads)), np.inf)], -1)
-    theta = np.concatenate(
-        [
-            fitting.refit(model, y[i : i + 100], block.fit.theta, lower=lower, upper=upper[i : i + 100], weights=weights)[0]
-            for i in range(0, count, 100)
-        ]
+    theta = fitting.in_parts(
+        lambda y, upper: fitting.refit(model, y, block.fit.theta, lower=lower, upper=upper, weights=weights)[0], y, upper
     )
-    return _Drawn(theta[:, 0], theta[:, 1::2], theta[:, 2::2], np.full(count, block.sigma))
-
-
-def _posterior(block: Block, count: int, seed: int, wide: bool) -> _Drawn:
-    known = block.explored(wide, seed)
-    generator = np.random.default_rng([seed, 9])
-    parts, found = [], 0
-    for _ in range(_ROUNDS):
-        parts.append(_some(block, known, count + count // 4, generator))
-        found += len(parts[-1].entropy_S)
-        if found >= count:
-            break
-    else:
-        raise ValueError(
-            f"{found} of {count} draws of the posterior fall with size: the losses are too noisy for a law; train larger sizes"
-        )
-    drawn = _Drawn(*(_joined([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(_Drawn)))
-    return drawn.take(slice(0, count))
-
-
-def _some(block: Block, known: Explored, count: int, generator: np.random.Generator) -> _Drawn:
-    """Draws with everything that was integrated drawn anew; those whose law does not fall with size left out."""
-    points = known.points.take(evidence.systematic(known.weight_S, count, generator))
-    node, linear, basis = points.node_S, known.linear, known.basis_Gx2xK
-    gaussian = known.integrate(points)
-    lower = np.linalg.cholesky(gaussian.information_SxDxD)
-    whitened = np.linalg.solve(lower, gaussian.right_SxD[..., None])
-    z = generator.normal(size=whitened.shape)
-    shared_SxD = np.linalg.solve(np.swapaxes(lower, 1, 2), whitened + z)[..., 0]
-    n_beta = 0 if basis is None else basis.shape[2]
-    beta, columns = shared_SxD[:, :n_beta], shared_SxD[:, n_beta:]
-    rest = linear.Ay_IxGx2[node] - np.einsum("sgic,sc->sgi", linear.AC_IxGx2xC[node], columns)
-    right = rest / points.sigma_S[:, None, None] ** 2
-    if basis is not None:
-        right = right + np.einsum("gik,sk->sgi", basis, beta) / points.tau_Sx2[:, None] ** 2
-    theta = (gaussian.own_SxGx2x2 @ right[..., None])[..., 0] + _normal(gaussian.own_SxGx2x2, generator)
-    entropy, shift = _within(linear, node, generator)
-    theta = theta + shift
-    forms = [known.model.forms[k] for k in linear.form_I[node]]
-    kind, place = np.array([f.kind for f in forms]), np.array([f.place for f in forms])
-    bent = Bends(block.center, known.model.reach, kind, np.where(kind == bends.NONE, 0.0, columns[:, 0]), place)
-    keep = bent.falls(theta[..., 1])
-    drawn = _Drawn(
-        entropy, theta[..., 0], theta[..., 1], points.sigma_S, None if basis is None else beta, points.tau_Sx2, points.kappa_S,
-        np.where(points.kappa_S[:, None] > 0, columns[:, 1:], 0.0), bent,
-    )  # fmt: skip
-    return drawn.take(keep)
-
-
-def _within(linear: evidence.Linear, node: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """E drawn evenly within its interval of the grid, and how far (alpha, b)_SxGx2 move with it."""
-    width = linear.width_I[node]
-    step = (generator.random(len(node)) - 0.5) * width
-    n = int(np.sum(linear.form_I == linear.form_I[0]))
-    if n == 1:
-        return linear.entropy_I[node], np.zeros((len(node), *linear.theta_IxGx2.shape[1:]))
-    place = node % n
-    low, high = node - (place > 0), node + (place < n - 1)
-    slope = (linear.theta_IxGx2[high] - linear.theta_IxGx2[low]) / (linear.entropy_I[high] - linear.entropy_I[low])[
-        :, None, None
-    ]
-    return linear.entropy_I[node] + step, slope * step[:, None, None]
-
-
-def _joined(values: list) -> Any:
-    if values[0] is None:
-        return None
-    return Bends.joined(values) if isinstance(values[0], Bends) else np.concatenate(values)
-
-
-def pooling(block: Block) -> np.ndarray | None:
-    """Basis_Gx2xK of the head law; None where H are too few. Llama 3's rule is not pooled."""
-    counted = [h for h in block.heads if h.n_heads is not None]
-    if len(counted) < POOLED_FROM:
-        return None
-    columns = _features(block.heads)
-    most = max(1, len(counted) - 4)
-    rules = np.array(
-        [[h.n_heads is None and h == rule for rule in block.heads if rule.n_heads is None] for h in block.heads], float
-    )
-
-    def chosen(limit: int) -> np.ndarray:
-        kept = [columns[:, 0]]
-        for column in columns.T[1:limit]:
-            trial = np.stack([*kept, column], 1)
-            if (
-                len(kept) < most
-                and np.linalg.matrix_rank(trial[[h.n_heads is not None for h in block.heads]]) == trial.shape[1]
-            ):
-                kept.append(column)
-        return np.concatenate([np.stack(kept, 1), rules.reshape(len(block.heads), -1)], 1)
-
-    for_alpha, for_b = chosen(6), chosen(3)
-    basis = np.zeros((len(block.heads), 2, for_alpha.shape[1] + for_b.shape[1]))
-    basis[:, 0, : for_alpha.shape[1]] = for_alpha
-    basis[:, 1, for_alpha.shape[1] :] = for_b
-    return basis
-
-
-def _features(heads: list[Heads] | tuple[Heads, ...]) -> np.ndarray:
-    """1, u, v, u^2, v^2, u v with u = log2 n_h, v = log2 n_kv; zeros for a rule, which has a column of its own."""
-    rows = []
-    for h in heads:
-        u, v = (0.0, 0.0) if h.n_heads is None else (np.log2(h.n_heads), np.log2(h.n_kv_heads))
-        rows.append(np.array([1.0, u, v, u * u, v * v, u * v]) * (h.n_heads is not None))
-    return np.array(rows)
-
-
-def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Normal vectors (..., 2) of these covariances (..., 2, 2)."""
-    a, c, d = covariance[..., 0, 0], covariance[..., 1, 0], covariance[..., 1, 1]
-    first = np.sqrt(np.maximum(a, 0.0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cross = np.where(first > 0, c / first, 0.0)
-    second = np.sqrt(np.maximum(d - cross**2, 0.0))
-    z = generator.normal(size=(*first.shape, 2))
-    return np.stack([first * z[..., 0], cross * z[..., 0] + second * z[..., 1]], -1)
-
-
-def _llama3(laws: LawsByHeads, block: Block, drawn: _Drawn, generator: np.random.Generator):
-    """Columns (E, ln a, b) of Llama 3's heads: from runs that have them, else the head law; (None, "") without either."""
-    if laws.llama3 is not None:
-        runs = laws.llama3
-        x, y = np.log(runs.params / block.center)[None], runs.loss[None]
-        grid = np.unique(np.quantile(drawn.entropy_S, np.linspace(0, 1, 60)))
-        alpha, b, _ = conditional(x, y, np.ones_like(x), grid)
-        theta = np.stack([np.interp(drawn.entropy_S, grid, alpha[:, 0]), np.interp(drawn.entropy_S, grid, b[:, 0])], -1)
-        value = np.exp(theta[:, :1] - theta[:, 1:] * x)
-        J = np.stack([value, -x * value], -1)
-        noise = drawn.sigma_S * np.sqrt(1 + np.asarray(drawn.kappa_S))
-        unit = np.linalg.inv(np.swapaxes(J, -1, -2) @ J)
-        if drawn.bends is not None:  # the power law closest to what is left without the bend
-            q = drawn.bends.at(np.broadcast_to(np.log(runs.params), (len(drawn.entropy_S), len(runs.params))))[0]
-            theta = theta + np.einsum("sij,smj,sm->si", unit, J, value * q)
-        theta = theta + _normal(unit * noise[:, None, None] ** 2, generator)
-        note = f"Llama 3's heads {LLAMA3}: a law of {len(runs.loss)} {laws.llama3_source}"
-    elif drawn.beta_SxK is not None and np.isfinite(block.runs[0].d_model).all():
-        note = f"Llama 3's heads {LLAMA3}: from the head law, for d / d_h query heads; no run has them at three sizes"
-        sizes = np.concatenate([runs.params for runs in block.runs])
-        widths = np.concatenate([runs.d_model for runs in block.runs])
-        order = np.argsort(sizes)
-        slope, offset = np.polyfit(np.log(sizes[order]), np.log(widths[order]), 1)
-        grid = np.geomspace(sizes.min(), sizes.max(), _LLAMA3_SIZES)
-        n_heads = np.exp(offset + slope * np.log(grid)) / laws.head_dim
-        most = max(h.n_heads for h in block.heads if h.n_heads is not None)
-        least = min(h.n_heads for h in block.heads if h.n_heads is not None)
-        inside = (n_heads <= most) & (n_heads >= max(least, 1)) & (n_heads >= LLAMA3.n_kv_heads)
-        if inside.sum() < 3 or max(h.n_kv_heads for h in block.heads) < LLAMA3.n_kv_heads:
-            return None, ""
-        x = np.log(grid[inside] / block.center)
-        basis = pooling(block)
-        pseudo = [Heads(n, LLAMA3.n_kv_heads) for n in n_heads[inside]]
-        theta_Sx2 = _head_law(block, basis, pseudo, x, drawn, generator)
-        theta = theta_Sx2
-    else:
-        return None, ""
-    b = np.maximum(theta[:, 1], 1e-3 if drawn.bends is None else drawn.bends.least_b_S)  # each falls with size everywhere
-    return (drawn.entropy_S, np.log(block.center) + theta[:, 0] / b, b), note
-
-
-def _head_law(block: Block, basis: np.ndarray, pseudo: list[Heads], x: np.ndarray, drawn: _Drawn, generator) -> np.ndarray:
-    """(alpha, b)_Sx2 of the power law closest to ln(L - E) = alpha(H_j) - b(H_j) x_j, H_j the heads at size j."""
-    columns = _features(pseudo)
-    names = _features(block.heads)
-    used = [
-        [int(np.flatnonzero((names == basis[:, row, k][:, None]).all(0))[0]) for k in _own(basis, row, names)] for row in (0, 1)
-    ]
-    keep = [_own(basis, row, names) for row in (0, 1)]
-    u_Sx2 = generator.normal(size=(len(drawn.entropy_S), 2)) * drawn.tau_Sx2
-    alpha_SxJ = drawn.beta_SxK[:, keep[0]] @ columns[:, used[0]].T + u_Sx2[:, :1]
-    b_SxJ = drawn.beta_SxK[:, keep[1]] @ columns[:, used[1]].T + u_Sx2[:, 1:]
-    log_above_SxJ = alpha_SxJ - b_SxJ * x
-    slope = ((log_above_SxJ - log_above_SxJ.mean(1, keepdims=True)) @ (x - x.mean())) / np.sum((x - x.mean()) ** 2)
-    return np.stack([log_above_SxJ.mean(1) - slope * x.mean(), -slope], -1)
-
-
-def _own(basis: np.ndarray, row: int, names: np.ndarray) -> list[int]:
-    """Columns of the basis that are features of heads (not those of a rule) and belong to alpha (0) or b (1)."""
-    return [k for k in range(basis.shape[2]) if basis[:, row, k].any() and (names == basis[:, row, k][:, None]).all(0).any()]
+    return Drawn(theta[:, 0], theta[:, 1::2], theta[:, 2::2], np.full(count, block.sigma))

@@ -8,7 +8,7 @@ the same likelihood profiles.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from gqa_jax.laws import confounding, contexts, fitting
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B, Block, fit_block
 from gqa_jax.laws.fitting import SharedError
+from gqa_jax.laws.law import Laws
 from gqa_jax.laws.runs import Runs
 
 MIN_HEAD_COUNTS = 3
@@ -56,7 +57,7 @@ class QueryHeadsLaw:
         return self.loss - self.predict(self.n_heads)
 
 
-class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
+class LawsByQueryHeads(Laws[Curve, QueryHeadsLaw]):
     """One law per size and context, and how sure they are. Made by `fit_query_heads`.
 
     Attributes:
@@ -79,15 +80,6 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
         self.blocks = tuple(dataclasses.replace(block, fit=fit) for block, fit in zip(blocks, fits, strict=True))
         self._laws = {curve: law for block in self.blocks for curve, law in _laws(block).items()}
         self.warnings = (*warnings, *self._doubts())
-
-    def __getitem__(self, curve: Curve | tuple[str, int]) -> QueryHeadsLaw:
-        return self._laws[Curve(*curve)]
-
-    def __iter__(self) -> Iterator[Curve]:
-        return iter(self._laws)
-
-    def __len__(self) -> int:
-        return len(self._laws)
 
     @property
     def status(self) -> str:
@@ -128,16 +120,9 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
                 a_low, a_high = block.interval(curve, "amplitude", 1.0, level)
                 b_low, b_high = block.interval(curve, "b", level=level)
                 rows.append(
-                    {**curve._asdict(), "a": law.a, "a_low": np.maximum(a_low, 0.0), "a_high": a_high}
-                    | {
-                        "b": law.b,
-                        "b_low": -b_high,
-                        "b_high": np.minimum(-b_low, 0.0),
-                        "c": law.c,
-                        "c_low": c_low,
-                        "c_high": c_high,
-                    }
-                )
+                    {**curve._asdict(), "a": law.a, "a_low": np.maximum(a_low, 0.0), "a_high": a_high, "b": law.b,
+                     "b_low": -b_high, "b_high": np.minimum(-b_low, 0.0), "c": law.c, "c_low": c_low, "c_high": c_high}
+                )  # fmt: skip
         return pd.DataFrame(rows)
 
     def band(self, curve: Curve | tuple[str, int], n_heads: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -169,28 +154,6 @@ class LawsByQueryHeads(Mapping[Curve, QueryHeadsLaw]):
         half_ExN = np.sqrt(room_E[:, None] * lever_ExN)
         loss_ExN = c_E[:, None] + value_ExN
         return (loss_ExN - half_ExN).min(0), (loss_ExN + half_ExN).max(0)
-
-    def held_out(self) -> pd.DataFrame:
-        """Leave-largest-out: each curve's loss at its most heads as the other runs predict it, with `constant` as it is.
-
-        A row per curve: size, context, n_heads, loss, predicted, error (predicted minus measured); nan where too few head
-        counts would be left.
-        """
-        kept = {}
-        for block in self.blocks:
-            for curve, runs in zip(block.heads, block.runs, strict=True):
-                smaller = runs.params < runs.params.max()
-                kept[curve] = Runs(*(getattr(runs, field.name)[smaller] for field in dataclasses.fields(Runs)))
-        rows = []
-        enough = all(runs.n_sizes >= (2 if isinstance(self.constant, float) else MIN_HEAD_COUNTS) for runs in kept.values())
-        blocks = _fit(kept, self.constant, self.shared) if enough else []
-        predicted = {curve: law for block in blocks for curve, law in _laws(block).items()}
-        for curve, law in self.items():
-            most = law.n_heads.max()
-            loss = float(law.loss[law.n_heads == most].mean())
-            value = float(predicted[curve].predict(most)) if enough else np.nan
-            rows.append({**curve._asdict(), "n_heads": most, "loss": loss, "predicted": value, "error": value - loss})
-        return pd.DataFrame(rows)
 
     def _find(self, curve: Curve) -> tuple[Block, int]:
         for block in self.blocks:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from gqa_jax.laws import checks
+from gqa_jax.laws.checks import column
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import LLAMA3, Heads
-from gqa_jax.shapes import Aspect
+from gqa_jax.shapes import Aspect, paper_aspect
 
 MIN_SIZES = 3
 MIN_SPAN = 4.0  # of N within an H: below it a power law and a line can't be told apart
@@ -265,13 +267,24 @@ def warnings(groups: Mapping[Heads, Runs], rows: pd.DataFrame) -> list[str]:
                 f"tokens per parameter range from {ratio.min():.3g} to {ratio.max():.3g}: L(N) mixes the effect of data with "
                 "that of size"
             )
-    if "d_model" in rows and "n_layers" in rows and rows["d_model"].notna().all():
-        aspect = rows["d_model"].astype(np.float64) / rows["n_layers"].astype(np.float64)
-        if aspect.max() > 2.5 * aspect.min():
-            found.append(
-                f"aspect ratios d / L range from {aspect.min():.3g} to {aspect.max():.3g}: N alone may not order these models"
-            )
+    if (known := ratios(rows)) is not None and known.max() > 2.5 * known.min():
+        found.append(
+            f"aspect ratios d / L range from {known.min():.3g} to {known.max():.3g}: N alone may not order these models"
+        )
     return found
+
+
+def ratios(rows: pd.DataFrame) -> np.ndarray | None:
+    """d / L of every row; None where the shapes are not known."""
+    if not {"d_model", "n_layers"} <= {*rows.columns} or rows[["d_model", "n_layers"]].isna().any(axis=None):
+        return None
+    return column(rows, "d_model") / column(rows, "n_layers")
+
+
+def have(rows: pd.DataFrame, heads: Heads) -> np.ndarray:
+    """Which rows (bool) have these heads; an empty n_heads is a rule's."""
+    same = rows["n_heads"].isna() if heads.n_heads is None else rows["n_heads"] == heads.n_heads
+    return (same & (rows["n_kv_heads"] == heads.n_kv_heads)).fillna(False).to_numpy(bool)
 
 
 def only(rows: pd.DataFrame, name: str, default: float) -> float:
@@ -291,15 +304,26 @@ def require_one(rows: pd.DataFrame, name: str) -> None:
         )
 
 
-def size_convention(rows: pd.DataFrame) -> str:
-    """What N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as our runs say with `params_total`; else "figures"."""
-    return "exact" if "params_total" in rows and rows["params_total"].notna().all() else "figures"
+def common(rows: pd.DataFrame) -> dict[str, Any]:
+    """What all runs of one context have in common, whatever law is fitted to them.
+
+    context, tokens; head_dim and vocab_size, the paper's where the table has none; size_convention, what N counts
+    (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as our runs say with `params_total`, else "figures"; aspect, d / L as a
+    function of N. Raises ValueError where runs differ in one of them.
+    """
+    return {
+        "context": int(rows["context"].iloc[0]),
+        "head_dim": only(rows, "head_dim", 64.0),
+        "vocab_size": only(rows, "vocab_size", 50_304.0),
+        "size_convention": "exact" if "params_total" in rows and rows["params_total"].notna().all() else "figures",
+        "aspect": aspect(rows),
+    }
 
 
-def aspect(rows: pd.DataFrame) -> Aspect | None:
-    """d / L between the trained sizes (mean N over H), constant beyond them; None where the shapes are not known."""
-    if "d_model" not in rows or "n_layers" not in rows or rows[["d_model", "n_layers"]].isna().any(axis=None):
-        return None
+def aspect(rows: pd.DataFrame) -> Aspect:
+    """d / L between the trained sizes (mean N over H), constant beyond them; the paper's where the shapes are not known."""
+    if ratios(rows) is None:
+        return paper_aspect()
     sizes = rows.astype({"params_non_embedding": np.float64}).groupby(["n_layers", "d_model"])["params_non_embedding"].mean()
     known = {n: (float(layers), float(d)) for (layers, d), n in sizes.items()}
     return Aspect.between((n, *shape) for n, shape in known.items())
@@ -380,8 +404,3 @@ def labels_by_count(params: np.ndarray) -> np.ndarray:
             start, label = params[i], label + 1
         labels[i] = label
     return labels
-
-
-def column(rows: pd.DataFrame, name: str) -> np.ndarray:
-    """A column as float64; nan where it is empty or not there."""
-    return rows[name].to_numpy(np.float64, na_value=np.nan) if name in rows else np.full(len(rows), np.nan)

@@ -22,6 +22,7 @@ import pandas as pd
 from scipy import stats
 
 from gqa_jax.laws.heads import Heads
+from gqa_jax.laws.runs import have, ratios
 from gqa_jax.shapes import Aspect
 
 if TYPE_CHECKING:
@@ -135,13 +136,6 @@ class Penalty:
         return f"{len(self.others)} {'run' if len(self.others) == 1 else 'runs'} at other d/L and {prior}"
 
 
-def ratios(rows: pd.DataFrame) -> np.ndarray | None:
-    """d / L of every row; None where the shapes are not known."""
-    if not {"d_model", "n_layers"} <= {*rows.columns} or rows[["d_model", "n_layers"]].isna().any(axis=None):
-        return None
-    return rows["d_model"].to_numpy(np.float64) / rows["n_layers"].to_numpy(np.float64)
-
-
 def usual(known: np.ndarray) -> float:
     """The middle of some ratios, one that a run has: of an even number the lower of the two in the middle."""
     return float(np.sort(known)[(len(known) - 1) // 2])
@@ -196,8 +190,7 @@ def _as_many_tokens(row: Any, rows: pd.DataFrame) -> bool:
 
     True where that is not known.
     """
-    same = rows["n_heads"].isna() if pd.isna(row.n_heads) else rows["n_heads"] == row.n_heads
-    rows = rows[(same & (rows["n_kv_heads"] == row.n_kv_heads)).fillna(False).to_numpy(bool)]
+    rows = rows[have(rows, Heads.of(row.n_heads, row.n_kv_heads))]
     n = rows["params_non_embedding"].to_numpy(np.float64)
     near = rows.iloc[int(np.argmin(np.abs(np.log(n / float(row.params_non_embedding)))))]
     if "tokens" not in rows or pd.isna(row.tokens) or pd.isna(near["tokens"]):

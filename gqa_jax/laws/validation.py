@@ -1,4 +1,4 @@
-"""How far laws can be trusted: runs that were held out, repeated runs, and more heads that don't help.
+"""How far laws can be trusted: runs that were held out, and more heads that don't help.
 
 R^2 says nothing of a law beyond its data: without any E it is above 0.99 on the paper's points. So runs are held out, and
 predicted by three models from the others:
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import joint_fit, joint_terms
+from gqa_jax.laws import joint
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import Block, fit_block
 from gqa_jax.laws.by_heads import LawsByHeads
@@ -33,8 +33,6 @@ SCHEMES = ("leave_largest_out", "leave_smallest_out", "rolling_origin", "leave_h
 MODELS = ("law", "entropy_0", "log_quadratic")
 COLUMNS = ("scheme", "model", "n_heads", "n_kv_heads", "params", "loss", "predicted", "error", "error_sigmas", "covered")
 
-#: Columns in which runs agree that repeat each other, where the table has them.
-_RECIPE = ("n_layers", "d_model", "params_non_embedding", "tokens", "learning_rate", "batch_tokens", "data_fingerprint")
 _Groups = Mapping[Heads, Runs]
 
 
@@ -109,55 +107,6 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         rows.append((scheme, model, len(error), len(known), *errors, share))
     names = ["scheme", "model", "runs", "predicted", "mean_error", "rms_error", "worst_error", "covered"]
     return pd.DataFrame(rows, columns=names)
-
-
-@dataclass(frozen=True)
-class LackOfFit:
-    """Whether runs deviate from the laws more than repeated runs from each other (F test). nan where nothing was repeated."""
-
-    f: float  # mean squares: of the laws against the means of repeated runs, over those of the repeated runs
-    dof_lack: int
-    dof_pure: int
-    p_value: float
-    pure_sigma: float  # standard deviation of a run by repeated runs alone, nats per token
-    warnings: tuple[str, ...]  # of heads that do not help; what repeated runs say is in `LawsByHeads.doubts`
-
-
-def lack_of_fit(laws: LawsByHeads, table: pd.DataFrame, level: float = 0.95) -> LackOfFit:
-    """Tests the laws against seeds that repeat a run, and whether loss falls with more heads.
-
-    Runs repeat each other when they have the same heads, size, tokens, learning rate and batch.
-
-    Raises ValueError for a table that is not the one the laws were fitted to.
-    """
-    rows, _ = run_table.by_rule(run_table.usable(table)[0])
-    lack, pure, dof_pure, distinct, coefficients = 0.0, 0.0, 0, 0, 0
-    for block in laws.blocks:
-        for heads, weight_M in zip(block.heads, block.weight_GxM, strict=True):
-            law = laws[heads]
-            own = _rows_of(rows, heads)
-            if not np.array_equal(own["params_non_embedding"].to_numpy(np.float64), law.params) or not np.array_equal(
-                own["loss"].to_numpy(np.float64), law.loss
-            ):
-                raise ValueError(f"heads {heads}: the table's runs are not those that the laws were fitted to: give that table")
-            weight = weight_M[weight_M > 0]
-            alike_M = own.groupby([name for name in _RECIPE if name in own], dropna=False).ngroup().to_numpy()
-            for alike in np.unique(alike_M):
-                w, loss = weight[alike_M == alike], law.loss[alike_M == alike]
-                mean = np.sum(w * loss) / w.sum()
-                pure += float(np.sum(w * (loss - mean) ** 2))
-                lack += float(w.sum() * (mean - law.predict(law.params[alike_M == alike][0])) ** 2)
-                dof_pure += len(loss) - 1
-                distinct += 1
-        coefficients += len(block.fit.theta) - (block.given_entropy is not None)
-    dof_lack = distinct - coefficients
-    f = p = pure_sigma = np.nan
-    if dof_pure > 0:
-        pure_sigma = float(np.sqrt(pure / dof_pure))
-        if dof_lack > 0 and pure > 0:
-            f = (lack / dof_lack) / (pure / dof_pure)
-            p = float(stats.f.sf(f, dof_lack, dof_pure))
-    return LackOfFit(float(f), dof_lack, dof_pure, p, pure_sigma, tuple(not_falling(laws, level)))
 
 
 def not_falling(laws: LawsByHeads, level: float = 0.95, sizes: int = 21) -> list[str]:
@@ -292,7 +241,7 @@ def _leave_heads_out(rows: pd.DataFrame, level: float) -> Iterator[tuple[Heads, 
     head_dim = run_table.only(rows, "head_dim", 64.0)
     fit_rows(rows)  # says what is wrong where there is no joint law at all
     for heads, held in run_table.by_heads(rows).items():
-        others = rows.drop(index=_rows_of(rows, heads).index)
+        others = rows[~run_table.have(rows, heads)]
         n_heads = np.broadcast_to(np.asarray(heads.query_heads(held.d_model, head_dim), np.float64), held.loss.shape)
         try:
             law, without = fit_rows(others), fit_rows(others, entropy=0.0)
@@ -318,12 +267,12 @@ def _of_joint(law: JointLaw, n_heads: np.ndarray, n_kv_heads: int, params: np.nd
 
 def _joint_log_quadratic(law: JointLaw, n_heads: np.ndarray, n_kv_heads: int, params: np.ndarray, level: float) -> _Prediction:
     """ln L by least squares in the functions of the heads that `law` has in ln A and in b, and x^2."""
-    terms = joint_terms.Terms(law.terms.form, law.terms.alpha, law.terms.b, entropy=0.0)
+    terms = joint.Terms(law.terms.form, law.terms.alpha, law.terms.b, entropy=0.0)
 
-    def columns(where: joint_terms.Where) -> np.ndarray:
+    def columns(where: joint.Where) -> np.ndarray:
         return np.column_stack([terms.log_above(np.zeros(len(terms.names)), where)[1], where[2] ** 2])
 
-    fitted, log_loss = columns(joint_fit.at(law.runs, law.center)), np.log(law.runs["loss"].to_numpy())
+    fitted, log_loss = columns(joint.at(law.runs, law.center)), np.log(law.runs["loss"].to_numpy())
     inverse = np.linalg.pinv(fitted)
     coefficients = inverse @ log_loss
     dof = len(log_loss) - fitted.shape[1]
@@ -349,8 +298,3 @@ def _frame(scheme: str, model: str, heads: Heads, held: Runs, found: _Prediction
 def _some(texts: list[str]) -> str:
     """The first three."""
     return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
-
-
-def _rows_of(rows: pd.DataFrame, heads: Heads) -> pd.DataFrame:
-    same = rows["n_heads"].isna() if heads.n_heads is None else rows["n_heads"] == heads.n_heads
-    return rows[same.fillna(False).astype(bool) & (rows["n_kv_heads"] == heads.n_kv_heads)]

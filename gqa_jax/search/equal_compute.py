@@ -17,8 +17,7 @@ import pandas as pd
 
 from gqa_jax import costs
 from gqa_jax.laws.heads import LLAMA3, Heads
-from gqa_jax.laws.loss_nd import LossNDByHeads
-from gqa_jax.laws.loss_nd_fit import DrawsND
+from gqa_jax.laws.loss_nd import DrawsND, LossNDByHeads
 from gqa_jax.search import objectives, ranking
 from gqa_jax.search.candidates import beyond
 from gqa_jax.search.ranking import TAILS

@@ -55,16 +55,9 @@ class PowerTrend:
 
     def band(self, x: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Confidence interval of the curve at each x."""
-        return self._around(x, level, 0.0)
-
-    def prediction_band(self, x: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Interval that one more measurement at each x falls into."""
-        return self._around(x, level, self.sigma**2)
-
-    def _around(self, x: np.ndarray, level: float, own: float) -> tuple[np.ndarray, np.ndarray]:
         x = np.atleast_1d(np.asarray(x, np.float64))
         row_Xx2 = np.stack([np.ones_like(x), np.log(x)], axis=-1)
-        error = np.sqrt(own + np.einsum("xi,ij,xj->x", row_Xx2, self.covariance, row_Xx2))
+        error = np.sqrt(np.einsum("xi,ij,xj->x", row_Xx2, self.covariance, row_Xx2))
         factor = np.exp(self._quantile(level) * error)
         return self.predict(x) / factor, self.predict(x) * factor
 
