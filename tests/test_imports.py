@@ -105,7 +105,7 @@ TABLE = (
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
-    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking", lazily=".search.serving_words"),
+    Row("gqa_jax.search.words", ".costs .formatting .laws .search.ranking .search.shape_rule", lazily=".search.serving_words"),
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row(
         "gqa_jax.search.candidates",
