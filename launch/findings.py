@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from gqa_jax.search.answer import Answer
 from gqa_jax.search.objectives import Objective, Z
 from gqa_jax.shapes import Aspect
 from launch import grid_tables, state, studies
-from launch.report import Findings, Picture, Question, Study, answer_map
+from launch.report import Findings, Picture, Study, answer_map
 from launch.studies import Fitted, Source
 
 
@@ -68,7 +68,6 @@ def of(
         loss=runs,
         cost=None if root is None else _costs(source),
         differences=None if root is None else _differences(source),
-        error=studies.of_documents(runs),
         cells=_unfinished(source),
         unfitted=unfitted,
         ask=f"python -m launch optimum {source.argument}{_models(aspect, heads)}",
@@ -82,8 +81,8 @@ def of(
 
 def _asked(study: Study) -> str:
     """The options of the question that a report opens with."""
-    question, goal = study.questions[0], next(iter(study.answer_map.goals.values()))
-    return "".join(f" {one}" for one in ("--context", question.context_served, "--loss", f"{question.loss:g}", *goal.flags))
+    answer, goal = study.answer, next(iter(study.answer_map.goals.values()))
+    return "".join(f" {one}" for one in ("--context", answer.context_served, "--loss", f"{answer.loss:g}", *goal.flags))
 
 
 def _models(aspect: Any, heads: Any) -> str:
@@ -131,101 +130,69 @@ def _study(
         answer = optimum.search(one.laws, loss, context, objective, **which, convention=rule)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    grid = optimum.optimum_map(one.laws, losses, served, objective, **which, convention=rule)
-    weights = objective if isinstance(objective, Z) else None
-    study = {
-        "laws": one.laws,
-        "questions": [Question(loss, context, answer)],
-        "objective": objective,
-        "answer_map": answer_map.of(
-            one.laws,
-            objective,
-            answer_map.losses_of(one.laws, [loss]),
-            answer_map.contexts_of([context]),
-            **which,
-            convention=one.convention,
-            options=options,
+    summary, doubts = grid_tables.checks(one)
+    study = Study(
+        one.laws,
+        answer,
+        objective,
+        answer_map.of(
+            one.laws, objective, answer_map.losses_of(one.laws, [loss]), answer_map.contexts_of([context]), **which,
+            convention=one.convention, options=options,
         ),
-        "optimum_map": grid,
-        "sensitivity": optimum.convention_sensitivity(one.laws, loss, context, weights=weights, **which),
-        **dict(zip(("checks", "doubts"), grid_tables.checks(one), strict=True)),
-    }
-    pictures: dict[str, list[Picture]] = {}
-    for part, title, caption, draw in _pictures(one, answer, grid, context):
+        optimum_map=optimum.optimum_map(one.laws, losses, served, objective, **which, convention=rule),
+        sensitivity=optimum.convention_sensitivity(
+            one.laws, loss, context, weights=objective if isinstance(objective, Z) else None, **which
+        ),
+        checks=summary,
+        doubts=doubts,
+    )  # fmt: skip
+    return dataclasses.replace(study, pictures=_pictures(one, answer, study.optimum_map, console))
+
+
+def _pictures(one: Fitted, answer: Answer, grid: pd.DataFrame, console: Console) -> dict[str, list[Picture]]:
+    """By part of the page, beside the map and the charts that it has anyway."""
+    laws, rows, context = one.laws, one.rows, answer.context_served
+    found: dict[str, list[Picture]] = {}
+
+    def add(part: str, title: str, caption: str, draw: Callable[[], Any]) -> None:
         try:
             ax = draw()
         except ValueError as error:  # of data that this grid does not have
             console.print(f"no picture {title!r}: {error}", highlight=False)
-            continue
+            return
         axes = ax if isinstance(ax, Axes) else np.ravel(ax)[0]
-        pictures.setdefault(part, []).append(Picture(axes.figure, title, caption))
-    return Study(**study, pictures=pictures)
+        found.setdefault(part, []).append(Picture(axes.figure, title, caption))
 
-
-def _pictures(
-    one: Fitted, answer: Answer, grid: pd.DataFrame, context: int
-) -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
-    """(part of the page, title, caption, what draws it), beside the map and the charts that the page has anyway."""
-    laws, rows = one.laws, one.rows
-    at = formatting.context(context)
     if np.isfinite(answer.saving):
-        yield (
-            "questions",
-            "Saved against Llama 3's heads",
-            "The answer of each loss against Llama 3's heads at the same loss, by context.",
-            lambda: plots.savings_by_context(grid),
-        )
+        said = "The answer of each loss against Llama 3's heads at the same loss, by context."
+        add("questions", "Saved against Llama 3's heads", said, lambda: plots.savings_by_context(grid))
     if not rows.empty:
-        yield (
-            "runs",
-            "Loss against the cost of serving",
-            f"The runs, and the laws with their 95% bands, at the costs of serving {at}.",
-            lambda: plots.loss_vs_costs(rows, laws, context),
-        )
-    yield (
-        "laws",
-        "Loss against size",
-        "Every run, its law, and the 95% band of the law.",
-        lambda: plots.loss_vs_params(laws),
-    )
-    if np.isfinite(laws.sigma):
-        block = laws.blocks[0]
-        if block.given_entropy is None:
-            yield (
-                "laws",
-                "How well E is known",
-                "Likelihood profile of E: every other coefficient at its best for that E."
-                + (f" The held-out text adds ± {laws.shared.sem:.4f}, to all losses alike." if laws.shared.sem > 0 else ""),
-                lambda: plots.profile(*block.entropy_profile(), dof=block.dof),
-            )
-        if not rows.empty:
-            yield "laws", "What the laws leave", "Measured minus fitted loss of every run.", lambda: plots.residuals(laws)
-    if not rows.empty:
-        several = rows.groupby("n_kv_heads")["n_heads"].nunique()
-        if several.max() >= 3:
-            kept = rows[rows["n_kv_heads"] == several.idxmax()]
-            yield (
-                "laws",
-                "Loss against query heads",
-                f"By size, at {several.idxmax()} key/value heads: a power of n_h and a constant that all sizes share.",
-                lambda: plots.loss_vs_query_heads(kept),
-            )
+        said = f"The runs, and the laws with their 95% bands, at the costs of serving {formatting.context(context)}."
+        add("runs", "Loss against the cost of serving", said, lambda: plots.loss_vs_costs(rows, laws, context))
+    said = "Every run, its law, and the 95% band of the law."
+    add("laws", "Loss against size", said, lambda: plots.loss_vs_params(laws))
+    block = laws.blocks[0]
+    if np.isfinite(laws.sigma) and block.given_entropy is None:
+        said = "Likelihood profile of E: every other coefficient at its best for that E."
+        if laws.shared.sem > 0:
+            said += f" The held-out text adds ± {laws.shared.sem:.4f}, to all losses alike."
+        add("laws", "How well E is known", said, lambda: plots.profile(*block.entropy_profile(), dof=block.dof))
+    if np.isfinite(laws.sigma) and not rows.empty:
+        add("laws", "What the laws leave", "Measured minus fitted loss of every run.", lambda: plots.residuals(laws))
+    several = rows.groupby("n_kv_heads")["n_heads"].nunique() if not rows.empty else pd.Series([0])
+    if several.max() >= 3:
+        kept = rows[rows["n_kv_heads"] == several.idxmax()]
+        said = f"By size, at {several.idxmax()} key/value heads: a power of n_h and a constant that all sizes share."
+        add("laws", "Loss against query heads", said, lambda: plots.loss_vs_query_heads(kept))
     shape = costs.solve_shape(
         answer.n_params, answer.heads, Aspect.constant(answer.ratio), laws.head_dim, laws.vocab_size, laws.size_convention
     )
     contexts = [2**k for k in range(10, 21)]
-    yield (
-        "costs",
-        "What computes",
-        f"Share of a token's forward FLOPs in the answer {answer.heads}, by the context served.",
-        lambda: plots.flops_shares(shape, contexts),
-    )
-    yield (
-        "costs",
-        "What is held",
-        f"Share of the memory of serving the answer {answer.heads}, by the context served.",
-        lambda: plots.memory_shares(shape, contexts),
-    )
+    said = f"Share of a token's forward FLOPs in the answer {answer.heads}, by the context served."
+    add("costs", "What computes", said, lambda: plots.flops_shares(shape, contexts))
+    said = f"Share of the memory of serving the answer {answer.heads}, by the context served."
+    add("costs", "What is held", said, lambda: plots.memory_shares(shape, contexts))
+    return found
 
 
 def _costs(source: Source) -> pd.DataFrame:
@@ -247,7 +214,7 @@ def _with_contexts(study: Study, source: Source, console: Console) -> Study:
     """Adds whether differences between heads depend on the training context, where a grid was trained at several."""
     if source.loss.empty or source.loss["context"].nunique() < 2:
         return study
-    baseline = tuple(study.questions[0].answer.heads)
+    baseline = tuple(study.answer.heads)
     try:
         pairs = invariance.pairs(source.loss, baseline)
         paired = _differences(source, pairs) if source.layout is not None else None

@@ -12,7 +12,7 @@ import pandas as pd
 from gqa_jax import costs, laws, shapes
 from gqa_jax.laws import LLAMA3, Heads, bends
 from gqa_jax.search import objectives, optimum
-from launch.report import Findings, Question, Study, answer_map
+from launch.report import Findings, Study, answer_map
 
 ENTROPY = 1.95
 #: Loss above E at a billion parameters, and exponent.
@@ -100,7 +100,7 @@ def study(
     losses, contexts = [3.0, 2.8, 2.615, 2.5], [8192, 32_768, 131_072]
     return Study(
         fitted,
-        [Question(loss, context, answer)],
+        answer,
         objective,
         answer_map.of(
             fitted,

@@ -156,7 +156,7 @@ class TestPoints:
         (result,) = explorer_node.run(
             tmp_path, [study], LOOK, {"study": 0, "asked": [asked_of(study.answer_map, "z", 131_072, 2.9)]}
         )
-        answer = study.questions[0].answer
+        answer = study.answer
         assert result["rows"][result["best"]]["cost"] == pytest.approx(answer.cost, rel=EXACT)
 
     def test_texts_are_those_of_python(self, tmp_path):
@@ -314,7 +314,7 @@ class TestPage:
 
     def test_it_opens_with_pythons_answer_and_says_nothing_on_the_console(self, explorer, studies):
         chromium = explorer()
-        answer = studies[0].questions[0].answer
+        answer = studies[0].answer
         assert in_words(answer.heads, 64) in text(chromium, "sentence")
         assert in_words(answer.heads, 64) in chromium.run("return document.querySelector('h1').innerText")
         assert text(chromium, "fact-probability") == words.percent(answer.probability)
@@ -415,7 +415,7 @@ class TestPage:
         chromium = explorer(path)
         parser = argparse.ArgumentParser()
         analysis.add_commands(parser.add_subparsers())
-        answer = study.questions[0].answer
+        answer = study.answer
         assert text(chromium, "served") == " ".join(words.served(answer.candidates.iloc[0], answer.objective["serving"]))
         for element, value in ((None, None), ("cost", "latency"), ("device", "v5e"), ("cost", "z")):
             if element:
@@ -485,7 +485,7 @@ class TestCharts:
         assert len(widths) == len(lines) - 1 == len(studies[0].answer_map.rows.groupby(["n_heads", "n_kv_heads"], dropna=False))
         assert halo[1] > max(widths.values()) == lines[-1][1]
         said = chromium.run("return document.getElementById('chart-curves').textContent")
-        assert f"{words.label(studies[0].questions[0].answer.heads)}, the answer" in said
+        assert f"{words.label(studies[0].answer.heads)}, the answer" in said
         assert words.label(LLAMA3) in said
 
     def test_axes_say_where_cheaper_is_and_bars_what_they_hold(self, explorer):

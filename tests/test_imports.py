@@ -120,7 +120,7 @@ TABLE = (
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
-    Row("gqa_jax.search.words", ".formatting .costs .laws .search.ranking", lazily=".search.serving_words"),
+    Row("gqa_jax.search.words", ".formatting .costs .laws .search.ranking .search.shape_rule", lazily=".search.serving_words"),
     Row("gqa_jax.search.answer", ".costs .laws .search.words"),
     Row("gqa_jax.search.candidates", ".formatting .shapes .costs .laws .search.objectives .search.ranking .search.shape_rule"),
     Row("gqa_jax.search.serving", ".hardware .costs .search.roofline .search.objectives .search.candidates"),

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from gqa_jax import costs, hardware
+from gqa_jax import costs, formatting, hardware
 from gqa_jax.hardware import CHIPS
-from gqa_jax.search import objectives
+from gqa_jax.search import objectives, optimum, presets, words
 from gqa_jax.search.objectives import OBJECTIVES, Flops, Memory, Training, Z, make
 from gqa_jax.search.roofline import RooflineServing
 from gqa_jax.search.serving import Lifetime
+from launch import answers
 
 T = 131_072
 SHAPE = costs.Shape(42.6, 2400.0, 8, 1)
@@ -382,3 +383,40 @@ def test_settings_reach_their_part_and_none_is_the_default():
 def test_what_can_not_be_minimised_is_refused(cost, settings, message):
     with pytest.raises(ValueError, match=message):
         make(cost, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers(objectives.Objective):
+    """A cost that nobody has: the number of layers to a power."""
+
+    power: float = 1.0
+
+    name = "layers"
+    heading = "deep"
+    choice = "layers"
+    label = "number of layers"
+    unit = "layers"
+
+    def __call__(self, shape, context):
+        return np.asarray(shape.n_layers, np.float64) ** self.power
+
+    def describe(self):
+        return super().describe() | {"power": self.power}
+
+
+def test_a_further_cost_is_a_class_and_a_line(monkeypatch):
+    """It is made, searched, said and shown like the others, without a word of it anywhere else."""
+    monkeypatch.setitem(OBJECTIVES, "layers", f"{__name__}.Layers")
+    with pytest.raises(ValueError, match="powr = 2: unknown, did you mean 'power'"):
+        make("layers", powr=2)
+    with pytest.raises(ValueError, match="cost 'z' has no use for it"):
+        make("z", power=2)
+    goal = make("layers", power=2.0)
+    answer = optimum.search(presets.load("paper"), 2.615, T, goal, aspect="paper", draws=0)
+    assert answer.cost == pytest.approx(answer.n_layers**2)
+    assert answer.candidates["cost"].is_monotonic_increasing
+    assert "cost is the number of layers" in words.headline(answer)
+    table = answers.candidates(answer)
+    assert "deep" in table.headings
+    assert table.rows[0][table.headings.index("deep")] == formatting.amount(answer.cost, "layers")
+    assert json.loads(json.dumps(answer.to_dict()))["objective"]["power"] == 2.0

@@ -86,7 +86,7 @@ def page(html):
 
 class TestPage:
     def test_it_opens_with_the_answer_its_number_and_its_certainty(self, page, study):
-        answer = study.questions[0].answer
+        answer = study.answer
         assert page.text["h1"].startswith(
             "Served at 128K tokens, a loss of 2.615 costs least with 8 query heads and 1 key/value head"
         )
@@ -160,7 +160,7 @@ class TestPage:
         table = report_fakes.loss_table()
         few = table[table["size"].isin(["4x256", "12x768", "32x2048"]) & (table["n_heads"] == 8) & (table["n_kv_heads"] == 1)]
         study = report_fakes.study(few, loss=2.9, more=False)
-        assert np.isnan(study.questions[0].answer.probability)
+        assert np.isnan(study.answer.probability)
         page = Page(report.page(report_fakes.findings(study, table=few)))
         assert "Probability" in page.text["answer"]
         assert "unknown" in page.text["answer"]
@@ -169,7 +169,7 @@ class TestPage:
     def test_how_the_answer_is_served_is_said_with_its_efficiencies_and_its_price(self):
         goal = objectives.make("price", device="h200", n_devices=4)
         study = report_fakes.study(report_fakes.loss_table(), objective=goal)
-        answer, serving = study.questions[0].answer, goal.serving.describe()
+        answer, serving = study.answer, goal.serving.describe()
         made = report_fakes.findings(study)
         page = Page(report.page(made))
         said = words.served(answer.candidates.iloc[0], serving)
@@ -187,7 +187,7 @@ class TestPage:
         goal = objectives.make("latency", device="v5e")
         table = report_fakes.loss_table()
         study = report_fakes.study(table, context=262_144, objective=goal)
-        answer = study.questions[0].answer
+        answer = study.answer
         refused = answer.candidates[~np.isfinite(answer.candidates["cost"])]
         assert 0 < len(refused) < len(answer.candidates)
         shown = answers.candidates(answer, page=True)
@@ -215,13 +215,11 @@ class TestPage:
     def test_nothing_to_say_is_an_error(self):
         with pytest.raises(ValueError, match="trained at 128: 2 sizes only"):
             report.Findings("n", "a", [], report_fakes.loss_table(), unfitted={128: "2 sizes only"})
-        with pytest.raises(ValueError, match="one question or more"):
-            dataclasses.replace(report_fakes.study(report_fakes.loss_table(), more=False), questions=[])
 
 
 class TestOpening:
     def test_it_says_what_it_is_compared_with_and_what_the_shape_is_worth(self, page, study):
-        answer = study.questions[0].answer
+        answer = study.answer
         opening = page.text["answer"]
         assert answer.baseline.measured
         assert words.baseline(answer.baseline) == "the measured model of Llama 3's heads, 32 \u00d7 2,048 (loss 2.6120)"
@@ -244,7 +242,7 @@ class TestOpening:
     def test_a_law_is_compared_in_the_shape_of_the_trained_sizes(self):
         """So heads and shape can be told apart, as against a model that was measured."""
         study = report_fakes.study(report_fakes.loss_table(), loss=2.55, more=False)
-        answer = study.questions[0].answer
+        answer = study.answer
         opening = Page(report.page(report_fakes.findings(study))).text["answer"]
         assert not answer.baseline.measured
         heads, shape = (formatting.saving(answer.worth[name]) for name in ("heads", "shape"))
@@ -252,7 +250,7 @@ class TestOpening:
         assert f"{words.baseline(answer.baseline)}: other heads alone {heads}, another shape alone {shape}." in opening
 
     def test_the_method_says_how_shapes_are_chosen_and_what_they_cost(self, page, study):
-        shape = study.questions[0].answer.shape
+        shape = study.answer.shape
         method = page.text["method"]
         assert "Each draw takes the ratio of width to layers of least cost, from 32 to 128." in method
         assert f"k = {shape.k:.2g}" in method
@@ -264,7 +262,7 @@ class TestOpening:
 
     def test_a_guess_has_no_probability(self):
         study = report_fakes.study(report_fakes.loss_table(), loss=2.3, context=8192, more=False)
-        answer = study.questions[0].answer
+        answer = study.answer
         assert answer.far > 10
         page = Page(report.page(report_fakes.findings(study)))
         assert f"A guess: that is {formatting.times(answer.far)} beyond what was trained." in page.text["h1"]
@@ -284,14 +282,14 @@ class TestOpening:
         assert guess.small in Page(report.page(report_fakes.findings(far))).text["questions"]
 
     def test_what_was_measured_is_a_row_of_the_table(self, study):
-        shown = answers.candidates(study.questions[0].answer, page=True)
+        shown = answers.candidates(study.answer, page=True)
         assert shown.rows[-1][:3] == ("base", "(d/d_h,8)", "32 x 2048")
         assert shown.rows[0][0] == "best"
         assert shown.strong == {0}
         assert "base: the measured model of Llama 3's heads in 32 layers x 2048 (loss 2.6120)" in shown.notes
 
     def test_savings_have_their_interval_on_the_page_alone(self, study):
-        answer = study.questions[0].answer
+        answer = study.answer
         between = formatting.saving_between(*answer.saving_interval)
         assert between in answers.candidates(answer, page=True).rows[0]
         assert between not in answers.candidates(answer).rows[0]
@@ -303,7 +301,7 @@ class TestAnswerMap:
         low, high = answer_map.loss_range(study.laws, [2.615])
         assert (len(losses), losses[0], losses[-1]) == (25, low, high)
         assert 2.615 in losses
-        assert max(law.entropy for law in study.laws.values()) < low <= study.questions[0].loss <= high
+        assert max(law.entropy for law in study.laws.values()) < low <= study.answer.loss <= high
         others = [x for x in losses if x != 2.615]
         steps = np.diff(np.log(np.array(others) - answer_map.below_all(study.laws, low)))
         assert np.median(steps) == pytest.approx(steps.min(), rel=1e-6)

@@ -19,10 +19,7 @@ from gqa_jax.shapes import Aspect
 
 _LOSSES = 24  # at which it is found out whose regret is the least
 
-_SHAPES = {
-    shape_rule.BEST: "of least cost", shape_rule.PAPER: "as in the paper's tables",
-    shape_rule.TRAINED: "as between the trained sizes", "given": "as given",
-}  # fmt: skip
+_SHAPES = {shape_rule.BEST: "of least cost"} | shape_rule.WORDS
 
 
 def objective(cost: Any, convention: str | costs.Convention) -> objectives.Objective:

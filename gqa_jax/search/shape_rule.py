@@ -12,6 +12,7 @@ from gqa_jax.laws.shape import Penalty, Price
 from gqa_jax.shapes import Aspect, paper_aspect
 
 BEST, PAPER, TRAINED = "best", "paper", "trained"
+WORDS = {PAPER: "as in the paper's tables", TRAINED: "as between the trained sizes", "given": "as given"}
 STEPS, CLOSE = 100, 1e-5  # at most, to a size whose r0 depends on it, and how close in ln N
 RATIOS = 9  # that are looked at, evenly in ln r from one bound to the other; between them costs are parabolas of ln r
 

@@ -11,7 +11,7 @@ import pandas as pd
 from gqa_jax import costs, formatting
 from gqa_jax.formatting import counted, probability, regret, saving, saving_between, size
 from gqa_jax.laws import Heads
-from gqa_jax.search import ranking
+from gqa_jax.search import ranking, shape_rule
 
 ASSUMED = " Assumed: "  # between the answer and what it takes for granted
 FLOPS = {"per_token": "a token", "half_T": "T/2 tokens", "full_T": "T tokens"}  # that a rule counts the FLOPs of
@@ -156,12 +156,9 @@ def _shape(answer: Any) -> str:
     shape = answer.shape
     here = f"d/L (width over layers) {answer.ratio:.0f}"
     low, high = (f"{one:.0f}" for one in shape.bounds)
-    told = {
-        "best": f"{here}, the best of {low} to {high}",
-        "paper": f"{here}, as in the paper's tables",
-        "trained": f"{here}, as between the trained sizes",
-    }
-    return told.get(shape.rule, f"{here}, as given")
+    if shape.rule == shape_rule.BEST:
+        return f"{here}, the best of {low} to {high}"
+    return f"{here}, {shape_rule.WORDS.get(shape.rule, 'as given')}"
 
 
 def ratio_of_runs(shape: Any) -> str:

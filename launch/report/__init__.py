@@ -6,6 +6,6 @@ report.write(folder, findings)        # index.html, and tables beside it
 
 from launch.report.document import page
 from launch.report.files import write
-from launch.report.findings import Findings, Picture, Question, Study
+from launch.report.findings import Findings, Picture, Study
 
-__all__ = ["Findings", "Picture", "Question", "Study", "page", "write"]
+__all__ = ["Findings", "Picture", "Study", "page", "write"]

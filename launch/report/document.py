@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from gqa_jax import formatting
+from gqa_jax.search import shape_rule
 from gqa_jax.search.answer import ShapeChoice
 from gqa_jax.search.objectives import OBJECTIVES
 from gqa_jax.search.roofline import RooflineServing
@@ -49,7 +50,7 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
         draws=f"{DRAWS:,}",
         map_draws=f"{maps[0].draws:,}",
         same="the same" if maps[0].draws == DRAWS else f"the same but for chance (the command takes {DRAWS:,} draws)",
-        **_of_shapes(findings.studies[0].questions[0].answer.shape),
+        **_of_shapes(findings.studies[0].answer.shape),
         largest_regret=f"{formatting.LARGEST_REGRET:.0%}",
         head_dim=f"{findings.studies[0].laws.head_dim:g}",
         contexts=[(i, f"{formatting.context(study.laws.context)} tokens") for i, study in enumerate(findings.studies)],
@@ -64,10 +65,10 @@ def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
 
 def _study(study: Study) -> dict[str, Any]:
     """What the explorer knows of a study: the map, and what was asked first."""
-    question, goal = study.questions[0], next(iter(study.answer_map.goals.values()))
+    answer, goal = study.answer, next(iter(study.answer_map.goals.values()))
     first = {
-        "context": int(question.context_served),
-        "loss": float(question.loss),
+        "context": answer.context_served,
+        "loss": answer.loss,
         "cost": goal.objective.name,
         "device": goal.device,
     }
@@ -79,7 +80,7 @@ def _of_shapes(shape: ShapeChoice) -> dict[str, str]:
     low, high = (f"{bound:.0f}" for bound in shape.bounds)
     if shape.rule == BEST:
         how = f"Each draw takes the ratio of width to layers of least cost, from {low} to {high}."
-    elif shape.rule in words.RULES:
+    elif shape.rule in shape_rule.WORDS:
         how = f"The ratio of width to layers is {words.rule(shape.rule)}, and models of a size have the loss of its law."
         return {"shapes": how, "priced": ""}
     else:
@@ -97,7 +98,7 @@ def _of_shapes(shape: ShapeChoice) -> dict[str, str]:
 
 def _shapes(study: Study) -> dict[str, str]:
     """How shapes are chosen, and what savings are against, in the explorer: no model that was measured."""
-    rule = study.questions[0].answer.shape.rule
+    rule = study.answer.shape.rule
     against = "by their law, shaped as the trained sizes" if rule == BEST else "by their law"
     return {"shapes": words.rule(rule), "against": against}
 

@@ -9,14 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-
-@dataclass(frozen=True)
-class Question:
-    """A loss that must be reached, a context that is served, and what `gqa_jax.search.optimum.search` answers."""
-
-    loss: float  # nats per token
-    context_served: int  # tokens
-    answer: Any  # gqa_jax.search.optimum.Answer
+from gqa_jax.search.answer import Answer
 
 
 @dataclass(frozen=True)
@@ -33,11 +26,11 @@ class Study:
     """One training context: its laws, and what follows from them."""
 
     laws: Any  # gqa_jax.laws.LawsByHeads
-    questions: Sequence[Question]  # one or more; the first is the one that the page opens with
+    answer: Answer  # to the question that the page opens with
     objective: Any  # of gqa_jax.search.objectives: what is kept low
     answer_map: Any  # launch.report.answer_map.AnswerMap, which the explorer reads
     optimum_map: pd.DataFrame | None = None  # gqa_jax.search.optimum.optimum_map of losses and contexts served
-    sensitivity: pd.DataFrame | None = None  # gqa_jax.search.optimum.convention_sensitivity of the first question
+    sensitivity: pd.DataFrame | None = None  # gqa_jax.search.optimum.convention_sensitivity of that question
     checks: pd.DataFrame | None = None  # gqa_jax.laws.validation.summary: how the laws do on runs that they have not seen
     doubts: Sequence[str] = ()  # what the checks say beside
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)  # by part of the page: questions, runs, laws, costs
@@ -46,10 +39,6 @@ class Study:
     def context(self) -> int:
         """Of the training, tokens."""
         return self.laws.context
-
-    def __post_init__(self):
-        if not self.questions:
-            raise ValueError("a study answers one question or more: give losses and contexts served")
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,6 @@ class Findings:
     loss: pd.DataFrame  # the loss table (gqa_jax.results.LOSS_COLUMNS)
     cost: pd.DataFrame | None = None  # the cost table (gqa_jax.results.COST_COLUMNS)
     differences: pd.DataFrame | None = None  # every run against the best of its size (launch.studies.to_best)
-    error: str = ""  # what the standard errors of losses are over (launch.studies.of_documents)
     cells: pd.DataFrame | None = None  # columns cell, state, cause of the cells that are not done; None: nothing was planned
     unfitted: Mapping[int, str] = field(default_factory=dict)  # training contexts without laws, and why
     ask: str = "python -m launch optimum GRID"  # the command that the explorer completes

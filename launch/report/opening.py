@@ -39,11 +39,10 @@ class Opening(NamedTuple):
 def opening(findings: Findings) -> Opening:
     """The answer to the first question of the first study."""
     study = findings.studies[0]
-    question, laws, goal = study.questions[0], study.laws, study.objective
-    found = question.answer
+    found, laws, goal = study.answer, study.laws, study.objective
     trained = words.listed([formatting.context(one.laws.context) for one in findings.studies])
     far = not words.missing(found.far)
-    where = f"Served at {formatting.context(question.context_served)} tokens, a loss of {question.loss:g}"
+    where = f"Served at {formatting.context(found.context_served)} tokens, a loss of {found.loss:g}"
     guess = f" A guess: that is {formatting.times(found.far)} beyond what was trained." if far else ""
     lead = [
         f"At {words.long(found.n_params)} parameters, in {found.n_layers:.1f} layers of width {found.d_model:,.0f}: "

@@ -91,10 +91,10 @@ def _questions(findings: Findings) -> list[Block]:
     for index, study in enumerate(findings.studies):
         blocks += _heading(findings, study)
         if index > 0:
-            blocks += _warnings("Before you rely on it", warnings(findings, study.questions[0].answer.warnings))
+            blocks += _warnings("Before you rely on it", warnings(findings, study.answer.warnings))
         if study.optimum_map is not None and len(study.optimum_map):
             blocks.append(Block("map", map=_map(study, index)))
-        answer = study.questions[0].answer
+        answer = study.answer
         blocks += _pictures(study, "questions") + _table(answers.buildable(answer), f"buildable-t{study.context}")
         every = dataclasses.replace(answers.candidates(answer, page=True), name=f"candidates-t{study.context}")
         blocks.append(Block("folded", "Every head configuration for the first question", table=every))

@@ -18,7 +18,7 @@ from launch.tables import Column, Table
 
 def serving(study: Study) -> Table | None:
     """How every H is served for the first question of a study; None of costs that are of no device."""
-    answer = study.questions[0].answer
+    answer = study.answer
     described = answer.objective.get("serving")
     if not described:
         return None
@@ -51,7 +51,7 @@ def run_costs(findings: Findings) -> Table | None:
     if findings.cost is None:
         return None
     study, table = findings.studies[0], findings.cost
-    served = study.questions[0].context_served
+    served = study.answer.context_served
     named = getattr(study.objective, "convention", None)
     name = named if isinstance(named, str) else "figures"
     rows = table[(table["context_served"] == served) & (table["convention"] == name) & (table["context"] == study.context)]

@@ -11,6 +11,7 @@ import pandas as pd
 from gqa_jax import formatting
 from gqa_jax.formatting import counted, seconds, usd
 from gqa_jax.laws import Heads
+from gqa_jax.search import shape_rule
 from gqa_jax.search.roofline import Layout
 from gqa_jax.search.serving_words import LIMITS
 
@@ -79,18 +80,9 @@ def shape(n_layers: float, d_model: float) -> str:
     return "" if missing(n_layers) or math.isinf(n_layers) else f"{n_layers:.1f} {TIMES} {d_model:,.0f}"
 
 
-#: How a shape was chosen (`gqa_jax.search.answer.ShapeChoice.rule`), of the ratio of width to layers; others are that ratio.
-RULES = {
-    "best": "the cheapest",
-    "paper": "as in the paper's tables",
-    "trained": "as between the sizes that were trained",
-    "given": "as given",
-}
-
-
 def rule(name: str) -> str:
-    """How a shape was chosen, in words."""
-    return RULES.get(name, "as asked")
+    """How the ratio of width to layers was chosen (`gqa_jax.search.answer.ShapeChoice.rule`)."""
+    return "the cheapest" if name == shape_rule.BEST else shape_rule.WORDS.get(name, "as asked")
 
 
 def baseline(one: Any) -> str:
