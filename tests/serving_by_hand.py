@@ -3,7 +3,7 @@
 The independent count that `gqa_jax.search.roofline` is compared with (`tests/test_serving_by_hand.py`). It takes nothing from
 the package. Formulas are not copied either: which key/value heads a device needs is read off the list of its query heads, the
 bytes it sends off the chunks that a ring passes on, the work of a prefill off the area of a causal triangle. Numbers of
-devices are literals, so that no row of `hardware.py` moves a result. Integer splits are not rounded: 2048 columns over 3
+devices are literals, so that no row of `hardware/chips.py` moves a result. Integer splits are not rounded: 2048 columns over 3
 devices are 682.67 each.
 
 Layout: device (i_t, i_p, i_c) of t p c. Its group is the t c devices that share i_p. Feed-forward network and unembedding are

@@ -27,7 +27,7 @@ from gqa_jax.config import TrainConfig
 PACKAGE = Path(__file__).resolve().parent.parent
 #: Files of the package that the compiled step is made from; the rest changes no program.
 SOURCES = (
-    "attention/**/*.py", "collectives.py", "config.py", "hardware.py", "mesh.py", "model.py", "training/loss.py",
+    "attention/**/*.py", "collectives.py", "config.py", "hardware/*.py", "mesh.py", "model.py", "training/loss.py",
     "training/optimizer.py", "training/parallel.py", "training/program.py", "training/sharding.py",
     "planning/compile_check.py", "planning/topologies.py",
 )  # fmt: skip
