@@ -90,9 +90,9 @@ def laws_of(one: Any, table: pd.DataFrame, elsewhere: str = "--format json") -> 
     noise = "no degrees of freedom for noise" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
     shared = "an E for every H"
     if laws.shared_entropy:
-        first = table.iloc[0]
-        between = _entropy_between(first["entropy_low"], first["entropy_high"])
-        shared = f"one E for all, {first['entropy']:.4f}{f' ({between})' if between else ''}"
+        entropy, *ends = (float(table[name].iloc[0]) for name in ("entropy", "entropy_low", "entropy_high"))
+        between = _entropy_between(*ends)
+        shared = f"one E for all, {entropy:.4f}{f' ({between})' if between else ''}"
     caption = (
         f"Trained at T = {one.context:,}: L(N; H) = (a / N)^b + E, the loss in nats per token of N parameters without "
         f"embeddings; {shared}; {laws.status}, {noise}; intervals: {posterior.PROFILES}"
