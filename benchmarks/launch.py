@@ -20,7 +20,7 @@ from pathlib import Path
 
 from gqa_jax import storage
 from launch import grid
-from launch.grid import Layout
+from launch.cells import Layout, TrainingCell
 
 GRID_FILE = """
 from gqa_jax.config import default_config
@@ -71,7 +71,7 @@ def main() -> None:
             print(f"{name:16s} {statistics.median(those):6.2f} s {spread}, {statistics.median(cpu[name]):.2f} s of a CPU")
 
 
-def populate(cells: list[grid.TrainingCell], layout: Layout) -> None:
+def populate(cells: list[TrainingCell], layout: Layout) -> None:
     """Folders as a night on a cluster leaves them: done, failed, preempted, not started."""
     now = time.time()
     for number, cell in enumerate(cells):

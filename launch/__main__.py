@@ -20,10 +20,10 @@ from gqa_jax import hardware, prices, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, duration, si
 from launch import analysis, fit, grid, rules, run, screen, state
+from launch.cells import Cell, Layout
 from launch.executors import base
 from launch.executors.base import DEAD, RUNNING, Executor, SubmitError
 from launch.fit import Fit
-from launch.grid import Cell, Layout
 from launch.rules import Choice
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNFINISHED = 0, 1, 2, 3

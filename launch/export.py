@@ -16,7 +16,7 @@ from rich.markup import escape
 from gqa_jax import formatting, plots, results, storage
 from gqa_jax.laws import runs as run_table
 from launch import grid_tables, rules, studies
-from launch.grid import Layout
+from launch.cells import Layout
 from launch.studies import Fits, Fitted, Source
 
 

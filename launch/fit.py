@@ -18,7 +18,7 @@ from gqa_jax.hardware import Slice
 from gqa_jax.planning import planner
 from gqa_jax.planning.compile_check import CompileCheck, Compilers
 from gqa_jax.planning.planner import Estimate
-from launch.grid import Cell
+from launch.cells import Cell
 
 ATTEMPTS = 3  # executions that are compiled for a cell before it is said not to fit
 HOPELESS = 1.5  # an estimate of so many times the memory is not compiled

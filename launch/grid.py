@@ -21,7 +21,7 @@ import ml_collections
 from gqa_jax.config import TrainConfig, default_config, hash_identity, unknown_key_of
 from gqa_jax.data import reader, store
 from gqa_jax.errors import ConfigError, closest
-from launch.cells import Cell, Layout, TrainingCell  # noqa: F401
+from launch.cells import Cell, TrainingCell
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from gqa_jax.laws import Heads
 from gqa_jax.search import next_runs, optimum
 from gqa_jax.search.next_runs import Candidate, Choice, Question
 from launch import grid, rules, state, studies
-from launch.grid import Cell
+from launch.cells import Cell, TrainingCell
 from launch.studies import Fitted, Source
 from launch.tables import Column, Table
 
@@ -127,7 +127,7 @@ def seeds_there(cells: Sequence[Cell], source: Source) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for cell in cells if extra else ():
         for seed in sorted({int(seed) for seed in source.loss["seed"].dropna()}):
-            if Cell(dataclasses.replace(cell.config, seed=seed), cell.data_fingerprint).name in extra:
+            if TrainingCell(dataclasses.replace(cell.config, seed=seed), cell.data_fingerprint).name in extra:
                 found.setdefault(cell.name, []).append(seed)
     return found
 

@@ -18,8 +18,8 @@ from gqa_jax.hardware import Chip, Price
 from gqa_jax.planning import planner
 from gqa_jax.planning.planner import Estimate
 from launch import fit, state
+from launch.cells import Cell
 from launch.fit import Fit
-from launch.grid import Cell
 from launch.tables import Column, Table
 
 

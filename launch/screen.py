@@ -19,8 +19,8 @@ from gqa_jax import hardware
 from gqa_jax.formatting import duration
 from gqa_jax.hardware import Price
 from launch import state
+from launch.cells import Cell, Layout
 from launch.executors.base import Executor
-from launch.grid import Cell, Layout
 from launch.run import Pass
 from launch.state import CellState
 

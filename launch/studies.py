@@ -21,7 +21,7 @@ from gqa_jax.search import study
 from gqa_jax.search.study import COUNT, Fits, Fitted, fit, reachable
 from launch import grid
 from launch import rules as ruling
-from launch.grid import Layout
+from launch.cells import Layout
 
 __all__ = [
     "COUNT", "Fits", "Fitted", "Source", "beside", "fit", "of_documents", "of_grid", "of_preset", "of_table", "reachable",

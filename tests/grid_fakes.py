@@ -7,7 +7,7 @@ import time
 from gqa_jax.config import default_config
 from gqa_jax.training.metrics import write_json
 from launch import grid
-from launch.grid import Layout
+from launch.cells import Layout
 
 
 def config(size=16, n_heads=2, context=32, **changes):

@@ -175,14 +175,14 @@ TABLE = (
     ),
     Row("launch.state", ".storage launch.cells launch.executors.base"),
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
-    Row("launch.screen", ".formatting .hardware launch.grid launch.executors.base launch.state launch.run"),
-    Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.grid"),
+    Row("launch.screen", ".formatting .hardware launch.cells launch.executors.base launch.state launch.run"),
+    Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.cells"),
     Row("launch.tables"),
     Row(
         "launch.plan",
-        ".errors .formatting .hardware .costs .planning.planner launch.grid launch.state launch.fit launch.tables",
+        ".errors .formatting .hardware .costs .planning.planner launch.cells launch.state launch.fit launch.tables",
     ),
-    Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.grid launch.rules"),
+    Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.cells launch.grid launch.rules"),
     Row("launch.columns", ".formatting .laws .search.objectives .search.serving_words .search.words launch.tables"),
     Row(
         "launch.grid_tables",
@@ -201,12 +201,12 @@ TABLE = (
     ),
     Row(
         "launch.export",
-        ".formatting .storage .results .laws .plots launch.grid launch.rules launch.studies launch.grid_tables",
+        ".formatting .storage .results .laws .plots launch.cells launch.rules launch.studies launch.grid_tables",
     ),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.grid launch.rules "
-        "launch.state launch.tables launch.studies",
+        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.cells launch.grid "
+        "launch.rules launch.state launch.tables launch.studies",
     ),
     Row(
         "launch.report",
@@ -228,7 +228,7 @@ TABLE = (
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .prices .storage launch.grid launch.rules launch.executors.base "
+        ".errors .formatting .hardware .prices .storage launch.cells launch.grid launch.rules launch.executors.base "
         "launch.state launch.run launch.screen launch.fit launch.analysis",
         lazily="launch.plan launch.export",
     ),
@@ -238,10 +238,10 @@ TABLE = (
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
         ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
-        ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results "
-        ".laws .laws.planning .search.presets .search.own_model .search.roofline .search.objectives "
-        ".search.ranking .search.optimum .search.next_runs .plots launch.grid launch.studies launch.report "
-        "launch.findings tests",
+        ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results .laws "
+        ".laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
+        ".search.optimum .search.next_runs .plots launch.cells launch.grid launch.studies launch.report launch.findings "
+        "tests",
         outside="jax",
     ),
 )

@@ -4,8 +4,8 @@ import pytest
 
 from gqa_jax.config import ConfigError
 from launch import grid
+from launch.cells import Layout
 from launch.executors import base, local
-from launch.grid import Layout
 from tests import grid_fakes
 
 

@@ -11,7 +11,7 @@ from gqa_jax.search import next_runs
 from gqa_jax.training.metrics import write_json
 from launch import grid, next_cells, studies
 from launch.__main__ import main
-from launch.grid import Layout
+from launch.cells import Layout
 from tests import grid_fakes
 
 FILE = """

@@ -12,8 +12,8 @@ from gqa_jax import hardware
 from gqa_jax.planning.compile_check import CompileCheck
 from launch import __main__ as launch
 from launch import fit, grid
+from launch.cells import Layout
 from launch.executors import local
-from launch.grid import Layout
 from tests import grid_fakes
 
 PAPER = "configs/grids/paper.py"

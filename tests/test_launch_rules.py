@@ -16,8 +16,8 @@ from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
 from launch import grid, rules, state, studies
+from launch.cells import Layout
 from launch.executors import local
-from launch.grid import Layout
 from tests import first_version, goldens, grid_fakes
 from tests.test_grid import two_phases
 

@@ -6,9 +6,9 @@ import pytest
 from gqa_jax.training import run_folder
 from gqa_jax.training.metrics import write_json
 from launch import grid, state
+from launch.cells import Layout
 from launch.executors import local
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job
-from launch.grid import Layout
 from tests import grid_fakes
 from tests.test_grid import two_phases
 

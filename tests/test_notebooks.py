@@ -26,7 +26,7 @@ from gqa_jax import hardware
 from gqa_jax.config import TrainConfig
 from gqa_jax.training.metrics import write_json
 from launch import grid
-from launch.grid import Layout
+from launch.cells import Layout
 from tests import grid_fakes
 
 FOLDER = Path(__file__).parents[1] / "notebooks"

@@ -14,7 +14,7 @@ from gqa_jax.laws import evidence
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import grid
-from launch.grid import Layout
+from launch.cells import Layout
 from tests import grid_fakes
 
 REPOSITORY = Path(__file__).resolve().parent.parent

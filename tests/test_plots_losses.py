@@ -15,7 +15,7 @@ from gqa_jax.plots import cost_axes, style
 from gqa_jax.search import objectives, optimum, presets
 from gqa_jax.shapes import Aspect
 from launch import grid
-from launch.grid import Layout
+from launch.cells import Layout
 from tests import grid_fakes, plot_helpers
 
 

@@ -9,7 +9,7 @@ from gqa_jax import costs, results, storage
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import export, grid
-from launch.grid import Layout
+from launch.cells import Layout
 from tests import first_version, grid_fakes
 from tests.test_grid import two_phases
 

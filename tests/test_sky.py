@@ -591,7 +591,7 @@ class TestSubmission:
     def test_a_token_store_that_machines_do_not_see(self):
         values = grid_fakes.config()
         values.data.store = "stores/web"
-        cell = grid.TrainingCell(TrainConfig.from_dict(values.to_dict()), "x")
+        cell = TrainingCell(TrainConfig.from_dict(values.to_dict()), "x")
         with pytest.raises(ConfigError, match=f"data.store = 'stores/web' of {cell.name} is on this machine"):
             offline().submission(cell)
         offline("/data/study", shared_root=True).submission(cell)

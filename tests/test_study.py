@@ -19,7 +19,7 @@ from gqa_jax.search import objectives, optimum, presets, study
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import grid, studies
-from launch.grid import Layout
+from launch.cells import Layout
 from tests import grid_fakes
 
 NOISE = {32: 0.002, 64: 0.02}  # nats, by training context
