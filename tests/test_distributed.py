@@ -349,13 +349,13 @@ def run_config(mesh):
     values = configs_train_tiny.get_config()
     with values.unlocked():
         values.update(RUN)
-        values.mesh = mesh
+        values.execution.mesh = mesh
     return TrainConfig.from_dict(values.to_dict())
 
 
 def run_commands(folder, mesh, more=((), ())):
     """The command lines of a run in two processes."""
-    fields = {**{k: v for k, v in RUN.items() if not isinstance(v, dict)}, "mesh": mesh}
+    fields = {**{k: v for k, v in RUN.items() if not isinstance(v, dict)}, "execution.mesh": mesh}
     fields |= {f"{group}.{k}": v for group, values in RUN.items() if isinstance(values, dict) for k, v in values.items()}
     common = [
         *(sys.executable, "-m", "gqa_jax.train", "--config=configs/train/tiny.py", f"--workdir={folder / 'run'}"),
@@ -491,7 +491,7 @@ def test_clusters_are_found_by_their_environment(monkeypatch, mode, environment,
 
 def start_alone(process, port):
     code = (
-        "import sys; from gqa_jax import distributed\n"
+        "import sys; from gqa_jax.training import distributed\n"
         f"distributed.initialize(coordinator='127.0.0.1:{port}', processes=2, process={process}, start_seconds=2)"
     )
     begin = time.monotonic()

@@ -69,9 +69,10 @@ def test_scan_over_layers_equals_a_loop():
     np.testing.assert_allclose(hidden(transformer, tokens), x, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("unrolled", [True, False])
-def test_decoding_with_a_cache_equals_the_whole_forward_pass(unrolled):
-    """Greedily, prompts of unequal lengths, token by token through `Hooks.attend`: the cache is its state, a layer's own."""
+@pytest.mark.parametrize(("unrolled", "chunk"), [(True, 6), (False, 4)])
+def test_decoding_with_a_cache_equals_the_whole_forward_pass(unrolled, chunk):
+    """Greedily, prompts of unequal lengths in chunks, then token by token through `Hooks.attend`, whose state is the cache of a
+    layer; weights are held in another form than they are multiplied in, as quantised ones are (`Hooks.weights`)."""
     config, steps, size = tiny(n_layers=3), 5, 16
     params, tokens, _ = setup(config, batch=2, length=6)
     transformer, batch = model.with_params(config, jax.tree.map(lambda x: 3 * x, params)), np.arange(2)
@@ -82,26 +83,33 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(unrolled):
             own = end - lengths.max() + lengths[i]
             expected[i, own] = transformer(expected[i : i + 1, :own])[0, -1].argmax()
 
-    def prefill(q, k, v, cache):
-        k_cache, v_cache = (held.at[:, : k.shape[1]].set(new) for held, new in zip(cache, (k, v), strict=True))
-        return attention.attention(q, k, v), (k_cache, v_cache)
+    def prefill(q, k, v, cache, start):
+        end = start + q.shape[1]
+        k_cache, v_cache = (held.at[:, start:end].set(new) for held, new in zip(cache, (k, v), strict=True))
+        return attention.attention(q, k_cache[:, :end], v_cache[:, :end], q_offset=start), (k_cache, v_cache)
 
     def append(q, k, v, cache, position_B):
         k_cache, v_cache = (held.at[batch, position_B].set(x[:, 0]) for held, x in zip(cache, (k, v), strict=True))
         return attention.decode(q[:, 0], k_cache, v_cache, position_B + 1)[:, None], (k_cache, v_cache)
 
     shape = (2, size, config.n_kv_heads, config.head_dim)
-    layers = nnx.to_pure_dict(nnx.state(transformer))["layers"]
+    layers = jax.tree.map(lambda x: x / 4, nnx.to_pure_dict(nnx.state(transformer))["layers"])
     caches = tuple(jnp.zeros((config.n_layers, *shape)) for _ in range(2))
     if unrolled:
         layers, caches = layers_of({"layers": layers}, 3), [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(3)]
 
     def last_logits(tokens, positions, attend, caches, at_B):
-        x, caches = model.run_layers(config, layers, transformer.embed(tokens), positions, model.Hooks(attend), caches)
+        hooks = model.Hooks(attend, weights=lambda layer: jax.tree.map(lambda x: 4 * x, layer))
+        x, caches = model.run_layers(config, layers, transformer.embed(tokens), positions, hooks, caches)
         x = model.rms_norm(x[batch, at_B][:, None], transformer.final_norm[...], config.norm_eps)
         return transformer.logits(x)[:, 0].argmax(-1), caches
 
-    token, caches = last_logits(tokens, jnp.arange(6), prefill, caches, lengths - 1)
+    token = np.zeros(2, np.int32)
+    for start in range(0, 6, chunk):
+        part = tokens[:, start : start + chunk]
+        attend, at = functools.partial(prefill, start=start), np.clip(lengths - 1 - start, 0, part.shape[1] - 1)
+        found, caches = last_logits(part, start + jnp.arange(part.shape[1]), attend, caches, at)
+        token = np.where((lengths - 1) // chunk == start // chunk, found, token)
     for step in range(steps):
         np.testing.assert_array_equal(token, expected[batch, lengths + step])
         at = lengths + step

@@ -20,7 +20,7 @@ from gqa_jax import attention, costs, model, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
 from gqa_jax.data import reader, store
 from gqa_jax.planning import planner
-from gqa_jax.training import evaluation, metrics, run_folder, setup
+from gqa_jax.training import checkpoint, evaluation, metrics, run_folder, setup
 from gqa_jax.training.run_folder import Diverged, Preempted
 from tests import first_version
 
@@ -465,7 +465,7 @@ def test_bad_data_is_an_error_before_training(tmp_path, changes, message):
 
 def test_a_full_disk_is_said_and_nothing_saved_is_lost(finished, tmp_path, monkeypatch):
     _, result = finished
-    real = train.Checkpoints.save
+    real = checkpoint.Checkpoints.save
 
     def save(self, step, *rest):
         if step == 8:
@@ -473,7 +473,7 @@ def test_a_full_disk_is_said_and_nothing_saved_is_lost(finished, tmp_path, monke
         real(self, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Checkpoints, "save", save)
+        patch.setattr(checkpoint.Checkpoints, "save", save)
         with pytest.raises(OSError, match="No space left"):
             train.train_and_evaluate(tiny(), tmp_path)
     end = json.loads((tmp_path / "exit.json").read_text())
