@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gqa_jax.data import corpus, prepare, reader, store
+from gqa_jax.data import catalog, corpus, prepare, reader
 from gqa_jax.data.tokenizer import GPT2Tokenizer, available_cpus
 
 BATCH_TOKENS = 524_288
@@ -75,7 +75,7 @@ def tokenizing(folder: Path, copies: int, threads: int, repeats: int) -> Table:
 
 
 def reading(folder: Path, repeats: int) -> Table:
-    tokens = store.open_store("sotu-gpt2", folder)
+    tokens = catalog.open_store("sotu-gpt2", folder)
     steps = 50
     cpus = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cpus)})  # also of the threads that are made from here on

@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 
 from gqa_jax.config import TrainConfig, default_config, hash_identity, unknown_key_of
-from gqa_jax.data import reader, store
+from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError, closest
 from launch.cells import Cell, TrainingCell
 
@@ -116,7 +116,7 @@ def cells(grid: Grid) -> list[TrainingCell]:
     that continues one which is not there. A store that does not exist yet is no error here: its cells have no fingerprint.
     """
     result: dict[str, TrainingCell] = {}
-    opened = functools.cache(lambda name: store.open_store(name) if store.exists(name) else None)
+    opened = functools.cache(lambda name: catalog.open_store(name) if catalog.exists(name) else None)
     by_reference: dict[str | None, TrainingCell | None] = {None: None}
     for number, config, own in _parents_first(_configs(grid)):
         with _blame(grid, number):

@@ -49,6 +49,8 @@ TABLE = (
     Row("gqa_jax.storage", ".errors"),
     # Text, and what trains on it.
     Row("gqa_jax.data", ".errors .formatting .config .storage"),
+    Row("gqa_jax.data.catalog", ".errors .storage .data"),
+    Row("gqa_jax.data.reader", ".errors .config .data .data.catalog"),
     Row("gqa_jax.training"),
     Row("gqa_jax.collectives", outside="jax"),
     Row("gqa_jax.attention", ".errors .hardware .collectives", outside="jax"),
@@ -61,7 +63,7 @@ TABLE = (
         outside="jax",
     ),
     Row("gqa_jax.training.optimizer", ".config", outside="jax optax"),
-    Row("gqa_jax.training.evaluation", ".errors", lazily=".data"),
+    Row("gqa_jax.training.evaluation", ".errors", lazily=".data.reader"),
     Row(
         "gqa_jax.training.program",
         ".mesh .config .attention .training.sharding .model .training.parallel .training.optimizer",
@@ -81,7 +83,8 @@ TABLE = (
     # The program that trains.
     Row(
         "gqa_jax.training.setup",
-        ".errors .config .storage .data .training.program .training.run_folder .training.distributed .planning.planner",
+        ".errors .config .storage .data .data.catalog .data.reader .training.program .training.run_folder "
+        ".training.distributed .planning.planner",
         outside="jax",
     ),
     Row(
@@ -157,11 +160,11 @@ TABLE = (
     Row("launch"),
     Row("launch.executors"),
     Row("launch.cells", ".costs .config .storage .training.run_folder"),
-    Row("launch.grid", ".errors .config .data launch.cells"),
+    Row("launch.grid", ".errors .config .data .data.catalog .data.reader launch.cells"),
     Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.grid"),
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
     Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
-    Row("launch.executors.bundle", ".errors .storage .data .training.run_folder launch.cells launch.executors.base"),
+    Row("launch.executors.bundle", ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base"),
     Row("launch.executors.local", ".errors .storage .training.run_folder launch.cells launch.executors.base"),
     Row(
         "launch.executors.slurm",
@@ -236,8 +239,8 @@ TABLE = (
     Row("configs", ".errors .shapes .config .storage launch.grid"),
     Row(
         "benchmarks",
-        ".errors .formatting .hardware .shapes .costs .config .storage .data .attention .training.loss "
-        ".training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
+        ".errors .formatting .hardware .shapes .costs .config .storage .data .data.catalog .data.reader .attention "
+        ".training.loss .training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
         ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results .laws "
         ".laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
         ".search.optimum .search.next_runs .plots launch.cells launch.grid launch.studies launch.report launch.findings "

@@ -11,7 +11,7 @@ import pytest
 
 from gqa_jax import results, storage
 from gqa_jax.config import ConfigError, TrainConfig
-from gqa_jax.data import store
+from gqa_jax.data import catalog, store
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
@@ -133,7 +133,7 @@ def test_a_stored_configuration_means_the_store_of_its_time():
     for name in ("sotu-bytes", "sotu-gpt2"):
         values["data"]["store"] = name
         assert TrainConfig.from_stored(values).data.store == f"{name}@position"
-        assert f"{name}@position" in store.BUILT_IN
+        assert f"{name}@position" in catalog.BUILT_IN
     values["data"]["store"] = "stores/own"
     assert TrainConfig.from_stored(values).data.store == "stores/own"
     today = new_cells()[0].config.to_dict()

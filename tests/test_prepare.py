@@ -491,7 +491,7 @@ def test_a_store_is_prepared_for_a_bucket(lines, tmp_path, gcs_root, spec, monke
     with monkeypatch.context() as patch:
         patch.setattr(storage, "upload", upload)
         assert prepare.main([*command, "--out", out]) == 130
-        assert not store.exists(out)
+        assert not store.is_finished(out)
         patch.setattr(parts, "encode_documents", None)  # is not done again
         assert prepare.main([*command, "--out", out]) == 0
     assert uploaded[-1] == "header.json"
@@ -499,7 +499,7 @@ def test_a_store_is_prepared_for_a_bucket(lines, tmp_path, gcs_root, spec, monke
     made = prepare.prepare(prepare.Recipe((lines,), tokenizer=spec, holdout_every=10), tmp_path / "local")
     assert storage.names(out) == sorted(path.name for path in made.path.iterdir() if path.name != ".lock")
     assert sorted(path.name for path in (tmp_path / "cache" / "stores").iterdir()) == [made.fingerprint]
-    assert store.open_store(out).path.name == made.fingerprint
+    assert store.open_folder(out).path.name == made.fingerprint
 
     header = storage.read_bytes(f"{out}/header.json")
     with monkeypatch.context() as patch:

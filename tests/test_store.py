@@ -11,10 +11,12 @@ import pytest
 
 from gqa_jax import storage
 from gqa_jax.config import OLD_STORES, ConfigError
+from gqa_jax.data import catalog
 from gqa_jax.data import store as token_store
+from gqa_jax.data.catalog import open_store
 from gqa_jax.data.documents import Format
 from gqa_jax.data.prepare import Recipe, prepare
-from gqa_jax.data.store import StoreError, TokenStore, open_store
+from gqa_jax.data.store import StoreError, TokenStore
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +197,7 @@ def test_built_in_stores(tmp_path, monkeypatch):
     assert first.fingerprint == "dad34ccdb04341333c075f22deaa85dab4772e6499cb06b6117942a8900cf1e3"
     assert first.path.name == "sotu-bytes-1-02db5c5d"
     assert first.header["splits"]["validation"]["documents"] == 12
-    assert {name.partition("@")[0] for name in token_store.BUILT_IN} == {"sotu-bytes", "sotu-gpt2"}
+    assert {name.partition("@")[0] for name in catalog.BUILT_IN} == {"sotu-bytes", "sotu-gpt2"}
 
 
 @pytest.fixture
@@ -283,8 +285,8 @@ def test_processes_that_open_a_store_at_once_wait_for_one_of_them(copy, made, tm
 
 
 def test_stores_of_the_first_version_are_built_in_too():
-    assert {*OLD_STORES, *OLD_STORES.values()} == {*token_store.BUILT_IN}
-    assert {token_store.BUILT_IN[name][1] for name in OLD_STORES.values()} == {"position"}
+    assert {*OLD_STORES, *OLD_STORES.values()} == {*catalog.BUILT_IN}
+    assert {catalog.BUILT_IN[name][1] for name in OLD_STORES.values()} == {"position"}
 
 
 def test_unknown_names(tmp_path, made, monkeypatch):
@@ -308,7 +310,7 @@ def remote(made, gcs_root, tmp_path, monkeypatch):
 
 
 def test_a_store_on_a_bucket_is_copied_once(remote, made, tmp_path, monkeypatch):
-    assert token_store.exists(remote)
+    assert catalog.exists(remote)
     opened = open_store(remote)
     assert opened.path == tmp_path / "cache" / "stores" / made.fingerprint
     assert opened.header == made.header
@@ -357,7 +359,7 @@ def test_a_store_on_a_bucket_brings_its_tokenizer(gcs_root, tmp_path, monkeypatc
 
 
 def test_unusable_stores_on_a_bucket(remote, made, gcs_root, tmp_path, monkeypatch):
-    assert not token_store.exists(f"{gcs_root}/none")
+    assert not catalog.exists(f"{gcs_root}/none")
     with pytest.raises(
         StoreError, match=r"/none: there is no header\.json; make one with python -m gqa_jax\.data\.prepare --out gs://"
     ):
@@ -381,7 +383,7 @@ def test_unusable_stores_on_a_bucket(remote, made, gcs_root, tmp_path, monkeypat
         raise OSError("Forbidden: https://x\nme@x.org does not have storage.objects.get access")
 
     monkeypatch.setattr(storage._gcs(), "cat_file", refuse)
-    for function in (open_store, token_store.exists):
+    for function in (open_store, catalog.exists):
         with pytest.raises(StoreError, match=r"^token store gs://.*: permission denied"):
             function(remote)
     with pytest.raises(ConfigError, match="s3:// is not supported"):
@@ -395,7 +397,7 @@ def test_a_cache_that_cannot_be_written(remote, tmp_path):
 
 
 def test_which_stores_exist(made, tmp_path):
-    assert token_store.exists("sotu-gpt2")
-    assert token_store.exists(made.path)
-    assert not token_store.exists(tmp_path / "none")
-    assert not token_store.exists("sotu-gpt")
+    assert catalog.exists("sotu-gpt2")
+    assert catalog.exists(made.path)
+    assert not catalog.exists(tmp_path / "none")
+    assert not catalog.exists("sotu-gpt")

@@ -18,7 +18,7 @@ import pytest
 
 from gqa_jax import attention, costs, model, train
 from gqa_jax.config import ConfigError, TrainConfig, default_config
-from gqa_jax.data import reader, store
+from gqa_jax.data import catalog, reader, store
 from gqa_jax.planning import planner
 from gqa_jax.training import checkpoint, evaluation, metrics, run_folder, setup
 from gqa_jax.training.run_folder import Diverged, Preempted
@@ -66,11 +66,11 @@ def test_a_run_leaves_result_metrics_and_environment(finished):
     assert 4 < result["loss"] < 6  # 320 ids: log 320 = 5.77 before training
     assert (result["rules"], result["holdout"]) == (
         f"{result['holdout']}/spread/one",
-        store.open_store("sotu-bytes").holdout_rule,
+        catalog.open_store("sotu-bytes").holdout_rule,
     )
     assert result["heldout"] == f"{result['data_fingerprint'][:12]}/spread/16x64"
     assert 1 < result["eval_documents"] <= result["heldout_documents"]
-    assert result["heldout_tokens"] == len(store.open_store("sotu-bytes").tokens("validation"))
+    assert result["heldout_tokens"] == len(catalog.open_store("sotu-bytes").tokens("validation"))
     assert result["loss_low"] < result["loss"] - 2 * result["loss_sem"] < result["loss"]
     assert result["loss_high"] - result["loss"] == pytest.approx(result["loss"] - result["loss_low"])
     assert result["mfu"] is None  # no peak is known of a CPU
@@ -173,12 +173,12 @@ def test_other_data_than_that_of_a_run_that_is_over_is_said(finished, tmp_path):
 @pytest.mark.parametrize(("split", "place"), [("train", slice(0, 900_000)), ("validation", slice(0, None))])
 def test_a_store_that_turns_out_to_be_damaged_ends_a_run(split, place, tmp_path, monkeypatch):
     """As where it was written to after it was verified."""
-    shutil.copytree(store.open_store("sotu-bytes").path, tmp_path / "store")
+    shutil.copytree(catalog.open_store("sotu-bytes").path, tmp_path / "store")
     tokens = np.memmap(tmp_path / "store" / f"{split}.bin", dtype="<u2", mode="r+")
     tokens[place] = 300  # above the 257 of the store, below the 320 of the model
     tokens.flush()
     opened = store.TokenStore.open(tmp_path / "store")
-    monkeypatch.setattr(store, "open_store", lambda _: opened)
+    monkeypatch.setattr(catalog, "open_store", lambda _: opened)
     train_batches, _ = reader.check(tiny(), opened)
     with pytest.raises(ConfigError, match=rf"the {split} split of .* holds the id 300, .* copy the store again"):
         [*setup.read(train_batches, 0, 12)] if split == "train" else setup.open_data(tiny())

@@ -109,7 +109,7 @@ def prepare(
     request = _request(recipe, found.sources, tokenizer)
     work.mkdir(parents=True, exist_ok=True)
     with store.locked(work, wait):
-        if remote and store.exists(out):
+        if remote and store.is_finished(out):
             shutil.rmtree(work, ignore_errors=True)  # what was begun here, and the folder of the lock
             return _finished(storage.path(out), recipe, request, found.sources)
         if (work / store.HEADER).exists():
@@ -223,7 +223,7 @@ def _check_remote(out: epath.Path) -> None:
 
 def _publish(made: TokenStore, out: epath.Path, recipe: Recipe, sources: Sequence[Source]) -> TokenStore:
     """Copies a finished store to gs://; it stays here as the copy that training would make."""
-    if store.exists(out):  # made by another machine meanwhile
+    if store.is_finished(out):  # made by another machine meanwhile
         return _finished(out, recipe, made.header["provenance"]["request"], sources)
     files = [name for name in (*store.FILES, *store.OPTIONAL) if (made.path / name).exists()]
     size = sum((made.path / name).stat().st_size for name in files)
@@ -236,7 +236,7 @@ def _publish(made: TokenStore, out: epath.Path, recipe: Recipe, sources: Sequenc
     else:
         made.path.rename(kept)
         store.remember(TokenStore.open(kept))
-    return store.open_store(kept)
+    return store.open_folder(kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -482,7 +482,7 @@ def _finished(out: Path | epath.Path, recipe: Recipe, request: dict[str, Any], s
     if changed is None and (newer := _newer(sources, provenance["created"])):
         log.warning("%s was written after %s was made, which keeps no record of its inputs: is it of this text?", newer, out)
     try:
-        return store.open_store(out if storage.is_remote(out) else Path(out).absolute())  # never a built-in name
+        return store.open_folder(out)
     except StoreError as error:
         raise StoreError(f"{error}; to make it again delete {out} first, then give the same command") from error
 

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gqa_jax.config import WINDOWS, TrainConfig
-from gqa_jax.data.store import BUILT_IN, TokenStore
+from gqa_jax.data.catalog import BUILT_IN
+from gqa_jax.data.store import TokenStore
 from gqa_jax.errors import closest
 
 

@@ -15,7 +15,7 @@ by their position, as in the first version (`gqa_jax.data.holdout`). What `prepa
 versions: two stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is
 copied to the local disk once, where it is mapped.
 
-`open_store` reads every byte of a store, and compares it with the header, once for as long as its files keep their sizes and
+`open_folder` reads every byte of a store, and compares it with the header, once for as long as its files keep their sizes and
 times of modification; what it has read is remembered in the cache (`gqa_jax.storage.cache`, folder `verified`).
 """
 
@@ -38,9 +38,7 @@ import numpy as np
 from etils import epath
 
 from gqa_jax import errors, storage
-from gqa_jax.data import corpus
 from gqa_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from gqa_jax.errors import closest
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +57,6 @@ OPTIONAL = (TOKENIZER, SOURCES, INPUTS)  # files that a store may have or not
 _CONTENT = ("format", "version", "dtype", "vocab_size", "eos_id", "splits")  # with tokenizer.sha256: the fingerprint
 
 _SAID_BYTES = 4 << 30  # verifying a store of this size takes some seconds: a line in the log says what is waited for
-
-#: Stores that `open_store` makes on first use from the embedded corpus: name -> tokenizer and hold-out rule. Those by position
-#: are the stores that the first version made under the names without the rule.
-BUILT_IN = {
-    "sotu-bytes": ("bytes", "hash"),
-    "sotu-gpt2": ("gpt2", "hash"),
-    "sotu-bytes@position": ("bytes", "position"),
-    "sotu-gpt2@position": ("gpt2", "position"),
-}
 
 
 class StoreError(ValueError):
@@ -88,11 +77,10 @@ class TokenStore:
         Raises StoreError when it is missing, unfinished, of another format, or doesn't match its header.
         """
         if "://" in os.fspath(path):
-            raise StoreError(f"token store {path}: is memory-mapped, so must be on a local disk; open_store copies it there")
+            raise StoreError(f"token store {path}: is memory-mapped, so must be on a local disk; open_folder copies it there")
         path = Path(path).expanduser()
         store = cls(path, read_header(path))
-        for split in SPLITS:
-            store._check_sizes(split)
+        store._check_sizes()
         if verify:
             store._check_contents()
         return store
@@ -137,10 +125,10 @@ class TokenStore:
             with file.open("rb") as stream, np.load(stream) as arrays:  # a zip file: reading checks its CRC-32
                 names, indices = arrays["names"].tolist(), arrays[split]
         except Exception as error:  # zipfile and numpy raise many kinds
-            raise StoreError(f"{file} is damaged ({error}): copy or prepare the store again") from error
+            raise _unusable(f"{file} is damaged ({error})") from error
         documents = self.header["splits"][split]["documents"]
         if indices.shape != (documents,) or not 0 <= indices.min() <= indices.max() < len(names):
-            raise StoreError(f"{file} doesn't match the header: copy or prepare the store again")
+            raise _unusable(f"{file} doesn't match the header")
         return names, indices
 
     def tokenizer(self) -> Tokenizer:
@@ -160,119 +148,89 @@ class TokenStore:
             raise StoreError(f"split {split!r}: a store has {' and '.join(SPLITS)}")
         return self.path / f"{split}.{suffix}"
 
-    def _check_sizes(self, split: str) -> None:
-        facts, file = self.header["splits"][split], self._file(split, "bin")
-        expected = facts["tokens"] * np.dtype(self.header["dtype"]).itemsize
-        found = file.stat().st_size if file.exists() else None
-        if found != expected:
-            size = "is missing" if found is None else f"has {found} bytes"
-            raise StoreError(f"{file} {size}; its header says {expected} bytes: copy the store again, or prepare it again")
-        try:
-            documents = self.documents(split)
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"{self._file(split, 'docs.npy')}: unreadable ({error}): copy or prepare the store again"
-            ) from error
-        if documents.shape != (facts["documents"], 2) or documents[-1, 0] != facts["tokens"]:
-            raise StoreError(f"{self._file(split, 'docs.npy')} doesn't match the header: copy or prepare the store again")
+    def _check_sizes(self) -> None:
+        for split in SPLITS:
+            facts, file, index = self.header["splits"][split], self._file(split, "bin"), self._file(split, "docs.npy")
+            expected = facts["tokens"] * np.dtype(self.header["dtype"]).itemsize
+            found = file.stat().st_size if file.exists() else None
+            if found != expected:
+                size = "is missing" if found is None else f"has {found} bytes"
+                raise _unusable(f"{file} {size}; its header says {expected} bytes")
+            try:
+                documents = self.documents(split)
+            except (OSError, ValueError) as error:
+                raise _unusable(f"{index}: unreadable ({error})") from error
+            if documents.shape != (facts["documents"], 2) or documents[-1, 0] != facts["tokens"]:
+                raise _unusable(f"{index} doesn't match the header")
 
     def _check_contents(self) -> None:
         for split in SPLITS:
-            self._check_content(split)
-
-    def _check_content(self, split: str) -> None:
-        facts, file = self.header["splits"][split], self._file(split, "bin")
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != facts["sha256"]:
-            raise StoreError(f"{file} is damaged (its SHA-256 isn't the header's): copy or prepare the store again")
-        if hashlib.sha256(self.documents(split).tobytes()).hexdigest() != facts["documents_sha256"]:
-            raise StoreError(f"{self._file(split, 'docs.npy')} is damaged: copy or prepare the store again")
+            facts, file = self.header["splits"][split], self._file(split, "bin")
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != facts["sha256"]:
+                raise _unusable(f"{file} is damaged (its SHA-256 isn't the header's)")
+            if hashlib.sha256(self.documents(split).tobytes()).hexdigest() != facts["documents_sha256"]:
+                raise _unusable(f"{self._file(split, 'docs.npy')} is damaged")
 
 
-def open_store(name_or_path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> TokenStore:
-    """The store in a folder, local or on gs://, or a built-in one (`BUILT_IN`), made on first use in about a second.
+def _unusable(what: str) -> StoreError:
+    return StoreError(f"{what}: copy the store again, or prepare it again")
 
-    Built-in stores and copies of those on gs:// are kept in `cache_dir`, else $GQA_JAX_CACHE/stores, else
-    ~/.cache/gqa_jax/stores; a process that asks for one while another makes it waits. Of a store on gs:// that was copied
-    before, only header.json is read. The first time, and when its files were written since, all of a store is read and
-    verified; that takes about a second a GB, and other processes wait for it.
 
-    Raises StoreError for a name that is none of these, a store or copy that isn't what the header says, or an unwritable
-    cache; ConfigError for gs:// without gcsfs.
+def open_folder(folder: os.PathLike | str, cache_dir: os.PathLike | str | None = None) -> TokenStore:
+    """The store in a folder, local or on gs://, of which every byte is what its header says.
+
+    A store on gs:// is copied to `cache_folder(cache_dir)`, unless it was before: then only its header.json is read. The first
+    time, and when its files were written since, all of a local store is read and compared; that takes about a second a GB, and
+    other processes wait for it.
+
+    Raises StoreError for a store or copy that isn't what the header says, or an unwritable cache; ConfigError for gs:// without
+    gcsfs.
     """
-    name = os.fspath(name_or_path)
-    if storage.is_remote(name):
-        return _open_remote(storage.path(name), cache_folder(cache_dir))
-    if name not in BUILT_IN:
-        if os.sep not in name and not Path(name).exists():
-            raise StoreError(f"token store {name!r}: no such folder, and no built-in name; {closest(name, BUILT_IN)}")
-        return _verified(TokenStore.open(name))
-    tokenizer, rule = BUILT_IN[name]
-    # Rule, format and text are in the folder's name, so that a change of any makes a new one; the first rule was not named.
-    words = [name.partition("@")[0], *([] if rule == "position" else [rule]), str(VERSION), corpus.SOTU_SHA256[:8]]
-    folder = cache_folder(cache_dir) / "-".join(words)
-    if (folder / HEADER).exists():
-        try:
-            return _verified(TokenStore.open(folder))
-        except StoreError as error:
-            raise StoreError(f"{error}; delete {folder}, and it is made again") from error
-    from gqa_jax.data import prepare  # the writer imports this module; only a first use needs it here
+    if not storage.is_remote(folder):
+        return _verified(TokenStore.open(folder))
+    source = storage.path(folder)
+    header = read_header(source)
+    copy = cache_folder(cache_dir) / header["fingerprint"]
+    if not (copy / HEADER).exists():
+        with in_cache(copy):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with locked(copy.parent, wait=True):
+                if not (copy / HEADER).exists():
+                    _copy(source, header, copy)
+    return _verified(TokenStore.open(copy))
 
+
+def is_finished(folder: os.PathLike | str) -> bool:
+    """Whether a folder, local or on gs://, has a header, so a finished store. Raises StoreError where gs:// can't be read."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return prepare.prepare(prepare.Recipe(inputs=("sotu",), tokenizer=tokenizer, holdout_rule=rule), folder, wait=True)
+        return storage.read_bytes(storage.path(folder) / HEADER) is not None
     except OSError as error:
-        raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
+        raise StoreError(f"token store {error}") from error
 
 
 def remember(made: TokenStore) -> None:
-    """Takes a local store as verified, which was just written, or read and compared: `open_store` won't read it again."""
-    _remember(_record_of(made), _state(made))
+    """Takes a local store as verified, which was just written, or read and compared: `open_folder` won't read it again."""
+    _remember(*_record(made))
 
 
 def _verified(made: TokenStore) -> TokenStore:
     """The store, when every byte is what its header says. Raises StoreError."""
-    record, state = _record_of(made), _state(made)
-    if _is_recorded(record, state):
+    record, state = _record(made)
+    if _is_remembered(record, state):
         return made
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a cache that can't be written: then each process reads for itself
             record.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(record.with_suffix(".lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_recorded(record, state):  # by another process, which was waited for
-            return made
-        size = sum(bytes_ for bytes_, _ in state["files"].values())
-        if size >= _SAID_BYTES:
-            log.info("token store %s: reading %.1f GB once, to compare it with its header", made.path, size / 1e9)
-        made._check_contents()
-        _remember(record, state)
+            fcntl.flock(stack.enter_context(record.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+        if not _is_remembered(record, state):  # by another process, which was waited for
+            size = sum(bytes_ for bytes_, _ in state["files"].values())
+            if size >= _SAID_BYTES:
+                log.info("token store %s: reading %.1f GB once, to compare it with its header", made.path, size / 1e9)
+            made._check_contents()
+            _remember(record, state)
     return made
-
-
-def _record_of(made: TokenStore) -> Path:
-    try:
-        folder = storage.cache("verified")
-    except RuntimeError:  # no home: as with a cache that can't be written, nothing is remembered
-        folder = Path(os.devnull)
-    return folder / f"{hashlib.sha256(os.fsencode(made.path.resolve())).hexdigest()[:32]}.json"
-
-
-def _state(made: TokenStore) -> dict[str, Any]:
-    """What tells whether a store is still the one that was verified."""
-    stats = {name: (made.path / name).stat() for name in FILES}
-    return {
-        "path": str(made.path.resolve()),
-        "fingerprint": made.fingerprint,
-        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-    }
-
-
-def _is_recorded(record: Path, state: Mapping[str, Any]) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # no record that can be read is none
-        return storage.read_json(record) == state
-    return False
 
 
 def _remember(record: Path, state: Mapping[str, Any]) -> None:
@@ -281,41 +239,28 @@ def _remember(record: Path, state: Mapping[str, Any]) -> None:
         storage.write_json(record, state)
 
 
-def exists(name: str | os.PathLike) -> bool:
-    """Whether there is a store for `open_store`: a built-in name, a folder, or on gs:// a header, so a finished store.
+def _is_remembered(record: Path, state: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # no record that can be read is none
+        return storage.read_json(record) == state
+    return False
 
-    Raises StoreError or ConfigError where gs:// can't be read.
-    """
-    if os.fspath(name) in BUILT_IN:
-        return True
-    if not storage.is_remote(name):
-        return Path(name).expanduser().exists()
+
+def _record(made: TokenStore) -> tuple[Path, dict[str, Any]]:
+    """The file that says which store was verified, and what tells whether this is still that one."""
     try:
-        return storage.read_bytes(storage.path(name) / HEADER) is not None
-    except OSError as error:
-        raise StoreError(f"token store {error}") from error
+        folder = storage.cache("verified")
+    except RuntimeError:  # no home: as with a cache that can't be written, nothing is remembered
+        folder = Path(os.devnull)
+    path = made.path.resolve()
+    stats = {name: (path / name).stat() for name in FILES}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    state = {"path": str(path), "fingerprint": made.fingerprint, "files": files}
+    return folder / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json", state
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     """Where built-in stores and copies are kept: `cache_dir`, else $GQA_JAX_CACHE/stores, else ~/.cache/gqa_jax/stores."""
     return storage.cache("stores") if cache_dir is None else Path(cache_dir).expanduser()
-
-
-def _open_remote(source: epath.Path, cache: Path) -> TokenStore:
-    """The copy of a store on gs://, which is made unless it is there."""
-    header = read_header(source)
-    folder = cache / header["fingerprint"]
-    if not (folder / HEADER).exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with locked(cache, wait=True):
-                if not (folder / HEADER).exists():
-                    _copy(source, header, folder)
-        except OSError as error:
-            if storage.explain_remote(error) is not None:
-                raise StoreError(f"token store {error}") from error
-            raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
-    return _verified(TokenStore.open(folder))
 
 
 def _copy(source: epath.Path, header: Mapping[str, Any], folder: Path) -> None:
@@ -342,6 +287,17 @@ def _copy(source: epath.Path, header: Mapping[str, Any], folder: Path) -> None:
     temporary.rename(folder)
     remember(TokenStore.open(folder))
     log.info("token store %s: copied and verified in %.1f s", source, time.monotonic() - begin)
+
+
+@contextlib.contextmanager
+def in_cache(folder: Path) -> Iterator[None]:
+    """While `folder` of the cache is written: an error of the system says where else the cache could be."""
+    try:
+        yield
+    except OSError as error:
+        if storage.explain_remote(error) is not None:
+            raise StoreError(f"token store {error}") from error
+        raise StoreError(f"{os_sentence(error, folder)}; GQA_JAX_CACHE=FOLDER chooses another place") from error
 
 
 @contextlib.contextmanager
@@ -378,14 +334,7 @@ def fingerprint(header: Mapping[str, Any]) -> str:
 def write_header(path: Path, header: Mapping[str, Any]) -> None:
     """Finish a store: header.json, atomically and after the data has reached the disk. Adds format, version, fingerprint."""
     header = {"format": FORMAT, "version": VERSION, **header}
-    header["fingerprint"] = fingerprint(header)
-    temporary = path / f".{HEADER}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(header, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path / HEADER)
+    storage.write_json(path / HEADER, header | {"fingerprint": fingerprint(header)})
 
 
 def read_header(path: Path | epath.Path) -> dict[str, Any]:
@@ -397,7 +346,7 @@ def read_header(path: Path | epath.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if storage.explain_remote(error) is not None:
             raise StoreError(f"token store {error}") from error
-        raise StoreError(f"{file} can't be read ({error}): copy the store again, or prepare it again") from error
+        raise _unusable(f"{file} can't be read ({error})") from error
     if content is None:
         if not storage.is_remote(path) and (path / PARTS).is_dir():
             raise StoreError(f"token store {path} is unfinished: run the prepare command that began it again")

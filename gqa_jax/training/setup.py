@@ -16,7 +16,7 @@ from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.config import TrainConfig, hash_identity
-from gqa_jax.data import reader, store
+from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError
 from gqa_jax.planning import planner
 from gqa_jax.training import distributed, program, run_folder
@@ -66,7 +66,7 @@ def open_data(config: TrainConfig) -> Data:
     """The token store and its batches. Raises ConfigError when it can't be read or is too small for the run."""
     with distributed.agree("data"):
         try:
-            tokens = store.open_store(config.data.store)
+            tokens = catalog.open_store(config.data.store)
             opened = Data(tokens, *reader.check(config, tokens))
             _ = opened.held_out.documents  # a tokenizer that is gone is an error before training
         except ValueError as error:

@@ -23,7 +23,7 @@ from typing import ClassVar
 from etils import epath
 
 from gqa_jax import storage
-from gqa_jax.data import store
+from gqa_jax.data import catalog
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch.cells import REPOSITORY, Cell
@@ -214,7 +214,7 @@ class Executor(base.Executor):
 
     def check_store(self, cell: Cell) -> None:
         """Raises ConfigError for a token store that the machines don't see."""
-        if cell.store not in store.BUILT_IN and not storage.is_remote(cell.store) and not self.options.shared_root:
+        if cell.store not in catalog.BUILT_IN and not storage.is_remote(cell.store) and not self.options.shared_root:
             raise ConfigError(
                 f"data.store = {cell.store!r} of {cell.name} is on this machine, and {self.machines} don't see it: copy it to "
                 "gs://, or use a built-in one"
