@@ -20,7 +20,8 @@ from pathlib import Path
 
 from gqa_jax import storage
 from launch import grid
-from launch.cells import Layout, TrainingCell
+from launch.cells import Layout
+from launch.training_cells import TrainingCell
 
 GRID_FILE = """
 from gqa_jax.config import default_config

@@ -317,7 +317,7 @@ def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
                 f"token store {cell.config.data.store} is not there: make it with `python -m gqa_jax.data.prepare --out "
                 f"{cell.config.data.store} ...`"
             )
-    _check_parents(chosen, layout)
+    _check_parents(chosen, the.cells, layout)
     if arguments.dry_run:
         return _dry_run(arguments, the, chosen, layout, engine, console)
     with contextlib.ExitStack() as stack:
@@ -377,14 +377,14 @@ def _about(arguments, the: Choice) -> str:
     return f"{shlex.quote(arguments.grid)}{root}{the.option}"
 
 
-def _check_parents(chosen: Sequence[Cell], layout: Layout) -> None:
-    """Raises ConfigError when one of `chosen` would wait for a cell that is neither done nor among them."""
-    names = {cell.name for cell in chosen}
+def _check_parents(chosen: Sequence[Cell], cells: Sequence[Cell], layout: Layout) -> None:
+    """Raises ConfigError when one of `chosen` would wait for another of `cells` that is neither done nor chosen."""
+    names, others = {cell.name for cell in chosen}, {cell.name: cell for cell in cells}
     for cell in chosen:
         if cell.parent is None or cell.parent in names:
             continue
-        ends = state.of(layout.cell(cell.name), time.time()).state in state.FINAL
-        if ends or state.of(layout.cell(cell.parent), time.time()).state == "done":
+        ends = state.of(cell, layout.cell(cell.name), time.time()).state in state.FINAL
+        if ends or state.of(others[cell.parent], layout.cell(cell.parent), time.time()).state == "done":
             continue
         raise ConfigError(
             f"{cell.name} continues {cell.parent}, which is not done and not chosen: leave --where out (what is done is not "

@@ -25,6 +25,7 @@ from gqa_jax.shapes import Aspect
 from launch import grid_tables, state, studies
 from launch.report import Findings, Picture, Study, answer_map
 from launch.studies import Fitted, Source
+from launch.training_cells import TrainingCell
 
 
 def of(
@@ -238,6 +239,6 @@ def _unfinished(source: Source) -> pd.DataFrame | None:
     for name in source.planned:
         if name in done:
             continue
-        now = state.of(source.layout.cell(name), time.time())
+        now = state.of(TrainingCell, source.layout.cell(name), time.time())
         rows.append({"cell": name, "state": now.state, "cause": now.cause or ""})
     return pd.DataFrame(rows, columns=["cell", "state", "cause"])

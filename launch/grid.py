@@ -21,7 +21,8 @@ import ml_collections
 from gqa_jax.config import TrainConfig, default_config, hash_identity, unknown_key_of
 from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError, closest
-from launch.cells import Cell, TrainingCell
+from launch.cells import Cell
+from launch.training_cells import TrainingCell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Grid:
     contexts_served: Sequence[int]  # T of the cost table and of the answer, tokens
     losses: Sequence[float] = ()  # L* of the answer; empty: chosen from what was reached
     convention: str = "figures"  # costs the answer minimises (gqa_jax.costs.CONVENTIONS)
+    old_rules: bool = False  # its cells are those of the first version (`TrainConfig.under_old_rules`), by their names too
 
 
 def product(
@@ -117,47 +119,37 @@ def cells(grid: Grid) -> list[TrainingCell]:
     """
     result: dict[str, TrainingCell] = {}
     opened = functools.cache(lambda name: catalog.open_store(name) if catalog.exists(name) else None)
-    by_reference: dict[str | None, TrainingCell | None] = {None: None}
-    for number, config, own in _parents_first(_configs(grid)):
+    parents: dict[str | None, TrainingCell | None] = {None: None}  # by what stands for them in `continue_from`
+    waiting: dict[int, TrainConfig] = {}
+    for number, values in enumerate(grid.configs):
         with _blame(grid, number):
-            if config.continue_from not in by_reference:  # no cycle: a configuration that refers to another holds its hash
+            waiting[number] = values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict())
+    while waiting:
+        ready = [number for number, config in waiting.items() if config.continue_from in parents] or list(waiting)
+        for number in ready:
+            config = waiting.pop(number)
+            with _blame(grid, number):
+                if config.continue_from not in parents:  # no cycle: a configuration that refers to another holds its hash
+                    raise ConfigError(
+                        f"continue_from = {config.continue_from!r} is no cell of this grid: put the configuration that "
+                        "launch.grid.continued was given into the grid too, and don't change it after"
+                    )
+                ruled = config.under_old_rules() if grid.old_rules else config
+                cell = _cell(ruled, opened(ruled.data.store), parents[config.continue_from])
+            if cell.name in result:
                 raise ConfigError(
-                    f"continue_from = {config.continue_from!r} is no cell of this grid: put the configuration that "
-                    "launch.grid.continued was given into the grid too, and don't change it after"
+                    f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed"
                 )
-            cell = _cell(config, opened(config.data.store), by_reference[config.continue_from], number)
-        if cell.name in result:
-            raise ConfigError(f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed")
-        result[cell.name] = by_reference[own] = cell
+            result[cell.name] = parents[reference(config)] = parents[f"../{cell.name}"] = cell
     return list(result.values())
 
 
-def _configs(grid: Grid) -> list[TrainConfig]:
-    found = []
-    for number, values in enumerate(grid.configs):
-        with _blame(grid, number):
-            found.append(values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict()))
-    return found
-
-
-def _parents_first(configs: Sequence[TrainConfig]) -> Iterator[tuple[int, TrainConfig, str]]:
-    """Number, configuration and `reference` of each, after what it continues; last those that continue none of them."""
-    waiting, known = {number: (config, reference(config)) for number, config in enumerate(configs)}, {None}
-    while ready := [number for number, (config, _) in waiting.items() if config.continue_from in known]:
-        for number in ready:
-            config, own = waiting.pop(number)
-            known.add(own)
-            yield number, config, own
-    for number, (config, own) in waiting.items():
-        yield number, config, own
-
-
-def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: TrainingCell | None, number: int) -> TrainingCell:
+def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: TrainingCell | None) -> TrainingCell:
     if tokens is not None:
         reader.check(config, tokens)
     fingerprint, holdout = (tokens.fingerprint, tokens.holdout_rule) if tokens else (None, None)
     if parent is None:
-        return TrainingCell(config, fingerprint, number=number, holdout=holdout)
+        return TrainingCell(config, fingerprint, holdout=holdout)
     config = dataclasses.replace(config, continue_from=f"../{parent.name}")  # folders of cells lie side by side
     config.check_source(parent.config)
     if fingerprint != parent.data_fingerprint:
@@ -165,7 +157,7 @@ def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Training
             f"data.store = {config.data.store} is not the store of {parent.name}, which it continues "
             f"({parent.config.data.store}): use that one"
         )
-    return TrainingCell(config, fingerprint, parent.name, hash_identity(parent.identity), number=number, holdout=holdout)
+    return TrainingCell(config, fingerprint, parent.name, hash_identity(parent.identity), holdout=holdout)
 
 
 def reference(config: TrainConfig) -> str:
@@ -174,20 +166,8 @@ def reference(config: TrainConfig) -> str:
 
 
 def under_old_rules(grid: Grid) -> Grid:
-    """The grid as the first version had it: its cells have the names that that version gave them.
-
-    Every configuration is under its rules (`TrainConfig.under_old_rules`); a store of one's own is the one that is there.
-
-    Raises ConfigError for a configuration that can't be used.
-    """
-    configs = _configs(grid)
-    renamed: dict[str | None, str | None] = {None: None}  # what stands for a configuration, by what stood for it
-    for number, config, own in _parents_first(configs):
-        if config.continue_from in renamed:  # others continue what is not in the grid, as `cells` says
-            with _blame(grid, number):
-                configs[number] = dataclasses.replace(config, continue_from=renamed[config.continue_from]).under_old_rules()
-                renamed[own] = reference(configs[number])
-    return dataclasses.replace(grid, configs=configs)
+    """The grid as the first version had it; a store of one's own is the one that is there."""
+    return dataclasses.replace(grid, old_rules=True)
 
 
 @contextlib.contextmanager
@@ -205,24 +185,19 @@ def part(path: os.PathLike | str, names: Sequence[str], seeds: Mapping[str, Sequ
 
     Raises ConfigError for a name that the file has no cell of: it was changed since.
     """
-    whole = load(os.fspath(path))
+    whole, seeds = load(os.fspath(path)), dict(seeds or {})
     by_name = {cell.name: cell for cell in cells(whole)}
-    seeds = dict(seeds or {})
-    configs_of = dict.fromkeys(by_name, whole.configs)
     if any(name not in by_name for name in [*names, *seeds]):
-        old = under_old_rules(whole)
         with contextlib.suppress(ConfigError):  # then there is no such cell
-            by_name |= (others := {cell.name: cell for cell in cells(old) if cell.name not in by_name})
-            configs_of |= dict.fromkeys(others, old.configs)
+            by_name |= {cell.name: cell for cell in cells(under_old_rules(whole)) if cell.name not in by_name}
     if unknown := [name for name in [*names, *seeds] if name not in by_name]:
         raise ConfigError(f"{path} has no cell {unknown[0]} (any more): {closest(unknown[0], by_name)}")
     wanted = set(names)
     for name in names:
         while (parent := by_name[name].parent) is not None:
             wanted.add(name := parent)
-    configs: list[ml_collections.ConfigDict | TrainConfig] = [configs_of[n][by_name[n].number] for n in by_name if n in wanted]
-    for name, others in seeds.items():
-        configs += [dataclasses.replace(by_name[name].config, seed=seed) for seed in others]
+    configs = [cell.config for cell in by_name.values() if cell.name in wanted]
+    configs += [dataclasses.replace(by_name[name].config, seed=seed) for name, others in seeds.items() for seed in others]
     return dataclasses.replace(whole, configs=configs)
 
 

@@ -21,9 +21,10 @@ from gqa_jax.laws import Heads
 from gqa_jax.search import next_runs, optimum
 from gqa_jax.search.next_runs import Candidate, Choice, Question
 from launch import grid, rules, state, studies
-from launch.cells import Cell, TrainingCell
+from launch.cells import Cell
 from launch.studies import Fitted, Source
 from launch.tables import Column, Table
+from launch.training_cells import TrainingCell
 
 WAITING = ("planned", "preempted", "lost")  # states of cells that can be chosen
 UNDER_WAY = ("queued", "running", "stalled")
@@ -112,7 +113,7 @@ def candidates(one: Fitted, cells: Sequence[Cell], source: Source) -> Possible:
             found.seeds[name] = (cell.name, seed)
             found.candidates.append(Candidate(name, heads, size, cell.train_flops, name_of_size))
             continue
-        now = state.of(source.layout.cell(cell.name), time.time())
+        now = state.of(cell, source.layout.cell(cell.name), time.time())
         if now.state in WAITING:
             found.cells[cell.name] = cell.name
             found.candidates.append(Candidate(cell.name, heads, size, cell.train_flops, name_of_size))

@@ -16,8 +16,9 @@ from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch import grid
-from launch.cells import Layout, TrainingCell
+from launch.cells import Layout
 from launch.grid import Grid
+from launch.training_cells import TrainingCell
 
 OLD, NEW = "old", "new"
 FIRST = "position/first/zero"  # the rules of the first version, as tables have them

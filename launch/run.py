@@ -86,7 +86,7 @@ def advance(
         was_lost = mine.state == "lost" or mine.failure in ("killed", "disk_full")
         if (cell.name in once and was_lost) or cell.name in now.held or not mine.runnable or mine.not_before > at:
             continue
-        if cell.parent is not None and (states.get(cell.parent) or state.of(layout.cell(cell.parent), at)).state != "done":
+        if mine.waits or (cell.parent in states and states[cell.parent].state != "done"):
             continue
         if now.active >= engine.capacity or refusals == REFUSALS:
             break

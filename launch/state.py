@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from gqa_jax import storage
-from launch.cells import Cell, Layout, TrainingCell, record
+from gqa_jax.training import run_folder
+from launch.cells import Cell, Layout, record
 from launch.executors.base import QUEUED, RUNNING, Job
 
 STALLED_SECONDS = 600.0  # without a heartbeat; a compilation may take minutes
@@ -62,7 +62,8 @@ class CellState:
     job: str | None = None  # the engine's id
     where: str | None = None  # the engine's nodes or zone
     cancelled: float | None = None  # when its job was last ended by `launch cancel`, seconds since the epoch
-    blocked: bool = False  # waits for a cell that `run` won't start again
+    waits: bool = False  # for a cell that is not done; of one that rests
+    blocked: bool = False  # waits for one that `run` won't start again
     not_before: float = 0.0  # seconds since the epoch before which `run` does not start it
 
     @property
@@ -76,29 +77,29 @@ class CellState:
 def of_all(cells: Sequence[Cell], layout: Layout, now: float, jobs: Mapping[str, Job]) -> list[CellState]:
     """States of these cells; on gs:// many folders are read at once."""
     remote = storage.is_remote(layout.root)
-    return storage.each(lambda cell: of(layout.cell(cell.name), now, jobs.get(cell.name), cell), cells, remote=remote)
+    return storage.each(lambda cell: of(cell, layout.cell(cell.name), now, jobs.get(cell.name)), cells, remote=remote)
 
 
-def of(folder: epath.PathLike, now: float, job: Job | None = None, cell: Cell | None = None) -> CellState:
-    """State of the cell in `folder` at `now` (seconds since the epoch), for which the engine has `job`. Reads only.
+def of(cell: Cell | type[Cell], folder: epath.PathLike, now: float, job: Job | None = None) -> CellState:
+    """State of a cell in its folder at `now` (seconds since the epoch), for which the engine has `job`. Reads only.
 
-    With `cell` it is also checked that the folder is still of that cell; without, it is one of training.
+    Where only the kind of the cell is given, it is not checked that the folder is still of that cell.
     """
-    kind = TrainingCell if cell is None else cell
     folder = epath.Path(folder) if storage.is_remote(folder) else Path(folder)  # the latter is several times as fast
     names = set(storage.names(folder))
-    beat = kind.progress(folder) if "heartbeat.json" in names else {}
+    beat = cell.progress(folder) if "heartbeat.json" in names else {}
     known: dict[str, Any] = {name: beat.get(name) for name in PROGRESS}
-    known |= {"heartbeat_age": now - beat["time"] if "time" in beat else None, "attempts": _attempts(folder, names)}
+    known |= {"heartbeat_age": now - beat["time"] if "time" in beat else None}
+    known |= {"attempts": run_folder.next_attempt(folder) if names & {"attempts", "metrics"} else 0}
     if job is not None:
         known |= {"job": job.id, "where": job.where}
     if CANCELLED in names:
         known |= {"cancelled": record(folder / CANCELLED).get("time")}
-    if cell is not None and "config.json" in names and (what := cell.edited(folder)) is not None:
+    if not isinstance(cell, type) and "config.json" in names and (what := cell.edited(folder)) is not None:
         return CellState("failed", **known, failure="edited", cause=what)
     if "result.json" in names:
         try:
-            result = kind.finished(folder)
+            result = cell.finished(folder)
         except ValueError as error:
             return CellState("failed", **known, failure="broken_result", cause=str(error))
         if result is not None:  # else `retry` has just moved it away
@@ -108,7 +109,7 @@ def of(folder: epath.PathLike, now: float, job: Job | None = None, cell: Cell | 
         return CellState("queued", **known, cause=job.detail or None)
     if job is not None and job.state == RUNNING:
         return _running(beat, known, job, now)
-    return _at_rest(folder, names, known, job, kind, now)
+    return _at_rest(cell, folder, names, known, job, now)
 
 
 def _running(beat: Mapping[str, Any], known: dict[str, Any], job: Job, now: float) -> CellState:
@@ -125,9 +126,9 @@ def _running(beat: Mapping[str, Any], known: dict[str, Any], job: Job, now: floa
 
 
 def _at_rest(
-    folder: epath.Path, names: set[str], known: dict[str, Any], job: Job | None, kind: Cell | type[Cell], now: float
+    cell: Cell | type[Cell], folder: epath.Path, names: set[str], known: dict[str, Any], job: Job | None, now: float
 ) -> CellState:
-    """Of a cell without a job that lives."""
+    """State of a cell without a job that lives."""
     tries = _in_vain(folder, names)
     end = record(folder / "exit.json") if "exit.json" in names else {}
     if "host-failure.json" in names:  # a host that did not come to train
@@ -137,9 +138,9 @@ def _at_rest(
     failure, cause = end.get("class", "error"), end.get("reason")
     if end and failure not in RETRIED_CLASSES:
         return CellState("failed", **known, failure=failure, cause=cause)
-    known |= {"not_before": tries.resume}
-    waits, blocked = _waits(kind.waits_for(folder), now)
-    said = job.detail if job is not None and job.detail else None
+    waits, blocked = _waits(cell, folder, now)
+    known |= {"not_before": tries.resume, "waits": waits is not None}
+    said = job.detail or None if job is not None else None
     if end:
         resting = "preempted" if failure == "preempted" else "failed"
     elif known["attempts"]:
@@ -188,13 +189,13 @@ def _in_vain(folder: epath.Path, names: set[str]) -> _InVain:
     return _InVain(len(list(after)), len(unheard), max(unheard, default=0.0) + wait, begun)
 
 
-def _waits(source: epath.Path | None, now: float) -> tuple[str | None, bool]:
-    """What a cell whose parent has this folder waits for, and whether in vain."""
-    if source is None or (before := of(source, now)).state == "done":
+def _waits(cell: Cell | type[Cell], folder: epath.Path, now: float) -> tuple[str | None, bool]:
+    """What a cell waits for, if its parent is not done, and whether in vain."""
+    if (parent := cell.waits_for(folder)) is None or (before := of(*parent, now)).state == "done":
         return None, False
     blocked = before.blocked or not before.runnable
     what = before.cause if before.blocked else before.state if before.state in ("failed", "diverged") else None
-    return f"waits for {source.name}{f', which {what}' if what else ''}", blocked
+    return f"waits for {parent[1].name}{f', which {what}' if what else ''}", blocked
 
 
 def waiting(names: Sequence[str], states: Sequence[CellState]) -> list[str]:
@@ -225,9 +226,3 @@ def held_back(cells: Sequence[Cell], states: Sequence[CellState]) -> dict[str, s
         reason = f"held back: {len(failed)} cells of its size failed alike ({failure}), like {first}"
         result |= {cell.name: reason for cell, now in members if now.runnable}
     return result
-
-
-def _attempts(folder: epath.Path, names: set[str]) -> int:
-    """How often training has begun: by the records, and by the rows of attempts from before there were records."""
-    files = [name for kind in ("attempts", "metrics") if kind in names for name in storage.names(folder / kind)]
-    return len({int(match[1]) for name in files if (match := re.match(r"(?:attempt-)?(\d+)[-.]", name))})

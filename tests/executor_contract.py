@@ -104,7 +104,7 @@ class Contract:
 
     def state_of(self, engine, cell):
         jobs = engine.executor.jobs()
-        return state.of(engine.layout.cell(cell.name), time.time(), jobs.get(cell.name))
+        return state.of(cell, engine.layout.cell(cell.name), time.time(), jobs.get(cell.name))
 
     def test_a_cell_runs_to_its_end(self, engine):
         cell, other = engine.cells
@@ -212,7 +212,8 @@ import os, sys, time
 from pathlib import Path
 from etils import epath
 from launch import grid
-from launch.cells import Layout, TrainingCell
+from launch.cells import Layout
+from launch.training_cells import TrainingCell
 from launch.executors import base
 from tests import executor_contract, grid_fakes
 TrainingCell.command = executor_contract.fake_command

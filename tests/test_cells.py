@@ -11,8 +11,9 @@ import pytest
 from gqa_jax import storage
 from gqa_jax.config import hash_identity
 from launch import grid, run, screen, state
-from launch.cells import REPOSITORY, Cell, Layout, TrainingCell
+from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import local
+from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes
 
 PROCESS = """
@@ -41,6 +42,7 @@ class CountingCell:
     parent: str
     steps: int
     size: str = "small"
+    train_flops: float = 1.0
 
     @property
     def identity(self):
@@ -68,7 +70,7 @@ class CountingCell:
 
     @staticmethod
     def waits_for(folder):
-        return folder.parent.parent
+        return TrainingCell, folder.parent.parent
 
     @staticmethod
     def progress(folder):
@@ -110,7 +112,7 @@ def test_it_runs_after_its_parent_in_a_folder_of_that_one(tmp_path, trained):
     assert layout.cell(cells[1].name) == tmp_path / "cells" / trained.name / "counts" / "3"
     executor_contract.behave(layout, trained, "finish")
     made(cells[1:], layout)
-    waiting = state.of(layout.cell(cells[1].name), time.time(), None, cells[1])
+    waiting = state.of(cells[1], layout.cell(cells[1].name), time.time())
     assert (waiting.state, waiting.runnable, waiting.cause) == ("planned", True, f"waits for {trained.name}")
     last = run_all(cells, layout)
     assert [now.state for now in last.states] == ["done", "done"]
@@ -120,7 +122,7 @@ def test_it_runs_after_its_parent_in_a_folder_of_that_one(tmp_path, trained):
     assert [row["state"] for row in screen.rows(cells, last.states, {})] == ["done", "done"]
     assert screen.table(cells, last.states, "both kinds", {}).row_count == 2
     (layout.cell(cells[1].name) / "config.json").write_text('{"steps": 4}')
-    edited = state.of(layout.cell(cells[1].name), time.time(), None, cells[1])
+    edited = state.of(cells[1], layout.cell(cells[1].name), time.time())
     assert (edited.state, edited.failure, edited.cause) == ("failed", "edited", "it counts to another number")
 
 

@@ -159,9 +159,10 @@ TABLE = (
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.executors"),
-    Row("launch.cells", ".costs .config .storage .training.run_folder"),
-    Row("launch.grid", ".errors .config .data .data.catalog .data.reader launch.cells"),
-    Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.grid"),
+    Row("launch.cells", ".storage"),
+    Row("launch.training_cells", ".costs .config .storage .training.run_folder launch.cells"),
+    Row("launch.grid", ".errors .config .data .data.catalog .data.reader launch.cells launch.training_cells"),
+    Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
     Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
     Row("launch.executors.bundle", ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base"),
@@ -176,7 +177,7 @@ TABLE = (
         ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
         "launch.executors.queue launch.executors.bundle",
     ),
-    Row("launch.state", ".storage launch.cells launch.executors.base"),
+    Row("launch.state", ".storage .training.run_folder launch.cells launch.executors.base"),
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
     Row("launch.screen", ".formatting .hardware launch.cells launch.executors.base launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.cells"),
@@ -208,8 +209,8 @@ TABLE = (
     ),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.cells launch.grid "
-        "launch.rules launch.state launch.tables launch.studies",
+        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.cells launch.training_cells "
+        "launch.grid launch.rules launch.state launch.tables launch.studies",
     ),
     Row(
         "launch.report",
@@ -220,7 +221,8 @@ TABLE = (
     Row(
         "launch.findings",
         ".errors .formatting .shapes .costs .storage .results .laws .search.invariance .search.objectives "
-        ".search.answer .search.optimum .plots launch.state launch.studies launch.grid_tables launch.report",
+        ".search.answer .search.optimum .plots launch.training_cells launch.state launch.studies launch.grid_tables "
+        "launch.report",
     ),
     Row(
         "launch.analysis",
@@ -243,8 +245,8 @@ TABLE = (
         ".training.loss .training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
         ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results .laws "
         ".laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
-        ".search.optimum .search.next_runs .plots launch.cells launch.grid launch.studies launch.report launch.findings "
-        "tests",
+        ".search.optimum .search.next_runs .plots launch.cells launch.training_cells launch.grid launch.studies "
+        "launch.report launch.findings tests",
         outside="jax",
     ),
 )

@@ -13,9 +13,10 @@ from gqa_jax.config import ConfigError
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
 from launch import grid, run, state
-from launch.cells import Layout, TrainingCell
+from launch.cells import Layout
 from launch.executors import local
 from launch.executors.base import SubmitError
+from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes
 from tests.executor_contract import Contract, Engine, behave
 from tests.test_grid import two_phases
@@ -165,7 +166,7 @@ def test_a_preempted_cell_is_started_again_in_the_same_run(tmp_path, fake_traini
 
         told = []
         run.repeat([cell], layout, one, False, preempt, 0.05)
-    assert state.of(layout.cell(cell.name), time.time()).state == "done"
+    assert state.of(cell, layout.cell(cell.name), time.time()).state == "done"
     assert starts(layout, cell) == 3
 
 
@@ -183,7 +184,7 @@ def test_what_is_cancelled_stays_so_until_the_next_run(tmp_path, fake_training):
     assert (last.states[0].state, starts(layout, cell)) == ("preempted", 1)
     with local.Executor(local.Options(slots=1), layout) as one:
         run.repeat([cell], layout, one, True, lambda now: None, 0.05)
-    assert state.of(layout.cell(cell.name), time.time()).state == "done"
+    assert state.of(cell, layout.cell(cell.name), time.time()).state == "done"
 
 
 def test_slots_share_the_cpus():
@@ -227,7 +228,8 @@ LAUNCHER = """
 import signal, sys
 from pathlib import Path
 from launch import grid, run
-from launch.cells import Layout, TrainingCell
+from launch.cells import Layout
+from launch.training_cells import TrainingCell
 from launch.executors import local
 from tests import executor_contract, grid_fakes
 TrainingCell.command = executor_contract.fake_command
@@ -278,7 +280,7 @@ def test_a_phase_starts_when_the_one_before_it_is_done(tmp_path, fake_training):
     ended = [(layout.cell(cell.name) / "result.json").stat().st_mtime for cell in cells]
     begun = [json.loads((layout.cell(cell.name) / "attempts" / "000.json").read_text())["time"] for cell in cells]
     assert all(end < start for end, start in zip(ended, begun[1:], strict=False))
-    assert state.of(layout.cell(cells[-1].name), time.time()).state == "done"
+    assert state.of(cells[-1], layout.cell(cells[-1].name), time.time()).state == "done"
 
 
 @pytest.mark.parametrize("how", ["fail", "oom", "die"])
@@ -290,7 +292,7 @@ def test_a_phase_does_not_start_after_one_that_failed(tmp_path, how, fake_traini
     (first, second, third), (alone,) = [c for c in cells if "s16d" in c.name], [c for c in cells if "s32d" in c.name]
     train(cells, layout, {first.name: [how]}, slots=1)
     assert [starts(layout, cell) for cell in (first, second, third, alone)] == [1, 0, 0, 1]
-    assert state.of(layout.cell(second.name), time.time()).cause == f"waits for {first.name}, which failed"
+    assert state.of(second, layout.cell(second.name), time.time()).cause == f"waits for {first.name}, which failed"
 
 
 def test_a_phase_chosen_without_the_one_before_it_is_refused(tmp_path):
@@ -299,16 +301,16 @@ def test_a_phase_chosen_without_the_one_before_it_is_refused(tmp_path):
     for cell in cells:
         layout.cell(cell.name).mkdir(parents=True)
         write_json(layout.cell(cell.name) / "config.json", cell.config.to_dict())
-    launch._check_parents(cells, layout)
+    launch._check_parents(cells, cells, layout)
     with pytest.raises(
         ConfigError, match=f"{second.name} continues {first.name}, which is not done and not chosen: leave --where"
     ):
-        launch._check_parents([second, third], layout)
+        launch._check_parents([second, third], cells, layout)
     grid_fakes.finish(first, layout)
-    launch._check_parents([second, third], layout)
+    launch._check_parents([second, third], cells, layout)
     (layout.cell(first.name) / "result.json").unlink()
     grid_fakes.finish(second, layout)
-    launch._check_parents([second], layout)  # there is nothing to start
+    launch._check_parents([second], cells, layout)  # there is nothing to start
 
 
 def test_two_phases_of_real_training_from_the_command_line(tmp_path, capsys):

@@ -13,9 +13,10 @@ from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
 from launch import grid
 from launch import run as run_passes
-from launch.cells import Layout, TrainingCell
+from launch.cells import Layout
 from launch.executors import local, sky
 from launch.executors.base import Job, SubmitError
+from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes
 
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import time
 
@@ -9,8 +10,11 @@ from launch import grid, state
 from launch.cells import Layout
 from launch.executors import local
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job
+from launch.training_cells import TrainingCell
 from tests import grid_fakes
 from tests.test_grid import two_phases
+
+state_of = functools.partial(state.of, TrainingCell)
 
 
 def one_cell(tmp_path):
@@ -26,34 +30,34 @@ def running(cell, **values):
 def test_states_follow_from_the_files_the_job_and_the_time(tmp_path):
     cell, layout, folder = one_cell(tmp_path)
     now = time.time()
-    assert state.of(folder, now).state == "planned"
-    queued = state.of(folder, now, Job(cell.name, "7", QUEUED, "Priority"))
+    assert state_of(folder, now).state == "planned"
+    queued = state_of(folder, now, Job(cell.name, "7", QUEUED, "Priority"))
     assert (queued.state, queued.cause, queued.runnable) == ("queued", "Priority", False)
-    assert state.of(folder, now, running(cell, since=now)).state == "running"
-    assert state.of(folder, now + 3600, running(cell, since=now)).state == "stalled"  # it has never shown a sign of life
+    assert state_of(folder, now, running(cell, since=now)).state == "running"
+    assert state_of(folder, now + 3600, running(cell, since=now)).state == "stalled"  # it has never shown a sign of life
     begin(folder, 0, 0, now)
     grid_fakes.beat(folder)
-    seen = state.of(folder, now, running(cell))
+    seen = state_of(folder, now, running(cell))
     assert (seen.state, seen.step, seen.eta_seconds, seen.attempts, seen.job) == ("running", 2, 5.0, 1, "7")
     grid_fakes.beat(folder, age=3600)
-    assert state.of(folder, now, running(cell, since=now)).state == "running"  # of the attempt before: this one is starting
-    stalled = state.of(folder, now, running(cell))
+    assert state_of(folder, now, running(cell, since=now)).state == "running"  # of the attempt before: this one is starting
+    stalled = state_of(folder, now, running(cell))
     assert stalled.state == "stalled"
     assert "no heartbeat for 36" in stalled.cause
     assert stalled.silence > state.STALLED_SECONDS
-    lost = state.of(folder, now)
+    lost = state_of(folder, now)
     assert (lost.state, lost.runnable) == ("lost", True)
-    assert state.of(folder, now, Job(cell.name, "7", DEAD, "the node failed")).cause == "the node failed"
+    assert state_of(folder, now, Job(cell.name, "7", DEAD, "the node failed")).cause == "the node failed"
     run_folder.record_exit(folder, 75, "preempted", "asked to end", 0)
-    assert (state.of(folder, now).state, state.of(folder, now).runnable) == ("preempted", True)
+    assert (state_of(folder, now).state, state_of(folder, now).runnable) == ("preempted", True)
     run_folder.record_exit(folder, 1, "out_of_memory", "too big", 0)
-    failed = state.of(folder, now)
+    failed = state_of(folder, now)
     assert (failed.state, failed.failure, failed.cause, failed.runnable) == ("failed", "out_of_memory", "too big", False)
     run_folder.record_exit(folder, -9, "killed", "SIGKILL", 0)
-    assert state.of(folder, now).runnable
+    assert state_of(folder, now).runnable
     grid_fakes.finish(cell, layout)
-    assert state.of(folder, now, running(cell)).state == "done"
-    assert not state.of(folder, now).runnable
+    assert state_of(folder, now, running(cell)).state == "done"
+    assert not state_of(folder, now).runnable
 
 
 def begin(folder, number, first_step, at):
@@ -72,14 +76,14 @@ def test_preempted_three_times_without_progress_is_a_failure(tmp_path):
     for number in range(state.PREEMPTED_IN_VAIN):
         begin(folder, number, 0, number)
         run_folder.record_exit(folder, 75, "preempted", "asked to end", number)
-        assert state.of(folder, 1e9).runnable == (number < 2)
-    failed = state.of(folder, 1e9)
+        assert state_of(folder, 1e9).runnable == (number < 2)
+    failed = state_of(folder, 1e9)
     assert (failed.state, failed.failure) == ("failed", "no_progress")
     assert "preempted 3 times in a row" in failed.cause
     (folder / "checkpoints" / "5").mkdir(parents=True)  # the last of them had saved something
-    assert state.of(folder, 1e9).state == "preempted"
+    assert state_of(folder, 1e9).state == "preempted"
     begin(folder, 3, 5, 3)
-    assert state.of(folder, 1e9).runnable
+    assert state_of(folder, 1e9).runnable
 
 
 def test_submissions_that_lead_nowhere_wait_longer_each_time_and_end(tmp_path):
@@ -87,13 +91,13 @@ def test_submissions_that_lead_nowhere_wait_longer_each_time_and_end(tmp_path):
     waits = []
     for number in range(state.UNSTARTED):
         submitted(folder, 1000.0, number)
-        waits.append(state.of(folder, 2000.0).not_before - 1000.0)
+        waits.append(state_of(folder, 2000.0).not_before - 1000.0)
     assert waits[:4] == [30, 60, 120, 240]
-    failed = state.of(folder, 2000.0)
+    failed = state_of(folder, 2000.0)
     assert (failed.failure, failed.runnable) == ("no_progress", False)
     assert "no training process has appeared" in failed.cause
     begin(folder, 0, 0, 1001.0)
-    assert state.of(folder, 2000.0).not_before == 0
+    assert state_of(folder, 2000.0).not_before == 0
 
 
 def test_a_host_that_failed_before_training_is_shown(tmp_path):
@@ -104,7 +108,7 @@ def test_a_host_that_failed_before_training_is_shown(tmp_path):
     write_json(
         folder / "host-failure.json", {"class": "infrastructure", "reason": "no space for the environment", "time": later}
     )
-    failed = state.of(folder, later)
+    failed = state_of(folder, later)
     assert (failed.state, failed.failure, failed.cause) == ("failed", "infrastructure", "no space for the environment")
     assert failed.runnable
 
@@ -114,19 +118,19 @@ def test_a_folder_that_somebody_edited_is_a_failure_with_the_field(tmp_path):
     values = cell.config.to_dict()
     folder.mkdir(parents=True)
     write_json(folder / "config.json", values | {"checkpoint": values["checkpoint"] | {"keep": 9}})
-    assert state.of(folder, 0.0, None, cell).state == "planned"  # nothing that changes its result
+    assert state.of(cell, folder, 0.0).state == "planned"  # nothing that changes its result
     write_json(folder / "config.json", values | {"seed": 5})
-    edited = state.of(folder, 0.0, None, cell)
+    edited = state.of(cell, folder, 0.0)
     assert (edited.state, edited.failure, edited.runnable) == ("failed", "edited", False)
     assert "seed: 0 here, 5 there" in edited.cause
     (folder / "config.json").write_text("{")
-    assert "can't be used" in state.of(folder, 0.0, None, cell).cause
+    assert "can't be used" in state.of(cell, folder, 0.0).cause
 
 
 def test_a_clock_that_is_off_is_said(tmp_path):
     cell, _, folder = one_cell(tmp_path)
     grid_fakes.beat(folder, age=-300)
-    ahead = state.of(folder, time.time(), running(cell))
+    ahead = state_of(folder, time.time(), running(cell))
     assert ahead.state == "running"
     assert "300 s ahead" in ahead.cause
 
@@ -149,7 +153,7 @@ def test_a_broken_result_is_a_failure_that_says_what_to_do(tmp_path):
     _, _, folder = one_cell(tmp_path)
     folder.mkdir(parents=True)
     (folder / "result.json").write_text('{"status": "do')
-    broken = state.of(folder, 0.0)
+    broken = state_of(folder, 0.0)
     assert (broken.state, broken.failure, broken.runnable) == ("failed", "broken_result", False)
     assert "move it away" in broken.cause
 
@@ -163,7 +167,7 @@ def test_looking_is_harmless(tmp_path):
             assert list(engine.jobs()) == [cell.name]
         assert engine.jobs() == {}
     (folder / "heartbeat.json").write_text(json.dumps([]))
-    assert state.of(folder, 0.0).state == "planned"
+    assert state_of(folder, 0.0).state == "planned"
 
 
 def phases(tmp_path):
@@ -176,15 +180,15 @@ def phases(tmp_path):
 
 def test_a_cell_waits_for_the_one_that_it_continues(tmp_path):
     (first, second, _), layout, folders = phases(tmp_path)
-    states = [state.of(folder, 0.0) for folder in folders]
+    states = [state_of(folder, 0.0) for folder in folders]
     assert [(s.state, s.runnable, s.cause) for s in states] == [
         ("planned", True, None),
         ("planned", True, f"waits for {first.name}"),
         ("planned", True, f"waits for {second.name}"),
     ]
     grid_fakes.finish(first, layout)
-    assert state.of(folders[1], 0.0).cause is None
-    assert state.of(folders[2], 0.0).cause == f"waits for {second.name}"
+    assert state_of(folders[1], 0.0).cause is None
+    assert state_of(folders[2], 0.0).cause == f"waits for {second.name}"
 
 
 @pytest.mark.parametrize(("kind", "again"), [("out_of_memory", False), ("killed", True), ("diverged", False)])
@@ -194,7 +198,7 @@ def test_a_cell_waits_in_vain_for_one_that_failed(tmp_path, kind, again):
         grid_fakes.finish(first, layout, "diverged")
     else:
         run_folder.record_exit(folders[0], 1, kind, "why", 0)
-    states = [state.of(folder, 0.0) for folder in folders]
+    states = [state_of(folder, 0.0) for folder in folders]
     ended = "diverged" if kind == "diverged" else "failed"
     assert [s.state for s in states] == [ended, "planned", "planned"]
     assert states[1].cause == f"waits for {first.name}, which {ended}"

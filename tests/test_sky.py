@@ -16,9 +16,10 @@ from etils import epath
 from gqa_jax import hardware
 from gqa_jax.config import ConfigError, TrainConfig
 from launch import grid
-from launch.cells import REPOSITORY, Layout, TrainingCell
+from launch.cells import REPOSITORY, Layout
 from launch.executors import base, bundle, sky
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, SubmitError
+from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes, needs, sky_fake
 
 FAKE = Path(sky_fake.__file__)

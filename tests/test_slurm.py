@@ -13,9 +13,10 @@ from etils import epath
 
 from gqa_jax.config import ConfigError
 from launch import grid
-from launch.cells import REPOSITORY, Layout, TrainingCell
+from launch.cells import REPOSITORY, Layout
 from launch.executors import base, slurm
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
+from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes, slurm_cluster
 
 USER = os.getuid()

@@ -19,9 +19,10 @@ from etils import epath
 from gqa_jax import storage
 from gqa_jax.config import ConfigError
 from launch import grid, run, state
-from launch.cells import REPOSITORY, Layout, TrainingCell
+from launch.cells import REPOSITORY, Layout
 from launch.executors import base, bundle, tpu
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
+from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes, tpu_fake
 from tests.executor_contract import Contract, behave
 
@@ -138,7 +139,7 @@ def started(engine, *behaviour):
 
 
 def now(engine, cell):
-    return state.of(engine.layout.cell(cell.name), time.time(), engine.executor.jobs().get(cell.name))
+    return state.of(cell, engine.layout.cell(cell.name), time.time(), engine.executor.jobs().get(cell.name))
 
 
 def logs(engine, cell):
