@@ -32,7 +32,8 @@ from rich.text import Text
 from benchmarks import attention_contenders, attention_measure, attention_report, attention_tune
 from benchmarks.attention_measure import Ceilings, Limits
 from gqa_jax import plots
-from gqa_jax.attention import Case, implementations
+from gqa_jax.attention import Case
+from gqa_jax.attention.spec import target
 from gqa_jax.errors import closest
 from gqa_jax.formatting import read_context
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--out: {options.out} has results of an earlier run: give another folder")
     # the two frameworks share a GPU's memory: neither may take most of it at the start
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    platform, chip = implementations.target()[:2]
+    platform, chip = target()[:2]
     if platform not in DEFAULTS:
         parser.error(f"no defaults for platform {platform!r}: there are {', '.join(DEFAULTS)}")
     for field, value in DEFAULTS[platform]._asdict().items():

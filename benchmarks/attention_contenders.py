@@ -20,8 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import timing
-from gqa_jax.attention import Case, attention, implementations
-from gqa_jax.attention.decode import DECODERS, decode
+from gqa_jax.attention import Case, attention, decode, names, unsupported_reason
 
 
 class Work(NamedTuple):
@@ -102,10 +101,10 @@ def registered() -> list[Contender]:
 
     def contender(name: str) -> Contender:
         return Contender(
-            name, implementations.get(name).obstacle, lambda case: functools.partial(attention, implementation=name)
+            name, functools.partial(unsupported_reason, name), lambda case: functools.partial(attention, implementation=name)
         )
 
-    return [contender(name) for name in implementations.names()]
+    return [contender(name) for name in names()]
 
 
 def peers() -> list[Contender]:
@@ -269,18 +268,18 @@ class TorchContender(NamedTuple):
 def decoders(torch: Torch | None) -> list[Contender | TorchContender]:
     """Who answers one query from a full cache."""
     return [
-        *(_registered_decoder(name, implementation) for name, implementation in DECODERS.items()),
+        *map(_registered_decoder, names(decode=True)),
         Contender("jax_nn_xla", lambda case: None, _jax_nn_xla_decode),
         Contender("triton_gqa", _needs("gpu", 16 * 128), _triton_gqa),
         *([] if torch is None else torch.contenders()),
     ]
 
 
-def _registered_decoder(name: str, implementation) -> Contender:
+def _registered_decoder(name: str) -> Contender:
     def attending(case: Case):
         return lambda q, k, v: decode(q, k, v, case.keys, implementation=name)
 
-    return Contender(name, implementation.obstacle, attending)
+    return Contender(name, lambda case: unsupported_reason(name, case._replace(decode=True)), attending)
 
 
 def _jax_nn_xla_decode(case: Case):

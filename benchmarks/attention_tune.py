@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from benchmarks import attention_measure as measuring
 from benchmarks.attention_contenders import Contender, Work
 from benchmarks.attention_measure import Ceilings, Entry, Limits
-from gqa_jax.attention import Case, implementations, xla
-from gqa_jax.attention.gradient import Kernel, attend
-from gqa_jax.attention.masks import Mask
+from gqa_jax.attention import Case, Mask, names, unsupported_reason, xla
+from gqa_jax.attention.vjp import Kernel, attend
+from gqa_jax.hardware import Tiles
 
 FINALISTS = 4
 WORTHWHILE = 1.02  # less is noise, and a table that changes with every run
@@ -32,7 +32,7 @@ class Tunable(NamedTuple):
 
     choose: Callable[[Case], Any]  # the present options
     candidates: Callable[[Case, str], Sequence[Any]]  # (case, part): values of that part worth trying
-    forward: Callable  # both passes as in `gradient.Kernel`
+    forward: Callable  # both passes as in `vjp.Kernel`
     backward: Callable
     key: Callable[[Case, str], tuple] = lambda case, part: (case.chip, case.head_dim, part)  # of a row; its cases decide it
 
@@ -40,7 +40,7 @@ class Tunable(NamedTuple):
 def tunables() -> dict[str, Tunable]:
     """By name of the implementation, of those that are registered: the one place to enter a kernel."""
     makers = {"xla": _xla, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu, "pallas_triton": _pallas_triton}
-    return {name: make() for name, make in makers.items() if name in implementations.names()}
+    return {name: make() for name, make in makers.items() if name in names()}
 
 
 def _xla() -> Tunable:
@@ -61,9 +61,19 @@ def _xla() -> Tunable:
 
 
 def _pallas_tpu() -> Tunable:
-    from gqa_jax.attention import pallas_tpu
+    from gqa_jax.attention import tpu
 
-    return Tunable(pallas_tpu.choose, pallas_tpu.candidates, pallas_tpu.forward, pallas_tpu.backward)
+    def candidates(case: Case, part: str) -> list[Tiles]:
+        """Neighbours of the tiles whose schedules are shortest."""
+        keys = (1024, 2048, 4096) if part == "forward" else (512, 1024, 2048)
+        pieces = [(256, 128, 2), (256, 256, 2), (256, 256, 4), (128, 128, 4)]
+        depths = (4, 5, 6, 8) if part == "forward" else (2, 3, 4)
+        return [
+            Tiles(rows=rows, keys=n, strip=strip, chunk=chunk, ahead=ahead, together=together)
+            for rows, n, (strip, chunk, together), ahead in itertools.product((512, 1024, 2048), keys, pieces, depths)
+        ]
+
+    return Tunable(tpu.choose, candidates, tpu.forward, tpu.backward)
 
 
 def _pallas_gpu() -> Tunable:
@@ -83,17 +93,18 @@ def _pallas_gpu() -> Tunable:
 
 
 def _pallas_triton() -> Tunable:
-    from gqa_jax.attention import pallas_triton, triton
+    from gqa_jax.attention import triton
+    from gqa_jax.attention.triton import kernels
 
-    def candidates(case: Case, part: str) -> list[pallas_triton.Tile]:
+    def candidates(case: Case, part: str) -> list[triton.Tile]:
         sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-        return [pallas_triton.Tile(*size) for size in sizes]
+        return [triton.Tile(*size) for size in sizes]
 
     return Tunable(
-        lambda case: pallas_triton.choose(case.length, case.keys, case.group, case.head_dim, case.dtype),
+        lambda case: triton.choose(case.length, case.keys, case.group, case.head_dim, case.dtype),
         candidates,
-        triton.forward,
-        triton.backward,
+        kernels.forward,
+        kernels.backward,
     )
 
 
@@ -132,11 +143,11 @@ def tune(
     found: list[Row | str] = []
     able = []
     for case in cases:
-        obstacle = implementations.get(name).obstacle(case)
-        if obstacle is None:
+        reason = unsupported_reason(name, case)
+        if reason is None:
             able.append(case)
         else:
-            found.append(f"{case.n_heads}/{case.n_kv_heads} heads of {case.head_dim}, T={case.length}: {obstacle}")
+            found.append(f"{case.n_heads}/{case.n_kv_heads} heads of {case.head_dim}, T={case.length}: {reason}")
     best = {case: tunable.choose(case) for case in able}
     parts = _parts(next(iter(best.values()))) if best else []
     for part in parts:

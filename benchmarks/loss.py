@@ -33,7 +33,7 @@ from rich.text import Text
 
 from benchmarks import attention, timing
 from gqa_jax import errors, formatting
-from gqa_jax.attention import implementations
+from gqa_jax.attention.spec import target
 from gqa_jax.training import loss
 
 FIELDS = (
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or Path("runs", "benchmarks", f"loss-{time.strftime('%Y%m%d-%H%M%S')}")
     if (out / "loss.csv").exists():
         parser.error(f"--out: {out} has results of an earlier run: give another folder")
-    platform, chip = implementations.target()[:2]
+    platform, chip = target()[:2]
     timed = _cases(options.sizes or _read_sizes(DEFAULT_SIZES.get(platform, LARGE_SIZES)), options)
     compiled = _cases(options.memory_sizes, options)
     constant = {

@@ -112,17 +112,15 @@ def compile_ours(chip: str, head_dim: int, length: int, heads: str) -> None:
     """Forward and backward of `pallas_tpu`; prints the branches of each pass and the scores each computes."""
     import jax
 
-    from gqa_jax.attention import pallas_tpu
-    from gqa_jax.attention.implementations import Case
-    from gqa_jax.attention.masks import Mask
+    from gqa_jax.attention import Case, Mask, tpu
 
     q, k, rows, mesh = _operands(chip, head_dim, length, heads)
     with jax.set_mesh(mesh):
         case = Case.of(q, k, Mask())
-        options = pallas_tpu.choose(case)
+        options = tpu.choose(case)
         scale = head_dim**-0.5
-        forward = jax.jit(lambda q, k, v: pallas_tpu.forward(q, k, v, Mask(), scale, options))
-        backward = jax.jit(lambda *x: pallas_tpu.backward(*x, Mask(), scale, options))
+        forward = jax.jit(lambda q, k, v: tpu.forward(q, k, v, Mask(), scale, options))
+        backward = jax.jit(lambda *x: tpu.backward(*x, Mask(), scale, options))
         forward.lower(q, k, k).compile()
         backward.lower(q, k, k, rows, rows, q).compile()
     areas = []

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa_jax.attention import oracle, xla
-from gqa_jax.attention.gradient import Kernel, attend
-from gqa_jax.attention.masks import Mask
+from gqa_jax.attention import conformance, xla
+from gqa_jax.attention.spec import Mask
+from gqa_jax.attention.vjp import Kernel, attend
 
 
 def inputs(n_heads, n_kv, head_dim, length, *, keys=None, batch=1, dtype=jnp.bfloat16, kind="normal", seed=0):
@@ -51,7 +51,7 @@ def exact(arrays, mask=None, scale=None):
         "q_offset": int(mask.q_offset), "kv_offset": int(mask.kv_offset), "scale": scale,
         "q_segments": mask.q_segments_BxT, "kv_segments": mask.kv_segments_BxS,
     }  # fmt: skip
-    return *oracle.forward(q, k, v, **known), *oracle.gradients(q, k, v, d_out, **known)
+    return *conformance.exact(q, k, v, **known), *conformance.exact_gradients(q, k, v, d_out, **known)
 
 
 def assert_as_good_as_xla(forward, backward, options, arrays, mask=None, scale=None, factor=1.5):

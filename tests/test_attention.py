@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 
 from gqa_jax import attention
-from gqa_jax.attention import oracle
-from gqa_jax.attention.masks import Mask
+from gqa_jax.attention import conformance
+from gqa_jax.attention.spec import Mask
 from tests import attention_cases as cases
 from tests import llama_numpy
 
@@ -35,7 +35,7 @@ def test_equals_independent_float64(implementation, n_heads, n_kv, length):
 
 def test_oracle_equals_independent_float64():
     q, k, v = qkv(4, 2, length=30, dtype=np.float64)
-    out, _ = oracle.forward(q.reshape(2, 30, 2, 2, 8), k, v)
+    out, _ = conformance.exact(q.reshape(2, 30, 2, 2, 8), k, v)
     np.testing.assert_allclose(out.reshape(q.shape), llama_numpy.attention(q, k, v), rtol=1e-12, atol=1e-14)
 
 
@@ -47,12 +47,12 @@ def test_oracle_gradients_are_finite_differences():
     d_out, d_lse = rng.normal(size=shapes[0]), rng.normal(size=(2, 2, 3, 6))
 
     def value(step):
-        out, lse = oracle.forward(*(x + step * d for x, d in zip(arrays, directions, strict=True)), **how)
+        out, lse = conformance.exact(*(x + step * d for x, d in zip(arrays, directions, strict=True)), **how)
         seen = np.isfinite(lse)
         return (out * d_out).sum() + (lse[seen] * d_lse[seen]).sum()
 
-    seen = np.isfinite(oracle.forward(*arrays, **how)[1])
-    gradients = oracle.gradients(*arrays, d_out, np.where(seen, d_lse, 0), **how)
+    seen = np.isfinite(conformance.exact(*arrays, **how)[1])
+    gradients = conformance.exact_gradients(*arrays, d_out, np.where(seen, d_lse, 0), **how)
     along = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
     np.testing.assert_allclose((value(1e-5) - value(-1e-5)) / 2e-5, along, rtol=1e-7)
 
@@ -79,7 +79,7 @@ def test_offsets_segments_and_log_sum_exp_against_the_oracle(
         {"q_segments": q_ids, "kv_segments": kv_ids} if segments else {}
     )
     q5 = q.reshape(1, length, 2, 2, 16)
-    out, lse = oracle.forward(q5, k, v, **known)
+    out, lse = conformance.exact(q5, k, v, **known)
     rng = np.random.default_rng(5)
     d_out = rng.normal(size=q5.shape).astype(np.float32)
     d_lse = np.where(np.isfinite(lse), rng.normal(size=lse.shape), 0).astype(np.float32)
@@ -95,7 +95,7 @@ def test_offsets_segments_and_log_sum_exp_against_the_oracle(
     np.testing.assert_allclose(got, out, atol=5e-6)
     np.testing.assert_allclose(np.moveaxis(got_lse, 1, 3), lse, rtol=2e-6, atol=2e-5)
     for mine, exact in zip(
-        pull((d_out, np.moveaxis(anything, 3, 1))), oracle.gradients(q5, k, v, d_out, d_lse, **known), strict=True
+        pull((d_out, np.moveaxis(anything, 3, 1))), conformance.exact_gradients(q5, k, v, d_out, d_lse, **known), strict=True
     ):
         np.testing.assert_allclose(mine, exact, rtol=1e-4, atol=2e-4)
 

@@ -14,8 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gqa_jax import attention, config
-from gqa_jax.attention import context, implementations, oracle, xla
-from gqa_jax.attention.gradient import Kernel
+from gqa_jax.attention import conformance, context, dispatch, xla
+from gqa_jax.attention.vjp import Kernel
 from tests import machines
 
 METHODS = ["gather", "ring"]
@@ -65,7 +65,7 @@ def exact(case):
     q, k, v, d_out, ids = case
     grouped = (*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
     q, d_out, known = q.reshape(grouped), d_out.reshape(grouped), {"q_segments": ids, "kv_segments": ids}
-    out, dq, dk, dv = oracle.forward(q, k, v, **known)[0], *oracle.gradients(q, k, v, d_out, **known)
+    out, dq, dk, dv = conformance.exact(q, k, v, **known)[0], *conformance.exact_gradients(q, k, v, d_out, **known)
     return out.reshape(case[0].shape), dq.reshape(case[0].shape), dk, dv
 
 
@@ -170,7 +170,7 @@ def calls(monkeypatch):
 
         return Kernel(forward, backward, scale, made.options)
 
-    monkeypatch.setitem(implementations._ALL, "xla", implementations.Implementation.of(lambda case: None, kernel))
+    monkeypatch.setitem(dispatch._ALL, "xla", dispatch.Implementation((dispatch.ANYWHERE,), kernel))
     return cases, passes
 
 
@@ -329,7 +329,11 @@ def test_the_written_out_form_runs_where_it_can():
 @pytest.mark.parametrize(
     ("length", "how", "message"),
     [
-        (16, {"method": "ring", "implementation": "reference"}, "one by one, and here there are none.* These can: xla\n"),
+        (
+            16,
+            {"method": "ring", "implementation": "reference"},
+            "one by one, and reference has none .* These can: xla\n",
+        ),
         (16, {"method": "gather", "implementation": "cudnn"}, "can't run here: .*NVIDIA GPU"),
         (16, {"method": "rign"}, "'rign' .* there are gather, ring"),
         (14, {"method": "ring"}, "7 positions are odd"),

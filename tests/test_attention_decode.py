@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax.attention import attention, decode_tpu, decode_triton, interpreted, oracle
-from gqa_jax.attention.decode import decode, merge
-from gqa_jax.attention.implementations import Case
+from gqa_jax.attention import attention, conformance, decode, decoding, interpreted, merge, resolve, unsupported_reason
+from gqa_jax.attention.spec import Case
+from gqa_jax.attention.tpu import decode as decode_tpu
+from gqa_jax.attention.triton import decode as decode_triton
 from tests import machines
 
-decode_module = sys.modules[decode.__module__]  # the package has a function of its name
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_triton"]
 TPUS = ("v5e", "v5p", "v6e")
 
@@ -23,7 +22,7 @@ TPUS = ("v5e", "v5p", "v6e")
 @pytest.fixture
 def small(monkeypatch):
     """Blocks so small that a cache of hundreds has several, and two or three parts."""
-    monkeypatch.setattr(decode_module, "XLA_CHUNK", 64)
+    monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
     monkeypatch.setattr(decode_triton, "choose", lambda case: decode_triton.Options(3, 32, 4, 2, case.interpreted))
     blocks = {True: 64 * 32, False: 128}  # rows of positions and heads, 32 of them at most, or positions
     monkeypatch.setattr(
@@ -46,7 +45,7 @@ def expected(q, k, v, lengths):
     out, lse = [], []
     for b, length in enumerate(lengths):
         row = q[b].reshape(1, 1, k.shape[2], -1, q.shape[-1])
-        o, e = oracle.forward(row, k[b : b + 1], v[b : b + 1], q_offset=int(length) - 1)
+        o, e = conformance.exact(row, k[b : b + 1], v[b : b + 1], q_offset=int(length) - 1)
         out.append(o.reshape(q.shape[1:]))
         lse.append(e.reshape(-1))
     return np.stack(out), np.stack(lse)
@@ -160,7 +159,7 @@ def test_blocks_as_they_are_chosen(implementation, head_dim):
 
 
 def test_xla_reads_no_chunk_beyond_the_longest_sequence(monkeypatch):
-    monkeypatch.setattr(decode_module, "XLA_CHUNK", 64)
+    monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
     q, k, v = problem(2, 1, 16, 640, dtype=jnp.float32)
     loops = str(jax.make_jaxpr(lambda n: decode(q, k, v, n, implementation="xla"))(np.array([10, 20])))
     assert "while" in loops  # a bound that is known only when it runs
@@ -194,13 +193,13 @@ def test_names_and_obstacles():
     arguments = *problem(4, 2, 16, 10, dtype=jnp.float32), 5
     with pytest.raises(ValueError, match="did you mean 'pallas_triton'"):
         decode(*arguments, implementation="pallas_tritn")
-    with pytest.raises(ValueError, match=r"can't run here: pallas_tpu runs on TPUs, this is cpu\. These can: reference, xla"):
+    with pytest.raises(ValueError, match=r"can't run here: pallas_tpu runs on TPUs, and this is cpu .*\. These can: ref"):
         decode(*arguments, implementation="pallas_tpu")
-    case = Case("tpu", "TPU v5 lite", 1, 1, 1024, 8, 1, 128, jnp.dtype("bfloat16"))
-    assert decode_module.resolve(None, case) == "pallas_tpu"
-    assert decode_module.resolve(None, case._replace(head_dim=256)) == "xla"
-    assert decode_module.resolve(None, case._replace(platform="gpu", chip="NVIDIA H200")) == "pallas_triton"
-    assert "would need a copy" in decode_tpu.obstacle(case._replace(n_heads=9, n_kv_heads=3))
+    case = Case("tpu", "TPU v5 lite", 1, 1, 1024, 8, 1, 128, jnp.dtype("bfloat16"), aligned=False, decode=True)
+    assert resolve(None, case) == "pallas_tpu"
+    assert resolve(None, case._replace(head_dim=256)) == "xla"
+    assert resolve(None, case._replace(platform="gpu", chip="NVIDIA H200")) == "pallas_triton"
+    assert "would need a copy" in unsupported_reason("pallas_tpu", case._replace(n_heads=9, n_kv_heads=3))
 
 
 def compiled_decode(mesh, n_heads, n_kv, head_dim, keys, batch=1):

@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from gqa_jax import attention
-from gqa_jax.attention import oracle
+from gqa_jax.attention import conformance
 from gqa_jax.config import REMAT_POLICIES, TrainConfig
 from gqa_jax.training import optimizer, program, sharding
 from tests import attention_cases as cases
@@ -145,7 +145,9 @@ def test_of_cudnn_the_output_and_its_statistics_are_kept_and_nothing_else():
 def test_the_cotangent_of_a_row_that_sees_no_key_reaches_no_gradient(implementation, length):
     """As of a penalty on the log-sum-exp that leaves out what is infinite only after it was squared."""
     q, k, v, d_out = cases.inputs(2, 1, 16, length, dtype=jnp.float32)
-    exact = oracle.gradients(q, k, v, d_out, np.where(np.arange(length) < 3, 0, 1) * np.ones((1, 1, 2, 1)), kv_offset=3)
+    exact = conformance.exact_gradients(
+        q, k, v, d_out, np.where(np.arange(length) < 3, 0, 1) * np.ones((1, 1, 2, 1)), kv_offset=3
+    )
 
     @jax.jit
     def gradients(q, k, v):
@@ -174,7 +176,7 @@ def test_parts_of_the_keys_merge_with_finite_gradients():
 
         return jax.vjp(merged, q, k, v)[1](d_out)
 
-    for mine, truth in zip(gradients(q, k, v, 33), oracle.gradients(q, k, v, d_out, kv_offset=3), strict=True):
+    for mine, truth in zip(gradients(q, k, v, 33), conformance.exact_gradients(q, k, v, d_out, kv_offset=3), strict=True):
         np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-4)
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax.attention import oracle, peers
-from gqa_jax.attention.implementations import Case
-from gqa_jax.attention.masks import Mask
+from gqa_jax.attention import conformance, peers, unsupported_reason
+from gqa_jax.attention.spec import Case, Mask
 from tests import machines
 
 H200 = Case("gpu", "NVIDIA H200", 1, 256, 256, 8, 2, 128, jnp.dtype("bfloat16"))
@@ -24,7 +23,7 @@ def with_tokamax(monkeypatch):
 
 
 BEYOND_CAUSAL = [
-    ({"segments": True}, "segments only as a mask"),
+    ({"segments": True}, "no segments"),
     ({"aligned": False}, "no offsets"),
     ({"keys": 512}, "as many keys as queries"),
 ]
@@ -33,37 +32,37 @@ BEYOND_CAUSAL = [
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"platform": "cpu", "chip": "cpu"}, "needs an NVIDIA GPU"),
-        ({"platform": "tpu", "chip": "TPU v5 lite"}, "needs an NVIDIA GPU"),
+        ({"platform": "cpu", "chip": "cpu"}, "runs on NVIDIA GPUs"),
+        ({"platform": "tpu", "chip": "TPU v5 lite"}, "runs on NVIDIA GPUs"),
         ({"chip": "Tesla T4"}, "compute capability 8.0"),
         ({"dtype": jnp.dtype("float32")}, "not float32"),
         ({"head_dim": 260}, "up to 256"),
         ({"chip": "NVIDIA L4", "head_dim": 256}, "up to 128 on NVIDIA L4"),
-        ({"return_lse": True}, "rounded"),
+        ({"return_lse": True}, "no log-sum-exp that has a gradient"),
         *BEYOND_CAUSAL,
     ],
 )
 def test_obstacles_of_cudnn(change, reason):
-    assert peers.cudnn_obstacle(H200) is None
-    assert reason in peers.cudnn_obstacle(H200._replace(**change))
+    assert unsupported_reason("cudnn", H200) is None
+    assert reason in unsupported_reason("cudnn", H200._replace(**change))
 
 
 @pytest.mark.usefixtures("with_tokamax")
 @pytest.mark.parametrize(
     ("case", "change", "reason"),
     [
-        (H200, {"platform": "cpu", "chip": "cpu"}, "TPUs and NVIDIA GPUs"),
+        (H200, {"platform": "cpu", "chip": "cpu"}, "TPUs or NVIDIA GPUs"),
         (H200, {"chip": "Tesla T4"}, "compute capability 8.0"),
         (H200, {"dtype": jnp.dtype("float32")}, "not float32"),
         (V5E, {"dtype": jnp.dtype("float16")}, "not float16"),
         (V5E, {"length": 200, "keys": 200}, "multiple of 128"),
-        (V5E, {"return_lse": True}, "without a gradient"),
+        (V5E, {"return_lse": True}, "no log-sum-exp that has a gradient"),
         *((case, *rest) for case in (H200, V5E) for rest in BEYOND_CAUSAL),
     ],
 )
 def test_obstacles_of_tokamax(case, change, reason):
-    assert peers.tokamax_obstacle(case) is None
-    assert reason in peers.tokamax_obstacle(case._replace(**change))
+    assert unsupported_reason("tokamax", case) is None
+    assert reason in unsupported_reason("tokamax", case._replace(**change))
 
 
 def test_tokamax_says_how_to_get_it(monkeypatch):
@@ -71,9 +70,9 @@ def test_tokamax_says_how_to_get_it(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert "pip install 'tokamax>=0.0.17'" in peers.tokamax_obstacle(V5E)
+    assert "pip install 'tokamax>=0.0.17'" in unsupported_reason("tokamax", V5E)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.9")
-    assert "0.0.9 is too old: pip install" in peers.tokamax_obstacle(V5E)
+    assert "0.0.9 is too old: pip install" in unsupported_reason("tokamax", V5E)
 
 
 def test_blocks_divide_the_length():
@@ -102,7 +101,7 @@ def test_cudnn_is_given_our_heads_and_scale(monkeypatch):
     out, lse = peers.cudnn(q, k, v, Mask(), 0.1, H200)
     assert lse is None
     assert asked == [("cudnn", (1, 256, 8, 128), (1, 256, 2, 128), (1, 256, 2, 128))]  # keys are not repeated
-    np.testing.assert_allclose(out, oracle.forward(q, k, v, scale=0.1)[0], atol=1e-5)
+    np.testing.assert_allclose(out, conformance.exact(q, k, v, scale=0.1)[0], atol=1e-5)
 
 
 @pytest.mark.needs("tokamax")
@@ -111,7 +110,7 @@ def test_tokamax_is_given_our_heads_and_scale(monkeypatch):
     q, k, v = problem()
     out, lse = peers.tokamax(q, k, v, Mask(), 0.1, V5E)
     assert lse is None
-    np.testing.assert_allclose(out, oracle.forward(q, k, v, scale=0.1)[0], atol=1e-5)
+    np.testing.assert_allclose(out, conformance.exact(q, k, v, scale=0.1)[0], atol=1e-5)
 
 
 @pytest.mark.needs("tokamax", "libtpu")

@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import tpu_cycles
 from gqa_jax import attention, hardware
-from gqa_jax.attention import pallas_tpu
-from gqa_jax.attention.masks import Mask
-from gqa_jax.attention.tpu import Options, Tiles
+from gqa_jax.attention import tpu
+from gqa_jax.attention.spec import Mask
+from gqa_jax.attention.tpu import Options
+from gqa_jax.hardware import Tiles
 from tests import attention_cases as cases
 from tests import machines
 
@@ -23,7 +24,7 @@ PACKED = Tiles(rows=512, keys=256, strip=256, chunk=128, ahead=3, together=2)
 
 def check(arrays, tiles=PACKED, mask=None, cores=1, **how):
     options = Options(tiles, tiles, cores=cores, interpret=True)
-    cases.assert_as_good_as_xla(pallas_tpu.forward, pallas_tpu.backward, options, arrays, mask, **how)
+    cases.assert_as_good_as_xla(tpu.forward, tpu.backward, options, arrays, mask, **how)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +68,10 @@ def test_documents_equal_separate_documents():
     arrays = cases.inputs(4, 1, 64, 384)
     ids = jnp.asarray(np.repeat([3, 7, 8], 128)[None], jnp.int32)
     options = Options(PACKED, PACKED, interpret=True)
-    whole = cases.run(pallas_tpu.forward, pallas_tpu.backward, options, arrays, Mask(0, 0, ids, ids))
+    whole = cases.run(tpu.forward, tpu.backward, options, arrays, Mask(0, 0, ids, ids))
     for n in range(3):
         part = [x[:, 128 * n : 128 * (n + 1)] for x in arrays]
-        alone = cases.run(pallas_tpu.forward, pallas_tpu.backward, options, part)
+        alone = cases.run(tpu.forward, tpu.backward, options, part)
         for a, b, axis in zip(whole, alone, (1, 3, 1, 1, 1), strict=True):
             there = np.take(a, range(128 * n, 128 * (n + 1)), axis=axis)
             np.testing.assert_allclose(np.float32(there), np.float32(b), rtol=2e-2, atol=2e-2)
@@ -79,10 +80,7 @@ def test_documents_equal_separate_documents():
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (4, 2)])  # key blocks, heads, key blocks, nothing is shared
 def test_two_cores_give_what_one_gives(heads):
     arrays = cases.inputs(*heads, 64, 700)
-    one, two = (
-        cases.run(pallas_tpu.forward, pallas_tpu.backward, Options(SMALL, SMALL, cores=n, interpret=True), arrays)
-        for n in (1, 2)
-    )
+    one, two = (cases.run(tpu.forward, tpu.backward, Options(SMALL, SMALL, cores=n, interpret=True), arrays) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-2, atol=1e-3)
 
@@ -95,28 +93,28 @@ def test_no_races_under_tpu_semantics(heads):
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     arrays = cases.inputs(*heads, 64, 384)
     options = Options(SMALL, SMALL, cores=2, interpret=interpret)
-    cases.assert_as_good_as_xla(pallas_tpu.forward, pallas_tpu.backward, options, arrays)
+    cases.assert_as_good_as_xla(tpu.forward, tpu.backward, options, arrays)
     assert not interpret_pallas_call.races.races_found
 
 
 def test_bit_equal_from_run_to_run():
     arrays = cases.inputs(8, 2, 64, 500)
     options = Options(PACKED, PACKED, interpret=True)
-    first, second = (cases.run(pallas_tpu.forward, pallas_tpu.backward, options, arrays) for _ in range(2))
+    first, second = (cases.run(tpu.forward, tpu.backward, options, arrays) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_what_it_refuses():
     q, k, v, _ = cases.inputs(2, 1, 64, 128)
-    with pytest.raises(ValueError, match=r"written for TPUs, and this is cpu .*These can: reference, xla"):
+    with pytest.raises(ValueError, match=r"runs on TPUs, and this is cpu .*These can: reference, xla"):
         attention.attention(q, k, v, implementation="pallas_tpu")
     with attention.interpreted():
-        with pytest.raises(ValueError, match="bfloat16 and float32, and this is float16"):
+        with pytest.raises(ValueError, match="bfloat16 and float32, not float16"):
             attention.attention(*(x.astype(jnp.float16) for x in (q, k, v)), implementation="pallas_tpu")
-        with pytest.raises(ValueError, match=r"head sizes 16, 32, .* and this is 40"):
+        with pytest.raises(ValueError, match=r"heads of a multiple of 16 up to 128 on cpu, not 40"):
             attention.attention(*(x[..., :40] for x in (q, k, v)), implementation="pallas_tpu")
     case = attention.Case("tpu", "TPU v99", 1, 128, 128, 2, 1, 64, jnp.bfloat16)
-    assert "no tiles for TPU v99" in pallas_tpu.obstacle(case)
+    assert "no tiles for TPU v99" in attention.unsupported_reason("pallas_tpu", case)
 
 
 # Compiled for chips that are not there.

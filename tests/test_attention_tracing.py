@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax import attention
-from gqa_jax.attention import capability, oracle, pallas_triton
+from gqa_jax.attention import conformance, dispatch, spec
 from tests import attention_cases as cases
 from tests import machines
 
@@ -51,7 +51,7 @@ def test_kernels_give_the_same_bits_in_64_bit_mode(implementation, mask):
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu", "pallas_triton"])
 def test_decoding_in_64_bit_mode(implementation, head_dim):
     q, k, v, _ = cases.inputs(4, 2, head_dim, 1, keys=48, dtype=jnp.float32)
-    exact, _ = oracle.forward(q, k, v, q_offset=36)
+    exact, _ = conformance.exact(q, k, v, q_offset=36)
     with attention.interpreted(), jax.enable_x64(True):
         decode = jax.jit(functools.partial(attention.decode, implementation=implementation))
         out = decode(*(np.asarray(x) for x in (q[:, 0], k, v)), jnp.asarray(37))
@@ -89,25 +89,24 @@ def test_no_gpu_backend_of_pallas_is_loaded_where_none_runs():
     loaded = loaded_after("""
 import jax, jax.numpy as jnp, gqa_jax.train
 from gqa_jax import attention
-from gqa_jax.attention import decode, implementations
 x = jnp.ones((1, 8, 1, 16))
 jax.grad(lambda x: attention.attention(x, x, x).sum())(x)
 attention.decode(x[:, 0], x, x, 3)
 case = attention.Case("gpu", "NVIDIA H200", 1, 8192, 8192, 8, 1, 64, jnp.dtype("bfloat16"), segments=True)
 assert attention.resolve(None, case) == "pallas_triton"
-assert implementations.get("tokamax").obstacle(case)
+assert attention.unsupported_reason("tokamax", case)
 """)
-    assert "gqa_jax.attention.pallas_triton" in loaded
+    assert "gqa_jax.attention.dispatch" in loaded
     assert not loaded & {
         "jax.experimental.pallas.triton", "jax._src.pallas.triton.primitives", "jax.experimental.pallas.mosaic_gpu",
-        "gqa_jax.attention.hopper",
+        "gqa_jax.attention.hopper", "gqa_jax.attention.tpu",
     }  # fmt: skip
 
 
 def test_a_jax_without_pallas_triton_says_so_and_leaves_the_rest(monkeypatch):
-    there = pallas_triton.importlib.util.find_spec
+    there = dispatch.importlib.util.find_spec
     monkeypatch.setattr(
-        pallas_triton.importlib.util,
+        dispatch.importlib.util,
         "find_spec",
         lambda name: None if name == "jax.experimental.pallas.triton" else there(name),
     )
@@ -131,14 +130,14 @@ def test_a_jax_without_pallas_triton_says_so_and_leaves_the_rest(monkeypatch):
     ],
 )  # fmt: skip
 def test_compute_capability_by_name(chip, expected):
-    assert capability.compute_capability(chip) == expected
+    assert spec.compute_capability(chip) == expected
 
 
 def test_compute_capabilities_are_those_of_jax():
     triton = pytest.importorskip("jax.experimental.pallas.triton")
     unknown = []
     for version in triton.GpuVersion:
-        ours = capability.compute_capability(version.value)
+        ours = spec.compute_capability(version.value)
         theirs = triton.get_gpu_info_from_version(version).compute_capability / 10
         if ours is None:
             unknown.append(version.value)

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax.attention import oracle, pallas_triton, triton, xla
-from gqa_jax.attention.gradient import Kernel, attend
-from gqa_jax.attention.implementations import Case
-from gqa_jax.attention.masks import Mask
+from gqa_jax.attention import conformance, triton, unsupported_reason, xla
+from gqa_jax.attention.spec import Case, Mask
+from gqa_jax.attention.triton import kernels
+from gqa_jax.attention.vjp import Kernel, attend
 from tests import machines
 
-SMALL = pallas_triton.Options(
-    *(pallas_triton.Tile(rows, keys, 4, 2) for rows, keys in ((64, 32), (32, 16), (32, 64))), interpret=True
-)
+SMALL = triton.Options(*(triton.Tile(rows, keys, 4, 2) for rows, keys in ((64, 32), (32, 16), (32, 64))), interpret=True)
 
 
 def problem(
@@ -65,11 +63,11 @@ def check(case, options):
     arrays, cotangents, mask, arguments = case
     group, head_dim = arrays[0].shape[3:]
     scale = head_dim**-0.5
-    out, lse = oracle.forward(*arrays, **arguments)
+    out, lse = conformance.exact(*arrays, **arguments)
     d_out, d_lse = cotangents[0], np.where(np.isfinite(lse), cotangents[1], 0)
-    expected = out, lse, *oracle.gradients(*arrays, d_out, d_lse, **arguments)
+    expected = out, lse, *conformance.exact_gradients(*arrays, d_out, d_lse, **arguments)
     cotangents = d_out, jnp.where(np.isfinite(lse), d_lse, jnp.nan)  # of a row that sees no key it may be anything
-    found = results(Kernel(triton.forward, triton.backward, scale, options), arrays, cotangents, mask)
+    found = results(Kernel(kernels.forward, kernels.backward, scale, options), arrays, cotangents, mask)
     n_heads = arrays[0].shape[2] * group
     plain = Kernel(xla.forward, xla.backward, scale, xla.choose(arrays[0].shape[0], arrays[0].shape[1], n_heads))
     allowed = errors(results(plain, arrays, cotangents, mask), expected)
@@ -102,7 +100,7 @@ def test_as_close_to_float64_as_xla(n_heads, n_kv, head_dim, length):
 def test_tiles_of_the_table(case):
     case = problem(**{"head_dim": 64, **case})
     _, length, _, group, head_dim = case[0][0].shape
-    check(case, pallas_triton.choose(length, length, group, head_dim, case[0][0].dtype, interpret=True))
+    check(case, triton.choose(length, length, group, head_dim, case[0][0].dtype, interpret=True))
 
 
 @pytest.mark.parametrize(
@@ -128,16 +126,16 @@ def test_masks_and_dtypes(case):
 def test_runs_a_case():
     (q, k, v), _, mask, arguments = problem(8, 2, 64, 50)
     case = Case("cpu", "cpu", 1, 50, 50, 8, 2, 64, q.dtype, interpreted=True)
-    assert pallas_triton.obstacle(case) is None
-    out, lse = attend(pallas_triton.kernel(case, 0.125), q, k, v, mask)
-    exact_out, exact_lse = oracle.forward(q, k, v, **arguments)
+    assert unsupported_reason("pallas_triton", case) is None
+    out, lse = attend(triton.kernel(case, 0.125), q, k, v, mask)
+    exact_out, exact_lse = conformance.exact(q, k, v, **arguments)
     np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, atol=2e-2)
     np.testing.assert_allclose(lse, exact_lse, atol=2e-6)
 
 
 def test_two_runs_are_bit_equal():
     arrays, cotangents, mask, _ = problem(8, 1, 64, 150)
-    program = compiled(Kernel(triton.forward, triton.backward, 0.125, SMALL), arrays, cotangents, mask)
+    program = compiled(Kernel(kernels.forward, kernels.backward, 0.125, SMALL), arrays, cotangents, mask)
     for a, b in zip(program(*arrays), program(*arrays), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -145,7 +143,7 @@ def test_two_runs_are_bit_equal():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"platform": "tpu"}, "runs on NVIDIA GPUs"),
+        ({"platform": "tpu"}, "runs on NVIDIA GPUs of compute capability 8.0 (Ampere) or later"),
         ({"chip": "Tesla T4"}, "compute capability 8.0"),
         ({"chip": "gfx942"}, "compute capability 8.0"),
         ({"dtype": jnp.dtype("float64")}, "not float64"),
@@ -156,8 +154,8 @@ def test_two_runs_are_bit_equal():
 )
 def test_obstacles(change, reason):
     case = Case("gpu", "NVIDIA A100-SXM4-80GB", 1, 128, 128, 8, 1, 64, jnp.dtype("bfloat16"))
-    assert pallas_triton.obstacle(case) is None
-    assert reason in pallas_triton.obstacle(case._replace(**change))
+    assert unsupported_reason("pallas_triton", case) is None
+    assert reason in unsupported_reason("pallas_triton", case._replace(**change))
 
 
 @pytest.mark.needs("jax-cuda13-plugin")
@@ -177,7 +175,7 @@ def test_obstacles(change, reason):
 def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments):
     mesh = machines.mesh(gpu)
     length, group = 8192, n_heads // n_kv
-    options = pallas_triton.choose(length, length, group, head_dim, jnp.bfloat16)
+    options = triton.choose(length, length, group, head_dim, jnp.bfloat16)
 
     def shape(*dims, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -190,8 +188,8 @@ def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments
         return Mask(q_segments_BxT=ids, kv_segments_BxS=ids) if segments else Mask()
 
     programs = {
-        "forward": (lambda ids, q, k, v: triton.forward(q, k, v, mask(ids), 0.1, options), (q, k, k)),
-        "backward": (lambda ids, *x: triton.backward(*x, mask(ids), 0.1, options), (q, k, k, *columns, q)),
+        "forward": (lambda ids, q, k, v: kernels.forward(q, k, v, mask(ids), 0.1, options), (q, k, k)),
+        "backward": (lambda ids, *x: kernels.backward(*x, mask(ids), 0.1, options), (q, k, k, *columns, q)),
     }
     for name, (program, arguments) in programs.items():
         with jax.set_mesh(mesh):
@@ -206,8 +204,8 @@ def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)])
 def test_float32_fits_the_smallest_gpus(head_dim):
     mesh = machines.mesh("l4")
-    options = pallas_triton.choose(1000, 1000, 2, head_dim, jnp.float32)
-    kernel = Kernel(triton.forward, triton.backward, 0.1, options)
+    options = triton.choose(1000, 1000, 2, head_dim, jnp.float32)
+    kernel = Kernel(kernels.forward, kernels.backward, 0.1, options)
     sharding = NamedSharding(mesh, PartitionSpec())
     q, k = (
         jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in ((1, 1000, 2, 2, head_dim), (1, 1000, 2, head_dim))

@@ -191,15 +191,15 @@ OUTCOMES = {
     "right kernel": ("kernel pallas_gpu", None, "keep", "right", []),
     "wrong kernel": (
         "kernel pallas_gpu", change(where=at("5", implementation="pallas_gpu", kind="offset"), status="wrong"),
-        "change", "wrong: its obstacle", ["gqa_jax/attention/hopper.py", "tests/test_attention_hopper.py"],
+        "change", "wrong: its limits", ["gqa_jax/attention/dispatch.py", "tests/test_attention_hopper.py"],
     ),
     "kernel that hangs": (
         "kernel pallas_gpu", change(where=at("2", implementation="pallas_gpu"), status="hang", ended_in="run", reason="silent"),
-        "change", "hangs: its obstacle", ["gqa_jax/attention/hopper.py", "tests/test_attention_hopper.py"],
+        "change", "hangs: its limits", ["gqa_jax/attention/dispatch.py", "tests/test_attention_hopper.py"],
     ),
     "kernel that hangs in training": (
         "kernel pallas_gpu", marked_bad, "change", "hangs",
-        ["gqa_jax/attention/hopper.py", "tests/test_attention_hopper.py"],
+        ["gqa_jax/attention/dispatch.py", "tests/test_attention_hopper.py"],
     ),
     "kernel without memory": (
         "kernel pallas_gpu",
@@ -219,12 +219,12 @@ OUTCOMES = {
     "kernel never checked": ("kernel pallas_gpu", without(at("5")), "not decided", "not decided", []),
     "decode wrong": (
         "kernel pallas_triton", change(where=at("9"), status="wrong", reason="off"), "change", "wrong",
-        ["gqa_jax/attention/triton.py", "tests/test_attention_triton.py", "tests/test_attention_decode.py"],
+        ["gqa_jax/attention/dispatch.py", "tests/test_attention_triton.py", "tests/test_attention_decode.py"],
     ),
     "triton right": ("pallas_triton as a default", None, "keep", "stays", []),
     "triton wrong": (
         "pallas_triton as a default", change(where=at("5", implementation="pallas_triton", kind="unseen"), status="wrong"),
-        "change", "off the table", ["gqa_jax/attention/implementations.py", "gqa_jax/attention/decode.py"],
+        "change", "off the table", ["gqa_jax/attention/dispatch.py"],
     ),
     "triton never checked": ("pallas_triton as a default", without(at("5")), "not decided", "not decided", []),
     "slower than cuDNN": (
@@ -232,7 +232,7 @@ OUTCOMES = {
     ),
     "as fast as cuDNN": (
         "pallas_gpu as a default: head size 64, group 8, T = 16K", speed_up(faster, 1.5), "change", "a row of defaults",
-        ["gqa_jax/attention/implementations.py"],
+        ["gqa_jax/attention/dispatch.py"],
     ),
     "faster forward alone": (
         "pallas_gpu as a default: head size 64, group 8, T = 16K",
@@ -297,7 +297,7 @@ OUTCOMES = {
     "decode at two thirds": ("decoding with pallas_triton", None, "keep", "at least 50%", []),
     "decode slow": (
         "decoding with pallas_triton", change(where=at("9", batch=8), share_of_copy=0.49), "change", "below 50% of a copy",
-        ["gqa_jax/attention/decode_triton.py"],
+        ["gqa_jax/attention/triton/decode.py"],
     ),
     "decode not timed": (
         "decoding with pallas_triton", change(where=at("9"), share_of_copy=None), "not decided", "not decided", [],
@@ -470,7 +470,7 @@ def test_any_field_may_be_missing_or_no_number():
 
 
 def test_lines_for_the_table_of_defaults_can_be_pasted():
-    from gqa_jax.attention.implementations import Row
+    from gqa_jax.attention.dispatch import Row
 
     found = record()
     assert verdicts.default_rows(found) == []
@@ -647,11 +647,11 @@ def test_reading_takes_no_jax():
 
 def test_files_that_verdicts_name_are_there():
     root = Path(verdicts.__file__).parents[2]
-    named = [verdicts.TABLE, verdicts.DECODE, *verdicts.LIMITS.values(), *verdicts.TESTS.values()]
+    named = [verdicts.TABLE, *verdicts.TESTS.values()]
     for name in [
         *named,
-        *verdicts.HOPPER_FILES.split(", "),
-        "gqa_jax/attention/decode_triton.py",
+        verdicts.HOPPER_FILES,
+        "gqa_jax/attention/triton/decode.py",
         "gqa_jax/planning/planner.py",
     ]:
         assert (root / name).exists(), name

@@ -12,9 +12,8 @@ import numpy as np
 
 from benchmarks.attention_measure import TOLERANCE
 from benchmarks.first_light.target import Shape, Target
-from gqa_jax.attention import attention, decode, oracle
-from gqa_jax.attention.masks import Mask
-from gqa_jax.attention.reference import reference
+from gqa_jax.attention import attention, conformance, decode, reference
+from gqa_jax.attention.spec import Mask
 
 RMS_FACTOR = 1.5  # of the error of `xla` in the same dtype
 #: Relative error of results that are rounded to the dtype once, and no other error: no kernel is asked for less.
@@ -45,17 +44,17 @@ def part_of(implementation: str, part: str) -> Callable:
 
 
 def exact_part(part: str, arrays: Sequence[jax.Array]) -> list[np.ndarray]:
-    """By `gqa_jax.attention.oracle`, in the shapes of `_part`."""
+    """By `gqa_jax.attention.conformance`, in the shapes of `_part`."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in arrays)
     if part == "decode":
         q = q[:, None]
     grouped = (*q.shape[:2], k.shape[2], -1, q.shape[3])
     offsets = {"q_offset": k.shape[1] - 1} if part == "decode" else {}
     if part in ("forward", "decode"):
-        out, lse = oracle.forward(q.reshape(grouped), k, v, **offsets)
+        out, lse = conformance.exact(q.reshape(grouped), k, v, **offsets)
         out, lse = out.reshape(q.shape), lse.transpose(0, 3, 1, 2).reshape(q.shape[:3])
         return [out[:, 0], lse[:, 0]] if part == "decode" else [out, lse]
-    dq, dk, dv = oracle.gradients(q.reshape(grouped), k, v, d_out.reshape(grouped))
+    dq, dk, dv = conformance.exact_gradients(q.reshape(grouped), k, v, d_out.reshape(grouped))
     return [dq.reshape(q.shape)] if part == "dq" else [dk, dv]
 
 
@@ -136,7 +135,7 @@ def lower(implementation: str, problem: Problem, *, poisoned: bool = False) -> A
 def _float64(q, k, v, *, q_offset=0, kv_offset=0, segment_ids=None):
     batch, length, n_heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-    out, lse = reference(grouped, k, v, Mask(q_offset, kv_offset, segment_ids, segment_ids), head_dim**-0.5)
+    out, lse = reference.attend(grouped, k, v, Mask(q_offset, kv_offset, segment_ids, segment_ids), head_dim**-0.5)
     return out.reshape(q.shape), jnp.transpose(lse, (0, 3, 1, 2)).reshape(batch, length, n_heads)
 
 

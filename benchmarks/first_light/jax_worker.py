@@ -27,8 +27,7 @@ from benchmarks.attention_contenders import Contender, Work
 from benchmarks.attention_measure import TOLERANCE, decode_bytes, expected, flops, worst_error
 from benchmarks.first_light.calls import PARTS, RESULTS, SHIFTED, arrays_of, exact_part, judged, lower, part_of, problem_of
 from benchmarks.first_light.target import Shape, Target
-from gqa_jax.attention import attention, decode, implementations, results_saveable
-from gqa_jax.attention.decode import DECODERS
+from gqa_jax.attention import attention, decode, results_saveable, unsupported_reason
 
 NOMINAL = 3e14  # FLOP/s that choose how many passes a sample has
 NOMINAL_BYTES = 1e12  # bytes/s, likewise, of decoding
@@ -280,9 +279,8 @@ class Session:
         with self.target.tracing():
             case = s.case()._replace(segments=segments, return_lse=lse, aligned=aligned)
             if decode:
-                case = case._replace(length=1, keys=s.length, aligned=False)
-            found = DECODERS.get(implementation) if decode else implementations.get(implementation)
-            return f"there is no {implementation} for decoding" if found is None else found.obstacle(case)
+                case = case._replace(length=1, keys=s.length, aligned=False, decode=True)
+            return unsupported_reason(implementation, case)
 
 
 # One-line kernels: whether the two compilers of Pallas work on the device at all.

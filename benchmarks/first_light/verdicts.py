@@ -21,10 +21,9 @@ QUICKSTART_CELLS = 3
 NEAR = 0.1  # a prediction of a single figure is hit within a tenth of it
 HOPPER = ("h100", "h200")  # the chips that predictions are of
 
-TABLE, DECODE = "gqa_jax/attention/implementations.py", "gqa_jax/attention/decode.py"
-LIMITS = {"pallas_gpu": "gqa_jax/attention/hopper.py", "pallas_triton": "gqa_jax/attention/triton.py"}
+TABLE = "gqa_jax/attention/dispatch.py"
 TESTS = {"pallas_gpu": "tests/test_attention_hopper.py", "pallas_triton": "tests/test_attention_triton.py"}
-HOPPER_FILES = ", ".join(f"gqa_jax/attention/hopper{part}.py" for part in ("", "_forward", "_backward", "_tiles"))
+HOPPER_FILES = "gqa_jax/attention/hopper/"
 
 
 class Change(NamedTuple):
@@ -158,11 +157,11 @@ def _kernel(record: Mapping[str, Any], kernel: str) -> Verdict:
     where = when(rows) or listed(marked)
     reasons = listed([str(row.get("reason")) for row in rows if row.get("reason")] or marked, 3)
     statuses = {row["status"] for row in rows} | {"hang" for reason in marked if ": hang in" in reason}
-    decision = "its obstacle says on which device and when; the failing cases join its tests"
+    decision = "its limits say on which device and when; the failing cases join its tests"
     word = "wrong" if "wrong" in statuses else "hangs" if "hang" in statuses else "fails"
     joined = listed(row.get("case") for row in rows) or listed(marked)
     changes = [
-        Change(LIMITS[kernel], f"obstacle(): on {findings.device(record)!r}, when {where}"),
+        Change(TABLE, f"limits of {kernel!r}: on {findings.device(record)!r}, when {where}"),
         Change(TESTS[kernel], f"cases: {joined}"),
     ]
     if any("decode" in what(row) for row in rows) or any(name.startswith(f"{kernel} decode") for name in marked):
@@ -177,10 +176,7 @@ def _triton_as_default(record: Mapping[str, Any]) -> Verdict:
         return _open(subject, f"no case of its correctness ran: {findings.step_said(record, '5')}")
     if right:
         return Verdict(subject, KEEP, "stays in the table of defaults and the default of decode", "right in all that ran")
-    changes = (
-        Change(TABLE, 'BEST: no "pallas_triton" in the row of "gpu"'),
-        Change(DECODE, 'resolve(): no "gpu": "pallas_triton" among the preferred'),
-    )
+    changes = (Change(TABLE, 'BEST: no "pallas_triton" in the row of "gpu"'),)
     rows, marked = failures(record, "pallas_triton")
     return Verdict(subject, CHANGE, "off the table of defaults and of decode", when(rows) or listed(marked), changes)
 
@@ -303,7 +299,7 @@ def _hopper_kernels(record: Mapping[str, Any]) -> Verdict:
             missing.append(findings.step_said(record, step))
     if missing:
         return _open(subject, "; ".join(filter(None, (listed(missing, 4), below and f"below so far: {listed(below, 4)}"))))
-    change = Change(HOPPER_FILES, "delete, and their name from implementations.py; the README says why, with these figures")
+    change = Change(HOPPER_FILES, "delete, and their name from dispatch.py; the README says why, with these figures")
     return Verdict(subject, CHANGE, "deleted: below cuDNN and tokamax everywhere", listed(below, 20), (change,))
 
 
@@ -371,7 +367,7 @@ def _decoding(record: Mapping[str, Any]) -> Verdict:
     why += f"; not measured: {listed(missing, 3)}" if missing else ""
     if all(share >= SHARE_OF_COPY for share in found.values()):
         return Verdict(subject, KEEP, f"at least {SHARE_OF_COPY:.0%} of a copy", why)
-    change = Change("gqa_jax/attention/decode_triton.py", "SMALLEST_PART and PROGRAMS: larger parts; or decode by cuDNN")
+    change = Change("gqa_jax/attention/triton/decode.py", "SMALLEST_PART and PROGRAMS: larger parts; or decode by cuDNN")
     return Verdict(subject, CHANGE, f"below {SHARE_OF_COPY:.0%} of a copy: larger parts, or cuDNN", why, (change,))
 
 

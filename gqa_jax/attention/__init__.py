@@ -1,15 +1,18 @@
-"""Causal grouped-query attention: one function, implementations by name.
+"""Causal grouped-query attention: one function, implementations by name (docs/attention.md).
 
 Axes: B batch, T query position, S key position, N query heads, K key/value heads, G = N / K queries per group, H head size.
 """
 
-from gqa_jax.attention.api import attention, check_name, resolve
+from gqa_jax.attention.api import attention, decode
 from gqa_jax.attention.context import context_attention, planned_case, positions, zigzag
-from gqa_jax.attention.decode import decode, merge
-from gqa_jax.attention.gradient import results_saveable
-from gqa_jax.attention.implementations import Case, interpreted
+from gqa_jax.attention.decoding import merge
+from gqa_jax.attention.dispatch import Limits, clear_traced, names, resolve, traced, unsupported_reason
+from gqa_jax.attention.external import implementation, register
+from gqa_jax.attention.spec import Case, Mask, interpreted
+from gqa_jax.attention.vjp import results_saveable
 
 __all__ = [
-    "Case", "attention", "check_name", "context_attention", "decode", "interpreted", "merge", "planned_case", "positions",
-    "resolve", "results_saveable", "zigzag",
+    "Case", "Limits", "Mask", "attention", "clear_traced", "context_attention", "decode", "implementation", "interpreted",
+    "merge", "names", "planned_case", "positions", "register", "resolve", "results_saveable", "traced",
+    "unsupported_reason", "zigzag",
 ]  # fmt: skip

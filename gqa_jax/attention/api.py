@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa_jax.attention import implementations
-from gqa_jax.attention.implementations import Case
-from gqa_jax.attention.masks import Mask
-from gqa_jax.errors import closest
+from gqa_jax.attention import dispatch
+from gqa_jax.attention.dispatch import resolve
+from gqa_jax.attention.spec import Case, Mask
 
 
 def attention(
@@ -35,7 +34,7 @@ def attention(
     Args:
       q: (B, T, N, H) queries, N a multiple of K; head n reads key/value head n // (N / K). Or (B, T, K, G, H).
       k: (B, S, K, H) keys. v: (B, S, K, H) values. All of one dtype: bfloat16 or float32 (others: `reference`, `xla`).
-      implementation: a name, or None for the best one for this platform and case (`gqa_jax.attention.implementations`).
+      implementation: a name, or None for the best one for this platform and case (`gqa_jax.attention.dispatch`).
       segment_ids: (B, T) integers of 32 bits, documents of a packed sequence; with S != T or offsets a pair, (B, T) and (B, S).
       q_offset, kv_offset: positions of the first query and key, ints or int32 scalars. S != T needs them. Equal ints are the
         usual causal mask, of which kernels leave out what is hidden; an array is known only when the program runs.
@@ -60,12 +59,51 @@ def attention(
     q_segments, kv_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     mask = Mask(_position(q_offset), _position(kv_offset), ids_of(q_segments), ids_of(kv_segments))
     case = Case.of(q_BxTxKxGxH, k, mask, return_lse=return_lse)
-    run = implementations.get(resolve(implementation, case)).run
-    out_BxTxKxGxH, lse_BxKxGxT = run(q_BxTxKxGxH, k, v, mask, scale, case)
+    name = resolve(implementation, case)
+    out_BxTxKxGxH, lse_BxKxGxT = dispatch.attend(name, q_BxTxKxGxH, k, v, mask, scale, case)
     out = out_BxTxKxGxH.reshape(q.shape)
     if not return_lse:
         return out
     return out, jnp.transpose(lse_BxKxGxT, (0, 3, 1, 2)).reshape(batch, length, *heads)
+
+
+def decode(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    length: int | jax.Array,
+    *,
+    implementation: str | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scale q k^T) v over the first `length` entries of each sequence's cache; not differentiable.
+
+    Args:
+      q: (B, N, H) queries, N a multiple of K; head n reads key/value head n // (N / K). Or (B, K, G, H).
+      k_cache, v_cache: (B, S, K, H), of q's dtype. Entries from `length` on may hold anything, NaN too. On TPUs make S a
+        multiple of 8: where H is 128 and K less than 8, other caches cost time, and with K = 1 and B > 1 a copy.
+      length: valid entries, an integer or int (B,), possibly traced; a `jax.Array` is taken to be within 0 and S.
+      implementation: a name, or None for the best one for this platform and case (`gqa_jax.attention.dispatch`).
+      scale: of the logits; None is H ** -0.5.
+      return_lse: also return the natural log-sum-exp of the logits, (B, N) (or (B, K, G)), float32: results over disjoint
+        parts of a cache merge by it. -inf where length is 0; the output is 0 there.
+
+    Raises:
+      ValueError: as in `attention`, before anything is traced.
+    """
+    _check_decode(q, k_cache, v_cache, length, scale)
+    batch, keys, n_kv, head_dim = k_cache.shape
+    q_BxKxGxH = q.reshape(batch, n_kv, -1, head_dim)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    sizes = {"n_heads": n_kv * q_BxKxGxH.shape[2], "n_kv_heads": n_kv, "head_dim": head_dim}
+    case = Case.planned(batch=batch, length=1, keys=keys, **sizes, dtype=q.dtype, aligned=False)
+    case = case._replace(return_lse=return_lse, decode=True)
+    length_B = jnp.broadcast_to(jnp.clip(jnp.asarray(length, jnp.int32), 0, keys), (batch,))
+    name = resolve(implementation, case)
+    out_BxKxGxH, lse_BxKxG = dispatch.decode(name, q_BxKxGxH, k_cache, v_cache, length_B, scale, case)
+    out = out_BxKxGxH.astype(q.dtype).reshape(q.shape)
+    return (out, lse_BxKxG.reshape(q.shape[:-1])) if return_lse else out
 
 
 def _position(offset: int | np.integer | jax.Array) -> int | jax.Array:
@@ -80,38 +118,12 @@ def ids_of(segments: jax.Array | None) -> jax.Array | None:
     return None if segments is None else jnp.asarray(segments, jnp.int32)
 
 
-def check_name(implementation: str | None) -> None:
-    """Raises ValueError on a name that no implementation has. None, which asks for the best one, is fine."""
-    if implementation is None:
-        return
-    names = implementations.names()
-    if implementation not in names:
-        raise ValueError(f"attention implementation {implementation!r} is unknown: {closest(implementation, names)}")
-
-
-def resolve(implementation: str | None, case: Case) -> str:
-    """The name of the implementation that runs `case` for `implementation`; None asks for the best one.
-
-    Raises ValueError on an unknown name and on one that can't run the case here. Nothing else is ever run in the place of
-    the one that was asked for.
-    """
-    check_name(implementation)
-    if implementation is None:
-        return implementations.best(case)
-    if (obstacle := implementations.get(implementation).obstacle(case)) is not None:
-        able = [name for name in implementations.names() if implementations.get(name).obstacle(case) is None]
-        raise ValueError(
-            f"attention implementation {implementation!r} can't run here: {obstacle}. These can: {', '.join(able)}"
-        )
-    return implementation
-
-
 def check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
     """Raises ValueError where arguments of `attention` don't fit together."""
     shapes = f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}"
     if q.ndim not in (4, 5) or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"attention takes q (B, T, N, H) or (B, T, K, G, H) and k, v (B, S, K, H); got {shapes}")
-    check_heads(q, k, v, heads_axis=2, grouped=q.ndim == 5, shapes=shapes)
+    _check_heads(q, k, v, heads_axis=2, grouped=q.ndim == 5, shapes=shapes)
     offsets_given = any(not isinstance(offset, int) or offset != 0 for offset in (q_offset, kv_offset))
     if q.shape[1] != k.shape[1] and not offsets_given:
         raise ValueError(f"causal attention needs as many keys as queries (S = T), or q_offset and kv_offset; got {shapes}")
@@ -120,13 +132,12 @@ def check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
             jnp.shape(offset) != () or not jnp.issubdtype(jnp.result_type(offset), jnp.integer)
         ):
             raise ValueError(f"{name} must be an integer scalar; got {jnp.result_type(offset)} {jnp.shape(offset)}")
-    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
-        raise ValueError(f"scale must be a positive Python number; got {scale!r}")
+    _check_scale(scale)
     if segment_ids is not None:
         _check_segments(segment_ids, q, k)
 
 
-def check_heads(q, k, v, *, heads_axis: int, grouped: bool, shapes: str) -> None:
+def _check_heads(q, k, v, *, heads_axis: int, grouped: bool, shapes: str) -> None:
     """Raises ValueError, with `shapes`, where batch, heads or dtypes of q and of k, v (B, S, K, H) don't fit together."""
     if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"queries and keys must have the same batch and head size; got {shapes}")
@@ -157,3 +168,23 @@ def _check_segments(segment_ids, q, k) -> None:
             raise ValueError(f"segment_ids must be integers of 32 bits; got {ids.dtype}: number the documents in int32")
         if ids.min() < -(2**31) or ids.max() >= 2**31:
             raise ValueError(f"segment_ids must be within int32; got {ids.min()} to {ids.max()}: number the documents from 0")
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
+        raise ValueError(f"scale must be a positive Python number; got {scale!r}")
+
+
+def _check_decode(q, k_cache, v_cache, length, scale) -> None:
+    shapes = f"q {q.shape} {q.dtype}, k_cache {k_cache.shape} {k_cache.dtype}, v_cache {v_cache.shape} {v_cache.dtype}"
+    if q.ndim not in (3, 4) or k_cache.ndim != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(f"decode takes q (B, N, H) or (B, K, G, H) and k_cache, v_cache (B, S, K, H); got {shapes}")
+    _check_heads(q, k_cache, v_cache, heads_axis=1, grouped=q.ndim == 4, shapes=shapes)
+    if jnp.shape(length) not in ((), (q.shape[0],)) or not jnp.issubdtype(jnp.result_type(length), jnp.integer):
+        raise ValueError(
+            f"length must be an integer or integers ({q.shape[0]},); got {jnp.result_type(length)} {jnp.shape(length)}"
+        )
+    # one that is on a device is not waited for
+    if not isinstance(length, jax.Array) and not np.all((np.asarray(length) >= 0) & (np.asarray(length) <= k_cache.shape[1])):
+        raise ValueError(f"length must be within the cache, 0 to {k_cache.shape[1]}; got {length}")
+    _check_scale(scale)

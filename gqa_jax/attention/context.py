@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa_jax.attention import implementations
-from gqa_jax.attention.api import attention, check, ids_of, resolve
-from gqa_jax.attention.gradient import Kernel, named, once, rows_of
-from gqa_jax.attention.implementations import Case
-from gqa_jax.attention.masks import Mask
+from gqa_jax.attention import dispatch
+from gqa_jax.attention.api import attention, check, ids_of
+from gqa_jax.attention.dispatch import resolve
+from gqa_jax.attention.spec import Case, Mask
+from gqa_jax.attention.vjp import Kernel, named, once, rows_of
 from gqa_jax.collectives import reduce_scatter
 
 METHODS = ("gather", "ring")
@@ -114,7 +114,7 @@ def context_attention(
     segment_ids = ids_of(segment_ids)
     if method == "gather":
         return _gather(q, k, v, segment_ids, axis, size, name, scale)
-    kernel_of = functools.partial(implementations.get(name).kernel, scale=head_dim**-0.5 if scale is None else float(scale))
+    kernel_of = functools.partial(dispatch.kernel, name, scale=head_dim**-0.5 if scale is None else float(scale))
     own = case._replace(batch=batch, length=local_length, keys=local_length, aligned=True)
     ring = _Ring(axis, size, _block(local_length), kernel_of(own), kernel_of(case))
     return _ring(ring, q.reshape(batch, local_length, n_kv, group, head_dim), k, v, segment_ids).reshape(q.shape)

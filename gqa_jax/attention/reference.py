@@ -1,15 +1,15 @@
-"""Attention written out: the O(T S) form, differentiated by JAX, that every kernel is compared with."""
+"""Attention written out: the O(T S) form, differentiated by JAX."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
+from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case, Mask
 
 
-def reference(
-    q_BxTxKxGxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, mask: Mask, scale: float
+def attend(
+    q_BxTxKxGxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, mask: Mask, scale: float, case: Case | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Output (B, T, K, G, H) in q's dtype and log-sum-exp (B, K, G, T), float32 or wider; see `gqa_jax.attention.attention`."""
     accumulate = jnp.promote_types(q_BxTxKxGxH.dtype, jnp.float32)

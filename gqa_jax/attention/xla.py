@@ -8,16 +8,14 @@ this, more than the skipped keys, is what makes it fast.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention.gradient import LONGEST_UNROLLED, Kernel
-from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
-
-if TYPE_CHECKING:
-    from gqa_jax.attention.implementations import Case
+from gqa_jax.attention import bounds, vjp
+from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case, Mask
+from gqa_jax.attention.vjp import LONGEST_UNROLLED, Kernel
 
 SMALLEST_UNROLLED_BLOCK = 128  # smaller ones would save little work and cost compile time
 
@@ -44,8 +42,16 @@ def kernel(case: Case, scale: float) -> Kernel:
     return Kernel(forward, backward, scale, options, name="xla", forward_mode=True)
 
 
+def attend(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, case: Case):
+    """See `gqa_jax.attention.dispatch.Implementation`."""
+    both = kernel(case, scale)
+    if both.options.chunk is None and mask.aligned:  # short: JAX's own gradient keeps the probabilities, which is faster
+        return forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask, scale, both.options)
+    return vjp.attend(both, q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask)
+
+
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
-    """See `gqa_jax.attention.gradient.Kernel`."""
+    """See `gqa_jax.attention.vjp.Kernel`."""
     problem = _Problem(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask, options)
     dtype, accumulate = q_BxTxKxGxH.dtype, problem.accumulate
 
@@ -73,7 +79,7 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
 
 
 def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask, scale, options: Options):
-    """See `gqa_jax.attention.gradient.Kernel`."""
+    """See `gqa_jax.attention.vjp.Kernel`."""
     problem = _Problem(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask, options)
     dtype, accumulate = q_BxTxKxGxH.dtype, problem.accumulate
 
@@ -131,9 +137,9 @@ class _Problem:
     def over_chunks(self, i, one_chunk, state):
         """one_chunk(state, k, v, visible, first_key) -> state, over the chunks up to the last that block i can see."""
         if self.chunk is None:
-            return self._at(0, min((i + 1) * self.block, self.keys), i, one_chunk, state)
-        stop = self.mask.q_offset - self.mask.kv_offset + jnp.minimum((i + 1) * self.block, self.length)
-        n = jnp.clip((stop + self.chunk - 1) // self.chunk, 0, self.k_BxKxSxH.shape[2] // self.chunk)
+            return self._at(0, bounds.keys_seen((i + 1) * self.block - 1, 0, self.keys), i, one_chunk, state)
+        last, shift = jnp.minimum((i + 1) * self.block, self.length) - 1, self.mask.q_offset - self.mask.kv_offset
+        n = bounds.blocks(bounds.keys_seen(last, shift, self.keys), self.chunk)
         return jax.lax.fori_loop(0, n, lambda j, s: self._at(j * self.chunk, self.chunk, i, one_chunk, s), state)
 
     def _at(self, first_key, size: int, i, one_chunk, state):

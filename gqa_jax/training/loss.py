@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gqa_jax.attention.implementations import target
+from gqa_jax.attention.spec import target
 from gqa_jax.collectives import reduce_scatter
 
 # Logits held at once. On an accelerator, adding few tokens at a time to the embedding's gradient takes longer than the matmuls:

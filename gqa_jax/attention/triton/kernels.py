@@ -19,17 +19,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gqa_jax.attention.gradient import UNSEEN_LSE
-from gqa_jax.attention.masks import HIDDEN, UNSEEN, Mask
-from gqa_jax.attention.pallas_triton import Options, Tile, padded
-from gqa_jax.attention.tracing import in_32_bits
+from gqa_jax.attention import bounds
+from gqa_jax.attention.spec import HIDDEN, UNSEEN, Mask, in_32_bits
+from gqa_jax.attention.triton import Options, Tile, padded
+from gqa_jax.attention.vjp import UNSEEN_LSE
 
 LOG2_E = math.log2(math.e)
 
 
 @in_32_bits
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
-    """See `gqa_jax.attention.gradient.Kernel`."""
+    """See `gqa_jax.attention.vjp.Kernel`."""
     problem = _Problem(q_BxTxKxGxH, k_BxSxKxH, mask, scale, options.forward, options.interpret)
     return pl.pallas_call(
         functools.partial(_forward_kernel, problem=problem),
@@ -45,7 +45,7 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
 
 @in_32_bits
 def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask, scale, options: Options):
-    """See `gqa_jax.attention.gradient.Kernel`."""
+    """See `gqa_jax.attention.vjp.Kernel`."""
     operands = (q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH.astype(q_BxTxKxGxH.dtype))
 
     def call(kernel, name: str, problem: _Problem, tiles: int, out_specs, out_shape):
@@ -129,19 +129,15 @@ class _Problem:
         """The row tile i sees all keys of the tiles before the first number, and none from the second on."""
         first = lax.div(i * self.tile.rows, jnp.int32(self.group))
         last = jnp.minimum(lax.div((i + 1) * self.tile.rows - 1, jnp.int32(self.group)), self.length - 1)
-        all_see, some_see = (jnp.minimum(jnp.maximum(t + shift + 1, 0), self.keys) for t in (first, last))
-        size = jnp.int32(self.tile.keys)
-        unmasked = jnp.zeros_like(all_see) if self.segmented else lax.div(all_see, size)
-        return unmasked, lax.div(some_see + (self.tile.keys - 1), size)
+        whole, stop = bounds.key_blocks(first, last, shift, self.keys, self.tile.keys)
+        return jnp.zeros_like(whole) if self.segmented else whole, stop
 
     def tiles_of_rows(self, j, shift):
         """The keys of tile j are seen by no row before the first row tile, and by all from the second on."""
         first = j * self.tile.keys
         last = jnp.minimum(first + self.tile.keys, self.keys) - 1
-        some_see, all_see = (jnp.minimum(jnp.maximum(s - shift, 0), self.length) * self.group for s in (first, last))
-        size = jnp.int32(self.tile.rows)
-        unmasked = jnp.full_like(all_see, self.row_tiles) if self.segmented else lax.div(all_see + (self.tile.rows - 1), size)
-        return lax.div(some_see, size), unmasked
+        start, whole = bounds.query_tiles(first, last, shift, self.length, self.tile.rows, self.group)
+        return start, jnp.full_like(whole, self.row_tiles) if self.segmented else whole
 
     def visible(self, rows: _Rows, keys: _Keys, shift, row_segments, key_segments_ref):
         """(rows, keys)"""

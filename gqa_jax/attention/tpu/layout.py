@@ -20,11 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from gqa_jax.attention.masks import HIDDEN, Mask
+from gqa_jax.attention import bounds
+from gqa_jax.attention.spec import HIDDEN, Mask
 from gqa_jax.hardware import Tiles
 
 LOG2_E = math.log2(math.e)
 LANES = 128
+PART = 512  # keys of a part of a masked block: parts that no query sees are left out
 
 
 class Options(NamedTuple):
@@ -138,35 +140,29 @@ def _pad(x, axis: int, size: int, fill: float = 0):
     return jnp.pad(x, widths, constant_values=fill)
 
 
-class Bounds:
-    """Which key blocks a query tile sees, from positions alone; on Python ints and on scalars of a kernel alike.
+class Bounds(NamedTuple):
+    """Which key blocks a query tile sees; on Python ints and on scalars of a kernel alike."""
 
-    `shift` is q_offset - kv_offset: query t sees keys up to t + shift.
-    """
-
-    def __init__(self, cut: Cut, shift):
-        self.cut, self.shift = cut, shift
+    cut: Cut
+    shift: Any  # q_offset - kv_offset: query t sees keys up to t + shift
 
     def key_blocks_seen(self, i):
         """Blocks 0 .. n - 1 hold all keys that some query of tile i sees."""
-        last = (i + 1) * self.cut.tokens - 1 + self.shift  # the last key that the last query sees
-        if isinstance(last, int):
-            return 0 if last < 0 else min(last // self.cut.tiles.keys + 1, self.cut.key_blocks)
-        block = self.cut.tiles.keys
-        return jnp.where(last < 0, 0, jnp.minimum(lax.div(jnp.maximum(last, 0), block) + 1, self.cut.key_blocks))
+        return bounds.blocks(bounds.keys_seen((i + 1) * self.cut.tokens - 1, self.shift, self.cut.keys), self.cut.tiles.keys)
 
     def first_query_tile(self, j):
         """Tiles from this one on hold all queries that see some key of block j; query_tiles when there is none."""
-        first = j * self.cut.tiles.keys - self.shift  # the first query that sees the block's first key
-        if isinstance(first, int):
-            return min(max(first, 0) // self.cut.tokens, self.cut.query_tiles)
-        return jnp.minimum(lax.div(jnp.maximum(first, 0), self.cut.tokens), self.cut.query_tiles)
+        before = bounds.queries_before(j * self.cut.tiles.keys, self.shift, self.cut.padded_length)
+        return bounds.whole_blocks(before, self.cut.tokens)
+
+    def parts_seen(self, i, j, part: int):
+        """Parts of key block j, `part` keys each, that some query of tile i sees: the first ones, one at least."""
+        reach = (i + 1) * self.cut.tokens + self.shift - j * self.cut.tiles.keys  # keys of the block that the last query sees
+        return jnp.clip(lax.div(reach + part - 1, part), 1, self.cut.tiles.keys // part)
 
     def all_visible(self, i, j):
         """Whether every query of tile i sees every key of block j, and none of them is padding."""
-        end = (j + 1) * self.cut.tiles.keys
-        visible = end - 1 <= i * self.cut.tokens + self.shift
-        return visible if self.cut.keys == self.cut.padded_keys else visible & (end <= self.cut.keys)
+        return (j + 1) * self.cut.tiles.keys <= bounds.keys_seen(i * self.cut.tokens, self.shift, self.cut.keys)
 
 
 class Steps:
@@ -226,16 +222,15 @@ class Problem:
             return True, True
         q_range, kv_range = scalars[-2:]
         tiles, blocks = self.cut.query_tiles, self.cut.key_blocks
-        q_low, q_high = (q_range[(2 * b + n) * tiles + i] for n in (0, 1))
-        kv_low, kv_high = (kv_range[(2 * b + n) * blocks + j] for n in (0, 1))
-        return (q_low <= kv_high) & (kv_low <= q_high), (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low)
+        q = tuple(q_range[(2 * b + n) * tiles + i] for n in (0, 1))
+        kv = tuple(kv_range[(2 * b + n) * blocks + j] for n in (0, 1))
+        return bounds.segments_meet(q, kv)
 
 
 def _segments(ids_BxT, size: int, block: int):
-    """Ids as (B, 1, T'), and (2 B n,) their least and largest in each of the n blocks: what does not overlap can't be equal."""
+    """Ids as (B, 1, T'), and the least and largest in each block: what does not overlap can't be equal."""
     ids = jnp.pad(ids_BxT.astype(jnp.int32), ((0, 0), (0, size - ids_BxT.shape[1])), mode="edge")
-    blocks = ids.reshape(len(ids), size // block, block)
-    return ids[:, None], jnp.stack([blocks.min(axis=-1), blocks.max(axis=-1)], axis=1).reshape(-1)
+    return ids[:, None], bounds.segment_ranges(ids, block)
 
 
 def strip_of(ref, s: int, cut: Cut):

@@ -17,18 +17,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from gqa_jax.attention.masks import HIDDEN, Mask
+from gqa_jax.attention.spec import HIDDEN, Mask
 
 ROWS = 64  # M of wgmma: queries of a unit, and keys of a unit where keys are the rows
 LOG2E = math.log2(math.e)
-
-
-class Span(NamedTuple):
-    """Blocks of a loop: `first` to `stop`, of which those before `masked` or those from `masked` on need the mask."""
-
-    first: jax.Array | int
-    masked: jax.Array | int
-    stop: jax.Array | int
 
 
 class Problem(NamedTuple):
@@ -71,22 +63,6 @@ class Problem(NamedTuple):
     def last_key(self, token, shift):
         """The last key that query `token` sees; it sees none where this is negative."""
         return jnp.minimum(token + shift, self.keys - 1)
-
-    def key_blocks(self, first_token, last_token, shift, block: int) -> Span:
-        """Blocks of keys that any of these tokens sees; from `masked` on, not all of them see all keys of the block."""
-        stop = lax.div(jnp.maximum(self.last_key(last_token, shift) + block, 0), block)
-        masked = lax.div(jnp.maximum(self.last_key(first_token, shift) + 1, 0), block)
-        return Span(0, jnp.minimum(masked, stop), stop)
-
-    def query_blocks(self, first_key, last_key, shift, block: int, padded_length: int) -> Span:
-        """Blocks of queries that see any of these keys; before `masked`, not all queries of the block see all of them.
-
-        Keys past the end count as seen by those that see the last one: what becomes of them is cut off afterwards.
-        """
-        n = padded_length // block
-        first = jnp.minimum(lax.div(jnp.maximum(first_key - shift, 0), block), n)
-        masked = jnp.minimum(lax.div(jnp.maximum(last_key - shift + block - 1, 0), block), n)
-        return Span(first, jnp.maximum(masked, first), n)
 
 
 def pad(x: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:

@@ -15,8 +15,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from gqa_jax.attention.gradient import UNSEEN_LSE
-from gqa_jax.attention.hopper_tiles import (
+from gqa_jax.attention import bounds
+from gqa_jax.attention.hopper.tiles import (
     LOG2E,
     ROWS,
     Masking,
@@ -36,13 +36,13 @@ from gqa_jax.attention.hopper_tiles import (
     segment_rows,
     tiled,
 )
-from gqa_jax.attention.masks import Mask
-from gqa_jax.attention.tracing import in_32_bits
+from gqa_jax.attention.spec import Mask, in_32_bits
+from gqa_jax.attention.vjp import UNSEEN_LSE
 
 
 @in_32_bits
 def backward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask: Mask, scale, options):
-    """See `gqa_jax.attention.gradient.Kernel`; `options` as `hopper.choose` returns them."""
+    """See `gqa_jax.attention.vjp.Kernel`; `options` as `hopper.choose` returns them."""
     problem = Problem.of(q_BxTxKxGxH, k_BxSxKxH, mask)
     q, d_out = (pad(x, 1, ROWS) for x in (q_BxTxKxGxH, d_out_BxTxKxGxH))
     # rows past the end are rows that see no key: their weights are 0
@@ -87,7 +87,7 @@ def _dq_kernel(masking, *refs, problem: Problem, scale, tile, interpret, q_smem,
     first_unit = (-(-problem.units // tile.consumers) - 1 - late) * tile.consumers  # the longest walks first
 
     last_token = problem.unit(first_unit + tile.consumers - 1)[0] + ROWS - 1
-    n_blocks = problem.key_blocks(0, last_token, shift, tile.block).stop
+    n_blocks = bounds.key_blocks(0, last_token, shift, problem.keys, tile.block).stop
 
     def load():
         plgpu.set_max_registers(tile.loader_registers, action="decrease")
@@ -116,7 +116,7 @@ def _dq_kernel(masking, *refs, problem: Problem, scale, tile, interpret, q_smem,
             for x in (lse2_ref, minus_delta_ref)
         )
         segments_R = segment_rows(masking.q_segments_BxT, batch, token, ROWS)
-        masked_from = 0 if problem.segments else problem.key_blocks(token, last_token, shift, tile.block).masked
+        masked_from = 0 if problem.segments else bounds.key_blocks(token, last_token, shift, problem.keys, tile.block).whole
         plgpu.barrier_wait(unit_loaded.at[warpgroup])
 
         def await_keys(i):
@@ -212,8 +212,9 @@ def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem
     members = problem.group // tile.splits
     tile_key = tile_number * (tile.consumers * ROWS)
     first_key = tile_key + warpgroup * ROWS
-    span = problem.query_blocks(tile_key, first_key + ROWS - 1, shift, tile.block, q_ref.shape[1])
-    per_member = span.stop - span.first
+    first_block, whole = bounds.query_tiles(tile_key, first_key + ROWS - 1, shift, problem.length, tile.block)
+    stop = q_ref.shape[1] // tile.block
+    per_member = stop - first_block
     n_steps = members * per_member
 
     def load():
@@ -223,7 +224,7 @@ def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem
         def _(i):
             slot = lax.rem(i, tile.stages)
             member = split * members + lax.div(i, per_member)
-            block = pl.ds((span.first + lax.rem(i, per_member)) * tile.block, tile.block)
+            block = pl.ds((first_block + lax.rem(i, per_member)) * tile.block, tile.block)
             pl.when(i >= tile.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             for source, smem, number, number_smem, loaded in (
                 (q_ref, q_smem, lse2_ref, lse2_smem, q_loaded),
@@ -242,7 +243,7 @@ def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem
         for source, smem in ((k_ref, k_smem), (v_ref, v_smem)):
             plgpu.copy_gmem_to_smem(source.at[batch, unit, head], smem.at[warpgroup], unit_loaded.at[warpgroup])
         segments_R = segment_rows(masking.kv_segments_BxS, batch, first_key, ROWS)
-        unmasked_from = span.stop if problem.segments else span.masked
+        unmasked_from = stop if problem.segments else whole
         plgpu.barrier_wait(unit_loaded.at[warpgroup])
 
         def await_queries(i):
@@ -286,8 +287,8 @@ def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem
                 return i + 1
 
             def of_member(_, i):
-                i = lax.fori_loop(span.first, unmasked_from, functools.partial(step, masked=True), i)
-                return lax.fori_loop(unmasked_from, span.stop, functools.partial(step, masked=False), i)
+                i = lax.fori_loop(first_block, unmasked_from, functools.partial(step, masked=True), i)
+                return lax.fori_loop(unmasked_from, stop, functools.partial(step, masked=False), i)
 
             await_queries(0)
             lax.fori_loop(0, members, of_member, 0)

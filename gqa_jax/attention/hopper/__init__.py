@@ -1,24 +1,18 @@
-"""Causal grouped-query attention for NVIDIA Hopper (H100, H200, GH200) in bfloat16: when it can run, and with which tiles."""
+"""The implementation `pallas_gpu`, for NVIDIA Hopper (H100, H200, GH200) in bfloat16: its passes, with the tiles for a case."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-import jax.numpy as jnp
+from typing import NamedTuple
 
 from gqa_jax import hardware
-from gqa_jax.attention.gradient import Kernel
-from gqa_jax.attention.hopper_backward import backward
-from gqa_jax.attention.hopper_forward import forward
-from gqa_jax.attention.hopper_tiles import ROWS
+from gqa_jax.attention.hopper.backward import backward
+from gqa_jax.attention.hopper.forward import forward
+from gqa_jax.attention.hopper.tiles import ROWS
+from gqa_jax.attention.spec import Case
+from gqa_jax.attention.vjp import Kernel
 
-if TYPE_CHECKING:
-    from gqa_jax.attention.implementations import Case
+__all__ = ["Options", "Tile", "backward", "choose", "forward", "kernel"]
 
-__all__ = ["Options", "Tile", "backward", "choose", "forward", "kernel", "obstacle"]
-
-COMPUTE_CAPABILITY = (9, 0)
-HEAD_DIMS = (64, 128)
 MULTIPROCESSORS = hardware.CHIPS["h100"].gpu.multiprocessors  # an H200 has as many
 
 
@@ -60,18 +54,5 @@ def choose(head_dim: int, length: int, group: int, kv_heads: int = 1, segments: 
 
 
 def kernel(case: Case, scale: float) -> Kernel:
-    """Both passes, with the tiles for `case`."""
     options = choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads, case.segments)
     return Kernel(forward, backward, scale, options._replace(interpret=case.interpreted), name="pallas_gpu")
-
-
-def obstacle(case: Case) -> str | None:
-    """Why these kernels can't run a case, or None."""
-    is_hopper = case.platform == "gpu" and hardware.compute_capability(case.chip) == COMPUTE_CAPABILITY
-    if not case.interpreted and not is_hopper:
-        return f"it is written for NVIDIA Hopper GPUs (H100, H200, GH200) and this program is for {case.chip!r}"
-    if jnp.dtype(case.dtype) != jnp.bfloat16:
-        return f"it computes in bfloat16, not {jnp.dtype(case.dtype).name} ('reference' and 'xla' take any floating type)"
-    if case.head_dim not in HEAD_DIMS:
-        return f"its head sizes are {HEAD_DIMS[0]} and {HEAD_DIMS[1]}, not {case.head_dim}"
-    return None

@@ -1,4 +1,4 @@
-"""The backward pass on TPUs, one kernel for dQ, dK and dV: five products a block (`gqa_jax.attention.tpu` has the layout).
+"""The backward pass on TPUs, one kernel for dQ, dK and dV: five products a block (`gqa_jax.attention.tpu.layout`).
 
 Key blocks are the outer loop. dK^T and dV^T of a block gather in VMEM, in float32, over all query tiles and heads of the
 group that see it. dQ^T of a tile is a float32 array in HBM that each visit reads, adds to and writes back by DMA, in a fixed
@@ -19,24 +19,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gqa_jax.attention import tpu
-from gqa_jax.attention.gradient import UNSEEN_LSE
-from gqa_jax.attention.masks import Mask
-from gqa_jax.attention.tpu import LOG2_E, Options, Problem, Steps, Visibility, dot, strip_of
-from gqa_jax.attention.tracing import in_32_bits
+from gqa_jax.attention.spec import Mask, in_32_bits
+from gqa_jax.attention.tpu import layout
+from gqa_jax.attention.tpu.layout import LOG2_E, PART, Options, Problem, Steps, Visibility, dot, strip_of
+from gqa_jax.attention.vjp import UNSEEN_LSE
 
 SLOT, PREVIOUS, UNWRITTEN, WORDS = 0, 1, 2, 4  # scalars kept between steps; UNWRITTEN is one for each of two slots
-PART = 512  # keys of a part of a masked block: parts that no query sees are left out
 
 
 @in_32_bits
 def backward(
     q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, lse_BxKxGxT, delta_BxKxGxT, d_out_BxTxKxGxH, mask: Mask, scale, options: Options
 ):
-    """See `gqa_jax.attention.gradient.Kernel`."""
+    """See `gqa_jax.attention.vjp.Kernel`."""
     batch_size, _, n_kv, group, _ = q_BxTxKxGxH.shape
-    share = tpu.share(batch_size * n_kv, group, options.cores)
-    cut = tpu.cut(q_BxTxKxGxH, k_BxSxKxH, options.backward, share)
+    share = layout.share(batch_size * n_kv, group, options.cores)
+    cut = layout.cut(q_BxTxKxGxH, k_BxSxKxH, options.backward, share)
     problem = Problem(cut, mask)
     groups = cut.head_groups // share.heads  # tiles of heads that a core does of a key/value head
     per_core = Steps(
@@ -79,13 +77,13 @@ def backward(
     query_rows = pl.BlockSpec((None, cut.heads, tile), queries(0))
     key_rows = pl.BlockSpec((None, block, head_dim), lambda x, r, s, *c: (kv(x), at(x, r, s, c)[0], 0))
     operands = [
-        tpu.queries_minor(q_BxTxKxGxH, cut),
-        tpu.queries_minor(d_out_BxTxKxGxH, cut),
-        tpu.rows_minor(lse, cut, UNSEEN_LSE),
-        tpu.rows_minor(delta_BxKxGxT, cut, 0.0),
-        tpu.keys_major(k_BxSxKxH, cut),
-        tpu.keys_major(v_BxSxKxH, cut),
-        tpu.keys_minor(k_BxSxKxH, cut),
+        layout.queries_minor(q_BxTxKxGxH, cut),
+        layout.queries_minor(d_out_BxTxKxGxH, cut),
+        layout.rows_minor(lse, cut, UNSEEN_LSE),
+        layout.rows_minor(delta_BxKxGxT, cut, 0.0),
+        layout.keys_major(k_BxSxKxH, cut),
+        layout.keys_major(v_BxSxKxH, cut),
+        layout.keys_minor(k_BxSxKxH, cut),
     ]
     in_specs = [
         query_tile, query_tile, query_rows, query_rows, key_rows, key_rows,
@@ -130,17 +128,17 @@ def backward(
         ],
         input_output_aliases={len(problem.scalars) + len(operands) - 1: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=tpu.cost(problem, q_BxTxKxGxH.dtype, products=5),
+        cost_estimate=layout.cost(problem, q_BxTxKxGxH.dtype, products=5),
         interpret=options.interpret,
         name="gqa_backward",
     )(*problem.scalars, *operands)
     dq = dq.reshape(-1, share.keys, groups, *dq_shape[1:]).sum(axis=1) if share.keys > 1 else dq
     dk, dv = (x.reshape(-1, share.heads, *x.shape[1:]).sum(axis=1) if share.heads > 1 else x for x in (dk, dv))
     dtype = k_BxSxKxH.dtype
-    return tpu.queries_back((scale * dq).astype(dtype), cut), *(tpu.keys_back(x.astype(dtype), cut) for x in (dk, dv))
+    return layout.queries_back((scale * dq).astype(dtype), cut), *(layout.keys_back(x.astype(dtype), cut) for x in (dk, dv))
 
 
-def _visits(bounds: tpu.Bounds, j, groups: int):
+def _visits(bounds: layout.Bounds, j, groups: int):
     """Steps of key block j: the query tiles that see it, for each group of heads."""
     return (bounds.cut.query_tiles - bounds.first_query_tile(j)) * groups
 
@@ -238,15 +236,13 @@ def _kernel(*refs, problem: Problem, at, batch, scale: float):
         @pl.when(~all_visible)
         def _():
             part = math.gcd(PART, tiles.keys)
-            reach = (i + 1) * cut.tokens + bounds.shift - j * tiles.keys  # keys of the block that the last query sees
-            parts = jnp.clip(lax.div(reach + part - 1, part), 1, tiles.keys // part)
             dq_sum[...] = jnp.zeros_like(dq_sum)
 
             def one_part(n, _):
                 first_key = pl.multiple_of(n * part, part)
                 contribute(first_key, part, Visibility(cut, i, j, bounds.shift, first_key, *segment_refs))
 
-            lax.fori_loop(0, parts, one_part, None)
+            lax.fori_loop(0, bounds.parts_seen(i, j, part), one_part, None)
 
         read.wait()
         for head in range(cut.heads):

@@ -21,8 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gqa_jax.attention.masks import HIDDEN, UNSEEN
-from gqa_jax.attention.tracing import in_32_bits
+from gqa_jax.attention import bounds
+from gqa_jax.attention.decoding import merge
+from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case, in_32_bits
 
 LANES = 128
 
@@ -35,7 +36,7 @@ class Options(NamedTuple):
     interpret: bool = False
 
 
-def choose(case) -> Options:
+def choose(case: Case) -> Options:
     """Blocks of 1 MB of keys, microseconds of memory time, and of 1 MB of logits at most."""
     most = 2**20 // (case.head_dim * jnp.dtype(case.dtype).itemsize)
     if case.head_dim == LANES:
@@ -46,19 +47,9 @@ def choose(case) -> Options:
     return Options(case.cores, min(block, -(-entries // LANES) * LANES), case.interpreted)
 
 
-def obstacle(case) -> str | None:
-    if case.platform != "tpu" and not case.interpreted:
-        return f"pallas_tpu runs on TPUs, this is {case.platform}"
-    if case.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"pallas_tpu takes bfloat16 and float32, not {case.dtype}"
-    if case.head_dim % 16 or case.head_dim > LANES:
-        return f"pallas_tpu decodes heads of a multiple of 16 up to {LANES}, not {case.head_dim}"
-    if case.head_dim == LANES and case.n_kv_heads % 8 and case.n_kv_heads not in (1, 2, 4):
-        return (
-            f"pallas_tpu with heads of {LANES} takes 1, 2, 4 or a multiple of 8 key/value heads, not {case.n_kv_heads}: "
-            "XLA pads other caches, and the kernel would need a copy"
-        )
-    return None
+def decode(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, case: Case):
+    """See `gqa_jax.attention.dispatch.Implementation`."""
+    return merge(*parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale, choose(case)))
 
 
 @in_32_bits
@@ -81,12 +72,12 @@ def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Opti
     instances = q_BxIxRxH.shape[1]  # K, or 1 with all heads in a row block
 
     def cache_index(p, b, i, j, entries_ref):
-        first, stop = _span(p, entries_ref[b], options)
+        first, stop = bounds.part_of_cache(p, options.parts, entries_ref[b], options.block)
         block = jnp.maximum(jnp.minimum(first + j, stop - 1), 0)  # past the end the last one again, which is not fetched twice
         return (b, i, 0, block) if head_dim < LANES else (b, block, 0, 0)[: k.ndim]
 
     entries_B = length_B * heads_per_row
-    first_B, stop_B = _span(0, entries_B, options)
+    first_B, stop_B = bounds.part_of_cache(0, options.parts, entries_B, options.block)
     steps = jnp.maximum((stop_B - first_B).max(), 1)  # of the longest sequence's first part, the largest
     out, lse = pl.pallas_call(
         functools.partial(_kernel, scale=scale, group=group, heads_per_row=heads_per_row, options=options),
@@ -115,20 +106,11 @@ def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Opti
     return out[:, :, :, :n_rows].reshape(*shape, head_dim), lse[:, :, :, :n_rows, 0].reshape(shape)
 
 
-def _span(p, entries, options: Options):
-    """First block of part p, and the one after its last; entries are those of the sequence, positions or rows."""
-    # lax.div, not //: the sign correction of // asks the host, which may not be a TPU, for its TPU's kind
-    blocks = lax.div(entries + (options.block - 1), jnp.full_like(entries, options.block))
-    share = lax.div(blocks + (options.parts - 1), jnp.full_like(blocks, options.parts))
-    first = jnp.minimum(p * share, blocks)
-    return first, jnp.minimum(first + share, blocks)
-
-
 def _kernel(entries_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, largest_ref, total_ref, weighted_ref, *, scale, group,
             heads_per_row: int, options: Options):  # fmt: skip
     p, b, j = pl.program_id(0), pl.program_id(1), pl.program_id(3)
     entries = entries_ref[b]
-    first, stop = _span(p, entries, options)
+    first, stop = bounds.part_of_cache(p, options.parts, entries, options.block)
     here = (first + j) * options.block  # first entry of the block
     lanes_are_keys = q_ref.shape[1] != LANES
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None  # the default is one bfloat16 product

@@ -16,7 +16,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from gqa_jax.attention.hopper_tiles import (
+from gqa_jax.attention import bounds
+from gqa_jax.attention.hopper.tiles import (
     LOG2E,
     ROWS,
     Masking,
@@ -36,13 +37,12 @@ from gqa_jax.attention.hopper_tiles import (
     tiled,
     zeros_R,
 )
-from gqa_jax.attention.masks import UNSEEN, Mask
-from gqa_jax.attention.tracing import in_32_bits
+from gqa_jax.attention.spec import UNSEEN, Mask, in_32_bits
 
 
 @in_32_bits
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options):
-    """See `gqa_jax.attention.gradient.Kernel`; `options` as `hopper.choose` returns them."""
+    """See `gqa_jax.attention.vjp.Kernel`; `options` as `hopper.choose` returns them."""
     problem = Problem.of(q_BxTxKxGxH, k_BxSxKxH, mask)
     tile, dtype = options.forward, q_BxTxKxGxH.dtype
     q = pad(q_BxTxKxGxH, 1, ROWS)
@@ -83,7 +83,7 @@ def _kernel(masking, q_ref, k_ref, v_ref, out_ref, lse_ref, *, problem: Problem,
 
     last_token = problem.unit(first_unit + tile.consumers - 1)[0] + ROWS - 1
     # one block at least, so that the loop has a first step: hidden keys add nothing
-    n_blocks = jnp.maximum(problem.key_blocks(0, last_token, shift, tile.block).stop, 1)
+    n_blocks = jnp.maximum(bounds.key_blocks(0, last_token, shift, problem.keys, tile.block).stop, 1)
 
     def load():
         plgpu.set_max_registers(tile.loader_registers, action="decrease")
@@ -107,7 +107,7 @@ def _kernel(masking, q_ref, k_ref, v_ref, out_ref, lse_ref, *, problem: Problem,
         unit = pl.ds(token, ROWS)
         plgpu.copy_gmem_to_smem(q_ref.at[batch, unit, head, member], q_smem.at[warpgroup], q_loaded.at[warpgroup])
         segments_R = segment_rows(masking.q_segments_BxT, batch, token, ROWS)
-        masked_from = 0 if problem.segments else problem.key_blocks(token, last_token, shift, tile.block).masked
+        masked_from = 0 if problem.segments else bounds.key_blocks(token, last_token, shift, problem.keys, tile.block).whole
 
         def await_turn():
             if tile.consumers > 1:

@@ -16,10 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gqa_jax.attention.masks import HIDDEN, UNSEEN
-from gqa_jax.attention.pallas_triton import padded
-from gqa_jax.attention.tracing import in_32_bits
-from gqa_jax.attention.triton import LOG2_E
+from gqa_jax.attention import bounds
+from gqa_jax.attention.decoding import merge
+from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case, in_32_bits
+from gqa_jax.attention.triton import padded
+from gqa_jax.attention.triton.kernels import LOG2_E
 
 PROGRAMS = 512  # enough to keep the loads of 132 cores in flight
 SMALLEST_PART = 512  # keys; merging costs more than smaller parts save
@@ -35,12 +36,17 @@ class Options(NamedTuple):
     interpret: bool = False
 
 
-def choose(case) -> Options:
+def choose(case: Case) -> Options:
     """Blocks of 16 KB of keys: with their values and three stages, 96 KB, two programs to a Hopper core."""
     wanted = -(-PROGRAMS // (case.batch * case.n_kv_heads))
     row_bytes = padded(case.head_dim) * jnp.dtype(case.dtype).itemsize
     block = min(max(16, min(128, 2**14 // row_bytes)), padded(case.keys))
     return Options(min(wanted, -(-case.keys // SMALLEST_PART)), block, 4, 2 if row_bytes > 512 else 3, case.interpreted)
+
+
+def decode(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, case: Case):
+    """See `gqa_jax.attention.dispatch.Implementation`."""
+    return merge(*parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale, choose(case)))
 
 
 @in_32_bits
@@ -81,13 +87,10 @@ def _kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, scale: float, 
     row_mask = (row < group)[:, None] & (column < head_dim)
     q = plgpu.load(q_ref.at[row_index], mask=row_mask, other=0.0)
     precision = None
-    if q.dtype == jnp.float32:  # see `gqa_jax.attention.triton`
+    if q.dtype == jnp.float32:  # see `gqa_jax.attention.triton.kernels`
         precision = lax.Precision.HIGHEST if options.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
-    blocks = lax.div(length + (size - 1), jnp.int32(size))
-    share = lax.div(blocks + (options.parts - 1), jnp.int32(options.parts))
-    first = jnp.minimum(pl.program_id(0) * share, blocks)
-    stop = jnp.minimum(first + share, blocks)
+    first, stop = bounds.part_of_cache(pl.program_id(0), options.parts, length, size)
     whole = jnp.maximum(jnp.minimum(stop, lax.div(length, jnp.int32(size))), first)
 
     to_base_2 = scale * LOG2_E

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gqa_jax.attention.masks import Mask
+from gqa_jax.attention.spec import Mask
 
 LONGEST_UNROLLED = 1024  # queries up to which `xla` is plain JAX, without the gradient below
 RESULTS = ("attention_out", "attention_lse")  # names of what a rematerialisation policy may keep

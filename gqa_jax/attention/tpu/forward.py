@@ -1,4 +1,4 @@
-"""The forward pass on TPUs: online softmax over transposed scores (`gqa_jax.attention.tpu` says how tiles are laid out)."""
+"""The forward pass on TPUs: online softmax over transposed scores (`gqa_jax.attention.tpu.layout` has the tiles)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gqa_jax.attention import tpu
-from gqa_jax.attention.masks import UNSEEN, Mask
-from gqa_jax.attention.tpu import LOG2_E, Options, Problem, Share, Steps, Visibility, dot, strip_of
-from gqa_jax.attention.tracing import in_32_bits
+from gqa_jax.attention.spec import UNSEEN, Mask, in_32_bits
+from gqa_jax.attention.tpu import layout
+from gqa_jax.attention.tpu.layout import LOG2_E, PART, Options, Problem, Share, Steps, Visibility, dot, strip_of
 
 SUBLANES = 8
-PART = 512  # keys of a part of a masked block: parts that no query sees are left out
 
 
 @in_32_bits
 def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options: Options):
-    """See `gqa_jax.attention.gradient.Kernel`."""
-    cut = tpu.cut(q_BxTxKxGxH, k_BxSxKxH, options.forward, Share())
+    """See `gqa_jax.attention.vjp.Kernel`."""
+    cut = layout.cut(q_BxTxKxGxH, k_BxSxKxH, options.forward, Share())
     problem = Problem(cut, mask)
     steps = Steps(
         cut.query_tiles, problem.bounds(()).key_blocks_seen if problem.folded else None,
@@ -43,7 +41,7 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
         return lax.div(x, cut.n_kv * cut.head_groups)
 
     tile, block = cut.tokens, cut.tiles.keys
-    operands = [tpu.queries_minor(q_BxTxKxGxH, cut), tpu.keys_major(k_BxSxKxH, cut), tpu.keys_minor(v_BxSxKxH, cut)]
+    operands = [layout.queries_minor(q_BxTxKxGxH, cut), layout.keys_major(k_BxSxKxH, cut), layout.keys_minor(v_BxSxKxH, cut)]
     in_specs = [
         pl.BlockSpec((None, cut.heads, cut.head_dim, tile), queries(0, 0)),
         pl.BlockSpec((None, block, cut.head_dim), lambda x, r, s, *c: (kv(x), at(r, s, c)[1], 0)),
@@ -77,12 +75,12 @@ def forward(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, mask: Mask, scale: float, options
             jax.ShapeDtypeStruct((x_tiles, cut.heads, cut.padded_length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=tpu.cost(problem, q_BxTxKxGxH.dtype, products=2),
+        cost_estimate=layout.cost(problem, q_BxTxKxGxH.dtype, products=2),
         interpret=options.interpret,
         name="gqa_forward",
     )(*problem.scalars, *operands)
     lse_BxKxGxT = lse_XxhxT[..., : cut.length].reshape(cut.batch, cut.n_kv, cut.group, cut.length)
-    return tpu.queries_back(out_XxhxHxT, cut), lse_BxKxGxT
+    return layout.queries_back(out_XxhxHxT, cut), lse_BxKxGxT
 
 
 def _kernel(*refs, problem: Problem, steps: Steps, factor: float):
@@ -142,13 +140,12 @@ def _kernel(*refs, problem: Problem, steps: Steps, factor: float):
     @pl.when(active & ~all_visible)
     def _():
         part = math.gcd(PART, tiles.keys)
-        parts = jnp.clip(lax.div((i + 1) * cut.tokens + bounds.shift - j * tiles.keys + part - 1, part), 1, tiles.keys // part)
 
         def one_part(n, _):
             first_key = pl.multiple_of(n * part, part)
             absorb(first_key, part, Visibility(cut, i, j, bounds.shift, first_key, *segment_refs))
 
-        lax.fori_loop(0, parts, one_part, None)
+        lax.fori_loop(0, bounds.parts_seen(i, j, part), one_part, None)
 
     @pl.when(last)
     def _():
