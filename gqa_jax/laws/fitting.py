@@ -23,6 +23,7 @@ _AGREE = 1e-6  # relative difference of the objectives of two routes to the same
 _NEAR_BOUND = 1e-9
 POOR_R_SQUARED, POOR_RESIDUALS = 0.9, 0.01  # of ln L
 _MOST_DAMPING = 1e12
+_LAST_STEPS = 3  # whose effect a sum of squares does not show: each brings coefficients some ten times closer to their end
 _PART = 100  # draws that are refitted at a time
 _SINGULAR = 1e14  # condition number of the scaled Jacobian's square above which coefficients are not determined
 
@@ -92,7 +93,9 @@ def fit(
         max_nfev=2000,
         **huber,
     )
-    theta = found.x
+    # It ends somewhere within 1e-7 of the minimum, by chance of the last bits: so the last steps are `refit`'s.
+    same = model if huber_delta is None else huberised(model, y, huber_delta, weights)
+    theta, _ = refit(same, y, found.x, lower=lower, upper=upper, weights=weights)
     value, jacobian = model(theta)
     residual = root * (value - y)
     final = weights if huber_delta is None else weights / np.maximum(np.abs(residual) / huber_delta, 1.0)
@@ -268,8 +271,8 @@ def refit(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Least squares of many problems at once: (theta (..., P), weighted sums of squares (...,)).
 
-    Each is damped separately, and stops when its sum no longer falls. A coefficient at a bound that the step would cross
-    stays there for that step. `start`: (..., P) or (P,), near the answer (the fit of the data that were resampled).
+    Each is damped separately, and stops some steps after its sum no longer falls. A coefficient at a bound that the step would
+    cross stays there for that step. `start`: (..., P) or (P,), near the answer (the fit of the data that were resampled).
 
     Args:
       y: (..., N); N may include points of weight 0 (padding).
@@ -283,7 +286,7 @@ def refit(
     value, jacobian = model(theta)
     total = np.sum(weights * (value - y) ** 2, axis=-1)
     floor = 1e-26 * np.sum(weights * y**2, axis=-1)
-    active = np.ones(total.shape, bool)
+    left = np.full(total.shape, _LAST_STEPS)
     eye = np.eye(theta.shape[-1])
     for _ in range(iterations):
         weighted = jacobian * weights[..., None]
@@ -298,15 +301,15 @@ def refit(
         trial = np.clip(theta - step, lower, upper)
         trial_value, trial_jacobian = model(trial)
         trial_total = np.sum(weights * (trial_value - y) ** 2, axis=-1)
-        better = (trial_total <= total) & active  # False for nan
         converged = np.abs(total - trial_total) <= 1e-13 * total + floor
+        better = ((trial_total <= total) | converged) & (left > 0)  # False for nan
         theta = np.where(better[..., None], trial, theta)
         value = np.where(better[..., None], trial_value, value)
         jacobian = np.where(better[..., None, None], trial_jacobian, jacobian)
         total = np.where(better, trial_total, total)
         damping = np.where(better, np.maximum(damping / 10, 1e-12), np.minimum(damping * 10, _MOST_DAMPING))
-        active = active & ~converged & (damping < _MOST_DAMPING)
-        if not active.any():
+        left = np.where(damping < _MOST_DAMPING, left - converged, 0)
+        if not (left > 0).any():
             break
     return theta, total
 
