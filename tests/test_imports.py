@@ -72,7 +72,8 @@ TABLE = (
     Row("gqa_jax.training.run_folder", ".errors .config .storage"),
     Row("gqa_jax.training.distributed", ".errors .config .storage .training.run_folder", outside="jax"),
     Row("gqa_jax.training.checkpoint", ".errors .storage .training.run_folder .training.distributed", outside="jax orbax"),
-    Row("gqa_jax.training.metrics", ".errors .config .storage .training.run_folder"),
+    Row("gqa_jax.training.services", ".errors .config .storage"),
+    Row("gqa_jax.training.metrics", ".config .storage .training.run_folder", lazily=".training.services"),
     # What a run needs, before it is started.
     Row("gqa_jax.planning"),
     Row("gqa_jax.planning.share", ".costs .config"),

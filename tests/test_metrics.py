@@ -11,7 +11,7 @@ import pytest
 from gqa_jax import storage
 from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.errors import ConfigError
-from gqa_jax.training import metrics
+from gqa_jax.training import metrics, services
 
 
 def config(**logging_fields):
@@ -66,7 +66,7 @@ def test_an_outage_of_a_writer_is_said_once_and_stops_nothing(tmp_path, caplog):
             raise ConnectionError("no route")
 
     writer = metrics.Metrics(tmp_path, 0, config())
-    writer._side_writers["W&B"] = Down()
+    writer._services["W&B"] = Down()
     with caplog.at_level(logging.WARNING):
         for step in (1, 2):
             writer.write("train", step, {"loss": 1.0})
@@ -265,7 +265,7 @@ def test_heartbeat_on_a_bucket_is_rare_and_its_outage_stops_nothing(gcs_root, mo
 
 
 def test_tensorboard_on_a_bucket_is_copied_and_its_outage_stops_nothing(gcs_root, monkeypatch, caplog):
-    monkeypatch.setattr(metrics, "EVENTS_SECONDS", 0.0)
+    monkeypatch.setattr(services, "EVENTS_SECONDS", 0.0)
     with metrics.Metrics(gcs_root, 0, config(tensorboard=True)) as writer:
         writer.write("train", 1, {"loss": 1.0})
         eventually(lambda: storage.names(f"{gcs_root}/tensorboard"))

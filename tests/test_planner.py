@@ -161,11 +161,17 @@ def test_flops_are_those_of_the_cost_table_and_recomputation_is_apart():
     found = {remat: planner.estimate(run, run.execution, chip) for remat, run in runs.items()}
     assert {e.flops for e in found.values()} == {costs.train_flops(runs["full"].model, 8192, 524_288, "exact")}
     forward = costs.forward_flops(runs["full"].model, 4096, "exact")
-    again = {remat: e.flops_again / 524_288 for remat, e in found.items()}
-    assert again["none"] == 0
-    assert again["dots"] == pytest.approx(forward.attention)
-    assert again["full"] == pytest.approx(forward.projections + forward.attention + forward.ffn * 2 / 3)
-    assert again["attention_only"] == again["offload"] == pytest.approx(again["full"] - forward.attention)
+
+    def again(remat, part, share=1.0):  # FLOPs of a token beyond those of "none"
+        seconds = [sum(phase.at_peak[part] for phase in found[name].phases) for name in (remat, "none")]
+        return (seconds[0] - seconds[1]) * share * chip.peak_flops * 16 / 524_288
+
+    for remat in ("full", "attention_only", "offload"):
+        assert again(remat, "matmul") == pytest.approx(forward.projections + forward.ffn * 2 / 3)
+    assert again("dots", "matmul") == pytest.approx(0)
+    share = chip.attention_shares(64)[0]
+    for remat, expected in (("dots", forward.attention), ("full", forward.attention), ("attention_only", 0), ("offload", 0)):
+        assert again(remat, "attention", share) == pytest.approx(expected)
     assert found["none"].seconds_step < found["attention_only"].seconds_step < found["full"].seconds_step
 
 

@@ -25,12 +25,8 @@ from gqa_jax import hardware, storage
 from gqa_jax.config import TrainConfig
 
 PACKAGE = Path(__file__).resolve().parent.parent
-#: Files of the package that the compiled step is made from; the rest changes no program.
-SOURCES = (
-    "attention/**/*.py", "collectives.py", "config.py", "hardware/*.py", "mesh.py", "model.py", "training/loss.py",
-    "training/optimizer.py", "training/parallel.py", "training/program.py", "training/sharding.py",
-    "planning/compile_check.py", "planning/topologies.py",
-)  # fmt: skip
+#: Files of the package that a compiled step may be made from; the rest changes no program.
+SOURCES = ("*.py", "attention/**/*.py", "planning/*.py", "training/*.py")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 #: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
 BESIDE = (
@@ -158,24 +154,20 @@ class Compilers:
 
 
 def _path(config: TrainConfig, topology: str, exact: bool) -> Path:
-    folder = storage.cache("plans")
-    return folder / f"{key(config, topology, exact)}.json"
+    return storage.cache("plans") / f"{key(config, topology, exact)}.json"
 
 
 def _versions() -> dict[str, str | None]:
-    found = {}
+    found = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 
 def _sources() -> str:
-    here = PACKAGE
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in here.glob(pattern)):
+    for path in sorted(path for pattern in SOURCES for path in PACKAGE.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -201,9 +193,7 @@ def main() -> None:
 
 def _keep(answer: CompileCheck, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(answer), indent=1))
-    temporary.replace(path)
+    storage.write_json(path, dataclasses.asdict(answer))
 
 
 def check(config: TrainConfig, topology: str, exact: bool = False) -> CompileCheck:
@@ -251,6 +241,7 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> CompileC
     from gqa_jax.training import program
 
     limit = hardware.find(topology).chip.memory_bytes
+    answer = CompileCheck(topology, fits=False, bytes_limit=limit, optimization=optimization)
     started = time.monotonic()
     try:
         mesh = topologies.mesh(topology, config.execution.mesh)
@@ -265,20 +256,15 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> CompileC
             execution = dataclasses.replace(config.execution, attention="pallas_triton")
             compiled = program.compile_step(dataclasses.replace(config, execution=execution), mesh)
     except Exception as error:
-        return CompileCheck(
-            topology,
-            fits=False,
-            bytes_limit=limit,
+        return dataclasses.replace(
+            answer,
             bytes_needed=bytes_needed(str(error)),
             seconds_compile=round(time.monotonic() - started, 1),
-            optimization=optimization,
             error=f"{type(error).__name__}: {error}"[:2000],
         )
     memory = compiled.memory_analysis()
-    answer = CompileCheck(
-        topology,
-        fits=False,
-        bytes_limit=limit,
+    answer = dataclasses.replace(
+        answer,
         bytes_arguments=memory.argument_size_in_bytes,
         bytes_output=memory.output_size_in_bytes,
         bytes_alias=memory.alias_size_in_bytes,
@@ -286,7 +272,6 @@ def _compiled(config: TrainConfig, topology: str, optimization: str) -> CompileC
         bytes_host=memory.host_temp_size_in_bytes,
         seconds_compile=round(time.monotonic() - started, 1),
         attention=attention,
-        optimization=optimization,
     )
     return dataclasses.replace(answer, fits=answer.bytes_used <= limit)
 

@@ -30,9 +30,7 @@ CHUNK_LOGITS = 2**26  # gqa_jax.training.loss.CHUNK_LOGITS
 # (85M at 32K on a v6e-4, "full": 1.16), of more than 100 for GPUs, attention by pallas_triton, none more than 1.17 times;
 # tests/test_planner.py compares them.
 MARGIN, MARGIN_GPU = 1.1, 1.2
-SUM_BYTES = (
-    4  # of a value of gradients that are summed, over micro-batches and devices: gqa_jax.training.program does it in float32
-)
+SUM_BYTES = 4  # of a value of gradients, summed over micro-batches and devices in float32 (gqa_jax.training.program)
 # Of what GPUs receive, the share that the compiled schedules wait for, by what it is: gathered weights and summed gradients of
 # them, sums over the tensor axis, keys and values over the context axis, sums of gradients over the data axis.
 EXPOSED = {"weights": 0.2, "tensor": 0.55, "context": 0.55, "data": 0.85}
@@ -75,10 +73,8 @@ class Estimate:
     bytes_limit: float  # that a program may use
     fits: bool  # with a margin for the error of the estimate: never where the compiler says no
     flops: float  # of a step: forward and twice that, causal attention
-    flops_again: float  # of a step: what rematerialisation computes a second time
     collective_bytes: dict[str, float]  # received per device and step, by mesh axes
     seconds: dict[str, float]  # of a step at least, by what limits it: compute, attention, memory, network
-    seconds_hidden: float  # of a step: network behind compute
     collectives: int  # of a step, at least
     phases: tuple[Phase, ...]
 
@@ -226,12 +222,10 @@ def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
     share = Share(config, execution, chip.tpu is not None)
     arguments, temporary = _memory(share)
     flops = costs.train_flops(config.model, config.context_length, config.batch_tokens, "exact")
-    phases, collectives, again = _phases(share, chip)
+    phases, collectives = _phases(share, chip)
     seconds: dict[str, float] = dict.fromkeys(("compute", "attention", "memory", "network"), 0.0)
-    hidden = 0.0
     for phase in phases:
         peak, longest = phase.at_peak, phase.bound
-        hidden += peak["network"] if longest > peak["network"] else 0.0
         if longest == peak["matmul"] + peak["attention"]:
             seconds["compute"] += peak["matmul"]
             seconds["attention"] += peak["attention"]
@@ -244,10 +238,8 @@ def estimate(config: TrainConfig, execution: Execution, chip: Chip) -> Estimate:
         bytes_limit=chip.memory_bytes,
         fits=_fits((arguments, temporary), chip),
         flops=float(flops),
-        flops_again=again * execution.mesh.n_devices,
         collective_bytes=collectives,
         seconds=seconds,
-        seconds_hidden=hidden,
         collectives=_count_collectives(share),
         phases=tuple(phases),
     )
@@ -269,8 +261,8 @@ def host_bandwidth(chip: Chip) -> float:
     return _HOST_BANDWIDTH["gpu" if chip.tpu is None else "tpu"]
 
 
-def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], float]:
-    """The phases of a step; bytes received by mesh axes; FLOPs done again. Of one device."""
+def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float]]:
+    """The phases of a step, and bytes received by mesh axes; of one device."""
     s, execution, mesh = share, share.execution, share.execution.mesh
     steps, parts = execution.accumulation_steps, mesh.parameters
     forward_share, backward_share = chip.attention_shares(s.h)
@@ -325,10 +317,10 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
     offloaded = 2 * steps * s.layers * s.tokens * s.d * s.activation if execution.remat == "offload" else 0
 
     backward_scores = 2.5 * scores / backward_share + again_scores / forward_share  # five products for the forward pass' two
-    reached = attention_shares(chip, s.h)
+    likely = attention_shares(chip, s.h)
     attention_seconds = {
-        "forward": scores / reached[0] / chip.peak_flops,
-        "backward": (2.5 * scores / reached[1] + again_scores / reached[0]) / chip.peak_flops,
+        "forward": scores / likely[0] / chip.peak_flops,
+        "backward": (2.5 * scores / likely[1] + again_scores / likely[0]) / chip.peak_flops,
     }
     work = {  # FLOPs of products, of attention over its share of the peak, bytes of memory, of the host's memory
         "forward": (projections + ffn, scores / forward_share, layer_bytes, offloaded / 2),
@@ -338,49 +330,31 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float], fl
         # parameters and moments read and written; gradients read for their norm and again
         "optimizer": (0.0, 0.0, s.parameters * (6 * s.parameter + 2 * SUM_BYTES), 0.0),
     }
-    received = {name: sum(value for *_, value in network.get(name, ())) for name in work}
-    waited = {name: sum(EXPOSED[what] * value for what, _, value in network.get(name, ())) for name in work}
-    phases = []
+    reached, moved, phases = hardware.calibration(chip), traffic.moved(s), []
+    memory_reached = reached.bandwidth * chip.memory_bandwidth
+    products = _matmul(s, reached.products * chip.peak_flops, memory_reached)
     for name, (flops, attention, memory, host) in work.items():
+        received = network.get(name, ())
         peak = {
             "matmul": flops / chip.peak_flops,
             "attention": attention / chip.peak_flops,
             "memory": memory / chip.memory_bandwidth,
-            "network": received[name] / chip.interconnect,
+            "network": sum(value for *_, value in received) / chip.interconnect,
             "host": host / host_bandwidth(chip),
         }
-        phases.append(Phase(name, peak, {}))
-    expected = _expected(s, phases, attention_seconds, waited, chip)
-    phases = [dataclasses.replace(phase, expected=value) for phase, value in zip(phases, expected, strict=True)]
-    return phases, dict(collectives), again_products + again_scores
-
-
-def _expected(
-    s: Share, phases: list[Phase], scores: dict[str, float], waited: dict[str, float], chip: Chip
-) -> list[dict[str, float]]:
-    """Of each phase what it adds to the step: kernels one after another, copies to the host beside them as far as they go.
-
-    By phase, `scores`: seconds of attention; `waited`: bytes from other devices that nothing hides.
-    """
-    reached = hardware.calibration(chip)
-    flops, memory = reached.products * chip.peak_flops, reached.bandwidth * chip.memory_bandwidth
-    moved, found = traffic.moved(s), []
-    matmul = _matmul(s, flops, memory)
-    for phase in phases:
-        attention = scores.get(phase.name, 0.0)
-        passes = moved[phase.name] * (TILED_PASSES.get(phase.name, reached.passes) if s.tiled else 1.0) / memory
+        scored = attention_seconds.get(name, 0.0)
+        passes = moved[name] * (TILED_PASSES.get(name, reached.passes) if s.tiled else 1.0) / memory_reached
         # what comes back from the host is waited for; what goes there is written beside the rest of the layer
-        beside = matmul["forward"] + attention + passes if phase.name == "forward" else 0.0
-        found.append(
-            {
-                "matmul": matmul.get(phase.name, 0.0),
-                "attention": attention,
-                "memory": passes,
-                "network": waited[phase.name] / (reached.network * chip.interconnect),
-                "host": max(0.0, phase.at_peak["host"] - beside),
-            }
-        )
-    return found
+        beside = products["forward"] + scored + passes if name == "forward" else 0.0
+        expected = {  # kernels one after another, copies to the host beside them as far as they go
+            "matmul": products.get(name, 0.0),
+            "attention": scored,
+            "memory": passes,
+            "network": sum(EXPOSED[what] * value for what, _, value in received) / (reached.network * chip.interconnect),
+            "host": max(0.0, peak["host"] - beside),
+        }
+        phases.append(Phase(name, peak, expected))
+    return phases, dict(collectives)
 
 
 def _matmul(s: Share, flops: float, memory: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metric rows, TensorBoard, Weights & Biases, a heartbeat, a progress bar.
+"""What a run says while it runs: metric rows, a heartbeat, a progress bar, and what services show of it.
 
 Locally a row is appended to `metrics/attempt-NNN.jsonl` as it comes. Nothing can be appended to on gs://, so there rows are
 collected and written as objects of their own, `metrics/attempt-NNN-PPPPP.jsonl`, in the background every PART_SECONDS, and at
@@ -12,13 +12,10 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -27,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gqa_jax import storage
 from gqa_jax.config import TrainConfig
-from gqa_jax.errors import ConfigError
 from gqa_jax.storage import write_json
 from gqa_jax.training import run_folder
 
@@ -36,7 +32,6 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 2.0
 REMOTE_HEARTBEAT_SECONDS = 10.0  # on gs://, where an object may be written about once a second
 PART_SECONDS = 30.0
-EVENTS_SECONDS = 120.0  # between copies of TensorBoard's files to gs://
 
 _PART = re.compile(r"attempt-(\d+)(?:-(\d+))?\.jsonl")
 
@@ -63,7 +58,7 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
 class Metrics:
     """Writers of one attempt of a run, to be closed, or as a context manager.
 
-    A failing TensorBoard or W&B is reported once and never stops a step. On gs:// neither does a failing heartbeat, or part of
+    A failing service is reported once and never stops a step. On gs:// neither does a failing heartbeat, or part of
     the rows: these are tried again, and raise in `flush` or `close` when they still can't be written.
     """
 
@@ -76,15 +71,14 @@ class Metrics:
     ):
         self._workdir, self._attempt, self._n_steps = storage.path(workdir), attempt, config.n_steps
         self._device_time, self._origin = device_time, run_folder.origin()
-        remote = storage.is_remote(workdir)
-        self._side_writers: dict[str, Any] = {}
-        if config.logging.tensorboard:
-            self._side_writers["TensorBoard"] = _TensorBoard(self._workdir / "tensorboard")
+        self._services: dict[str, Any] = {}
         if attempt == 0 or config.logging.wandb_project:  # drawn at once: a later attempt may be the first that needs it
             run_id = run_folder.run_id(self._workdir, attempt)
-        if config.logging.wandb_project:
-            self._start_wandb(config, run_id)
-        self._files = (_RemoteFiles if remote else _LocalFiles)(self._workdir, attempt)
+        if config.logging.tensorboard or config.logging.wandb_project:
+            from gqa_jax.training import services
+
+            self._services = services.start(config, self._workdir, run_id)
+        self._files = (_RemoteFiles if storage.is_remote(workdir) else _LocalFiles)(self._workdir, attempt)
         self._heartbeat_time = -math.inf
         self._progress = _progress_bar() if config.logging.progress and sys.stderr.isatty() else None
         if self._progress:
@@ -102,37 +96,16 @@ class Metrics:
                 raise
             log.warning("the last metric rows can't be written: %s", error)  # what ended the run matters more
 
-    def _start_wandb(self, config: TrainConfig, run_id: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                f"logging.wandb_project = {config.logging.wandb_project!r} needs wandb: pip install wandb, or leave it empty"
-            ) from error
-        try:
-            run = wandb.init(
-                project=config.logging.wandb_project,
-                name=self._workdir.name,
-                id=run_id,
-                resume="allow",
-                dir=tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(self._workdir) else str(self._workdir),
-                config=config.to_dict(),
-            )
-        except Exception as error:  # an outage of a service must not stop a run
-            log.warning("W&B is not reached (%s): going on without it", error)
-        else:
-            self._side_writers["W&B"] = _WeightsAndBiases(run)
-
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
         """One row: `kind` "train" or "eval", the number of optimizer steps done, and named numbers (None: not known)."""
         row = {"kind": kind, "step": step, "time": time.time()} | storage.finite(values)
         self._files.append(json.dumps(row, allow_nan=False) + "\n")
-        for name, writer in list(self._side_writers.items()):
+        for name, service in list(self._services.items()):
             try:
-                writer.write(kind, step, {key: value for key, value in values.items() if value is not None})
+                service.write(kind, step, {key: value for key, value in values.items() if value is not None})
             except Exception as error:  # an outage of a service must not stop a run
                 log.warning("%s failed (%s): going on without it", name, error)
-                del self._side_writers[name]
+                del self._services[name]
 
     def heartbeat(
         self,
@@ -177,9 +150,9 @@ class Metrics:
     def close(self) -> None:
         if self._progress:
             self._progress.stop()
-        for writer in self._side_writers.values():
+        for service in self._services.values():
             try:
-                writer.close()
+                service.close()
             except Exception as error:  # an outage of a service must not stop a run
                 log.warning("closing a metrics writer failed: %s", error)
         self._files.close()
@@ -210,40 +183,31 @@ class _RemoteFiles:
     """Rows and heartbeat of an attempt on gs://, written in the background, so that no step waits for the network."""
 
     def __init__(self, workdir: epath.Path, attempt: int):
-        self._workdir, self._attempt = workdir, attempt
-        self._lines: list[str] = []  # not written yet
-        self._part = 0
-        self._rows_time = time.monotonic()  # when rows were last tried
-        self._beat: Mapping[str, Any] | None = None  # not written yet
-        self._beat_force = False
-        self._beat_time = -math.inf
+        self._workdir, self._attempt, self._part = workdir, attempt, 0
+        self._lines: list[str] = []  # not written yet; appended to and deleted from in one operation, which needs no lock
+        self._beat: tuple[Mapping[str, Any], bool] | None = None  # not written yet, and whether it is to be at once
+        self._rows_time, self._beat_time = time.monotonic(), -math.inf  # when each was last tried
         self._failing: set[str] = set()
-        self._change = threading.Lock()  # of the fields above
+        self._beats = threading.Lock()  # of `_beat`
         self._writing = threading.Lock()  # one object after the other
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._write_in_background, name="metrics", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._write_in_background, name="metrics", daemon=True).start()
 
     def append(self, line: str) -> None:
-        with self._change:
-            self._lines.append(line)
+        self._lines.append(line)
 
     def heartbeat(self, values: Mapping[str, Any], force: bool) -> None:
-        with self._change:
-            self._beat, self._beat_force = values, self._beat_force or force
+        with self._beats:
+            self._beat = values, force or (self._beat is not None and self._beat[1])
 
     def flush(self) -> None:
         """Writes the rows that are not yet written as a part. The next one that is tried has the same name if it fails."""
         with self._writing:
-            with self._change:
-                lines = list(self._lines)
-                self._rows_time = time.monotonic()
-            if not lines:
-                return
-            path = self._workdir / "metrics" / f"attempt-{self._attempt:03d}-{self._part:05d}.jsonl"
-            storage.write_bytes(path, "".join(lines).encode())
-            self._part += 1
-            with self._change:
+            self._rows_time = time.monotonic()
+            if lines := list(self._lines):
+                path = self._workdir / "metrics" / f"attempt-{self._attempt:03d}-{self._part:05d}.jsonl"
+                storage.write_bytes(path, "".join(lines).encode())
+                self._part += 1
                 del self._lines[: len(lines)]
 
     def close(self) -> None:
@@ -253,27 +217,20 @@ class _RemoteFiles:
 
     def _write_in_background(self) -> None:
         while not self._over.wait(0.5):
-            with self._change:
-                rows_due = bool(self._lines) and time.monotonic() - self._rows_time >= PART_SECONDS
-                between = 1.0 if self._beat_force else REMOTE_HEARTBEAT_SECONDS
-                beat_due = self._beat is not None and time.monotonic() - self._beat_time >= between
-            if beat_due:
+            now, beat = time.monotonic(), self._beat
+            if beat is not None and now - self._beat_time >= (1.0 if beat[1] else REMOTE_HEARTBEAT_SECONDS):
                 self._tell("heartbeat.json", self._write_beat)
-            if rows_due:
+            if self._lines and now - self._rows_time >= PART_SECONDS:
                 self._tell("metrics", self.flush)
 
     def _write_beat(self) -> None:
         with self._writing:
-            with self._change:
-                values, force, self._beat, self._beat_force = self._beat, self._beat_force, None, False
-            if values is not None:
-                self._beat_time = time.monotonic()
-                try:
-                    write_json(self._workdir / "heartbeat.json", values)
-                except Exception:
-                    with self._change:
-                        self._beat, self._beat_force = self._beat or values, self._beat_force or force
-                    raise
+            if (beat := self._beat) is None:
+                return
+            self._beat_time = time.monotonic()
+            write_json(self._workdir / "heartbeat.json", beat[0])
+            with self._beats:
+                self._beat = None if self._beat is beat else self._beat
 
     def _tell(self, what: str, write: Callable[[], None]) -> None:
         """Calls `write`. When it fails it says so once, until it has gone well again."""
@@ -297,54 +254,6 @@ class NoMetrics(Metrics):
         pass
 
     write = heartbeat = flush = close = _nothing
-
-
-class _TensorBoard:
-    """TensorBoard's event files. For gs:// they are copied from a local folder: tensorboardX itself would hang in an outage."""
-
-    def __init__(self, folder: epath.Path):
-        from tensorboardX import SummaryWriter
-
-        self._folder = folder
-        self._local = Path(tempfile.mkdtemp(prefix="tensorboard-")) if storage.is_remote(folder) else None
-        self._writer = SummaryWriter(str(self._local or folder))
-        self._copied = time.monotonic()
-        self._copying: threading.Thread | None = None
-
-    def write(self, kind, step, values):
-        for key, value in values.items():
-            self._writer.add_scalar(f"{kind}/{key}", value, step)
-        idle = self._copying is None or not self._copying.is_alive()
-        if self._local and idle and time.monotonic() - self._copied >= EVENTS_SECONDS:
-            self._copied = time.monotonic()
-            self._copying = threading.Thread(target=self._copy, daemon=True)
-            self._copying.start()
-
-    def _copy(self):
-        try:
-            self._writer.flush()
-            storage.upload(self._local, self._folder)
-        except Exception as error:  # an outage must not stop a run
-            log.warning("TensorBoard's files can't be copied: %s", error)
-
-    def close(self):
-        self._writer.close()
-        if self._local:
-            if self._copying:
-                self._copying.join()
-            storage.upload(self._local, self._folder)
-            shutil.rmtree(self._local)
-
-
-class _WeightsAndBiases:
-    def __init__(self, run):
-        self._run = run
-
-    def write(self, kind, step, values):
-        self._run.log({f"{kind}/{key}": value for key, value in values.items()}, step=step)
-
-    def close(self):
-        self._run.finish()
 
 
 def _progress_bar() -> Progress:
