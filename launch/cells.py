@@ -33,6 +33,7 @@ class Cell(Protocol):
     size: Hashable  # cells of one kind and size fail alike
     store: str  # token store that its process reads
     steps: int  # that its process takes
+    missing: str | None  # what must be made before it can start, and how
     train_flops: float  # of its process, by which the time that is left is shared out
 
     @property

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,19 @@ from gqa_jax.config import TrainConfig, default_config, hash_identity, unknown_k
 from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError, closest
 from launch.cells import Cell
-from launch.training_cells import TrainingCell
+from launch.training_cells import TrainingCell, training
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A named set of training runs and what is asked of them."""
+    """A named set of training runs, what is asked of them, and cells of other kinds that follow from them."""
 
     name: str
     configs: Sequence[ml_collections.ConfigDict | TrainConfig]
     contexts_served: Sequence[int]  # T of the cost table and of the answer, tokens
     losses: Sequence[float] = ()  # L* of the answer; empty: chosen from what was reached
     convention: str = "figures"  # costs the answer minimises (gqa_jax.costs.CONVENTIONS)
+    others: Callable[[Sequence[TrainingCell]], Sequence[Cell]] = lambda trained: ()  # cells of other kinds, of those that train
     old_rules: bool = False  # its cells are those of the first version (`TrainConfig.under_old_rules`), by their names too
 
 
@@ -111,13 +113,13 @@ def load(path: str) -> Grid:
     return grid
 
 
-def cells(grid: Grid) -> list[TrainingCell]:
-    """The cells of a grid, checked against their token stores as a training run would; parents come before their children.
+def cells(grid: Grid) -> list[Cell]:
+    """The cells of a grid, those that train checked against their token stores as a run would; parents before their children.
 
     Raises ConfigError: a configuration that can't be used, two cells that are the same run, a store that is too short, a cell
     that continues one which is not there. A store that does not exist yet is no error here: its cells have no fingerprint.
     """
-    result: dict[str, TrainingCell] = {}
+    found: list[Cell] = []
     opened = functools.cache(lambda name: catalog.open_store(name) if catalog.exists(name) else None)
     parents: dict[str | None, TrainingCell | None] = {None: None}  # by what stands for them in `continue_from`
     waiting: dict[int, TrainConfig] = {}
@@ -136,12 +138,12 @@ def cells(grid: Grid) -> list[TrainingCell]:
                     )
                 ruled = config.under_old_rules() if grid.old_rules else config
                 cell = _cell(ruled, opened(ruled.data.store), parents[config.continue_from])
-            if cell.name in result:
-                raise ConfigError(
-                    f"two cells of grid {grid.name!r} are the same run, {cell.name}: remove one, or change its seed"
-                )
-            result[cell.name] = parents[reference(config)] = parents[f"../{cell.name}"] = cell
-    return list(result.values())
+            found.append(cell)
+            parents[reference(config)] = parents[f"../{cell.name}"] = cell
+    found += grid.others(tuple(found))
+    if twice := [name for name, count in Counter(cell.name for cell in found).items() if count > 1]:
+        raise ConfigError(f"two cells of grid {grid.name!r} are the same run, {twice[0]}: remove one, or change its seed")
+    return found
 
 
 def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: TrainingCell | None) -> TrainingCell:
@@ -186,10 +188,11 @@ def part(path: os.PathLike | str, names: Sequence[str], seeds: Mapping[str, Sequ
     Raises ConfigError for a name that the file has no cell of: it was changed since.
     """
     whole, seeds = load(os.fspath(path)), dict(seeds or {})
-    by_name = {cell.name: cell for cell in cells(whole)}
+    by_name = {cell.name: cell for cell in training(cells(whole))}
     if any(name not in by_name for name in [*names, *seeds]):
         with contextlib.suppress(ConfigError):  # then there is no such cell
-            by_name |= {cell.name: cell for cell in cells(under_old_rules(whole)) if cell.name not in by_name}
+            old = training(cells(under_old_rules(whole)))
+            by_name |= {cell.name: cell for cell in old if cell.name not in by_name}
     if unknown := [name for name in [*names, *seeds] if name not in by_name]:
         raise ConfigError(f"{path} has no cell {unknown[0]} (any more): {closest(unknown[0], by_name)}")
     wanted = set(names)

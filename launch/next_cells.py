@@ -21,10 +21,9 @@ from gqa_jax.laws import Heads
 from gqa_jax.search import next_runs, optimum
 from gqa_jax.search.next_runs import Candidate, Choice, Question
 from launch import grid, rules, state, studies
-from launch.cells import Cell
 from launch.studies import Fitted, Source
 from launch.tables import Column, Table
-from launch.training_cells import TrainingCell
+from launch.training_cells import TrainingCell, training
 
 WAITING = ("planned", "preempted", "lost")  # states of cells that can be chosen
 UNDER_WAY = ("queued", "running", "stalled")
@@ -53,7 +52,7 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
     if out.exists():
         raise ConfigError(f"{out} is there: run it, remove it, or give another name with --out FILE")
     the_grid = grid.load(arguments.grid)
-    cells = grid.cells(grid.under_old_rules(the_grid) if source.rules == rules.OLD else the_grid)
+    cells = training(grid.cells(grid.under_old_rules(the_grid) if source.rules == rules.OLD else the_grid))
     fits = studies.fit(source)
     if not fits.fitted:
         why = "; ".join(f"trained at {context}: {reason}" for context, reason in fits.unfitted.items())
@@ -95,7 +94,7 @@ def ask(arguments: argparse.Namespace, source: Source, objective: Callable, cons
     return 0
 
 
-def candidates(one: Fitted, cells: Sequence[Cell], source: Source) -> Possible:
+def candidates(one: Fitted, cells: Sequence[TrainingCell], source: Source) -> Possible:
     """Cells of the laws' context and heads without a result, and another seed of those that have one; no failed ones."""
     done = set(source.loss.loc[source.loss["status"] == "done", "cell"])
     found = Possible({}, {}, [], [])
@@ -122,7 +121,7 @@ def candidates(one: Fitted, cells: Sequence[Cell], source: Source) -> Possible:
     return found
 
 
-def seeds_there(cells: Sequence[Cell], source: Source) -> dict[str, list[int]]:
+def seeds_there(cells: Sequence[TrainingCell], source: Source) -> dict[str, list[int]]:
     """Seeds of finished runs that are cells of the grid file but for their seed: earlier choices."""
     extra = set(source.loss["cell"]) - {cell.name for cell in cells}
     found: dict[str, list[int]] = {}
@@ -136,7 +135,7 @@ def seeds_there(cells: Sequence[Cell], source: Source) -> dict[str, list[int]]:
 def grid_file(
     arguments: argparse.Namespace,
     source: Source,
-    cells: Sequence[Cell],
+    cells: Sequence[TrainingCell],
     possible: Possible,
     choice: Choice,
     out: Path,
@@ -199,10 +198,10 @@ def _same(one: TrainConfig, other: TrainConfig) -> bool:
     return dataclasses.replace(one, seed=other.seed) == other
 
 
-def _first(cells: Sequence[Cell], source: Source) -> str:
+def _first(cells: Sequence[TrainingCell], source: Source) -> str:
     """The cheapest cells that give some H three sizes."""
     done = set(source.loss.loc[source.loss["status"] == "done", "cell"])
-    groups: dict[tuple, list[Cell]] = {}
+    groups: dict[tuple, list[TrainingCell]] = {}
     for cell in cells:
         if cell.parent is None:
             model = cell.config.model

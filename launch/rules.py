@@ -16,9 +16,9 @@ from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch import grid
-from launch.cells import Layout
+from launch.cells import Cell, Layout
 from launch.grid import Grid
-from launch.training_cells import TrainingCell
+from launch.training_cells import training
 
 OLD, NEW = "old", "new"
 FIRST = "position/first/zero"  # the rules of the first version, as tables have them
@@ -46,10 +46,10 @@ class Choice:
     """The cells that a command is about, and what else their root holds."""
 
     grid: Grid
-    cells: list[TrainingCell]
+    cells: list[Cell]
     rules: str  # OLD or NEW
     asked: bool  # by --rules; or the root was begun so, and what is printed has to say it
-    others: list[TrainingCell]  # of the same grid under the other rules, that have begun
+    others: list[Cell]  # of the same grid under the other rules, that have begun
     finished: int  # of those
     strangers: list[str]  # folders that are of no cell under either rules
     kept: list[str]  # of other folders, finished under other rules than those of the cells: by another grid file, or before
@@ -81,7 +81,7 @@ def choose(the_grid: Grid, layout: Layout, asked: str | None) -> Choice:
     cells = _old_cells(of_file) if asked == OLD else grid.cells(of_file)
     folders = storage.names(layout.root / "cells")
     strangers = [name for name in folders if name not in {cell.name for cell in cells}]
-    others: list[TrainingCell] = []
+    others: list[Cell] = []
     if strangers:
         try:
             others = grid.cells(of_file) if asked == OLD else _old_cells(of_file)
@@ -112,10 +112,10 @@ def begun_with(found: Choice, layout: Layout) -> Choice:
     return Choice(old, cells, OLD, True, others=[], finished=0, strangers=left, kept=kept)
 
 
-def _old_cells(the_grid: Grid) -> list[TrainingCell]:
+def _old_cells(the_grid: Grid) -> list[Cell]:
     """Its cells under the old rules. Raises ConfigError for a token store that the first version did not make."""
     cells = grid.cells(grid.under_old_rules(the_grid))
-    for cell in cells:
+    for cell in training(cells):
         if cell.holdout not in (None, "position"):
             raise ConfigError(
                 f"--rules old: documents of token store {cell.config.data.store} are held out by {cell.holdout}, under the old "
@@ -124,9 +124,9 @@ def _old_cells(the_grid: Grid) -> list[TrainingCell]:
     return cells
 
 
-def _under_other_rules(names: Sequence[str], cells: Sequence[TrainingCell], layout: Layout) -> list[str]:
+def _under_other_rules(names: Sequence[str], cells: Sequence[Cell], layout: Layout) -> list[str]:
     """Those of the folders that hold a result under rules that no cell has."""
-    own = {cell.config.rules(cell.holdout) for cell in cells if cell.holdout is not None}
+    own = {cell.config.rules(cell.holdout) for cell in training(cells) if cell.holdout is not None}
 
     def stays(name: str) -> bool:
         folder = layout.cell(name)
@@ -144,7 +144,7 @@ def _under_other_rules(names: Sequence[str], cells: Sequence[TrainingCell], layo
     return [name for name, is_kept in zip(names, found, strict=True) if is_kept]
 
 
-def _contents(cells: Sequence[TrainingCell], layout: Layout) -> dict[str, set[str]]:
+def _contents(cells: Sequence[Cell], layout: Layout) -> dict[str, set[str]]:
     """What the folders of these cells hold beside the configuration, which is written before anything begins."""
     remote = storage.is_remote(layout.root)
     found = storage.each(lambda cell: storage.names(layout.cell(cell.name)), cells, remote=remote)

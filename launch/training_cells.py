@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from etils import epath
 from gqa_jax import costs, storage
 from gqa_jax.config import TrainConfig, differing_fields, hash_identity
 from gqa_jax.training import run_folder
-from launch.cells import REPOSITORY, record
+from launch.cells import REPOSITORY, Cell, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,12 @@ class TrainingCell:
         """FLOPs of its training run, as its model counts them (`costs.train_flops`, convention "exact")."""
         config = self.config
         return costs.train_flops(config.model, config.context_length, config.train_tokens, "exact")
+
+    @property
+    def missing(self) -> str | None:
+        if self.data_fingerprint is not None:
+            return None
+        return f"token store {self.store} is not there: make it with `python -m gqa_jax.data.prepare --out {self.store} ...`"
 
     def describe(self) -> dict[str, Any]:
         config, model = self.config, self.config.model
@@ -125,3 +131,8 @@ class TrainingCell:
         if result is not None and result["status"] == "diverged":
             return result | {"cause": f"not finite at step {result['step']}"}
         return result
+
+
+def training(cells: Iterable[Cell]) -> list[TrainingCell]:
+    """Those of them that train."""
+    return [cell for cell in cells if isinstance(cell, TrainingCell)]

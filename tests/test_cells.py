@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from gqa_jax import storage
-from gqa_jax.config import hash_identity
+from gqa_jax.config import ConfigError, hash_identity
 from launch import grid, run, screen, state
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import local
@@ -43,6 +43,7 @@ class CountingCell:
     steps: int
     size: str = "small"
     train_flops: float = 1.0
+    missing: None = None
 
     @property
     def identity(self):
@@ -83,6 +84,12 @@ class CountingCell:
         return result and {"status": "done", "loss": float(result["sum"])}
 
 
+def counted_grid(*numbers):
+    """A cell that trains, and one that counts to each of these numbers after it."""
+    others = lambda cells: [CountingCell(cell.name, number) for cell in cells for number in numbers]  # noqa: E731
+    return dataclasses.replace(grid_fakes.small_grid(), configs=grid_fakes.small_grid().configs[:1], others=others)
+
+
 def made(cells, layout):
     for cell in cells:
         layout.cell(cell.name).mkdir(parents=True)
@@ -107,7 +114,8 @@ def test_a_kind_has_all_that_the_launcher_asks_for(kind):
 
 
 def test_it_runs_after_its_parent_in_a_folder_of_that_one(tmp_path, trained):
-    cells = [trained, CountingCell(trained.name, 3)]
+    cells = grid.cells(counted_grid(3))
+    assert cells == [trained, CountingCell(trained.name, 3)]
     layout = Layout(tmp_path).holding(cells)
     assert layout.cell(cells[1].name) == tmp_path / "cells" / trained.name / "counts" / "3"
     executor_contract.behave(layout, trained, "finish")
@@ -141,6 +149,11 @@ def test_its_failures_hold_back_its_kind_alone(tmp_path, trained):
     last = run_all(cells, layout)
     assert list(last.held) == [counting[3].name]
     assert last.states[-1].state == "done"
+
+
+def test_a_name_is_of_one_cell_alone():
+    with pytest.raises(ConfigError, match="two cells of grid 'small' are the same run, count-3-"):
+        grid.cells(counted_grid(3, 4, 3))
 
 
 def test_its_names_are_listed_apart(trained):

@@ -210,8 +210,8 @@ TABLE = (
     ),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.cells launch.training_cells "
-        "launch.grid launch.rules launch.state launch.tables launch.studies",
+        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.training_cells launch.grid "
+        "launch.rules launch.state launch.tables launch.studies",
     ),
     Row(
         "launch.report",
