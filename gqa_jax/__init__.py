@@ -5,8 +5,9 @@
 
 `load_study` gives the laws of a grid, of a table or of the paper, and answers. The rest are tables, pandas DataFrames:
 `load_results` a grid's losses, `load_evaluations` those by source and position, `load_differences` those between runs,
-`load_metrics` what runs logged, `load_costs` what serving costs; `load_table` is the loss table of runs of any trainer. Modules
-are attributes, imported when they are asked for: `presets`, `laws`, `search`, `plots` and `hardware` need no jax.
+`load_metrics` what runs logged, `load_costs` what serving costs; `load_table` is the loss table of runs of any trainer.
+`load_model` is the model of a finished run, or imported, to be called. Modules are attributes, imported when they are asked
+for: `presets`, `laws`, `search`, `plots` and `hardware` need no jax.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from gqa_jax.search import invariance as invariance
     from gqa_jax.search import presets as presets
     from gqa_jax.search.study import load_study
+    from gqa_jax.training.parameters import load_model
 
 __all__ = [
-    "load_costs", "load_differences", "load_evaluations", "load_metrics", "load_results", "load_study", "load_table",
+    "load_costs", "load_differences", "load_evaluations", "load_metrics", "load_model", "load_results", "load_study",
+    "load_table",
 ]  # fmt: skip
 
-_ELSEWHERE = {"load_study": "search.study", "load_table": "laws.external"}  # the other functions are of `results`
+# The other functions are of `results`.
+_ELSEWHERE = {"load_model": "training.parameters", "load_study": "search.study", "load_table": "laws.external"}
 
 
 @functools.cache

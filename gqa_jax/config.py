@@ -215,7 +215,7 @@ class TrainConfig:
     tokens_per_param: float | None = None  # of parameters without embeddings
     steps: int | None = None
     seed: int = 0
-    continue_from: str | None = None  # run folder whose last parameters this starts from; relative to this run's own: "../NAME"
+    continue_from: str | None = None  # folder that the parameters come from: of a run that is done, or imported; "../NAME"
     label: str = ""  # name of the size, for tables
     model: ModelConfig = field(default_factory=ModelConfig)
     execution: Execution = field(default_factory=Execution)
@@ -348,9 +348,9 @@ class TrainConfig:
         cut = str(tokens) if unit == tokens else f"{tokens // unit}x{unit}"
         return f"{data_fingerprint[:12]}/{self.evaluation.windows}/{cut}"
 
-    def check_source(self, source: TrainConfig) -> None:
-        """Raises ConfigError unless this run can start from the parameters of `source`, naming the fields that differ."""
-        ours, theirs = ({name: getattr(c.model, name) for name in _PARAMETER_FIELDS} for c in (self, source))
+    def check_source(self, source: ModelConfig) -> None:
+        """Raises ConfigError unless this run can start from parameters of `source`, naming the fields that differ."""
+        ours, theirs = ({name: getattr(model, name) for name in _PARAMETER_FIELDS} for model in (self.model, source))
         lines = differing_fields(ours, theirs, "model.")
         _require(
             not lines, f"continue_from = {self.continue_from!r} has other parameters: {'; '.join(lines)}. Use the same model"
@@ -364,7 +364,7 @@ class TrainConfig:
         is used, so that results keep their names.
 
         Args:
-          continues: `hash_identity` of the identity of the run that this one continues, which stands in it for the path.
+          continues: what stands in it for the path of `continue_from` (`gqa_jax.training.start.Start.identity`).
         Raises:
           ConfigError: this run continues another, and `continues` is not given, or the other way round.
         """

@@ -58,7 +58,8 @@ LOSS_COLUMNS = (
     Column("d_ff", "Int64", "", "feed-forward width", "model.d_ff"),
     Column("vocab_size", "Int64", "", "vocabulary V of the model, padding included", "model.vocab_size"),
     Column("context", "Int64", "tokens", "context length T of the training", "context_length"),
-    Column("continue_from", "string", "", "run whose last parameters it started from; empty: from scratch"),
+    Column("continue_from", "string", "", "run or import whose parameters it started from, its folder; empty: from scratch"),
+    Column("start_differs", "string", "", "what is other than there: data, RoPE base; empty: nothing, or from scratch"),
     Column("seed", "Int64", "", "seed of initialisation and data order", "seed"),
     Column("status", "string", "", "done, or diverged: the loss was no longer finite"),
     Column("params_non_embedding", "Int64", "", "parameters without embeddings, as trained (N of the fits)"),
@@ -392,6 +393,7 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
         | {
             "cell": folder.name,
             "continue_from": config.continue_from and PurePosixPath(config.continue_from).name,
+            "start_differs": "; ".join(result.get("start", {}).get("differs", [])) or None,
             "params_paper": costs.count_params(config.model, "paper").total,
             "params_figures": costs.count_params(config.model, "figures").total,
             "steps": result["step"],

@@ -153,7 +153,7 @@ def _cell(config: TrainConfig, tokens: store.TokenStore | None, parent: Training
     if parent is None:
         return TrainingCell(config, fingerprint, holdout=holdout)
     config = dataclasses.replace(config, continue_from=f"../{parent.name}")  # folders of cells lie side by side
-    config.check_source(parent.config)
+    config.check_source(parent.config.model)
     if fingerprint != parent.data_fingerprint:
         raise ConfigError(
             f"data.store = {config.data.store} is not the store of {parent.name}, which it continues "

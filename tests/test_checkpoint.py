@@ -116,7 +116,7 @@ def test_a_renamed_or_copied_checkpoint_is_refused_and_left_where_it_is(tmp_path
             checkpoints.newest_metadata()
         with pytest.raises(ConfigError, match=message):
             checkpoints.restore_newest(abstract())
-    with pytest.raises(ConfigError, match=rf"^continue_from: .*{message}"):
+    with pytest.raises(ConfigError, match=message):
         restore_params(tmp_path, abstract().params)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -185,7 +185,7 @@ def test_parameters_of_another_run_are_those_of_its_newest_undamaged_checkpoint(
         ConfigError, match=r"no checkpoint to start from: that of step 2 is damaged .*; that of step 1 is damaged"
     ):
         restore_params(tmp_path, wanted)
-    with pytest.raises(ConfigError, match=r"continue_from: .* has no checkpoint to start from: there is none"):
+    with pytest.raises(ConfigError, match=r"has no checkpoint to start from: there is none"):
         restore_params(tmp_path / "none", wanted)
 
 

@@ -237,6 +237,6 @@ def test_a_run_continues_another_with_the_same_parameters():
     run = make(
         continue_from="../a", context_length=4096, model={"rope_theta": 1e7, "dtype": "float32"}, execution={"remat": "full"}
     )
-    run.check_source(make())
+    run.check_source(make().model)
     with pytest.raises(ConfigError, match=r"'../a' has other parameters: model.n_heads: 4 here, 8 there\. Use the same model"):
-        run.check_source(make(model={"n_heads": 8}))
+        run.check_source(make(model={"n_heads": 8}).model)

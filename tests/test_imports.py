@@ -82,17 +82,23 @@ TABLE = (
     Row("gqa_jax.planning.topologies", ".hardware .mesh .training.sharding", outside="jax"),
     Row("gqa_jax.planning.compile_check", ".hardware .config .storage", lazily=".training.program .planning.topologies"),
     # The program that trains.
+    Row("gqa_jax.training.start", ".errors .config .storage .data .training.run_folder"),
+    Row(
+        "gqa_jax.training.parameters",
+        ".errors .config .storage .data .data.catalog .training.loss .model .training.checkpoint .training.start",
+        outside="jax",
+    ),
     Row(
         "gqa_jax.training.setup",
         ".errors .config .storage .data .data.catalog .data.reader .training.program .training.run_folder "
-        ".training.distributed .planning.planner",
+        ".training.distributed .planning.planner .training.start",
         outside="jax",
     ),
     Row(
         "gqa_jax.training.loop",
-        ".errors .hardware .costs .config .storage .training.sharding .training.optimizer .training.evaluation "
+        ".hardware .costs .config .storage .data .training.sharding .training.optimizer .training.evaluation "
         ".training.program .training.run_folder .training.distributed .training.checkpoint .training.metrics "
-        ".planning.planner .training.setup",
+        ".planning.planner .training.start .training.parameters .training.setup",
         outside="jax",
     ),
     Row(
@@ -156,7 +162,7 @@ TABLE = (
         ".errors .formatting .costs .storage .results .laws .laws.external .search.presets .search.objectives "
         ".search.candidates .search.optimum",
     ),
-    Row("gqa_jax", lazily=".results .laws.external .search.invariance .search.presets .search.study"),
+    Row("gqa_jax", lazily=".training.parameters .results .laws.external .search.invariance .search.presets .search.study"),
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.executors"),
@@ -346,9 +352,9 @@ def test_a_row_imports_rows_above_it_only():
 def test_what_does_without_jax_is_imported_without_it():
     """In a process of its own, as source says nothing of what other packages import; and without pyplot, which has a state."""
     names = [module for row in without_jax() if row.name not in ("configs", "benchmarks") for module in of_row(row)]
-    known = ("costs", "shapes", "config", "storage", "training.run_folder", "training.metrics", "results", "planning.planner",
-             "planning.compile_check", "prices", "laws.joint", "data.reader", "data.prepare", "data.store", "search.optimum",
-             "search.objectives", "search.next_runs", "plots.style")  # fmt: skip
+    known = ("costs", "shapes", "config", "storage", "training.run_folder", "training.metrics", "training.start", "results",
+             "planning.planner", "planning.compile_check", "prices", "laws.joint", "data.reader", "data.prepare", "data.store",
+             "search.optimum", "search.objectives", "search.next_runs", "plots.style")  # fmt: skip
     assert {f"gqa_jax.{name}" for name in known} | {
         "launch.__main__",
         "launch.executors.tpu",

@@ -165,7 +165,7 @@ def test_another_tokenizer_file_is_refused(tmp_path):
     made = prepare(recipe, tmp_path / "store")
     assert made.tokenizer().decode(made.tokens("validation")) == "four five six<|endoftext|>ten<|endoftext|>"
     (made.path / "tokenizer.json").write_text((made.path / "tokenizer.json").read_text() + "\n")
-    with pytest.raises(StoreError, match=r"tokenizer.json isn't the tokenizer of this store"):
+    with pytest.raises(StoreError, match=r"tokenizer.json isn't the tokenizer that was recorded"):
         made.tokenizer()
 
 
@@ -354,7 +354,7 @@ def test_a_store_on_a_bucket_brings_its_tokenizer(gcs_root, tmp_path, monkeypatc
     assert open_store(gcs_root).tokenizer().decode(made.tokens("validation")) == "four five six<|endoftext|>ten<|endoftext|>"
     storage.write_bytes(f"{gcs_root}/tokenizer.json", (made.path / "tokenizer.json").read_bytes() + b"\n")
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(StoreError, match=r"isn't what its header says, as copied: .*isn't the tokenizer of this store"):
+    with pytest.raises(StoreError, match=r"isn't what its header says, as copied: .*isn't the tokenizer that was recorded"):
         open_store(gcs_root)
 
 

@@ -344,17 +344,9 @@ def test_a_second_phase_needs_a_first_that_is_done(finished, tmp_path):
         train.train_and_evaluate(config, tmp_path / "second")
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "config.json").write_text((folder / "config.json").read_text())
-    for change, message in (
-        ({"status": "diverged"}, "that run diverged at step 12"),
-        (
-            {"data_fingerprint": "0" * 64},
-            r"was trained on other data: data.fingerprint: .* here, 000000000000 there\. Use the same token store; if that run "
-            r"is of the first version, add --config\.data\.store=sotu-bytes@position$",
-        ),
-    ):
-        (tmp_path / "first" / "result.json").write_text(json.dumps(first | change))
-        with pytest.raises(ConfigError, match=message):
-            train.train_and_evaluate(config, tmp_path / "second")
+    (tmp_path / "first" / "result.json").write_text(json.dumps(first | {"status": "diverged"}))
+    with pytest.raises(ConfigError, match="that run diverged at step 12"):
+        train.train_and_evaluate(config, tmp_path / "second")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from gqa_jax import storage
 from gqa_jax.data import corpus, store
 from gqa_jax.data.store import StoreError, TokenStore
+from gqa_jax.data.tokenizer import Tokenizer, kept, load_tokenizer
 from gqa_jax.errors import closest
 
 #: Built-in stores: name -> tokenizer and hold-out rule. Those by position are the stores that the first version made under the
@@ -55,3 +56,17 @@ def exists(name: str | os.PathLike) -> bool:
     if os.fspath(name) in BUILT_IN:
         return True
     return store.is_finished(name) if storage.is_remote(name) else Path(name).expanduser().exists()
+
+
+def tokenizer_of(name: str, fingerprint: str | None = None) -> Tokenizer:
+    """The tokenizer of a store, of which no more than the header is read.
+
+    Raises StoreError where the store is gone, or has another than this `fingerprint`; TokenizerError for a damaged tokenizer.
+    """
+    if name in BUILT_IN:
+        return load_tokenizer(BUILT_IN[name][0])
+    path = storage.path(name)
+    header = store.read_header(path)
+    if fingerprint not in (None, header["fingerprint"]):
+        raise StoreError(f"the token store {name} was made again, with the fingerprint {header['fingerprint'][:12]}")
+    return kept(path, header["tokenizer"] | {"eos_id": header["eos_id"]})

@@ -38,7 +38,7 @@ import numpy as np
 from etils import epath
 
 from gqa_jax import errors, storage
-from gqa_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from gqa_jax.data.tokenizer import Tokenizer, TokenizerError, kept
 
 log = logging.getLogger(__name__)
 
@@ -133,15 +133,10 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids. Raises StoreError when tokenizer.json isn't the one recorded."""
-        name, sha256 = self.header["tokenizer"]["name"], self.header["tokenizer"]["sha256"]
-        file = self.path / TOKENIZER
-        if file.exists():
-            tokenizer = HuggingFaceTokenizer(file.read_bytes(), name, eos=self.eos_id)
-        else:
-            tokenizer = load_tokenizer(name)
-        if tokenizer.sha256 != sha256:
-            raise StoreError(f"{file} isn't the tokenizer of this store (SHA-256 {tokenizer.sha256[:12]}, not {sha256[:12]})")
-        return tokenizer
+        try:
+            return kept(self.path, self.header["tokenizer"] | {"eos_id": self.eos_id})
+        except TokenizerError as error:
+            raise StoreError(str(error)) from error
 
     def _file(self, split: str, suffix: str) -> Path:
         if split not in SPLITS:

@@ -14,17 +14,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from gqa_jax import storage
 from gqa_jax.data.corpus import read_embedded
 
 if TYPE_CHECKING:
     import tokenizers
+    from etils import epath
+
+    from gqa_jax.data.store import TokenStore
 
 GPT2_FILE = "gpt2_merges.txt.xz"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of the merges; the one tiktoken checks
@@ -40,6 +44,8 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces of about this size, in several threads
 MAX_WORD_CHARS = 1_000_000  # text without a safe place to cut is cut after this many characters
 TASK_CHARS = 1 << 16  # short documents share a task of a thread
+
+RECORD = "tokenizer"  # folder, in that of a run: about.json (name, sha256, eos_id), and tokenizer.json unless the name says all
 
 # No match of the pre-tokenizer goes on from a non-space into a space, and none looks back: text cut before white space that
 # follows a non-space has the same ids. (Python's \s includes the regex engine's, so its \S is the stricter one.)
@@ -255,6 +261,61 @@ def load_tokenizer(spec: str, eos: str | None = None, threads: int | None = None
     except OSError as error:
         raise TokenizerError(f"tokenizer {path} can't be read: {error.strerror}") from error
     return HuggingFaceTokenizer(content, path.name, eos)
+
+
+def record(folder: os.PathLike | str, store: TokenStore) -> None:
+    """Keeps the tokenizer of a token store in a run's folder, local or on gs://, unless one is kept there."""
+    if recorded(folder) is None:
+        content = storage.read_bytes(store.path / "tokenizer.json")
+        _keep(folder, store.header["tokenizer"] | {"eos_id": store.eos_id}, content)
+
+
+def record_tokenizer(folder: os.PathLike | str, tokenizer: Tokenizer) -> None:
+    """Keeps a tokenizer in a folder, local or on gs://, as `record` does."""
+    about = {"name": tokenizer.name, "sha256": tokenizer.sha256, "eos_id": tokenizer.eos_id}
+    _keep(folder, about, tokenizer.json)
+
+
+def _keep(folder: os.PathLike | str, about: Mapping[str, Any], content: bytes | None) -> None:
+    at = storage.path(folder) / RECORD
+    if not storage.is_remote(at):
+        at.mkdir(parents=True, exist_ok=True)
+    if content is not None:
+        storage.write_bytes(at / "tokenizer.json", content)
+    storage.write_json(at / "about.json", about)
+
+
+def recorded(folder: os.PathLike | str) -> dict[str, Any] | None:
+    """Name, sha256 and eos_id of the tokenizer kept in a run's folder; None where none is. Raises ValueError, OSError."""
+    return storage.read_json(storage.path(folder) / RECORD / "about.json")
+
+
+def of_run(folder: os.PathLike | str) -> Tokenizer:
+    """The tokenizer kept in the folder of a run, or of imported parameters. Raises TokenizerError: none is, or it is damaged."""
+    try:
+        about = recorded(folder)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"the tokenizer of {folder} can't be read: {error}") from error
+    if about is None:
+        raise TokenizerError(f"no tokenizer is kept in {folder}")
+    return kept(storage.path(folder) / RECORD, about)
+
+
+def kept(folder: epath.Path, about: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer with the name, sha256 and eos_id of `about`: of the tokenizer.json in a folder, without one by its name.
+
+    Raises TokenizerError when it is another, or can't be read.
+    """
+    try:
+        content = storage.read_bytes(folder / "tokenizer.json")
+        name, sha256, eos_id = (about[key] for key in ("name", "sha256", "eos_id"))
+    except (OSError, KeyError) as error:
+        raise TokenizerError(f"the tokenizer in {folder} can't be read: {error}") from error
+    found = load_tokenizer(name) if content is None else HuggingFaceTokenizer(content, name, eos=eos_id)
+    if found.sha256 != sha256:
+        differ = f"SHA-256 {found.sha256[:12]}, not {sha256[:12]}"
+        raise TokenizerError(f"{folder}/tokenizer.json isn't the tokenizer that was recorded ({differ})")
+    return found
 
 
 def bpe_size(spec: str) -> int | None:

@@ -46,8 +46,8 @@ class Restored(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Parameters:
-    """What is read of another run's state: leaves have the paths that they have in a `TrainState`."""
+class Parameters:
+    """A state without its optimizer: leaves have the paths that they have in a `TrainState`."""
 
     step: jax.Array
     params: Any
@@ -153,8 +153,8 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     restore = ocp.PyTreeCheckpointHandler().restore
-    shapes = _shapes(abstract_params)
-    steps = distributed.from_primary("checkpoints of continue_from", lambda: _finished_steps(folder))
+    shapes = described(abstract_params)
+    steps = distributed.from_primary("checkpoints to start from", lambda: _finished_steps(folder))
     problems = []
     for step in sorted(steps, reverse=True):
         at = folder / str(step)
@@ -162,27 +162,27 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
         if damage is None and there != shapes:
             path = next(path for path in [*shapes, *there] if shapes.get(path) != there.get(path))
             raise ConfigError(
-                f"continue_from: {at} is of another model: {path} is {there.get(path, 'not there')}, here "
+                f"{at} is of another model: {path} is {there.get(path, 'not there')}, here "
                 f"{shapes.get(path, 'not there')}: give the `model` fields of that run"
             )
         if damage is None:
-            state, metadata, damage = _read(at, lambda at=at: _Parameters(**restore(at / "state", args=arguments)))
+            state, metadata, damage = _read(at, lambda at=at: Parameters(**restore(at / "state", args=arguments)))
             if damage is None:
-                _refuse_renamed(at, metadata, state, "continue_from: ")
+                _refuse_renamed(at, metadata, state)
                 return Restored(step, state.params, metadata)
         problems.append(f"that of step {step} is damaged ({damage})")
-        log.warning("continue_from: %s is damaged (%s)", at, damage)
-    raise ConfigError(f"continue_from: {folder} has no checkpoint to start from: {'; '.join(problems) or 'there is none'}")
+        log.warning("%s is damaged (%s)", at, damage)
+    raise ConfigError(f"{folder} has no checkpoint to start from: {'; '.join(problems) or 'there is none'}")
 
 
-def _refuse_renamed(folder: epath.Path, metadata: dict[str, Any], state: Any = None, prefix: str = "") -> None:
+def _refuse_renamed(folder: epath.Path, metadata: dict[str, Any], state: Any = None) -> None:
     """Raises ConfigError unless metadata and, where given, state are those after the step that the folder is named for."""
     step = int(folder.name)
     found = [] if state is None else [int(state.step)]
     for held in (*found, metadata.get("step", step)):  # that of the first version has none
         if held != step:
             raise ConfigError(
-                f"{prefix}{folder} holds the state after step {held}, not {step}: it was renamed or copied: give it back its "
+                f"{folder} holds the state after step {held}, not {step}: it was renamed or copied: give it back its "
                 "name, or move it away"
             )
 
@@ -199,14 +199,15 @@ def _finished_steps(folder: epath.Path) -> list[int]:
 
 
 def _saved_shapes(folder: epath.Path) -> tuple[dict[str, str] | None, str | None]:
-    """`_shapes` of the parameters of a checkpoint; or what is wrong with it."""
+    """The parameters of a checkpoint, `described`; or what is wrong with it."""
     try:
-        return _shapes(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree["params"]), None
+        return described(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree["params"]), None
     except Exception as error:  # orbax has no single class for unreadable files
         return None, errors.named(error, 200)
 
 
-def _shapes(params: Any) -> dict[str, str]:
+def described(params: Any) -> dict[str, str]:
+    """Dtype and shape of every parameter, by its path."""
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _by_path(params).items()}
 
 

@@ -26,14 +26,15 @@ from etils import epath
 
 from gqa_jax import costs, hardware, storage
 from gqa_jax.config import TrainConfig, hash_identity
-from gqa_jax.errors import ConfigError
+from gqa_jax.data import tokenizer
 from gqa_jax.planning import planner
 from gqa_jax.storage import write_json
-from gqa_jax.training import distributed, evaluation, optimizer, program, run_folder, setup, sharding
-from gqa_jax.training.checkpoint import Checkpoints, params_sha256, restore_params
+from gqa_jax.training import distributed, evaluation, optimizer, parameters, program, run_folder, setup, sharding
+from gqa_jax.training.checkpoint import Checkpoints, params_sha256
 from gqa_jax.training.metrics import Metrics, NoMetrics
 from gqa_jax.training.program import TrainState
 from gqa_jax.training.run_folder import DeviceTime, Diverged, Preempted
+from gqa_jax.training.start import Start
 
 log = logging.getLogger("gqa_jax.train")
 
@@ -88,7 +89,7 @@ class Context:
     workdir: epath.Path
     data: setup.Data
     identity: dict[str, Any]
-    source: dict[str, Any] | None  # result of the run that this one continues
+    start: Start
     attempt: int
     device_time: DeviceTime
     environment: dict[str, Any]  # content of environment.json
@@ -137,8 +138,8 @@ def _attempt(
     setup.warn_of_narrow_parameters(config)
     log.info("data: opening %s", config.data.store)
     data = setup.open_data(config)
-    source = setup.source(config, workdir, data.fingerprint)
-    identity = config.identity(data.fingerprint, source and source["identity"])
+    start = setup.start_of(config, workdir, data.store)
+    identity = config.identity(data.fingerprint, start.identity)
     if (result := distributed.from_primary("result.json", lambda: setup.finished(workdir, config, identity))) is not None:
         log.info("result.json is there: nothing to do")
         return result
@@ -150,7 +151,7 @@ def _attempt(
         distributed.Preemption() as preemption,
     ):
         context = Context(
-            config, mesh, workdir, data, identity, source, attempt, device_time, environment, metrics, checkpoints, preemption
+            config, mesh, workdir, data, identity, start, attempt, device_time, environment, metrics, checkpoints, preemption
         )
         return _train(context, profile)
 
@@ -161,6 +162,7 @@ def _train(context: Context, profile: bool) -> dict[str, Any]:
     context.announce("devices", 0)
     if distributed.is_primary():
         write_json(context.workdir / "environment.json", context.environment)
+        tokenizer.record(context.workdir, context.data.store)
     log.info(
         "mesh %s of %d %s devices (%d there)",
         config.execution.mesh, mesh.size, context.device_time.device, len(jax.devices()),
@@ -273,17 +275,10 @@ def _restore(context: Context) -> tuple[TrainState, int, float]:
         log.info("resuming after step %d of %d", restored.step, config.n_steps)
         return restored.state, restored.step, restored.metadata["seconds_train"]
     state = program.fresh_state(config, context.mesh)
-    if context.source is None:
-        return state, 0, 0.0
-    folder = storage.join(context.workdir, config.continue_from)
-    restored, source = restore_params(folder, abstract.params), context.source
-    if (restored.step, hash_identity(restored.metadata["identity"])) != (source["step"], source["identity"]):
-        raise ConfigError(
-            f"continue_from = {config.continue_from!r}: the newest checkpoint that can be used there is of step "
-            f"{restored.step}, not the last ({source['step']}): run that one again in a new folder"
-        )
-    log.info("starting from the parameters of %s", folder)
-    return dataclasses.replace(state, params=restored.state), 0, 0.0
+    if context.start.folder is not None:
+        state = dataclasses.replace(state, params=parameters.of_start(context.start, abstract.params))
+        log.info("starting from the parameters of %s", context.start.folder)
+    return state, 0, 0.0
 
 
 def _write_row(context: Context, progress: Progress, step: int, row: dict[str, np.ndarray], learning_rate: float) -> None:
@@ -366,6 +361,7 @@ def _write_result(
         "attention": attention,
         "data_fingerprint": data.fingerprint,
         "identity": hash_identity(context.identity),
+        "start": context.start.facts(),
         "attempts": context.attempt + 1,
     } | context.environment
     if distributed.is_primary():

@@ -3,6 +3,7 @@
 config.json           the resolved configuration, written once
 id.json               id: what services (W&B) know the run by, drawn once; of a run of the first version the folder's name
 environment.json      versions, devices and commit of the newest attempt
+tokenizer/            the tokenizer of its token store (gqa_jax.data.tokenizer)
 attempts/NNN.json     attempt, time, first_step (steps done before it), host, job, device, n_devices, n_processes: written once
                       per attempt, when its checkpoint was restored
 metrics/              rows of an attempt: attempt-NNN.jsonl; on gs:// in parts, attempt-NNN-PPPPP.jsonl (metrics.py)

@@ -1,4 +1,4 @@
-"""What must be right before a run trains: its folder, devices, data, the run that it continues. Bad input is a ConfigError.
+"""What must be right before a run trains: its folder, devices, data, where it starts. Bad input is a ConfigError.
 
 Each is for all processes of a run together, and ends alike on all of them.
 """
@@ -6,6 +6,7 @@ Each is for all processes of a run together, and ends alike on all of them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from gqa_jax.config import TrainConfig, hash_identity
 from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError
 from gqa_jax.planning import planner
-from gqa_jax.training import distributed, program, run_folder
+from gqa_jax.training import distributed, program, run_folder, start
+from gqa_jax.training.start import Start
 
 log = logging.getLogger("gqa_jax.train")
 
@@ -81,36 +83,22 @@ def open_data(config: TrainConfig) -> Data:
     return opened
 
 
-def source(config: TrainConfig, workdir: epath.Path, fingerprint: str) -> dict[str, Any] | None:
-    """The result of the run that this one continues, None when it continues none.
+def start_of(config: TrainConfig, workdir: epath.Path, tokens: store.TokenStore) -> Start:
+    """Where the parameters of this run come from; warns of what is other than there.
 
-    Raises ConfigError unless that run is done, of the same parameters and data.
+    Raises ConfigError unless `continue_from`, where it is given, is a run that is done or an import, of the same parameters
+    and vocabulary.
     """
     if config.continue_from is None:
-        return None
-    folder, name = storage.join(workdir, config.continue_from), f"continue_from = {config.continue_from!r}"
-
-    def read() -> dict[str, Any]:
-        try:
-            result, values = run_folder.find_result(folder / "result.json"), storage.read_json(folder / "config.json")
-            source = values and TrainConfig.from_stored(values)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{name}: {error}") from error
-        if result is None:
-            raise ConfigError(f"{name}: {folder} has no result.json: let that run end first, or name another")
-        if source is None:
-            raise ConfigError(f"{name}: {folder} has no config.json: it is no run that can be continued")
-        if result["status"] != "done":
-            raise ConfigError(f"{name}: that run {result['status']} at step {result['step']}")
-        config.check_source(source)
-        if result["data_fingerprint"] != fingerprint:
-            raise ConfigError(
-                f"{name} was trained on other data: data.fingerprint: {fingerprint[:12]} here, "
-                f"{result['data_fingerprint'][:12]} there. Use the same token store{run_folder.data_of_first_version(config)}"
-            )
-        return result
-
-    return distributed.from_primary("continue_from", read)
+        return Start()
+    with distributed.agree("continue_from"):
+        found = start.of_folder(storage.join(workdir, config.continue_from), f"continue_from = {config.continue_from!r}")
+        vocabulary = tokens.header["tokenizer"] | {"eos_id": tokens.eos_id}
+        found = dataclasses.replace(found, differs=tuple(found.differences(config, tokens.fingerprint, vocabulary)))
+    for line in found.differs:
+        of_first = run_folder.data_of_first_version(config) if line.startswith("data.") else ""
+        log.warning("continue_from = %r: not as it was there: %s%s", config.continue_from, line, of_first)
+    return found
 
 
 def finished(workdir: epath.Path, config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
