@@ -291,7 +291,7 @@ def recorded(folder: os.PathLike | str) -> dict[str, Any] | None:
 
 
 def of_run(folder: os.PathLike | str) -> Tokenizer:
-    """The tokenizer kept in the folder of a run, or of imported parameters. Raises TokenizerError: none is, or it is damaged."""
+    """The tokenizer kept in the folder of a run or an import. Raises TokenizerError: none is, or it is damaged."""
     try:
         about = recorded(folder)
     except (OSError, ValueError) as error:
