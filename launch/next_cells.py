@@ -102,7 +102,7 @@ def candidates(one: Fitted, cells: Sequence[TrainingCell], source: Source) -> Po
     for cell in cells:
         config = cell.config
         heads = Heads(config.model.n_heads, config.model.n_kv_heads)
-        if config.context_length != one.context or cell.parent is not None or heads not in one.laws:
+        if config.context_length != one.context or config.continue_from is not None or heads not in one.laws:
             continue
         size = costs.count_params(config.model, one.laws.size_convention).non_embedding
         name_of_size = f"{config.model.n_layers}x{config.model.d_model}"
@@ -203,7 +203,7 @@ def _first(cells: Sequence[TrainingCell], source: Source) -> str:
     done = set(source.loss.loc[source.loss["status"] == "done", "cell"])
     groups: dict[tuple, list[TrainingCell]] = {}
     for cell in cells:
-        if cell.parent is None:
+        if cell.config.continue_from is None:
             model = cell.config.model
             groups.setdefault((cell.config.context_length, model.n_heads, model.n_kv_heads), []).append(cell)
     options = []

@@ -9,15 +9,19 @@ import os
 import re
 import sys
 from collections.abc import Hashable, Iterable
-from pathlib import Path
-from typing import Any, ClassVar
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from etils import epath
 
 from gqa_jax import costs, storage
 from gqa_jax.config import TrainConfig, differing_fields, hash_identity
-from gqa_jax.training import run_folder
+from gqa_jax.training import run_folder, start
+from gqa_jax.training.start import FROM_SCRATCH, Start
 from launch.cells import REPOSITORY, Cell, record
+
+if TYPE_CHECKING:
+    from gqa_jax.data.store import TokenStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +34,13 @@ class TrainingCell:
     config: TrainConfig
     data_fingerprint: str | None  # None: the token store is not prepared yet, and the name is provisional
     parent: str | None = None  # name of the cell whose last parameters this one starts from
-    continues: str | None = None  # hash of the parent's identity
+    start: Start = FROM_SCRATCH  # where its parameters come from: the parent, or a folder outside of the grid
     settings: tuple[str, ...] = ()  # flags of its process: how it is carried out, as was compiled and found to fit
     holdout: str | None = None  # rule by which documents of its token store are held out; None: it is not prepared yet
 
     @property
     def identity(self) -> dict[str, Any]:
-        return self.config.identity(self.data_fingerprint or "unprepared", self.continues)
+        return self.config.identity(self.data_fingerprint or "unprepared", self.start.identity)
 
     @functools.cached_property
     def name(self) -> str:
@@ -82,7 +86,7 @@ class TrainingCell:
             "size": config.label,
             **{name: getattr(model, name) for name in shape},
             "context": config.context_length,
-            "continue_from": self.parent,
+            "continue_from": config.continue_from and PurePosixPath(config.continue_from).name,
             "seed": config.seed,
             "params_non_embedding": count.non_embedding,
             "params_total": count.total,
@@ -91,6 +95,11 @@ class TrainingCell:
             "batch_tokens": config.batch_tokens,
             "train_flops": self.train_flops,
         }
+
+    def as_start(self, tokens: TokenStore | None) -> Start:
+        """Where a cell starts that continues this one; `tokens`: its token store, where it is there."""
+        known = hash_identity(self.identity), self.steps, self.config.model, self.config, self.data_fingerprint
+        return Start(start.RUN, None, *known, tokens and tokens.vocabulary)
 
     def stored(self) -> dict[str, Any]:
         return self.config.to_dict()
@@ -116,7 +125,7 @@ class TrainingCell:
     @staticmethod
     def waits_for(folder: os.PathLike) -> tuple[type[TrainingCell], epath.Path] | None:
         source = record(epath.Path(folder) / "config.json").get("continue_from")
-        if source is None:
+        if source is None or not source.startswith("../"):  # what is outside of the grid was done when the cell was made
             return None
         joined = storage.join(folder, source)
         return TrainingCell, joined if storage.is_remote(joined) else epath.Path(os.path.normpath(joined))

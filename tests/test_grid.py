@@ -150,11 +150,22 @@ def test_a_second_phase_has_its_own_recipe_and_reads_on():
     assert first.context_length == 32  # untouched
 
 
-def test_a_second_phase_of_other_parameters_or_data_is_refused():
+def test_a_second_phase_of_other_parameters_is_refused():
     with pytest.raises(ConfigError, match=r"has other parameters: model\.n_layers: 3 here, 2 there"):
         grid.cells(two_phases(model={"n_layers": 3}))
-    with pytest.raises(ConfigError, match=r"data\.store = stores/not-yet is not the store of s16d-t32-"):
-        grid.cells(two_phases(data={"store": "stores/not-yet"}))
+
+
+def test_a_second_phase_on_other_data_and_another_rope_base():
+    first, second, third = grid.cells(two_phases(rope_theta=1e6, data={"store": "sotu-bytes@position"}))
+    assert second.config.data.skip_tokens == 0  # of another order
+    assert third.config.data.skip_tokens == second.config.train_tokens
+    assert second.config.model.rope_theta == third.config.model.rope_theta == 1e6
+    base, data = second.start.differs
+    assert base == "model.rope_theta: 1000000.0 here, 500000.0 there"
+    assert data == f"data.fingerprint: {second.data_fingerprint[:12]} here, {first.data_fingerprint[:12]} there"
+    assert third.start.differs == ()
+    _, provisional, _ = grid.cells(two_phases(data={"store": "stores/not-yet"}))
+    assert provisional.start.differs == ()
 
 
 def test_the_long_context_grid_is_appendix_j():

@@ -167,8 +167,15 @@ TABLE = (
     Row("launch"),
     Row("launch.executors"),
     Row("launch.cells", ".storage"),
-    Row("launch.training_cells", ".costs .config .storage .training.run_folder launch.cells"),
-    Row("launch.grid", ".errors .config .data .data.catalog .data.reader launch.cells launch.training_cells"),
+    Row(
+        "launch.training_cells",
+        ".costs .config .storage .training.run_folder .training.start launch.cells",
+        lazily=".data",
+    ),
+    Row(
+        "launch.grid",
+        ".errors .config .storage .data .data.catalog .data.reader .training.start launch.cells launch.training_cells",
+    ),
     Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
     Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),

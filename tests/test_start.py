@@ -198,8 +198,8 @@ class TestTokenizer:
     def test_one_with_a_file_is_kept_whole(self, bpe, tmp_path):
         (tmp_path / "store").mkdir()
         (tmp_path / "store" / "tokenizer.json").write_bytes(bpe.json)
-        header = {"tokenizer": {"name": bpe.name, "sha256": bpe.sha256}}
-        tokenizer.record(tmp_path / "run", SimpleNamespace(path=tmp_path / "store", header=header, eos_id=bpe.eos_id))
+        vocabulary = {"name": bpe.name, "sha256": bpe.sha256, "eos_id": bpe.eos_id}
+        tokenizer.record(tmp_path / "run", SimpleNamespace(path=tmp_path / "store", vocabulary=vocabulary))
         found = tokenizer.of_run(tmp_path / "run")
         assert (found.name, found.eos_id, found.sha256) == ("bpe:280", bpe.eos_id, bpe.sha256)
         text = "the rat"

@@ -100,6 +100,11 @@ class TokenStore:
         """The id after every document."""
         return self.header["eos_id"]
 
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What the ids stand for: name, sha256 and eos_id of the tokenizer."""
+        return self.header["tokenizer"] | {"eos_id": self.eos_id}
+
     def tokens(self, split: str) -> np.memmap:
         """Ids of a split, (tokens,) uint16 or uint32, memory-mapped and read-only."""
         return np.memmap(self._file(split, "bin"), dtype=np.dtype(self.header["dtype"]).newbyteorder("<"), mode="r")
@@ -134,7 +139,7 @@ class TokenStore:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids. Raises StoreError when tokenizer.json isn't the one recorded."""
         try:
-            return kept(self.path, self.header["tokenizer"] | {"eos_id": self.eos_id})
+            return kept(self.path, self.vocabulary)
         except TokenizerError as error:
             raise StoreError(str(error)) from error
 

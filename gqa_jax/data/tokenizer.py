@@ -267,7 +267,7 @@ def record(folder: os.PathLike | str, store: TokenStore) -> None:
     """Keeps the tokenizer of a token store in a run's folder, local or on gs://, unless one is kept there."""
     if recorded(folder) is None:
         content = storage.read_bytes(store.path / "tokenizer.json")
-        _keep(folder, store.header["tokenizer"] | {"eos_id": store.eos_id}, content)
+        _keep(folder, store.vocabulary, content)
 
 
 def record_tokenizer(folder: os.PathLike | str, tokenizer: Tokenizer) -> None:

@@ -21,7 +21,7 @@ from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError
 from gqa_jax.planning import planner
 from gqa_jax.training import distributed, program, run_folder, start
-from gqa_jax.training.start import Start
+from gqa_jax.training.start import FROM_SCRATCH, Start
 
 log = logging.getLogger("gqa_jax.train")
 
@@ -90,11 +90,10 @@ def start_of(config: TrainConfig, workdir: epath.Path, tokens: store.TokenStore)
     and vocabulary.
     """
     if config.continue_from is None:
-        return Start()
+        return FROM_SCRATCH
     with distributed.agree("continue_from"):
         found = start.of_folder(storage.join(workdir, config.continue_from), f"continue_from = {config.continue_from!r}")
-        vocabulary = tokens.header["tokenizer"] | {"eos_id": tokens.eos_id}
-        found = dataclasses.replace(found, differs=tuple(found.differences(config, tokens.fingerprint, vocabulary)))
+        found = dataclasses.replace(found, differs=tuple(found.differences(config, tokens.fingerprint, tokens.vocabulary)))
     for line in found.differs:
         of_first = run_folder.data_of_first_version(config) if line.startswith("data.") else ""
         log.warning("continue_from = %r: not as it was there: %s%s", config.continue_from, line, of_first)

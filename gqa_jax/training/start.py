@@ -40,7 +40,7 @@ class Start:
     model: ModelConfig | None = None
     config: TrainConfig | None = None  # of a run
     data_fingerprint: str | None = None  # of the tokens that they were trained on; None: not known
-    tokenizer: Mapping[str, Any] | None = None  # of these (gqa_jax.data.tokenizer.recorded); None: not known
+    tokenizer: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)  # name, sha256, eos_id; None: not known
     differs: tuple[str, ...] = ()  # what is not as there in the run that starts here: `differences`
 
     def differences(
@@ -74,6 +74,9 @@ class Start:
         """What result.json has of it."""
         about = {"kind": self.kind, "folder": self.folder, "identity": self.identity, "differs": list(self.differs)}
         return {"kind": self.kind} if self.kind == SCRATCH else about
+
+
+FROM_SCRATCH = Start()
 
 
 def of_folder(folder: os.PathLike | str, name: str | None = None) -> Start:
