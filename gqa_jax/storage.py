@@ -1,25 +1,15 @@
-"""Files on local disk or on gs://, by the same functions.
-
-`path` makes an `etils.epath.Path` of either; gs:// needs gcsfs. An object on gs:// is written whole or not at all and can't be
-appended to; a rename is a copy of everything below. Nothing here remembers what a folder held: a run and who watches it are
-different machines.
-"""
+"""Files on local disk or on gs:// (`gqa_jax.gcs`), by the same functions. `path` makes an `etils.epath.Path` of either."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
-import functools
-import importlib.util
 import json
-import logging
 import math
 import os
 import posixpath
-import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +17,6 @@ from etils import epath
 
 from gqa_jax import errors
 from gqa_jax.errors import ConfigError
-
-log = logging.getLogger(__name__)
-
-REQUESTS = 32  # to gs:// at once, where many small files are read
-DOWNLOADS = 8  # ranges of a large object at once
-RANGE_BYTES = 1 << 26  # of a download: what a slow line brings within the five minutes that gcsfs gives a request
-ROLES = "the roles Storage Object Admin and Storage Legacy Bucket Reader"  # orbax asks what kind of bucket it is
-LOGIN = "log in: gcloud auth application-default login"
 
 
 def path(text: os.PathLike | str) -> epath.Path:
@@ -50,7 +32,7 @@ def path(text: os.PathLike | str) -> epath.Path:
         raise ConfigError(f"{text}: {scheme}:// is not supported: use a local folder or gs://BUCKET/FOLDER")
     if not rest.strip("/"):
         raise ConfigError(f"{text}: the bucket is missing: gs://BUCKET/FOLDER")
-    _gcs()
+    _gcs().system()
     return epath.Path(text)
 
 
@@ -80,33 +62,24 @@ def join(folder: os.PathLike | str, relative: str) -> epath.Path:
     return path(f"gs://{bucket}/{joined}")
 
 
-@functools.cache
 def _gcs() -> Any:
-    """The file system by which epath, and orbax with it, reach gs://; made to remember no listings.
+    """The module `gqa_jax.gcs`, imported where a path on gs:// is met."""
+    from gqa_jax import gcs
 
-    By default gcsfs keeps them for ever, so that a file which another machine has written since would not be there.
-    """
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError("gs:// needs gcsfs: pip install 'gqa-jax[gcs]'")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs with a traceback, at each retry, what it raises anyway
-    system = epath.backend.fsspec_backend.fs("gs://")
-    system.dircache.use_listings_cache = False
-    system.dircache.clear()
-    return system
+    return gcs
 
 
 def read_bytes(path: os.PathLike | str) -> bytes | None:
-    """Content of a small file; None when it is not there. On gs:// one request. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _explained(path):
-        return _gcs().cat_file(os.fspath(path)) if is_remote(path) else Path(path).read_bytes()
+    """Content of a small file; None when it is not there. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return _gcs().read(os.fspath(path)) if is_remote(path) else Path(path).read_bytes()
     return None
 
 
 def write_bytes(path: os.PathLike | str, content: bytes) -> None:
     """Writes a small file whole or not at all. Locally a temporary file in the same folder, synced, then renamed."""
     if is_remote(path):
-        with _explained(path):
-            _gcs().pipe_file(os.fspath(path), content)
+        _gcs().write(os.fspath(path), content)
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -144,21 +117,14 @@ def read_json(path: os.PathLike | str) -> dict[str, Any] | None:
 
 def remove(path: os.PathLike | str) -> None:
     """Removes a file, if it is there."""
-    with contextlib.suppress(FileNotFoundError), _explained(path):
-        _gcs().rm_file(os.fspath(path)) if is_remote(path) else Path(path).unlink()
+    with contextlib.suppress(FileNotFoundError):
+        _gcs().remove(os.fspath(path)) if is_remote(path) else Path(path).unlink()
 
 
 def move(folder: os.PathLike | str, target: os.PathLike | str) -> None:
-    """Moves a file or folder; on gs:// every object below it is copied, then all old ones are removed."""
+    """Moves a file or folder."""
     if is_remote(folder):
-        system, before = _gcs(), os.fspath(folder).removeprefix("gs://")
-        with _explained(folder):
-            each(
-                lambda name: system.cp_file(name, os.fspath(target) + name.removeprefix(before)),
-                system.find(before),
-                remote=True,
-            )
-            system.rm(before, recursive=True)
+        _gcs().move(os.fspath(folder), os.fspath(target))
         return
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     Path(folder).rename(target)
@@ -166,58 +132,29 @@ def move(folder: os.PathLike | str, target: os.PathLike | str) -> None:
 
 def modified(path: os.PathLike | str) -> float:
     """When a file was written, in seconds since the epoch, by the clock of the machine that keeps it. Raises OSError."""
-    if not is_remote(path):
-        return Path(path).stat().st_mtime
-    with _explained(path):
-        return _gcs().modified(os.fspath(path)).timestamp()
+    return _gcs().modified(os.fspath(path)) if is_remote(path) else Path(path).stat().st_mtime
 
 
 def names(folder: os.PathLike | str) -> list[str]:
-    """Names of what is in a folder, sorted; none when it is not there. On gs:// one listing."""
-    with contextlib.suppress(FileNotFoundError), _explained(folder):
-        if not is_remote(folder):
-            return sorted(os.listdir(folder))
-        found = _gcs().ls(os.fspath(folder), detail=False)
-        return sorted({posixpath.basename(name) for name in found if not name.endswith("/")})
+    """Names of what is in a folder, sorted; none when it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return _gcs().names(os.fspath(folder)) if is_remote(folder) else sorted(os.listdir(folder))
     return []
 
 
 def each[T, R](function: Callable[[T], R], items: Iterable[T], *, remote: bool) -> list[R]:
     """`function` of every item, in order; `remote`: many at once, as each waits for gs://."""
-    if not remote:
-        return [function(item) for item in items]
-    with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(function, items))
+    return _gcs().each(function, items) if remote else [function(item) for item in items]
 
 
 def download(source: os.PathLike | str, target: Path) -> bool:
-    """Copies an object of gs:// to a local file, in ranges side by side. Returns whether it is there at all."""
-    source = os.fspath(source)
-    try:
-        with _explained(source):
-            size = _gcs().info(source)["size"]
-    except FileNotFoundError:
-        return False
-
-    def copy(start: int) -> None:
-        with _explained(source):
-            content = _gcs().cat_file(source, start=start, end=min(start + RANGE_BYTES, size))
-        os.pwrite(file.fileno(), content, start)
-
-    with open(target, "wb") as file, concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
-        for _ in pool.map(copy, range(0, size, RANGE_BYTES)):
-            pass
-        file.flush()
-        os.fsync(file.fileno())
-    return True
+    """Copies an object of gs:// to a local file. Returns whether it is there at all."""
+    return _gcs().download(os.fspath(source), target)
 
 
 def upload(source: Path, target: os.PathLike | str) -> None:
     """Copies a local file, or the files of a folder and those below it, to gs://."""
-    for file in sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]:
-        relative = file.relative_to(source).as_posix()
-        with _explained(target):
-            _gcs().put_file(os.fspath(file), posixpath.join(os.fspath(target), *([] if relative == "." else [relative])))
+    _gcs().upload(source, os.fspath(target))
 
 
 def check_writable(folder: os.PathLike | str) -> None:
@@ -235,8 +172,7 @@ def check_writable(folder: os.PathLike | str) -> None:
         remove(probe)
     except OSError as error:
         if is_remote(folder) and isinstance(error, FileNotFoundError):  # an object needs no folder: only a bucket
-            bucket = folder.parts[2]
-            reason = f"there is no bucket {bucket!r}: correct the name, or make it: gcloud storage buckets create gs://{bucket}"
+            reason = _gcs().no_bucket(folder)
         else:
             reason = explain(error)
         raise ConfigError(f"{folder} can't be written: {reason}") from error
@@ -251,36 +187,7 @@ def explain(error: BaseException) -> str | None:
 
 def explain_remote(error: BaseException) -> str | None:
     """One sentence for an error of gs://, or one that it caused, with the fix where there is one; None for any other error."""
-    return next((sentence for e in errors.chain(error) if (sentence := _of_gcs(e)) is not None), None)
-
-
-def _of_gcs(error: BaseException) -> str | None:
-    if isinstance(error, _Explained):
-        return str(error)
-    module, text, code = type(error).__module__, _one_line(error), str(getattr(error, "code", None))
-    of_tensorstore = re.search(r"\[(http_response|curl)_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
-    if of_tensorstore and of_tensorstore[1] == "curl":
-        return _not_reached(text)
-    if of_tensorstore:
-        code = of_tensorstore[2]
-    if text.startswith("Project was not passed"):
-        return "the Google project is not known: set GOOGLE_CLOUD_PROJECT to its name"
-    if module.startswith("google.auth."):
-        return f"the Google credentials can't be used ({text}); {LOGIN}"
-    answered = of_tensorstore is not None or (module.startswith(("gcsfs.", "google.api_core.")) and code != "None")
-    if "Anonymous caller" in text or (answered and code == "401"):
-        return f"no Google credentials were found, or they are no longer valid; {LOGIN}"
-    if text.startswith("Forbidden: ") or (answered and code == "403"):
-        return f"permission denied ({text}): ask for {ROLES} on the bucket"
-    if answered or text.startswith("Bad Request: "):
-        return f"Google Cloud Storage answers {text}"
-    if module.startswith(("aiohttp.", "fsspec.")):
-        return _not_reached(text or type(error).__name__)
-    return None
-
-
-def _not_reached(why: str) -> str:
-    return f"Google Cloud Storage is not reached ({why}): see that this machine has a network"
+    return next((sentence for e in errors.chain(error) if (sentence := _gcs().explain(e)) is not None), None)
 
 
 def _of_disk(error: BaseException) -> str | None:
@@ -296,36 +203,6 @@ def _of_disk(error: BaseException) -> str | None:
         case errno.ENOTDIR | errno.EEXIST | errno.EISDIR:
             return f"{error.filename} is in the way: use another folder"
     return f"{error.strerror or error}: use another folder"
-
-
-class _Explained(OSError):
-    """An error of gs://, in one sentence."""
-
-
-@contextlib.contextmanager
-def _explained(path: os.PathLike | str) -> Iterator[None]:
-    """Turns what gcsfs and the libraries below it raise, of many classes, into an OSError of one sentence.
-
-    FileNotFoundError, and errors of the local disk, stay what they are.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        if not is_remote(path):
-            raise
-        sentence = _of_gcs(error)
-        if sentence is None and (isinstance(error, TimeoutError) or type(error).__module__.startswith("requests.")):
-            sentence = _not_reached(_one_line(error) or type(error).__name__)
-        if sentence is None:
-            raise
-        raise _Explained(f"{os.fspath(path)}: {sentence}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    """Text of an error in one line, of a web page what can be read of it."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", str(error))).strip()[:300]
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

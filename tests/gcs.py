@@ -92,14 +92,14 @@ def _forget():
     from etils import epath
     from orbax.checkpoint._src.path import gcs_utils
 
-    from gqa_jax import storage
+    from gqa_jax import gcs
 
     fsspec.config.conf.pop("gcs", None)
     fsspec.config.set_conf_env(fsspec.config.conf)
     gcsfs.GCSFileSystem.clear_instance_cache()
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
     gcs_utils.get_bucket.cache_clear()
-    storage._gcs.cache_clear()
+    gcs.system.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,8 @@ TABLE = (
     Row("gqa_jax.costs", ".shapes"),
     Row("gqa_jax.config", ".errors .shapes .mesh", lazily=".costs"),
     Row("gqa_jax.prices", ".errors .hardware"),
-    Row("gqa_jax.storage", ".errors"),
+    Row("gqa_jax.gcs", ".errors"),
+    Row("gqa_jax.storage", ".errors", lazily=".gcs"),
     # Text, and what trains on it.
     Row("gqa_jax.data", ".errors .formatting .config .storage"),
     Row("gqa_jax.data.catalog", ".errors .storage .data"),

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from gqa_jax import storage
+from gqa_jax import gcs, storage
 from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import metrics, services
@@ -177,7 +177,7 @@ class Outage:
 
     def __init__(self, monkeypatch, what):
         self.over, self.tried = False, 0
-        real = storage._gcs().pipe_file
+        real = gcs.system().pipe_file
 
         def pipe_file(path, content):
             if what in path and not self.over:
@@ -185,7 +185,7 @@ class Outage:
                 raise TimeoutError
             real(path, content)
 
-        monkeypatch.setattr(storage._gcs(), "pipe_file", pipe_file)
+        monkeypatch.setattr(gcs.system(), "pipe_file", pipe_file)
 
 
 def test_rows_on_a_bucket_are_parts(gcs_root, monkeypatch):
@@ -269,7 +269,7 @@ def test_tensorboard_on_a_bucket_is_copied_and_its_outage_stops_nothing(gcs_root
     with metrics.Metrics(gcs_root, 0, config(tensorboard=True)) as writer:
         writer.write("train", 1, {"loss": 1.0})
         eventually(lambda: storage.names(f"{gcs_root}/tensorboard"))
-        monkeypatch.setattr(storage._gcs(), "put_file", lambda *_: 1 / 0)
+        monkeypatch.setattr(gcs.system(), "put_file", lambda *_: 1 / 0)
         writer.write("train", 2, {"loss": 1.0})
         eventually(lambda: "TensorBoard's files can't be copied" in caplog.text)
     assert "closing a metrics writer failed" in caplog.text

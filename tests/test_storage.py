@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from gcsfs.retry import HttpError
 
-from gqa_jax import storage, train
+from gqa_jax import gcs, storage, train
 from gqa_jax.config import ConfigError
 from gqa_jax.training import metrics, run_folder
 from tests.test_distributed import Pair, run_commands
@@ -41,9 +41,9 @@ def test_paths(monkeypatch, gcs_root):
         storage.path("s3://b/a")
     with pytest.raises(ConfigError, match="the bucket is missing"):
         storage.path("gs://")
-    storage._gcs.cache_clear()
+    gcs.system.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(gcs.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"gs:// needs gcsfs: pip install 'gqa-jax\[gcs\]'"):
             storage.path(gcs_root)
 
@@ -177,7 +177,7 @@ def test_what_google_refuses_is_one_sentence(error, message, gcs_root, monkeypat
         raise error
 
     folder = storage.path(gcs_root)
-    monkeypatch.setattr(storage._gcs(), "pipe_file", fail)
+    monkeypatch.setattr(gcs.system(), "pipe_file", fail)
     with pytest.raises(ConfigError, match=message) as raised:
         storage.check_writable(folder)
     assert "\n" not in str(raised.value)
@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_on_a_bucket(finished, gcs_root, monkeypatch, caplo
     interrupted(gcs_root, monkeypatch, 11)
     newest = f"{gcs_root}/checkpoints/8"
     if damage == "truncated":
-        for path in storage._gcs().glob(f"{newest}/state/**/d/*"):
+        for path in gcs.system().glob(f"{newest}/state/**/d/*"):
             storage.write_bytes(f"gs://{path}", storage.read_bytes(f"gs://{path}")[:-9])
     else:  # killed during the save
         storage.remove(f"{newest}/commit_success.txt")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gqa_jax import storage
+from gqa_jax import gcs, storage
 from gqa_jax.config import OLD_STORES, ConfigError
 from gqa_jax.data import catalog
 from gqa_jax.data import store as token_store
@@ -322,8 +322,8 @@ def test_a_store_on_a_bucket_is_copied_once(remote, made, tmp_path, monkeypatch)
     assert sorted(path.name for path in opened.path.parent.iterdir()) == [".lock", made.fingerprint]
 
     read = []
-    real = storage._gcs().cat_file
-    monkeypatch.setattr(storage._gcs(), "cat_file", lambda path, **_: read.append(path) or real(path))
+    real = gcs.system().cat_file
+    monkeypatch.setattr(gcs.system(), "cat_file", lambda path, **_: read.append(path) or real(path))
     monkeypatch.setattr(storage, "download", None)
     assert open_store(remote).path == opened.path
     assert read == [f"{remote}/header.json"]
@@ -382,7 +382,7 @@ def test_unusable_stores_on_a_bucket(remote, made, gcs_root, tmp_path, monkeypat
     def refuse(*_, **__):
         raise OSError("Forbidden: https://x\nme@x.org does not have storage.objects.get access")
 
-    monkeypatch.setattr(storage._gcs(), "cat_file", refuse)
+    monkeypatch.setattr(gcs.system(), "cat_file", refuse)
     for function in (open_store, catalog.exists):
         with pytest.raises(StoreError, match=r"^token store gs://.*: permission denied"):
             function(remote)

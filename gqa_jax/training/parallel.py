@@ -38,13 +38,9 @@ class Shard:
     def mesh(self) -> MeshShape:
         return self.config.execution.mesh
 
-    @property
-    def n_kv_heads(self) -> int:
-        return self.config.model.n_kv_heads
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.config.model.dtype)
+    def cuts(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """`sharding.cuts` of the leaf `name`."""
+        return sharding.cuts(name, self.mesh, self.config.model.n_kv_heads)
 
     def hooks(self, segments_BxT: jax.Array | None) -> Hooks:
         """What the layers do on this device; with segments, attention stays within the documents that they number."""
@@ -70,14 +66,13 @@ class Shard:
         return jax.tree_util.tree_map_with_path(lambda path, leaf: self._weight(sharding.name_of(path), leaf), layer)
 
     def _weight(self, name: str, leaf: jax.Array) -> jax.Array:
-        narrow = jnp.promote_types(leaf.dtype, jnp.float32) != leaf.dtype
-        for dimension, axes in enumerate(sharding.cuts(name, self.mesh, self.n_kv_heads)):
-            gathered = tuple(axis for axis in axes if axis != "tensor")
-            if gathered:
-                leaf = _gather(leaf, gathered, dimension, self.dtype.name)
-        if name in ("key", "value") and self.n_kv_heads % self.mesh.tensor:
+        narrow, n_kv_heads = jnp.promote_types(leaf.dtype, jnp.float32) != leaf.dtype, self.config.model.n_kv_heads
+        for dimension, axes in enumerate(self.cuts(name)):
+            if gathered := tuple(axis for axis in axes if axis != "tensor"):
+                leaf = _gather(leaf, gathered, dimension, self.config.model.dtype)
+        if name in ("key", "value") and n_kv_heads % self.mesh.tensor:
             # Every device has all key/value heads and needs the one that its queries read.
-            head = jax.lax.axis_index("tensor") * self.n_kv_heads // self.mesh.tensor
+            head = jax.lax.axis_index("tensor") * n_kv_heads // self.mesh.tensor
             leaf = jax.lax.dynamic_slice_in_dim(_enter(leaf, "float32" if narrow else None), head, 1, axis=1)
         return leaf
 
@@ -88,13 +83,13 @@ class Shard:
     def whole_embedding(self, shard_VxD: jax.Array) -> jax.Array:
         """The embedding (V, D) in the compute dtype, without a gradient: `embed` and `mean_loss` take the shard for that."""
         shard_VxD, axes = jax.lax.stop_gradient(shard_VxD), self._embedding_axes
-        return jax.lax.all_gather(shard_VxD.astype(self.dtype), axes, axis=1, tiled=True) if axes else shard_VxD
+        return jax.lax.all_gather(shard_VxD.astype(self.config.model.dtype), axes, axis=1, tiled=True) if axes else shard_VxD
 
     @jax.named_scope("embedding")
     def embed(self, shard_VxD: jax.Array, whole_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
         """Rows of the embedding for tokens, (B, T, D) in the compute dtype; gradients of equal tokens are summed in float32."""
-        x_CxD = _embed(shard_VxD, whole_VxD, self._own(tokens_BxT), self._embedding_axes).astype(self.dtype)
-        return self._all(x_CxD).reshape(*tokens_BxT.shape, -1)
+        x_CxD = _embed(shard_VxD, whole_VxD, self._own(tokens_BxT), self._embedding_axes)
+        return self._all(x_CxD.astype(self.config.model.dtype)).reshape(*tokens_BxT.shape, -1)
 
     def mean_loss(self, shard_VxD: jax.Array, whole_VxD: jax.Array, hidden_BxTxD: jax.Array, targets_BxT: jax.Array):
         """This device's share of the mean cross-entropy over the tokens of all devices: shares add up to it. float32."""
@@ -119,7 +114,7 @@ class Shard:
         """Gradients of this device's shards, summed over the devices that hold the same shard and saw other tokens."""
 
         def summed(path, grad):
-            cut = {axis for axes in sharding.cuts(sharding.name_of(path), self.mesh, self.n_kv_heads) for axis in axes}
+            cut = {axis for axes in self.cuts(sharding.name_of(path)) for axis in axes}
             axes = tuple(a for a in ("data", "fsdp", "context") if self.mesh.sizes[a] > 1 and a not in cut)
             return jax.lax.psum(grad, axes) if axes else grad
 
@@ -127,7 +122,7 @@ class Shard:
 
     @property
     def _embedding_axes(self) -> tuple[str, ...]:
-        return sharding.cuts("embedding", self.mesh, self.n_kv_heads)[1]
+        return self.cuts("embedding")[1]
 
     # Devices of `tensor` hold the same tokens; embedding and loss are computed by each for its own share of them.
 

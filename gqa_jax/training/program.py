@@ -9,7 +9,7 @@ programs compile, and `memory_analysis` tells what they need, but don't run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -52,18 +52,17 @@ def train_step(
     `loss` (nats per token, before the update) and `grad_norm` (before clipping).
     """
     params_specs = sharding.specs(state.params, sharding.shape_of(mesh), config.model.n_kv_heads)
-    gradients = jax.shard_map(
-        partial(_loss_and_gradients, config),
-        mesh=mesh,
-        in_specs=(params_specs, sharding.BATCH),
-        out_specs=(PartitionSpec(), params_specs),
-        check_vma=False,
-    )
-    mean_loss, grads = gradients(state.params, batch)
+    gradients = partial(_loss_and_gradients, config)
+    mean_loss, grads = _on_devices(gradients, mesh, params_specs, (PartitionSpec(), params_specs))(state.params, batch)
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), {"loss": mean_loss, "grad_norm": optax.tree.norm(grads)}
+
+
+def _on_devices(function: Callable, mesh: Mesh, params_specs: Any, out_specs: Any) -> Callable:
+    """`function` (parameters, batch) as every device runs it on its shards."""
+    return jax.shard_map(function, mesh=mesh, in_specs=(params_specs, sharding.BATCH), out_specs=out_specs, check_vma=False)
 
 
 def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict]:
@@ -126,13 +125,7 @@ def token_losses(config: TrainConfig, mesh: Mesh, params: dict, batch: Mapping[s
         return shard.token_losses(whole_VxD, _hidden(shard, params, whole_VxD, micro), micro["targets"])
 
     params_specs = sharding.specs(params, sharding.shape_of(mesh), config.model.n_kv_heads)
-    return jax.shard_map(
-        of_device,
-        mesh=mesh,
-        in_specs=(params_specs, sharding.BATCH),
-        out_specs=PartitionSpec(SEQUENCES, "context"),
-        check_vma=False,
-    )(params, batch)
+    return _on_devices(of_device, mesh, params_specs, PartitionSpec(SEQUENCES, "context"))(params, batch)
 
 
 def attention_of(config: TrainConfig) -> str:
@@ -190,10 +183,7 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     tx = optimizer.adamw(config.optimizer, config.n_steps)
     state = abstract_state(config, mesh)
     everywhere = sharding.replicated(mesh)
-    out_shardings = (
-        jax.tree.map(lambda leaf: leaf.sharding, state),
-        {"loss": everywhere, "grad_norm": everywhere},
-    )
+    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, state), {"loss": everywhere, "grad_norm": everywhere}
     step = jax.jit(partial(train_step, config, tx, mesh), donate_argnums=0, out_shardings=out_shardings)
     with jax.set_mesh(mesh):  # kernels, and the choice of one, go by the mesh
         return step.lower(state, abstract_batch(config, mesh))
