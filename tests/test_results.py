@@ -224,7 +224,7 @@ def add_evaluation(folder, name, by_document):
         evaluation.Row("", "", "loss", 3.5, 0.1, 100, 4, "nats/token"),
         evaluation.Row("web", "", "loss", 3.25, None, 60, 1, "nats/token"),
     )
-    result = evaluation.Evaluation(3.5, 0.1, 3.2, 3.8, None, 100, 4, 500, 9, parts, by_document)
+    result = evaluation.Evaluation(3.5, 0.1, 3.2, 3.8, None, 100, 4, parts, by_document)
     rows = evaluation.rows(result, step=4, context=32, rules="hash/spread/one")
     write_json(folder / "cells" / name / "evaluations.json", {"rows": rows})
     storage.write_bytes(folder / "cells" / name / "documents.npz", evaluation.to_bytes(by_document))

@@ -21,7 +21,7 @@ import numpy as np
 from gqa_jax import errors
 
 if TYPE_CHECKING:
-    from gqa_jax.data.reader import EvalBatches, HeldOutDocuments
+    from gqa_jax.data.reader import EvalBatches
 
 NATS, BITS = "nats/token", "bits/byte"
 TASK = "held-out"
@@ -73,8 +73,6 @@ class Evaluation(NamedTuple):
     bits_per_byte: float | None  # of the text that the ids of the targets decode to
     tokens: int
     documents: int
-    heldout_tokens: int  # of the whole held-out split
-    heldout_documents: int
     parts: tuple[Row, ...]
     by_document: Documents
 
@@ -109,10 +107,16 @@ def evaluate(token_losses: Callable[[dict[str, np.ndarray]], np.ndarray], batche
         bits_per_byte=bits[0] if bits else None,
         tokens=losses.size,
         documents=n_documents,
-        heldout_tokens=batches.heldout_tokens,
-        heldout_documents=batches.heldout_documents,
         parts=tuple(parts),
-        by_document=_by_document(held_out, sums),
+        by_document=Documents(
+            held_out.hashes,
+            held_out.sources,
+            np.array(held_out.source_names, dtype=np.str_),
+            held_out.tokens,
+            held_out.targets,
+            held_out.text_bytes,
+            sums,
+        ),
     )
 
 
@@ -232,16 +236,3 @@ def _parts(source: str, position: str, sums: np.ndarray, tokens: np.ndarray, tex
     for metric, numerators, counts, unit in measures:
         found = estimate(numerators, counts)
         yield Row(source, position, metric, found.value, found.standard_error, int(tokens.sum()), found.n_documents, unit)
-
-
-def _by_document(held_out: HeldOutDocuments, sums: np.ndarray) -> Documents:
-    names = np.array(held_out.source_names, dtype=np.str_)
-    return Documents(
-        document=held_out.hashes,
-        source=held_out.sources,
-        sources=names,
-        tokens=held_out.tokens,
-        targets=held_out.targets,
-        text_bytes=held_out.text_bytes,
-        loss=sums,
-    )

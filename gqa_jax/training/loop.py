@@ -334,11 +334,7 @@ def _write_result(
     rate = tokens / progress.seconds_train if progress.seconds_train else None
     result = {
         "status": status,
-        "loss": final and final.loss,
-        "loss_sem": final and final.loss_sem,
-        "loss_low": final and final.loss_low,
-        "loss_high": final and final.loss_high,
-        "bits_per_byte": final and final.bits_per_byte,
+        **{name: final and getattr(final, name) for name in ("loss", "loss_sem", "loss_low", "loss_high", "bits_per_byte")},
         "eval_tokens": final and final.tokens,
         "eval_documents": final and final.documents,
         "rules": config.rules(data.held_out.holdout),
