@@ -54,10 +54,8 @@ def test_long_paragraphs_are_compared_by_their_ends():
 
 
 def test_overlap_is_counted_by_paragraph_and_by_document():
-    overlap = paragraphs.Overlap(np.array([5, 7, 5, 9, 1], np.uint64), np.array([2, 0, 2, 1]))
-    for trained in ([], [3, 7, 7], [10, 0], [5]):
-        overlap.look(np.array(trained, np.uint64))
-    assert overlap.counted() == {"paragraphs": 5, "copied_paragraphs": 3, "documents": 4, "documents_with_copies": 2}
-    nothing = paragraphs.Overlap(np.zeros(0, np.uint64), np.array([0]))
-    nothing.look(np.array([5], np.uint64))
-    assert nothing.counted() == {"paragraphs": 0, "copied_paragraphs": 0, "documents": 1, "documents_with_copies": 0}
+    trained = [np.array(own, np.uint64) for own in ([], [3, 7, 7], [10, 0], [5])]
+    found = paragraphs.copied(np.array([5, 7, 5, 9, 1], np.uint64), np.array([2, 0, 2, 1]), trained)
+    assert found == {"paragraphs": 5, "copied_paragraphs": 3, "documents": 4, "documents_with_copies": 2}
+    found = paragraphs.copied(np.zeros(0, np.uint64), np.array([0]), trained)
+    assert found == {"paragraphs": 0, "copied_paragraphs": 0, "documents": 1, "documents_with_copies": 0}

@@ -91,7 +91,7 @@ def test_empty_documents_are_counted_and_left_out(tmp_path):
     done, empty = parts.encode_documents([("a", 0), ("", 1), (" \n\t", 2), ("b", 3)], ByteTokenizer(), tmp_path)
     assert empty == 2
     assert [part.documents for part in done] == [2]
-    assert done[0].sources.tolist() == [0, 3]
+    assert done[0].index.sources.tolist() == [0, 3]
     assert parts.encode_documents([("", 0)], ByteTokenizer(), tmp_path) == ([], 1)
 
 
@@ -135,7 +135,7 @@ def _assembled(folder, documents, split, names=("b", "a")):
     tokenizer = ByteTokenizer()
     (folder / "parts").mkdir()
     done, _ = parts.encode_documents(documents, tokenizer, folder / "parts")
-    return parts.assemble(done, parts.read_index(done), split, names, folder, tokenizer)
+    return parts.assemble(done, parts.joined(done), split, names, folder, tokenizer)
 
 
 @pytest.mark.parametrize("gathered", [1, 20, 1 << 24])  # tokens at once
@@ -170,6 +170,14 @@ def test_paragraphs_on_both_sides_are_counted_over_all_parts(tmp_path):
     assert paragraphs.MIN_CHARS == 64
 
 
+def _cut(folder, text, tokenizer, every):
+    (part,), _ = parts.encode_documents([(text, 0)], tokenizer, folder)
+    part = parts.cut(part, tokenizer, every)
+    facts, copied = parts.assemble([part], part.index, holdout.TAIL, ["a"], folder, tokenizer)
+    assert copied["paragraphs"] == 0
+    return facts
+
+
 @pytest.mark.parametrize(
     ("text", "every", "start", "first_bytes"),
     [
@@ -181,8 +189,7 @@ def test_paragraphs_on_both_sides_are_counted_over_all_parts(tmp_path):
 )
 def test_the_end_of_a_single_document(tmp_path, text, every, start, first_bytes):
     tokenizer = ByteTokenizer()
-    (part,), _ = parts.encode_documents([(text, 0)], tokenizer, tmp_path)
-    facts = parts.assemble_tail(part, "a", tmp_path, tokenizer, every)
+    facts = _cut(tmp_path, text, tokenizer, every)
     ids = [*text.encode()]
     for split, own in (("train", ids[:start]), ("validation", ids[start:])):
         assert np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist() == [*own, 256]
@@ -201,15 +208,13 @@ def test_bytes_of_both_ends_are_in_proportion_to_what_they_decode_to(tmp_path):
         def bytes_at(self, ids, ends):
             return 3 * super().bytes_at(ids, ends)
 
-    (part,), _ = parts.encode_documents([("a" * 1000, 0)], Spaced(), tmp_path)
-    facts = parts.assemble_tail(part, "a", tmp_path, Spaced(), 10)
+    facts = _cut(tmp_path, "a" * 1000, Spaced(), 10)
     assert [facts[split]["bytes"] for split in ("train", "validation")] == [896, 104]
 
 
 def test_a_document_that_is_too_short_for_an_end(tmp_path):
-    (part,), _ = parts.encode_documents([("a", 0)], ByteTokenizer(), tmp_path)
     with pytest.raises(InputError, match="1 document of 1 token: too short to hold out its end"):
-        parts.assemble_tail(part, "a", tmp_path, ByteTokenizer(), 20)
+        _cut(tmp_path, "a", ByteTokenizer(), 20)
 
 
 def test_samples_of_all_parts_are_joined(tmp_path):
@@ -218,5 +223,5 @@ def test_samples_of_all_parts_are_joined(tmp_path):
             return super().encode_batch([text.lower() for text in texts])
 
     done, _ = parts.encode_documents([*DOCUMENTS, ("Text", 0)], Lower(), tmp_path)
-    found = parts.read_sample(done)
-    assert found == roundtrip.Sample(10, 1, sum(map(len, TEXTS)) + 4, 1, ("Text", "text"))
+    found = roundtrip.total([part.sample for part in done])
+    assert found == roundtrip.Sample(10, 1, sum(map(len, TEXTS)) + 4, 1, ["Text", "text"])

@@ -32,6 +32,17 @@ class Split(NamedTuple):
     doubts: list[str]  # sentences on sources of which nothing is held out, or trained on
 
 
+#: A single document that was cut in two: the second is held out.
+TAIL = Split(
+    np.array([False, True]),
+    np.array([1]),
+    [
+        "1 document: its end is held out, which is more like the rest of it than other documents are, so its loss is lower "
+        "than that of new text"
+    ],
+)
+
+
 def hash_of(data: bytes) -> int:
     """The hash of a document, 0 to 2^64 - 1, from its text as UTF-8."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")

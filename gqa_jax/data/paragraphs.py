@@ -59,28 +59,21 @@ def _ends(text: bytes) -> bytes:
     return head[:END_CHARS] + tail[-END_CHARS:]
 
 
-class Overlap:
-    """Which paragraphs of the held-out documents are found in the training split, part by part."""
+def copied(held_out: np.ndarray, counts: np.ndarray, trained: Iterable[np.ndarray]) -> dict[str, int]:
+    """How many held-out paragraphs and documents there are, and of how many a copy, of one paragraph at least, is trained on.
 
-    def __init__(self, held_out: np.ndarray, counts: np.ndarray):
-        """Keys of the held-out documents' paragraphs, one document after the other, and how many each has."""
-        self._keys, self._which = np.unique(held_out, return_inverse=True)
-        self._counts = counts
-        self._found = np.zeros(len(self._keys), bool)
-
-    def look(self, trained: np.ndarray) -> None:
-        """Takes note of paragraphs, by their keys, that are in the training split."""
-        if len(self._keys):
-            places = np.minimum(np.searchsorted(self._keys, trained), len(self._keys) - 1)
-            self._found[places[self._keys[places] == trained]] = True
-
-    def counted(self) -> dict[str, int]:
-        """How many held-out paragraphs and documents there are, and of how many a copy, of one paragraph at least, was seen."""
-        copied = self._found[self._which]
-        documents = np.repeat(np.arange(len(self._counts)), self._counts)
-        return {
-            "paragraphs": len(copied),
-            "copied_paragraphs": int(copied.sum()),
-            "documents": len(self._counts),
-            "documents_with_copies": len(np.unique(documents[copied])),
-        }
+    `held_out` has the keys of the held-out documents' paragraphs, one document after the other, `counts` how many each has, and
+    `trained` the keys of the training split, in pieces.
+    """
+    keys, which = np.unique(held_out, return_inverse=True)
+    found = np.zeros(len(keys), bool)
+    for own in trained if len(keys) else ():
+        places = np.minimum(np.searchsorted(keys, own), len(keys) - 1)
+        found[places[keys[places] == own]] = True
+    documents = np.repeat(np.arange(len(counts)), counts)
+    return {
+        "paragraphs": len(held_out),
+        "copied_paragraphs": int(found[which].sum()),
+        "documents": len(counts),
+        "documents_with_copies": len(np.unique(documents[found[which]])),
+    }

@@ -23,7 +23,7 @@ import numpy as np
 
 from gqa_jax.data import paragraphs, roundtrip
 from gqa_jax.data.holdout import Split, tail_start
-from gqa_jax.data.store import SOURCES, SPLITS, token_dtype
+from gqa_jax.data.store import SOURCES, token_dtype
 from gqa_jax.data.tokenizer import Tokenizer, TokenizerError
 
 CHUNK_CHARS = 16_000_000  # of text: the unit of work and of memory, and what a killed run loses
@@ -34,28 +34,27 @@ GATHER_TOKENS = 1 << 24  # of held-out documents, put into their order at once
 _ARRAYS = ("tokens", "counts", "text_bytes", "hashes", "paragraphs", "n_paragraphs", "sample")
 
 
+class Index(NamedTuple):
+    """What is known of documents, in their order; arrays (documents,)."""
+
+    hashes: np.ndarray  # uint64: `holdout.hash_of`
+    sources: np.ndarray  # int32: index of each document's source
+    tokens: np.ndarray  # int64, the end of the document counted
+    text_bytes: np.ndarray  # int64
+    n_paragraphs: np.ndarray  # int32: those that `paragraphs` looks at
+
+
 class Part(NamedTuple):
     """One encoded chunk on disk."""
 
     path: Path
-    sources: np.ndarray  # int32 (documents,): index of each document's source
-    text_bytes: int
-    tokens: int
+    index: Index
+    sample: roundtrip.Sample
     encoded: bool  # by this run; False: found from an earlier one
 
     @property
     def documents(self) -> int:
-        return len(self.sources)
-
-
-class Index(NamedTuple):
-    """What is known of all documents, in their order; arrays (documents,)."""
-
-    hashes: np.ndarray  # uint64: `holdout.hash_of`
-    sources: np.ndarray  # int32
-    tokens: np.ndarray  # int64, the end of the document counted
-    text_bytes: np.ndarray  # int64
-    n_paragraphs: np.ndarray  # int32: those that `paragraphs` looks at
+        return len(self.index.sources)
 
 
 def encode_documents(
@@ -78,10 +77,10 @@ def encode_documents(
         on_part(done[-1])
 
     with ThreadPoolExecutor(CHUNKS_IN_FLIGHT, thread_name_prefix="chunk") as pool:
-        for index, (texts, sources, skipped) in enumerate(_chunks(documents)):
+        for number, (texts, sources, skipped) in enumerate(_chunks(documents)):
             empty += skipped
             if texts:
-                pending.append(pool.submit(_encode_chunk, index, texts, np.array(sources, np.int32), tokenizer, folder))
+                pending.append(pool.submit(_part, number, texts, np.array(sources, np.int32), tokenizer, folder))
             if len(pending) == CHUNKS_IN_FLIGHT:
                 finish_one()
         while pending:
@@ -89,24 +88,9 @@ def encode_documents(
     return done, empty
 
 
-def read_index(parts: Sequence[Part]) -> Index:
+def joined(parts: Sequence[Part]) -> Index:
     """The index of all documents of the parts."""
-    columns = []
-    for part in parts:
-        with np.load(part.path) as arrays:
-            columns.append([arrays[name] for name in ("hashes", "counts", "text_bytes", "n_paragraphs")])
-    hashes, counts, text_bytes, n_paragraphs = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return Index(hashes, np.concatenate([part.sources for part in parts]), counts, text_bytes, n_paragraphs)
-
-
-def read_sample(parts: Sequence[Part]) -> roundtrip.Sample:
-    """What the tokenizer lost of the samples of all parts."""
-    total = roundtrip.Sample()
-    for part in parts:
-        with np.load(part.path) as arrays:
-            fields = json.loads(arrays["sample"].tobytes())
-        total += roundtrip.Sample(**fields | {"example": fields["example"] and tuple(fields["example"])})
-    return total
+    return Index(*(np.concatenate(columns) for columns in zip(*(part.index for part in parts), strict=True)))
 
 
 def assemble(
@@ -114,23 +98,18 @@ def assemble(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """Writes .bin and .docs.npy of both splits, and the sources, into `out`: train in order, held-out in that of `split`.
 
-    `names` are those of the sources. Returns the header's `splits`, and `Overlap.counted` of paragraphs in both.
+    `names` are those of the sources. Returns the header's `splits`, and `paragraphs.copied` from one to the other.
     """
-    dtype = _stored(tokenizer)
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     digest = hashlib.sha256()
-    overlap = _held_out_paragraphs(parts, index, split)
     gathered = parts[0].path.with_name("validation.tmp")  # held-out documents in the order of the inputs
-    first = 0
     with (out / "train.bin").open("wb") as train, gathered.open("wb") as validation:
-        for part in parts:
-            held_out = split.held_out[first : first + part.documents]
-            first += part.documents
+        for part, held_out in _by_part(parts, split.held_out):
             with np.load(part.path) as arrays:
-                tokens, counts = arrays["tokens"], arrays["counts"]
-                overlap.look(arrays["paragraphs"][np.repeat(~held_out, arrays["n_paragraphs"])])
+                tokens = arrays["tokens"]
             # Runs of documents of one split, in turns: few and long copies instead of a mask over tokens.
             borders = np.flatnonzero(np.diff(held_out)) + 1
-            runs = np.split(tokens, np.cumsum(counts)[borders - 1])
+            runs = np.split(tokens, np.cumsum(part.index.tokens)[borders - 1])
             for held, file in ((False, train), (True, validation)):
                 own_runs = runs[0::2] if held_out[0] == held else runs[1::2]
                 data = np.concatenate([tokens[:0], *own_runs]).astype(dtype, copy=False).data
@@ -150,47 +129,44 @@ def assemble(
     }
     gathered.unlink()
     _write_sources(out, names, {name: index.sources[own] for name, own in chosen.items()})
-    return facts, overlap.counted()
+    held_out = np.concatenate([*_paragraphs(parts, split.held_out)])
+    copied = paragraphs.copied(held_out, index.n_paragraphs[split.held_out], _paragraphs(parts, ~split.held_out))
+    return facts, copied
 
 
-def assemble_tail(part: Part, source: str, out: Path, tokenizer: Tokenizer, every: int) -> dict[str, dict[str, Any]]:
-    """The splits of a store of one document, of the source of that name, whose end is held out: `holdout.tail_start`.
+def cut(part: Part, tokenizer: Tokenizer, every: int) -> Part:
+    """A part of the only document as one of two: what is trained on, and the end that is held out (`holdout.tail_start`).
 
-    An end of document closes both parts. Raises InputError where the document is too short.
+    An end of document closes both; their paragraphs are not looked for. Raises InputError where the document is too short.
     """
     with np.load(part.path) as arrays:
         ids = arrays["tokens"][:-1]
-    start = tail_start(len(ids), every)
+    start, text_bytes = tail_start(len(ids), every), int(part.index.text_bytes[0])
     # In proportion to what both ends decode to, which may be more or less than the text.
     first_decoded, decoded = tokenizer.bytes_at(ids, [start, len(ids)]).tolist()
-    first_bytes = round(part.text_bytes * first_decoded / decoded) if decoded else part.text_bytes * start // len(ids)
-    facts = {}
-    for name, own, text_bytes in (
-        ("train", ids[:start], first_bytes),
-        ("validation", ids[start:], part.text_bytes - first_bytes),
-    ):
-        data = np.append(own, own.dtype.type(tokenizer.eos_id)).astype(_stored(tokenizer), copy=False)
-        with (out / f"{name}.bin").open("wb") as file:
-            file.write(data.data)
-            _sync(file)
-        sha256 = hashlib.sha256(data.data).hexdigest()
-        facts[name] = _write_documents(out, name, np.array([len(data)]), np.array([text_bytes]), sha256)
-    _write_sources(out, [source], dict.fromkeys(SPLITS, np.zeros(1, np.int32)))
-    return facts
+    first_bytes = round(text_bytes * first_decoded / decoded) if decoded else text_bytes * start // len(ids)
+    path, none = part.path.with_name("tail.npz"), np.zeros(0, np.uint64)
+    np.savez(path, tokens=np.insert(ids, [start, len(ids)], tokenizer.eos_id), paragraphs=none)
+    index = Index(
+        hashes=part.index.hashes.repeat(2),
+        sources=np.zeros(2, np.int32),
+        tokens=np.array([start + 1, len(ids) - start + 1]),
+        text_bytes=np.array([first_bytes, text_bytes - first_bytes]),
+        n_paragraphs=np.zeros(2, np.int32),
+    )
+    return part._replace(path=path, index=index)
 
 
-def _stored(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+def _by_part(parts: Sequence[Part], column: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+    """Each part, and what a column (documents,) of all says of its documents."""
+    return zip(parts, np.split(column, np.cumsum([part.documents for part in parts])[:-1]), strict=True)
 
 
-def _held_out_paragraphs(parts: Sequence[Part], index: Index, split: Split) -> paragraphs.Overlap:
-    keys, first = [], 0
-    for part in parts:
-        held_out = split.held_out[first : first + part.documents]
-        first += part.documents
+def _paragraphs(parts: Sequence[Part], chosen: np.ndarray) -> Iterator[np.ndarray]:
+    """Keys of the paragraphs of documents that `chosen`, bool (documents,), has, part by part."""
+    for part, own in _by_part(parts, chosen):
         with np.load(part.path) as arrays:
-            keys.append(arrays["paragraphs"][np.repeat(held_out, arrays["n_paragraphs"])])
-    return paragraphs.Overlap(np.concatenate(keys), index.n_paragraphs[split.held_out])
+            yield arrays["paragraphs"][np.repeat(own, part.index.n_paragraphs)]
 
 
 def _gather(source: Path, target: Path, dtype: np.dtype, counts: np.ndarray, order: np.ndarray) -> str:
@@ -231,13 +207,10 @@ def _write_documents(out: Path, split: str, tokens: np.ndarray, text_bytes: np.n
 
 def _write_sources(out: Path, names: Sequence[str], splits: Mapping[str, np.ndarray]) -> None:
     """Names in alphabetical order, whatever the order of the inputs, and the index of each document's in both splits."""
-    sorted_names = sorted(names)
-    place = {name: i for i, name in enumerate(sorted_names)}
-    renumbered = np.array([place[name] for name in names], "<i4")
+    sorted_names, places = np.unique(np.array(names), return_inverse=True)
+    own = {split: places.astype("<i4")[sources] for split, sources in splits.items()}
     with (out / SOURCES).open("wb") as file:
-        np.savez_compressed(
-            file, names=np.array(sorted_names), **{split: renumbered[sources] for split, sources in splits.items()}
-        )
+        np.savez_compressed(file, names=sorted_names, **own)
         _sync(file)
 
 
@@ -262,8 +235,8 @@ def _chunks(documents: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], l
     yield texts, sources, empty
 
 
-def _encode_chunk(index: int, texts: list[str], sources: np.ndarray, tokenizer: Tokenizer, folder: Path) -> Part:
-    """The part of a chunk: tokens with EOS; of each document tokens (EOS counted), bytes of text, hash and paragraphs."""
+def _part(number: int, texts: list[str], sources: np.ndarray, tokenizer: Tokenizer, folder: Path) -> Part:
+    """The part of a chunk, found or encoded."""
     valid, digests, lengths = [], [], np.empty(len(texts), np.int64)
     for i, text in enumerate(texts):
         text, data = utf8(text)
@@ -271,14 +244,20 @@ def _encode_chunk(index: int, texts: list[str], sources: np.ndarray, tokenizer: 
         digests.append(hashlib.sha256(data).digest())
         lengths[i] = len(data)
     name = hashlib.sha256(f"part {VERSION} {tokenizer.sha256} {tokenizer.eos_id} ".encode() + b"".join(digests)).hexdigest()
-    path = folder / f"{index:06d}-{name[:32]}.npz"
-    n_tokens = _tokens_in(path)
-    if n_tokens is not None:
-        return Part(path, sources, int(lengths.sum()), n_tokens, encoded=False)
+    path = folder / f"{number:06d}-{name[:32]}.npz"
+    arrays, encoded = _found(path), False
+    if arrays is None:
+        hashes = np.frombuffer(b"".join([digest[:8] for digest in digests]), ">u8").astype(np.uint64)
+        arrays, encoded = {"text_bytes": lengths, "hashes": hashes} | _encoded(valid, tokenizer), True
+        _write(path, arrays)
+    index = Index(arrays["hashes"], sources, arrays["counts"], arrays["text_bytes"], arrays["n_paragraphs"])
+    return Part(path, index, roundtrip.Sample(**json.loads(arrays["sample"].tobytes())), encoded)
 
-    hashes = np.frombuffer(b"".join([digest[:8] for digest in digests]), ">u8").astype(np.uint64)
-    keys, n_paragraphs = paragraphs.keys(text.encode("utf-8") for text in valid)
-    ids = tokenizer.encode_batch(valid)
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Tokens of valid texts, an EOS after each; of each their number, EOS counted; its paragraphs; what a sample lost."""
+    keys, n_paragraphs = paragraphs.keys(text.encode("utf-8") for text in texts)
+    ids = tokenizer.encode_batch(texts)
     counts = np.array([len(document) + 1 for document in ids], dtype=np.int64)
     tokens = np.empty(counts.sum(), dtype=token_dtype(tokenizer.vocab_size))
     ends = np.cumsum(counts)
@@ -290,18 +269,8 @@ def _encode_chunk(index: int, texts: list[str], sources: np.ndarray, tokenizer: 
             )
         tokens[start : end - 1] = document
     tokens[ends - 1] = tokenizer.eos_id
-    sample = json.dumps(roundtrip.sample(valid, tokenizer).as_dict()).encode()
-    _write(
-        path,
-        tokens=tokens,
-        counts=counts,
-        text_bytes=lengths,
-        hashes=hashes,
-        paragraphs=keys,
-        n_paragraphs=n_paragraphs,
-        sample=np.frombuffer(sample, np.uint8),
-    )
-    return Part(path, sources, int(lengths.sum()), len(tokens), encoded=True)
+    sample = np.frombuffer(json.dumps(roundtrip.sample(texts, tokenizer)._asdict()).encode(), np.uint8)
+    return {"tokens": tokens, "counts": counts, "paragraphs": keys, "n_paragraphs": n_paragraphs, "sample": sample}
 
 
 def utf8(text: str) -> tuple[str, bytes]:
@@ -313,19 +282,19 @@ def utf8(text: str) -> tuple[str, bytes]:
         return text, text.encode("utf-8")
 
 
-def _tokens_in(path: Path) -> int | None:
-    """Tokens of a part; None when there is none, or it is damaged as after a power cut: then it is made again."""
+def _found(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a part; None when there is none, or it is damaged as after a power cut: then it is made again."""
     try:
         with path.open("rb") as file, np.load(file) as part:  # a zip file: reading checks its CRC-32
             arrays = {name: part[name] for name in _ARRAYS}
     except Exception:  # missing, truncated, no zip, wrong CRC-32, missing array: zipfile and numpy raise many kinds
         return None
-    n_tokens, documents = len(arrays["tokens"]), len(arrays["counts"])
-    whole = arrays["counts"].sum() == n_tokens and arrays["n_paragraphs"].sum() == len(arrays["paragraphs"])
-    return n_tokens if whole and all(len(arrays[name]) == documents for name in ("text_bytes", "hashes")) else None
+    of_documents = {len(arrays[name]) for name in ("counts", "text_bytes", "hashes", "n_paragraphs")}
+    sums = arrays["counts"].sum(), arrays["n_paragraphs"].sum()
+    return arrays if len(of_documents) == 1 and sums == (len(arrays["tokens"]), len(arrays["paragraphs"])) else None
 
 
-def _write(path: Path, **arrays: np.ndarray) -> None:
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:

@@ -36,8 +36,9 @@ from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.config import differing_fields
-from gqa_jax.data import holdout, inputs, parts, store, summary
+from gqa_jax.data import holdout, inputs, parts, roundtrip, store, summary
 from gqa_jax.data.documents import Format, Found, InputError, Reading, Source, find_sources, read_documents
+from gqa_jax.data.records import BAD_LINES, ENCODING_ERRORS
 from gqa_jax.data.sources import few, shown
 from gqa_jax.data.store import StoreError, TokenStore
 from gqa_jax.data.tokenizer import (
@@ -139,7 +140,8 @@ def _make(
     for leftover in (*folder.glob("*.tmp"), *(out / name for name in store.OPTIONAL)):  # perhaps of another request
         leftover.unlink(missing_ok=True)
     reading, names = Reading(), {}
-    with _Progress(found.sources, enabled=progress) as bar, inputs.InputFiles(found.sources) as files:
+    bar = _Progress(found.sources, enabled=progress)
+    with bar.display, inputs.InputFiles(found.sources) as files:
         if tokenizer is None:
             texts = _training_texts(_documents(found.sources, recipe.form, bar, files, Reading(), {}), recipe)
             tokenizer = _trained_bpe(recipe, texts, folder, request, files.states)
@@ -165,7 +167,7 @@ def _make(
             "n_sources": len(found.sources),
             **summary.of_inputs(found, reading),
             **facts,
-            "tokenizer_sample": parts.read_sample(done).as_dict(),
+            "tokenizer_sample": roundtrip.total([part.sample for part in done])._asdict(),
             "versions": _versions("gqa-jax", "tiktoken", "tokenizers", "pyarrow", "datasets"),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
@@ -183,30 +185,29 @@ def _assembled(
     recipe: Recipe, done: Sequence[parts.Part], names: list[str], out: Path, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The splits of the store, decided and written; returns the header's entry, and what else is to be said of documents."""
-    index = parts.read_index(done)
+    index = parts.joined(done)
     has_text = np.bincount(index.sources, minlength=len(names)) > 0
     doubts = [f"source {name} has no text" for name, has in zip(names, has_text, strict=True) if not has]
     names = [name for name, has in zip(names, has_text, strict=True) if has]
     index = index._replace(sources=(np.cumsum(has_text) - 1)[index.sources])
-    documents, every = len(index.hashes), recipe.holdout_every
-    overlap = both = None
-    if recipe.holdout_rule == "hash" and documents == 1:
-        splits = parts.assemble_tail(done[0], names[0], out, tokenizer, every)
-        doubts.append(
-            "1 document: its end is held out, which is more like the rest of it than other documents are, so its loss is lower "
-            "than that of new text"
-        )
+    every, copies = recipe.holdout_every, len(index.hashes) - len(np.unique(index.hashes))
+    if recipe.holdout_rule == "position":
+        split = holdout.by_position(len(index.hashes), every)
+    elif len(index.hashes) > 1:
+        split = holdout.by_hash(index.hashes, index.sources, names, every)
     else:
-        if recipe.holdout_rule == "position":
-            split = holdout.by_position(documents, every)
-        else:
-            split = holdout.by_hash(index.hashes, index.sources, names, every)
-        splits, overlap = parts.assemble(done, index, split, names, out, tokenizer)
-        doubts += split.doubts
-        held_out = index.hashes[split.held_out]
-        both = int(np.isin(held_out, index.hashes[~split.held_out]).sum())
-    copies = documents - len(np.unique(index.hashes))
-    return splits, {"doubts": doubts, "paragraphs": overlap, "copies": copies, "documents_in_both": both, "tail": both is None}
+        done = [parts.cut(done[0], tokenizer, every)]
+        index, split = done[0].index, holdout.TAIL
+    splits, copied = parts.assemble(done, index, split, names, out, tokenizer)
+    held_out, trained = index.hashes[split.held_out], index.hashes[~split.held_out]
+    tail = split is holdout.TAIL
+    return splits, {
+        "doubts": [*doubts, *split.doubts],
+        "paragraphs": None if tail else copied,
+        "copies": copies,
+        "documents_in_both": None if tail else int(np.isin(held_out, trained).sum()),
+        "tail": tail,
+    }
 
 
 def _work_folder(out: str | os.PathLike) -> Path:
@@ -254,25 +255,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         was_there = storage.read_bytes(out / store.HEADER) is not None
         recipe = Recipe(
             inputs=tuple(options.inputs),
-            tokenizer=options.tokenizer,
-            eos=options.eos,
-            holdout_every=options.holdout_every,
-            holdout_rule=options.holdout_rule,
-            form=Format(
-                text_key=options.text_key,
-                separator=_unescaped(options.separator),
-                encoding_errors=options.encoding_errors,
-                source_key=options.source_key,
-                bad_lines=options.bad_lines,
-            ),
+            form=Format(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Format)}),
             include=tuple(options.include or ["*"]),
             exclude=tuple(options.exclude),
+            **{name: getattr(options, name) for name in ("tokenizer", "eos", "holdout_every", "holdout_rule")},
         )
         made = prepare(recipe, out, options.threads, progress=sys.stderr.isatty() and not options.quiet)
         seconds = None if was_there else time.perf_counter() - begin
         said = [] if options.quiet else [summary.short(made, out, seconds)]
-        print("\n".join([*said, *([summary.report(made)] if options.report else [])]), end="\n" * bool(said or options.report))
-        sys.stdout.flush()
+        if options.report:
+            said.append(summary.report(made))
+        if said:
+            print("\n".join(said), flush=True)
     except BrokenPipeError:  # whoever reads this has seen enough, as `head`: the store is made
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
@@ -289,55 +283,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Progress:
-    """A bar over the bytes of the sources, with documents, tokens and speed of what is encoded."""
+    """A bar over the bytes of the sources, with documents, tokens and speed of what is encoded; shown within `display`."""
 
     def __init__(self, sources: Sequence[Source], enabled: bool):
-        from rich import progress
+        from rich import console, progress
 
         sizes = [source.size for source in sources]
         self._total = None if None in sizes else sum(sizes)  # unknown: the bar only moves
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.TaskProgressColumn(),
-            progress.TextColumn("{task.fields[counts]}"),
-            progress.TimeRemainingColumn(),
-            disable=not enabled,
-            console=_stderr_console(),
-        )
-        self._task = self._bar.add_task("", total=self._total, counts="")
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        columns = ("{task.description}", progress.BarColumn(), progress.TaskProgressColumn(), "{task.fields[counts]}")
+        columns += (progress.TimeRemainingColumn(),)
+        self.display = progress.Progress(*columns, disable=not enabled, console=console.Console(stderr=True))
+        self._task = self.display.add_task("", total=self._total, counts="")
 
     def begin(self) -> None:
         """Reading starts, at the first source."""
         self._documents = self._tokens = self._bytes = self._shown = 0
         self._start = time.perf_counter()
-        self._bar.reset(self._task, description="reading", total=self._total, counts="")
+        self.display.reset(self._task, description="reading", total=self._total, counts="")
 
-    def read(self, position: int) -> None:
-        """`position` bytes of the sources have been read."""
-        if position - self._shown >= 1 << 18:  # an update costs as much as reading a short document
-            self._bar.update(self._task, completed=position)
+    def read(self, position: int | None) -> None:
+        """`position` bytes of the sources have been read; None: all."""
+        if position is None:
+            self.display.update(self._task, completed=self._total)
+        elif position - self._shown >= 1 << 18:  # an update costs as much as reading a short document
+            self.display.update(self._task, completed=position)
             self._shown = position
-
-    def end(self) -> None:
-        """All is read."""
-        self._bar.update(self._task, completed=self._total)
 
     def encoded(self, part: parts.Part) -> None:
         """A part is on disk."""
         self._documents += part.documents
-        self._tokens += part.tokens
-        self._bytes += part.text_bytes if part.encoded else 0
+        self._tokens += part.index.tokens.sum()
+        self._bytes += part.index.text_bytes.sum() if part.encoded else 0
         speed = self._bytes / 1e6 / (time.perf_counter() - self._start)
         counts = f"{self._documents:,} documents, {self._tokens / 1e6:,.1f} M tokens, {speed:.1f} MB/s"
-        self._bar.update(self._task, description="encoding", counts=counts)
+        self.display.update(self._task, description="encoding", counts=counts)
 
 
 def _documents(
@@ -373,7 +352,7 @@ def _documents(
             raise
         files.check(source)
         before += source.size or 0
-    bar.end()
+    bar.read(None)
 
 
 def _trained_bpe(
@@ -516,12 +495,6 @@ def _check_outside(out: Path, sources: Sequence[Source]) -> None:
         )
 
 
-def _stderr_console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -534,8 +507,8 @@ def _versions(*names: str) -> dict[str, str]:
     return found
 
 
-def _unescaped(separator: str | None) -> str | None:
-    return separator and separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
+def _unescaped(separator: str) -> str:
+    return separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -546,7 +519,8 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m gqa_jax.data.prepare --out stores/web --tokenizer gpt2 web/ books/",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "inputs",
         nargs="+",
         metavar="INPUT",
@@ -554,54 +528,39 @@ def _parser() -> argparse.ArgumentParser:
         "losses are told for each. Files: JSON lines, JSON arrays, Parquet, CSV, TSV, anything else as plain text (UTF-8, or "
         "UTF-16 with its mark), packed by gzip, zstd, xz or bzip2 or not",
     )
-    parser.add_argument("--out", required=True, help="folder of the store, local or gs://BUCKET/FOLDER")
-    parser.add_argument(
+    add("--out", required=True, help="folder of the store, local or gs://BUCKET/FOLDER")
+    add(
         "--tokenizer",
         default="gpt2",
         help="gpt2 (default), bytes, bpe:N (trained on the input, N entries), hub:NAME[@REVISION], "
         "or a Hugging Face tokenizer.json",
     )
-    parser.add_argument(
-        "--eos", metavar="TOKEN", help="token that ends a document in a Hugging Face tokenizer (default: found)"
-    )
-    parser.add_argument("--text_key", default="text", metavar="KEY", help="field or column that holds the text (default: text)")
-    parser.add_argument("--separator", metavar="TEXT", help=r"cuts plain files into documents, as in '\n\n' or '<|endoftext|>'")
-    parser.add_argument(
-        "--holdout_every", type=int, default=20, metavar="N", help="hold out one document of N for evaluation (default: 20)"
-    )
-    parser.add_argument(
-        "--holdout_rule",
-        choices=store.HOLDOUT_RULES,
-        default="hash",
-        help="which: by a hash of the text (default), or by position, the rule of the first version",
-    )
-    parser.add_argument(
+    add("--eos", metavar="TOKEN", help="token that ends a document in a Hugging Face tokenizer (default: found)")
+    add("--text_key", default="text", metavar="KEY", help="field or column that holds the text (default: text)")
+    cuts = r"cuts plain files into documents, as in '\n\n' or '<|endoftext|>'"
+    add("--separator", type=_unescaped, metavar="TEXT", help=cuts)
+    add("--holdout_every", type=int, default=20, metavar="N", help="hold out one document of N for evaluation (default: 20)")
+    which = "which: by a hash of the text (default), or by position, the rule of the first version"
+    add("--holdout_rule", choices=store.HOLDOUT_RULES, default="hash", help=which)
+    add(
         "--source_key",
         metavar="KEY",
         help="field or column that names the source of a document (default: the INPUT is its source); losses are told for each",
     )
     patterns = {"action": "append", "default": [], "metavar": "PATTERN"}
-    parser.add_argument("--include", **patterns, help="only these files of folders, as in '*.txt'; may be repeated")
-    parser.add_argument("--exclude", **patterns, help="not these files of folders; may be repeated")
-    parser.add_argument(
-        "--encoding_errors",
-        choices=("strict", "replace"),
-        default="strict",
-        help="bytes that are no UTF-8: an error (strict, default), or replacement characters",
-    )
-    parser.add_argument(
-        "--bad_lines",
-        choices=("error", "skip"),
-        default="error",
-        help="lines and rows that can't be used: an error (default), or left out and counted",
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="of the tokenizer (default: every CPU)")
-    parser.add_argument(
+    add("--include", **patterns, help="only these files of folders, as in '*.txt'; may be repeated")
+    add("--exclude", **patterns, help="not these files of folders; may be repeated")
+    no_utf8 = "bytes that are no UTF-8: an error (strict, default), or replacement characters"
+    add("--encoding_errors", choices=ENCODING_ERRORS, default="strict", help=no_utf8)
+    bad = "lines and rows that can't be used: an error (default), or left out and counted"
+    add("--bad_lines", choices=BAD_LINES, default="error", help=bad)
+    add("--threads", type=int, metavar="N", help="of the tokenizer (default: every CPU)")
+    add(
         "--report",
         action="store_true",
         help="print what is known of the store: sources, kinds of files, what was left out, what the tokenizer loses, copies",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add("--quiet", action="store_true", help="no progress bar and no summary")
     return parser
 
 

@@ -17,6 +17,8 @@ from gqa_jax.data.sources import InputError, few, shown
 BATCH_BYTES = 1 << 18  # of rows that are given at once: they stay in a cache
 SOURCE_CHARS = 200  # of the name of a source, at most
 DAMAGED = "damaged or unreadable from here on"
+ENCODING_ERRORS = ("strict", "replace")
+BAD_LINES = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Format:
     def __post_init__(self):
         if self.separator == "":
             raise InputError("the separator is empty: give the text that stands between documents, or leave it out")
-        for name, allowed in (("encoding_errors", ("strict", "replace")), ("bad_lines", ("error", "skip"))):
+        for name, allowed in (("encoding_errors", ENCODING_ERRORS), ("bad_lines", BAD_LINES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name}={getattr(self, name)}: must be {' or '.join(allowed)}")
 

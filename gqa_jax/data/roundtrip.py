@@ -6,13 +6,12 @@ normalise characters or white space: a loss per byte of such a text is not one o
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import NamedTuple
 
 from gqa_jax.data.tokenizer import Tokenizer
 
@@ -22,28 +21,20 @@ _WORD = re.compile(r"(?<=\s)\S")
 _SHOWN = 24  # characters of an example
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Pieces of documents, short ones whole, and how what they decode to differs from the text that was encoded."""
 
     pieces: int = 0
     changed: int = 0  # pieces that don't come back as they were
     text_bytes: int = 0
     lost_bytes: int = 0  # of characters that don't come back; order is not looked at
-    example: tuple[str, str] | None = None  # a piece of text, and what came back in its place
+    example: Sequence[str] | None = None  # a piece of text, and what came back in its place
 
-    def __add__(self, other: Sample) -> Sample:
-        return Sample(
-            self.pieces + other.pieces,
-            self.changed + other.changed,
-            self.text_bytes + other.text_bytes,
-            self.lost_bytes + other.lost_bytes,
-            self.example or other.example,
-        )
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+def total(samples: Sequence[Sample]) -> Sample:
+    """All samples as one, with the first example."""
+    counts = (sum(column) for column in zip(*(own[:-1] for own in samples), strict=True))
+    return Sample(*counts, example=next((own.example for own in samples if own.example), None))
 
 
 def sample(texts: Sequence[str], tokenizer: Tokenizer) -> Sample:
@@ -56,7 +47,10 @@ def sample(texts: Sequence[str], tokenizer: Tokenizer) -> Sample:
         offset = position - (ends[document] - len(texts[document]))
         starts[document, _word(texts[document], offset) if offset >= PIECE_CHARS else 0] = None
     pieces = [texts[document][start : start + PIECE_CHARS] for document, start in starts]
-    return _compared(pieces, [tokenizer.decode(ids) for ids in tokenizer.encode_batch(pieces)])
+    decoded = map(tokenizer.decode, tokenizer.encode_batch(pieces))
+    changed = [(before, after) for before, after in zip(pieces, decoded, strict=True) if before != after]
+    lost = sum(_bytes_of((Counter(before) - Counter(after)).elements()) for before, after in changed)
+    return Sample(len(pieces), len(changed), _bytes_of(pieces), lost, _difference(*changed[0]) if changed else None)
 
 
 def _word(text: str, offset: int) -> int:
@@ -65,19 +59,12 @@ def _word(text: str, offset: int) -> int:
     return found.start() if found else offset
 
 
-def _compared(texts: Sequence[str], decoded: Sequence[str]) -> Sample:
-    changed = [(before, after) for before, after in zip(texts, decoded, strict=True) if before != after]
-    lost = sum(_bytes_of(Counter(before) - Counter(after)) for before, after in changed)
-    example = _difference(*changed[0]) if changed else None
-    return Sample(len(texts), len(changed), sum(len(text.encode("utf-8")) for text in texts), lost, example)
+def _bytes_of(texts: Iterable[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in texts)
 
 
-def _bytes_of(characters: Counter[str]) -> int:
-    return sum(len(character.encode("utf-8")) * count for character, count in characters.items())
-
-
-def _difference(before: str, after: str) -> tuple[str, str]:
+def _difference(before: str, after: str) -> list[str]:
     """Both texts from a little before where they begin to differ."""
     same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
     start = max(0, same - _SHOWN // 3)
-    return before[start : start + _SHOWN], after[start : start + _SHOWN]
+    return [before[start : start + _SHOWN], after[start : start + _SHOWN]]
