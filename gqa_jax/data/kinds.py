@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
 from gqa_jax.data.sources import JSON_SUFFIXES, TABLE_SUFFIXES, InputError, Source, reason, shown, suffixes
-from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, PACKINGS, Recoded, Stream, Unpacked, put_back
+from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, PACKINGS, put_back, recoded, unpacked
 
 LARGEST = 1 << 31  # bytes of what is held in memory whole: a document, a line, a JSON array
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
@@ -75,7 +75,7 @@ class Opened(NamedTuple):
     kind: str  # "JSON", "CSV", "TSV", "Parquet" or "plain text"
     raw: IO[bytes]  # as stored
     stream: io.BufferedReader  # of Parquet as stored, else unpacked, as UTF-8 but for bytes that are none
-    position: Callable[[int], int]  # bytes as stored that were read, given the bytes that came out of `stream`
+    position: Callable[[int], int]  # about how many bytes as stored were read, given those that came out of `stream`
     delimiter: str  # of the columns of a table, by the name of the file
 
 
@@ -86,12 +86,48 @@ def opened(source: Source, text_key: str, encoding_errors: str, note: Callable[[
     Raises InputError for what can't be read. That a file changes meanwhile is noticed elsewhere (`gqa_jax.data.inputs`).
     """
     path = shown(source.path)
+    suffix, packings = suffixes(source.path.name)
+    found = []  # packings
     try:
         raw = source.path.open("rb", buffering=0)
     except OSError as error:
         raise InputError(f"{path}: {reason(error)}") from error
     with raw:
-        yield _opened(path, source, raw, text_key, encoding_errors, note)
+        stream = io.BufferedReader(raw, min(BUFFER_BYTES, source.size + 1))
+        try:
+            while packing := next((name for name, first in PACKINGS.items() if first.match(stream.peek(1))), None):
+                found.append(packing)
+                if len(found) > _MOST_PACKINGS:
+                    raise InputError(f"{path}: packed more than {_MOST_PACKINGS} times ({', '.join(found)}): unpack it first")
+                stream = unpacked(stream, packing)
+            head = stream.peek(1)[:_HEAD_BYTES]
+            _check_packing(path, source.leave, head, found, packings, note)
+            encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+            if encoding is not None:
+                note(f"{encoding[:-3].upper()}, read as such", path)  # without the order of bytes
+                stream.read(4 if "32" in encoding else 2)
+                stream = recoded(stream, encoding, encoding_errors)
+                head = stream.peek(1)[:_HEAD_BYTES]
+            if head.startswith(codecs.BOM_UTF8):
+                stream.read(len(codecs.BOM_UTF8))
+                head = head[len(codecs.BOM_UTF8) :]
+            kind = _kind(path, source.leave, head, suffix, found)
+            if kind not in ("Parquet", "JSON"):
+                stream, objects = _begin_of_json(stream, head, kind)
+                if any(text_key in fields for fields in objects):
+                    note("JSON, read as such", path)
+                    kind = "JSON"
+                elif objects:
+                    note(f"looks like JSON without a field {text_key!r} (--text_key): read as {kind}", path)
+        except DAMAGE as error:
+            raise InputError(f"{path}:1: damaged or unreadable from here on: {reason(error)}") from error
+        if not source.size:
+            note("empty", path)
+        if kind == "Parquet" and suffix != ".parquet":
+            note("Parquet, read as such", path)
+        is_stored = not found and encoding is None
+        position = (lambda read: read) if is_stored else (lambda read: raw.tell())
+        yield Opened(path, source.leave, kind, raw, stream, position, TABLE_SUFFIXES.get(suffix, ","))
 
 
 def bad_utf8(data: bytes, start: int, leave: str) -> str:
@@ -101,54 +137,6 @@ def bad_utf8(data: bytes, start: int, leave: str) -> str:
     if around.count("\ufffd") <= max(1, _FEW_BAD * len(around)):
         return f"{convert}, or damaged: {leave}, or lose those letters with --encoding_errors=replace"
     return f"{convert}, or no text: {leave}"
-
-
-def _opened(
-    path: str, source: Source, raw: IO[bytes], text_key: str, encoding_errors: str, note: Callable[[str, str], None]
-) -> Opened:
-    suffix, packings = suffixes(source.path.name)
-    stream = io.BufferedReader(raw, min(BUFFER_BYTES, source.size + 1))
-    lowest, found = None, []  # the stream that takes what is stored, packings
-    try:
-        while packing := next((name for name, first in PACKINGS.items() if first.match(stream.peek(1))), None):
-            found.append(packing)
-            if len(found) > _MOST_PACKINGS:
-                raise InputError(f"{path}: packed more than {_MOST_PACKINGS} times ({', '.join(found)}): unpack it first")
-            lowest, stream = _put_upon(lowest, Unpacked(stream, packing))
-        head = stream.peek(1)[:_HEAD_BYTES]
-        _check_packing(path, source.leave, head, found, packings, note)
-        if mark := next((mark for mark in _MARKS if head.startswith(mark)), None):
-            note(f"{_name(_MARKS[mark])}, read as such", path)
-            stream.read(len(mark))
-            lowest, stream = _put_upon(lowest, Recoded(stream, _MARKS[mark], encoding_errors))
-            head = stream.peek(1)[:_HEAD_BYTES]
-        if head.startswith(codecs.BOM_UTF8):
-            stream.read(len(codecs.BOM_UTF8))
-            head = head[len(codecs.BOM_UTF8) :]
-        kind = _kind(path, source.leave, head, suffix, found)
-        if kind not in ("Parquet", "JSON"):
-            stream, objects = _begin_of_json(stream, head, kind)
-            if any(text_key in fields for fields in objects):
-                note("JSON, read as such", path)
-                kind = "JSON"
-            elif objects:
-                note(f"looks like JSON without a field {text_key!r} (--text_key): read as {kind}", path)
-    except DAMAGE as error:
-        raise InputError(f"{path}:1: damaged or unreadable from here on: {reason(error)}") from error
-    if not source.size:
-        note("empty", path)
-    if kind == "Parquet" and suffix != ".parquet":
-        note("Parquet, read as such", path)
-    position = (lambda read: lowest.taken) if lowest else (lambda read: read)
-    return Opened(path, source.leave, kind, raw, stream, position, TABLE_SUFFIXES.get(suffix, ","))
-
-
-def _put_upon(lowest: Stream | None, upper: Stream) -> tuple[Stream, io.BufferedReader]:
-    return lowest or upper, io.BufferedReader(upper, BUFFER_BYTES)
-
-
-def _name(encoding: str) -> str:
-    return encoding[:-3].upper()  # without the order of bytes
 
 
 def _check_packing(

@@ -32,7 +32,6 @@ _BESIDE_DATA = re.compile(  # names in small letters, whole: notice-1.txt and re
 )
 _HUB_CACHE = {"blobs", "refs", "snapshots"}
 
-
 Patterns = str | Sequence[str]
 
 
@@ -73,24 +72,18 @@ def find_sources(inputs: Sequence[str | os.PathLike], include: Patterns = "*", e
     entries = [os.fspath(entry) for entry in inputs]
     if not entries:
         raise InputError("no input: give files, folders, sotu, or hf:NAME")
-    search = _Search(_patterns(include), _patterns(exclude or ()))
-    for index, entry in enumerate(entries):
+    search = _Search(*((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude or ())))
+    for index, (entry, origin) in enumerate(zip(entries, _origins(entries), strict=True)):
+        search.index, search.origin = index, origin
         if not _is_named(entry):
-            search.look_at(index, entry)
-    search.check()
-    origins = _origins(entries)
-    of_input: list[list[Source]] = [[] for _ in entries]
-    for file in search.chosen():
-        of_input[file.index].append(Source(file.name, file.path, file.size, origins[file.index], file.in_folder))
-    known = set()
-    for index, entry in enumerate(entries):
-        if entry in known:
+            search.look_at(entry)
+        elif entry in entries[:index]:
             search.leave_out(f"the same input as {entry}", entry)
-        elif _is_named(entry):
-            known.add(entry)
-            of_input[index].append(Source(entry, None, corpus.SOTU_BYTES if entry == "sotu" else None, origins[index]))
-    left_out = {why: sorted(paths) for why, paths in search.left_out.items()}
-    return Found([source for sources in of_input for source in sources], left_out)
+        else:
+            size = corpus.SOTU_BYTES if entry == "sotu" else None
+            search.files.append(_File(index, (entry,), (index, entry), False, Source(entry, None, size, origin)))
+    search.check()
+    return Found(search.chosen(), {why: sorted(paths) for why, paths in search.left_out.items()})
 
 
 def suffixes(name: str) -> tuple[str, list[str]]:
@@ -118,21 +111,14 @@ def reason(error: BaseException) -> str:
     return shown((getattr(error, "strerror", None) or str(error)).strip()) or type(error).__name__
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     """A regular file that was found."""
 
     index: int  # of its input
     parts: tuple[str, ...]  # of its name
-    path: Path
-    size: int
-    identity: tuple[int, ...]  # device and inode, the same for every name of one file
+    identity: tuple  # device and inode, the same for every name of one file
     is_link: bool
-    in_folder: bool
-
-    @property
-    def name(self) -> str:
-        return "/".join(self.parts)
+    source: Source
 
     def preference(self) -> tuple:
         """The smallest of the names of one file is taken."""
@@ -143,10 +129,12 @@ class _File:
 
 @dataclass
 class _Search:
-    """A walk through all inputs."""
+    """A walk through all inputs, one after the other."""
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    index: int = 0  # of the input that is looked at
+    origin: str = ""  # its name
     left_out: dict[str, list[str]] = field(default_factory=dict)
     files: list[_File] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # path and why; how to leave it out
@@ -160,7 +148,7 @@ class _Search:
     def leave_out(self, why: str, path: str | os.PathLike) -> None:
         self.left_out.setdefault(why, []).append(shown(path))
 
-    def look_at(self, index: int, entry: str) -> None:
+    def look_at(self, entry: str) -> None:
         """Finds the files of one input."""
         if not entry:
             raise InputError("an input is empty: give a file or folder; . is the folder you are in")
@@ -168,23 +156,17 @@ class _Search:
             path = Path(entry).expanduser()
             found = path.stat()
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nobody
-            path = Path(entry)
-            if os.path.islink(entry):
-                self.refuse(entry, _dangling(entry))
-            elif isinstance(error, PermissionError):
-                self.refuse(entry, "no permission to reach it")
-            else:
+            if not os.path.islink(entry) and not isinstance(error, PermissionError):
                 raise InputError(
-                    f"input {shown(entry)}: no such file or folder{_neighbour(path)}; named inputs are sotu and hf:NAME"
+                    f"input {shown(entry)}: no such file or folder{_neighbour(Path(entry))}; named inputs are sotu and hf:NAME"
                 ) from None
+            self.refuse(entry, _dangling(entry) if os.path.islink(entry) else "no permission to reach it")
             return
         if not stat.S_ISDIR(found.st_mode):
-            self._file(index, (path.name,), path, found, path.is_symlink(), in_folder=False)
-        elif other := self.folders.get(_identity(found)):
-            self.leave_out(f"the same folder as {other}", path)
-        else:
+            self._file((path.name,), path, found, path.is_symlink(), in_folder=False)
+        elif self._is_new(path, found):
             before = len(self.files), len(self.unreadable)
-            self._folder(index, path, _identity(found))
+            self._folder(path)
             self._leave_out_readmes(before[0])
             if before == (len(self.files), len(self.unreadable)):
                 self.empty.append(shown(entry))
@@ -192,40 +174,44 @@ class _Search:
     def check(self) -> None:
         """Raises InputError when something can't be read, or a folder had nothing."""
         if self.unreadable:
-            sentences, advices = zip(*self.unreadable, strict=True)
-            several = f"{len(sentences):,} files or folders can't be read: " if len(sentences) > 1 else ""
-            leave = (
-                advices[0] if not several else "leave each out (in a folder: --exclude=PATTERN; else: take it off the command)"
-            )
+            sentences, (leave, *others) = zip(*self.unreadable, strict=True)
+            if others:
+                leave = "leave each out (in a folder: --exclude=PATTERN; else: take it off the command)"
+            several = f"{len(sentences):,} files or folders can't be read: " if others else ""
             raise InputError(
                 f"{several}{few(sentences, '; ')}. Repair that (a link to nothing: delete it; no permission: "
                 f"chmod -R u+rX), or {leave}"
             )
         if self.empty:
             why = "".join(f"; {few(paths)}: {reason}" for reason, paths in self.left_out.items())
-            chosen = f"include {_all(self.include)}, exclude {_all(self.exclude)}"
-            raise InputError(f"input {self.empty[0]}: no file in this folder ({chosen}){why}")
+            include, exclude = (", ".join(map(repr, patterns)) or "nothing" for patterns in (self.include, self.exclude))
+            raise InputError(f"input {self.empty[0]}: no file in this folder (include {include}, exclude {exclude}){why}")
 
-    def chosen(self) -> list[_File]:
+    def chosen(self) -> list[Source]:
         """Each file once, sorted by input and path."""
-        best: dict[tuple[int, ...], _File] = {}
+        best: dict[tuple, _File] = {}
         for file in sorted(self.files, key=_File.preference):
             if (other := best.setdefault(file.identity, file)) is not file:
-                self.leave_out(f"the same file as {shown(other.path)}", file.path)
-        return sorted(best.values(), key=lambda file: (file.index, file.parts))
+                self.leave_out(f"the same file as {shown(other.source.path)}", file.source.path)
+        return [file.source for file in sorted(best.values(), key=lambda file: (file.index, file.parts))]
 
-    def _folder(self, index: int, root: Path, identity: tuple[int, ...]) -> None:
+    def _is_new(self, path: Path, found: os.stat_result) -> bool:
+        """Whether a folder is reached for the first time; then it is known by this path."""
+        if other := self.folders.get((found.st_dev, found.st_ino)):
+            self.leave_out(f"the same folder as {other}", path)
+            return False
+        self.folders[found.st_dev, found.st_ino] = shown(path)
+        return True
+
+    def _folder(self, root: Path) -> None:
         # What is really there comes first and links to folders later, so that a link is never taken for the folder itself.
         folders, links = [(root, ())], []
-        self.folders[identity] = shown(root)
         while folders or links:
             if not folders:
                 links.sort(key=lambda link: link[1], reverse=True)
-                path, parts, identity = links.pop()
-                if other := self.folders.get(identity):
-                    self.leave_out(f"the same folder as {other}", path)
+                path, parts, found = links.pop()
+                if not self._is_new(path, found):
                     continue
-                self.folders[identity] = shown(path)
                 folders.append((path, parts))
             folder, parts = folders.pop()
             try:
@@ -242,47 +228,41 @@ class _Search:
                     self.leave_out("hidden", f"{path}/" if entry.is_dir(follow_symlinks=False) else path)
                 elif is_hub_cache and entry.name != "snapshots":
                     self.leave_out("in a cache of the Hugging Face hub, whose snapshots name its files", path)
+                elif (found := self._stat(entry, own, path)) is None:
+                    continue
+                elif not stat.S_ISDIR(found.st_mode):
+                    if not self._is_left_out(own, path):
+                        self._file(own, path, found, entry.is_symlink(), in_folder=True)
+                elif not entry.is_symlink():
+                    if self._is_new(path, found):  # else a mount of a folder in itself
+                        folders.append((path, own))
+                elif _is_above(path):
+                    self.leave_out("a link to a folder that it lies in", path)
                 else:
-                    self._entry(index, own, path, entry, folders, links)
+                    links.append((path, own, found))
 
-    def _entry(
-        self, index: int, parts: tuple[str, ...], path: Path, entry: os.DirEntry, folders: list[tuple], links: list[tuple]
-    ) -> None:
-        """One entry of a folder: a file is taken, a folder put into `folders`, a link to one into `links`."""
-        is_link = entry.is_symlink()
+    def _stat(self, entry: os.DirEntry, parts: tuple[str, ...], path: Path) -> os.stat_result | None:
+        """What an entry of a folder, or the target of a link, is; None where that can't be told."""
         try:
-            found = entry.stat()
+            return entry.stat()
         except OSError as error:
             if not self._is_left_out(parts, path):
-                why = _dangling(path) if is_link and not isinstance(error, PermissionError) else _refusal(error)
-                self.refuse(path, why, "/".join(parts))
-            return
-        if not stat.S_ISDIR(found.st_mode):
-            if not self._is_left_out(parts, path):
-                self._file(index, parts, path, found, is_link, in_folder=True)
-        elif not is_link:
-            if other := self.folders.get(_identity(found)):  # a mount of a folder in itself
-                self.leave_out(f"the same folder as {other}", path)
-            else:
-                self.folders[_identity(found)] = shown(path)
-                folders.append((path, parts))
-        elif _is_above(path):
-            self.leave_out("a link to a folder that it lies in", path)
-        else:
-            links.append((path, parts, _identity(found)))
+                is_dangling = entry.is_symlink() and not isinstance(error, PermissionError)
+                self.refuse(path, _dangling(path) if is_dangling else _refusal(error), "/".join(parts))
+            return None
 
-    def _file(
-        self, index: int, parts: tuple[str, ...], path: Path, found: os.stat_result, is_link: bool, in_folder: bool
-    ) -> None:
-        name = "/".join(parts) if in_folder else ""
+    def _file(self, parts: tuple[str, ...], path: Path, found: os.stat_result, is_link: bool, in_folder: bool) -> None:
+        name = "/".join(parts)
         if not stat.S_ISREG(found.st_mode):
-            self.refuse(path, f"{_special(found.st_mode)}, which can't be read twice: write it to a file", name)
+            why = f"{_special(found.st_mode)}, which can't be read twice: write it to a file"
+            self.refuse(path, why, name if in_folder else "")
         elif not os.access(path, os.R_OK):
-            self.refuse(path, "no permission to read it", name)
+            self.refuse(path, "no permission to read it", name if in_folder else "")
         else:
             # A file system without inodes has 0: then every name is a file of its own.
-            identity = _identity(found) if found.st_ino else (index, len(self.files))
-            self.files.append(_File(index, parts, path, found.st_size, identity, is_link, in_folder))
+            identity = (found.st_dev, found.st_ino) if found.st_ino else (self.index, len(self.files), name)
+            source = Source(name, path, found.st_size, self.origin, in_folder)
+            self.files.append(_File(self.index, parts, identity, is_link, source))
 
     def _is_left_out(self, parts: tuple[str, ...], path: Path, is_folder: bool = False) -> bool:
         """Whether the patterns leave a file out, or a folder that can't be looked into; it is noted then."""
@@ -308,16 +288,8 @@ class _Search:
         aside = {file.identity for file in describing if file.parts[:-1] in data}  # by whatever name
         for file in files:
             if file.identity in aside:
-                self.leave_out("README, licence or description beside data", file.path)
+                self.leave_out("README, licence or description beside data", file.source.path)
         self.files[first:] = [file for file in files if file.identity not in aside]
-
-
-def _patterns(given: Patterns) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _all(patterns: Sequence[str]) -> str:
-    return ", ".join(map(repr, patterns)) or "nothing"
 
 
 def _leave(name: str) -> str:
@@ -336,10 +308,6 @@ def _describes_data(name: str) -> bool:
     """Whether a file beside data is about them, by its name; README.jsonl is data itself."""
     is_data = suffixes(name)[0] in DATA_SUFFIXES and not name.lower().startswith("dataset_info")
     return not is_data and _BESIDE_DATA.fullmatch(name.lower()) is not None
-
-
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino
 
 
 def _is_above(link: Path) -> bool:

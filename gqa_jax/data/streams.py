@@ -9,7 +9,7 @@ import itertools
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 DAMAGE = (OSError, EOFError)  # what reading one of these streams raises
@@ -25,14 +25,13 @@ PACKINGS = {  # first bytes
 
 
 class Stream(io.RawIOBase):
-    """Bytes that come in pieces; those before a fault are given first."""
+    """Bytes that come in pieces, made from `source`; those before a fault are given first."""
 
-    def __init__(self, source: IO[bytes], pieces: Iterator[bytes]):
+    def __init__(self, source: IO[bytes], pieces: Iterable[bytes]):
         self._source = source  # that nobody holds closes itself, and the file below it
-        self._pieces = pieces
+        self._pieces = iter(pieces)
         self._piece = memoryview(b"")
         self._fault: BaseException | None = None
-        self.taken = 0  # bytes of the stream below, where the pieces are made from one
 
     def readable(self) -> bool:
         return True
@@ -53,59 +52,52 @@ class Stream(io.RawIOBase):
             raise self._fault
         return filled
 
-    def _take(self, source: IO[bytes], size: int) -> bytes:
-        data = source.read(size)
-        self.taken += len(data)
-        return data
 
-
-class Unpacked(Stream):
+def unpacked(source: IO[bytes], packing: str) -> io.BufferedReader:
     """The content of a compressed stream: all its members, and a fault where it ends early or other bytes follow."""
-
-    def __init__(self, source: IO[bytes], packing: str):
-        super().__init__(source, self._unpack(source, packing))
-
-    def _unpack(self, source: IO[bytes], packing: str) -> Iterator[bytes]:
-        data = b""
-        while True:
-            while len(data := data.lstrip(b"\0")) < 10 and (more := self._take(source, _PACKED_BYTES)):  # zeros may fill up
-                data += more
-            if not data:
-                return
-            if not PACKINGS[packing].match(data):
-                raise OSError(f"bytes that are no {packing} follow what {packing} packed")
-            member = _member(packing)
-            while not member.eof:
-                if not (data := data or self._take(source, _PACKED_BYTES)):
-                    raise EOFError(f"it ends within what {packing} packed")
-                try:
-                    yield member.decompress(data)
-                except Exception as error:  # each library has its own
-                    raise OSError(str(error) or type(error).__name__) from error
-                data = b""
-            data = member.unused_data
+    return io.BufferedReader(Stream(source, _unpacked(source, packing)), BUFFER_BYTES)
 
 
-class Recoded(Stream):
+def recoded(source: IO[bytes], encoding: str, errors: str) -> io.BufferedReader:
     """Text in another encoding as UTF-8."""
+    return io.BufferedReader(Stream(source, _recoded(source, encoding, errors)), BUFFER_BYTES)
 
-    def __init__(self, source: IO[bytes], encoding: str, errors: str):
-        super().__init__(source, self._recode(source, encoding, errors))
 
-    def _recode(self, source: IO[bytes], encoding: str, errors: str) -> Iterator[bytes]:
-        decoder, block = codecs.getincrementaldecoder(encoding)(errors), b"-"
-        while block:
-            block = self._take(source, BUFFER_BYTES)
+def put_back(data: bytes, source: IO[bytes]) -> io.BufferedReader:
+    """A stream of `data` and then the rest of `source`."""
+    rest = iter(lambda: source.read(BUFFER_BYTES), b"")
+    return io.BufferedReader(Stream(source, itertools.chain([data], rest)), BUFFER_BYTES)
+
+
+def _unpacked(source: IO[bytes], packing: str) -> Iterator[bytes]:
+    data = b""
+    while True:
+        while len(data := data.lstrip(b"\0")) < 10 and (more := source.read(_PACKED_BYTES)):  # zeros may fill up
+            data += more
+        if not data:
+            return
+        if not PACKINGS[packing].match(data):
+            raise OSError(f"bytes that are no {packing} follow what {packing} packed")
+        member = _member(packing)
+        while not member.eof:
+            if not (data := data or source.read(_PACKED_BYTES)):
+                raise EOFError(f"it ends within what {packing} packed")
             try:
-                yield decoder.decode(block, final=not block).encode("utf-8")
-            except UnicodeDecodeError as error:
-                raise OSError(f"not valid {encoding} ({error.reason})") from error
+                yield member.decompress(data)
+            except Exception as error:  # each library has its own
+                raise OSError(str(error) or type(error).__name__) from error
+            data = b""
+        data = member.unused_data
 
 
-def put_back(data: bytes, stream: IO[bytes]) -> io.BufferedReader:
-    """A stream of `data` and then the rest of `stream`."""
-    rest = iter(lambda: stream.read(BUFFER_BYTES), b"")
-    return io.BufferedReader(Stream(stream, itertools.chain([data], rest)), BUFFER_BYTES)
+def _recoded(source: IO[bytes], encoding: str, errors: str) -> Iterator[bytes]:
+    decoder, block = codecs.getincrementaldecoder(encoding)(errors), b"-"
+    while block:
+        block = source.read(BUFFER_BYTES)
+        try:
+            yield decoder.decode(block, final=not block).encode("utf-8")
+        except UnicodeDecodeError as error:
+            raise OSError(f"not valid {encoding} ({error.reason})") from error
 
 
 def _member(packing: str) -> Any:
