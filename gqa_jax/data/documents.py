@@ -18,7 +18,7 @@ or UTF-32 with a byte-order mark, and is kept as it is, line ends too; only a by
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,25 +94,28 @@ def read_documents(source: Source, form: Format, reading: Reading) -> Iterator[D
     if source.path is None:
         if source.name == "sotu":
             _check_plain("sotu", form)
-            yield from _whole_texts(_sotu(), "embedded corpus", source, reading)
+            yield from _documents(_sotu(), "embedded corpus", "", source, form, reading)
         else:
-            yield from _rows(dataset_rows(source.name, form), "dataset", f"{source.name} row ", source, form, reading)
+            yield from _documents(dataset_rows(source.name, form), "dataset", f"{source.name} row ", source, form, reading)
         return
     with opened(source, form.text_key, form.encoding_errors, reading.note) as file:
-        if file.kind == "plain text":
+        where = f"{file.path}:" if file.kind == "JSON" else f"{file.path} row "
+        if file.kind == "JSON":
+            rows = json_rows(file, form)
+        elif file.kind == "plain text":
             _check_plain(file.path, form)
-            yield from _whole_texts(_plain(file, form, reading), file.kind, source, reading)
-        elif file.kind == "JSON":
-            yield from _rows(json_rows(file, form), file.kind, f"{file.path}:", source, form, reading)
+            rows = _plain(file, form, reading)
         else:
-            is_parquet = file.kind == "Parquet"
-            rows = parquet_rows(file, form, source.size) if is_parquet else table_rows(file, form)
-            yield from _rows(rows, file.kind, f"{file.path} row ", source, form, reading)
+            rows = parquet_rows(file, form, source.size) if file.kind == "Parquet" else table_rows(file, form)
+        yield from _documents(rows, file.kind, where, source, form, reading)
 
 
-def _rows(batches: Iterator[Rows], kind: str, where: str, source: Source, form: Format, reading: Reading) -> Iterator[Document]:
-    """Documents of rows with fields; `where` stands before the number of a row in messages."""
-    counted = _begun(kind, reading)
+def _documents(
+    batches: Iterator[Rows], kind: str, where: str, source: Source, form: Format, reading: Reading
+) -> Iterator[Document]:
+    """Documents of rows; `where` stands before the number of a row in messages."""
+    counted = reading.kinds.setdefault(kind, Counted())
+    counted.files += 1
     key, origin, of_field = form.text_key, source.origin, form.source_key is not None
     begin, skipped = counted.documents, 0
     for rows, places, position in batches:
@@ -140,20 +143,6 @@ def _rows(batches: Iterator[Rows], kind: str, where: str, source: Source, form: 
         reading.note("none of its lines or rows can be used", where.removesuffix(":").removesuffix(" row "))
 
 
-def _whole_texts(texts: Iterable[tuple[str, int]], kind: str, source: Source, reading: Reading) -> Iterator[Document]:
-    counted = _begun(kind, reading)
-    for text, position in texts:
-        counted.documents += 1
-        counted.text_bytes += len(text) if text.isascii() else _text_bytes(text)
-        yield Document(text, position, source.origin)
-
-
-def _begun(kind: str, reading: Reading) -> Counted:
-    counted = reading.kinds.setdefault(kind, Counted())
-    counted.files += 1
-    return counted
-
-
 def _text_bytes(text: str) -> int:
     # Half a surrogate pair counts as the U+FFFD that stands for it in a store: three bytes.
     if len(text) <= _PIECE_CHARS:
@@ -170,18 +159,18 @@ def _check_plain(path: str, form: Format) -> None:
         )
 
 
-def _sotu() -> Iterator[tuple[str, int]]:
+def _sotu() -> Iterator[Rows]:
     position = 0
     for address in corpus.load_sotu():
         position += len(address.text.encode("utf-8"))
-        yield address.text, position
+        yield [address.text], [0], position
 
 
-def _plain(file: Opened, form: Format, reading: Reading) -> Iterator[tuple[str, int]]:
-    """Texts of a plain file, and the bytes read up to each."""
+def _plain(file: Opened, form: Format, reading: Reading) -> Iterator[Rows]:
+    """Texts of a plain file."""
     progress = [0]  # bytes of text taken from the stream
     for text in _split(_decoded(file, form.encoding_errors, progress, reading), form.separator, file.path):
-        yield text, file.position(progress[0])
+        yield [text], [0], file.position(progress[0])
 
 
 def _split(blocks: Iterator[str], separator: str | None, path: str) -> Iterator[str]:

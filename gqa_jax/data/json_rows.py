@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from gqa_jax.data.kinds import LARGEST, SPACE, Opened, bad_utf8, is_cut
+from gqa_jax.data.kinds import LARGEST, Opened, after_space, bad_utf8, is_cut
 from gqa_jax.data.records import BATCH_BYTES, DAMAGED, Bad, Format, Rows
 from gqa_jax.data.sources import InputError, reason
 from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, put_back
@@ -17,8 +17,8 @@ from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, put_back
 
 def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
     """One value a line; or the elements of one array; or objects that are written over several lines."""
-    begin = file.stream.peek(1).lstrip()
-    stream = file.stream
+    stream, errors = file.stream, form.encoding_errors
+    begin = stream.peek(1).lstrip()
     if begin.startswith(b"[") or (begin.startswith(b"{") and not _is_json(begin.partition(b"\n")[0])):
         data, is_whole = _layout(file)
         if is_whole:
@@ -27,10 +27,8 @@ def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
         stream = put_back(data, stream)
     number = read = 0
     rows, places, enough = [], [], BATCH_BYTES
-    errors = form.encoding_errors
     try:
-        for line in iter(functools.partial(stream.readline, LARGEST), b""):
-            number += 1
+        for number, line in enumerate(iter(functools.partial(stream.readline, LARGEST), b""), 1):
             read += len(line)
             try:
                 value = json.loads(line.decode("utf-8", errors))
@@ -100,21 +98,19 @@ def _layout(file: Opened) -> tuple[bytes, bool]:
 
 def _is_whole(text: str, ended: bool) -> bool | None:
     """Whether JSON is one array, or begins with an object over several lines; None: more of it must be seen."""
-    begin = SPACE.match(text).end()
+    begin = after_space(text, 0)
     is_array = text[begin : begin + 1] == "["
-    first = SPACE.match(text, begin + 1).end() if is_array else begin
-    if is_array and text[first : first + 1] == "]":
-        end = first
-    else:
+    end = after_space(text, begin + is_array)
+    if not is_array or text[end : end + 1] != "]":
         try:
-            _, end = _LARGE_INTEGERS.raw_decode(text, first)
+            _, end = _LARGE_INTEGERS.raw_decode(text, end)
         except json.JSONDecodeError as error:
             return None if is_cut(error, text) and not ended else False
         except (ValueError, RecursionError):
             return False
     if not is_array:
         return "\n" in text[begin:end]
-    end = SPACE.match(text, end).end()
+    end = after_space(text, end)
     if end == len(text) and not ended:
         return None
     if text[end : end + 1] not in (",", "]"):
@@ -133,16 +129,14 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{file.path}:{line}: not UTF-8 text: {bad_utf8(data, error.start, file.leave)}") from error
-    read = file.position(len(data))
-    position = SPACE.match(text).end()
+    read, line, counted = file.position(len(data)), 1, 0
+    position = after_space(text, 0)
     is_array = text[position] == "["
-    position = SPACE.match(text, position + is_array).end()
-    line, counted = 1, 0
+    position = after_space(text, position + is_array)
     for number in itertools.count(1):
         line, counted = line + text.count("\n", counted, position), position
         place = f"{line}, element {number}" if is_array else line
-        mark = text[position : position + 1]
-        if is_array and mark == "]" and number == 1:
+        if is_array and number == 1 and text[position : position + 1] == "]":
             break
         try:
             value, position = _LARGE_INTEGERS.raw_decode(text, position)
@@ -151,15 +145,12 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         except RecursionError:
             raise InputError(f"{file.path}:{place}: lists or objects within each other, too deep to be read") from None
         yield [value], [place], read
-        position = SPACE.match(text, position).end()
+        position = after_space(text, position)
         mark = text[position : position + 1]
-        if not is_array and not mark:
-            return
-        if is_array and mark == "]":
+        if mark == ("]" if is_array else ""):
             break
         if is_array and mark != ",":
             raise InputError(f"{file.path}:{place}: damaged JSON (no comma or ] after it, cut off?): repair it")
-        if is_array:
-            position = SPACE.match(text, position + 1).end()
-    if SPACE.match(text, position + 1).end() != len(text):
+        position = after_space(text, position + is_array)
+    if is_array and after_space(text, position + 1) != len(text):
         raise InputError(f"{file.path}:{place}: damaged JSON (something follows the end of the array): repair it")

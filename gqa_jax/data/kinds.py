@@ -19,7 +19,7 @@ from gqa_jax.data.sources import JSON_SUFFIXES, TABLE_SUFFIXES, InputError, Sour
 from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, PACKINGS, put_back, recoded, unpacked
 
 LARGEST = 1 << 31  # bytes of what is held in memory whole: a document, a line, a JSON array
-SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
+_SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 _HEAD_BYTES = 1 << 16  # that are looked at
 _MOST_PACKINGS = 4
 _FIRST_OBJECTS = 100  # lines, or entries of an array, by which JSON under another name is known
@@ -226,9 +226,9 @@ def _objects(text: str) -> tuple[list[dict[str, Any]], bool]:
     """JSON objects with which a text begins: one a line, of an array, or over lines. And whether the first of them is cut."""
     if lines := _object_lines(text):
         return lines, False
-    objects, position = [], SPACE.match(text).end()
-    if is_array := text[position] == "[":
-        position = SPACE.match(text, position + 1).end()
+    objects, position = [], after_space(text, 0)
+    is_array = text[position] == "["
+    position = after_space(text, position + is_array)
     while text[position : position + 1] == "{" and len(objects) < _FIRST_OBJECTS:
         try:
             fields, position = _DECODER.raw_decode(text, position)
@@ -237,9 +237,9 @@ def _objects(text: str) -> tuple[list[dict[str, Any]], bool]:
         except (ValueError, RecursionError):
             return objects, False
         objects.append(fields)
-        position = SPACE.match(text, position).end()
+        position = after_space(text, position)
         if is_array:
-            position = SPACE.match(text, position + 1).end()
+            position = after_space(text, position + 1)
         elif text[position : position + 1] not in ("", "{"):
             return [], False
     return objects, not objects and position == len(text)
@@ -256,11 +256,14 @@ def _object_lines(text: str) -> list[dict[str, Any]]:
 
 
 def _object(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line) if line.lstrip().startswith("{") else None
-    except (ValueError, RecursionError):
-        return None
-    return value
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line) if line.lstrip().startswith("{") else None
+    return None
+
+
+def after_space(text: str, position: int) -> int:
+    """Where the white space of JSON that begins at `position`, if any does, ends."""
+    return _SPACE.match(text, position).end()
 
 
 def is_cut(error: json.JSONDecodeError, text: str) -> bool:

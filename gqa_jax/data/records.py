@@ -73,11 +73,12 @@ def usable(fields: Any, form: Format, origin: str) -> tuple[str, str] | Bad:
         return Bad(f"{form.text_key!r} is {_type(text)}", f"{form.text_key!r} is {_type(text)}, not text (--text_key)")
     if form.source_key is None:
         return text, origin
-    value = fields[form.source_key]
-    what = None if not isinstance(value, dict | list) and value is not None else _type(value)
-    if what is None and not str(value).strip():
+    value, what = fields[form.source_key], None
+    if value is None or isinstance(value, dict | list):
+        what = _type(value)
+    elif not str(value).strip():
         what = "empty"
-    if what is None and len(str(value)) > SOURCE_CHARS:
+    elif len(str(value)) > SOURCE_CHARS:
         what = f"longer than {SOURCE_CHARS} characters"
     if what is not None:
         return Bad(f"{form.source_key!r} is {what}", f"{form.source_key!r} is {what} and names no source (--source_key)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,28 +14,50 @@ from gqa_jax.data.sources import InputError, reason
 from gqa_jax.data.streams import DAMAGE
 
 BATCH_ROWS = 1024  # of Parquet that are given at once, fewer where they are long
+_STRINGS, _BYTES = (
+    ("string", "large_string"),
+    ("binary", "large_binary", "fixed_size_binary"),
+)  # Arrow's names of types begin so
 
 
 def table_rows(file: Opened, form: Format) -> Iterator[Rows]:
     """Rows below a header. Columns are divided as the name of the file says, or as gives the column of the text."""
     csv.field_size_limit(LARGEST)  # of the whole process; its default refuses texts of 128 KiB
-    lines = _TextLines(file, form)
-    if (first := next(lines, None)) is None:
+    read, bad = 0, None  # bytes; the last line of a row that is no UTF-8
+
+    def lines() -> Iterator[str]:
+        nonlocal read, bad
+        number = 0
+        try:
+            for number, line in enumerate(iter(functools.partial(file.stream.readline, LARGEST), b""), 1):
+                read += len(line)
+                try:
+                    text = line.decode("utf-8", form.encoding_errors)
+                except UnicodeDecodeError as error:
+                    advice = bad_utf8(line, error.start, file.leave)
+                    bad = Bad("no UTF-8", f"byte {error.start} of line {number} is no UTF-8: {advice}")
+                    text = line.decode("utf-8", "replace")
+                yield text
+        except DAMAGE as error:
+            raise InputError(f"{file.path}:{number + 1}: {DAMAGED}: {reason(error)}") from error
+
+    all_lines = lines()
+    if (first := next(all_lines, None)) is None:
         return
     headers = {d: _header(first, d) for d in dict.fromkeys((file.delimiter, ",", ";", "\t", "|"))}
     delimiter = next((d for d, names in headers.items() if form.text_key in names), file.delimiter)
-    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(itertools.chain([first], all_lines), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader)]
     except csv.Error as error:
         raise InputError(f"{file.path}:{reader.line_num}: no header of a table: {error}") from error
-    if lines.bad:
-        raise InputError(f"{file.path}:{reader.line_num}: {lines.bad.message}")
+    if bad:
+        raise InputError(f"{file.path}:{reader.line_num}: {bad.message}")
     check_columns(file.path, header, form)
     places = {key: header.index(key) for key in form.keys}
     row = 0
     while True:
-        lines.bad, begin = None, reader.line_num
+        bad, begin = None, reader.line_num
         try:
             if not (values := next(reader)):
                 continue
@@ -47,23 +70,47 @@ def table_rows(file: Opened, form: Format) -> Iterator[Rows]:
             fields = Bad("no row of a table", f"no row of a table ({error})")
         else:
             if len(values) == len(header):
-                fields = lines.bad or {key: values[place] for key, place in places.items()}
+                fields = bad or {key: values[place] for key, place in places.items()}
             else:
                 fields = Bad("another number of columns than the header", f"{len(values)} columns, the header {len(header)}")
         row += 1
-        yield [fields], [f"{row} (line {begin + 1})"], file.position(lines.read)
+        yield [fields], [f"{row} (line {begin + 1})"], file.position(read)
 
 
 def parquet_rows(file: Opened, form: Format, size: int) -> Iterator[Rows]:
     """Rows of a Parquet file of `size` bytes: columns of strings, or of bytes that are UTF-8."""
-    row, keys = 0, form.keys
-    for total, columns in _batches(file, form):
-        rows = columns[0]
-        if form.source_key is not None:
-            rows = [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
-        del columns  # memory that is free is used again
-        yield rows, range(row + 1, row + len(rows) + 1), min(size, size * (row + len(rows)) // total)
-        row += len(rows)
+    import pyarrow
+    from pyarrow import parquet
+
+    keys, row = form.keys, 0
+    # Arrow reads a file faster by its name than an open one; not where its name is no Unicode.
+    name = str(file.raw.name)
+    try:
+        with parquet.ParquetFile(name if name.isprintable() else file.raw, page_checksum_verification=True) as table:
+            schema, total = table.schema_arrow, table.metadata.num_rows
+            check_columns(file.path, schema.names, form)
+            for key in keys:
+                _check_type(file.path, key, schema.field(key).type, form)
+            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+            row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+            batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
+            for batch in table.iter_batches(batch_size=batch_rows, columns=keys):
+                columns = [_texts(batch.column(key), form.encoding_errors) for key in keys]
+                if batch.column(form.text_key).null_count:
+                    columns[0] = ["" if text is None else text for text in columns[0]]
+                rows = columns[0]
+                if form.source_key is not None:
+                    rows = [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
+                del batch, columns  # memory that is free is used again
+                first, row = row + 1, row + len(rows)
+                yield rows, range(first, row + 1), min(size, size * row // max(1, total))
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, RuntimeError) as error:
+        where = f"{file.path} row {row + 1}" if row else file.path
+        raise InputError(f"{where}: not a readable Parquet file: {reason(error)}") from error
+    if row != total:
+        raise InputError(f"{file.path}: not a readable Parquet file: {row:,} rows, and {total:,} by its own account")
 
 
 def dataset_rows(name: str, form: Format) -> Iterator[Rows]:
@@ -90,35 +137,6 @@ def dataset_rows(name: str, form: Format) -> Iterator[Rows]:
         raise InputError(f"{name} row {number + 1}: {DAMAGED}: {reason(error)}") from error
 
 
-class _TextLines:
-    """Lines of a table as text. `bad` is set by one that is no UTF-8, `read` counts bytes."""
-
-    def __init__(self, file: Opened, form: Format):
-        self._file, self._errors = file, form.encoding_errors
-        self._number = self.read = 0
-        self.bad: Bad | None = None
-
-    def __iter__(self) -> _TextLines:
-        return self
-
-    def __next__(self) -> str:
-        try:
-            line = self._file.stream.readline(LARGEST)
-        except DAMAGE as error:
-            where = f"{self._file.path}:{self._number + 1}"
-            raise InputError(f"{where}: {DAMAGED}: {reason(error)}") from error
-        if not line:
-            raise StopIteration
-        self._number += 1
-        self.read += len(line)
-        try:
-            return line.decode("utf-8", self._errors)
-        except UnicodeDecodeError as error:
-            advice = bad_utf8(line, error.start, self._file.leave)
-            self.bad = Bad("no UTF-8", f"byte {error.start} of line {self._number} is no UTF-8: {advice}")
-            return line.decode("utf-8", "replace")
-
-
 def _header(line: str, delimiter: str) -> list[str]:
     try:
         return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
@@ -126,57 +144,13 @@ def _header(line: str, delimiter: str) -> list[str]:
         return []
 
 
-def _batches(file: Opened, form: Format) -> Iterator[tuple[int, list[list]]]:
-    """Rows in the whole file; of some of them the columns of `Format.keys`: a str, None, `Bad`, of a source anything else."""
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = 0
-    try:
-        with parquet.ParquetFile(_for_arrow(file), page_checksum_verification=True) as table:
-            schema, total = table.schema_arrow, table.metadata.num_rows
-            check_columns(file.path, schema.names, form)
-            for key in form.keys:
-                _check_type(file.path, key, schema.field(key).type, form)
-            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-            row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-            size = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
-            for batch in table.iter_batches(batch_size=size, columns=form.keys):
-                rows += len(batch)
-                columns = [_texts(batch.column(key), form.encoding_errors) for key in form.keys]
-                if batch.column(form.text_key).null_count:
-                    columns[0] = ["" if text is None else text for text in columns[0]]
-                yield max(1, total), columns
-                del batch, columns
-    except InputError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, LookupError, RuntimeError) as error:
-        where = f"{file.path} row {rows + 1}" if rows else file.path
-        raise InputError(f"{where}: not a readable Parquet file: {reason(error)}") from error
-    if rows != total:
-        raise InputError(f"{file.path}: not a readable Parquet file: {rows:,} rows, and {total:,} by its own account")
-
-
-def _for_arrow(file: Opened) -> Any:
-    """The name of a file, which Arrow reads faster than an open one; that where its name is no Unicode."""
-    name = str(file.raw.name)
-    return name if name.isprintable() else file.raw
-
-
 def _check_type(path: str, key: str, of_column: Any, form: Format) -> None:
     from pyarrow import types
 
     inner = of_column.value_type if types.is_dictionary(of_column) else of_column
-    if types.is_nested(inner) or (key == form.text_key and not (_is_string(inner) or _is_bytes(inner) or types.is_null(inner))):
+    is_text = str(inner).startswith((*_STRINGS, *_BYTES)) or types.is_null(inner)
+    if types.is_nested(inner) or (key == form.text_key and not is_text):
         raise InputError(f"{path}: column {key!r} is {inner}, not text (--{option(key, form)})")
-
-
-def _is_string(of_column: Any) -> bool:
-    return str(of_column) in ("string", "large_string", "string_view")
-
-
-def _is_bytes(of_column: Any) -> bool:
-    return str(of_column).startswith(("binary", "large_binary", "fixed_size_binary"))
 
 
 def _texts(column: Any, errors: str) -> list:
@@ -186,7 +160,7 @@ def _texts(column: Any, errors: str) -> list:
 
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not _is_bytes(column.type):
+    if not str(column.type).startswith(_BYTES):
         try:
             return column.to_pylist()
         except UnicodeDecodeError:
