@@ -57,13 +57,8 @@ class Batches:
         Raises:
           ReaderError: sizes that don't divide, a split shorter than a block.
         """
-        if context_length < 1 or block_tokens % context_length:
-            raise _not_a_multiple(block_tokens, context_length)
-        if skip_tokens % context_length:
-            raise ReaderError(
-                f"data.skip_tokens = {skip_tokens} is not a multiple of context_length = {context_length}: "
-                f"use {round(skip_tokens / context_length) * context_length}"
-            )
+        _check_multiple("data.block_tokens", block_tokens, context_length)
+        _check_multiple("data.skip_tokens", skip_tokens, context_length, least=0)
         tokens = store.tokens(split)
         self.n_blocks = (len(tokens) - 1) // block_tokens  # the last target needs the token after its block
         if self.n_blocks == 0:
@@ -189,13 +184,9 @@ class EvalBatches:
         """
         if windows not in WINDOWS:
             raise ReaderError(f"evaluation.windows = {windows!r}: {closest(windows, WINDOWS)}")
-        if tokens < 1 or tokens % context_length:
-            raise ReaderError(
-                f"evaluation.tokens = {tokens} is not a multiple of context_length = {context_length}: "
-                f"use {max(1, round(tokens / context_length)) * context_length}"
-            )
-        if windows == "spread" and (block_tokens < 1 or block_tokens % context_length):
-            raise _not_a_multiple(block_tokens, context_length)
+        _check_multiple("evaluation.tokens", tokens, context_length)
+        if windows == "spread":
+            _check_multiple("data.block_tokens", block_tokens, context_length)
         stored = store.tokens(split)
         if len(stored) <= tokens:
             fitting = (len(stored) - 1) // context_length * context_length
@@ -211,8 +202,9 @@ class EvalBatches:
         self.batch_size = batch_size
         #: Targets that lie side by side.
         self.unit = tokens if windows == "first" else math.gcd(tokens, block_tokens)
+        units, free = np.arange(tokens // self.unit), 0 if windows == "first" else len(stored) - 1 - tokens
         #: int64 (tokens / unit,): token of the split that each unit's inputs begin with.
-        self.starts = _starts(tokens // self.unit, self.unit, 0 if windows == "first" else len(stored) - 1 - tokens)
+        self.starts = units * self.unit + (2 * units + 1) * free // (2 * len(units))
         #: All tokens and documents of the split, evaluated or not.
         self.heldout_tokens, self.heldout_documents = len(stored), store.header["splits"][split]["documents"]
         #: Rule by which documents were held out.
@@ -256,15 +248,7 @@ class EvalBatches:
             hashes[i] = _hash(ids[ids != self._store.eos_id].astype("<u4"))
             targets[i] = _hash(within.astype("<i8"))
         names, sources = self._store.sources(self._split) or ([], np.full(len(self._ends), -1, np.int32))
-        return HeldOutDocuments(
-            numbers=numbers,
-            tokens=np.bincount(index),
-            targets=targets,
-            text_bytes=text_bytes,
-            hashes=hashes,
-            sources=sources[numbers],
-            source_names=names,
-        )
+        return HeldOutDocuments(numbers, np.bincount(index), targets, text_bytes, hashes, sources[numbers], names)
 
     @functools.cached_property
     def _positions(self) -> np.ndarray:
@@ -300,12 +284,6 @@ class EvalBatches:
 def _hash(values: np.ndarray) -> int:
     """The first 8 bytes, big-endian, of the SHA-256 of an array."""
     return int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:8], "big")
-
-
-def _starts(n: int, unit: int, free: int) -> np.ndarray:
-    """int64 (n,): where units of `unit` begin that lie in order with `free` tokens of gaps between and around them."""
-    units = np.arange(n)
-    return units * unit + (2 * units + 1) * free // (2 * n)
 
 
 def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]:
@@ -383,8 +361,10 @@ def _check_ids(ids: np.ndarray, vocab_size: int, source: str) -> None:
         )
 
 
-def _not_a_multiple(block_tokens: int, context_length: int) -> ReaderError:
-    return ReaderError(
-        f"data.block_tokens = {block_tokens} is not a multiple of context_length = {context_length}: "
-        f"use {max(1, round(block_tokens / context_length)) * context_length}"
-    )
+def _check_multiple(name: str, value: int, context_length: int, least: int = 1) -> None:
+    """Raises ReaderError, with the nearest one, for what is no multiple of the context length, or no `least` of it."""
+    if value % context_length or value < least * context_length:
+        raise ReaderError(
+            f"{name} = {value} is not a multiple of context_length = {context_length}: "
+            f"use {max(least, round(value / context_length)) * context_length}"
+        )

@@ -126,11 +126,16 @@ class GPT2Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces = [list(_pieces(text)) for text in texts]
         flat = [piece for document in pieces for piece in document]
-        encoded = [ids for task in self._pool.map(self._encode, _grouped(flat)) for ids in task]
-        if len(flat) == len(texts):
-            return encoded
+        # Consecutive pieces of about TASK_CHARS together, or a longer one, are a task.
+        tasks = np.cumsum([0, *map(len, flat)])[:-1] // TASK_CHARS
+        borders = np.flatnonzero(np.diff(tasks)) + 1
+        slices = (flat[begin:end] for begin, end in zip([0, *borders], [*borders, len(flat)], strict=True))
+        encoded = [ids for task in self._pool.map(self._encode, slices) for ids in task]
         ends = np.cumsum([len(document) for document in pieces])
-        return [np.concatenate(encoded[end - len(document) : end]) for document, end in zip(pieces, ends, strict=True)]
+        return [
+            encoded[end - 1] if len(document) == 1 else np.concatenate(encoded[end - len(document) : end])
+            for document, end in zip(pieces, ends, strict=True)
+        ]
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Straight from tiktoken's buffer to numpy: no Python list of ids. No special token is disallowed: all are text.
@@ -215,17 +220,15 @@ class HuggingFaceTokenizer:
     def _is_byte(self) -> np.ndarray:
         """Which ids are a byte each, bool (vocab_size,)."""
         result = np.zeros(self.vocab_size, bool)
-        if "ByteFallback" in self._decoders:
-            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-            result[[id_ for token, id_ in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", token)]] = True
+        for token, id_ in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            result[id_] = "ByteFallback" in self._decoders and re.fullmatch(r"<0x[0-9A-F]{2}>", token) is not None
         return result
 
     @functools.cached_property
     def _decoders(self) -> list[str]:
         """Kinds of the steps from tokens to text."""
-        if self._tokenizer.decoder is None:
-            return []
-        state = json.loads(self._tokenizer.decoder.__getstate__())
+        decoder = self._tokenizer.decoder
+        state = {"decoders": []} if decoder is None else json.loads(decoder.__getstate__())
         return [step["type"] for step in state.get("decoders", [state]) if step["type"] != "Fuse"]
 
 
@@ -252,7 +255,7 @@ def load_tokenizer(spec: str, eos: str | None = None, threads: int | None = None
     path = Path(spec).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        content = path.read_bytes()
+        return HuggingFaceTokenizer(path.read_bytes(), path.name, eos)
     except FileNotFoundError:
         raise TokenizerError(
             f"tokenizer {spec!r}: no file {path}, and no name of a tokenizer; use bytes, gpt2, bpe:N, hub:NAME "
@@ -260,7 +263,6 @@ def load_tokenizer(spec: str, eos: str | None = None, threads: int | None = None
         ) from None
     except OSError as error:
         raise TokenizerError(f"tokenizer {path} can't be read: {error.strerror}") from error
-    return HuggingFaceTokenizer(content, path.name, eos)
 
 
 def record(folder: os.PathLike | str, store: TokenStore) -> None:
@@ -403,35 +405,17 @@ def _pieces(text: str, piece: int = PIECE_CHARS, longest: int = MAX_WORD_CHARS) 
         yield text[start:]
 
 
-def _grouped(texts: Sequence[str], size: int = TASK_CHARS) -> Iterator[Sequence[str]]:
-    """Consecutive slices of `texts` of about `size` characters, or one longer text."""
-    start = total = 0
-    for i, text in enumerate(texts):
-        total += len(text)
-        if total >= size:
-            yield texts[start : i + 1]
-            start, total = i + 1, 0
-    if start < len(texts):
-        yield texts[start:]
-
-
 def _find_eos(tokenizer: tokenizers.Tokenizer, name: str, eos: str | int | None) -> int:
     if isinstance(eos, int):
         return eos
-    if eos is not None:
-        if (eos_id := tokenizer.token_to_id(eos)) is None:
-            raise TokenizerError(f"--eos {eos!r} is no entry of tokenizer {name}; its special tokens: {_special(tokenizer)}")
-        return eos_id
-    special = _special(tokenizer)
-    found = [token for token in COMMON_EOS if token in special]
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    if eos is not None and tokenizer.token_to_id(eos) is None:
+        raise TokenizerError(f"--eos {eos!r} is no entry of tokenizer {name}; its special tokens: {special}")
+    found = [token for token in COMMON_EOS if token in special] if eos is None else [eos]
     if len(found) != 1:
         problem = f"has several ends of a document, {found}" if found else "has no known end of a document"
         raise TokenizerError(f"tokenizer {name} {problem}: choose with --eos TOKEN; its special tokens: {special or 'none'}")
     return tokenizer.token_to_id(found[0])
-
-
-def _special(tokenizer: tokenizers.Tokenizer) -> list[str]:
-    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
 
 
 def _download(name: str) -> bytes:
