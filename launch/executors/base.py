@@ -207,12 +207,8 @@ def load(on: str, layout: Layout) -> Executor:
             return make({"engine": on}, layout)
         raise ConfigError(f"--on {on}: must be {', '.join(ENGINES)}, or a cluster file like {CLUSTERS.name}/slurm.toml")
     try:
-        values = tomllib.loads(path.read_text())
+        return make(tomllib.loads(path.read_text()), layout)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    try:
-        return make(values, layout)
-    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -78,12 +78,15 @@ PASSING = (
     "zero bytes were", "standby", "temporarily unavailable", "temporarily unable", "rate limit", "munge", "credential",
     "submitjob", "maxsubmit", "grpsubmit", "partition not available", "node not available", "unexpected message", "i/o error",
 )  # fmt: skip
+# Options of sbatch that no cluster file sets, beside those of `Options.directives`.
+OURS = (
+    "job-name", "output", "open-mode", "chdir", "requeue", "dependency", "gpus", "array", "parsable", "wrap", "test-only",
+    "no-requeue",
+)  # fmt: skip
 GONE = ("already completing or completed", "invalid job id")  # of scancel
 
 # Days-hours:minutes:seconds, of which the last may be missing; hours:minutes:seconds; minutes:seconds; minutes.
-TIME = re.compile(
-    r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?|((?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)|(?P<only>\d+)", re.ASCII
-)
+TIME = re.compile(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +137,8 @@ class Options(base.Options):
 
     @property
     def directives(self) -> dict[str, Any]:
-        """What every job of these options asks for: options of sbatch, without those that are None."""
-        values = {
+        """What every job of these options asks for: options of sbatch; those that are None it does not ask for."""
+        return {
             "nodes": self.nodes,
             "ntasks-per-node": 1,  # JAX takes all GPUs of the node
             "gpus-per-node": self.gpus,
@@ -148,7 +151,6 @@ class Options(base.Options):
             "time": self.time,
             "signal": f"TERM@{self.signal_seconds}",
         }
-        return {name: value for name, value in values.items() if value is not None}
 
     def _check_gpus(self) -> None:
         if self.topology is not None and hardware.find(self.topology).is_tpu:
@@ -167,9 +169,9 @@ class Options(base.Options):
     def _check_time(self) -> None:
         if (match := TIME.fullmatch(self.time)) is None:
             raise ConfigError(f'time = {self.time!r}: must be HOURS:MINUTES:SECONDS or DAYS-HOURS, as "24:00:00" or "7-0"')
-        given = {name: int(value or 0) for name, value in match.groupdict().items()}
-        hours, minutes = 24 * given["d"] + given["dh"] + given["h"], given["dm"] + given["m"] + given["only"]
-        seconds = 3600 * hours + 60 * minutes + given["ds"] + given["s"]
+        numbers = [int(number) for number in match[2].split(":")]
+        units = (3600, 60, 1) if match[1] or len(numbers) == 3 else (60, 1)
+        seconds = 86_400 * int(match[1] or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
         if seconds <= self.signal_seconds + 60:  # Slurm may send the signal a minute earlier
             raise ConfigError(
                 f"time = {self.time!r} is {seconds} s: must be more than signal_seconds + 60 = {self.signal_seconds + 60}, in "
@@ -177,11 +179,9 @@ class Options(base.Options):
             )
 
     def _check_extra(self) -> None:
-        ours = {*_job_directives("", "", ""), *self.directives, "gpus", "array", "parsable", "wrap", "test-only", "no-requeue"}
-        ours |= {"gpus-per-node", "cpus-per-task", "mem", "partition", "account", "qos", "constraint"}
         for line in self.extra:
             name = line.removeprefix("--").partition("=")[0]
-            if name in ours:
+            if name in OURS or name in self.directives:
                 raise ConfigError(f"extra has {line!r}: --{name} is set by the launcher, or by an option of this file")
 
 
@@ -209,13 +209,14 @@ class Executor(queue.Executor):
 
     def submission(self, cell: Cell) -> Submission:
         file = self.layout.cell(cell.name) / "job.sbatch"
-        return Submission(cell.name, shlex.join(["sbatch", "--parsable", _absolute(file)]), {file.name: self._script(cell)})
+        command = shlex.join(["sbatch", "--parsable", os.path.abspath(file)])
+        return Submission(cell.name, command, {file.name: self._script(cell)})
 
     def launch(self, cell: Cell) -> int:
         folder = self.layout.cell(cell.name)
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_bytes(folder / "job.sbatch", self._script(cell).encode())
-        done = _call("sbatch", "--parsable", _absolute(folder / "job.sbatch"))
+        done = _call("sbatch", "--parsable", os.path.abspath(folder / "job.sbatch"))
         if done.returncode:
             if _may_pass(done.stderr):
                 raise SubmitError(f"sbatch failed: {_words(done.stderr)}")
@@ -242,7 +243,7 @@ class Executor(queue.Executor):
     def _script(self, cell: Cell) -> str:
         self._check_root()
         options = self.options
-        folder = _absolute(self.layout.cell(cell.name))
+        folder = os.path.abspath(self.layout.cell(cell.name))
         lines = self._directives(cell.name, os.path.join(folder, "log.txt").replace("%", "%%"))  # % begins a pattern of Slurm
         exports = {
             "GQA_JAX_JOB": '"$SLURM_JOB_ID"',
@@ -268,9 +269,17 @@ class Executor(queue.Executor):
 
     def _directives(self, cell: str, output: str) -> list[str]:
         """The #SBATCH lines of a cell's job. Its working directory is this one, which relative paths are of."""
-        values = _job_directives(base.job_name(self.layout, cell), output, os.getcwd()) | self.options.directives
-        lines = [f"--{name}={_quoted(value)}" if value is not True else f"--{name}" for name, value in values.items()]
-        return [f"#SBATCH {line}" for line in [*lines, *self.options.extra]]
+        values = {
+            "job-name": base.job_name(self.layout, cell),
+            "output": output,
+            "open-mode": "append",
+            "chdir": os.getcwd(),
+            "requeue": True,
+            "dependency": "singleton",
+            **self.options.directives,
+        }
+        given = {name: "" if value is True else f"={_quoted(value)}" for name, value in values.items() if value is not None}
+        return [f"#SBATCH {line}" for line in [*(f"--{name}{value}" for name, value in given.items()), *self.options.extra]]
 
     @functools.cached_property
     def _commit(self) -> str:
@@ -338,26 +347,10 @@ def _number(value: Any) -> float | None:
     return value
 
 
-def _job_directives(name: str, output: str, folder: str) -> dict[str, Any]:
-    """Options of sbatch that differ between jobs, or that no cluster file can change."""
-    return {
-        "job-name": name,
-        "output": output,
-        "open-mode": "append",
-        "chdir": folder,
-        "requeue": True,
-        "dependency": "singleton",
-    }
-
-
 def _quoted(value: Any) -> str:
     """A value as sbatch reads it in a script: quotes and backslashes are as in a shell."""
     text = str(value)
     return text if re.fullmatch(r"[^\s\"'\\#;]*", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
-
-
-def _absolute(path: os.PathLike) -> str:
-    return os.path.abspath(os.fspath(path))
 
 
 def _call(program: str, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess:

@@ -19,6 +19,7 @@ before a preemption the machines are told, how the images behave at boot, and se
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,7 +30,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
@@ -248,10 +249,9 @@ class Executor(bundle.Executor):
             raise ConfigError(f'project = "{EXAMPLE_PROJECT}" is the example: write the id of yours (gcloud projects list)')
         self.check_root()
         self.check_bundle()
-        ask = {"name": f"projects/{options.project}", "page_size": 500}
-        listed = self._ask(
-            f"zones of {options.project}", lambda: self._client.list_locations(request=ask, timeout=CALL_SECONDS)
-        )
+        request = {"name": f"projects/{options.project}", "page_size": 500}
+        ask = lambda: self._client.list_locations(request=request, timeout=CALL_SECONDS)  # noqa: E731
+        listed = self._ask(f"Google was asked for the zones of {options.project}", ask)
         known = {location.location_id for location in listed.locations}
         kind, chip = accelerator(options.slice)
         shape = options.slice.shape
@@ -289,23 +289,25 @@ class Executor(bundle.Executor):
         if len(self.options.zones) > 1 and (there := self._one(cell.name)) is not None:
             return there
         for zone in self._zones_for(cell.name):
-            request = self._request(cell, zone)
+            create = functools.partial(self._create, self._request(cell, zone))
             try:
-                create = functools.partial(self._client.create_queued_resource, request=request, timeout=CALL_SECONDS)
-                operation = self._call(create)
-                if operation.operation.HasField("error"):  # refused before it was queued
-                    raise exceptions.from_grpc_status(operation.operation.error.code, operation.operation.error.message)
+                self._ask(f"zone {zone} was asked for {job}", create, exceptions.AlreadyExists, exceptions.ResourceExhausted)
             except exceptions.AlreadyExists:
                 pass
             except exceptions.ResourceExhausted as error:
                 refusals.append(f"{zone}: {_words(error)}")
                 continue
-            except Exception as error:
-                self._raise(error, f"zone {zone} was asked for {job}")
             if (mine := self._one(cell.name)) is None:
                 raise SubmitError(f"{cell.name} ended, or was deleted, as soon as it was submitted: look at its logs")
             return mine
         raise SubmitError(f"no zone has room for {cell.name}: {'; '.join(refusals)}")
+
+    def _create(self, request: Mapping[str, Any]) -> None:
+        from google.api_core import exceptions
+
+        operation = self._client.create_queued_resource(request=request, timeout=CALL_SECONDS).operation
+        if operation.HasField("error"):  # refused before it was queued
+            raise exceptions.from_grpc_status(operation.error.code, operation.error.message)
 
     def _zones_for(self, cell: str) -> list[str]:
         """The zones, the one to ask first at their front: the next one where the last request led to no training."""
@@ -329,13 +331,10 @@ class Executor(bundle.Executor):
 
         found = []
         for zone in self.options.zones:
-            try:
-                request = self._call(lambda zone=zone: self._client.get_queued_resource(name=self._name(cell, zone)))
-            except exceptions.NotFound:
-                continue
-            except Exception as error:
-                self._raise(error, f"zone {zone} was asked for the request of {cell}")
-            found.append(self._read(request, {}))
+            get = functools.partial(self._client.get_queued_resource, name=self._name(cell, zone))
+            with contextlib.suppress(exceptions.NotFound):
+                request = self._ask(f"zone {zone} was asked for the request of {cell}", get, exceptions.NotFound)
+                found.append(self._read(request, {}))
         living = [request for request in found if request.lives]
         for request in living[1:]:
             self._delete(request.cell, request.zone)
@@ -433,7 +432,7 @@ class Executor(bundle.Executor):
         """All pages of a listing. Raises SubmitError, ConfigError."""
         listing = getattr(self._client, f"list_{what}")
         ask = lambda: list(listing(parent=self._parent(zone), timeout=CALL_SECONDS))  # noqa: E731
-        return self._ask(f"{what.replace('_', ' ')} of {zone}", ask)
+        return self._ask(f"Google was asked for the {what.replace('_', ' ')} of {zone}", ask)
 
     def _requests(self, cells: Iterable[str] | None = None) -> list[_Request]:
         """Requests of this grid in all zones, in their order; of these cells alone. Raises SubmitError, ConfigError."""
@@ -480,41 +479,25 @@ class Executor(bundle.Executor):
         from google.api_core import exceptions
 
         request = {"name": self._name(cell, zone), "force": True}
+        delete = functools.partial(self._client.delete_queued_resource, request=request, timeout=CALL_SECONDS)
+        not_now = exceptions.FailedPrecondition, exceptions.Aborted  # not in this state, or it is being deleted
         try:
-            self._call(lambda: self._client.delete_queued_resource(request=request, timeout=CALL_SECONDS))
+            self._ask(f"{cell} in {zone} was to be deleted", delete, exceptions.NotFound, *not_now)
         except exceptions.NotFound:
             return
-        except (exceptions.FailedPrecondition, exceptions.Aborted) as error:  # not in this state, or it is being deleted
+        except not_now as error:
             raise SubmitError(f"{cell} in {zone} can't be deleted now: {_words(error)}; try again in a few minutes") from error
-        except Exception as error:
-            self._raise(error, f"{cell} in {zone} was to be deleted")
 
-    def _ask[T](self, what: str, function: Callable[[], T]) -> T:
-        try:
-            return self._call(function)
-        except Exception as error:
-            self._raise(error, f"Google was asked for the {what}")
+    def _ask[T](self, what: str, function: Callable[[], T], *expected: type[Exception]) -> T:
+        """`function()`, tried again after what passes by itself.
 
-    def _call[T](self, function: Callable[[], T]) -> T:
-        """`function()`, tried again after what passes by itself."""
-        from google.api_core import exceptions
-
-        self._client  # noqa: B018 (its ConfigError is nothing to repeat)
-        for pause in (*PAUSES, None):
-            try:
-                return function()
-            except (exceptions.ServiceUnavailable, exceptions.DeadlineExceeded, exceptions.ResourceExhausted) as error:
-                if pause is None or (isinstance(error, exceptions.ResourceExhausted) and not _is_rate_limit(error)):
-                    raise
-                self.sleep(pause * self.random.uniform(0.5, 1.5))
-        raise AssertionError("the last try returns or raises")
-
-    def _raise(self, error: Exception, what: str) -> NoReturn:
-        """The error of a call as ConfigError or SubmitError."""
+        Raises what is `expected` as it is, all else that Google answers as SubmitError or ConfigError, in words after `what`.
+        """
         from google.api_core import exceptions
         from google.auth import exceptions as auth
 
-        project = self.options.project
+        self._client  # noqa: B018 (its ConfigError is nothing to repeat)
+        project, pauses = self.options.project, iter(PAUSES)
         fixes = {
             exceptions.Unauthenticated: LOGIN,
             exceptions.PermissionDenied: f"you need the role TPU Admin on project {project}, and it the Cloud TPU API: "
@@ -522,18 +505,25 @@ class Executor(bundle.Executor):
             exceptions.NotFound: "correct project, zones or reservation",
             exceptions.InvalidArgument: "correct the option that it names",
         }
-        if isinstance(error, ConfigError | SubmitError):
-            raise error
-        if isinstance(error, auth.RefreshError | auth.DefaultCredentialsError):
-            raise ConfigError(f"{what}, but the Google credentials can't be used ({_line(str(error))}); {LOGIN}") from error
-        for kind, fix in fixes.items():
-            if isinstance(error, kind):
-                raise ConfigError(f"{what}, and it answered: {_words(error)}; {fix}") from error
-        if isinstance(error, exceptions.GoogleAPIError):
-            raise SubmitError(f"{what}, and it answered: {_words(error)}") from error
-        if isinstance(error, auth.TransportError):
-            raise SubmitError(f"{what}, but it is not reached: {_line(str(error))}") from error
-        raise error
+        while True:
+            try:
+                return function()
+            except expected as error:
+                if not _is_rate_limit(error) or (pause := next(pauses, None)) is None:
+                    raise
+            except (exceptions.ServiceUnavailable, exceptions.DeadlineExceeded, exceptions.ResourceExhausted) as error:
+                is_brief = not isinstance(error, exceptions.ResourceExhausted) or _is_rate_limit(error)
+                if not is_brief or (pause := next(pauses, None)) is None:
+                    raise SubmitError(f"{what}, and it answered: {_words(error)}") from error
+            except (auth.RefreshError, auth.DefaultCredentialsError) as error:
+                raise ConfigError(f"{what}, but the Google credentials can't be used ({_line(str(error))}); {LOGIN}") from error
+            except auth.TransportError as error:
+                raise SubmitError(f"{what}, but it is not reached: {_line(str(error))}") from error
+            except exceptions.GoogleAPIError as error:
+                if (fix := next((fix for kind, fix in fixes.items() if isinstance(error, kind)), None)) is not None:
+                    raise ConfigError(f"{what}, and it answered: {_words(error)}; {fix}") from error
+                raise SubmitError(f"{what}, and it answered: {_words(error)}") from error
+            self.sleep(pause * self.random.uniform(0.5, 1.5))
 
 
 def _package() -> Any:
