@@ -8,6 +8,7 @@ unsaid.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -76,25 +77,20 @@ def choose(the_grid: Grid, layout: Layout, asked: str | None) -> Choice:
 
     Raises ConfigError as `grid.cells` and `grid.under_old_rules`.
     """
-    of_file = the_grid
-    the_grid = grid.under_old_rules(of_file) if asked == OLD else of_file
-    cells = _old_cells(of_file) if asked == OLD else grid.cells(of_file)
-    folders = storage.names(layout.root / "cells")
-    strangers = [name for name in folders if name not in {cell.name for cell in cells}]
+    rules = asked or NEW
+    cells = _cells(the_grid, rules)
+    names = {cell.name for cell in cells}
+    left = [name for name in storage.names(layout.root / "cells") if name not in names]
     others: list[Cell] = []
-    if strangers:
-        try:
-            others = grid.cells(of_file) if asked == OLD else _old_cells(of_file)
-        except ValueError:  # such a grid can't have been run
-            others = []
-        others = [cell for cell in others if cell.name in strangers]
-        strangers = [name for name in strangers if name not in {cell.name for cell in others}]
+    if left:
+        with contextlib.suppress(ValueError):  # such a grid can't have been run
+            others = [cell for cell in _cells(the_grid, NEW if rules == OLD else OLD) if cell.name in left]
+        left = [name for name in left if name not in {cell.name for cell in others}]
     contents = _contents(others, layout)
     others = [cell for cell in others if contents[cell.name]]
     finished = sum("result.json" in contents[cell.name] for cell in others)
-    kept = _under_other_rules(strangers, cells, layout)
-    strangers = [name for name in strangers if name not in kept]
-    return Choice(the_grid, cells, asked or NEW, asked is not None, others, finished, strangers, kept)
+    ruled = grid.under_old_rules(the_grid) if rules == OLD else the_grid
+    return Choice(ruled, cells, rules, asked is not None, others, finished, *_strangers(left, cells, layout))
 
 
 def begun_with(found: Choice, layout: Layout) -> Choice:
@@ -104,18 +100,15 @@ def begun_with(found: Choice, layout: Layout) -> Choice:
     there = set(storage.names(layout.root / "cells"))
     if any(_contents([cell for cell in found.cells if cell.name in there], layout).values()):
         return found
-    old = grid.under_old_rules(found.grid)
-    cells = _old_cells(found.grid)
-    left = sorted([*found.strangers, *found.kept])
-    kept = _under_other_rules(left, cells, layout)
-    left = [name for name in left if name not in kept]
-    return Choice(old, cells, OLD, True, others=[], finished=0, strangers=left, kept=kept)
+    cells = _cells(found.grid, OLD)
+    left = _strangers(sorted([*found.strangers, *found.kept]), cells, layout)
+    return Choice(grid.under_old_rules(found.grid), cells, OLD, True, [], 0, *left)
 
 
-def _old_cells(the_grid: Grid) -> list[Cell]:
-    """Its cells under the old rules. Raises ConfigError for a token store that the first version did not make."""
-    cells = grid.cells(grid.under_old_rules(the_grid))
-    for cell in training(cells):
+def _cells(the_grid: Grid, rules: str) -> list[Cell]:
+    """Its cells under these rules. Raises ConfigError for a token store that the first version did not make under the old."""
+    cells = grid.cells(grid.under_old_rules(the_grid) if rules == OLD else the_grid)
+    for cell in training(cells) if rules == OLD else ():
         if cell.holdout not in (None, "position"):
             raise ConfigError(
                 f"--rules old: documents of token store {cell.config.data.store} are held out by {cell.holdout}, under the old "
@@ -124,8 +117,8 @@ def _old_cells(the_grid: Grid) -> list[Cell]:
     return cells
 
 
-def _under_other_rules(names: Sequence[str], cells: Sequence[Cell], layout: Layout) -> list[str]:
-    """Those of the folders that hold a result under rules that no cell has."""
+def _strangers(names: Sequence[str], cells: Sequence[Cell], layout: Layout) -> tuple[list[str], list[str]]:
+    """Folders of no cell: those that are of no use, and those that hold a result under rules that no cell has."""
     own = {cell.config.rules(cell.holdout) for cell in training(cells) if cell.holdout is not None}
 
     def stays(name: str) -> bool:
@@ -140,8 +133,8 @@ def _under_other_rules(names: Sequence[str], cells: Sequence[Cell], layout: Layo
             return False
         return found not in own
 
-    found = storage.each(stays, list(names), remote=storage.is_remote(layout.root))
-    return [name for name, is_kept in zip(names, found, strict=True) if is_kept]
+    found = dict(zip(names, storage.each(stays, list(names), remote=storage.is_remote(layout.root)), strict=True))
+    return [name for name in names if not found[name]], [name for name in names if found[name]]
 
 
 def _contents(cells: Sequence[Cell], layout: Layout) -> dict[str, set[str]]:
