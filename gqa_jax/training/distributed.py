@@ -127,20 +127,14 @@ def _arguments(
             raise ConfigError(f"--processes={processes}: must be at least 1")
         if not 0 <= process < processes:
             raise ConfigError(f"--process={process}: must be from 0 to {processes - 1}, below --processes={processes}")
-        return {
-            "coordinator_address": coordinator,
-            "num_processes": processes,
-            "process_id": process,
-            "cluster_detection_method": "deactivate",
-        }
+        address = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        return address | {"cluster_detection_method": "deactivate"}
     if mode == "off":
         return None
     environment = os.environ
-    if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        return {
-            "num_processes": int(environment["SLURM_STEP_NUM_TASKS"]),  # of the step; JAX would take the job's
-            "local_device_ids": _slurm_devices(environment),
-        }
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)  # of the step; JAX would take the job's
+    if tasks > 1:
+        return {"num_processes": tasks, "local_device_ids": _slurm_devices(environment)}
     several_hosts = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     several_slices = bool(environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
     return {} if several_hosts or several_slices or mode == "on" else None
@@ -174,10 +168,8 @@ def _check_port(coordinator: str) -> None:
 
 
 def _nobody_came(seconds: int) -> NoReturn:
-    address = jax_distributed.global_state.coordinator_address
-    if address is None:
-        reason = "the cluster did not say where process 0 is"
-    else:
+    reason = "the cluster did not say where process 0 is"
+    if (address := jax_distributed.global_state.coordinator_address) is not None:
         host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -207,15 +199,15 @@ def agree(phase: str) -> Iterator[None]:
     All processes enter the same phases in the same order. ConfigError when all that failed raised one, else ProcessFailed; the
     message names the processes and what each said. No collective of devices may be in the body.
     """
-    client = _client()
-    if client is None:
+    if _client() is None:
         yield
         return
     mine, said = None, None
     try:
         yield
     except Exception as error:
-        mine, said = error, [isinstance(error, ConfigError), _sentence(error)]
+        sentence = str(error).strip() if isinstance(error, ConfigError) else errors.named(error)
+        mine, said = error, [isinstance(error, ConfigError), sentence]
     if failures := gather(phase, said):
         kind = ConfigError if all(is_config for is_config, _ in failures.values()) else ProcessFailed
         raise kind(_who_and_why(phase, {i: text for i, (_, text) in failures.items()})) from mine
@@ -238,27 +230,24 @@ def gather(phase: str, value: Any) -> dict[int, Any]:
 
 
 def _who_and_why(phase: str, texts: dict[int, str]) -> str:
-    """One sentence for the errors of some processes."""
+    """One sentence for the errors of some processes, by their numbers, ascending."""
     if len(texts) == jax.process_count() and len(set(texts.values())) == 1:
         return texts[0]
     parts = []
-    for text in dict.fromkeys(texts[i] for i in sorted(texts)):
-        those = [i for i in sorted(texts) if texts[i] == text]
-        parts.append(f"process{'es' if len(those) > 1 else ''} {', '.join(map(str, those))}: {text}")
+    for text in dict.fromkeys(texts.values()):
+        those = [str(i) for i in texts if texts[i] == text]
+        parts.append(f"process{'es' if len(those) > 1 else ''} {', '.join(those)}: {text}")
     more = f" | and {len(parts) - 3} others" if len(parts) > 3 else ""
     return f"{phase}: {' | '.join(parts[:3])}{more}"
 
 
 def from_primary(phase: str, function: Callable[[], Any]) -> Any:
     """What `function` returns on the primary, where alone it is called; JSON-serialisable. Its error is everybody's."""
-    client = _client()
-    if client is None:
-        return function()
-    key = f"gqa_jax/{next(_numbers)} {phase}, value"
+    found = None
     with agree(phase):
         if is_primary():
-            client.key_value_set(key, json.dumps(function()))
-    return json.loads(client.blocking_key_value_get(key, PHASE_SECONDS * 1000))
+            found = [function()]
+    return gather(f"{phase}, value", found)[0][0]
 
 
 def same_config(config: TrainConfig, **others: str) -> None:
@@ -411,7 +400,3 @@ class Preemption:
     def reached(self, step: int) -> bool:
         """Whether to save after `step` and end; the same on all processes. To be asked after every step, on every process."""
         return self._asked is not None if _client() is None else multihost_utils.reached_preemption_sync_point(step)
-
-
-def _sentence(error: BaseException) -> str:
-    return str(error).strip() if isinstance(error, ConfigError) else errors.named(error)
