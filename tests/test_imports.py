@@ -72,7 +72,12 @@ TABLE = (
     ),
     Row("gqa_jax.training.run_folder", ".errors .config .storage"),
     Row("gqa_jax.training.distributed", ".errors .config .storage .training.run_folder", outside="jax"),
-    Row("gqa_jax.training.checkpoint", ".errors .storage .training.run_folder .training.distributed", outside="jax orbax"),
+    Row("gqa_jax.training.start", ".errors .config .storage .data .training.run_folder"),
+    Row(
+        "gqa_jax.training.checkpoint",
+        ".errors .config .storage .training.run_folder .training.distributed .training.start",
+        outside="jax orbax",
+    ),
     Row("gqa_jax.training.services", ".errors .config .storage"),
     Row("gqa_jax.training.metrics", ".config .storage .training.run_folder", lazily=".training.services"),
     # What a run needs, before it is started.
@@ -83,7 +88,6 @@ TABLE = (
     Row("gqa_jax.planning.topologies", ".hardware .mesh .training.sharding", outside="jax"),
     Row("gqa_jax.planning.compile_check", ".hardware .config .storage", lazily=".training.program .planning.topologies"),
     # The program that trains.
-    Row("gqa_jax.training.start", ".errors .config .storage .data .training.run_folder"),
     Row(
         "gqa_jax.training.parameters",
         ".errors .config .storage .data .data.catalog .training.loss .model .training.checkpoint .training.start",
@@ -99,7 +103,7 @@ TABLE = (
         "gqa_jax.training.loop",
         ".hardware .costs .config .storage .data .training.sharding .training.optimizer .training.evaluation "
         ".training.program .training.run_folder .training.distributed .training.checkpoint .training.metrics "
-        ".planning.planner .training.start .training.parameters .training.setup",
+        ".planning.planner .training.start .training.setup",
         outside="jax",
     ),
     Row(

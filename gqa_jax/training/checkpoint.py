@@ -28,8 +28,10 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax import errors, storage
+from gqa_jax.config import hash_identity
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import distributed, run_folder
+from gqa_jax.training.start import IMPORT, Start
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +175,22 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
         problems.append(f"that of step {step} is damaged ({damage})")
         log.warning("%s is damaged (%s)", at, damage)
     raise ConfigError(f"{folder} has no checkpoint to start from: {'; '.join(problems) or 'there is none'}")
+
+
+def restore_start(start: Start, abstract_params: dict) -> dict:
+    """The parameters of a start, placed as the ShapeDtypeStructs (with shardings) of `abstract_params`.
+
+    Raises ConfigError where no checkpoint can be used, or the newest that can is not the one that `start` names.
+    """
+    restored = restore_params(start.folder, abstract_params)
+    held = restored.step, hash_identity(restored.metadata["identity"], len(start.identity))
+    if held != (start.step, start.identity):
+        raise ConfigError(
+            f"{start.folder}: the newest checkpoint that can be used there is of step {restored.step}, not the last "
+            f"({start.step}), or of other parameters: "
+            + ("import them again" if start.kind == IMPORT else "run that one again in a new folder")
+        )
+    return restored.state
 
 
 def _refuse_renamed(folder: epath.Path, metadata: dict[str, Any], state: Any = None) -> None:

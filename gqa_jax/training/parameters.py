@@ -1,4 +1,4 @@
-"""Parameters outside of a training run: those that a run starts from, importing some of elsewhere, and a model to use."""
+"""Parameters outside of a training run: importing some of elsewhere, and a model to use."""
 
 from __future__ import annotations
 
@@ -12,29 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from gqa_jax import model, storage
-from gqa_jax.config import ModelConfig, hash_identity
+from gqa_jax.config import ModelConfig
 from gqa_jax.data import catalog, tokenizer
 from gqa_jax.data.tokenizer import Tokenizer, record_tokenizer
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import loss, start
-from gqa_jax.training.checkpoint import Checkpoints, Parameters, described, params_sha256, restore_params
+from gqa_jax.training.checkpoint import Checkpoints, Parameters, described, params_sha256, restore_start
 from gqa_jax.training.start import Start
-
-
-def of_start(source: Start, abstract_params: dict) -> dict:
-    """The parameters of a start, placed as the ShapeDtypeStructs (with shardings) of `abstract_params`. For all processes.
-
-    Raises ConfigError where no checkpoint can be used, or the newest that can is not the one that `source` names.
-    """
-    restored = restore_params(source.folder, abstract_params)
-    held = restored.step, hash_identity(restored.metadata["identity"], len(source.identity))
-    if held != (source.step, source.identity):
-        raise ConfigError(
-            f"{source.folder}: the newest checkpoint that can be used there is of step {restored.step}, not the last "
-            f"({source.step}), or of other parameters: "
-            + ("import them again" if source.kind == start.IMPORT else "run that one again in a new folder")
-        )
-    return restored.state
 
 
 def write_import(
@@ -110,7 +94,7 @@ def load_model(folder: os.PathLike | str) -> LoadedModel:
     Raises ConfigError: it is neither, that run is not done or diverged, or its last checkpoint is damaged.
     """
     source = start.of_folder(folder)
-    params = of_start(source, abstract(source.model))
+    params = restore_start(source, abstract(source.model))
     vocabulary = why = None
     try:
         if source.tokenizer is None and source.config is not None:
