@@ -259,7 +259,7 @@ def test_a_grid_of_real_cells_from_run_to_tables(tmp_path, capsys):
     path = tmp_path / "two.py"
     path.write_text(
         "from launch.grid import Grid\nfrom tests.grid_fakes import config\n"
-        "def get_grid(): return Grid('two', [config(), config(model={'attention': 'flash'})], [1024])\n"
+        "def get_grid(): return Grid('two', [config(), config(execution={'attention': 'flash'})], [1024])\n"
     )
     layout = Layout(tmp_path / "root")
     assert launch.main(["run", str(path), "--root", str(layout.root)]) == 2  # same run, another kernel: one cell

@@ -408,11 +408,11 @@ class TestDocuments:
     def test_the_report_has_them_too(self, evaluated, capsys):
         assert launch.main(["report", str(evaluated.root), *ASK]) == 0
         page = (evaluated.root / "report" / "index.html").read_text()
-        assert "± its standard error over 11 of 12 documents, common to all runs" in page
+        assert "(± standard error over 11 of 12 documents, common to all runs)" in page
         table = (evaluated.root / "report" / "difference-t32.md").read_text()
         for row in results.load_differences(evaluated.root).itertuples():
-            assert f"{row.difference:.4f} ± {row.standard_error:.4f}" in table
-        assert table.count("least") == 4  # the title, and a run of each size
+            assert f"{row.difference:+.4f} ± {row.standard_error:.4f}" in table
+        assert table.count("best") == 4  # the title, and a run of each size
         assert "1024 tokens of 11 of 12 documents (1f2e3d4c5b6a/spread/1024)" in page
 
     def test_of_runs_without_them_nothing_is_shown(self, root, capsys):
