@@ -18,8 +18,9 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gqa_jax.differences import load_differences
     from gqa_jax.laws.external import load_table
-    from gqa_jax.results import load_costs, load_differences, load_evaluations, load_metrics, load_results
+    from gqa_jax.results import load_costs, load_evaluations, load_metrics, load_results
     from gqa_jax.search import invariance as invariance
     from gqa_jax.search import presets as presets
     from gqa_jax.search.study import load_study
@@ -30,8 +31,10 @@ __all__ = [
     "load_table",
 ]  # fmt: skip
 
-# The other functions are of `results`.
-_ELSEWHERE = {"load_model": "training.parameters", "load_study": "search.study", "load_table": "laws.external"}
+_ELSEWHERE = {
+    "load_differences": "differences", "load_model": "training.parameters", "load_study": "search.study",
+    "load_table": "laws.external",
+}  # fmt: skip (the other functions are of `results`)
 
 
 @functools.cache

@@ -2,29 +2,29 @@
 
     df = gqa_jax.load_results("runs/quickstart")        # or "gs://bucket/grids/paper"
 
-and the long ones: `load_evaluations`, the loss of each run by source and position, and `load_differences`, between two runs.
+and a long one, `load_evaluations`: the loss of each run by source and position. `gqa_jax.differences` has those between runs.
 
-`LOSS_COLUMNS`, `COST_COLUMNS`, `EVALUATION_COLUMNS` and `DIFFERENCE_COLUMNS` are the schema: every column with its type, unit
-and meaning. One more of what a run's result.json or configuration has is one more line there. What is not known is an empty
-cell, never 0. Runs of the first version are in the tables, under their own rules (`gqa_jax.config.TrainConfig.rules`).
+`LOSS_COLUMNS`, `COST_COLUMNS` and `EVALUATION_COLUMNS` are the schema: every column with its type, unit and meaning. One more
+of what a run's result.json or configuration has is one more line there. What is not known is an empty cell, never 0. Runs of
+the first version are in the tables, under their own rules (`gqa_jax.config.TrainConfig.rules`).
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from etils import epath
 
-from gqa_jax import costs, errors, storage
+from gqa_jax import costs, storage
 from gqa_jax.config import OLD_RULES, TrainConfig
 from gqa_jax.training import evaluation, run_folder
 
@@ -132,18 +132,6 @@ EVALUATION_COLUMNS = (
     Column("rules", "string", "", "as in the loss table"),
 )
 
-DIFFERENCE_COLUMNS = (
-    Column("cell", "string", "", "name of the run"),
-    Column("other", "string", "", "name of the run that it is compared with"),
-    Column("difference", "Float64", "nats/token", "held-out loss of cell minus that of other, over the documents of both"),
-    Column("standard_error", "Float64", "nats/token", "of difference, paired by documents: by their choice, not by seeds"),
-    Column("low", "Float64", "nats/token", "lower end of the 95% interval of difference (Student's t, documents - 1)"),
-    Column("high", "Float64", "nats/token", "upper end"),
-    Column("tokens", "Int64", "tokens", "targets that difference is a mean of"),
-    Column("n_documents", "Int64", "", "documents that they are of"),
-    Column("note", "string", "", "why a number is missing, or which documents are left out"),
-)
-
 
 def load_results(path: os.PathLike | str) -> pd.DataFrame:
     """The loss table of a grid folder, local or gs://: one row per run that has a result, columns `LOSS_COLUMNS`.
@@ -155,30 +143,24 @@ def load_results(path: os.PathLike | str) -> pd.DataFrame:
       FileNotFoundError: neither is there.
       ValueError: a result.json or config.json that can't be read, naming it.
     """
-    root = storage.path(path)
-    names = _cell_names(root)
-    if names is None:
-        return typed(_of_first_version(_exported(root, "loss")), LOSS_COLUMNS)
-    return typed(pd.DataFrame([row for row in _each(_loss_row, root, names) if row is not None]), LOSS_COLUMNS)
+    return _table(path, "loss", LOSS_COLUMNS, _loss_rows)
 
 
 def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = None) -> pd.DataFrame:
     """The cost table, columns `COST_COLUMNS`, of the runs of a grid folder at `contexts_served` (default: the grid's own)."""
-    root = storage.path(path)
-    names = _cell_names(root)
-    if names is None:
-        return typed(_exported(root, "cost"), COST_COLUMNS)
-    if contexts_served is None:
-        contexts_served = grid_facts(root)["contexts_served"]
-    rows = [
-        {"cell": name, "context_served": context, "convention": convention}
-        | _configured(COST_COLUMNS, config)
-        | costs.serving_costs(config.model, context, config.train_tokens, config.context_length, convention)
-        for name, config in zip(names, _each(_config, root, names), strict=True)
-        for context in contexts_served
-        for convention in costs.CONVENTIONS
-    ]
-    return typed(pd.DataFrame(rows), COST_COLUMNS)
+
+    def rows(root: epath.Path, names: list[str]) -> Iterator[dict[str, Any]]:
+        served = grid_facts(root)["contexts_served"] if contexts_served is None else contexts_served
+        for name, config in zip(names, each(_config, root, names), strict=True):
+            about = {"cell": name} | _configured(COST_COLUMNS, config)
+            for context, convention in itertools.product(served, costs.CONVENTIONS):
+                yield (
+                    about
+                    | {"context_served": context, "convention": convention}
+                    | costs.serving_costs(config.model, context, config.train_tokens, config.context_length, convention)
+                )
+
+    return _table(path, "cost", COST_COLUMNS, rows)
 
 
 def load_evaluations(path: os.PathLike | str) -> pd.DataFrame:
@@ -187,69 +169,9 @@ def load_evaluations(path: os.PathLike | str) -> pd.DataFrame:
     Of every run that is done, its last evaluation: all held-out text, each source, each range of positions. A run that kept no
     more than its loss, as those of the first version, has that. Folders and errors as in `load_results`.
     """
-    root = storage.path(path)
-    names = _cell_names(root)
-    if names is None:
-        return typed(_exported(root, "evaluations"), EVALUATION_COLUMNS)
-    found = _each(_evaluation_rows, root, names)
-    return typed(pd.DataFrame([row for rows in found for row in rows]), EVALUATION_COLUMNS)
-
-
-def load_differences(
-    path: os.PathLike | str, pairs: Iterable[tuple[str, str]] | None = None, *, other: str | None = None
-) -> pd.DataFrame:
-    """Differences in held-out loss between runs of a grid folder, local or gs://, paired by documents: `DIFFERENCE_COLUMNS`.
-
-    What makes one text harder than another is the same for both runs and cancels, so the standard error is far below that of
-    the losses. Documents are the same where their tokens are, whatever store they come from, and the same targets of them were
-    read: runs with other evaluation.tokens, data.block_tokens or windows share few or none. Where the losses by document of
-    a run are missing or damaged its differences are empty, and `note` says so. Exported tables hold some pairs only.
-
-    Args:
-      pairs: (cell, other) by name, in any number. None: every run that is done, with `other`; without one, with the run of
-        the lowest loss among those of its training context, size and rules (not with itself).
-    Raises:
-      FileNotFoundError: neither run folders nor exported tables are there.
-      ValueError: an unknown name, both arguments; a result.json or config.json that can't be read, naming it.
-    """
-    if pairs is not None and other is not None:
-        raise ValueError("give pairs, or the one other that all are compared with")
-    root = storage.path(path)
-    names = _cell_names(root)
-    if names is None:
-        return typed(_exported_differences(root, pairs, other), DIFFERENCE_COLUMNS)
-    if pairs is None:
-        pairs = _pairs(load_results(root), other)
-    pairs = list(pairs)
-    for name in dict.fromkeys(name for pair in pairs for name in pair) if other is None else [other]:
-        if name not in names:
-            raise ValueError(f"{root} has no cell {name!r}: {errors.closest(name, names)}")
-    of = _documents_of(root, (name for pair in pairs for name in pair))
-    rows = [{"cell": a, "other": b} | _difference(of[a], of[b]) for a, b in pairs]
-    return typed(pd.DataFrame(rows), DIFFERENCE_COLUMNS)
-
-
-def load_differences_between(
-    path: os.PathLike | str, other_path: os.PathLike | str, pairs: Iterable[tuple[Sequence[str], Sequence[str]]]
-) -> pd.DataFrame:
-    """Differences in held-out loss between runs of two grid folders, as `load_differences` has them within one.
-
-    Args:
-      pairs: runs of `path` and runs of `other_path`, by name, in any number of pairs: each side is the mean of its runs, like
-        seeds of one configuration.
-
-    Returns:
-      `DIFFERENCE_COLUMNS` but for the names, one row a pair; empty, with a note, where the losses by document are missing, or
-      no document is in both.
-    """
-    pairs = [(list(ours), list(theirs)) for ours, theirs in pairs]
-    ours_of, theirs_of = (
-        _documents_of(storage.path(root), (name for pair in pairs for name in pair[side]))
-        for side, root in enumerate((path, other_path))
+    return _table(
+        path, "evaluations", EVALUATION_COLUMNS, lambda *runs: itertools.chain.from_iterable(each(_evaluation_rows, *runs))
     )
-    means = [(_mean([ours_of[name] for name in ours]), _mean([theirs_of[name] for name in theirs])) for ours, theirs in pairs]
-    rows = [_difference(*both) for both in means]
-    return typed(pd.DataFrame(rows), [column for column in DIFFERENCE_COLUMNS if column.name not in ("cell", "other")])
 
 
 def load_metrics(path: os.PathLike | str) -> pd.DataFrame:
@@ -264,10 +186,10 @@ def load_metrics(path: os.PathLike | str) -> pd.DataFrame:
     from gqa_jax.training.metrics import read_metrics
 
     root = storage.path(path)
-    names = _cell_names(root)
+    names = cell_names(root)
     if names is None and not storage.names(root / "metrics"):
         raise FileNotFoundError(f"{root} is no grid folder and no run's: neither cells/ nor metrics/ is in it")
-    read = {root.name: read_metrics(root)} if names is None else dict(zip(names, _each(read_metrics, root, names), strict=True))
+    read = {root.name: read_metrics(root)} if names is None else dict(zip(names, each(read_metrics, root, names), strict=True))
     rows = [{"cell": name} | row for name, rows in read.items() for row in rows]
     first = ["cell", "kind", "step", "time", "loss"]
     table = pd.DataFrame(rows, columns=None if rows else first)
@@ -285,13 +207,25 @@ def grid_facts(path: os.PathLike | str) -> dict[str, Any]:
     return _read_json(storage.path(path) / "grid.json")
 
 
+def _table(
+    path: os.PathLike | str,
+    name: str,
+    columns: Iterable[Column],
+    rows: Callable[[epath.Path, list[str]], Iterable[dict[str, Any]]],
+) -> pd.DataFrame:
+    """The table of a grid folder, whose `rows` are read from its runs; or the exported one, where there are no run folders."""
+    root = storage.path(path)
+    names = cell_names(root)
+    return typed(exported(root, name) if names is None else pd.DataFrame(list(rows(root, names))), columns)
+
+
 def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
     """`table` with exactly `columns`, in order, each of its type; what is missing is empty."""
     columns = list(columns)
     return table.reindex(columns=[c.name for c in columns]).astype({c.name: c.dtype for c in columns})
 
 
-def _each[T](read: Callable[[epath.Path], T], root: epath.Path, names: Iterable[str]) -> list[T]:
+def each[T](read: Callable[[epath.Path], T], root: epath.Path, names: Iterable[str]) -> list[T]:
     """What `read` gives of the folder of each run."""
     return storage.each(read, [root / "cells" / name for name in names], remote=storage.is_remote(root))
 
@@ -305,7 +239,7 @@ def _config(folder: epath.Path) -> TrainConfig:
     return TrainConfig.from_stored(_read_json(folder / "config.json"))
 
 
-def _cell_names(root: epath.Path) -> list[str] | None:
+def cell_names(root: epath.Path) -> list[str] | None:
     """Names of the runs, first those of the grid as it is now; None: there are no run folders.
 
     Warns of finished runs that grid.json does not name, as when the grid was changed since: they are in no table.
@@ -335,36 +269,13 @@ def _warn_of_strangers(root: str, names: tuple[str, ...]) -> None:
     )  # fmt: skip
 
 
-def _exported(root: epath.Path, name: str) -> pd.DataFrame:
+def exported(root: epath.Path, name: str) -> pd.DataFrame:
     """A table that `launch export` has written."""
     content = storage.read_bytes(root / "tables" / f"{name}.parquet")
     if content is None:
         raise FileNotFoundError(f"{root} is no grid folder: neither cells/ nor tables/{name}.parquet is in it")
-    return pd.read_parquet(io.BytesIO(content))
-
-
-def _exported_differences(root: epath.Path, pairs: Iterable[tuple[str, str]] | None, other: str | None) -> pd.DataFrame:
-    """Those of exported tables, which are of some pairs: of others a note says so."""
-    if pairs is None and other is None:
-        return _exported(root, "differences")
-    if pairs is None:
-        pairs = _pairs(load_results(root), other)
-    try:
-        rows = typed(_exported(root, "differences"), DIFFERENCE_COLUMNS).to_dict("records")
-    except FileNotFoundError:  # exported by the first version
-        rows = []
-    found = {(row["cell"], row["other"]): row for row in rows}
-    result = []
-    for cell, against in pairs:
-        row = {"cell": cell, "other": against, "note": "not among the exported differences: needs the folders of the runs"}
-        if (cell, against) in found:
-            row = found[cell, against]
-        elif (there := found.get((against, cell))) is not None:
-            of = {"difference": "difference", "low": "high", "high": "low"}
-            negative = {name: None if pd.isna(there[source]) else -there[source] for name, source in of.items()}
-            row = there | negative | {"cell": cell, "other": against}
-        result.append(row)
-    return pd.DataFrame(result)
+    table = pd.read_parquet(io.BytesIO(content))
+    return _of_first_version(table) if name == "loss" else table
 
 
 def _of_first_version(table: pd.DataFrame) -> pd.DataFrame:
@@ -377,6 +288,10 @@ def _of_first_version(table: pd.DataFrame) -> pd.DataFrame:
     ]
     rules = "/".join(("position", OLD_RULES["evaluation"]["windows"], OLD_RULES["optimizer"]["warmup_from"]))
     return table.assign(heldout=heldout, rules=rules)
+
+
+def _loss_rows(root: epath.Path, names: list[str]) -> Iterator[dict[str, Any]]:
+    return (row for row in each(_loss_row, root, names) if row is not None)
 
 
 def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
@@ -444,62 +359,6 @@ def _evaluation_rows(folder: epath.Path) -> list[dict[str, Any]]:
 
 
 _KEPT = tuple(column.name for column in EVALUATION_COLUMNS if column.name != "cell")
-
-
-def _pairs(table: pd.DataFrame, other: str | None) -> list[tuple[str, str]]:
-    """Every run that is done with `other`, or with the best of its kind."""
-    done = table[(table["status"] == "done") & table["loss"].notna()]
-    if other is not None:
-        return [(cell, other) for cell in done["cell"] if cell != other]
-    size = done["size"].where(done["size"].fillna("") != "", done["n_layers"].astype(str) + "x" + done["d_model"].astype(str))
-    best = done["cell"].loc[done.groupby([done["context"], size, done["rules"]])["loss"].transform("idxmin")]
-    return [(cell, against) for cell, against in zip(done["cell"], best, strict=True) if cell != against]
-
-
-def _documents_of(root: epath.Path, names: Iterable[str]) -> dict[str, evaluation.Documents | str]:
-    """Of runs by name, each read once."""
-    names = list(dict.fromkeys(names))
-    return dict(zip(names, _each(_documents, root, names), strict=True))
-
-
-def _documents(folder: epath.Path) -> evaluation.Documents | str:
-    """The losses by document of a run, or why there are none."""
-    path = folder / run_folder.DOCUMENTS
-    content = storage.read_bytes(path)
-    if content is None:
-        over = storage.read_bytes(folder / "result.json") is not None
-        return f"{folder.name} has no {path.name}; {AGAIN}" if over else f"{folder.name} has no result yet"
-    try:
-        return evaluation.from_bytes(content)
-    except ValueError as error:
-        return f"{path.name} of {folder.name} can't be read ({error}); {AGAIN}"
-
-
-def _mean(runs: Sequence[evaluation.Documents | str]) -> evaluation.Documents | str:
-    """Of runs that were evaluated on the same documents, or why there is none."""
-    first = runs[0]
-    for one in runs:
-        if isinstance(one, str):
-            return one
-        if not all(np.array_equal(getattr(first, name), getattr(one, name)) for name in ("document", "tokens", "targets")):
-            return "runs of one configuration were evaluated on other documents each"
-    return first._replace(loss=np.mean([one.loss for one in runs], axis=0))
-
-
-def _difference(ours: evaluation.Documents | str, theirs: evaluation.Documents | str) -> dict[str, Any]:
-    if missing := [why for why in (ours, theirs) if isinstance(why, str)]:
-        return {"note": "; ".join(missing)}
-    found = evaluation.difference(ours, theirs)
-    if found is None:
-        return {"n_documents": 0, "tokens": 0, "note": "not one document was evaluated alike in both"}
-    value, error, low, high, n_documents = found.estimate
-    note = f"left out: {found.left_out} documents that are not alike in both" if found.left_out else ""
-    if error is None:
-        note = "; ".join(filter(None, ("one document: no standard error", note)))
-    return {
-        "difference": value, "standard_error": error, "low": low, "high": high, "tokens": found.tokens,
-        "n_documents": n_documents, "note": note,
-    }  # fmt: skip
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gqa_jax import formatting, plots, results, storage
+from gqa_jax.differences import load_differences
 from gqa_jax.laws import runs as run_table
 from launch import grid_tables, rules, studies
 from launch.cells import Layout
@@ -81,7 +82,7 @@ def write_of_table(source: Source, console: Console) -> None:
 def write_tables(layout: Layout, out: Layout) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Writes tables/loss, cost, evaluations and differences as CSV and Parquet; returns the first and the last."""
     root = layout.root
-    loss, differences = results.load_results(root), results.load_differences(root)
+    loss, differences = results.load_results(root), load_differences(root)
     written = {"loss": loss, "cost": results.load_costs(root), "evaluations": results.load_evaluations(root)}
     for name, table in (written | {"differences": differences}).items():
         write_table(out.tables / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))

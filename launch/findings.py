@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from gqa_jax import costs, formatting, plots, results, storage
+from gqa_jax.differences import load_differences
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import invariance, optimum
@@ -205,7 +206,7 @@ def _costs(source: Source) -> pd.DataFrame:
 def _differences(source: Source, pairs: list[tuple[str, str]] | None = None) -> pd.DataFrame | None:
     """Every run against the best of its size, or those of `pairs`; None where only exported tables are there."""
     try:
-        found = results.load_differences(source.layout.root, pairs)
+        found = load_differences(source.layout.root, pairs)
     except FileNotFoundError:
         return None
     return studies.to_best(source.loss, found) if pairs is None else found

@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 CONFOUNDED = " --allow_confounded"
-DIFFERENCE = ("difference", "standard_error", "n_documents")  # columns of `gqa_jax.results.load_differences`
+DIFFERENCE = ("difference", "standard_error", "n_documents")  # columns of `gqa_jax.differences.load_differences`
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def to_best(loss: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
 
     Args:
       loss: the runs that are asked for.
-      differences: of `gqa_jax.results.load_differences`, which chooses the best.
+      differences: of `gqa_jax.differences.load_differences`, which chooses the best.
 
     Returns:
       columns context, size, n_heads, n_kv_heads, head_dim, params_non_embedding, cell, best (name of that run), difference,

@@ -112,11 +112,8 @@ TABLE = (
         outside="jax",
     ),
     # Losses to laws, laws to answers.
-    Row(
-        "gqa_jax.results",
-        ".errors .costs .config .storage .training.evaluation .training.run_folder",
-        lazily=".training.metrics",
-    ),
+    Row("gqa_jax.results", ".costs .config .storage .training.evaluation .training.run_folder", lazily=".training.metrics"),
+    Row("gqa_jax.differences", ".errors .storage .training.evaluation .training.run_folder .results"),
     Row("gqa_jax.laws", ".formatting .shapes .costs"),
     Row("gqa_jax.laws.joint", ".shapes .costs .laws"),
     Row("gqa_jax.laws.loss_nd", ".errors .shapes .laws"),
@@ -159,13 +156,13 @@ TABLE = (
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
     Row(
         "gqa_jax.plots",
-        ".formatting .shapes .costs .results .laws .laws.query_heads .search.invariance .search.objectives "
-        ".search.shape_rule .search.candidates .search.optimum",
+        ".formatting .shapes .costs .results .differences .laws .laws.query_heads .search.invariance "
+        ".search.objectives .search.shape_rule .search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
-        ".errors .formatting .costs .storage .results .laws .laws.external .search.presets .search.objectives "
-        ".search.candidates .search.optimum",
+        ".errors .formatting .costs .storage .results .differences .laws .laws.external .search.presets "
+        ".search.objectives .search.candidates .search.optimum",
     ),
     Row("gqa_jax", lazily=".training.parameters .results .laws.external .search.invariance .search.presets .search.study"),
     # Grids: what a person runs.

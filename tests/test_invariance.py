@@ -134,7 +134,7 @@ def of_one_text(seeds=1, **columns):
 
 
 def paired(data, error, baseline=(8, 8)):
-    """As `gqa_jax.results.load_differences`, whose columns hold empty cells."""
+    """As `gqa_jax.differences.load_differences`, whose columns hold empty cells."""
     found = pd.DataFrame(pairs(data, baseline), columns=["cell", "other"])
     return found.assign(standard_error=pd.array([error] * len(found), dtype="Float64"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gqa_jax import results, storage
+from gqa_jax import differences, results, storage
 from gqa_jax.config import ConfigError, TrainConfig
 from gqa_jax.data import catalog, store
 from gqa_jax.training import evaluation
@@ -410,7 +410,7 @@ class TestDocuments:
         page = (evaluated.root / "report" / "index.html").read_text()
         assert "(± standard error over 11 of 12 documents, common to all runs)" in page
         table = (evaluated.root / "report" / "difference-t32.md").read_text()
-        for row in results.load_differences(evaluated.root).itertuples():
+        for row in differences.load_differences(evaluated.root).itertuples():
             assert f"{row.difference:+.4f} ± {row.standard_error:.4f}" in table
         assert table.count("best") == 4  # the title, and a run of each size
         assert "1024 tokens of 11 of 12 documents (1f2e3d4c5b6a/spread/1024)" in page

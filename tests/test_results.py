@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 import gqa_jax
-from gqa_jax import costs, results, storage
+from gqa_jax import costs, differences, results, storage
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import export, grid
@@ -298,7 +298,9 @@ def test_differences_are_with_the_best_of_a_size_unless_told(evaluated):
     folder, names = evaluated
     loss = gqa_jax.load_results(folder).set_index("cell")
     table = gqa_jax.load_differences(folder)
-    assert {name: str(dtype) for name, dtype in table.dtypes.items()} == {c.name: c.dtype for c in results.DIFFERENCE_COLUMNS}
+    assert {name: str(dtype) for name, dtype in table.dtypes.items()} == {
+        c.name: c.dtype for c in differences.DIFFERENCE_COLUMNS
+    }
     assert len(table) == 2  # of two sizes two runs each
     for row in table.itertuples():
         assert loss.loc[row.cell, "size"] == loss.loc[row.other, "size"]
@@ -374,4 +376,4 @@ def test_evaluations_on_a_bucket_read_the_same(evaluated, gcs_root, caplog):
 
 
 def test_columns_have_a_meaning():
-    assert all(c.meaning for c in (*results.EVALUATION_COLUMNS, *results.DIFFERENCE_COLUMNS))
+    assert all(c.meaning for c in (*results.EVALUATION_COLUMNS, *differences.DIFFERENCE_COLUMNS))

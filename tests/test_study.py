@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import gqa_jax
-from gqa_jax import results
+from gqa_jax import differences, results
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import Heads, external, fit_by_heads
 from gqa_jax.search import objectives, optimum, presets, study
@@ -261,12 +261,12 @@ class TestCompare:
     def test_seeds_of_a_configuration_are_averaged(self, tmp_path):
         a = trained(tmp_path / "one", {32: 0.001}, documents=True)
         names = sorted(path.name for path in (a / "cells").iterdir())
-        frame = results.load_differences_between(a, a, [(names[:2], names[2:3]), ([names[0]], [names[0]])])
+        frame = differences.load_differences_between(a, a, [(names[:2], names[2:3]), ([names[0]], [names[0]])])
         losses = results.load_results(a).set_index("cell")["loss"]
         assert frame["difference"].iloc[0] == pytest.approx(losses[names[:2]].mean() - losses[names[2]])
         assert frame["difference"].iloc[1] == 0
         (a / "cells" / names[0] / "documents.npz").unlink()
-        frame = results.load_differences_between(a, a, [(names[:2], names[2:3])])
+        frame = differences.load_differences_between(a, a, [(names[:2], names[2:3])])
         assert frame["difference"].isna().all()
         assert f"{names[0]} has no documents.npz" in frame["note"].iloc[0]
 

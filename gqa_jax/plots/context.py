@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from gqa_jax import formatting, results
+from gqa_jax import formatting
+from gqa_jax.differences import load_differences
 from gqa_jax.laws import Heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import labels, style, tables
@@ -48,7 +49,7 @@ def loss_vs_context(
     else:
         table = tables.loss_table(source)
         if differences is None and not isinstance(source, pd.DataFrame):
-            differences = results.load_differences(source, pairs(table, baseline))
+            differences = load_differences(source, pairs(table, baseline))
         found = context_invariance(table, baseline, differences=differences, from_context=from_context)
     ax = ax or style.new_axes()
     ax.axhline(0, color="0.6", linewidth=0.7)

@@ -77,7 +77,7 @@ def context_invariance(
     Args:
       table: loss table (`gqa_jax.load_results`) of several contexts: n_heads, n_kv_heads, params_non_embedding, loss, status,
         context, and size (or n_layers and d_model). Seeds are averaged.
-      differences: of the runs of `pairs`, paired by documents (`gqa_jax.results.load_differences`): cell, other,
+      differences: of the runs of `pairs`, paired by documents (`gqa_jax.differences.load_differences`): cell, other,
         standard_error.
       baseline: heads, such as (8, 8): other heads are compared with them at the same size, of which the table has one; or the
         name of a size: other sizes are compared with it at the same heads, of which the table has one.

@@ -20,6 +20,7 @@ import pandas as pd
 
 from gqa_jax import errors, formatting, results, storage
 from gqa_jax.costs import solve_shape
+from gqa_jax.differences import load_differences_between
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted
 from gqa_jax.laws import Heads, LawsByHeads, external, fit_by_heads
@@ -624,7 +625,7 @@ def _compared(ours: Study, theirs: Study) -> pd.DataFrame:
             cells.append((list(a["cell"]), list(b["cell"])))
     table = pd.DataFrame(rows, columns=list(COMPARED)).astype({"n_heads": "Int64", "n_kv_heads": "Int64"})
     if ours.folder is not None and theirs.folder is not None and cells:
-        paired = results.load_differences_between(ours.folder, theirs.folder, cells)
+        paired = load_differences_between(ours.folder, theirs.folder, cells)
         known = paired["difference"].notna().to_numpy()
         for name in ("difference", "standard_error"):
             table.loc[known, name] = paired.loc[known, name].astype(np.float64)

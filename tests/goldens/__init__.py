@@ -318,12 +318,12 @@ NEXT = "next configs/grids/quickstart.py --root ROOT --context 32K --loss 2.1 --
 
 def exported_tables(folder: Path) -> list[tuple[str, str]]:
     """The losses and the cheapest heads that `export` prints, on narrower terminals."""
-    from gqa_jax import results
+    from gqa_jax import differences, results
     from launch import grid_tables, studies
 
     root = folder / "ROOT"
     loss = results.load_results(root)
-    compared = studies.to_best(loss, results.load_differences(root))
+    compared = studies.to_best(loss, differences.load_differences(root))
     optima = pd.read_csv(io.StringIO(exported()[1]["optimum"])).astype({"n_heads": "Int64"})
     found = []
     for width in WIDTHS[:-1]:
