@@ -17,20 +17,10 @@ import pandas as pd
 from etils import epath
 
 from gqa_jax import errors, storage
-from gqa_jax.results import AGAIN, Column, cell_names, each, exported, load_results, typed
+from gqa_jax.results import AGAIN, cell_names, columns_of, each, exported, load_results, typed
 from gqa_jax.training import evaluation, run_folder
 
-DIFFERENCE_COLUMNS = (
-    Column("cell", "string", "", "name of the run"),
-    Column("other", "string", "", "name of the run that it is compared with"),
-    Column("difference", "Float64", "nats/token", "held-out loss of cell minus that of other, over the documents of both"),
-    Column("standard_error", "Float64", "nats/token", "of difference, paired by documents: by their choice, not by seeds"),
-    Column("low", "Float64", "nats/token", "lower end of the 95% interval of difference (Student's t, documents - 1)"),
-    Column("high", "Float64", "nats/token", "upper end"),
-    Column("tokens", "Int64", "tokens", "targets that difference is a mean of"),
-    Column("n_documents", "Int64", "", "documents that they are of"),
-    Column("note", "string", "", "why a number is missing, or which documents are left out"),
-)
+DIFFERENCE_COLUMNS = columns_of("differences")
 
 
 def load_differences(

@@ -4,13 +4,14 @@
 
 and a long one, `load_evaluations`: the loss of each run by source and position. `gqa_jax.differences` has those between runs.
 
-`LOSS_COLUMNS`, `COST_COLUMNS` and `EVALUATION_COLUMNS` are the schema: every column with its type, unit and meaning. One more
-of what a run's result.json or configuration has is one more line there. What is not known is an empty cell, never 0. Runs of
-the first version are in the tables, under their own rules (`gqa_jax.config.TrainConfig.rules`).
+schema.csv has every column with its tables, type, unit and meaning. One more of what a run's result.json or configuration has
+is one more line there. What is not known is an empty cell, never 0. Runs of the first version are in the tables, under their
+own rules (`gqa_jax.config.TrainConfig.rules`).
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
 import itertools
@@ -18,6 +19,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import resources
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -43,94 +45,17 @@ class Column(NamedTuple):
     field: str = ""  # of the run's configuration that it shows; else it is what result.json has of this name, or worked out
 
 
-_MODEL_COLUMNS = (
-    Column("cell", "string", "", "name of the run: its folder under cells/"),
-    Column("size", "string", "", "name of the size in the grid", "label"),
-    Column("n_layers", "Int64", "", "layers L", "model.n_layers"),
-    Column("d_model", "Int64", "", "hidden size d", "model.d_model"),
-    Column("n_heads", "Int64", "", "query heads n_h", "model.n_heads"),
-    Column("n_kv_heads", "Int64", "", "key/value heads n_kv", "model.n_kv_heads"),
-    Column("head_dim", "Int64", "", "head size d_h", "model.head_dim"),
-)
+with (resources.files("gqa_jax") / "schema.csv").open(encoding="utf-8") as _file:
+    _SCHEMA = list(csv.DictReader(_file))
 
-LOSS_COLUMNS = (
-    *_MODEL_COLUMNS,
-    Column("d_ff", "Int64", "", "feed-forward width", "model.d_ff"),
-    Column("vocab_size", "Int64", "", "vocabulary V of the model, padding included", "model.vocab_size"),
-    Column("context", "Int64", "tokens", "context length T of the training", "context_length"),
-    Column("continue_from", "string", "", "run or import whose parameters it started from, its folder; empty: from scratch"),
-    Column("start_differs", "string", "", "what is other than there: data, RoPE base; empty: nothing, or from scratch"),
-    Column("seed", "Int64", "", "seed of initialisation and data order", "seed"),
-    Column("status", "string", "", "done, or diverged: the loss was no longer finite"),
-    Column("params_non_embedding", "Int64", "", "parameters without embeddings, as trained (N of the fits)"),
-    Column("params_total", "Int64", "", "parameters as trained, tied embedding once"),
-    Column("params_paper", "Int64", "", "parameters by the paper's tables: two FFN matrices, embedding once, no norms"),
-    Column("params_figures", "Int64", "", "parameters by the paper's figures: three FFN matrices, no embedding, no norms"),
-    Column("tokens", "Int64", "tokens", "tokens trained on, D; without those of the run it continues"),
-    Column("steps", "Int64", "", "optimizer steps done"),
-    Column("batch_tokens", "Int64", "tokens", "tokens per step", "batch_tokens"),
-    Column("learning_rate", "Float64", "", "maximum learning rate", "optimizer.learning_rate"),
-    Column("loss", "Float64", "nats/token", "held-out loss after the last step"),
-    Column(
-        "loss_sem", "Float64", "nats/token",
-        "standard error of loss by the choice of held-out documents: all runs with the same heldout have it in common, so it "
-        "says nothing of differences between them (load_differences does)",
-    ),
-    Column("loss_low", "Float64", "nats/token", "lower end of the 95% interval of loss (Student's t, documents - 1)"),
-    Column("loss_high", "Float64", "nats/token", "upper end"),
-    Column("bits_per_byte", "Float64", "bits/byte", "held-out loss per byte of the text that the held-out tokens decode to"),
-    Column("eval_tokens", "Int64", "tokens", "held-out tokens that loss is a mean of"),
-    Column("eval_documents", "Int64", "", "held-out documents that they are of"),
-    Column("heldout_documents", "Int64", "", "held-out documents there are"),
-    Column("heldout", "string", "", "the text that loss is of: runs with the same have the same held-out tokens"),
-    Column(
-        "rules", "string", "",
-        "how documents were held out, windows of the evaluation, start of the warm-up: what differs in it is not comparable",
-    ),
-    Column("train_flops", "Float64", "FLOP", "6 D N + 6 D T L d_h n_h, exact convention"),
-    Column("tokens_per_second", "Float64", "tokens/s", "while training, all devices"),
-    Column("mfu", "Float64", "", "model FLOPs utilisation, where the device's peak is known"),
-    Column("seconds_train", "Float64", "s", "in training steps, all attempts"),
-    Column("seconds_total", "Float64", "s", "of the last attempt, set-up included"),
-    Column("peak_memory_bytes", "Int64", "bytes", "largest resident memory of the process on the host"),
-    Column("attention", "string", "", "attention implementation that ran"),
-    Column("device", "string", "", "kind of device"),
-    Column("n_devices", "Int64", "", "devices used"),
-    Column("attempts", "Int64", "", "times the run was started"),
-    Column("jax", "string", "", "version of jax"),
-    Column("flax", "string", "", "version of flax"),
-    Column("commit", "string", "", "commit of this code; + when files differed from it"),
-    Column("data_fingerprint", "string", "", "hash of the token store's content"),
-    Column("params_sha256", "string", "", "hash of the final parameters"),
-)  # fmt: skip
 
-COST_COLUMNS = (
-    *_MODEL_COLUMNS,
-    Column("context", "Int64", "tokens", "context length T of the training", "context_length"),
-    Column("context_served", "Int64", "tokens", "context length that the costs are for"),
-    Column("convention", "string", "", "what is counted: a name of gqa_jax.costs.CONVENTIONS"),
-    Column("c_infer", "Float64", "FLOP", "inference compute, per token or per sequence as the convention says"),
-    Column("m_infer", "Float64", "values or bytes", "inference memory at batch 1: parameters and cache"),
-    Column("z", "Float64", "", "0.9 m_infer^(1/2) + 0.1 c_infer^(1/3) (Eq. 5)"),
-    Column("c_train", "Float64", "FLOP", "compute of the training run"),
-    Column("m_train", "Float64", "values or bytes", "training memory of one sequence"),
-)
+def columns_of(table: str) -> tuple[Column, ...]:
+    """The columns of a table in their order: loss, cost, evaluations or differences."""
+    rows = ([row[field] for field in Column._fields] for row in _SCHEMA if table in row["tables"].split())
+    return tuple(Column(*row) for row in rows)
 
-EVALUATION_COLUMNS = (
-    Column("cell", "string", "", "name of the run: its folder under cells/"),
-    Column("step", "Int64", "", "optimizer steps done"),
-    Column("task", "string", "", "what was evaluated: held-out, the text held out of the training"),
-    Column("source", "string", "", "where that text comes from; empty: all of it"),
-    Column("context", "Int64", "tokens", "length of the windows, T"),
-    Column("position", "string", "", "how many targets came before in the window, as 0, 1, 2-3, 4-7; empty: any"),
-    Column("metric", "string", "", "loss or bits_per_byte"),
-    Column("value", "Float64", "as unit says", "the mean"),
-    Column("standard_error", "Float64", "as unit says", "of value, clustered by document; see loss_sem of the loss table"),
-    Column("n", "Int64", "tokens", "targets that value is a mean of"),
-    Column("n_documents", "Int64", "", "documents that they are of"),
-    Column("unit", "string", "", "nats/token or bits/byte"),
-    Column("rules", "string", "", "as in the loss table"),
-)
+
+LOSS_COLUMNS, COST_COLUMNS, EVALUATION_COLUMNS = map(columns_of, ("loss", "cost", "evaluations"))
 
 
 def load_results(path: os.PathLike | str) -> pd.DataFrame:

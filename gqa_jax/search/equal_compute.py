@@ -157,21 +157,48 @@ def equal_training_cost(
         least = plan.least_loss(_fitted(laws))
         raise ValueError(f"no heads reach a loss of {loss:g} with this training budget: the least is {least:.4f}; raise either")
     warnings = list(laws.warnings)
-    if (against := plan.heads.index(baseline) if baseline in laws else None) is None:
+    against = plan.heads.index(baseline) if baseline in laws else None
+    if against is None:
         warnings.append(f"no saving against {baseline}: no law has these heads")
-    frame = _rows(plan, n_H, objective, context_served, against)
+
+    def models(n_xH: np.ndarray) -> tuple[costs.Shape, np.ndarray, np.ndarray]:
+        """Shapes, tokens and costs of sizes; nan where the loss is not reached."""
+        n_xH = np.where(np.isfinite(n_xH), n_xH, np.nan)
+        shape = plan.shape(n_xH, plan.heads)
+        return shape, plan.tokens(n_xH), objective(shape, context_served)
+
+    (shape, tokens_H, cost_H), reached_H = models(n_H), np.isfinite(n_H)
+    frame = pd.DataFrame([heads._asdict() for heads in plan.heads]).astype({"n_heads": "Int64"})
+    frame = frame.assign(
+        n_params=np.where(reached_H, n_H, np.nan), tokens=tokens_H, n_layers=shape.n_layers, d_model=shape.d_model, cost=cost_H,
+        c_infer=costs.infer_flops(shape, context_served, convention), saving=np.nan,
+        m_infer=costs.infer_memory(shape, context_served, convention),
+        note=pd.array([_note(laws, h, n, d) for h, n, d in zip(plan.heads, n_H, tokens_H, strict=True)], dtype="string"),
+    )  # fmt: skip
+    if against is not None:
+        frame["saving"] = 1 - cost_H / cost_H[against]
     drawn, why = _draws(laws, draws, seed)
     warnings += why
     share, order = np.nan, ["hopeless", "cost"]
     if drawn is not None:
         n_SxH = np.concatenate([plan.least_params(loss, part) for part in _parts(drawn)])
-        share = _add_uncertainty(frame, plan, n_SxH, objective, context_served, against)
+        _, tokens_SxH, cost_SxH = models(n_SxH)
+        cost_SxH = np.where(np.isfinite(n_SxH), cost_SxH, np.inf)
+        for name, values in {"n_params": n_SxH, "cost": cost_SxH}.items():
+            frame[f"{name}_low"], frame[f"{name}_high"] = ranking.quantiles(values, TAILS)
+        ends = [ranking.quantiles(column[~np.isnan(column)], TAILS) for column in tokens_SxH.T]
+        frame["tokens_low"], frame["tokens_high"] = np.array(ends, np.float64).T
+        if against is not None:
+            frame["saving_low"], _, frame["saving_high"] = ranking.savings(cost_SxH, cost_SxH[:, against])
+        found = ranking.rank(cost_SxH)
+        frame["probability"], frame["expected_regret"] = found.probability_H, found.expected_regret_H
+        share = found.not_reached
         order.insert(1, "expected_regret")
     if share > 0.005:
         warnings.append(
             f"in {share:.0%} of the draws no heads reach the loss with this budget: probabilities are of the others"
         )
-    frame = frame.assign(hopeless=frame["n_params"].isna()).sort_values(order, kind="stable")
+    frame = frame.assign(hopeless=~reached_H).sort_values(order, kind="stable")
     heads = plan.heads[frame.index[0]]
     if pd.notna(note := frame["note"].iloc[0]):
         warnings.append(f"{heads}: {note}")
@@ -271,50 +298,8 @@ def _parts(law: DrawsND) -> list[DrawsND]:
     return [DrawsND(*(x[i : i + _PART] for x in fields)) for i in range(0, len(law.beta), _PART)]
 
 
-def _rows(
-    plan: _Plan, n_H: np.ndarray, objective: objectives.Objective, context_served: int, against: int | None
-) -> pd.DataFrame:
-    """One row per H by the fitted law; nan where it does not reach the loss."""
-    reached = np.isfinite(n_H)
-    n_H = np.where(reached, n_H, np.nan)
-    shape, tokens = plan.shape(n_H, plan.heads), plan.tokens(n_H)
-    frame = pd.DataFrame([heads._asdict() for heads in plan.heads]).astype({"n_heads": "Int64"})
-    frame["n_params"], frame["tokens"], frame["n_layers"], frame["d_model"] = n_H, tokens, shape.n_layers, shape.d_model
-    frame["c_infer"] = costs.infer_flops(shape, context_served, plan.convention)
-    frame["m_infer"] = costs.infer_memory(shape, context_served, plan.convention)
-    frame["cost"] = objective(shape, context_served)
-    frame["saving"] = np.nan if against is None else 1 - frame["cost"] / frame["cost"].iloc[against]
-    notes = [_note(plan.laws, h, n, d) for h, n, d in zip(plan.heads, n_H, tokens, strict=True)]
-    frame["note"] = pd.array(notes, dtype="string")
-    return frame
-
-
-def _add_uncertainty(
-    frame: pd.DataFrame,
-    plan: _Plan,
-    n_SxH: np.ndarray,
-    objective: objectives.Objective,
-    context_served: int,
-    against: int | None,
-) -> float:
-    """Adds what the draws say to the rows. Returns the share of draws in which no H reaches the loss."""
-    reached = np.isfinite(n_SxH)
-    inside = np.where(reached, n_SxH, np.nan)
-    tokens_SxH = plan.tokens(inside)
-    cost_SxH = np.where(reached, objective(plan.shape(inside, plan.heads), context_served), np.inf)
-    for name, values in {"n_params": n_SxH, "cost": cost_SxH}.items():
-        frame[f"{name}_low"], frame[f"{name}_high"] = ranking.quantiles(values, TAILS)
-    ends = [ranking.quantiles(column[~np.isnan(column)], TAILS) for column in tokens_SxH.T]
-    frame["tokens_low"], frame["tokens_high"] = np.array(ends, np.float64).T
-    if against is not None:
-        frame["saving_low"], _, frame["saving_high"] = ranking.savings(cost_SxH, cost_SxH[:, against])
-    found = ranking.rank(cost_SxH)
-    frame["probability"], frame["expected_regret"] = found.probability_H, found.expected_regret_H
-    return found.not_reached
-
-
 def _note(laws: LossNDByHeads, heads: Heads, n_params: float, tokens: float) -> str | None:
-    if np.isnan(n_params):
+    if not np.isfinite(n_params):
         return "does not reach the loss with this training budget at any size"
     law, said = laws[heads], []
     for name, value, trained in (("N*", n_params, law.params), ("D", tokens, law.tokens)):
