@@ -10,8 +10,9 @@ of what a page calls bidirectional.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import csv
+import dataclasses
+from importlib import resources
 
 from gqa_jax.hardware.chip import ALLOCATOR_FRACTION, GIB, Calibration, Chip, Collectives, Efficiency, Gpu, Price, Tiles, Tpu
 
@@ -30,40 +31,18 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _HOST = ("1", "2", "4", "8")
 
-# Price lists.
-_SKYPILOT = "https://github.com/skypilot-org/skypilot-catalog catalogs/v8/gcp/vms.csv, commit 006059e0"
-_CYCLENERD = "https://github.com/Cyclenerd/google-cloud-pricing-cost-calculator pricing.yml, commit dac31281"
-_SILYBENCH = "https://github.com/tgarg01/silybench-data prices/gpu_hourly.yaml, commit 045df3b5"
-_DATARECEIPTS = (
-    "https://github.com/datareceipts/data-receipts 109-gpu-pricing/hyperscalers.json (as a search quoted it; not opened)"
-)
-_TANOD = "https://huggingface.co/datasets/tanod/cloud-gpu-list-prices"
-_EVANGELIST = "https://github.com/api-evangelist/lambda-labs plans/lambda-labs-plans-pricing.yml, commit 1929382e"
 
+def _prices() -> dict[str, tuple[Price, ...]]:
+    """Dated list prices by chip (prices.csv), of one chip also where the list has those of a slice or a machine.
 
-def _listed(
-    vendor: str, region: str, date: str, source: str, usd: Mapping[str, float], *, spot: bool = False
-) -> tuple[Price, ...]:
-    """Prices of one list: of products by their names without the vendor's."""
-    return tuple(Price(each, vendor, f"{vendor} {name}", region, date, source, spot) for name, each in usd.items())
-
-
-_google = functools.partial(_listed, "Google Cloud", "us-central1")
-_runpod = functools.partial(_listed, "RunPod", "any region", "2026-09-25", _SILYBENCH)
-_nebius = functools.partial(_listed, "Nebius", "any region", "2026-09-25", _SILYBENCH)
-_lambda = functools.partial(_listed, "Lambda", "any region", "2026-09-20", _EVANGELIST)
-_aws = functools.partial(_listed, "AWS", "us-east-1", "2026-11-09", _DATARECEIPTS)
-_azure = functools.partial(_listed, "Azure", "eastus", "2026-11-09", _DATARECEIPTS)
-
-
-def _cloud_tpu(name: str, *rows: tuple[str, float, float]) -> tuple[Price, ...]:
-    """Google's prices of a TPU, from (regions, on demand, spot): of a chip, where the list has that of a slice."""
-    return tuple(
-        Price(usd, "Google Cloud", f"Google Cloud TPU {name}", region, "2026-11", _SKYPILOT, spot)
-        for regions, on_demand, spot_usd in rows
-        for region in regions.split()
-        for usd, spot in ((on_demand, False), (spot_usd, True))
-    )
+    Google's a3-highgpu-1g on demand is the sum of its parts: machines of one H100 are rented as spot alone.
+    """
+    found: dict[str, list[Price]] = {}
+    with (resources.files("gqa_jax.hardware") / "prices.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            chip, usd, spot = row.pop("chip"), float(row.pop("usd_per_hour")), row.pop("spot") == "spot"
+            found.setdefault(chip, []).append(Price(usd, **row, spot=spot))
+    return {chip: tuple(prices) for chip, prices in found.items()}
 
 
 # cuDNN on an H100: 538 and 645 TFLOP/s forward at 16K tokens, causal, bfloat16 (the autotuning files of
@@ -112,7 +91,6 @@ _ROWS = (
         memory_bytes=30.75 * GIB, memory_bandwidth=1228e9, host_memory_bytes=407e9 / 4,
         interconnect=300e9,  # 6 links of 50 GB/s
         collectives=_CUBE_TORUS, shapes=_CUBE,
-        prices=_cloud_tpu("v4", ("us-central2", 3.22, 0.922)),
         # Its matrix units are those of a v5p. Its two cores work as one device, as they do on Google Cloud, when libtpu is
         # told so; those of a v5p always do.
         tpu=Tpu("v4", counted=2, image="tpu-ubuntu2204-base", tiles=(_TILES_128,), libtpu_config="megacore"),
@@ -122,12 +100,6 @@ _ROWS = (
         memory_bytes=15.75 * GIB, memory_bandwidth=819e9, host_memory_bytes=192e9 / 4,  # ct5lp-hightpu-4t
         interconnect=200e9, network=6.4e12 / 8 / 256,  # 4 links, 1600 Gbps; a share of a pod of 256
         collectives=_TORUS, shapes=_FLAT, attention_share=_shares(197e12 / 1.5e9, (64, 3212, 7322), (128, 4239, 10408)),
-        prices=_cloud_tpu(
-            "v5e", ("us-central1 us-east1 us-west1", 1.20, 0.245),
-            ("us-west4", 1.20, 0.48),
-            ("us-east4 us-east5", 1.20, 0.60),
-            ("europe-west4", 1.56, 0.445),
-        ),
         tpu=Tpu("v5litepod", counted=1, image="v2-alpha-tpuv5-lite", tiles=(_TILES_128,)),
     ),
     Chip(
@@ -136,11 +108,6 @@ _ROWS = (
         interconnect=600e9, network=50e9 / 8,  # 6 links, 4800 Gbps
         collectives=_CUBE_TORUS, shapes=_CUBE,
         attention_share=_shares(459e12 / 2 / 1.75e9, (64, 3222, 7323), (128, 4242, 10409)),  # of a core
-        prices=_cloud_tpu(
-            "v5p", ("us-central1 us-east1", 4.20, 0.836),
-            ("us-east5", 4.20, 1.68),
-            ("europe-west4", 4.2525, 1.349),
-        ),
         tpu=Tpu("v5p", counted=2, image="v2-alpha-tpuv5", tiles=(_TILES_128,)),
     ),
     Chip(
@@ -148,13 +115,6 @@ _ROWS = (
         memory_bytes=31.24 * GIB, memory_bandwidth=1640e9, host_memory_bytes=1536 * GIB / 8,
         interconnect=400e9, network=25.6e12 / 8 / 256,  # 4 links, 3200 Gbps
         collectives=_TORUS, shapes=_FLAT, attention_share=_shares(918e12 / 1.75e9, (64, 2144, 4055), (128, 2440, 4437)),
-        prices=_cloud_tpu(
-            "v6e", ("us-central1 us-east1 us-west1", 2.70, 0.544),
-            ("us-east5", 2.70, 1.215),
-            ("us-south1", 2.70, 1.35),
-            ("europe-west4", 2.97, 1.037),
-            ("asia-northeast1", 3.24, 0.944),
-        ),
         tpu=Tpu("v6e", counted=1, image="v2-alpha-tpuv6e", tiles=(_TILES_256,)),
     ),
     Chip(
@@ -162,11 +122,6 @@ _ROWS = (
         memory_bytes=141e9 * ALLOCATOR_FRACTION, memory_bandwidth=4.8e12, host_memory_bytes=2952e9 / 8,  # a3-ultragpu-8g
         interconnect=450e9, network=400e9 / 8,  # NVLink 4
         collectives=_NVSWITCH, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
-        prices=(
-            *_google("2026-10-13", _TANOD, {"a3-ultragpu-8g": 10.4365}),
-            *_runpod({"secure H200": 4.59, "community H200": 3.59}),
-            *_nebius({"HGX H200": 4.50}),
-        ),
         gpu=Gpu("H200", "NVIDIA H200", (9, 0), 132, shared_kib=228, clock_ghz=1.98, l2_mib=50, board_mib=143771),
     ),
     Chip(
@@ -174,16 +129,6 @@ _ROWS = (
         memory_bytes=80e9 * ALLOCATOR_FRACTION, memory_bandwidth=3.35e12, host_memory_bytes=1872e9 / 8,  # a3-highgpu-8g
         interconnect=450e9, network=400e9 / 8,
         collectives=_NVSWITCH, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
-        prices=(
-            # The sum of its parts on demand: machines of one H100 are rented as spot alone.
-            *_google("2026-09-26", _SILYBENCH, {"a3-highgpu-1g": 10.9791}),
-            *_google("2026-09-26", _SILYBENCH, {"a3-highgpu-1g": 6.571}, spot=True),
-            *_lambda({"8x H100 SXM": 3.99, "4x H100 SXM": 4.09, "2x H100 SXM": 4.19, "1x H100 SXM": 4.29}),
-            *_runpod({"secure H100 SXM": 3.49, "community H100 SXM": 2.69}),
-            *_nebius({"HGX H100": 3.85}),
-            *_aws({"p5.48xlarge": 6.88}),
-            *_azure({"ND96isr_H100_v5": 12.29}),
-        ),
         gpu=Gpu("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, shared_kib=228, clock_ghz=1.98, l2_mib=50, board_mib=81559),
     ),
     Chip(
@@ -191,12 +136,6 @@ _ROWS = (
         memory_bytes=80e9 * ALLOCATOR_FRACTION, memory_bandwidth=2.04e12, host_memory_bytes=1360e9 / 8,  # a2-ultragpu-8g
         interconnect=300e9, network=200e9 / 8,  # NVLink 3
         collectives=_NVLINK_3, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
-        prices=(
-            *_google("2026-08-20", _CYCLENERD, {"a2-ultragpu-8g": 40.5503831 / 8}),
-            *_lambda({"8x A100 SXM 80 GB": 2.79}),
-            *_runpod({"secure A100 SXM": 1.59, "community A100 SXM": 1.39}),
-            *_aws({"p4de.24xlarge": 3.43}),
-        ),
         gpu=Gpu("A100-80GB", "NVIDIA A100-SXM4-80GB", (8, 0), 108, shared_kib=164, clock_ghz=1.41, l2_mib=40, board_mib=81920),
     ),
     Chip(
@@ -204,11 +143,6 @@ _ROWS = (
         memory_bytes=180e9 * ALLOCATOR_FRACTION, memory_bandwidth=8e12,
         interconnect=900e9, network=400e9 / 8,  # NVLink 5
         collectives=_NVLINK_5, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
-        prices=(
-            *_lambda({"8x B200 SXM6": 6.69, "4x B200 SXM6": 6.79, "2x B200 SXM6": 6.89, "1x B200 SXM6": 6.99}),
-            *_runpod({"secure B200": 6.79, "community B200": 5.98}),
-            *_nebius({"HGX B200": 7.15}),
-        ),
         gpu=Gpu("B200", "NVIDIA B200", (10, 0), 148, shared_kib=228, clock_ghz=1.96, l2_mib=126, board_mib=183359),
     ),
     Chip(
@@ -216,13 +150,13 @@ _ROWS = (
         memory_bytes=24e9 * ALLOCATOR_FRACTION, memory_bandwidth=0.3e12, host_memory_bytes=16e9,  # g2-standard-4
         interconnect=32e9,  # PCIe 4.0 x16
         collectives=_PCIE, shapes=_HOST, attention_share=_HOPPER_ATTENTION,
-        prices=_google("2026-08-20", _CYCLENERD, {"g2-standard-4": 0.706832255}),
         gpu=Gpu("L4", "NVIDIA L4", (8, 9), 58, shared_kib=100, clock_ghz=2.04, l2_mib=48, board_mib=23034),
     ),
 )
 # fmt: on
 
-CHIPS = {chip.name: chip for chip in _ROWS}
+_LISTED = _prices()
+CHIPS = {chip.name: dataclasses.replace(chip, prices=_LISTED.get(chip.name, ())) for chip in _ROWS}
 
 # Devices without a row, of which kernels know enough.
 SAME_MATRIX_UNITS = {"TPU7x": "v6e"}  # JAX's device kind -> the chip whose tiles suit it

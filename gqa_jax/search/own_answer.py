@@ -25,7 +25,7 @@ from gqa_jax.search.answer import Answer, Model, plain
 from gqa_jax.search.candidates import FAR, Coefficients, CostAt, Table, rule_of
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.optimum import AspectAsked
-from gqa_jax.search.own_model import OwnModel
+from gqa_jax.search.own_model import SHAPE, OwnModel
 from gqa_jax.search.ranking import TAILS, quantiles
 
 #: d / L of the shapes that docs/shape.md has losses of: outside, nothing is known of any.
@@ -80,9 +80,8 @@ class OwnAnswer:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the answer's, and `like`, what is of the own model."""
         own, shape = self.own, self.own.shape
-        names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
         like = {"name": own.name, "source": own.source}
-        like |= {name: getattr(shape, name) for name in names}
+        like |= {name: getattr(shape, name) for name in SHAPE}
         like |= {"untied": own.untied}
         like |= {name: getattr(self, name) for name in ("ratio", "n_params", "n_params_over_largest")}
         like |= {"law_of_heads": list(self.heads), "law_source": self.source, "loss": self.loss}

@@ -6,10 +6,12 @@ biases, every layer alike. What is not of that kind is refused by the field that
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from gqa_jax.costs import Shape
 from gqa_jax.errors import ConfigError, close, first_line
 
 CONFIG = "config.json"
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")  # fields of a model's `Shape`
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 #: What makes another kind of model, and the fields that say so unless they are missing, null, false, 0 or empty.
@@ -172,28 +175,12 @@ def _public(text: str) -> OwnModel:
     )
 
 
-#: Public models of the Llama class, by name; numbers in the order of `Shape`. A test compares `total_params` with the count in
-#: each one's published weights.
-PUBLIC: dict[str, OwnModel] = {
-    name: OwnModel(name, Shape(*numbers), untied, source)
-    for name, numbers, untied, source in (
-        ("smollm2-135m", (30, 576, 9, 3, 64, 1536, 49152), False, "config.json of HuggingFaceTB/SmolLM2-135M"),
-        ("smollm2-360m", (32, 960, 15, 5, 64, 2560, 49152), False, "config.json of HuggingFaceTB/SmolLM2-360M"),
-        ("smollm2-1.7b", (24, 2048, 32, 32, 64, 8192, 49152), False, "config.json of HuggingFaceTB/SmolLM2-1.7B"),
-        ("tinyllama-1.1b", (22, 2048, 32, 4, 64, 5632, 32000), True, "arXiv 2401.02385; config.json of TinyLlama"),
-        ("llama-3.2-1b", (16, 2048, 32, 8, 64, 8192, 128256), False, "config.json of meta-llama/Llama-3.2-1B"),
-        ("llama-3.2-3b", (28, 3072, 24, 8, 128, 8192, 128256), False, "config.json of meta-llama/Llama-3.2-3B"),
-        ("llama-3.1-8b", (32, 4096, 32, 8, 128, 14336, 128256), True, "arXiv 2407.21783, Table 3; Llama 3 8B has the same"),
-        ("llama-3.1-70b", (80, 8192, 64, 8, 128, 28672, 128256), True, "arXiv 2407.21783, Table 3; Llama 3.3 has the same"),
-        ("llama-3.1-405b", (126, 16384, 128, 8, 128, 53248, 128256), True, "arXiv 2407.21783, Table 3"),
-        ("llama-7b", (32, 4096, 32, 32, 128, 11008, 32000), True, "arXiv 2302.13971, Table 2; F: config.json of llama-7b"),
-        ("llama-2-7b", (32, 4096, 32, 32, 128, 11008, 32000), True, "arXiv 2307.09288; config.json of Llama-2-7b-hf"),
-        ("llama-2-13b", (40, 5120, 40, 40, 128, 13824, 32000), True, "arXiv 2307.09288; config.json of Llama-2-13b-hf"),
-        ("llama-2-70b", (80, 8192, 64, 8, 128, 28672, 32000), True, "arXiv 2307.09288; config.json of Llama-2-70b-hf"),
-        ("mistral-7b-v0.3", (32, 4096, 32, 8, 128, 14336, 32768), True, "config.json of mistralai/Mistral-7B-v0.3"),
-        ("mistral-nemo-12b", (40, 5120, 32, 8, 128, 14336, 131072), True, "config.json of Mistral-Nemo-Base-2407"),
-        ("mistral-small-24b", (40, 5120, 32, 8, 128, 32768, 131072), True, "config.json of Mistral-Small-24B-Base-2501"),
-        ("yi-6b", (32, 4096, 32, 4, 128, 11008, 64000), True, "arXiv 2403.04652; config.json of 01-ai/Yi-6B"),
-        ("yi-34b", (60, 7168, 56, 8, 128, 20480, 64000), True, "arXiv 2403.04652; config.json of 01-ai/Yi-34B"),
-    )
-}
+def _published() -> Iterator[OwnModel]:
+    with (resources.files("gqa_jax") / "data/presets/public_models.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            shape = Shape(**{name: int(row[name]) for name in SHAPE})
+            yield OwnModel(row["name"], shape, row["untied"] == "1", row["source"])
+
+
+#: Public models of the Llama class, by name. A test compares `total_params` with the count in each one's published weights.
+PUBLIC = {model.name: model for model in _published()}
