@@ -221,7 +221,7 @@ TABLE = (
     ),
     Row(
         "launch.export",
-        ".formatting .storage .results .laws .plots launch.cells launch.rules launch.studies launch.grid_tables",
+        ".formatting .storage .results .differences .laws .plots launch.cells launch.rules launch.studies launch.grid_tables",
     ),
     Row(
         "launch.next_cells",
@@ -236,9 +236,9 @@ TABLE = (
     ),
     Row(
         "launch.findings",
-        ".errors .formatting .shapes .costs .storage .results .laws .search.invariance .search.objectives "
-        ".search.answer .search.optimum .plots launch.training_cells launch.state launch.studies launch.grid_tables "
-        "launch.report",
+        ".errors .formatting .shapes .costs .storage .results .differences .laws .search.invariance "
+        ".search.objectives .search.answer .search.optimum .plots launch.training_cells launch.state "
+        "launch.studies launch.grid_tables launch.report",
     ),
     Row(
         "launch.analysis",
