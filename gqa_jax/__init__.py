@@ -32,7 +32,9 @@ __all__ = [
 ]  # fmt: skip
 
 _ELSEWHERE = {
-    "load_differences": "differences", "load_model": "training.parameters", "load_study": "search.study",
+    "load_differences": "differences",
+    "load_model": "training.parameters",
+    "load_study": "search.study",
     "load_table": "laws.external",
 }  # fmt: skip (the other functions are of `results`)
 
