@@ -164,7 +164,10 @@ TABLE = (
         ".errors .formatting .costs .storage .results .differences .laws .laws.external .search.presets "
         ".search.objectives .search.candidates .search.optimum",
     ),
-    Row("gqa_jax", lazily=".training.parameters .results .laws.external .search.invariance .search.presets .search.study"),
+    Row(
+        "gqa_jax",
+        lazily=".training.parameters .results .differences .laws.external .search.invariance .search.presets .search.study",
+    ),
     # Grids: what a person runs.
     Row("launch"),
     Row("launch.executors"),
