@@ -278,11 +278,9 @@ def _proved(arguments, todo: list[Cell], engine: Executor) -> dict[str, Cell]:
 
     Raises ConfigError when a cell does not fit where it would run, before anything is started.
     """
-    where = hardware.find(arguments.topology) if arguments.topology else engine.options.slice
+    where = hardware.find(arguments.topology) if arguments.topology else engine.slice
     if where is None and engine.here:
-        where = fit.here(engine.gpus_here)
-        if where is None:
-            fit.require_memory(todo, engine.capacity)
+        fit.require_memory(todo, engine.capacity)
     if where is None:
         return {cell.name: cell for cell in todo}
     fits = [fit.estimate(cell, where) for cell in todo]

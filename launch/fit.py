@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -153,19 +151,6 @@ def reason(fit: Fit) -> str:
     if fit.check.bytes_needed:
         return f"the compiler needs {gib(fit.check.bytes_needed)}, {limit} are there"
     return f"the compiler says: {' '.join(str(fit.check.error).split())[:300]}"
-
-
-def here(gpus: int) -> Slice | None:
-    """The slice that so many GPUs of this machine are, with the memory that JAX takes here; None on CPUs and unknown GPUs."""
-    if not gpus or shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    chip = hardware.chip_of(found.stdout.splitlines()[0]) if found.returncode == 0 and found.stdout else None
-    if chip is None:
-        return None
-    chip = hardware.on_this_machine(chip, os.environ)
-    return dataclasses.replace(hardware.find(f"{chip.name}:1"), name=f"{chip.name}:{gpus}", chip=chip, n_chips=gpus)
 
 
 def require_memory(cells: Sequence[Cell], slots: int) -> None:

@@ -185,7 +185,7 @@ TABLE = (
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
     Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
     Row("launch.executors.bundle", ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base"),
-    Row("launch.executors.local", ".errors .storage .training.run_folder launch.cells launch.executors.base"),
+    Row("launch.executors.local", ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base"),
     Row(
         "launch.executors.slurm",
         ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base launch.executors.queue",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import gqa_jax
+from gqa_jax import hardware
 from gqa_jax.config import ConfigError
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
@@ -216,6 +217,26 @@ def test_a_slot_of_several_gpus(monkeypatch):
         local.slots(None, 8)
     with pytest.raises(ConfigError, match="has 2 times 2 GPUs"):
         local.slots(3, 2)
+
+
+def test_the_slice_of_a_gpu_machine_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
+    class Found:
+        returncode, stdout = 0, "NVIDIA A100-SXM4-40GB\nNVIDIA A100-SXM4-40GB\n"  # what a cell sees of them is asked for
+
+    monkeypatch.setattr(local.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(local.subprocess, "run", lambda *_, **__: Found)
+    where = local.gpu_slice(2)
+    assert (where.name, where.n_chips) == ("a100:2", 2)
+    assert where.chip.memory_bytes == 0.75 * 40e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert local.gpu_slice(2).chip.memory_bytes == pytest.approx(0.9 * 40e9)
+    assert hardware.find("a100:2").chip.memory_bytes == 0.75 * 80e9  # elsewhere nothing is known
+    monkeypatch.setattr(Found, "stdout", "NVIDIA GeForce RTX 4090\n")
+    assert local.gpu_slice(1) is None
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert local.Executor(local.Options(), Layout(tmp_path)).slice is None
 
 
 def test_two_launchers_on_one_grid(tmp_path):

@@ -279,25 +279,6 @@ def test_run_on_cpus_refuses_what_the_machine_cannot_hold(small, capsys, monkeyp
     assert "16 bytes a parameter are" in capsys.readouterr().err
 
 
-def test_the_slice_of_a_gpu_machine_is_found_by_its_name(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-
-    class Found:
-        returncode, stdout = 0, "NVIDIA A100-SXM4-40GB\nNVIDIA A100-SXM4-40GB\n"  # what a cell sees of them is asked for
-
-    monkeypatch.setattr(fit.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(fit.subprocess, "run", lambda *_, **__: Found)
-    where = fit.here(2)
-    assert (where.name, where.n_chips) == ("a100:2", 2)
-    assert where.chip.memory_bytes == 0.75 * 40e9
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert fit.here(2).chip.memory_bytes == pytest.approx(0.9 * 40e9)
-    assert hardware.find("a100:2").chip.memory_bytes == 0.75 * 80e9  # elsewhere nothing is known
-    monkeypatch.setattr(Found, "stdout", "NVIDIA GeForce RTX 4090\n")
-    assert fit.here(1) is None
-    assert fit.here(0) is None
-
-
 def test_a_smaller_share_of_memory_is_a_smaller_limit():
     cell = grid.cells(grid_fakes.small_grid())[0]
     where = hardware.find("a100:1")

@@ -114,7 +114,6 @@ class Executor(abc.ABC):
     #: Else they go on by themselves, and each submission is recorded in the cell's folder.
     here: ClassVar[bool] = False
     pass_seconds: ClassVar[float] = 30.0  # between two looks of a launcher
-    gpus_here: int = 0  # of this machine, that a cell gets
 
     def __init__(self, options: Options, layout: Layout):
         self.options, self.layout = options, layout
@@ -128,6 +127,11 @@ class Executor(abc.ABC):
     @property
     def engine(self) -> str:
         return self.options.engine
+
+    @property
+    def slice(self) -> Slice | None:
+        """All the chips of a cell; None: they are not known."""
+        return self.options.slice
 
     @property
     def capacity(self) -> int:

@@ -25,8 +25,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
-from gqa_jax import storage
+from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.hardware import Slice
 from gqa_jax.training import run_folder
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import base
@@ -88,8 +89,9 @@ class Executor(base.Executor):
         return len(self.slots)
 
     @property
-    def gpus_here(self) -> int:
-        return self.options.gpus_per_cell if "CUDA_VISIBLE_DEVICES" in self.slots[0].environments[0] else 0
+    def slice(self) -> Slice | None:
+        has_gpus = "CUDA_VISIBLE_DEVICES" in self.slots[0].environments[0]
+        return self.options.slice or (gpu_slice(self.options.gpus_per_cell) if has_gpus else None)
 
     def with_slots(self, count: int) -> Executor:
         return Executor(dataclasses.replace(self.options, slots=count), self.layout)
@@ -248,6 +250,15 @@ def slots(count: int | None = None, gpus_per_cell: int = 1, processes: int = 1) 
     return [Slot(f"CPU {i}", [tunables | platform] * processes, share) for i, share in enumerate(shares)]
 
 
+def gpu_slice(count: int) -> Slice | None:
+    """The slice that so many GPUs of this machine are, with the memory that JAX takes here; None where they are not known."""
+    chip = hardware.chip_of(names[0]) if (names := _gpu_names()) else None
+    if chip is None:
+        return None
+    chip = hardware.on_this_machine(chip, os.environ)
+    return dataclasses.replace(hardware.find(f"{chip.name}:1"), name=f"{chip.name}:{count}", chip=chip, n_chips=count)
+
+
 def _holder(path: Path) -> dict[str, Any] | None:
     """What the process that holds the lock file says of itself; None: nobody holds it."""
     try:
@@ -337,8 +348,13 @@ def _gpus() -> list[str]:
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name and name != "-1"]
+    return [str(number) for number, _ in enumerate(_gpu_names())]
+
+
+def _gpu_names() -> list[str]:
+    """What the driver calls this machine's GPUs."""
     if shutil.which("nvidia-smi") is None:
         return []
-    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    lines = found.stdout.splitlines() if found.returncode == 0 else []
-    return [str(i) for i, _ in enumerate(line for line in lines if line.startswith("GPU "))]
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.splitlines() if found.returncode == 0 else []
