@@ -225,7 +225,7 @@ def test_a_grid_on_gs(tmp_path, capsys, gcs_root, monkeypatch):
     path = tmp_path / "two.py"
     path.write_text(
         "from launch.grid import Grid\nfrom tests.grid_fakes import config\n"
-        "def get_grid(): return Grid('two', [config(size=16), config(model={'attention': 'flash'}, seed=1)], [1024])\n"
+        "def get_grid(): return Grid('two', [config(size=16), config(execution={'attention': 'flash'}, seed=1)], [1024])\n"
     )
     assert launch.main(["run", str(path), "--root", gcs_root]) == launch.EXIT_FAILED
     assert "attention implementation 'flash' is unknown" in capsys.readouterr().out
