@@ -1,10 +1,9 @@
-"""Inputs for attention, and the error of an implementation against the float64 oracle."""
+"""Inputs for attention, and what kernels make of them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa_jax.attention import conformance, xla
 from gqa_jax.attention.spec import Mask
 from gqa_jax.attention.vjp import Kernel, attend
 
@@ -41,27 +40,3 @@ def run(forward, backward, options, arrays, mask=None, scale=None):
 
     traced = {name: value for name, value in mask._asdict().items() if value is not None and not isinstance(value, int)}
     return [np.asarray(x) for x in jax.jit(all_of)(q, k, v, d_out, traced)]
-
-
-def exact(arrays, mask=None, scale=None):
-    """What `run` would give without rounding."""
-    q, k, v, d_out = arrays
-    mask = mask or Mask()
-    known = {
-        "q_offset": int(mask.q_offset), "kv_offset": int(mask.kv_offset), "scale": scale,
-        "q_segments": mask.q_segments_BxT, "kv_segments": mask.kv_segments_BxS,
-    }  # fmt: skip
-    return *conformance.exact(q, k, v, **known), *conformance.exact_gradients(q, k, v, d_out, **known)
-
-
-def assert_as_good_as_xla(forward, backward, options, arrays, mask=None, scale=None, factor=1.5):
-    """Root-mean-square error of output, log-sum-exp and gradients at most `factor` times that of `xla` in the same dtype."""
-    expected = exact(arrays, mask, scale)
-    got = run(forward, backward, options, arrays, mask, scale)
-    yardstick = run(xla.forward, xla.backward, xla.Options(block=128, chunk=256), arrays, mask, scale)
-    for name, mine, theirs, truth in zip(("out", "lse", "dq", "dk", "dv"), got, yardstick, expected, strict=True):
-        seen = np.isfinite(truth)
-        assert np.array_equal(np.isfinite(mine), seen), f"{name}: rows that see no key differ"
-        errors = [np.sqrt(np.mean((np.asarray(x, np.float64)[seen] - truth[seen]) ** 2)) for x in (mine, theirs)]
-        floor = 4 * np.finfo(np.float32).eps * max(1.0, np.abs(truth[seen]).max())
-        assert errors[0] <= factor * errors[1] + floor, f"{name}: rms error {errors[0]:.3g}, xla's {errors[1]:.3g}"

@@ -8,14 +8,20 @@ import subprocess
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_jax.attention import conformance, hopper, unsupported_reason
+from gqa_jax.attention.conformance import PROBLEMS, Problem
 from gqa_jax.attention.spec import Case, Mask
 from gqa_jax.attention.vjp import Kernel, attend
 from tests import machines
+
+QUICK = ("one query", "heads of 128", "offset, traced", "documents and an offset")  # the interpreter takes seconds for each
+BEYOND = {
+    "float32": "takes bfloat16, not float32", "float16": "takes bfloat16, not float16",
+    "heads of 16": "heads of 64 and 128", "heads of 80": "heads of 64 and 128",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -37,91 +43,40 @@ def races(monkeypatch):
     return found
 
 
-def problem(n_heads, n_kv, head_dim, length, *, keys=None, batch=1, size=1.0):
-    rng = np.random.default_rng(0)
-    group = n_heads // n_kv
-    q_shape, k_shape = (batch, length, n_kv, group, head_dim), (batch, keys or length, n_kv, head_dim)
-    q, k, v, d_out = (
-        jnp.asarray(s * rng.normal(size=shape), jnp.bfloat16)
-        for s, shape in ((size, q_shape), (size, k_shape), (1, k_shape), (1, q_shape))
-    )
-    return (q, k, v), (d_out, rng.normal(size=(batch, n_kv, group, length)).astype(np.float32))
+def is_right(problem):
+    return conformance.check("pallas_gpu", problem, interpret=True).status == "right"
 
 
-def check(arrays, cotangents, mask=Mask(), *, options=None, tolerance=1e-2, **offsets):  # noqa: B008
-    """Output, log-sum-exp and gradients against float64, relative to the largest of each."""
-    q, (d_out, d_lse) = arrays[0], cotangents
-    if options is None:
-        segments = mask.q_segments_BxT is not None
-        options = hopper.choose(q.shape[-1], q.shape[1], q.shape[3], q.shape[0] * q.shape[2], segments)
-    kernel = Kernel(hopper.forward, hopper.backward, q.shape[-1] ** -0.5, options._replace(interpret=True))
-    (out, lse), pull = jax.vjp(lambda *x: attend(kernel, *x, mask), *arrays)
-    expected_out, expected_lse = conformance.exact(*arrays, **offsets)
-    seen = np.isfinite(expected_lse)
-    np.testing.assert_array_equal(np.isfinite(lse), seen)
-    np.testing.assert_allclose(np.where(seen, lse, 0), np.where(seen, expected_lse, 0), atol=2e-5, rtol=1e-6)
-    assert not np.asarray(out)[~seen.transpose(0, 3, 1, 2)].any()
-    expected = conformance.exact_gradients(*arrays, d_out, np.where(seen, d_lse, 0), **offsets)
-    for found, right in zip((out, *pull((d_out, jnp.where(seen, d_lse, jnp.nan)))), (expected_out, *expected), strict=True):
-        assert found.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance * np.abs(right).max())
+TAKEN = [title for title in PROBLEMS if title not in BEYOND and not title.startswith("decode")]
+
+
+@pytest.mark.parametrize("title", [pytest.param(title, marks=() if title in QUICK else pytest.mark.slow) for title in TAKEN])
+def test_is_right_and_has_no_races(races, title):
+    assert is_right(PROBLEMS[title])
+    assert not races
+
+
+RING = hopper.Tile(consumers=2, block=64, stages=2, consumer_registers=240, loader_registers=24)
 
 
 @pytest.mark.parametrize(
-    ("n_heads", "n_kv", "head_dim", "length"),
+    ("problem", "splits"),
     [
-        (1, 1, 64, 64),
-        (1, 1, 128, 200),
-        (8, 2, 64, 64),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-            (1, 1, 64, 900), (1, 1, 128, 700), (8, 1, 64, 320), (8, 1, 128, 200), (8, 2, 64, 200), (8, 2, 128, 128),
-            (32, 8, 64, 64), (32, 8, 128, 100),
-        )),
-    ],
-)  # fmt: skip
-def test_agrees_with_the_oracle_and_has_no_races(races, n_heads, n_kv, head_dim, length):
-    check(*problem(n_heads, n_kv, head_dim, length))
-    assert not races
-
-
-def test_rings_of_two_blocks_are_reused_without_races(races):
-    """Many blocks through few slots: what is loaded ahead must not overwrite what is still read."""
-    tile = hopper.Tile(consumers=2, block=64, stages=2, consumer_registers=240, loader_registers=24)
-    check(*problem(2, 1, 64, 448), options=hopper.Options(tile, tile, tile))
-    assert not races
-
-
-def test_group_split_over_ctas_sums_to_the_same(races):
-    tile = hopper.Tile(consumers=2, block=64, stages=2, consumer_registers=240, loader_registers=24)
-    check(*problem(4, 1, 64, 130), options=hopper.Options(tile, tile, tile._replace(splits=2)))
-    assert not races
-
-
-@pytest.mark.parametrize(
-    ("q_offset", "kv_offset", "known"),
-    [
-        (150, 0, jnp.int32),
-        pytest.param(7, 60, jnp.int32, marks=pytest.mark.slow),
-        pytest.param(7, 60, int, marks=pytest.mark.slow),
+        (Problem((2, 1), 64, 448), 1),  # many blocks through few slots: what is loaded ahead must not overwrite what is read
+        (Problem((4, 1), 64, 130), 2),  # a group split over CTAs sums to the same
     ],
 )
-def test_offsets_of_a_shard(q_offset, kv_offset, known):
-    """Keys before the queries; and, with kv_offset 60, queries that see no key: output 0, log-sum-exp -inf, no gradient."""
-    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
-    check(*problem(2, 1, 64, 80, keys=200), Mask(*map(known, offsets.values())), **offsets)
-
-
-@pytest.mark.parametrize("length", [90, pytest.param(300, marks=pytest.mark.slow)])
-def test_segments_of_packed_sequences(races, length):
-    ids = np.sort(np.random.default_rng(1).integers(0, 4, size=(2, length)), axis=1)
-    mask = Mask(q_segments_BxT=jnp.asarray(ids), kv_segments_BxS=jnp.asarray(ids))
-    check(*problem(2, 1, 64, length, batch=2), mask, q_segments=ids, kv_segments=ids)
+def test_rings_are_reused_and_groups_split_without_races(races, monkeypatch, problem, splits):
+    monkeypatch.setattr(hopper, "choose", lambda *_: hopper.Options(RING, RING, RING._replace(splits=splits)))
+    assert is_right(problem)
     assert not races
 
 
-@pytest.mark.slow
-def test_large_logits():
-    check(*problem(2, 1, 64, 192, size=6.0), tolerance=3e-2)
+@pytest.mark.parametrize("title", BEYOND)
+def test_what_it_can_not_run(title):
+    found = conformance.check("pallas_gpu", PROBLEMS[title], interpret=True)
+    assert found.status == "can't run"
+    assert BEYOND[title] in found.said
 
 
 def compiled_for_h200(n_heads, n_kv, head_dim, length, *, batch=1, offsets=False, segments=False):

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import tpu_cycles
 from gqa_jax import attention, hardware
-from gqa_jax.attention import tpu
+from gqa_jax.attention import conformance, tpu
+from gqa_jax.attention.conformance import PROBLEMS, Problem
 from gqa_jax.attention.spec import Mask
 from gqa_jax.attention.tpu import Options
 from gqa_jax.hardware import Tiles
@@ -22,46 +23,29 @@ SMALL = Tiles(rows=256, keys=128, strip=128, chunk=128, ahead=1, together=1)  # 
 PACKED = Tiles(rows=512, keys=256, strip=256, chunk=128, ahead=3, together=2)
 
 
-def check(arrays, tiles=PACKED, mask=None, cores=1, **how):
-    options = Options(tiles, tiles, cores=cores, interpret=True)
-    cases.assert_as_good_as_xla(tpu.forward, tpu.backward, options, arrays, mask, **how)
+@pytest.fixture
+def tiles(monkeypatch):
+    """A function that has `pallas_tpu` take these tiles and cores."""
+
+    def choose(forward, backward=None, **how):
+        options = Options(forward, backward or forward, **{"interpret": True, **how})
+        monkeypatch.setattr(tpu, "choose", lambda case: options)
+
+    return choose
 
 
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "length"),
-    [
-        ((1, 1), 64, 128), ((1, 1), 128, 1000), ((8, 1), 64, 256), ((8, 1), 128, 640), ((8, 2), 64, 700), ((8, 2), 128, 300),
-        ((32, 8), 64, 384), ((32, 8), 128, 130), ((32, 32), 64, 129), ((32, 32), 128, 256), ((6, 2), 64, 520), ((1, 1), 16, 77),
-    ],
-)  # fmt: skip
-def test_error_is_that_of_the_best_in_bfloat16(heads, head_dim, length):
-    check(cases.inputs(*heads, head_dim, length), scale=0.2 if heads == (8, 2) else None)
+@pytest.mark.parametrize("forward", [SMALL, PACKED, None])
+@pytest.mark.parametrize("title", ["groups", "documents"])
+def test_tiles_of_all_kinds(tiles, forward, title):
+    if forward is not None:  # else those of the table
+        tiles(forward)
+    assert conformance.check("pallas_tpu", PROBLEMS[title], interpret=True).status == "right"
 
 
-@pytest.mark.parametrize("kind", ["large", "equal"])
-def test_adversarial_logits(kind):
-    check(cases.inputs(8, 1, 64, 400, kind=kind))
-
-
-def test_float32_is_exact_to_float32():
-    check(cases.inputs(4, 2, 64, 300, dtype=jnp.float32, batch=2))
-
-
-@pytest.mark.parametrize("cores", [1, 2])
-@pytest.mark.parametrize("offset", [(0, 200), (300, 0)])
-def test_traced_offsets_and_rows_that_see_nothing(offset, cores):
-    check(cases.inputs(2, 1, 64, 300, keys=450), mask=Mask(*map(jnp.int32, offset)), cores=cores)
-
-
-@pytest.mark.parametrize("offset", [(0, 200), (300, 0)])
-def test_offsets_that_are_known(offset):
-    check(cases.inputs(2, 1, 64, 300, keys=450), mask=Mask(*offset))
-
-
-@pytest.mark.parametrize("tiles", [SMALL, PACKED])
-def test_documents(tiles):
-    ids = cases.segments(600, batch=2)
-    check(cases.inputs(4, 2, 64, 600, batch=2), tiles, Mask(0, 0, ids, ids))
+@pytest.mark.parametrize("title", ["queries that see no key, traced", "offset"])
+def test_two_cores_with_offsets(tiles, title):
+    tiles(SMALL, cores=2)
+    assert conformance.check("pallas_tpu", PROBLEMS[title], interpret=True).status == "right"
 
 
 def test_documents_equal_separate_documents():
@@ -86,14 +70,13 @@ def test_two_cores_give_what_one_gives(heads):
 
 
 @pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
-def test_no_races_under_tpu_semantics(heads):
+def test_no_races_under_tpu_semantics(tiles, heads):
     """DMAs that land when they are waited for, two cores, uninitialised memory that is NaN, races detected."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    arrays = cases.inputs(*heads, 64, 384)
-    options = Options(SMALL, SMALL, cores=2, interpret=interpret)
-    cases.assert_as_good_as_xla(tpu.forward, tpu.backward, options, arrays)
+    tiles(SMALL, cores=2, interpret=interpret)
+    assert conformance.check("pallas_tpu", Problem(heads, 64, 384), interpret=True).status == "right"
     assert not interpret_pallas_call.races.races_found
 
 

@@ -2,9 +2,10 @@
 
     python -m gqa_jax.attention.conformance pallas_tpu my_package.kernels:flash --interpret
 
-takes names as a run's configuration does (`gqa_jax.attention.external`); `check` and `check_decode` are the same from Python.
+takes names as a run's configuration does (`gqa_jax.attention.external`); `check` is the same from Python.
 An implementation passes where the root-mean-square errors of output, log-sum-exp and gradients are at most `FACTOR` times those
-of plain JAX in the same dtype. A problem that it can't run is no failure: the reason is said.
+of `xla` in the same dtype, in blocks or as it runs, whichever is larger. What it can't run is no failure: the reason is
+said.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,16 +26,16 @@ from gqa_jax.attention import api, vjp, xla
 from gqa_jax.attention.dispatch import unsupported_reason
 from gqa_jax.attention.spec import Case, Mask, interpreted
 
-FACTOR = 1.5  # of the error of plain JAX
+FACTOR = 1.5  # of the error of `xla`
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
 class Problem(NamedTuple):
-    """A call of `attention`. Offsets that are `traced` are known only when the program runs."""
+    """A call of `attention`, or with `lengths` one of `decode`. Offsets that are `traced` are known only when it runs."""
 
     heads: tuple[int, int]  # query heads, key/value heads
     head_dim: int
-    length: int  # T
+    length: int  # T; of decode S, the entries of a cache
     keys: int | None = None  # S; None: T
     batch: int = 1
     dtype: str = "bfloat16"
@@ -43,6 +45,18 @@ class Problem(NamedTuple):
     kv_offset: int = 0
     traced: bool = False
     segments: str | None = None  # "sorted": packed documents; "mixed": ids in no order
+    lengths: tuple[int, ...] | None = None  # entries of each sequence that are valid: those beyond are NaN
+
+    def case(self) -> Case:
+        if self.lengths is not None:
+            sizes = {"batch": len(self.lengths), "length": 1, "keys": self.length}
+        else:
+            sizes = {"batch": self.batch, "length": self.length, "keys": self.keys or self.length}
+        aligned = self.lengths is None and not self.traced and self.q_offset == self.kv_offset
+        return Case.planned(
+            n_heads=self.heads[0], n_kv_heads=self.heads[1], head_dim=self.head_dim, dtype=self.dtype, aligned=aligned,
+            segments=self.segments is not None, **sizes,
+        )._replace(decode=self.lengths is not None)  # fmt: skip
 
 
 PROBLEMS = {
@@ -70,33 +84,19 @@ PROBLEMS = {
     "documents": Problem((4, 2), 64, 260, batch=2, segments="sorted"),
     "documents in no order": Problem((2, 1), 64, 140, segments="mixed"),
     "documents and an offset": Problem((4, 1), 64, 70, keys=150, q_offset=80, segments="sorted", traced=True),
-}
-
-
-class DecodeProblem(NamedTuple):
-    """A call of `decode`: entries of the caches beyond `lengths`, one a sequence, are NaN."""
-
-    heads: tuple[int, int]
-    head_dim: int
-    keys: int
-    lengths: tuple[int, ...]
-    dtype: str = "bfloat16"
-    kind: str = "normal"
-
-
-DECODE_PROBLEMS = {
-    "one head": DecodeProblem((1, 1), 64, 64, (1, 64)),
-    "a group": DecodeProblem((8, 1), 64, 300, (299, 130)),
-    "an empty cache": DecodeProblem((8, 1), 128, 77, (0, 77)),
-    "short": DecodeProblem((8, 2), 64, 33, (33, 32)),
-    "heads of 128": DecodeProblem((8, 2), 128, 301, (301, 60)),
-    "groups": DecodeProblem((32, 8), 64, 200, (129, 7)),
-    "groups, heads of 128": DecodeProblem((32, 8), 128, 150, (150, 128)),
-    "no groups": DecodeProblem((32, 32), 128, 100, (64, 99)),
-    "heads of 80": DecodeProblem((6, 2), 80, 200, (200, 1)),
-    "long": DecodeProblem((8, 2), 64, 2500, (2500, 617)),
-    "float32": DecodeProblem((8, 2), 64, 150, (150, 100), dtype="float32"),
-    "large logits": DecodeProblem((8, 2), 64, 150, (150, 100), kind="large"),
+    "long, documents and offsets": Problem((2, 1), 64, 1100, keys=900, q_offset=7, kv_offset=100, segments="sorted"),
+    "decode, one head": Problem((1, 1), 64, 64, lengths=(1, 64)),
+    "decode, a group": Problem((8, 1), 64, 300, lengths=(299, 130)),
+    "decode, an empty cache": Problem((8, 1), 128, 77, lengths=(0, 77)),
+    "decode, short": Problem((8, 2), 64, 33, lengths=(33, 32)),
+    "decode, heads of 128": Problem((8, 2), 128, 301, lengths=(301, 60)),
+    "decode, groups": Problem((32, 8), 64, 200, lengths=(129, 7)),
+    "decode, groups, heads of 128": Problem((32, 8), 128, 150, lengths=(150, 128)),
+    "decode, no groups": Problem((32, 32), 128, 100, lengths=(64, 99)),
+    "decode, heads of 80": Problem((6, 2), 80, 200, lengths=(200, 1)),
+    "decode, long": Problem((8, 2), 64, 2500, lengths=(2500, 617)),
+    "decode, float32": Problem((8, 2), 64, 150, dtype="float32", lengths=(150, 100)),
+    "decode, large logits": Problem((8, 2), 64, 150, kind="large", lengths=(150, 100)),
 }
 
 
@@ -113,13 +113,8 @@ def check(name: str, problem: Problem, *, interpret: bool = False) -> Finding:
 
     `interpret` runs Pallas kernels in interpret mode. Raises ValueError on an unknown name.
     """
-    (n_heads, n_kv), keys = problem.heads, problem.keys or problem.length
     with interpreted() if interpret else contextlib.nullcontext():
-        case = Case.planned(
-            batch=problem.batch, length=problem.length, keys=keys, n_heads=n_heads, n_kv_heads=n_kv, head_dim=problem.head_dim,
-            dtype=problem.dtype, aligned=not problem.traced and problem.q_offset == problem.kv_offset,
-            segments=problem.segments is not None,
-        )  # fmt: skip
+        case = problem.case()
         lse = unsupported_reason(name, case._replace(return_lse=True)) is None
         if not lse and (reason := unsupported_reason(name, case)) is not None:
             return Finding("can't run", reason, {})
@@ -132,30 +127,17 @@ def check(name: str, problem: Problem, *, interpret: bool = False) -> Finding:
             )  # fmt: skip
             return (out[0], jnp.moveaxis(out[1], 1, 3)) if lse else (out, None)
 
-        return _judged(functools.partial(_results, attend, problem), problem, _exact(problem), _usual(problem))
+        try:
+            got = _decoded(name, problem) if case.decode else _results(attend, problem, jit=not interpret)
+        except Exception as error:  # of whichever kind a compiler raises
+            return Finding("failed", f"{type(error).__name__}: {error}", {})
+        return _judged(got, problem)
 
 
-def check_decode(name: str, problem: DecodeProblem, *, interpret: bool = False) -> Finding:
-    """Whether the implementation of a name decodes right, and reads nothing beyond the lengths; arguments as in `check`."""
-    (n_heads, n_kv), batch = problem.heads, len(problem.lengths)
-    with interpreted() if interpret else contextlib.nullcontext():
-        case = Case.planned(
-            batch=batch, length=1, keys=problem.keys, n_heads=n_heads, n_kv_heads=n_kv, head_dim=problem.head_dim,
-            dtype=problem.dtype, aligned=False,
-        )._replace(decode=True, return_lse=True)  # fmt: skip
-        if (reason := unsupported_reason(name, case)) is not None:
-            return Finding("can't run", reason, {})
-        return _judged(lambda: _decoded(name, problem), problem, _exact_decode(problem), _decoded("reference", problem))
-
-
-def _judged(run: Callable[[], tuple], problem, exact: tuple, usual: tuple) -> Finding:
-    """The finding of results, None where there are none, beside those without rounding and those of plain JAX."""
-    try:
-        results = run()
-    except Exception as error:  # of whichever kind a compiler raises
-        return Finding("failed", f"{type(error).__name__}: {error}", {})
+def _judged(results: tuple, problem: Problem) -> Finding:
+    """The finding of results, None where there are none, beside those without rounding and those of `xla`."""
     wrong, errors = [], {}
-    for name, got, yardstick, truth in zip(RESULTS, results, usual, exact, strict=False):
+    for name, got, truth, *usual in zip(RESULTS, results, _exact(problem), *_usual(problem), strict=False):
         if got is None:
             continue
         dtype = np.dtype("float32") if name == "lse" else jnp.dtype(problem.dtype)
@@ -166,9 +148,9 @@ def _judged(run: Callable[[], tuple], problem, exact: tuple, usual: tuple) -> Fi
             wrong.append(f"{name} is not finite, or -inf, where it must be")
             continue
         truth = truth[seen]
-        errors[name], usual_error = (_root_mean_square(np.asarray(x, np.float64)[seen] - truth) for x in (got, yardstick))
+        errors[name], *usual_errors = (_root_mean_square(np.asarray(x, np.float64)[seen] - truth) for x in (got, *usual))
         rounding = max(float(jnp.finfo(dtype).eps), 4e-6)  # sums in float32 lose a few of its bits
-        most = min(FACTOR * usual_error, rounding * (2.5 * _root_mean_square(truth) + 0.25))
+        most = min(FACTOR * max(usual_errors), rounding * (2.5 * _root_mean_square(truth) + 0.25))
         most += 4 * np.finfo(np.float32).eps * max(1.0, np.abs(truth).max(initial=0))
         if not errors[name] <= most:
             wrong.append(f"{name} is off by {errors[name]:.2g}, allowed are {most:.2g}")
@@ -207,8 +189,11 @@ def _arrays(problem: Problem) -> tuple[list[jax.Array], np.ndarray, Mask]:
     return [jnp.asarray(x, problem.dtype) for x in arrays], d_lse.astype(np.float32), mask
 
 
-def _results(attend: Callable, problem: Problem) -> tuple:
-    """Output, log-sum-exp and gradients of attend(q, k, v, mask, scale) -> out, lse or None, jitted."""
+def _results(attend: Callable, problem: Problem, *, jit: bool = True) -> tuple:
+    """Output, log-sum-exp and gradients of attend(q, k, v, mask, scale) -> out, lse or None.
+
+    Mosaic GPU's interpreter calls back into JAX, which waits for ever within a jitted program on few cores: it gets none.
+    """
     (q, k, v, d_out), d_lse, mask = _arrays(problem)
     scale = problem.scale or problem.head_dim**-0.5
     # of a row that sees no key the log-sum-exp of -inf has any cotangent, and none may matter
@@ -219,22 +204,29 @@ def _results(attend: Callable, problem: Problem) -> tuple:
         return out, lse, *pull((d_out, None if lse is None else jnp.asarray(d_lse, lse.dtype)))
 
     known = {"q_offset": mask.q_offset, "kv_offset": mask.kv_offset}
-    return jax.jit(step)(q, k, v, {name: jnp.int32(x) for name, x in known.items()} if problem.traced else {})
+    step = jax.jit(step) if jit else step
+    return step(q, k, v, {name: jnp.int32(x) for name, x in known.items()} if problem.traced else {})
 
 
 @functools.cache
-def _usual(problem: Problem) -> tuple:
-    """`_results` of plain JAX in blocks and chunks, whatever the length."""
-    options = xla.Options(block=128, chunk=256)
+def _usual(problem: Problem) -> tuple[tuple, ...]:
+    """What `xla` gives: as it runs, and its kernel in blocks and chunks whatever the length; in decoding, in one form alone."""
+    if problem.lengths is not None:
+        return (_decoded("xla", problem),)
 
-    def attend(q, k, v, mask: Mask, scale: float):
-        return vjp.attend(vjp.Kernel(xla.forward, xla.backward, scale, options), q, k, v, mask)
+    def in_blocks(q, k, v, mask: Mask, scale: float):
+        return vjp.attend(vjp.Kernel(xla.forward, xla.backward, scale, xla.Options(block=128, chunk=256)), q, k, v, mask)
 
-    return _results(attend, problem)
+    def as_it_runs(q, k, v, mask: Mask, scale: float):
+        return xla.attend(q, k, v, mask, scale, problem.case())
+
+    return _results(in_blocks, problem), _results(as_it_runs, problem)
 
 
 @functools.cache
 def _exact(problem: Problem) -> tuple[np.ndarray, ...]:
+    if problem.lengths is not None:
+        return _exact_decode(problem)
     (q, k, v, d_out), d_lse, mask = _arrays(problem)
     how = {name.partition("_B")[0]: value for name, value in mask._asdict().items()} | {"scale": problem.scale}
     out, lse = exact(q, k, v, **how)
@@ -242,23 +234,21 @@ def _exact(problem: Problem) -> tuple[np.ndarray, ...]:
 
 
 @functools.cache
-def _decode_arrays(problem: DecodeProblem) -> list[jax.Array]:
+def _decode_arrays(problem: Problem) -> list[jax.Array]:
     """q (B, N, H), both caches, NaN beyond the lengths, and the lengths."""
     (n_heads, n_kv), batch, lengths = problem.heads, len(problem.lengths), np.array(problem.lengths, np.int32)
-    cache = (batch, problem.keys, n_kv, problem.head_dim)
+    cache = (batch, problem.length, n_kv, problem.head_dim)
     q, *caches = _normal(problem.kind, 0, (batch, n_heads, problem.head_dim), cache, cache)
-    beyond = (np.arange(problem.keys) >= lengths[:, None])[:, :, None, None]
+    beyond = (np.arange(problem.length) >= lengths[:, None])[:, :, None, None]
     return [*(jnp.asarray(x, problem.dtype) for x in (q, *(np.where(beyond, np.nan, x) for x in caches))), jnp.asarray(lengths)]
 
 
-@functools.cache
-def _decoded(name: str, problem: DecodeProblem) -> tuple:
+def _decoded(name: str, problem: Problem) -> tuple:
     return jax.jit(functools.partial(api.decode, implementation=name, return_lse=True))(*_decode_arrays(problem))
 
 
-@functools.cache
-def _exact_decode(problem: DecodeProblem) -> tuple[np.ndarray, np.ndarray]:
-    q, k, v, lengths = _decode_arrays(problem)
+def _exact_decode(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v, lengths = (np.nan_to_num(np.asarray(x, np.float64)) for x in _decode_arrays(problem))
     grouped = (1, 1, k.shape[2], -1, q.shape[-1])
     pairs = [
         exact(q[b].reshape(grouped), k[b : b + 1, : max(n, 1)], v[b : b + 1, : max(n, 1)], q_offset=n - 1)
@@ -326,15 +316,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--interpret", action="store_true", help="run Pallas kernels in interpret mode, on any device")
     options = parser.parse_args(arguments)
     statuses = []
-    for name in options.names:
-        for kind, problems, checked in (("attention", PROBLEMS, check), ("decode", DECODE_PROBLEMS, check_decode)):
-            for title, problem in problems.items():
-                try:
-                    found = checked(name, problem, interpret=options.interpret)
-                except ValueError as error:
-                    parser.error(str(error))
-                statuses.append(found.status)
-                print(f"{name}  {kind}: {title:32} {found.status}{found.said and ': '}{found.said}", flush=True)
+    for name, (title, problem) in itertools.product(options.names, PROBLEMS.items()):
+        try:
+            found = check(name, problem, interpret=options.interpret)
+        except ValueError as error:
+            parser.error(str(error))
+        statuses.append(found.status)
+        print(f"{name}  {title:32} {found.status}{found.said and ': '}{found.said}", flush=True)
     print(", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)))
     return 0 if set(statuses) <= {"right", "can't run"} and "right" in statuses else 1
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gqa_jax import hardware
 from gqa_jax.attention import vjp
@@ -49,12 +50,14 @@ class Limits(NamedTuple):
 
     def reason(self, name: str, case: Case) -> str | None:
         """Why a case can't run on a device of this row, or None."""
-        if self.dtypes is not None and case.dtype.name not in self.dtypes:
-            return f"{name} takes {_listed(self.dtypes)}, not {case.dtype.name} ('reference' and 'xla' take any floating type)"
+        if self.dtypes is not None and (dtype := jnp.dtype(case.dtype).name) not in self.dtypes:
+            return f"{name} takes {_listed(self.dtypes)}, not {dtype} ('reference' and 'xla' take any floating type)"
         if self.head_dims is not None and case.head_dim not in self.head_dims:
             sizes = self.head_dims
             known = f"a multiple of {sizes.step} up to {sizes[-1]}" if isinstance(sizes, range) else _listed(map(str, sizes))
             return f"{name} takes heads of {known} on {case.chip}, not {case.head_dim}"
+        if case.decode:  # a mask and a log-sum-exp are part of it
+            return self.beyond(case) if self.beyond else None
         if case.length % self.multiple or case.keys % self.multiple:
             return f"{name} takes lengths of a multiple of {self.multiple}, not {case.length} and {case.keys}"
         if case.segments and not self.segments:
