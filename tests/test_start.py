@@ -12,10 +12,11 @@ import pytest
 
 import gqa_jax
 from gqa_jax import model, storage, train
-from gqa_jax.config import ConfigError, hash_identity
+from gqa_jax.config import ConfigError, TrainConfig, hash_identity
 from gqa_jax.data import catalog, reader, tokenizer
 from gqa_jax.training import start
 from gqa_jax.training.parameters import write_import
+from launch import grid, state
 from tests import first_version
 from tests.test_train import LONGER, losses, tiny
 
@@ -193,7 +194,7 @@ class TestTokenizer:
 
     @pytest.fixture(scope="class")
     def bpe(self):
-        return tokenizer.train_bpe(["the cat sat on the mat, and the rat sat on the cat"] * 9, 280)
+        return tokenizer.train_bpe(["the cat sat on the mat, and the rat sat on the cat"] * 9, 270)
 
     def test_one_with_a_file_is_kept_whole(self, bpe, tmp_path):
         (tmp_path / "store").mkdir()
@@ -201,7 +202,7 @@ class TestTokenizer:
         vocabulary = {"name": bpe.name, "sha256": bpe.sha256, "eos_id": bpe.eos_id}
         tokenizer.record(tmp_path / "run", SimpleNamespace(path=tmp_path / "store", vocabulary=vocabulary))
         found = tokenizer.of_run(tmp_path / "run")
-        assert (found.name, found.eos_id, found.sha256) == ("bpe:280", bpe.eos_id, bpe.sha256)
+        assert (found.name, found.eos_id, found.sha256) == ("bpe:270", bpe.eos_id, bpe.sha256)
         text = "the rat"
         assert found.encode_batch([text])[0].tolist() == bpe.encode_batch([text])[0].tolist()
         (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_bytes(bpe.json.replace(b'"sat"', b'"sit"') + b" ")
@@ -212,7 +213,7 @@ class TestTokenizer:
         tokenizer.record_tokenizer(tmp_path, bpe)
         made = catalog.open_store("sotu-bytes")
         tokenizer.record(tmp_path, made)
-        assert tokenizer.recorded(tmp_path)["name"] == "bpe:280"
+        assert tokenizer.recorded(tmp_path)["name"] == "bpe:270"
 
     def test_a_run_without_one_has_that_of_its_built_in_store(self, copied):
         shutil.rmtree(copied / "tokenizer")
@@ -234,3 +235,67 @@ class TestTokenizer:
     def test_imported_parameters_may_have_none(self, tmp_path):
         write_import(tmp_path / "a", tiny().model, model.init_params(tiny().model, jax.random.key(0)), provenance="")
         assert "no tokenizer is kept in" in gqa_jax.load_model(tmp_path / "a").no_tokenizer
+
+
+class TestGrid:
+    """Cells that start from folders outside of their grid."""
+
+    def continued(self, folder, **changes):
+        about = {"batch_tokens": 256, "data": {"block_tokens": 64}, "evaluation": {"tokens": 1024}}
+        config = grid.continued(folder, context_length=64, learning_rate=1e-5, tokens=512, **(about | changes))
+        return grid.cells(grid.Grid("g", [config], [1024]))[0]
+
+    def test_a_cell_from_an_import_is_the_run_that_its_name_says(self, imported, tmp_path):
+        cell = self.continued(imported[0], rope_theta=1e6)
+        assert (cell.parent, cell.config.continue_from, cell.start.identity) == (None, str(imported[0]), imported[1].identity)
+        assert cell.start.differs == ("model.rope_theta: 1000000.0 here, 500000.0 there",)
+        assert cell.identity["continue_from"] == imported[1].identity
+        assert cell.config.model == dataclasses.replace(tiny().model, rope_theta=1e6)
+        assert cell.config.data.skip_tokens == 0
+        assert cell.describe()["continue_from"] == "there"
+        folder = tmp_path / "cells" / cell.name
+        folder.mkdir(parents=True)
+        storage.write_json(folder / "config.json", cell.stored())
+        assert cell.edited(folder) is None
+        assert state.of(folder, 0.0, cell=cell).cause is None  # waits for nothing
+        result = train.train_and_evaluate(cell.config, folder)
+        assert result["identity"] == hash_identity(cell.identity)
+        assert result["start"]["differs"] == list(cell.start.differs)
+
+    def test_a_cell_from_a_run_has_its_recipe_and_reads_on(self, finished, monkeypatch):
+        folder, result = finished
+        monkeypatch.chdir(folder.parent)
+        cell = self.continued("first", label="longer")
+        assert cell.config.continue_from == str(folder)
+        assert cell.identity["continue_from"] == result["identity"]
+        assert (cell.config.data.skip_tokens, cell.config.checkpoint) == (12 * 256, tiny().checkpoint)
+        assert cell.start.differs == ()
+        assert self.continued("first", seed=1).config.data.skip_tokens == 0
+        other = self.continued("first", data={"store": "sotu-bytes@position"})
+        assert other.config.data.skip_tokens == 0
+        assert other.start.differs[0].startswith("data.fingerprint: ")
+        by_hand = dataclasses.replace(cell.config, continue_from="first")
+        (again,) = grid.cells(grid.Grid("g", [by_hand], [1024]))
+        assert again == cell
+
+    def test_its_children_and_old_rules(self, finished):
+        first = grid.continued(finished[0], context_length=64, learning_rate=1e-5, tokens=512)
+        second = grid.continued(first, context_length=64, learning_rate=1e-6, tokens=512)
+        phases = grid.Grid("g", [second, first], [1024])
+        one, two = grid.cells(phases)
+        assert (one.parent, two.parent) == (None, one.name)
+        assert two.config.data.skip_tokens == 12 * 256 + 512
+        assert two.identity["continue_from"] == hash_identity(one.identity)
+        old, _ = grid.cells(grid.under_old_rules(phases))
+        assert old.config.evaluation.windows == "first"
+        assert old.identity["continue_from"] == finished[1]["identity"]
+
+    def test_what_it_can_not_start_from(self, imported, copied, tmp_path):
+        with pytest.raises(ConfigError, match=r"nowhere has no result\.json: let that run end first"):
+            self.continued(tmp_path / "nowhere")
+        with pytest.raises(ConfigError, match=r"has other parameters: model\.n_heads: 4 here, 2 there"):
+            self.continued(imported[0], model={"n_heads": 4})
+        config = TrainConfig.from_dict(grid.continued(copied, context_length=64, learning_rate=1e-5, tokens=512).to_dict())
+        shutil.rmtree(copied)
+        with pytest.raises(ConfigError, match=r"cell 0 of grid 'g': continue_from = '.*first': .* has no result\.json"):
+            grid.cells(grid.Grid("g", [config], [1024]))
