@@ -31,7 +31,7 @@ class Cell(Protocol):
     place: str  # its folder, seen from that of the grid
     parent: str | None  # name of the cell that must be done before it starts
     size: Hashable  # cells of one kind and size fail alike
-    store: str  # token store that its process reads
+    inputs: Mapping[str, str]  # what its process reads beside its folder, by field: a token store, parameters to start from
     steps: int  # that its process takes
     missing: str | None  # what must be made before it can start, and how
     train_flops: float  # of its process, by which the time that is left is shared out

@@ -58,8 +58,9 @@ class TrainingCell:
         return self.config.model.n_layers, self.config.model.d_model, self.config.context_length
 
     @property
-    def store(self) -> str:
-        return self.config.data.store
+    def inputs(self) -> dict[str, str]:
+        folder = self.config.continue_from if self.parent is None else None
+        return {"data.store": self.config.data.store} | ({"continue_from": folder} if folder else {})
 
     @property
     def steps(self) -> int:
@@ -75,7 +76,8 @@ class TrainingCell:
     def missing(self) -> str | None:
         if self.data_fingerprint is not None:
             return None
-        return f"token store {self.store} is not there: make it with `python -m gqa_jax.data.prepare --out {self.store} ...`"
+        store = self.config.data.store
+        return f"token store {store} is not there: make it with `python -m gqa_jax.data.prepare --out {store} ...`"
 
     def describe(self) -> dict[str, Any]:
         config, model = self.config, self.config.model

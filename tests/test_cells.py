@@ -37,7 +37,7 @@ class CountingCell:
 
     kind: ClassVar[str] = "counting"
     listed: ClassVar[str] = "counts"
-    store: ClassVar[str] = "sotu-bytes"
+    inputs: ClassVar[dict] = {"data.store": "sotu-bytes"}
 
     parent: str
     steps: int

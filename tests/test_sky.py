@@ -15,6 +15,7 @@ from etils import epath
 
 from gqa_jax import hardware
 from gqa_jax.config import ConfigError, TrainConfig
+from gqa_jax.training.start import Start
 from launch import grid
 from launch.cells import REPOSITORY, Layout
 from launch.executors import base, bundle, sky
@@ -589,13 +590,17 @@ class TestSubmission:
             assert re.fullmatch(r"tpu-\w+-\d+" if where.is_tpu else rf"[\w-]+:{where.n_chips}", found["accelerators"])
             assert ("accelerator_args" in found) == where.is_tpu
 
-    def test_a_token_store_that_machines_do_not_see(self):
+    def test_a_token_store_or_parameters_that_machines_do_not_see(self):
         values = grid_fakes.config()
         values.data.store = "stores/web"
         cell = TrainingCell(TrainConfig.from_dict(values.to_dict()), "x")
         with pytest.raises(ConfigError, match=f"data.store = 'stores/web' of {cell.name} is on this machine"):
             offline().submission(cell)
         offline("/data/study", shared_root=True).submission(cell)
+        values.update(data={"store": "sotu-bytes"}, continue_from="/imports/llama")
+        started = TrainingCell(TrainConfig.from_dict(values.to_dict()), "x", start=Start("import", identity="0" * 64))
+        with pytest.raises(ConfigError, match=r"continue_from = '/imports/llama' of .*: copy it to gs://$"):
+            offline().submission(started)
 
     def test_hosts_of_a_slice_find_each_other(self):
         runs = {

@@ -39,6 +39,11 @@ def imported(finished, tmp_path_factory):
     return folder, write_import(folder, loaded.config, loaded.params, provenance="a test", tokenizer=loaded.tokenizer)
 
 
+@pytest.fixture(scope="module")
+def bpe():
+    return tokenizer.train_bpe(["the cat sat on the mat, and the rat sat on the cat"] * 9, 270)
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "first")
@@ -191,10 +196,6 @@ def test_an_import_on_a_bucket(imported, gcs_root, tmp_path):
 
 class TestTokenizer:
     """That of a run, kept in its folder."""
-
-    @pytest.fixture(scope="class")
-    def bpe(self):
-        return tokenizer.train_bpe(["the cat sat on the mat, and the rat sat on the cat"] * 9, 270)
 
     def test_one_with_a_file_is_kept_whole(self, bpe, tmp_path):
         (tmp_path / "store").mkdir()

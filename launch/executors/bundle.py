@@ -212,10 +212,12 @@ class Executor(base.Executor):
                 "the same path on all of them, its absolute path and shared_root = true"
             )
 
-    def check_store(self, cell: Cell) -> None:
-        """Raises ConfigError for a token store that the machines don't see."""
-        if cell.store not in catalog.BUILT_IN and not storage.is_remote(cell.store) and not self.options.shared_root:
-            raise ConfigError(
-                f"data.store = {cell.store!r} of {cell.name} is on this machine, and {self.machines} don't see it: copy it to "
-                "gs://, or use a built-in one"
-            )
+    def check_inputs(self, cell: Cell) -> None:
+        """Raises ConfigError for a token store, or parameters to start from, that the machines don't see."""
+        for field, name in cell.inputs.items():
+            if name not in catalog.BUILT_IN and not storage.is_remote(name) and not self.options.shared_root:
+                built_in = ", or use a built-in one" if field == "data.store" else ""
+                raise ConfigError(
+                    f"{field} = {name!r} of {cell.name} is on this machine, and {self.machines} don't see it: copy it to gs://"
+                    f"{built_in}"
+                )

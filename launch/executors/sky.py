@@ -204,7 +204,7 @@ class Executor(queue.Executor, bundle.Executor):
         """The task as SkyPilot reads it (docs.skypilot.co/en/latest/reference/yaml-spec.html)."""
         options = self.options
         self.check_root()
-        self.check_store(cell)
+        self.check_inputs(cell)
         resources = self._accelerators() | {
             "infra": options.infra,
             "use_spot": options.use_spot,

@@ -213,7 +213,7 @@ class Executor(bundle.Executor):
     def _script(self, cell: Cell, zone: str) -> str:
         """tpu_startup.sh with the settings of a cell."""
         options, code = self.options, self.bundle
-        self.check_store(cell)
+        self.check_inputs(cell)
         python = options.python or "../env/bin/python"  # seen from the folder of the code
         command = [*cell.command(self.layout.cell(cell.name), python, "."), "--distributed=on"]
         endpoint = (options.api_endpoint or "tpu.googleapis.com").removeprefix("http://")
