@@ -111,13 +111,16 @@ def test_another_vocabulary_is_refused(copied):
         found.differences(tiny(**LONGER, continue_from="../first"))
 
 
-def test_an_unknown_tokenizer_of_other_data_is_said(copied):
+def test_an_unknown_tokenizer_of_other_data_is_said(copied, imported, tmp_path):
     config = tiny(**LONGER, continue_from="../first")
     shutil.rmtree(copied / "tokenizer")
-    found = start.of_folder(copied)
-    assert found.differences(config, found.data_fingerprint, {"sha256": "1", "eos_id": 1}) == []
-    (line,) = found.differences(config, "f" * 64, {"sha256": "1", "eos_id": 1})
-    assert line.endswith(" there (whether it has the same tokenizer is not known)")
+    found, ours = start.of_folder(copied), {"name": "gpt2", "sha256": "1", "eos_id": 1}
+    assert found.differences(config, found.data_fingerprint, ours) == []
+    data, vocabulary = found.differences(config, "f" * 64, ours)
+    assert data.startswith("data.fingerprint: ffffffffffff here")
+    assert vocabulary == "tokenizer: gpt2 here, not known there"
+    assert dataclasses.replace(imported[1], tokenizer=None).differences(config, "f" * 64, ours) == [vocabulary]
+    assert found.differences(config) == imported[1].differences(config, "f" * 64) == []  # of a store that is not there yet
 
 
 def test_the_content_of_an_import_is_what_it_is_named_by(imported, finished, tmp_path):

@@ -58,16 +58,18 @@ class Start:
             return []
         config.check_source(self.model)
         if self.tokenizer and tokenizer and any(self.tokenizer[key] != tokenizer[key] for key in ("sha256", "eos_id")):
+            here, there = (f"{one['name']} ({one['sha256'][:12]})" for one in (tokenizer, self.tokenizer))
             raise ConfigError(
-                f"continue_from = {config.continue_from!r} has another vocabulary: tokenizer {tokenizer['name']} "
-                f"({tokenizer['sha256'][:12]}) here, {self.tokenizer['name']} ({self.tokenizer['sha256'][:12]}) there. Prepare "
-                f"the text of data.store with that one, which is kept in {self.folder}"
+                f"continue_from = {config.continue_from!r} has another vocabulary: tokenizer {here} here, {there} there. Prepare "
+                "the text of data.store with that one"
             )
         ours, theirs = ({name: getattr(model, name) for name in _FUNCTION_FIELDS} for model in (config.model, self.model))
         lines = differing_fields(ours, theirs, "model.")
-        if None not in (data_fingerprint, self.data_fingerprint) and data_fingerprint != self.data_fingerprint:
-            unknown = "" if self.tokenizer and tokenizer else " (whether it has the same tokenizer is not known)"
-            lines.append(f"data.fingerprint: {data_fingerprint[:12]} here, {self.data_fingerprint[:12]} there{unknown}")
+        known = None not in (data_fingerprint, self.data_fingerprint)
+        if known and data_fingerprint != self.data_fingerprint:
+            lines.append(f"data.fingerprint: {data_fingerprint[:12]} here, {self.data_fingerprint[:12]} there")
+        if tokenizer and not self.tokenizer and not (known and data_fingerprint == self.data_fingerprint):
+            lines.append(f"tokenizer: {tokenizer['name']} here, not known there")
         return lines
 
     def facts(self) -> dict[str, Any]:
