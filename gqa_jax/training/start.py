@@ -60,8 +60,8 @@ class Start:
         if self.tokenizer and tokenizer and any(self.tokenizer[key] != tokenizer[key] for key in ("sha256", "eos_id")):
             here, there = (f"{one['name']} ({one['sha256'][:12]})" for one in (tokenizer, self.tokenizer))
             raise ConfigError(
-                f"continue_from = {config.continue_from!r} has another vocabulary: tokenizer {here} here, {there} there. Prepare "
-                "the text of data.store with that one"
+                f"continue_from = {config.continue_from!r} has another vocabulary: tokenizer {here} here, {there} there. "
+                "Prepare the text of data.store with that one"
             )
         ours, theirs = ({name: getattr(model, name) for name in _FUNCTION_FIELDS} for model in (config.model, self.model))
         lines = differing_fields(ours, theirs, "model.")
