@@ -209,7 +209,7 @@ class TestTokenizer:
         assert (found.name, found.eos_id, found.sha256) == ("bpe:270", bpe.eos_id, bpe.sha256)
         text = "the rat"
         assert found.encode_batch([text])[0].tolist() == bpe.encode_batch([text])[0].tolist()
-        (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_bytes(bpe.json.replace(b'"sat"', b'"sit"') + b" ")
+        (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_bytes(bpe.json + b" ")
         with pytest.raises(tokenizer.TokenizerError, match=r"tokenizer\.json isn't the tokenizer that was recorded \(SHA"):
             tokenizer.of_run(tmp_path / "run")
 
@@ -261,7 +261,7 @@ class TestGrid:
         folder.mkdir(parents=True)
         storage.write_json(folder / "config.json", cell.stored())
         assert cell.edited(folder) is None
-        assert state.of(folder, 0.0, cell=cell).cause is None  # waits for nothing
+        assert state.of(cell, folder, 0.0).cause is None  # waits for nothing
         result = train.train_and_evaluate(cell.config, folder)
         assert result["identity"] == hash_identity(cell.identity)
         assert result["start"]["differs"] == list(cell.start.differs)
