@@ -1,27 +1,29 @@
-"""Cells that train: a process of `gqa_jax.train` each."""
+"""Cells that train: a process of `gqa_jax.train` each, made of the configurations of a grid."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import ml_collections
 from etils import epath
 
 from gqa_jax import costs, storage
-from gqa_jax.config import TrainConfig, differing_fields, hash_identity
+from gqa_jax.config import TrainConfig, default_config, differing_fields, hash_identity
+from gqa_jax.data import catalog, reader
+from gqa_jax.data.store import TokenStore
+from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder, start
 from gqa_jax.training.start import FROM_SCRATCH, Start
 from launch.cells import REPOSITORY, Cell, record
-
-if TYPE_CHECKING:
-    from gqa_jax.data.store import TokenStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,3 +149,125 @@ class TrainingCell:
 def training(cells: Iterable[Cell]) -> list[TrainingCell]:
     """Those of them that train."""
     return [cell for cell in cells if isinstance(cell, TrainingCell)]
+
+
+def continued(
+    first: ml_collections.ConfigDict | TrainConfig | os.PathLike | str,
+    *,
+    context_length: int,
+    learning_rate: float,
+    tokens: int,
+    schedule: str = "constant",
+    rope_theta: float | None = None,
+    **changes: Any,
+) -> ml_collections.ConfigDict:
+    """A second phase: from the last parameters of `first`, with a fresh optimizer.
+
+    It has a context length, learning rate, schedule and budget of its own (arXiv 2503.09579v2, Appendix J), and `changes`, of
+    any field but those that give the parameters their shapes. It reads on in the shuffled order where `first` stops, unless
+    the order or the store is another. What suits one context may not suit another, so mesh, accumulation and rematerialisation
+    are open again.
+
+    Args:
+      first: a configuration of the same grid; or the folder, local or on gs://, of a run that is done or of imported parameters
+        (`gqa_jax.training.start`), whose cells then are named by what is in it. An import brings its model alone: give data,
+        batch_tokens and evaluation among the changes.
+      rope_theta: base of the positions; None: as there.
+    Raises:
+      ConfigError: the folder is neither.
+    """
+    config = default_config()
+    if isinstance(first, str | os.PathLike):
+        found = start.of_folder(_absolute(first))
+        source, continue_from, values = found.config, _absolute(first), {"model": dataclasses.asdict(found.model)}
+    else:
+        source = first if isinstance(first, TrainConfig) else TrainConfig.from_dict(first.to_dict())
+        continue_from = reference(source)
+    config.update(values if source is None else source.to_dict())
+    config.update(
+        context_length=context_length,
+        tokens=tokens,
+        tokens_per_param=None,
+        steps=None,
+        continue_from=continue_from,
+    )
+    config.execution.update(mesh=None, remat=None, accumulation_steps=None, context_attention=None)
+    config.optimizer.update(learning_rate=learning_rate, schedule=schedule)
+    config.data.skip_tokens = 0
+    if rope_theta is not None:
+        config.model.rope_theta = rope_theta
+    config.update(changes)
+    if source is not None and not config.data.skip_tokens:
+        ours, theirs = ((c.seed, c.data.block_tokens, c.data.store) for c in (config, source))
+        read = source.data.skip_tokens + source.train_tokens if ours == theirs else 0
+        config.data.skip_tokens = -(-read // config.context_length) * config.context_length
+    return config
+
+
+def make(name: str, configs: Sequence[ml_collections.ConfigDict | TrainConfig], old_rules: bool = False) -> list[TrainingCell]:
+    """The cells of the grid of this name, checked against their token stores as a run would; parents before their children.
+
+    old_rules: they are those of the first version (`TrainConfig.under_old_rules`). Raises ConfigError as `launch.grid.cells`.
+    """
+    found: list[TrainingCell] = []
+    opened = functools.cache(lambda name: catalog.open_store(name) if catalog.exists(name) else None)
+    of_folder = functools.cache(start.of_folder)
+    parents: dict[str, TrainingCell] = {}  # by what stands for them in `continue_from`
+    waiting: dict[int, TrainConfig] = {}
+    for number, values in enumerate(configs):
+        with _blame(name, number):
+            waiting[number] = values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict())
+    while waiting:
+        ready = [number for number, config in waiting.items() if config.continue_from in parents or not _is_inside(config)]
+        for number in ready or list(waiting):
+            config = waiting.pop(number)
+            with _blame(name, number):
+                ruled = config.under_old_rules() if old_rules else config
+                parent, source = None, FROM_SCRATCH
+                if _is_inside(config):
+                    if (parent := parents.get(config.continue_from)) is None:  # no cycle: who refers to another holds its hash
+                        raise ConfigError(
+                            f"continue_from = {config.continue_from!r} is no cell of this grid: put the configuration that "
+                            "launch.grid.continued was given into the grid too, and don't change it after"
+                        )
+                    ruled = dataclasses.replace(ruled, continue_from=f"../{parent.name}")  # folders of cells lie side by side
+                    source = parent.as_start(opened(parent.config.data.store))
+                elif config.continue_from is not None:
+                    ruled = dataclasses.replace(ruled, continue_from=_absolute(config.continue_from))
+                    source = of_folder(ruled.continue_from, f"continue_from = {ruled.continue_from!r}")
+                cell = _cell(ruled, opened(ruled.data.store), source, parent)
+            found.append(cell)
+            parents[reference(config)] = parents[f"../{cell.name}"] = cell
+    return found
+
+
+def _cell(config: TrainConfig, tokens: TokenStore | None, source: Start, parent: TrainingCell | None) -> TrainingCell:
+    fingerprint = holdout = vocabulary = None
+    if tokens is not None:
+        reader.check(config, tokens)
+        fingerprint, holdout, vocabulary = tokens.fingerprint, tokens.holdout_rule, tokens.vocabulary
+    source = dataclasses.replace(source, differs=tuple(source.differences(config, fingerprint, vocabulary)))
+    return TrainingCell(config, fingerprint, parent and parent.name, source, holdout=holdout)
+
+
+def reference(config: TrainConfig) -> str:
+    """Stands for a configuration of the same grid in `continue_from`, until `cells` knows what its folder is called."""
+    return f"cell {hash_identity(config.identity(config.data.store, config.continue_from), 16)}"
+
+
+def _is_inside(config: TrainConfig) -> bool:
+    """Whether it continues a cell of its grid, by `reference` or by the cell's folder beside its own."""
+    return re.match(r"\.\./|cell [0-9a-f]{16}$", config.continue_from or "") is not None
+
+
+def _absolute(folder: os.PathLike | str) -> str:
+    """A folder as every process of the grid finds it: absolute, or on gs://."""
+    return os.fspath(folder) if storage.is_remote(folder) else os.path.abspath(os.path.expanduser(folder))
+
+
+@contextlib.contextmanager
+def _blame(grid: str, number: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"cell {number} of grid {grid!r}: {error}") from error

@@ -174,13 +174,9 @@ TABLE = (
     Row("launch.cells", ".storage"),
     Row(
         "launch.training_cells",
-        ".costs .config .storage .training.run_folder .training.start launch.cells",
-        lazily=".data",
+        ".errors .costs .config .storage .data .data.catalog .data.reader .training.run_folder .training.start launch.cells",
     ),
-    Row(
-        "launch.grid",
-        ".errors .config .storage .data .data.catalog .data.reader .training.start launch.cells launch.training_cells",
-    ),
+    Row("launch.grid", ".errors .config launch.cells launch.training_cells"),
     Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
     Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
