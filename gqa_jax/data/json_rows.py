@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import decimal
 import functools
 import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from gqa_jax.data.kinds import LARGEST, Opened, after_space, bad_utf8, is_cut
+from gqa_jax.data.kinds import DECODER, LARGEST, Opened, after_space, bad_utf8, layout, parsed
 from gqa_jax.data.records import BATCH_BYTES, DAMAGED, Bad, Format, Rows
 from gqa_jax.data.sources import InputError, reason
 from gqa_jax.data.streams import BUFFER_BYTES, DAMAGE, put_back
@@ -19,10 +18,14 @@ def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
     """One value a line; or the elements of one array; or objects that are written over several lines."""
     stream, errors = file.stream, form.encoding_errors
     begin = stream.peek(1).lstrip()
-    if begin.startswith(b"[") or (begin.startswith(b"{") and not _is_json(begin.partition(b"\n")[0])):
-        data, is_whole = _layout(file)
+    first = begin.partition(b"\n")[0].decode("utf-8", "replace")
+    if begin.startswith(b"[") or (begin.startswith(b"{") and isinstance(parsed(first), Exception)):
+        try:
+            data, is_whole = layout(stream)
+        except DAMAGE as error:
+            raise InputError(f"{file.path}:1: {DAMAGED}: {reason(error)}") from error
         if is_whole:
-            yield from _values(file, data, form)
+            yield from _values(file, _rest(file, data), form)
             return
         stream = put_back(data, stream)
     number = read = 0
@@ -52,74 +55,26 @@ def json_rows(file: Opened, form: Format) -> Iterator[Rows]:
 def _parsed(line: bytes, errors: str, leave: str) -> Any:
     """The value of a line that is no JSON at first sight: a mark within, a large integer; or what is wrong with it."""
     try:
-        text = line.decode("utf-8", errors).removeprefix("\ufeff")
-        return _LARGE_INTEGERS.decode(text)
+        value = parsed(line.decode("utf-8", errors))
     except UnicodeDecodeError as error:
         return Bad("no UTF-8", f"byte {error.start} is no UTF-8: {bad_utf8(line, error.start, leave)}")
-    except RecursionError:
+    if isinstance(value, RecursionError):
         return Bad("nested too deep", "lists or objects within each other, too deep to be read")
-    except ValueError as error:
-        return Bad("no JSON", f"not one JSON object a line ({error}): repair it, or {leave}")
+    if isinstance(value, ValueError):
+        return Bad("no JSON", f"not one JSON object a line ({value}): repair it, or {leave}")
+    return value
 
 
-def _integer(digits: str) -> int | decimal.Decimal:
+def _rest(file: Opened, data: bytes) -> bytes:
+    """All of a JSON file that begins with `data`, which is held in memory."""
     try:
-        return int(digits)
-    except ValueError:  # more digits than Python turns into an int
-        return decimal.Decimal(digits)
-
-
-_LARGE_INTEGERS = json.JSONDecoder(parse_int=_integer)
-
-
-def _is_json(line: bytes) -> bool:
-    return not isinstance(_parsed(line, "replace", ""), Bad)
-
-
-def _layout(file: Opened) -> tuple[bytes, bool]:
-    """As much of a JSON file as tells how it is written, and whether that is as a whole: not a value a line."""
-    data, is_whole = b"", None
-    try:
-        while True:
-            more = file.stream.read(max(len(data), BUFFER_BYTES))
+        while len(data) <= LARGEST:
+            if not (more := file.stream.read(max(len(data), BUFFER_BYTES))):
+                return data
             data += more
-            if is_whole is None:
-                is_whole = _is_whole(data.decode("utf-8", "replace"), ended=not more)
-            if is_whole is False or (is_whole and not more):
-                return data, is_whole
-            if len(data) > LARGEST:
-                raise InputError(
-                    f"{file.path}: JSON of more than {LARGEST:,} bytes in one piece: make it one object a line (jq -c '.[]')"
-                )
     except DAMAGE as error:
-        line = data.count(b"\n") + 1
-        raise InputError(f"{file.path}:{line}: {DAMAGED}: {reason(error)}") from error
-
-
-def _is_whole(text: str, ended: bool) -> bool | None:
-    """Whether JSON is one array, or begins with an object over several lines; None: more of it must be seen."""
-    begin = after_space(text, 0)
-    is_array = text[begin : begin + 1] == "["
-    end = after_space(text, begin + is_array)
-    if not is_array or text[end : end + 1] != "]":
-        try:
-            _, end = _LARGE_INTEGERS.raw_decode(text, end)
-        except json.JSONDecodeError as error:
-            return None if is_cut(error, text) and not ended else False
-        except (ValueError, RecursionError):
-            return False
-    if not is_array:
-        return "\n" in text[begin:end]
-    end = after_space(text, end)
-    if end == len(text) and not ended:
-        return None
-    if text[end : end + 1] not in (",", "]"):
-        return False
-    # Lists, one a line, are no array; the first of them must be whole, and followed by something.
-    line, _, others = text[begin:].partition("\n")
-    if not _is_json(line.encode("utf-8", "surrogatepass")):
-        return True
-    return False if others.strip() else True if ended else None
+        raise InputError(f"{file.path}:{data.count(b'\n') + 1}: {DAMAGED}: {reason(error)}") from error
+    raise InputError(f"{file.path}: JSON of more than {LARGEST:,} bytes in one piece: make it one object a line (jq -c '.[]')")
 
 
 def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
@@ -139,7 +94,7 @@ def _values(file: Opened, data: bytes, form: Format) -> Iterator[Rows]:
         if is_array and number == 1 and text[position : position + 1] == "]":
             break
         try:
-            value, position = _LARGE_INTEGERS.raw_decode(text, position)
+            value, position = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise InputError(f"{file.path}:{place}: damaged JSON ({error.msg} at line {error.lineno}): repair it") from error
         except RecursionError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import decimal
 import io
 import json
 import re
@@ -63,8 +64,17 @@ _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here
     ),
 )
 _STARTS_NO_TEXT = re.compile(b"|".join(b"(" + begin + b")" for begin, _, _ in _NO_TEXT), re.DOTALL)
-_DECODER = json.JSONDecoder()
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
+
+
+def _integer(digits: str) -> int | decimal.Decimal:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python turns into an int
+        return decimal.Decimal(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 class Opened(NamedTuple):
@@ -215,57 +225,84 @@ def _begin_of_json(stream: io.BufferedReader, head: bytes, kind: str) -> tuple[i
     """JSON objects with which a file under another name begins, none where it is no JSON; and its stream, from the start."""
     if not head.lstrip().startswith((b"{", b"[")):  # a line before the objects may be damaged, or the header of a table
         return stream, _object_lines(head.decode("utf-8", "replace")) if kind == "plain text" else []
-    data, objects, more_is_needed = b"", [], True
-    while more_is_needed and len(data) <= LARGEST and (more := stream.read(max(len(data), _HEAD_BYTES))):
-        data += more
-        objects, more_is_needed = _objects(data.decode("utf-8", "replace"))
-    return put_back(data, stream), objects
+    data, _ = layout(stream)
+    text = data.decode("utf-8", "replace")
+    return put_back(data, stream), _object_lines(text) or _first_objects(text)
 
 
-def _objects(text: str) -> tuple[list[dict[str, Any]], bool]:
-    """JSON objects with which a text begins: one a line, of an array, or over lines. And whether the first of them is cut."""
-    if lines := _object_lines(text):
-        return lines, False
+def _first_objects(text: str) -> list[dict[str, Any]]:
+    """JSON objects with which an array begins, or a text of objects over several lines."""
     objects, position = [], after_space(text, 0)
     is_array = text[position] == "["
     position = after_space(text, position + is_array)
-    while text[position : position + 1] == "{" and len(objects) < _FIRST_OBJECTS:
-        try:
-            fields, position = _DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            return objects, not objects and is_cut(error, text)
-        except (ValueError, RecursionError):
-            return objects, False
-        objects.append(fields)
-        position = after_space(text, position)
-        if is_array:
-            position = after_space(text, position + 1)
-        elif text[position : position + 1] not in ("", "{"):
-            return [], False
-    return objects, not objects and position == len(text)
+    with contextlib.suppress(ValueError, RecursionError):
+        while text[position : position + 1] == "{" and len(objects) < _FIRST_OBJECTS:
+            fields, position = DECODER.raw_decode(text, position)
+            objects.append(fields)
+            position = after_space(text, position)
+            if is_array:
+                position = after_space(text, position + 1)
+            elif text[position : position + 1] not in ("", "{"):
+                return []
+    return objects
 
 
 def _object_lines(text: str) -> list[dict[str, Any]]:
     """The JSON objects among the first lines of a text; none where neither the first line is one nor most of them are."""
     lines = [line for line in text.split("\n", _FIRST_OBJECTS)[:_FIRST_OBJECTS] if line.strip()]
-    values = [_object(line) for line in lines]
+    values = [parsed(line) if line.lstrip().startswith("{") else None for line in lines]
+    values = [value if isinstance(value, dict) else None for value in values]
     if len(values) > 1 and values[-1] is None and len(lines) < _FIRST_OBJECTS and not text.endswith("\n"):
         del values[-1]  # perhaps cut
     objects = [value for value in values if value is not None]
     return objects if values and (values[0] is not None or 2 * len(objects) > len(values)) else []
 
 
-def _object(line: str) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(line) if line.lstrip().startswith("{") else None
-    return None
+def layout(stream: io.BufferedReader) -> tuple[bytes, bool]:
+    """As much of JSON as tells how it is written, and whether that is as a whole: not a value a line."""
+    data, is_whole = b"", None
+    while is_whole is None and len(data) <= LARGEST:
+        more = stream.read(max(len(data), BUFFER_BYTES))
+        data += more
+        is_whole = _is_whole(data.decode("utf-8", "replace"), ended=not more)
+    return data, is_whole is not False
+
+
+def _is_whole(text: str, ended: bool) -> bool | None:
+    """Whether JSON is one array, or begins with an object over several lines; None: more of it must be seen."""
+    begin = after_space(text, 0)
+    is_array = text[begin : begin + 1] == "["
+    end = after_space(text, begin + is_array)
+    if not is_array or text[end : end + 1] != "]":
+        try:
+            _, end = DECODER.raw_decode(text, end)
+        except json.JSONDecodeError as error:
+            is_cut = error.pos > len(text) - 100 or error.msg.startswith("Unterminated string")
+            return None if is_cut and not ended else False
+        except (ValueError, RecursionError):
+            return False
+    if not is_array:
+        return "\n" in text[begin:end]
+    end = after_space(text, end)
+    if end == len(text) and not ended:
+        return None
+    if text[end : end + 1] not in (",", "]"):
+        return False
+    # Lists, one a line, are no array; the first of them must be whole, and followed by something.
+    line, _, others = text[begin:].partition("\n")
+    if isinstance(parsed(line), Exception):
+        return True
+    return False if others.strip() else True if ended else None
+
+
+def parsed(text: str) -> Any:
+    """The value of JSON; or the ValueError or RecursionError that says what is wrong with it."""
+    try:
+        return DECODER.decode(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def after_space(text: str, position: int) -> int:
     """Where the white space of JSON that begins at `position`, if any does, ends."""
     return _SPACE.match(text, position).end()
-
-
-def is_cut(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether JSON may be in order, and only the end of what was read of it is missing."""
-    return error.pos > len(text) - 100 or error.msg.startswith("Unterminated string")
