@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def tokenizing(folder: Path, copies: int, threads: int, repeats: int) -> Table:
-    texts = [address.text for address in corpus.load_sotu()] * copies
+    texts = corpus.load_sotu() * copies
     megabytes = copies * corpus.SOTU_BYTES / 1e6
     lines = folder / "text.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -79,7 +79,7 @@ def test_gpt2_ids_are_the_published_ones(gpt2):
 
 
 def test_gpt2_token_count_of_the_corpus(gpt2):
-    texts = [address.text for address in load_sotu()[:20]]
+    texts = load_sotu()[:20]
     together = gpt2.encode_batch(texts)
     assert sum(map(len, together)) == 51_323
     for text, ids in zip(texts[:3], together, strict=False):
@@ -99,7 +99,7 @@ def test_pieces_have_the_ids_of_the_whole(gpt2):
 
 
 def test_long_documents_are_cut_and_joined(gpt2):
-    text = " ".join(address.text for address in load_sotu()[:30])
+    text = " ".join(load_sotu()[:30])
     assert len(list(tk._pieces(text))) > 1
     short, long, empty = gpt2.encode_batch(["a b", text, ""])
     np.testing.assert_array_equal(long, gpt2.encoding.encode_ordinary(text))
@@ -185,7 +185,7 @@ def test_file_that_is_no_tokenizer(tmp_path):
 
 
 def test_bpe_is_trained_the_same_each_time():
-    texts = [address.text for address in load_sotu()[:5]]
+    texts = load_sotu()[:5]
     tokenizer, again = tk.train_bpe(texts, 400), tk.train_bpe(texts, 400)
     assert tokenizer.sha256 == again.sha256
     assert (tokenizer.vocab_size, tokenizer.name) == (400, "bpe:400")
@@ -230,7 +230,7 @@ def test_bytes_of_a_prefix_are_those_that_it_decodes_to(name, gpt2):
     made = {
         "bytes": tk.ByteTokenizer,
         "gpt2": lambda: gpt2,
-        "bpe": lambda: tk.train_bpe([load_sotu()[0].text], 300),
+        "bpe": lambda: tk.train_bpe([load_sotu()[0]], 300),
         "fallback": with_byte_fallback,
     }
     tokenizer = made[name]()
@@ -261,7 +261,7 @@ def test_bytes_of_gpt2_are_exact_at_every_token(gpt2):
 
 def test_bytes_of_entries_that_are_not_written_in_bytes(tmp_path):
     """Entries added to a byte-level tokenizer: special ones stand for nothing, others for their own text."""
-    tokenizer = hf.Tokenizer.from_str(tk.train_bpe([load_sotu()[0].text], 300).json.decode())
+    tokenizer = hf.Tokenizer.from_str(tk.train_bpe([load_sotu()[0]], 300).json.decode())
     tokenizer.add_tokens(["two words", "漢字"])
     tokenizer.add_special_tokens(["<mask>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))

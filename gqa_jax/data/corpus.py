@@ -14,23 +14,15 @@ import hashlib
 import json
 import lzma
 from importlib import resources
-from typing import NamedTuple
 
 SOTU_FILE = "sotu.jsonl.xz"
 SOTU_SHA256 = "02db5c5dfe2db5097b17647cb20603f819a180aa80840fe24a3a8de90a07dd71"  # of the uncompressed lines
 SOTU_BYTES = 10_761_413  # of text, as UTF-8
 
 
-class Address(NamedTuple):
-    """One address: year, president and party as in `1790_george_washington_n`, and its text."""
-
-    name: str
-    text: str
-
-
-def load_sotu() -> list[Address]:
-    """All 233 addresses, oldest first. Raises ValueError when the installed file isn't the published one."""
-    return [Address(**json.loads(line)) for line in read_embedded(SOTU_FILE, SOTU_SHA256).splitlines()]
+def load_sotu() -> list[str]:
+    """Texts of all 233 addresses, oldest first. Raises ValueError when the installed file isn't the published one."""
+    return [json.loads(line)["text"] for line in read_embedded(SOTU_FILE, SOTU_SHA256).splitlines()]
 
 
 def read_embedded(name: str, sha256: str) -> bytes:

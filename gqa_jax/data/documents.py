@@ -161,9 +161,9 @@ def _check_plain(path: str, form: Format) -> None:
 
 def _sotu() -> Iterator[Rows]:
     position = 0
-    for address in corpus.load_sotu():
-        position += len(address.text.encode("utf-8"))
-        yield [address.text], [0], position
+    for text in corpus.load_sotu():
+        position += len(text.encode("utf-8"))
+        yield [text], [0], position
 
 
 def _plain(file: Opened, form: Format, reading: Reading) -> Iterator[Rows]:

@@ -360,13 +360,9 @@ def _trained_bpe(
 ) -> HuggingFaceTokenizer:
     """The BPE of this request: found from an earlier run on the very `files`, or trained on texts that aren't held out."""
     path = folder / f"bpe-{_digest([request, files])[:32]}.json"
-    if path.exists():
-        return HuggingFaceTokenizer(path.read_bytes(), recipe.tokenizer, END_OF_TEXT)
-    tokenizer = train_bpe(_limited(texts, BPE_TRAINING_CHARS), bpe_size(recipe.tokenizer))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(tokenizer.json)
-    os.replace(temporary, path)
-    return tokenizer
+    if not path.exists():
+        storage.write_bytes(path, train_bpe(_limited(texts, BPE_TRAINING_CHARS), bpe_size(recipe.tokenizer)).json)
+    return HuggingFaceTokenizer(path.read_bytes(), recipe.tokenizer, END_OF_TEXT)
 
 
 def _limited(texts: Iterator[str], chars: int) -> Iterator[str]:
