@@ -67,7 +67,7 @@ TABLE = (
     Row("gqa_jax.training.evaluation", ".errors", lazily=".data.reader"),
     Row(
         "gqa_jax.training.program",
-        ".mesh .config .attention .training.sharding .model .training.parallel .training.optimizer",
+        ".errors .mesh .config .attention .training.sharding .model .training.parallel .training.optimizer",
         outside="jax optax",
     ),
     Row("gqa_jax.training.run_folder", ".errors .config .storage"),
@@ -95,13 +95,13 @@ TABLE = (
     ),
     Row(
         "gqa_jax.training.setup",
-        ".errors .config .storage .data .data.catalog .data.reader .training.program .training.run_folder "
+        ".errors .config .storage .data .data.catalog .data.reader .training.run_folder "
         ".training.distributed .planning.planner .training.start",
         outside="jax",
     ),
     Row(
         "gqa_jax.training.loop",
-        ".hardware .costs .config .storage .data .training.sharding .training.optimizer .training.evaluation "
+        ".attention .hardware .costs .config .storage .data .training.sharding .training.optimizer .training.evaluation "
         ".training.program .training.run_folder .training.distributed .training.checkpoint .training.metrics "
         ".planning.planner .training.start .training.setup",
         outside="jax",
@@ -268,6 +268,19 @@ TABLE = (
 ROWS = {row.name: row for row in TABLE}
 
 
+# What trains: all that `gqa_jax.train` loads beside attention, which is a core of its own, and the table of chips. A leaf (a
+# service that shows a run, gs://, what only a finished model needs) is imported where it is met. `python -m tests.test_imports`
+# says how many lines each core has.
+CORES = {
+    "trains": (
+        "collectives config costs data.catalog data.corpus data.reader data.store data.tokenizer errors mesh model "
+        "planning.planner planning.share planning.traffic shapes storage train training.checkpoint training.distributed "
+        "training.evaluation training.loop training.loss training.metrics training.optimizer training.parallel "
+        "training.program training.run_folder training.setup training.sharding training.start"
+    ),
+}
+
+
 @functools.cache
 def modules() -> dict[str, Path]:
     """Every module of PACKAGES by its name."""
@@ -357,6 +370,22 @@ def test_a_row_imports_rows_above_it_only():
     assert TABLE[: len(library)] == tuple(library)  # all of it above launch, configs and benchmarks
 
 
+def loaded_by(module: str) -> set[str]:
+    """A module and all of PACKAGES that is imported when it is."""
+    found, ahead = set(), [module]
+    while ahead:
+        if (name := ahead.pop()) in modules() and name not in found:
+            found.add(name)
+            ahead += imports_of(name)[0]
+    return found
+
+
+def test_a_run_loads_the_core_that_trains_and_no_leaf():
+    beside = ("gqa_jax.attention", "gqa_jax.hardware")
+    loaded = {name for name in loaded_by("gqa_jax.train") if not name.startswith(beside)}
+    assert loaded == {f"gqa_jax.{name}" for name in CORES["trains"].split()}
+
+
 def test_what_does_without_jax_is_imported_without_it():
     """In a process of its own, as source says nothing of what other packages import; and without pyplot, which has a state."""
     names = [module for row in without_jax() if row.name not in ("configs", "benchmarks") for module in of_row(row)]
@@ -379,3 +408,9 @@ def test_what_does_without_jax_is_imported_without_it():
     unwanted = " ".join((*JAX, "matplotlib.pyplot"))
     done = subprocess.run([sys.executable, "-c", code, unwanted, *names], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    for core, names in CORES.items():
+        lines = {name: len(modules()[f"gqa_jax.{name}"].read_text().splitlines()) for name in names.split()}
+        print(f"{core}: {sum(lines.values()):,} lines in {len(lines)} modules")

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gqa_jax import costs, hardware, storage
+from gqa_jax import attention, costs, hardware, storage
 from gqa_jax.config import TrainConfig, hash_identity
 from gqa_jax.data import tokenizer
 from gqa_jax.planning import planner
@@ -134,7 +134,7 @@ def _attempt(
     """What `train_and_evaluate` does in a folder that it holds; `before`: device-seconds of the attempts before."""
     config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()), jax.process_count())
     mesh = sharding.make_mesh(config.execution.mesh)
-    setup.attention_of(config)  # one that can't run fails here, before anything is opened
+    program.attention_of(config)  # one that can't run fails here, before anything is opened
     setup.warn_of_narrow_parameters(config)
     log.info("data: opening %s", config.data.store)
     data = setup.open_data(config)
@@ -174,8 +174,9 @@ def _train(context: Context, profile: bool) -> dict[str, Any]:
         run_folder.record_attempt(context.workdir, context.attempt, first_step, context.device_time, jax.process_count())
 
     context.announce("compile", first_step)
+    attention.clear_traced()
     step_fn = program.compile_step(config, mesh)
-    write_result = partial(_write_result, context, setup.attention_of(config))
+    write_result = partial(_write_result, context, attention.traced()["attention"])
     setup.check_memory(config, mesh, step_fn)
     rows = program.local_rows(config, mesh, config.execution.accumulation_steps)
     place = partial(program.place, config, mesh, rows=rows, accumulation_steps=config.execution.accumulation_steps)
@@ -320,14 +321,14 @@ def _evaluate(context: Context, losses_fn: Callable, state: TrainState, step: in
 
 def _write_result(
     context: Context,
-    attention: str,
+    implementation: str,
     status: str,
     step: int,
     progress: Progress,
     final: evaluation.Evaluation | None = None,
     sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Writes what the run found, result.json last; returns its content. `attention` is the implementation that ran."""
+    """Writes what the run found, result.json last; returns its content. `implementation` is of attention, as it was traced."""
     config, data, workdir = context.config, context.data, context.workdir
     counts = costs.count_params(config.model, convention="exact")
     tokens = step * config.batch_tokens
@@ -354,7 +355,7 @@ def _write_result(
         "seconds_total": time.time() - context.device_time.started,
         "device_seconds": context.device_time.seconds(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "attention": attention,
+        "attention": implementation,
         "data_fingerprint": data.fingerprint,
         "identity": hash_identity(context.identity),
         "start": context.start.facts(),

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa_jax import attention, model
 from gqa_jax.config import TrainConfig
+from gqa_jax.errors import ConfigError
 from gqa_jax.mesh import SEQUENCES
 from gqa_jax.training import optimizer, sharding
 from gqa_jax.training.parallel import Shard
@@ -131,7 +132,7 @@ def token_losses(config: TrainConfig, mesh: Mesh, params: dict, batch: Mapping[s
 def attention_of(config: TrainConfig) -> str:
     """The implementation of attention that the step runs on each device, for the mesh in use or the devices there.
 
-    Raises ValueError when the one asked for can't run, saying which can.
+    Raises ConfigError when the one asked for can't run, saying which can.
     """
     shape, mesh = config.model, config.execution.mesh
     case = attention.planned_case(
@@ -145,7 +146,10 @@ def attention_of(config: TrainConfig) -> str:
         method=config.execution.context_attention,
         segments=config.data.document_mask,
     )
-    return attention.resolve(config.execution.attention, case)
+    try:
+        return attention.resolve(config.execution.attention, case)
+    except ValueError as error:
+        raise ConfigError(f"execution.attention: {error}") from error
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:

@@ -20,7 +20,7 @@ from gqa_jax.config import TrainConfig, hash_identity
 from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError
 from gqa_jax.planning import planner
-from gqa_jax.training import distributed, program, run_folder, start
+from gqa_jax.training import distributed, run_folder, start
 from gqa_jax.training.start import FROM_SCRATCH, Start
 
 log = logging.getLogger("gqa_jax.train")
@@ -34,14 +34,6 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
             if distributed.is_primary():
                 stack.enter_context(run_folder.claim(workdir))
         yield
-
-
-def attention_of(config: TrainConfig) -> str:
-    """The implementation of attention that this run trains with here. Raises ConfigError when the one asked for can't."""
-    try:
-        return program.attention_of(config)
-    except ValueError as error:
-        raise ConfigError(f"execution.attention: {error}") from error
 
 
 def warn_of_narrow_parameters(config: TrainConfig) -> None:
