@@ -1,6 +1,6 @@
 """Chips, a row each: what one computes, holds and exchanges, how it is called and rented, what it costs.
 
-A new chip is a new row (docs/adding-a-chip.md); at the end, what is known of a class of chips alone.
+A new chip is a new row (docs/CONTRIBUTING.md); at the end, what is known of a class of chips alone.
 
 Sources: TPUs, Google's pages docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (read November 2026), and for v4's links
 arXiv 2304.01433, Table 4; clocks, the table of en.wikipedia.org/wiki/Tensor_Processing_Unit. GPUs, NVIDIA's data sheets of the
