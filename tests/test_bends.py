@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from gqa_jax.laws import Draws, Heads
+from gqa_jax.laws import Draws, Heads, evidence
 from gqa_jax.laws.bends import BREAK, DRIFT, NONE, Bends, shape
 
 CENTER, REACH = 3e8, 2.5
@@ -88,7 +88,7 @@ def test_the_size_is_where_the_bent_law_reaches_the_loss(kind):
 
 def test_what_is_not_reached_stays_so_and_nothing_is_warned_of():
     parts = [random_laws(kind, seed=kind) for kind in (NONE, DRIFT, BREAK)]
-    bends, b_SxH = Bends.joined([part for part, _ in parts]), np.concatenate([b for _, b in parts])
+    bends, b_SxH = evidence.joined([part for part, _ in parts]), np.concatenate([b for _, b in parts])
     goal_SxH = np.full(b_SxH.shape, 20.0)
     goal_SxH[::2, 0], goal_SxH[:, 1], goal_SxH[1::2, 2] = np.inf, 900.0, -np.inf
     with warnings.catch_warnings():
@@ -102,10 +102,10 @@ def test_what_is_not_reached_stays_so_and_nothing_is_warned_of():
 
 def test_parts_are_joined_and_taken_apart():
     (first, _), (second, _) = random_laws(DRIFT, seed=4, count=5), random_laws(BREAK, seed=5, count=7)
-    both = Bends.joined([first, second])
+    both = evidence.joined([first, second])
     assert (both.center, both.reach) == (CENTER, REACH)
     for part, rows in ((first, slice(5)), (second, np.arange(5, 12))):
-        taken = both.take(rows)
+        taken = evidence.taken(both, rows)
         for name in ("kind_S", "amount_S", "place_S"):
             np.testing.assert_array_equal(getattr(taken, name), getattr(part, name))
         assert (taken.center, taken.reach) == (CENTER, REACH)

@@ -115,10 +115,11 @@ def test_equals_a_long_chain(kind, monkeypatch):
 
 def test_what_sizes_share_widens_and_is_believed():
     found = fitted(SEVEN, noise=0, change=shared_by_size(0.9)).blocks[0].explored(True, 0)
-    assert found.probability_of_size_effect > 0.9
     clean = fitted(SEVEN).blocks[0].explored(True, 0)
-    assert clean.probability_of_size_effect < 0.6
-    assert min(found.effective, clean.effective) > 500
+    share, of_clean = (one.weight_S[one.points.kappa_S > 0].sum() for one in (found, clean))
+    assert share > 0.9
+    assert of_clean < 0.6
+    assert max(np.sum(found.weight_S**2), np.sum(clean.weight_S**2)) < 1 / 500  # worth as many equal draws (Kish)
 
 
 def test_a_plain_break_is_believed_and_its_size_found():
@@ -129,7 +130,8 @@ def test_a_plain_break_is_believed_and_its_size_found():
 
     one = fitted(SEVEN, noise=0.0003, change=breaks)
     found = one.blocks[0].explored(True, 0)
-    assert found.probability(bends.NONE) < 0.05
+    kinds = np.array([form.kind for form in found.model.forms])[found.linear.form_I[found.points.node_S]]
+    assert found.weight_S[kinds == bends.NONE].sum() < 0.05
     true = 3e9
     x = np.log(true / 3e8)
     loss = law_tables.ENTROPY + law_tables.loss(0.0, law_tables.TRACED[8, 1], true) * np.exp(-0.12 * np.logaddexp(0, 2 * x) / 2)

@@ -315,7 +315,7 @@ def test_quadratic_is_the_better_form_on_the_papers_points(paper):
 
     def aicc(form):
         law = paper[form]
-        _, plain = joint.fit_independent(law.terms, law.runs.assign(sem=np.nan), law.center, False, None)
+        _, plain = joint.fit_independent(law.terms, law.runs.assign(sem=np.nan), False, None)
         n, k = 45, len(law.coefficients) + 1
         return n * np.log(plain.objective / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 

@@ -207,5 +207,5 @@ def test_errors(change, constant, sentence):
 
 
 def test_a_curve_that_is_not_there():
-    with pytest.raises(KeyError, match="no curve of 3M at T = 1,024"):
+    with pytest.raises(KeyError, match="no law of 3M at T = 1,024"):
         fit_query_heads(table(PRINTED)).band(("3M", 1024), [2])

@@ -11,7 +11,6 @@ break   q = amount / 2 ln(1 + exp(2 (x - place))): the exponent changes by `amou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -79,13 +78,3 @@ class Bends:
             if np.abs(step).max(initial=0.0) < 1e-12 * (1 + np.abs(found).max(initial=0.0)):
                 break
         return np.where(finite, found, log_n_SxH)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Bends]) -> Bends:
-        """The draws of all, which have a center and a reach in common."""
-        columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("kind_S", "amount_S", "place_S")}
-        return dataclasses.replace(parts[0], **columns)
-
-    def take(self, rows: np.ndarray | slice) -> Bends:
-        """Those of some draws."""
-        return dataclasses.replace(self, kind_S=self.kind_S[rows], amount_S=self.amount_S[rows], place_S=self.place_S[rows])

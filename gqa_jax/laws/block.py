@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import interpolate
@@ -23,7 +23,7 @@ from gqa_jax.laws import fitting
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
-from gqa_jax.laws.law import PowerLaw
+from gqa_jax.laws.law import Laws, PowerLaw
 from gqa_jax.laws.runs import Runs
 
 if TYPE_CHECKING:
@@ -185,17 +185,8 @@ class Block:
         grid, squares_ExG = self.entropy_grid
         rest = squares_ExG.sum(-1) - squares_ExG[:, i]
         x, y, w = self.x_GxM[i], self.loss_GxM[i], self.weight_GxM[i]
-        alpha, b = self.alpha[i], self.b[i]
-        if kind == "size" and not at > self.entropy:
-            raise ValueError(f"a loss of {at} can't be reached: the fitted entropy E is {self.entropy:.4f}")
         log_at = np.log(at / self.center) if kind in ("loss", "amplitude") else np.nan
-        center = {
-            "a": alpha / b,
-            "b": b,
-            "size": _size(alpha, b, at - self.entropy) if kind == "size" else np.nan,
-            "loss": np.exp(alpha - b * log_at) + self.entropy,
-            "amplitude": np.exp(alpha - b * log_at),
-        }[kind]
+        center, error = self._quantity(i, kind, at, log_at)
 
         def squares(values: np.ndarray, entropy_CxE: np.ndarray) -> np.ndarray:
             if kind == "b":
@@ -205,19 +196,19 @@ class Block:
                 scale = np.maximum((at if kind == "size" else values[:, None]) - entropy_CxE, 0.0)
             else:
                 scale = np.broadcast_to(np.maximum(values[:, None], 0.0) if kind == "amplitude" else 1.0, entropy_CxE.shape)
-            return _sum_of_squares_through(x, y, w, entropy_CxE, scale, turn, b)
+            return _sum_of_squares_through(x, y, w, entropy_CxE, scale, turn, self.b[i])
 
         def rise(values: np.ndarray) -> np.ndarray:
             return _least_over_entropy(lambda entropy: squares(values, entropy), grid, rest, len(values)) - self.fit.objective
 
         limit = fitting.threshold(self.sigma, self.dof, level)
-        low, high = fitting.crossings(rise, float(center), self._error(i, kind, at, log_at), limit)
+        low, high = fitting.crossings(rise, center, error, limit)
         if kind == "loss":
-            low, high = self.shared.widened(float(center), (low, high), level)
+            low, high = self.shared.widened(center, (low, high), level)
         elif kind == "size" and self.shared.sem > 0:
             common = self.shared.reach(level)
-            least, most = (_size(alpha, b, at - self.entropy + x) for x in (common, -common))
-            low, high = fitting.widened(float(center), (low, high), center - least, most - center)
+            least, most = (_size(self.alpha[i], self.b[i], at - self.entropy + x) for x in (common, -common))
+            low, high = fitting.widened(center, (low, high), center - least, most - center)
         shift = np.log(self.center) if kind in ("a", "size") else 0.0
         return low + shift, high + shift
 
@@ -229,22 +220,23 @@ class Block:
     def entropy_error(self) -> float:
         return fitting.error_of(self.sigma**2 * self.fit.inverse[0, 0], 0.05)
 
-    def _error(self, i: int, kind: str, at: float, log_at: float) -> float:
-        """Standard error of a quantity by the linearised fit: the scale on which its profile is searched."""
+    def _quantity(self, i: int, kind: str, at: float, log_at: float) -> tuple[float, float]:
+        """A quantity of `interval` by the fit, and its linearised standard error: the scale of the search on its profile."""
         alpha, b = self.alpha[i], self.b[i]
-        gradient = np.zeros(len(self.fit.theta))
-        if kind == "a":
-            gradient[1 + 2 * i], gradient[2 + 2 * i] = 1 / b, -alpha / b**2
-        elif kind == "b":
-            gradient[2 + 2 * i] = 1
-        elif kind == "size":
-            gap = at - self.entropy
-            gradient[0], gradient[1 + 2 * i], gradient[2 + 2 * i] = 1 / (gap * b), 1 / b, -(alpha - np.log(gap)) / b**2
+        if kind == "b":
+            center, by_entropy, by_alpha, by_b = b, 0.0, 0.0, 1.0
+        elif kind in ("a", "size"):
+            if not (gap := 1.0 if kind == "a" else at - self.entropy) > 0:
+                raise ValueError(f"a loss of {at} can't be reached: the fitted entropy E is {self.entropy:.4f}")
+            center = _size(alpha, b, gap)
+            by_entropy, by_alpha, by_b = (kind == "size") / (gap * b), 1 / b, -center / b
         else:
             value = np.exp(alpha - b * log_at)
-            gradient[0] = 1 if kind == "loss" else 0
-            gradient[1 + 2 * i], gradient[2 + 2 * i] = value, -log_at * value
-        return fitting.error_of(self.sigma**2 * gradient @ self.fit.inverse @ gradient, 0.01)
+            center = value + (self.entropy if kind == "loss" else 0.0)
+            by_entropy, by_alpha, by_b = float(kind == "loss"), value, -log_at * value
+        gradient = np.zeros(len(self.fit.theta))
+        gradient[0], gradient[1 + 2 * i], gradient[2 + 2 * i] = by_entropy, by_alpha, by_b
+        return float(center), fitting.error_of(self.sigma**2 * gradient @ self.fit.inverse @ gradient, 0.01)
 
     def _warnings(self) -> list[str]:
         count, free = int((self.weight_GxM > 0).sum()), len(self.fit.theta) - (self.given_entropy is not None)
@@ -256,6 +248,32 @@ class Block:
         rests = f"answers near or below {min(high + 0.1, self.lowest):.2f} rest on it; train smaller and larger sizes"
         words = ("losses of larger models", "the sizes that were trained", rests)
         return found + fitting.floor(self.entropy, self.lowest, (low, high), words)
+
+
+class InBlocks[K, L](Laws[K, L]):
+    """Laws that are fitted in blocks: those of one share a constant, E or c."""
+
+    blocks: Sequence[Block]
+
+    @property
+    def status(self) -> str:
+        """CONVERGED, or the worst of: EDGE (the constant at 0 or at the lowest loss), BOUND_HIT, DISAGREE, SINGULAR."""
+        return fitting.worst(block.status for block in self.blocks)
+
+    @property
+    def shared(self) -> SharedError:
+        """The error that all losses, and so the constant, have in common, of the held-out text; `sem` is nan: not known.
+
+        0 where the runs do not say on which text they were evaluated: then their own standard errors are weights.
+        """
+        return self.blocks[0].shared
+
+    def block(self, of: K) -> Block:
+        """The block that the law of `of` belongs to. Raises KeyError where there is no such law."""
+        for block in self.blocks:
+            if of in block.heads:
+                return block
+        raise KeyError(f"no law of {of}: there are {'; '.join(map(str, self))}")
 
 
 def fit_block(
@@ -296,6 +314,12 @@ def fit_block(
         weight[there] = fit.weights
         fit = dataclasses.replace(fit, objective=float(np.sum(weight * _residual(fit.theta, x, loss) ** 2)))
     return Block(tuple(groups), tuple(groups.values()), center, x, loss, weight, fit, entropy, known_sigma, shared)
+
+
+def fit_blocks(groups: Mapping[Heads, Runs], together: bool, entropy: float | None = None, **options: Any) -> list[Block]:
+    """`fit_block` of all together, with one E, or of each alone; where E is given there is no difference."""
+    parts = [groups] if together or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
+    return [fit_block(part, entropy=entropy, **options) for part in parts]
 
 
 def conditional(

@@ -17,10 +17,9 @@ import pandas as pd
 
 from gqa_jax.laws import fitting, shape
 from gqa_jax.laws import runs as run_table
-from gqa_jax.laws.block import Block, fit_block
-from gqa_jax.laws.fitting import SharedError
+from gqa_jax.laws.block import Block, InBlocks, fit_blocks
 from gqa_jax.laws.heads import LLAMA3, Heads
-from gqa_jax.laws.law import Laws, PowerLaw
+from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.runs import Runs
 from gqa_jax.laws.shape import Penalty
 from gqa_jax.shapes import FFN_RATIO, Aspect, paper_aspect
@@ -33,61 +32,37 @@ if TYPE_CHECKING:
 _UNBOUNDED = 70.0  # ln a: no size is 1e30, the end of such an interval is b's lower bound
 
 
-class LawsByHeads(Laws[Heads, PowerLaw]):
-    """The laws of one training context, one per H, and how sure they are. Made by `fit_by_heads`.
+@dataclasses.dataclass(eq=False, repr=False)
+class LawsByHeads(InBlocks[Heads, PowerLaw]):
+    """The laws of one training context, one per H, and how sure they are. Made by `fit_by_heads`."""
 
-    Attributes:
-      context: training context, tokens; head_dim, vocab_size: of the runs, or the paper's where the table has none.
-      size_convention: what N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as trained; "figures" without.
-      aspect: d / L of models as a function of N: between the sizes that were trained, else the paper's.
-      penalty: what another d / L costs in loss (`gqa_jax.laws.shape`).
-      ffn_ratio: hidden size of the feed-forward network over d of the models that are searched.
-      rows: of the loss table: the runs that were fitted; None where laws are of no table.
-      llama3: runs of Llama 3's heads where they are no H of their own; llama3_source: what these are.
-      method: of the draws unless another is asked for; source: whose laws these are, where not of your runs.
-      blocks: H that share an E, fitted together: one block, or one per H.
-      sizes: name of a trained size -> its label (`run_table.labels_by_name`); empty where they have no names.
-      design: what the heads of a size have in common beside it; None where no runs of yours were fitted.
-      warnings: sentences that every answer from these laws must carry.
-    """
+    blocks: Sequence[Block]  # H that share an E, fitted together: one block, or one per H
+    _: dataclasses.KW_ONLY
+    context: int  # of training, tokens
+    head_dim: float  # as `vocab_size` of the runs, or the paper's where the table has none
+    vocab_size: float
+    size_convention: str = "figures"  # what N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms; "figures" without
+    aspect: Aspect = dataclasses.field(default_factory=paper_aspect)  # d / L by N: as trained, else the paper's
+    penalty: Penalty = Penalty()  # noqa: RUF009 (frozen): what another d / L costs in loss
+    rows: pd.DataFrame | None = None  # of the loss table: the runs that were fitted
+    warnings: Sequence[str] = ()  # sentences that every answer from these laws must carry
+    llama3: Runs | None = None  # runs of Llama 3's heads where they are no H of their own
+    llama3_source: str = ""  # what these are
+    source: str = ""  # whose laws these are, where not of your runs
+    method: str = "posterior"  # of the draws unless another is asked for
+    design: Design | None = None  # what the heads of a size have in common beside it; None where no runs of yours were fitted
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # name of a trained size -> its label
+    refit: Callable[[Sequence[tuple[Heads, float, float]]], LawsByHeads] | None = None  # without these runs
+    ffn_ratio: float = FFN_RATIO  # hidden size of the feed-forward network over d of the models that are searched
 
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        *,
-        context: int,
-        head_dim: float,
-        vocab_size: float,
-        size_convention: str = "figures",
-        aspect: Aspect | None = None,
-        penalty: Penalty | None = None,
-        rows: pd.DataFrame | None = None,
-        warnings: Sequence[str] = (),
-        llama3: Runs | None = None,
-        llama3_source: str = "",
-        source: str = "",
-        method: str = "posterior",
-        design: Design | None = None,
-        sizes: Mapping[str, int] | None = None,
-        refit: Callable[[Sequence[tuple[Heads, float, float]]], LawsByHeads] | None = None,
-    ):
-        self.blocks, self.context, self.head_dim, self.vocab_size = tuple(blocks), context, head_dim, vocab_size
-        self.size_convention, self.aspect = size_convention, aspect or paper_aspect()
-        self.penalty, self.rows, self.ffn_ratio = penalty or Penalty(), rows, FFN_RATIO
-        self.warnings, self.source, self.method = tuple(warnings), source, method
-        self.llama3, self.llama3_source, self.design, self._refit = llama3, llama3_source, design, refit
-        self.sizes = dict(sizes or {})
-        self._laws = {heads: law for block in blocks for heads, law in block.laws(self.warnings).items()}
+    def __post_init__(self) -> None:
+        self.blocks, self.warnings = tuple(self.blocks), tuple(self.warnings)
+        self._laws = {heads: law for block in self.blocks for heads, law in block.laws(self.warnings).items()}
         self._draws: dict[tuple, Draws] = {}
 
     @property
     def shared_entropy(self) -> bool:
         return len(self.blocks) == 1
-
-    @property
-    def status(self) -> str:
-        """CONVERGED, or the worst of: EDGE (E at its bound), BOUND_HIT, DISAGREE, SINGULAR."""
-        return fitting.worst(block.status for block in self.blocks)
 
     @property
     def sigma(self) -> float:
@@ -98,14 +73,6 @@ class LawsByHeads(Laws[Heads, PowerLaw]):
     def dof(self) -> int:
         """Runs minus fitted coefficients."""
         return sum(block.fit.dof for block in self.blocks)
-
-    @property
-    def shared(self) -> SharedError:
-        """The error that all losses, and so E, have in common, of the held-out text; its `sem` is nan where it is not known.
-
-        0 where the runs do not say on which text they were evaluated: then their own standard errors are weights.
-        """
-        return self.blocks[0].shared
 
     @property
     def residuals(self) -> pd.DataFrame:
@@ -134,10 +101,10 @@ class LawsByHeads(Laws[Heads, PowerLaw]):
     @functools.cached_property
     def without_outliers(self) -> LawsByHeads | None:
         """The laws without the runs that lie off (`Doubts.outliers`); None without any, or where too few are left."""
-        if self._refit is None or not self.doubts.outliers:
+        if self.refit is None or not self.doubts.outliers:
             return None
         try:
-            return self._refit([self.runs[one.run] for one in self.doubts.outliers])
+            return self.refit([self.runs[one.run] for one in self.doubts.outliers])
         except ValueError:  # an H has too few sizes then
             return None
 
@@ -178,13 +145,6 @@ class LawsByHeads(Laws[Heads, PowerLaw]):
             widths.append(np.where(np.isfinite(high), high, np.inf) - np.where(np.isfinite(low), low, 0.0))
         known = np.isfinite(widths[0]) & np.isfinite(widths[1]) & (widths[1] > 0)
         return float(np.median(widths[0][known] / widths[1][known])) if known.any() else np.nan
-
-    def block(self, heads: Heads) -> Block:
-        """The block that H belongs to. Raises KeyError for an H without a law."""
-        for block in self.blocks:
-            if heads in block.heads:
-                return block
-        raise KeyError(f"no law for heads {heads}: there are {', '.join(map(str, self))}")
 
     def draws(self, count: int = 1000, seed: int = 0, method: str | None = None) -> Draws:
         """Joint draws of all coefficients: see `gqa_jax.laws.posterior`. Kept, so that asking again costs nothing."""
@@ -339,9 +299,8 @@ def fit_by_heads(
         again.penalty = dataclasses.replace(again.penalty, by_size=found.penalty.by_size)
         return again
 
-    parts = [groups] if shared_entropy or entropy is not None else [{heads: runs} for heads, runs in groups.items()]
     shared = run_table.shared_error(rows)
-    blocks = [fit_block(part, entropy=entropy, log=log, huber_delta=huber_delta, shared=shared) for part in parts]
+    blocks = fit_blocks(groups, shared_entropy, entropy, log=log, huber_delta=huber_delta, shared=shared)
     said += [*taken, *run_table.warnings(groups, rows), *design.warnings]
     found = LawsByHeads(
         blocks,

@@ -103,8 +103,7 @@ _MEANS = ["size", "runs", "mean", "error"]
 
 def nothing() -> Doubts:
     """Where no degrees of freedom are left: nothing can be said."""
-    empty = (pd.DataFrame(columns=names) for names in (_TESTS, _AMOUNTS, _MEANS))
-    tests, amounts, means = empty
+    tests, amounts, means = (pd.DataFrame(columns=names) for names in (_TESTS, _AMOUNTS, _MEANS))
     return Doubts(np.nan, tests, (), {}, amounts, means, np.nan)
 
 
@@ -374,27 +373,20 @@ def of_laws(laws: LawsByHeads) -> Doubts:
     blocks = laws.blocks
     if any(block.known_sigma is not None for block in blocks) or not laws.dof > 0:
         return nothing()
-    there = [block.weight_GxM > 0 for block in blocks]
-    x = np.concatenate([np.log(block.center) + block.x_GxM[rows] for block, rows in zip(blocks, there, strict=True)])
-    value = np.concatenate(
-        [np.exp(b.alpha[:, None] - b.b[:, None] * b.x_GxM)[rows] for b, rows in zip(blocks, there, strict=True)]
-    )
-    parts, residual = [], []
-    for block, rows in zip(blocks, there, strict=True):
-        fitted, jacobian = curves(block.x_GxM, rows)(block.fit.theta)
+    parts, n_heads = [], 0
+    for block in blocks:
+        there = block.weight_GxM > 0
+        fitted, jacobian = curves(block.x_GxM, there)(block.fit.theta)
         held = [*block.fit.bound, *([0] if block.given_entropy is not None else [])]
-        parts.append(np.delete(jacobian, held, 1))
-        residual.append(block.loss_GxM[rows] - fitted)
-    weights, sizes = (
-        np.concatenate([getattr(b, name)[rows] for b, rows in zip(blocks, there, strict=True)])
-        for name in ("weight_GxM", "size_GxM")
-    )
-    heads = np.concatenate([np.full(len(runs.loss), i) for i, runs in enumerate(r for b in blocks for r in b.runs)])
+        x, loss, weights, sizes = (one[there] for one in (block.x_GxM, block.loss_GxM, block.weight_GxM, block.size_GxM))
+        of_heads = n_heads + np.nonzero(there)[0]
+        columns = (loss - fitted, weights, sizes, np.log(block.center) + x, fitted - block.entropy, of_heads)
+        parts.append((np.delete(jacobian, held, 1), columns))
+        n_heads += len(block.heads)
+    residual, weights, sizes, x, above, heads = map(np.concatenate, zip(*(columns for _, columns in parts), strict=True))
     _, repeats = np.unique(np.stack([heads, x]), axis=1, return_inverse=True)
-    return suite(
-        linalg.block_diag(*parts), np.concatenate(residual), weights / weights.mean(), sizes, bends_of(x, value),
-        repeats.ravel(),
-    )  # fmt: skip
+    jacobian, weights = linalg.block_diag(*(part for part, _ in parts)), weights / weights.mean()
+    return suite(jacobian, residual, weights, sizes, bends_of(x, above), repeats.ravel())
 
 
 def in_words(laws: LawsByHeads) -> list[str]:

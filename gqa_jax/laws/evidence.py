@@ -11,13 +11,10 @@ flat, tau log-uniform. E is flat between 0 and the lowest loss, ln sigma is flat
 
 For E on a grid and each q_k the law is linearised at its own least squares; (alpha, b), beta, the amount and s are then
 Gaussian and are integrated exactly. What is left, (E, q_k, sigma, tau, kappa), is drawn by adaptive importance sampling, and so
-is the weight of every model. `Explored.effective` says how many equal draws that is worth.
+is the weight of every model.
 
-A prior that is flat in (alpha, b), or in beta, favours a high E: where less is above E, ln(L - E) is known less well, and the
-volume of what fits is larger. Without pooling it covers the true E in 87 to 92% of grids where 95 are stated; with bends, which
-leave E open, it favours laws that flatten. So the prior makes up for the volume: fully where H are not pooled (E then has its
-profile likelihood), by its root where they are. On 120 grids with a break, breaks up and down are then covered alike, .94
-and .89; with the flat prior .96 and .83, with the whole volume .82 and .97. `python -m benchmarks.coverage` shows the outcome.
+A flat prior favours a high E, where the volume of what fits is larger. So the prior makes up for that volume: fully where H are
+not pooled (E then has its profile likelihood), by its root where they are (docs/laws.md, "The prior of E").
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ import numpy as np
 from scipy import stats
 
 from gqa_jax.laws import bends
-from gqa_jax.laws.bends import Bends
 
 if TYPE_CHECKING:
     from gqa_jax.laws.block import Block
@@ -239,20 +235,6 @@ class Explored:
     weight_S: np.ndarray  # sums to 1
     n_runs: int
 
-    @property
-    def effective(self) -> float:
-        """How many equally weighted draws the points are worth (Kish)."""
-        return float(1 / np.sum(self.weight_S**2))
-
-    def probability(self, kind: int) -> float:
-        """Of a bend of that kind, after the data."""
-        kinds = np.array([form.kind for form in self.model.forms])[self.linear.form_I[self.points.node_S]]
-        return float(self.weight_S[kinds == kind].sum())
-
-    @property
-    def probability_of_size_effect(self) -> float:
-        return float(self.weight_S[self.points.kappa_S > 0].sum())
-
     def integrate(self, points: Points) -> Gaussian:
         return _in_parts(self.linear, self.model, self.basis_Gx2xK, self.n_runs, points)
 
@@ -349,12 +331,11 @@ class _Proposal:
 
     nodes: np.ndarray
     p_nodes: np.ndarray
-    center: np.ndarray  # of (ln sigma if it is not known; if pooled ln tau_alpha, ln tau_b; with effects ln kappa)
+    names: tuple[str, ...]  # of what is drawn, as logarithms: sigma if it is not known, tau_alpha and tau_b if pooled, kappa
+    center: np.ndarray
     scale: np.ndarray  # (P, P): a root of its covariance
     low: np.ndarray
     high: np.ndarray
-    pooled: bool
-    shared: bool
     known_sigma: float | None
 
     @classmethod
@@ -363,22 +344,17 @@ class _Proposal:
         used = [i for i, (_, kappa) in enumerate(plug) if (kappa > 0) == shared]
         flat = np.exp(0.7 * (plugged_PxI[used][:, nodes] - plugged_PxI[used][:, nodes].max())).sum(0)
         freedom = max(block.dof, 1) if np.isfinite(block.dof) else 50
-        sigma = (np.log(block.sigma * (0.8 if shared else 1.0)), min(1.5 / np.sqrt(2 * freedom) + 0.05, 1.0))
-        center, spread, low, high = [], [], [], []
+        places = {}  # name -> center, spread, low, high
         if block.known_sigma is None:
-            center, spread = [sigma[0]], [sigma[1]]
-            low, high = [np.log(block.sigma) - 4.0], [np.log(block.sigma) + 4.0]
+            middle, log_sigma = np.log(block.sigma * (0.8 if shared else 1.0)), np.log(block.sigma)
+            places["sigma"] = middle, min(1.5 / np.sqrt(2 * freedom) + 0.05, 1.0), log_sigma - 4.0, log_sigma + 4.0
         if basis is not None:
-            for ends in (_TAU_ALPHA, _TAU_B):
-                a, z = np.log(ends)
-                center, spread, low, high = [*center, (a + z) / 2], [*spread, (z - a) / 4], [*low, a], [*high, z]
+            for name, (a, z) in (("tau_alpha", np.log(_TAU_ALPHA)), ("tau_b", np.log(_TAU_B))):
+                places[name] = (a + z) / 2, (z - a) / 4, a, z
         if shared:
-            a, z = np.log(SHARE[0] / (1 - SHARE[0])), np.log(SHARE[1] / (1 - SHARE[1]))
-            center, spread, low, high = [*center, 0.5], [*spread, 1.5], [*low, a], [*high, z]
-        return cls(
-            nodes, _mixed(flat), np.array(center), np.diag(spread), np.array(low), np.array(high), basis is not None, shared,
-            block.known_sigma,
-        )  # fmt: skip
+            places["kappa"] = 0.5, 1.5, *(np.log(share / (1 - share)) for share in SHARE)
+        center, spread, low, high = np.array([*places.values()]).reshape(-1, 4).T
+        return cls(nodes, _mixed(flat), tuple(places), center, np.diag(spread), low, high, block.known_sigma)
 
     def adapted(self, points: Points, weight: np.ndarray) -> _Proposal:
         """The same around what the weighted points have found."""
@@ -401,12 +377,9 @@ class _Proposal:
         return dataclasses.replace(again, center=center, scale=1.15 * np.linalg.cholesky(covariance))
 
     def _coordinates(self, points: Points) -> np.ndarray:
-        columns = [] if self.known_sigma is not None else [np.log(points.sigma_S)]
-        if self.pooled:
-            columns += list(np.log(points.tau_Sx2).T)
-        if self.shared:
-            columns.append(np.log(points.kappa_S))
-        return np.stack(columns, 1)
+        tau_Sx2 = points.tau_Sx2
+        columns = {"sigma": points.sigma_S, "tau_alpha": tau_Sx2[:, 0], "tau_b": tau_Sx2[:, 1], "kappa": points.kappa_S}
+        return np.log(np.stack([columns[name] for name in self.names], 1))
 
     def draw(self, count: int, generator: np.random.Generator) -> tuple[Points, np.ndarray]:
         """Points, and ln of their density against the prior of all but the node (whose prior is a sum)."""
@@ -419,35 +392,35 @@ class _Proposal:
             log_q = stats.multivariate_t(np.zeros(P), np.eye(P), _T_FREEDOM).logpdf(z).reshape(count)
             log_q = log_q - np.log(np.diag(self.scale)).sum()
         log_prior = np.where(((values >= self.low) & (values <= self.high)).all(1), 0.0, -np.inf)  # flat in ln sigma
-        columns = iter(np.exp(np.clip(values, self.low, self.high)).T)
-        sigma = next(columns) if self.known_sigma is None else np.full(count, self.known_sigma)
-        tau, kappa = np.full((count, 2), np.inf), np.zeros(count)
-        if self.pooled:
-            tau = np.stack([next(columns), next(columns)], 1)
+        columns = dict(zip(self.names, np.exp(np.clip(values, self.low, self.high)).T, strict=True))
+        sigma = columns.get("sigma", np.full(count, self.known_sigma, np.float64))
+        tau, kappa = np.full((count, 2), np.inf), columns.get("kappa", np.zeros(count))
+        if "tau_b" in columns:
+            tau = np.stack([columns["tau_alpha"], columns["tau_b"]], 1)
             log_prior = log_prior - sum(np.log(ends[1] / ends[0]) for ends in (_TAU_ALPHA, _TAU_B))
-        if self.shared:
-            kappa = next(columns)
+        if "kappa" in columns:
             log_prior = log_prior + np.log(kappa / (1 + kappa) ** 2 / (SHARE[1] - SHARE[0]))
         return Points(self.nodes[picked], sigma, tau, kappa), log_q + np.log(self.p_nodes[picked]) - log_prior
 
 
 def joined[T](parts: Sequence[T]) -> T:
-    """One dataclass with the rows of all; what is None stays None."""
+    """One dataclass with the rows of all; what is no array is that of the first."""
 
     def column(values: list) -> Any:
-        if values[0] is None:
-            return None
-        return Bends.joined(values) if isinstance(values[0], Bends) else np.concatenate(values)
+        if dataclasses.is_dataclass(values[0]):
+            return joined(values)
+        return np.concatenate(values) if isinstance(values[0], np.ndarray) else values[0]
 
-    kind = type(parts[0])
-    return kind(*(column([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(kind)))
+    names = [field.name for field in dataclasses.fields(parts[0])]
+    return dataclasses.replace(parts[0], **{name: column([getattr(part, name) for part in parts]) for name in names})
 
 
 def taken[T](one: T, rows: np.ndarray | slice) -> T:
     """The dataclass with these rows of all its arrays."""
-    values = [getattr(one, field.name) for field in dataclasses.fields(one)]
-    arrays = (value.take(rows) if isinstance(value, Bends) else value if value is None else value[rows] for value in values)
-    return type(one)(*arrays)
+    values = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+    arrays = {name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)}
+    parts = {name: taken(value, rows) for name, value in values.items() if dataclasses.is_dataclass(value)}
+    return dataclasses.replace(one, **arrays, **parts)
 
 
 def _mixed(weights: np.ndarray) -> np.ndarray:

@@ -17,12 +17,13 @@ closest to the smooth one along its sizes. So it tells what many query heads do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gqa_jax.laws.heads import Heads
+from gqa_jax.laws.law import closest
 
 if TYPE_CHECKING:
     from gqa_jax.laws.block import Block
@@ -99,7 +100,7 @@ def draws_of(
     alpha_SxG = b_SxG * (drawn.log_a_SxH[:, columns] - np.log(block.center))
     middle = np.log2(np.array([[path[1].mean(), path[2].mean()] for path in known.values()])).mean(0)
     design, target = _design(list(known.values()), middle), np.concatenate([alpha_SxG, b_SxG], 1)
-    asked = _terms(np.array([n_heads]), np.array([n_kv_heads]), middle)[0]
+    asked = terms(np.array([n_heads]), np.array([n_kv_heads]), middle)[0]
     theta_Sx2 = _predict(design, target, asked, len(known), 1.0 + outside, generator)
     least = 1e-3 if drawn.bends is None else drawn.bends.least_b_S
     b_S = np.maximum(theta_Sx2[:, 1], least)
@@ -114,8 +115,8 @@ def draws_of(
     )  # fmt: skip
 
 
-def _terms(n_heads: np.ndarray, n_kv_heads: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """1, u, v, u^2, v^2, u v (J, 6) about `middle`."""
+def terms(n_heads: np.ndarray, n_kv_heads: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """1, u, v, u^2, v^2, u v (J, 6), u = log2 n_h and v = log2 n_kv about `middle`."""
     u, v = np.log2(n_heads) - middle[0], np.log2(n_kv_heads) - middle[1]
     return np.stack([np.ones_like(u), u, v, u * u, v * v, u * v], -1)
 
@@ -124,13 +125,12 @@ def _design(every: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], middle: 
     """(2 G, 12): how alpha_1..G, then b_1..G, of the closest power laws follow from the coefficients of alpha and of b."""
     rows = np.zeros((2, len(every), 12))
     for g, (x, n_heads, n_kv_heads) in enumerate(every):
-        terms = _terms(n_heads, n_kv_heads, middle)
-        values = np.concatenate([terms, -x[:, None] * terms], 1)  # of ln(L - E) at the sizes
+        own = terms(n_heads, n_kv_heads, middle)
+        values = np.concatenate([own, -x[:, None] * own], 1)  # of ln(L - E) at the sizes
         if len(x) == 1:
-            rows[0, g, :6], rows[1, g, 6:] = terms[0], terms[0]
+            rows[0, g, :6], rows[1, g, 6:] = own[0], own[0]
             continue
-        slope = (x - x.mean()) @ (values - values.mean(0)) / np.sum((x - x.mean()) ** 2)
-        rows[0, g], rows[1, g] = values.mean(0) - slope * x.mean(), -slope
+        rows[:, g] = closest(values.T, x)
     return rows.reshape(-1, 12)
 
 
@@ -138,7 +138,9 @@ def _predict(
     design: np.ndarray, target_Sx2G: np.ndarray, asked: np.ndarray, n_laws: int, times: float, generator: np.random.Generator
 ) -> np.ndarray:
     """(alpha, b)_Sx2 of the heads with these terms; `times`: how many times the others' scatter theirs is."""
-    flat = _identified(design, n_laws)
+    # Columns 1, u, v of alpha and of b that the laws can tell apart, and that leave some laws to see the scatter by.
+    flat = told_apart(design, range(3), max(1, n_laws - _LEFT))
+    flat += told_apart(design, range(6, 9), max(1, n_laws - _LEFT), flat)
     used = [*flat, *(column + 6 * part for part in (0, 1) for column in (3, 4, 5))]
     weight = np.repeat([1.0, _RATIO], n_laws)
     X, y = design[:, used] * weight[:, None], target_Sx2G * weight
@@ -161,18 +163,13 @@ def _predict(
     return np.stack([full[:, :6] @ asked, full[:, 6:] @ asked], 1) + own
 
 
-def _identified(design: np.ndarray, n_laws: int) -> list[int]:
-    """Columns 1, u, v of alpha and of b that the laws can tell apart, and that leave some laws to see the scatter by."""
-    found = []
-    most = max(1, n_laws - _LEFT)
-    for part in (0, 6):
-        kept: list[int] = []
-        for column in range(part, part + 3):
-            trial = design[:, [*found, *kept, column]]
-            if len(kept) < most and np.linalg.matrix_rank(trial) == trial.shape[1]:
-                kept.append(column)
-        found += kept
-    return found
+def told_apart(columns: np.ndarray, asked: Iterable[int], most: int, beside: Sequence[int] = ()) -> list[int]:
+    """Those of the columns that are asked for, `most` of them, that no columns before them and `beside` add up to."""
+    found = list(beside)
+    for column in asked:
+        if len(found) - len(beside) < most and np.linalg.matrix_rank(columns[:, [*found, column]]) == len(found) + 1:
+            found.append(column)
+    return found[len(beside) :]
 
 
 def _scatter(X: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -10,20 +10,9 @@ The runs of a head configuration may deviate from a compact law together, by u_H
 that took them for independent would be too narrow. tau is found by restricted maximum likelihood (Patterson and
 Thompson 1971), the coefficients then by least squares with that covariance: plain least squares where tau = 0.
 
-Which functions: measured by plain least squares. Root mean square errors (nats per token, every H counts the same) of
-leave-one-H-out on the paper's 45 points, with AICc of the fit; the same on six sizes of the 21 laws of the preset
-paper-table4 with noise of 0.003; and there of nine H predicted from twelve, a mean over three random choices. K: coefficients.
-
-    form                                                          K    paper    AICc      21    9 by 12
-    quadratic                                                     9    .0075    -467    .0060     .0058
-    quadratic, and c5 u v                                        10    .0093    -467    .0061     .0063
-    power                                                         8    .0121    -458    .0070     .0077
-    power, with an exponent for n_kv of its own                   9    .0137    -456    .0063     .0060
-    quadratic without c3 and c4                                   7    .0141    -412    .0119     .0111
-    E + N^-b (A + B n_h^-p + C n_kv^-q), a n_h^b + c everywhere   7    .0120    -433    .0102     .0111
-
-So b differs between heads, and `quadratic` is the default. It turns beyond the trained heads (on the paper's points at
-n_h = 35); `power` does not, and is there for those.
+Which functions was measured (docs/laws.md, "Laws for all heads"): b differs between heads, and `quadratic` predicts heads that
+were left out the best. It turns beyond the trained heads (on the paper's points at n_h = 35); `power` does not, and is there
+for those.
 """
 
 from __future__ import annotations
@@ -44,7 +33,7 @@ from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.block import SMALLEST_B
 from gqa_jax.laws.fitting import SharedError
 from gqa_jax.laws.heads import Heads
-from gqa_jax.laws.law import PowerLaw
+from gqa_jax.laws.law import PowerLaw, closest
 from gqa_jax.laws.posterior import Draws
 from gqa_jax.shapes import Aspect
 
@@ -164,24 +153,17 @@ def _times(columns: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class JointLaw:
-    """The law of all heads trained at one context, and how sure it is. Made by `fit_joint`.
+    """The law of all heads trained at one context, and how sure it is. Made by `fit_joint`."""
 
-    Attributes:
-      terms: the functions of the heads; fit: of their coefficients, in units where runs are independent.
-      center: N0.
-      tau: standard deviation of a head configuration's own offset from the law, in ln(L - E); heads_dof: what it is known from.
-      runs: one row per run: n_heads, n_kv_heads as in the table, query_heads (a number also for d / d_h), params, loss, weight,
-        and above, L - E by plain least squares, which scales the heads' offset.
-      context, head_dim, vocab_size, size_convention, aspect, shared, warnings: as in `LawsByHeads`.
-    """
-
-    terms: Terms
-    fit: fitting.Fit
-    center: float
-    tau: float
-    heads_dof: int
+    terms: Terms  # the functions of the heads
+    fit: fitting.Fit  # of their coefficients, in units where runs are independent
+    center: float  # N0
+    tau: float  # standard deviation of a head configuration's own offset from the law, in ln(L - E)
+    heads_dof: int  # degrees of freedom that it is known from
+    #: One row per run: n_heads, n_kv_heads as in the table, query_heads (a number also for d / d_h), params, x, loss, weight,
+    #: and above, L - E by plain least squares, which scales the heads' offset.
     runs: pd.DataFrame
-    context: int
+    context: int  # as the next four in `LawsByHeads`
     head_dim: float
     vocab_size: float
     size_convention: str
@@ -230,7 +212,7 @@ class JointLaw:
 
         These are of a run of any heads, whose own offset (tau) is not known.
         """
-        fitted = self.terms.loss(self.fit.theta, at(self.runs, self.center))[0]
+        fitted = self.terms.loss(self.fit.theta, at(self.runs))[0]
         scale = np.hypot(self.sigma / np.sqrt(self.runs["weight"]), self.tau * (fitted - self.entropy))
         columns = fitting.residual_columns(self.runs["loss"].to_numpy(), fitted, scale)
         return self.runs[["n_heads", "n_kv_heads", "params"]].assign(**columns)
@@ -268,7 +250,7 @@ class JointLaw:
         heads = Heads(*heads)
         n_heads, x = self._sizes(heads, aspect)
         log_above = self._log_above(self.fit.theta[None], n_heads, heads.n_kv_heads, x)
-        alpha, b = _line(log_above, x)[:, 0]
+        alpha, b = closest(log_above, x)[:, 0]
         if not b >= SMALLEST_B:
             raise ValueError(
                 f"heads {heads}: by the joint law their loss does not fall with size (b = {b:.4f}): train heads nearer"
@@ -276,7 +258,7 @@ class JointLaw:
         said = list(self.warnings)
         if (miss := np.max(np.abs(np.exp(alpha - b * x) - np.exp(log_above[0])))) > self.sigma:
             said.append(f"heads {heads}: a power law misses the joint law by up to {miss:.4f} nats per token")
-        n_known, kv_known, _ = columns(self.runs)
+        n_known, kv_known, _ = at(self.runs)
         for name, asked, known in (("n_h", n_heads, n_known), ("n_kv", heads.n_kv_heads, kv_known)):
             if np.max(asked) > known.max() * (1 + 1e-9) or np.min(asked) < known.min() * (1 - 1e-9):
                 said.append(f"heads {heads}: {name} is outside the trained {known.min():g} to {known.max():g}")
@@ -301,7 +283,7 @@ class JointLaw:
         alpha_SxH, b_SxH, notes = np.empty_like(own_SxH), np.empty_like(own_SxH), []
         for i, one in enumerate(heads):
             n_heads, x = self._sizes(one, aspect)
-            alpha_SxH[:, i], b_SxH[:, i] = _line(self._log_above(theta, n_heads, one.n_kv_heads, x), x)
+            alpha_SxH[:, i], b_SxH[:, i] = closest(self._log_above(theta, n_heads, one.n_kv_heads, x), x)
             if one.n_heads is None:
                 notes.append(f"heads {one}: the power law closest to the joint law over the trained sizes")
         b_SxH = np.maximum(b_SxH, SMALLEST_B)
@@ -365,7 +347,7 @@ class JointLaw:
 
     @functools.cached_property
     def _independent(self) -> tuple[fitting.Model, np.ndarray]:
-        return independent(self.terms, self.runs, self.center, (self.tau / self.sigma) ** 2 if self.sigma > 0 else 0.0)
+        return independent(self.terms, self.runs, (self.tau / self.sigma) ** 2 if self.sigma > 0 else 0.0)
 
     @property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -394,7 +376,7 @@ class JointLaw:
 
     def _require(self, n_heads: np.ndarray, n_kv_heads: np.ndarray) -> None:
         """Raises ValueError for heads that differ from the trained ones where those do not differ from each other."""
-        known, asked = (_logs(*pair) for pair in (columns(self.runs)[:2], (n_heads, n_kv_heads)))
+        known, asked = (_logs(*pair) for pair in (at(self.runs)[:2], (n_heads, n_kv_heads)))
         away = np.abs(asked - asked @ np.linalg.pinv(known, rcond=1e-9) @ known).max(1, initial=0.0)
         if away.max(initial=0.0) > 1e-6:
             first = int(away.argmax())
@@ -448,10 +430,11 @@ def fit_rows(
     runs = _runs(groups, common["head_dim"])
     fitting.require(runs["loss"].min(), entropy, huber_delta)
     center = float(np.exp(np.mean(np.log(runs["params"]))))
-    terms = _terms(form, groups, runs, center, entropy)
-    runs, plain = fit_independent(terms, runs, center, log, huber_delta)
-    ratio = between_heads(terms, runs, center, plain.theta)
-    fit = polish(terms, runs, *independent(terms, runs, center, ratio), plain.theta[None])
+    runs = runs.assign(x=np.log(runs["params"] / center))
+    terms = _terms(form, groups, runs, entropy)
+    runs, plain = fit_independent(terms, runs, log, huber_delta)
+    ratio = between_heads(terms, runs, plain.theta)
+    fit = polish(terms, runs, *independent(terms, runs, ratio), plain.theta[None])
     if plain.status == "DISAGREE":  # what the heads' offsets and Huber's weights come from
         fit = dataclasses.replace(fit, status=plain.status)
     _falls(terms, fit, runs)
@@ -485,7 +468,7 @@ def _runs(groups: dict[Heads, run_table.Runs], head_dim: float) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _terms(form: str, groups: dict[Heads, run_table.Runs], runs: pd.DataFrame, center: float, entropy: float | None) -> Terms:
+def _terms(form: str, groups: dict[Heads, run_table.Runs], runs: pd.DataFrame, entropy: float | None) -> Terms:
     """The functions of the heads that these runs tell apart."""
     if len(groups) < MIN_HEADS[form]:
         raise ValueError(f"{len(groups)} head configurations: a {form} joint law needs {MIN_HEADS[form]} or more")
@@ -495,12 +478,12 @@ def _terms(form: str, groups: dict[Heads, run_table.Runs], runs: pd.DataFrame, c
             f"{run_table.MIN_SPAN:g} or more: train smaller or larger ones"
         )
     several_sizes = sum(one.n_sizes > 1 for one in groups.values())
-    return choose(form, at(runs, center), len(groups), several_sizes, entropy)
+    return choose(form, at(runs), len(groups), several_sizes, entropy)
 
 
 def _falls(terms: Terms, fit: fitting.Fit, runs: pd.DataFrame) -> None:
     """Raises ValueError where b of trained heads is not above 0."""
-    n_heads, n_kv_heads, _ = columns(runs)
+    n_heads, n_kv_heads, _ = at(runs)
     at_0, at_1 = (terms.log_above(fit.theta, (n_heads, n_kv_heads, np.full(len(runs), x)))[0] for x in (0.0, 1.0))
     if (b := at_0 - at_1).min() < SMALLEST_B:
         heads = heads_of(runs)[int(b.argmin())]
@@ -509,11 +492,11 @@ def _falls(terms: Terms, fit: fitting.Fit, runs: pd.DataFrame) -> None:
 
 def _warnings(law: JointLaw) -> list[str]:
     found = fitting.doubts(law.fit, len(law.runs), len(law.fit.theta), "the joint fit")
-    n_heads, n_kv_heads, params = columns(law.runs)
+    n_heads, n_kv_heads, _ = at(law.runs)
     loss, fitted = (law.residuals[name].to_numpy() for name in ("loss", "fitted"))
     names = heads_of(law.runs)
     group, weights = np.array([names.index(one) for one in names]), law.runs["weight"].to_numpy()
-    found += fitting.poor(loss, fitted, {"N": params}, dof=law.dof, group=group, weights=weights)
+    found += fitting.poor(loss, fitted, {"N": law.runs["params"].to_numpy()}, dof=law.dof, group=group, weights=weights)
     for axis, counts, line in (("query", n_heads, 1), ("key/value", n_kv_heads, 2)):
         if np.ptp(counts) > 0 and line not in law.terms.alpha:
             found.append(
@@ -537,40 +520,31 @@ def _warnings(law: JointLaw) -> list[str]:
     return found
 
 
-def _line(log_above_SxJ: np.ndarray, x_J: np.ndarray) -> np.ndarray:
-    """(alpha, b)_2xS of the straight lines alpha - b x closest to ln(L - E)."""
-    off = x_J - x_J.mean()
-    slope = log_above_SxJ @ off / np.sum(off**2)
-    return np.stack([log_above_SxJ.mean(1) - slope * x_J.mean(), -slope])
-
-
 def _logs(n_heads: np.ndarray, n_kv_heads: np.ndarray) -> np.ndarray:
     if not (np.min(n_heads, initial=1) > 0 and np.min(n_kv_heads, initial=1) > 0):
         raise ValueError("numbers of heads must be above 0")
     return np.stack([np.ones_like(n_heads), np.log2(n_heads), np.log2(n_kv_heads)], axis=1)
 
 
-def fit_independent(
-    terms: Terms, runs: pd.DataFrame, center: float, log: bool, huber_delta: float | None
-) -> tuple[pd.DataFrame, fitting.Fit]:
+def fit_independent(terms: Terms, runs: pd.DataFrame, log: bool, huber_delta: float | None) -> tuple[pd.DataFrame, fitting.Fit]:
     """The fit that takes all runs for independent; and the runs with their weights and L - E, instead of sem."""
     loss, sem = runs["loss"].to_numpy(), runs["sem"].to_numpy()
     base = 1 / loss**2 if log else np.ones_like(loss)
     runs = runs.drop(columns="sem").assign(weight=base / base.mean(), above=1.0)  # L - E, as soon as a fit knows it
     weighted = np.isfinite(sem).all() and np.ptp(sem) > 1e-3 * sem.mean()
     for _ in range(4 if weighted else 1):
-        model, y = independent(terms, runs, center, 0.0)
-        fit = polish(terms, runs, model, y, global_starts(terms, runs, center), huber_delta)
+        model, y = independent(terms, runs, 0.0)
+        fit = polish(terms, runs, model, y, global_starts(terms, runs), huber_delta)
         if weighted:
-            residual = terms.loss(fit.theta, at(runs, center))[0] - loss
+            residual = terms.loss(fit.theta, at(runs))[0] - loss
             weight = base / (fitting.between_runs(residual**2, sem**2, fit.dof) + sem**2)
             runs = runs.assign(weight=weight / weight.mean())
     if huber_delta is not None:
         runs = runs.assign(weight=runs["weight"] * fit.weights)
-    return runs.assign(above=terms.loss(fit.theta, at(runs, center))[0] - terms.entropy_of(fit.theta)), fit
+    return runs.assign(above=terms.loss(fit.theta, at(runs))[0] - terms.entropy_of(fit.theta)), fit
 
 
-def global_starts(terms: Terms, runs: pd.DataFrame, center: float) -> np.ndarray:
+def global_starts(terms: Terms, runs: pd.DataFrame) -> np.ndarray:
     """Coefficients_SxP to start from: given E and p, ln(L - E) is linear in all others, so a grid over these two is global."""
     loss = runs["loss"].to_numpy()
     entropies = loss.min() * (1 - np.geomspace(1e-3, 1, _GRID_E)) if terms.entropy is None else np.array([terms.entropy])
@@ -582,7 +556,7 @@ def global_starts(terms: Terms, runs: pd.DataFrame, center: float) -> np.ndarray
         theta[:, 0] = entropy
     if "p" in terms.names:
         theta[:, first - 1] = p
-    linear = terms.log_above(theta, at(runs, center))[1][..., first:]  # columns of a linear model of ln(L - E)
+    linear = terms.log_above(theta, at(runs))[1][..., first:]  # columns of a linear model of ln(L - E)
     above = loss - entropy[:, None]
     weights = np.sqrt(runs["weight"].to_numpy()) * above
     left, right = linear * weights[..., None], np.log(above) * weights
@@ -608,9 +582,9 @@ def polish(
     return fitting.fit(model, y, theta[np.nanargmin(squares)], lower=lower, upper=upper, huber_delta=huber_delta)
 
 
-def independent(terms: Terms, runs: pd.DataFrame, center: float, ratio: float) -> tuple[fitting.Model, np.ndarray]:
+def independent(terms: Terms, runs: pd.DataFrame, ratio: float) -> tuple[fitting.Model, np.ndarray]:
     """The law and the losses in units where the noise of all runs is independent, of standard deviation sigma (`_turning`)."""
-    where, turn = at(runs, center), _turning(runs)
+    where, turn = at(runs), _turning(runs)
 
     def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value, jacobian = terms.loss(theta, where)
@@ -640,11 +614,11 @@ def _turning(runs: pd.DataFrame) -> Callable[[np.ndarray, float], np.ndarray]:
     return turn
 
 
-def between_heads(terms: Terms, runs: pd.DataFrame, center: float, theta: np.ndarray) -> float:
+def between_heads(terms: Terms, runs: pd.DataFrame, theta: np.ndarray) -> float:
     """tau^2 / sigma^2 of greatest restricted likelihood, for the law linearised at the plain fit; 0 where that is greatest."""
     turn = _turning(runs)
     size = (runs["weight"].to_numpy() * runs["above"].to_numpy() ** 2) @ _members(runs)
-    value, jacobian = terms.loss(theta, at(runs, center))
+    value, jacobian = terms.loss(theta, at(runs))
     both = np.column_stack([runs["loss"].to_numpy() - value, jacobian])
     floor = 1e-24 * np.sum(runs["weight"] * runs["loss"] ** 2)  # an exact fit: rounding is all that is left
 
@@ -664,15 +638,9 @@ def between_heads(terms: Terms, runs: pd.DataFrame, center: float, theta: np.nda
     return float(optimize.minimize_scalar(deviance, bounds=(low, high), method="bounded", options={"xatol": 1e-6 * high}).x)
 
 
-def columns(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(n_h, n_kv, N) of the runs; n_h a number also for d / d_h."""
-    return tuple(runs[name].to_numpy(np.float64) for name in ("query_heads", "n_kv_heads", "params"))
-
-
-def at(runs: pd.DataFrame, center: float) -> Where:
-    """(n_h, n_kv, x) of the runs."""
-    n_heads, n_kv_heads, params = columns(runs)
-    return n_heads, n_kv_heads, np.log(params / center)
+def at(runs: pd.DataFrame) -> Where:
+    """(n_h, n_kv, x) of the runs; n_h a number also for d / d_h."""
+    return tuple(runs[name].to_numpy(np.float64) for name in ("query_heads", "n_kv_heads", "x"))
 
 
 def heads_of(runs: pd.DataFrame) -> list[Heads]:

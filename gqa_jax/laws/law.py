@@ -55,3 +55,10 @@ class PowerLaw:
     def residuals(self) -> np.ndarray:
         """Measured minus fitted loss of the points."""
         return self.loss - self.predict(self.params)
+
+
+def closest(log_above_SxJ: np.ndarray, x_J: np.ndarray) -> np.ndarray:
+    """(alpha, b)_2xS of the power laws alpha - b x closest to ln(L - E) at x = ln(N / N0)."""
+    off = x_J - x_J.mean()
+    slope = log_above_SxJ @ off / np.sum(off**2)
+    return np.stack([log_above_SxJ.mean(1) - slope * x_J.mean(), -slope])

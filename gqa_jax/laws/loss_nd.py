@@ -158,32 +158,22 @@ class LossND(_OfProblem):
         return frame
 
 
+@dataclass(eq=False, repr=False)
 class LossNDByHeads(_OfProblem, Laws[Heads, LossND]):
-    """One law per head configuration of one training context: A (or A and alpha) of each H, shared B, beta and E.
+    """One law per head configuration of one training context: A (or A and alpha) of each H, shared B, beta and E."""
 
-    Attributes:
-      context: training context, tokens; head_dim, vocab_size: of the runs, or the paper's where the table has none.
-      size_convention: what N counts (`gqa_jax.costs.CONVENTIONS`): "exact" with norms, as trained; "figures" without.
-      aspect: d / L of models as a function of N: between the sizes that were trained, else the paper's.
-      problem: what was fitted, all H at once.
-      warnings: sentences that every answer from these laws must carry.
-    """
+    problem: Problem  # what was fitted, all H at once
+    _: dataclasses.KW_ONLY
+    context: int  # of training, tokens; head_dim to aspect: as in `LawsByHeads`
+    head_dim: float
+    vocab_size: float
+    size_convention: str
+    aspect: Aspect
+    warnings: Sequence[str]  # sentences that every answer from these laws must carry
 
-    def __init__(
-        self,
-        problem: Problem,
-        *,
-        context: int,
-        head_dim: float,
-        vocab_size: float,
-        size_convention: str,
-        aspect: Aspect,
-        warnings: Sequence[str],
-    ):
-        self.problem, self.context, self.head_dim, self.vocab_size = problem, context, head_dim, vocab_size
-        self.size_convention, self.aspect = size_convention, aspect
-        self.warnings = tuple(warnings)
-        self._laws = {heads: _law(problem, i, self.warnings) for i, heads in enumerate(problem.heads)}
+    def __post_init__(self) -> None:
+        self.warnings = tuple(self.warnings)
+        self._laws = {heads: _law(self.problem, i, self.warnings) for i, heads in enumerate(self.problem.heads)}
 
     @property
     def residuals(self) -> pd.DataFrame:
@@ -234,7 +224,7 @@ def fit_loss_nd(
     said = [] if known.all() else [f"{int((~known).sum())} of {known.size} runs left out: they have no number"]
     n, d, y, w = (x[known] for x in arrays)
     known = restrictions(fixed, alpha_equals_beta, y.min(initial=np.inf))
-    problem = fit((None,), n, d, y, w, np.zeros(len(n), int), False, log, huber_delta, known)
+    problem = solved(Problem((None,), n, d, y, w, np.zeros(len(n), int), False, log, huber_delta, known))
     return _law(problem, 0, (*said, *_doubts(problem)))
 
 
@@ -279,8 +269,8 @@ def fit_loss_nd_by_heads(
                 f"heads {name}: one size has finished, an alpha of its own needs 2 or more; or alpha_by_heads=False"
             )
     known = restrictions(fixed, alpha_equals_beta, y.min(initial=np.inf))
-    problem = fit(heads, n, d, y, np.ones_like(y), group, alpha_by_heads, log, huber_delta, known)
-    problem = dataclasses.replace(problem, shared=run_table.shared_error(rows))
+    shared = run_table.shared_error(rows)
+    problem = solved(Problem(heads, n, d, y, np.ones_like(y), group, alpha_by_heads, log, huber_delta, known, shared))
     return LossNDByHeads(
         problem,
         **run_table.common(rows),
@@ -308,7 +298,7 @@ def _doubts(problem: Problem) -> list[str]:
     if any(i > 0 for i in fit.bound):
         found.append(f"an exponent is at its bound, {SMALLEST_RATE} or {LARGEST_RATE}: its term is no power law here")
     both = known.of("A", "alpha") and known.of("B", "beta")
-    if both and (factor := spread(problem.params, problem.tokens, problem.group)) < NARROW_SPREAD:
+    if both and (factor := spread(problem)) < NARROW_SPREAD:
         found.append(f"tokens spread by a factor of {factor:.2g} about their trend in N only: A and B are hardly told apart")
     if "E" in known.free:
         own = stats.t.ppf(0.975, fit.dof) * np.sqrt(fit.covariance[0, 0])
@@ -401,9 +391,9 @@ class Problem:
     alpha_by_heads: bool
     log: bool
     huber_delta: float | None
-    fit: fitting.Fit
-    restrictions: Restrictions = dataclasses.field(default_factory=Restrictions)
+    restrictions: Restrictions
     shared: SharedError = SharedError()  # noqa: RUF009 (frozen): the error that all losses have in common
+    fit: fitting.Fit = fitting.Fit(np.zeros(0), "", 0, 0, 0, 0, np.zeros((0, 0)), np.nan, 0, np.ones(1))  # noqa: RUF009 (none)
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -579,33 +569,21 @@ class Problem:
         return 3 + len(self.heads) + (index if self.alpha_by_heads else 0 * index)
 
 
-def fit(
-    heads: tuple[Heads | None, ...],
-    params: np.ndarray,
-    tokens: np.ndarray,
-    loss: np.ndarray,
-    weight: np.ndarray,
-    group: np.ndarray,
-    alpha_by_heads: bool,
-    log: bool,
-    huber_delta: float | None,
-    restrictions: Restrictions = Restrictions(),
-) -> Problem:
+def solved(problem: Problem) -> Problem:
     """The problem with its minimum. Raises ValueError for runs that no L(N, D) can be fitted to."""
-    _check(params, tokens, loss, weight, group, huber_delta, restrictions)
-    empty = fitting.Fit(np.zeros(0), "", 0, 0, 0, 0, np.zeros((0, 0)), np.nan, 0, np.ones(1))
-    problem = Problem(heads, params, tokens, loss, weight, group, alpha_by_heads, log, huber_delta, empty, restrictions)
+    _check(problem)
     free, (offset, matrix) = problem.free, problem.from_free
     theta, total = problem.refit(_starts(problem)[:, free])
     lower, upper = (ends[free] for ends in problem.bounds())
     start = theta[np.argmin(total)]
-    if huber_delta is not None:  # where most residuals count linearly, the steps are many
+    if problem.huber_delta is not None:  # where most residuals count linearly, the steps are many
         start = problem.refit(start[None], iterations=1000)[0][0]
-    found = fitting.fit(problem.of_free, problem.y, start, lower=lower, upper=upper, huber_delta=huber_delta)
+    found = fitting.fit(problem.of_free, problem.y, start, lower=lower, upper=upper, huber_delta=problem.huber_delta)
     theta, inverse = offset + matrix @ found.theta, matrix @ found.inverse @ matrix.T
-    if "A" not in restrictions.fixed and (theta[3 : 3 + len(heads)] < _VANISHED).any():
+    fixed = problem.restrictions.fixed
+    if "A" not in fixed and (theta[3 : 3 + len(problem.heads)] < _VANISHED).any():
         raise ValueError("the losses do not fall with size: the fit puts A at 0; L(N, D) needs runs that differ in N alone")
-    if "B" not in restrictions.fixed and theta[1] < _VANISHED:
+    if "B" not in fixed and theta[1] < _VANISHED:
         raise ValueError("the losses do not fall with tokens: the fit puts B at 0; L(N, D) needs runs that differ in D alone")
     bound = tuple(free[i] for i in found.bound)
     return dataclasses.replace(problem, fit=dataclasses.replace(found, theta=theta, inverse=inverse, bound=bound))
@@ -650,12 +628,13 @@ def _starts(problem: Problem) -> np.ndarray:
     return np.clip(np.array(starts), lower, upper)
 
 
-def _check(params, tokens, loss, weight, group, huber_delta, restrictions) -> None:
+def _check(problem: Problem) -> None:
     """Raises ValueError for runs that no L(N, D) can be fitted to: what is free must be told apart, with a run to spare."""
-    for name, values in (("params", params), ("tokens", tokens), ("loss", loss), ("weights", weight)):
+    params, tokens, loss, restrictions = problem.params, problem.tokens, problem.loss, problem.restrictions
+    for name, values in (("params", params), ("tokens", tokens), ("loss", loss), ("weights", problem.weight)):
         if (bad := values[~((values > 0) & np.isfinite(values))]).size:
             raise ValueError(f"{name} = {bad[0]:g}: must be above 0 and finite")
-    fitting.require(loss.min(initial=np.inf), huber_delta=huber_delta)
+    fitting.require(loss.min(initial=np.inf), huber_delta=problem.huber_delta)
     free, of_size, of_data = restrictions.free, restrictions.of("A", "alpha"), restrictions.of("B", "beta")
     said = f"{_NUMBERS[len(free)]}{'' if len(free) == len(NAMES) else ' free'} coefficient{'s' * (len(free) > 1)}"
     if len(loss) <= len(free):
@@ -672,16 +651,16 @@ def _check(params, tokens, loss, weight, group, huber_delta, restrictions) -> No
             f"{counts[0]} different sizes and {counts[1]} token counts: to fit {', '.join(free)} takes {len(free) + 1} of both "
             "together"
         )
-    if of_size and of_data and (factor := spread(params, tokens, group)) < MIN_SPREAD:
+    if of_size and of_data and (factor := spread(problem)) < MIN_SPREAD:
         raise ValueError(
             f"tokens follow size in all runs (D = k N^p within a factor of {factor:.3f}): the terms of N and of D "
             "can't be told apart; train some sizes on fewer or more tokens"
         )
 
 
-def spread(params: np.ndarray, tokens: np.ndarray, group: np.ndarray) -> float:
+def spread(problem: Problem) -> float:
     """By which factor tokens spread about their trend in N, within an H."""
-    x, z = np.log(params), np.log(tokens)
-    design = np.column_stack([x, group[:, None] == np.unique(group)])
+    x, z = np.log(problem.params), np.log(problem.tokens)
+    design = np.column_stack([x, problem.group[:, None] == np.unique(problem.group)])
     rest = z - design @ np.linalg.lstsq(design, z)[0]
     return float(np.exp(np.ptp(rest)))

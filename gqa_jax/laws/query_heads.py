@@ -8,19 +8,16 @@ the same likelihood profiles.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from gqa_jax.laws import confounding, contexts, fitting
+from gqa_jax.laws import confounding, fitting
 from gqa_jax.laws import runs as run_table
-from gqa_jax.laws.block import SMALLEST_B, Block, fit_block
-from gqa_jax.laws.fitting import SharedError
-from gqa_jax.laws.law import Laws
-from gqa_jax.laws.runs import Runs
+from gqa_jax.laws.block import SMALLEST_B, Block, InBlocks, fit_blocks
 
 MIN_HEAD_COUNTS = 3
 _CONSTANTS = 61  # values of c that `band` goes through
@@ -57,7 +54,7 @@ class QueryHeadsLaw:
         return self.loss - self.predict(self.n_heads)
 
 
-class LawsByQueryHeads(Laws[Curve, QueryHeadsLaw]):
+class LawsByQueryHeads(InBlocks[Curve, QueryHeadsLaw]):
     """One law per size and context, and how sure they are. Made by `fit_query_heads`.
 
     Attributes:
@@ -66,13 +63,11 @@ class LawsByQueryHeads(Laws[Curve, QueryHeadsLaw]):
       blocks: curves that share a c, fitted together; their coefficients are (c, then ln a at the mean ln n_h and -b per curve).
       sigma: standard deviation of a run's loss about its curve, pooled, nats per token; nan without degrees of freedom.
       dof: runs minus fitted coefficients.
-      shared: the error that all losses, and so c, have in common.
       warnings: sentences that every answer from these laws must carry.
     """
 
     def __init__(self, blocks: Sequence[Block], n_kv_heads: int, constant: str | float, warnings: Sequence[str]):
         self.n_kv_heads, self.constant = n_kv_heads, constant
-        self.shared = blocks[0].shared
         self.dof = sum(block.fit.dof for block in blocks)
         self.sigma = fitting.pooled((block.fit.sigma, block.fit.dof) for block in blocks)
         # Curves of their own are alike in noise, if in nothing else: its size comes from the runs of all.
@@ -80,11 +75,6 @@ class LawsByQueryHeads(Laws[Curve, QueryHeadsLaw]):
         self.blocks = tuple(dataclasses.replace(block, fit=fit) for block, fit in zip(blocks, fits, strict=True))
         self._laws = {curve: law for block in self.blocks for curve, law in _laws(block).items()}
         self.warnings = (*warnings, *self._doubts())
-
-    @property
-    def status(self) -> str:
-        """CONVERGED, or the worst of: EDGE (c at 0 or at the lowest loss), BOUND_HIT, DISAGREE, SINGULAR."""
-        return fitting.worst(block.status for block in self.blocks)
 
     @property
     def residuals(self) -> pd.DataFrame:
@@ -100,7 +90,8 @@ class LawsByQueryHeads(Laws[Curve, QueryHeadsLaw]):
 
     def covariance(self, curve: Curve | tuple[str, int]) -> pd.DataFrame:
         """Covariance of (ln a, b, c) of one curve by the linearised fit, 3 x 3; nan where they are not determined."""
-        block, i = self._find(Curve(*curve))
+        block = self.block(curve := Curve(*curve))
+        i = block.heads.index(curve)
         to_abc = np.zeros((3, len(block.fit.theta)))
         to_abc[0, 1 + 2 * i], to_abc[0, 2 + 2 * i], to_abc[1, 2 + 2 * i], to_abc[2, 0] = 1, np.log(block.center), -1, 1
         names = ["log_a", "b", "c"]
@@ -132,7 +123,8 @@ class LawsByQueryHeads(Laws[Curve, QueryHeadsLaw]):
         all c within their own interval, each with the room that its sum of squares leaves. On the held-out text of the runs:
         the error that all losses have in common is not in it.
         """
-        block, i = self._find(curve := Curve(*curve))
+        block = self.block(curve := Curve(*curve))
+        i = block.heads.index(curve)
         n_heads = np.atleast_1d(np.asarray(n_heads, np.float64))
         if not np.isfinite(self.sigma):
             return np.full(n_heads.shape, np.nan), np.full(n_heads.shape, np.nan)
@@ -154,12 +146,6 @@ class LawsByQueryHeads(Laws[Curve, QueryHeadsLaw]):
         half_ExN = np.sqrt(room_E[:, None] * lever_ExN)
         loss_ExN = c_E[:, None] + value_ExN
         return (loss_ExN - half_ExN).min(0), (loss_ExN + half_ExN).max(0)
-
-    def _find(self, curve: Curve) -> tuple[Block, int]:
-        for block in self.blocks:
-            if curve in block.heads:
-                return block, block.heads.index(curve)
-        raise KeyError(f"no curve of {curve}: there are {'; '.join(map(str, self))}")
 
     def _doubts(self) -> list[str]:
         found = []
@@ -194,7 +180,7 @@ def fit_query_heads(
       ValueError: no finished run, several n_kv, heads of a size that saw more tokens than others, fewer than three head counts
         of a curve (two with c given), losses that don't fall with heads, a c that is not below every loss.
     """
-    rows, said = contexts.usable(table)
+    rows, said = run_table.usable_by_context(table)
     if (rule := rows["n_heads"].isna()).any():
         said.append(f"{int(rule.sum())} of {len(rows)} runs left out: their query heads follow the width, they have no number")
         rows = rows[~rule]
@@ -223,14 +209,8 @@ def fit_query_heads(
         if (np.diff(means) > 0).any():
             said.append(f"{curve}: the loss is not monotone in heads ({', '.join(f'{x:.4f}' for x in means)})")
     said += [*run_table.about_text(rows), *design.warnings]
-    return LawsByQueryHeads(_fit(groups, constant, shared), int(kinds[0]), constant, said)
-
-
-def _fit(groups: Mapping[Curve, Runs], constant: str | float, shared: SharedError) -> list[Block]:
-    if isinstance(constant, float):
-        return [fit_block(groups, entropy=constant, shared=shared)]
-    parts = [groups] if constant == "shared" else [{curve: runs} for curve, runs in groups.items()]
-    return [fit_block(part, shared=shared) for part in parts]
+    given = constant if isinstance(constant, float) else None
+    return LawsByQueryHeads(fit_blocks(groups, constant == "shared", given, shared=shared), int(kinds[0]), constant, said)
 
 
 def _laws(block: Block) -> dict[Curve, QueryHeadsLaw]:

@@ -60,8 +60,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
     rows = leave_out(table, table["status"] == "diverged", "their loss diverged")
     rows = leave_out(rows, rows["status"] != "done", "they are not finished")
-    loss = pd.to_numeric(rows["loss"], errors="coerce").astype("Float64")
-    rows = leave_out(rows, ~np.isfinite(loss.astype(np.float64)), "their loss is no number")
+    rows = leave_out(rows, pd.Series(~np.isfinite(_losses(rows)), rows.index), "their loss is no number")
     if rows.empty:
         raise ValueError("no finished run to fit: every row is diverged or missing")
     if len(contexts := sorted(rows["context"].unique())) > 1:
@@ -77,6 +76,41 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         raise ValueError(f"run {name} is in the table twice: drop one (DataFrame.drop_duplicates('cell'))")
     _require_distinct(rows)
     return rows.sort_values("params_non_embedding", kind="stable"), said
+
+
+def usable_by_context(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """`usable` rows of every training context, with columns `size_name` and `heads`; and what was left out, said.
+
+    A size is named by the column size, else by its layers and width ("24x1280").
+
+    Raises:
+      ValueError: as `usable`, for all contexts together, or a table that does not say what size a run has.
+    """
+    if missing := [name for name in ("context", "status", "loss") if name not in table.columns]:
+        raise ValueError(f"the table has no column {', '.join(missing)}: give the loss table of gqa_jax.load_results")
+    kept, said = [], []
+    there = table["status"].eq("done").fillna(False).to_numpy(bool) & np.isfinite(_losses(table))
+    for context, rows in table.assign(_there=there).groupby("context"):
+        if not rows.pop("_there").any():
+            said.append(f"T = {context}: all {len(rows)} runs left out: they diverged or are not finished")
+            continue
+        rows, words = usable(rows)
+        kept.append(rows)
+        said += [f"T = {context}: {word}" for word in words]
+    if not kept:
+        raise ValueError("no finished run to fit: every row is diverged or missing")
+    rows = pd.concat(kept)
+    require_one_rule(rows)
+    heads = [Heads.of(h, k) for h, k in zip(rows["n_heads"], rows["n_kv_heads"], strict=True)]
+    for names in names_of_sizes(rows):
+        if names.notna().all():
+            return rows.assign(size_name=names.astype(str), heads=pd.Series(heads, rows.index, dtype=object)), said
+    raise ValueError("the table says of no run what size it has: it needs the column size, or n_layers and d_model")
+
+
+def _losses(table: pd.DataFrame) -> np.ndarray:
+    """Losses as float64; nan for what is no number."""
+    return pd.to_numeric(table["loss"], errors="coerce").astype("Float64").to_numpy(np.float64, na_value=np.nan)
 
 
 def _require_distinct(rows: pd.DataFrame) -> None:
@@ -145,15 +179,32 @@ def require_one_rule(rows: pd.DataFrame) -> None:
 
 def several_rules(rows: pd.DataFrame) -> str | None:
     """A sentence where finished runs are under several rules, and how to choose; None where they are not."""
-    done = rows[rows["status"] == "done"]
-    counts = done["rules"].dropna().value_counts(sort=False) if "rules" in done else ()
-    if len(counts) < 2:
+    if (counts := _several(rows[rows["status"] == "done"], "rules")) is None:
         return None
-    said = ", ".join(f"{name}: {count} run{'s' * (count > 1)}" for name, count in counts.sort_index().items())
     return (
-        f"runs under {len(counts)} rules ({said}) are not on one law: their losses are of other held-out text, or of another "
-        "warm-up. Choose with --rules old or --rules new (load_study: rules=...), or take table[table['rules'] == ...]"
+        f"runs under {len(counts)} rules ({_said(counts)}) are not on one law: their losses are of other held-out text, or of "
+        "another warm-up. Choose with --rules old or --rules new (load_study: rules=...), or take "
+        "table[table['rules'] == ...]"
     )
+
+
+def require_one(rows: pd.DataFrame, name: str) -> None:
+    """Raises ValueError where runs have several values in a column: one law can't hold for all of them."""
+    if (counts := _several(rows, name)) is not None:
+        raise ValueError(
+            f"runs of several {name} ({_said(counts)}) are not on one law: fit them apart, like those of {counts.idxmax()} "
+            "alone"
+        )
+
+
+def _several(rows: pd.DataFrame, name: str) -> pd.Series | None:
+    """How many runs have each of several values of a column; None where they are not several."""
+    counts = rows[name].value_counts(sort=False).sort_index() if name in rows else ()
+    return counts if len(counts) > 1 else None
+
+
+def _said(counts: pd.Series) -> str:
+    return ", ".join(f"{value}: {count} run{'s' * int(count > 1)}" for value, count in counts.items())
 
 
 def shared_sem(rows: pd.DataFrame) -> float | None:
@@ -232,8 +283,7 @@ def fittable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         else:
             kept.append(heads)
     said = [f"heads {', '.join(map(str, heads))}: {problem}; left out" for problem, heads in problems.items()]
-    names = pd.MultiIndex.from_frame(rows[["n_heads", "n_kv_heads"]].astype("Int64").fillna(0))
-    return rows[names.isin([(h.n_heads or 0, h.n_kv_heads) for h in kept])], said
+    return rows[np.any([np.zeros(len(rows), bool), *(have(rows, heads) for heads in kept)], axis=0)], said
 
 
 def require(groups: Mapping[Heads, Runs]) -> None:
@@ -292,16 +342,6 @@ def only(rows: pd.DataFrame, name: str, default: float) -> float:
     require_one(rows, name)
     values = rows[name].dropna() if name in rows else ()
     return float(values.iloc[0]) if len(values) else default
-
-
-def require_one(rows: pd.DataFrame, name: str) -> None:
-    """Raises ValueError where runs have several values in a column: one law can't hold for all of them."""
-    counts = rows[name].value_counts(sort=False) if name in rows else ()
-    if len(counts) > 1:
-        said = ", ".join(f"{value}: {count} run{'s' * int(count > 1)}" for value, count in counts.sort_index().items())
-        raise ValueError(
-            f"runs of several {name} ({said}) are not on one law: fit them apart, like those of {counts.idxmax()} alone"
-        )
 
 
 def common(rows: pd.DataFrame) -> dict[str, Any]:
@@ -365,34 +405,32 @@ def size_labels(rows: pd.DataFrame) -> np.ndarray:
     return labels_by_count(params)
 
 
+def names_of_sizes(rows: pd.DataFrame) -> list[pd.Series]:
+    """What the size of each row goes by: its column `size`, and its layers and hidden size (12x768), where there are."""
+    found = [rows["size"].astype("string").replace("", pd.NA)] if "size" in rows else []
+    if {"n_layers", "d_model"} <= {*rows.columns}:
+        layers, width = (rows[name].astype("Int64").astype("string") for name in ("n_layers", "d_model"))
+        found.append(layers + "x" + width)
+    return found
+
+
 def size_names(rows: pd.DataFrame, labels: np.ndarray) -> list[str]:
-    """A name for every label of `size_labels`: the column `size`, else layers and hidden size (12x768), else N."""
+    """A name for every label of `size_labels`: the first of `names_of_sizes` that all its rows with any have, else N."""
     found = []
     for label in range(labels.max(initial=-1) + 1):
         own = rows[labels == label]
-        names = own["size"].dropna().unique() if "size" in own else []
-        if len(names) == 1 and str(names[0]):
-            found.append(str(names[0]))
-        elif {"n_layers", "d_model"} <= {*own.columns} and own[["n_layers", "d_model"]].notna().all(axis=None):
-            found.append(f"{own['n_layers'].iloc[0]}x{own['d_model'].iloc[0]}")
-        else:
-            found.append(f"N = {column(own, 'params_non_embedding').min():.3g}")
+        names = [one[0] for one in (names.dropna().unique() for names in names_of_sizes(own)) if len(one) == 1]
+        found.append(names[0] if names else f"N = {column(own, 'params_non_embedding').min():.3g}")
     return found
 
 
 def labels_by_name(rows: pd.DataFrame, labels: np.ndarray) -> dict[str, int]:
-    """The label of every name that a size goes by: its column `size`, and its layers and hidden size (12x768).
-
-    A name that two sizes go by is none.
-    """
-    names = [rows["size"].astype("string")] if "size" in rows else []
-    if {"n_layers", "d_model"} <= {*rows.columns}:
-        names.append(rows["n_layers"].astype("Int64").astype("string") + "x" + rows["d_model"].astype("Int64").astype("string"))
+    """The label of every name of `names_of_sizes`. A name that two sizes go by is none."""
     found: dict[str, set[int]] = {}
-    for column_of_names in names:
-        for name, label in zip(column_of_names, labels, strict=True):
-            if pd.notna(name) and name:
-                found.setdefault(str(name), set()).add(int(label))
+    for names in names_of_sizes(rows):
+        for name, label in zip(names, labels, strict=True):
+            if pd.notna(name):
+                found.setdefault(name, set()).add(int(label))
     return {name: next(iter(those)) for name, those in found.items() if len(those) == 1}
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gqa_jax.laws import bends, evidence
+from gqa_jax.laws import bends, evidence, head_law
 from gqa_jax.laws.bends import Bends
 from gqa_jax.laws.block import conditional
 from gqa_jax.laws.evidence import Explored
 from gqa_jax.laws.heads import LLAMA3, Heads
+from gqa_jax.laws.law import closest
 from gqa_jax.laws.posterior import Drawn
 
 if TYPE_CHECKING:
     from gqa_jax.laws.block import Block
     from gqa_jax.laws.by_heads import LawsByHeads
 
-POOLED_FROM = 5  # head configurations
 _ROUNDS = 40  # of draws, each a quarter more than are wanted, until enough fall with size
 _LLAMA3_SIZES = 8
 
@@ -83,36 +84,29 @@ def _within(linear: evidence.Linear, node: np.ndarray, generator: np.random.Gene
 
 
 def pooling(block: Block) -> np.ndarray | None:
-    """Basis_Gx2xK of the head law; None where H are too few. Llama 3's rule is not pooled."""
-    counted = [h for h in block.heads if h.n_heads is not None]
-    if len(counted) < POOLED_FROM:
+    """Basis_Gx2xK of the head law: functions of heads, and a column for each rule, in alpha and in b; None for too few H."""
+    if (told := _functions(block)) is None:
         return None
     columns = _features(block.heads)
-    most, numbers = max(1, len(counted) - 4), np.array([h.n_heads is not None for h in block.heads])
     rules = np.array([[h == rule for rule in block.heads if rule.n_heads is None] for h in block.heads], float)
-
-    def chosen(limit: int) -> np.ndarray:
-        kept = [columns[:, 0]]
-        for column in columns.T[1:limit]:
-            trial = np.stack([*kept, column], 1)
-            if len(kept) < most and np.linalg.matrix_rank(trial[numbers]) == trial.shape[1]:
-                kept.append(column)
-        return np.concatenate([np.stack(kept, 1), rules.reshape(len(block.heads), -1)], 1)
-
-    for_alpha, for_b = chosen(6), chosen(3)
-    basis = np.zeros((len(block.heads), 2, for_alpha.shape[1] + for_b.shape[1]))
-    basis[:, 0, : for_alpha.shape[1]] = for_alpha
-    basis[:, 1, for_alpha.shape[1] :] = for_b
-    return basis
+    parts = [np.concatenate([columns[:, kept], rules.reshape(len(block.heads), -1)], 1) for kept in told]
+    return np.stack([np.pad(parts[0], ((0, 0), (0, parts[1].shape[1]))), np.pad(parts[1], ((0, 0), (parts[0].shape[1], 0)))], 1)
 
 
-def _features(heads: list[Heads] | tuple[Heads, ...]) -> np.ndarray:
-    """1, u, v, u^2, v^2, u v with u = log2 n_h, v = log2 n_kv; zeros for a rule, which has a column of its own."""
-    rows = []
-    for h in heads:
-        u, v = (0.0, 0.0) if h.n_heads is None else (np.log2(h.n_heads), np.log2(h.n_kv_heads))
-        rows.append(np.array([1.0, u, v, u * u, v * v, u * v]) * (h.n_heads is not None))
-    return np.array(rows)
+def _functions(block: Block) -> tuple[list[int], list[int]] | None:
+    """Which of `_features` are in alpha and in b; None where H without a rule are too few."""
+    counted = np.array([h.n_heads is not None for h in block.heads])
+    if counted.sum() < head_law.POOLED_FROM:
+        return None
+    columns, most = _features(block.heads)[counted], max(1, int(counted.sum()) - 4)
+    return head_law.told_apart(columns, range(6), most), head_law.told_apart(columns, range(3), most)
+
+
+def _features(heads: Sequence[Heads]) -> np.ndarray:
+    """`head_law.terms` (G, 6) of heads; zeros for a rule, which has a column of its own."""
+    pairs = [(h.n_heads, h.n_kv_heads) if h.n_heads is not None else (1, 1) for h in heads]
+    counted = np.array([h.n_heads is not None for h in heads])
+    return head_law.terms(*np.array(pairs, np.float64).T, np.zeros(2)) * counted[:, None]
 
 
 def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -157,28 +151,20 @@ def llama3(laws: LawsByHeads, block: Block, drawn: Drawn, generator: np.random.G
         if inside.sum() < 3 or max(h.n_kv_heads for h in block.heads) < LLAMA3.n_kv_heads:
             return None, ""
         x = np.log(grid[inside] / block.center)
-        basis = pooling(block)
-        pseudo = [Heads(n, LLAMA3.n_kv_heads) for n in n_heads[inside]]
-        theta = _head_law(block, basis, pseudo, x, drawn, generator)
+        theta = _head_law(block, n_heads[inside], LLAMA3.n_kv_heads, x, drawn, generator)
     else:
         return None, ""
     b = np.maximum(theta[:, 1], 1e-3 if drawn.bends is None else drawn.bends.least_b_S)  # each falls with size everywhere
     return (drawn.entropy_S, np.log(block.center) + theta[:, 0] / b, b), note
 
 
-def _head_law(block: Block, basis: np.ndarray, pseudo: list[Heads], x: np.ndarray, drawn: Drawn, generator) -> np.ndarray:
+def _head_law(block: Block, n_heads_J: np.ndarray, n_kv_heads: int, x_J: np.ndarray, drawn: Drawn, generator) -> np.ndarray:
     """(alpha, b)_Sx2 of the power law closest to ln(L - E) = alpha(H_j) - b(H_j) x_j, H_j the heads at size j."""
-    columns, names = _features(pseudo), _features(block.heads)
-    keep = [_own(basis, row, names) for row in (0, 1)]
-    used = [[int(np.flatnonzero((names == basis[:, row, k][:, None]).all(0))[0]) for k in keep[row]] for row in (0, 1)]
+    columns = head_law.terms(n_heads_J, np.full(len(x_J), float(n_kv_heads)), np.zeros(2))
+    n_rules, first, coefficients = sum(h.n_heads is None for h in block.heads), 0, []
     u_Sx2 = generator.normal(size=(len(drawn.entropy_S), 2)) * drawn.tau_Sx2
-    alpha_SxJ = drawn.beta_SxK[:, keep[0]] @ columns[:, used[0]].T + u_Sx2[:, :1]
-    b_SxJ = drawn.beta_SxK[:, keep[1]] @ columns[:, used[1]].T + u_Sx2[:, 1:]
-    log_above_SxJ = alpha_SxJ - b_SxJ * x
-    slope = ((log_above_SxJ - log_above_SxJ.mean(1, keepdims=True)) @ (x - x.mean())) / np.sum((x - x.mean()) ** 2)
-    return np.stack([log_above_SxJ.mean(1) - slope * x.mean(), -slope], -1)
-
-
-def _own(basis: np.ndarray, row: int, names: np.ndarray) -> list[int]:
-    """Columns of the basis that are features of heads (not those of a rule) and belong to alpha (0) or b (1)."""
-    return [k for k in range(basis.shape[2]) if basis[:, row, k].any() and (names == basis[:, row, k][:, None]).all(0).any()]
+    for part, kept in enumerate(_functions(block)):
+        coefficients.append(drawn.beta_SxK[:, first : first + len(kept)] @ columns[:, kept].T + u_Sx2[:, [part]])
+        first += len(kept) + n_rules
+    alpha_SxJ, b_SxJ = coefficients
+    return closest(alpha_SxJ - b_SxJ * x_J, x_J).T

@@ -23,7 +23,7 @@ from scipy import stats
 
 from gqa_jax.laws import joint
 from gqa_jax.laws import runs as run_table
-from gqa_jax.laws.block import Block, fit_block
+from gqa_jax.laws.block import Block, fit_block, fit_blocks
 from gqa_jax.laws.by_heads import LawsByHeads
 from gqa_jax.laws.heads import Heads
 from gqa_jax.laws.joint import JointLaw, fit_rows
@@ -181,14 +181,12 @@ def _leave_sizes_out(
 
 def _fit_by_heads(groups: _Groups, shared_entropy: bool, level: float) -> dict[str, Callable[[Heads, np.ndarray], _Prediction]]:
     """The three models of runs of some heads: (H, sizes) -> predictions."""
-    parts = [groups] if shared_entropy else [{heads: runs} for heads, runs in groups.items()]
-    blocks = {heads: block for block in map(fit_block, parts) for heads in block.heads}
+    blocks = {heads: block for block in fit_blocks(groups, shared_entropy) for heads in block.heads}
     without = fit_block(groups, entropy=0.0)
-    quadratic = _LogQuadratics(groups, level)
     return {
         "law": lambda heads, params: _of_block(blocks[heads], heads, params, level),
         "entropy_0": lambda heads, params: _of_block(without, heads, params, level),
-        "log_quadratic": quadratic,
+        "log_quadratic": _log_quadratics(groups, level),
     }
 
 
@@ -208,33 +206,40 @@ def _curve(block: Block, heads: Heads, params: np.ndarray) -> tuple[np.ndarray, 
     return value + block.entropy, gradient
 
 
-class _LogQuadratics:
+def _log_quadratics(groups: _Groups, level: float) -> Callable[[Heads, np.ndarray], _Prediction]:
     """ln L = c0 + c1 x + c2 x^2 of every H; the noise, relative to the loss, is that of all."""
+    centers = {heads: np.mean(np.log(runs.params)) for heads, runs in groups.items()}
 
-    def __init__(self, groups: _Groups, level: float):
-        self.fits, squares, self.dof = {}, 0.0, 0
-        for heads, runs in groups.items():
-            center = np.mean(np.log(runs.params))
-            columns = np.vander(np.log(runs.params) - center, 3)
-            inverse = np.linalg.pinv(columns)
-            coefficients = inverse @ np.log(runs.loss)
-            squares += float(np.sum((np.log(runs.loss) - columns @ coefficients) ** 2))
-            self.dof += len(runs.loss) - 3
-            self.fits[heads] = center, coefficients, inverse
-        self.sigma = np.sqrt(squares / self.dof) if self.dof > 0 else np.nan
-        self.quantile = stats.t.ppf((1 + level) / 2, self.dof) if self.dof > 0 else np.nan
+    def columns(heads: Heads, params: np.ndarray) -> np.ndarray:
+        return np.vander(np.log(params) - centers[heads], 3)
 
-    def __call__(self, heads: Heads, params: np.ndarray) -> _Prediction:
-        center, coefficients, inverse = self.fits[heads]
-        columns = np.vander(np.log(params) - center, 3)
-        return _of_logs(columns, coefficients, inverse, self.sigma, self.quantile)
+    fits = {heads: _LogLinear.of(columns(heads, runs.params), runs.loss) for heads, runs in groups.items()}
+    squares, dof = (sum(getattr(one, name) for one in fits.values()) for name in ("squares", "dof"))
+    return lambda heads, params: fits[heads].predict(columns(heads, params), squares, dof, level)
 
 
-def _of_logs(columns: np.ndarray, coefficients: np.ndarray, inverse: np.ndarray, sigma: float, quantile: float) -> _Prediction:
-    """Predictions exp(columns @ coefficients); `inverse`: the pseudo-inverse of the columns that were fitted."""
-    loss = np.exp(columns @ coefficients)
-    error = loss * sigma * np.sqrt(1 + np.sum((columns @ inverse) ** 2, axis=1))
-    return _Prediction(loss, error, np.full(len(loss), quantile))
+@dataclass(frozen=True)
+class _LogLinear:
+    """ln L = columns @ coefficients, by least squares."""
+
+    coefficients: np.ndarray
+    inverse: np.ndarray  # the pseudo-inverse of the columns
+    squares: float  # of the residuals
+    dof: int
+
+    @classmethod
+    def of(cls, columns: np.ndarray, loss: np.ndarray) -> _LogLinear:
+        inverse, log_loss = np.linalg.pinv(columns), np.log(loss)
+        coefficients = inverse @ log_loss
+        squares = float(np.sum((log_loss - columns @ coefficients) ** 2))
+        return cls(coefficients, inverse, squares, len(loss) - columns.shape[1])
+
+    def predict(self, columns: np.ndarray, squares: float, dof: int, level: float) -> _Prediction:
+        """Of runs with these columns; the noise is that of `squares` with so many degrees of freedom."""
+        loss = np.exp(columns @ self.coefficients)
+        sigma, quantile = (np.sqrt(squares / dof), stats.t.ppf((1 + level) / 2, dof)) if dof > 0 else (np.nan, np.nan)
+        error = loss * sigma * np.sqrt(1 + np.sum((columns @ self.inverse) ** 2, axis=1))
+        return _Prediction(loss, error, np.full(len(loss), quantile))
 
 
 def _leave_heads_out(rows: pd.DataFrame, level: float) -> Iterator[tuple[Heads, Runs, dict[str, _Prediction]]]:
@@ -272,15 +277,11 @@ def _joint_log_quadratic(law: JointLaw, n_heads: np.ndarray, n_kv_heads: int, pa
     def columns(where: joint.Where) -> np.ndarray:
         return np.column_stack([terms.log_above(np.zeros(len(terms.names)), where)[1], where[2] ** 2])
 
-    fitted, log_loss = columns(joint.at(law.runs, law.center)), np.log(law.runs["loss"].to_numpy())
-    inverse = np.linalg.pinv(fitted)
-    coefficients = inverse @ log_loss
-    dof = len(log_loss) - fitted.shape[1]
-    if dof <= 0:
+    fit = _LogLinear.of(columns(joint.at(law.runs)), law.runs["loss"].to_numpy())
+    if fit.dof <= 0:
         return _Prediction.missing(len(params))
-    sigma = float(np.sqrt(np.sum((log_loss - fitted @ coefficients) ** 2) / dof))
     where = (n_heads, np.full(len(params), float(n_kv_heads)), np.log(params / law.center))
-    return _of_logs(columns(where), coefficients, inverse, sigma, stats.t.ppf((1 + level) / 2, dof))
+    return fit.predict(columns(where), fit.squares, fit.dof, level)
 
 
 def _frame(scheme: str, model: str, heads: Heads, held: Runs, found: _Prediction) -> pd.DataFrame:

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from gqa_jax.laws import contexts
 from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.heads import Heads
 
@@ -129,7 +128,7 @@ def pairs(table: pd.DataFrame, baseline: tuple | str) -> list[tuple[str, str]]:
 
 def _chosen(table: pd.DataFrame, baseline: tuple | str) -> tuple[pd.DataFrame, str, str, list[str]]:
     """The runs, the name of the baseline, the column that it is a value of, and what was left out."""
-    rows, said = contexts.usable(table)
+    rows, said = run_table.usable_by_context(table)
     of_heads = not isinstance(baseline, str)
     name = str(Heads(*baseline)) if of_heads else baseline
     rows = rows.assign(heads=rows["heads"].map(str))
