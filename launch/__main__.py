@@ -19,7 +19,7 @@ from rich.progress import Progress
 from gqa_jax import hardware, prices, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, duration, si
-from launch import analysis, fit, grid, rules, run, screen, state
+from launch import analysis, fit, grid, rules, run, screen, state, training_cells
 from launch.cells import Cell, Layout
 from launch.executors import base
 from launch.executors.base import DEAD, RUNNING, Executor, SubmitError
@@ -170,6 +170,8 @@ def _plan(arguments, the: Choice, layout: Layout, console: Console) -> int:
         frame = plan.on_slices(frame, fits, table, arguments.efficiency)
     for name in sorted({cell.config.data.store for cell in chosen if cell.data_fingerprint is None}):
         print(f"launch: token store {name} is not prepared yet: the names of its cells will change", file=sys.stderr)
+    for line in training_cells.said(chosen):
+        print(f"launch: {line}", file=sys.stderr)
     if _as_data(arguments, frame):
         return EXIT_DONE
     if fits is not None:
@@ -315,6 +317,8 @@ def _run(arguments, the: Choice, layout: Layout, console: Console) -> int:
                 f"token store {cell.config.data.store} is not there: make it with `python -m gqa_jax.data.prepare --out "
                 f"{cell.config.data.store} ...`"
             )
+    for line in training_cells.said(chosen):
+        print(f"launch: {line}", file=sys.stderr)
     _check_parents(chosen, the.cells, layout)
     if arguments.dry_run:
         return _dry_run(arguments, the, chosen, layout, engine, console)

@@ -71,6 +71,15 @@ class Cell(Protocol):
         """
 
 
+def of_several(said: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each sentence of (name of a cell, sentence): the first of its cells, and how many more there are."""
+    names: dict[str, list[str]] = {}
+    for name, sentence in said:
+        names.setdefault(sentence, []).append(name)
+    more = {sentence: f" and {len(held) - 1} more" if len(held) > 1 else "" for sentence, held in names.items()}
+    return [f"{held[0]}{more[sentence]}: {sentence}" for sentence, held in names.items()]
+
+
 def record(path: epath.Path) -> dict[str, Any]:
     """A small JSON file, {} when it is not there or broken: a heartbeat is never worth an error."""
     try:

@@ -23,7 +23,7 @@ from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.training import run_folder
-from launch.cells import Cell, Layout, record
+from launch.cells import Cell, Layout, of_several, record
 from launch.executors.base import QUEUED, RUNNING, Job
 
 STALLED_SECONDS = 600.0  # without a heartbeat; a compilation may take minutes
@@ -200,12 +200,8 @@ def _waits(cell: Cell | type[Cell], folder: epath.Path, now: float) -> tuple[str
 
 def waiting(names: Sequence[str], states: Sequence[CellState]) -> list[str]:
     """A line for each cause that unstarted cells wait for."""
-    causes: dict[str, list[str]] = {}
-    for name, now in zip(names, states, strict=True):
-        if now.state in ("planned", "queued") and now.cause is not None:
-            causes.setdefault(now.cause, []).append(name)
-    others = {cause: f" and {len(held) - 1} more" if len(held) > 1 else "" for cause, held in causes.items()}
-    return [f"{held[0]}{others[cause]}: {cause}" for cause, held in causes.items()]
+    pairs = zip(names, states, strict=True)
+    return of_several((name, now.cause) for name, now in pairs if now.state in ("planned", "queued") and now.cause is not None)
 
 
 ALIKE = 3  # cells of a size that fail alike before the others of that size are held back

@@ -23,7 +23,7 @@ from gqa_jax.data.store import TokenStore
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder, start
 from gqa_jax.training.start import FROM_SCRATCH, Start
-from launch.cells import REPOSITORY, Cell, record
+from launch.cells import REPOSITORY, Cell, of_several, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,11 @@ class TrainingCell:
 def training(cells: Iterable[Cell]) -> list[TrainingCell]:
     """Those of them that train."""
     return [cell for cell in cells if isinstance(cell, TrainingCell)]
+
+
+def said(cells: Iterable[Cell]) -> list[str]:
+    """What is other than where cells start, a line for each difference."""
+    return of_several((cell.name, f"not as where it starts: {line}") for cell in training(cells) for line in cell.start.differs)
 
 
 def continued(

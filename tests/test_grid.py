@@ -6,6 +6,7 @@ import pytest
 
 from gqa_jax.config import ConfigError, Execution, TrainConfig, hash_identity
 from launch import grid
+from launch.training_cells import said
 from tests import grid_fakes
 
 
@@ -164,6 +165,7 @@ def test_a_second_phase_on_other_data_and_another_rope_base():
     assert base == "model.rope_theta: 1000000.0 here, 500000.0 there"
     assert data == f"data.fingerprint: {second.data_fingerprint[:12]} here, {first.data_fingerprint[:12]} there"
     assert third.start.differs == ()
+    assert said([first, second, third]) == [f"{second.name}: not as where it starts: {line}" for line in (base, data)]
     _, provisional, _ = grid.cells(two_phases(data={"store": "stores/not-yet"}))
     assert provisional.start.differs == ()
 

@@ -247,8 +247,8 @@ TABLE = (
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .prices .storage launch.cells launch.grid launch.rules launch.executors.base "
-        "launch.state launch.run launch.screen launch.fit launch.analysis",
+        ".errors .formatting .hardware .prices .storage launch.cells launch.training_cells launch.grid launch.rules "
+        "launch.executors.base launch.state launch.run launch.screen launch.fit launch.analysis",
         lazily="launch.plan launch.export",
     ),
     # What is built on both.
