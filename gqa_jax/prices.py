@@ -2,7 +2,7 @@
 
 A list price is named by words, separated by colons, that its vendor, product or region has, or that say its terms:
 "google", "google:spot", "runpod:secure", "lambda:8x", "google:europe-west4". On demand, unless spot is one of the words.
-All of them are in docs/prices.md (`markdown`).
+All of them are in hardware/prices.csv.
 """
 
 from __future__ import annotations
@@ -96,21 +96,6 @@ def compared(chips: Iterable[str], table: Mapping[str, Price]) -> str | None:
     return f"prices of several vendors are compared ({asked}), which ask for different things: {instead}"
 
 
-def markdown() -> str:
-    """The tables of docs/prices.md: every list price, those of a chip in their order, and their sources by number."""
-    rows: dict[tuple[str, Price], dict[bool, float]] = {}  # of a chip and a price without dollars and terms: dollars by terms
-    for chip in CHIPS.values():
-        for price in chip.prices:
-            rows.setdefault((chip.name, price._replace(usd_per_hour=0.0, spot=False)), {})[price.spot] = price.usd_per_hour
-    sources = list(dict.fromkeys(price.source for _, price in rows))
-    lines = ["| chip | product | region | USD an hour | spot | date | source |", "|---|---|---|---|---|---|---|"]
-    for (name, price), usd in rows.items():
-        dollars = [re.sub("0{1,2}$", "", f"{usd[spot]:.4f}") if spot in usd else "" for spot in (False, True)]
-        fields = (name, price.product, price.region, *dollars, price.date, str(1 + sources.index(price.source)))
-        lines.append(f"| {' | '.join(fields)} |")
-    return "\n".join([*lines, "", *(f"{number}. {source}" for number, source in enumerate(sources, 1))])
-
-
 def _asked(words: str) -> tuple[list[str], bool]:
     """The words that are no terms, in lower case, and whether spot is asked for."""
     asked = [word.strip().lower() for word in words.split(":") if word.strip()]
@@ -178,7 +163,3 @@ def _price(path: str, name: str, value: Any) -> Price:
         raise ValueError(f"prices {path}: {name}.spot = {spot!r}: must be true or false")
     texts = {field: str(fields[field]) for field in ("product", "region", "date") if field in fields}
     return Price(float(usd), vendor=str(fields.get("vendor") or path), **texts, spot=spot)
-
-
-if __name__ == "__main__":
-    print(markdown())

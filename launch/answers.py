@@ -175,7 +175,7 @@ def print_answer(found: Answer, one: Fitted, console: Console, also: Sequence[st
         console.print(table, "")
     for sentence in serving_words.said(found):
         console.print(escape(sentence), highlight=False)
-    print_warnings([warning for warning in found.warnings if warning != one.laws.source], console)
+    grid_tables.print_warnings([warning for warning in found.warnings if warning != one.laws.source], console)
 
 
 def print_headline(text: str, console: Console) -> None:
@@ -183,9 +183,3 @@ def print_headline(text: str, console: Console) -> None:
     line = Text(text)
     line.stylize("bold", 0, text.index(ASSUMED) if ASSUMED in text else len(text))
     console.print(line, "")
-
-
-def print_warnings(warnings: Sequence[str], console: Console) -> None:
-    """A line each."""
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)

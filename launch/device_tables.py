@@ -12,7 +12,7 @@ from gqa_jax.formatting import amount, seconds, usd
 from gqa_jax.search import serving_words, words
 from gqa_jax.search.devices import Comparison
 from gqa_jax.search.roofline import Layout
-from launch import answers
+from launch import answers, grid_tables
 from launch import columns as columns_of
 from launch.tables import Column, Table
 
@@ -76,7 +76,7 @@ def print_comparison(found: Comparison, console: Console, also: Sequence[str] = 
         hour = "" if pd.isna(row["usd_per_hour"]) else f"${row['usd_per_hour']:.2f} an hour, "
         console.print(f"{row['device']}: {hour}{escape(row['price'])}", highlight=False)
     if found.vendors is not None:
-        answers.print_warnings([found.vendors], console)
+        grid_tables.print_warnings([found.vendors], console)
     efficiencies = (answer.objective["serving"]["efficiency"] for answer in found.answers.values())
     for source in dict.fromkeys(map(serving_words.efficiency, efficiencies)):
         console.print(f"of the peaks are reached: {escape(source)}", highlight=False)
@@ -85,6 +85,6 @@ def print_comparison(found: Comparison, console: Console, also: Sequence[str] = 
         for warning in answer.warnings:
             by_warning.setdefault(warning, []).append(name)
     everywhere = len(found.answers)
-    answers.print_warnings(
+    grid_tables.print_warnings(
         [w if len(names) == everywhere else f"{', '.join(names)}: {w}" for w, names in by_warning.items()], console
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,12 @@ def print_laws(one: Fitted, table: pd.DataFrame, console: Console, elsewhere: st
         console.print(said, highlight=False)
     if laws.design is not None:
         console.print(str(laws.design), highlight=False)
-    for warning in dict.fromkeys([*laws.warnings, *laws.doubted, *(w for law in one.laws.values() for w in law.warnings)]):
+    print_warnings([*laws.warnings, *laws.doubted, *(w for law in one.laws.values() for w in law.warnings)], console)
+
+
+def print_warnings(warnings: Iterable[str], console: Console) -> None:
+    """A line each, and each once."""
+    for warning in dict.fromkeys(warnings):
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
 
 
@@ -137,8 +142,7 @@ def print_checks(one: Fitted, console: Console) -> None:
     if summary is not None:
         console.print()
         console.print(held_out(summary), "")
-    for sentence in said:
-        console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False)
+    print_warnings(said, console)
 
 
 def held_out(summary: pd.DataFrame) -> Table:

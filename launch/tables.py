@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -177,6 +176,8 @@ class Table:
 
     def json(self) -> str:
         """A list of rows; null where a value is missing or infinite."""
+        from gqa_jax.search.answer import records  # imports pandas, which command lines without a frame need not wait for
+
         return json.dumps(records(self._values()), indent=1, allow_nan=False) + "\n"
 
     def _values(self) -> pd.DataFrame:
@@ -249,19 +250,6 @@ class Table:
     def row_heading(self) -> int:
         """The column that a row is known by: the first with a heading."""
         return next((i for i, heading in enumerate(self.headings) if heading), 0)
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain Python values; None where one is missing or infinite."""
-    import pandas as pd  # of a frame, so it is there; command lines without one need not wait for it
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [plain(one) for one in value]
-        value = value.item() if hasattr(value, "item") else value
-        return None if pd.isna(value) or (isinstance(value, float) and not math.isfinite(value)) else value
-
-    return [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def _one_line(heading: str) -> str:

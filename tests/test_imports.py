@@ -126,13 +126,13 @@ TABLE = (
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
-    Row("gqa_jax.search.roofline", ".errors .formatting .hardware .costs"),
+    Row("gqa_jax.search.roofline", ".errors .formatting .hardware .mesh .costs"),
     Row("gqa_jax.search.objectives", ".errors .costs"),
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
     Row("gqa_jax.search.serving_words", ".formatting .laws .search.roofline"),
     Row("gqa_jax.search.words", ".formatting .costs .laws .search.ranking .search.shape_rule", lazily=".search.serving_words"),
-    Row("gqa_jax.search.answer", ".costs .laws .search.words"),
+    Row("gqa_jax.search.answer", ".costs .laws", lazily=".search.words"),
     Row("gqa_jax.search.candidates", ".formatting .shapes .costs .laws .search.objectives .search.ranking .search.shape_rule"),
     Row("gqa_jax.search.serving", ".hardware .costs .search.roofline .search.objectives .search.candidates"),
     Row("gqa_jax.search.buildable", ".costs .laws .search.shape_rule .search.answer .search.candidates"),
@@ -156,7 +156,7 @@ TABLE = (
     Row(
         "gqa_jax.plots",
         ".formatting .shapes .costs .results .differences .laws .laws.query_heads .search.invariance "
-        ".search.objectives .search.shape_rule .search.candidates .search.optimum",
+        ".search.objectives .search.shape_rule .search.answer .search.candidates .search.optimum",
     ),
     Row(
         "gqa_jax.search.study",
@@ -195,7 +195,7 @@ TABLE = (
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
     Row("launch.screen", ".formatting .hardware launch.cells launch.executors.base launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.cells"),
-    Row("launch.tables"),
+    Row("launch.tables", lazily=".search.answer"),
     Row(
         "launch.plan",
         ".errors .formatting .hardware .costs .planning.planner launch.cells launch.state launch.fit launch.tables",
@@ -215,7 +215,7 @@ TABLE = (
     Row(
         "launch.device_tables",
         ".formatting .search.roofline .search.serving_words .search.words .search.devices launch.tables "
-        "launch.columns launch.answers",
+        "launch.columns launch.grid_tables launch.answers",
     ),
     Row(
         "launch.export",

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from gqa_jax import formatting, plots
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.plots import labels, style, tables
+from gqa_jax.search.answer import heads_of
 from gqa_jax.shapes import head_configurations
 from tests import plot_helpers
 
@@ -66,9 +67,7 @@ def test_other_numbers_of_heads_have_colours_of_their_own():
 @pytest.mark.parametrize("heads", ALL, ids=str)
 def test_heads_are_found_by_their_name(heads):
     assert tables.heads_named(str(heads)) == heads
-    assert (
-        tables.heads_of({"n_heads": pd.NA if heads.n_heads is None else heads.n_heads, "n_kv_heads": heads.n_kv_heads}) == heads
-    )
+    assert heads_of({"n_heads": pd.NA if heads.n_heads is None else heads.n_heads, "n_kv_heads": heads.n_kv_heads}) == heads
 
 
 def test_other_names_are_no_heads():

@@ -176,7 +176,3 @@ def test_what_is_no_price_is_refused(tmp_path, text, message):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"prices .*gone.json: .*No such file"):
         prices.load(str(tmp_path / "gone.json"))
-
-
-def test_the_page_has_the_table():
-    assert f"\n{prices.markdown()}\n" in PAGE.read_text()

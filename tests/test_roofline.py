@@ -291,7 +291,7 @@ class TestMemory:
         mixed=2 * ((768 + 256) / 8 + 1024 / 4 + 128 * 1 + 40) + 6 * 2 * 2 * 4 * 1 * 2 * 50 / 2,
     )
     def test_parameters_and_caches_of_the_fullest_device(self, layout, expected):
-        assert unit(parallelism=layout).memory_bytes(SMALL, 50) == unit().load(SMALL, 50, layout=layout).memory == expected
+        assert unit(parallelism=layout).memory_bytes(SMALL, 50) == unit()._load(SMALL, 50, layout, "price").memory == expected
 
     def test_an_untied_head_is_held_and_the_embedding_is_not_read(self):
         tied, untied = unit(), unit(untied=True)
@@ -420,7 +420,7 @@ class TestLoad:
 
     def test_throughput_and_price_are_one_number(self):
         serving = RooflineServing("v6e", 2, batch=8)
-        seconds, rate = serving.load(FEW, T).token_seconds, serving.throughput(FEW, T)
+        seconds, rate = serving.load(FEW, T).token_seconds, 1 / serving.seconds_per_token(FEW, T)
         assert rate == pytest.approx(1 / seconds)
         assert serving.usd_per_million_tokens(FEW, T) == pytest.approx(1e6 * seconds * CHIPS["v6e"].price.usd_per_hour / 3600)
 
@@ -483,7 +483,7 @@ class TestBestLayout:
         serving, shape = server("h100", 8, **limit), dataclasses.replace(FEW, n_heads=1)
         load, field = serving.load(shape, T), "memory" if kind == "memory" else kind
         assert UNSUPPORTED[load.unsupported] == kind
-        alone = [serving.load(shape, T, layout=one) for one in layouts(8)]
+        alone = [serving._load(shape, T, one, "price") for one in layouts(8)]
         assert getattr(load, field) == min(getattr(one, field) for one in alone if UNSUPPORTED[one.unsupported] == kind)
         assert unsupported_reason(serving.settled(shape, T), shape, T) == unsupported_reason(serving, shape, T)
 
@@ -563,10 +563,10 @@ class TestObstacles:
     @cant
     def test_make_costs_infinite(self, kind, serving, shape, text):
         assert serving.request_seconds(shape, T) == serving.usd_per_million_tokens(shape, T) == math.inf
-        assert serving.throughput(shape, T) == 0
+        assert 1 / serving.seconds_per_token(shape, T) == 0
 
     def test_fewer_requests_than_groups(self):
-        assert UNSUPPORTED[RooflineServing("h100", 4, batch=2).load(FEW, T, layout=Layout(1, 4, 1)).unsupported] == "batch"
+        assert UNSUPPORTED[RooflineServing("h100", 4, batch=2)._load(FEW, T, Layout(1, 4, 1), "price").unsupported] == "batch"
 
     def test_nothing_is_said_of_what_can_be_served(self):
         assert unsupported_reason(RooflineServing("h100"), FEW, T) == ""
@@ -585,7 +585,7 @@ class TestObstacles:
     @pytest.mark.parametrize(("kind", "name"), [("ttft", "first token"), ("tpot", "token")])
     def test_time_that_is_said_is_that_of_the_fastest_layout(self, kind, name):
         serving = RooflineServing("h100", 8, batch=8, **{kind: 1e-6})
-        least = min(getattr(serving.load(FEW, T, layout=one), kind) for one in layouts(8))
+        least = min(getattr(serving._load(FEW, T, one, "price"), kind) for one in layouts(8))
         assert unsupported_reason(serving, FEW, T) == f"{name} after {least:.3g} s, not 1e-06 s"
 
     @pytest.mark.parametrize("kind", ["ttft", "tpot"])
@@ -654,7 +654,7 @@ class TestArrays:
         np.testing.assert_array_equal(serving.fits(ODD, T), [True, False, False])
         np.testing.assert_array_equal(serving.largest_batch(ODD, T)[1:], [0, 0])
         np.testing.assert_array_equal(serving.decode_step(ODD, T).limit[1:], ["", ""])
-        assert serving.throughput(ODD, T)[1] == 0
+        assert 1 / serving.seconds_per_token(ODD, T)[1] == 0
 
     def test_a_size_beside_which_the_cache_is_nothing_does_not_fit(self):
         """As draws have them near the entropy: 1e40 parameters."""

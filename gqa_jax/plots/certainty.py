@@ -13,6 +13,7 @@ from scipy import stats
 from gqa_jax import formatting
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.plots import labels, style, tables
+from gqa_jax.search.answer import heads_of
 
 
 def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str = "", ax: Axes | None = None) -> Axes:
@@ -32,11 +33,11 @@ def share_of_draws(candidates: pd.DataFrame, *, least: float = 0.01, title: str 
     ax = ax or style.new_axes(width=5.6, height=1.1 + 0.27 * (len(shown) + bool(len(rest))))
     names = []
     for i, (_, row) in enumerate(shown.iterrows()):
-        look = style.head_look(tables.heads_of(row))
+        look = style.head_look(heads_of(row))
         ax.barh(i, 100 * row["probability"], height=0.66, color=look.color, edgecolor=style.INK, linewidth=0.6)
         regret = "" if np.isnan(row["regret"]) else f"regret {formatting.regret(row['regret'])}"
         _beside(ax, i, row["probability"], look.color, regret)
-        names.append(style.head_text(tables.heads_of(row)))
+        names.append(style.head_text(heads_of(row)))
     if len(rest):
         share = float(rest["probability"].sum())
         ax.barh(len(shown), 100 * share, height=0.66, color="0.88", hatch="//", edgecolor=style.INK, linewidth=0.6)
@@ -71,9 +72,9 @@ def cost_intervals(
     ax = ax or style.new_axes(width=5.6, height=1.2 + 0.24 * len(frame))
     top = np.nanmax(np.where(np.isfinite(high), high, cost))
     for i, (_, row) in enumerate(frame.iterrows()):
-        look = style.head_look(tables.heads_of(row))
+        look = style.head_look(heads_of(row))
         ax.plot([low[i], min(high[i], 10 * top)], [i, i], color=look.color, linewidth=1.4)
-        style.points(ax, [cost[i]], [i], look, label=style.head_text(tables.heads_of(row)))
+        style.points(ax, [cost[i]], [i], look, label=style.head_text(heads_of(row)))
     least = np.nanmin(np.where(np.isfinite(low), low, cost))
     ax.set(xlim=(least / 1.05, top * 1.05))
     style.log_axis(ax.xaxis, text=formatting.short)
@@ -81,7 +82,7 @@ def cost_intervals(
     marked = f"{_ANSWER}: the least expected regret" * bool(answer.any())
     bars = f"bars: 95%{style.rests_on(laws)}; what is not known of E moves all alike" * bool(np.isfinite(low).any())
     style.finish(ax, label, "", title, marked, bars, cheaper="x")
-    _rows(ax, [style.head_text(tables.heads_of(row)) for _, row in frame.iterrows()], answer)
+    _rows(ax, [style.head_text(heads_of(row)) for _, row in frame.iterrows()], answer)
     return ax
 
 

@@ -17,6 +17,7 @@ from gqa_jax.laws.posterior import IN_BRIEF
 from gqa_jax.plots import cost_axes, labels, style, tables
 from gqa_jax.plots.losses import LOSS
 from gqa_jax.search import objectives, optimum
+from gqa_jax.search.answer import heads_of
 
 _NAMES = {"memory": "memory", "flops": "FLOPs", "z": "$Z$"}
 _POINTS = 33  # contexts of a curve
@@ -129,7 +130,7 @@ def cost_by_context(
     ax = ax or style.new_axes()
     entries, bands, curves = [], False, {}
     for each in heads:
-        rows = frame[[tables.heads_of(row) == each for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]]
+        rows = frame[[heads_of(row) == each for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]]
         x, y, low, high = (tables.numbers(rows, name) for name in ("context_served", "cost", "cost_low", "cost_high"))
         if not np.isfinite(y).any():
             raise ValueError(f"heads {each} have no cost at a loss of {loss:g}: {rows['note'].iloc[0]}")
@@ -143,7 +144,7 @@ def cost_by_context(
     cost_axes.scale(ax.yaxis, chosen)
     best = frame[(frame["rank"] == 1).fillna(False)].sort_values("context_served")
     if len(heads) > 1:
-        _mark(ax, [tables.heads_of(row) for row in best.to_dict("records")], tables.numbers(best, "context_served"), curves)
+        _mark(ax, [heads_of(row) for row in best.to_dict("records")], tables.numbers(best, "context_served"), curves)
     marks = "" if len(heads) == 1 else "least expected regret" if bands else "least cost"
     labels.legend(
         ax, entries, f"{labels.heads(curves)},\n$N$ at {formatting.context(int(grid[-1]))}", markers=False, answer=marks
@@ -233,7 +234,7 @@ def aligned_cost(
         raise ValueError(f"the frame has no column {column}: give equal_training_curves a context_served")
     ax = ax or style.new_axes()
     groups = frame.groupby(["n_heads", "n_kv_heads"], dropna=False)
-    found = {tables.heads_of(rows.iloc[0]): rows.sort_values("n_params") for _, rows in groups}
+    found = {heads_of(rows.iloc[0]): rows.sort_values("n_params") for _, rows in groups}
     entries = []
     for heads, rows in found.items():
         look, x, y = style.head_look(heads), tables.numbers(rows, column), tables.numbers(rows, "loss")

@@ -16,6 +16,7 @@ from gqa_jax.laws import Heads
 from gqa_jax.laws import runs as run_table
 from gqa_jax.plots import labels, style, tables
 from gqa_jax.plots.losses import LOSS
+from gqa_jax.search.answer import heads_of
 from gqa_jax.search.invariance import FROM_CONTEXT, Invariance, context_invariance, pairs
 
 
@@ -97,7 +98,7 @@ def continued_training(table: pd.DataFrame | os.PathLike | str, *, title: str = 
       ValueError: no continued run is done, or they differ in more than that.
     """
     table = tables.loss_table(table)
-    table = table.assign(heads=[tables.heads_of(row) for _, row in table.iterrows()])
+    table = table.assign(heads=[heads_of(row) for _, row in table.iterrows()])
     run_table.require_one_rule(table)
     shared = run_table.shared_error(table)
     if run_table.shared_sem(table) is not None:

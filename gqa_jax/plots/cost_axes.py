@@ -12,8 +12,9 @@ from scipy.interpolate import PchipInterpolator
 
 from gqa_jax import costs, formatting
 from gqa_jax.laws import Heads, PowerLaw
-from gqa_jax.plots import style, tables
+from gqa_jax.plots import style
 from gqa_jax.search import objectives, shape_rule
+from gqa_jax.search.answer import heads_of
 from gqa_jax.search.candidates import CostAt, Table, coefficients, rule_of
 from gqa_jax.shapes import Aspect
 
@@ -99,5 +100,5 @@ def answers_by_loss(
     for start, end in itertools.pairwise(edges):
         best = Table.of(laws, (start + end) / 2, rule, known).ranked(CostAt(cost, context)).frame.iloc[0]
         if np.isfinite(best["cost"]):
-            found.append((float(start), float(end), tables.heads_of(best)))
+            found.append((float(start), float(end), heads_of(best)))
     return found

@@ -9,7 +9,8 @@ from matplotlib.patches import Rectangle
 
 from gqa_jax import formatting
 from gqa_jax.laws import Heads
-from gqa_jax.plots import style, tables
+from gqa_jax.plots import style
+from gqa_jax.search.answer import heads_of
 
 _TINT = (0.04, 0.3)  # how far cells are from white, from impossible to certain, whatever their hue: light enough for dark text
 _HATCH = (0.1, 0.1, 0.1, 0.3)
@@ -70,7 +71,7 @@ def optimum_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
 
 def _cell(ax: Axes, row: int, column: int, answer: pd.Series, certain: bool) -> Heads:
     probability = float(answer["probability"]) if certain and not pd.isna(answer["probability"]) else None
-    heads = tables.heads_of(answer)
+    heads = heads_of(answer)
     own, away = style.head_look(heads).color, np.interp(0.5 if probability is None else probability, (0, 1), _TINT)
     color = style.mix(own, away / max(1 - style.luma(own), _TINT[1]))
     corner = (column - 0.5, row - 0.5)

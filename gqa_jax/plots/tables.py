@@ -40,11 +40,6 @@ def numbers(table: pd.DataFrame, column: str) -> np.ndarray:
     return pd.to_numeric(table[column]).to_numpy(np.float64, na_value=np.nan)
 
 
-def heads_of(row: Any) -> Heads:
-    """The heads of a row; an empty n_heads is the width's own number."""
-    return Heads.of(row["n_heads"], row["n_kv_heads"])
-
-
 def heads_named(text: str) -> Heads | None:
     """The heads that `str` writes as "(8,1)" or "(d/d_h,8)"; None for another text."""
     found = re.fullmatch(r"\((\d+|d/d_h),(\d+)\)", text)

@@ -12,7 +12,6 @@ import pandas as pd
 
 from gqa_jax import costs
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw
-from gqa_jax.search import words
 
 MEASURED_WITHIN = 0.003  # nats per token: a run this close to the loss asked is the model that savings are against
 
@@ -144,13 +143,19 @@ class Answer:
 
     def summary(self) -> str:
         """The answer in plain words with what it takes for granted, its rows, and what is doubtful about it."""
+        from gqa_jax.search import words
+
         shown = words.shown(self).to_string(index=False)
         return "\n".join([words.headline(self), shown, *(f"warning: {text}" for text in self.warnings)])
 
     def __repr__(self) -> str:
+        from gqa_jax.search import words
+
         return f"<Answer: {words.headline(self).partition(words.ASSUMED)[0]}>"
 
     def _repr_html_(self) -> str:
+        from gqa_jax.search import words
+
         warnings = "".join(f"<li>{html.escape(text)}</li>" for text in self.warnings)
         table = words.shown(self).to_html(index=False, border=0)
         return f"<p>{html.escape(words.headline(self))}</p>{table}" + (f"<ul>{warnings}</ul>" if warnings else "")
@@ -241,11 +246,12 @@ def _fields(one: Any, words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain Python values."""
-    return [
-        {
-            key: None if pd.isna(v) or (isinstance(v, float) and not np.isfinite(v)) else v.item() if hasattr(v, "item") else v
-            for key, v in row.items()
-        }
-        for row in frame.to_dict("records")
-    ]
+    """Rows as plain Python values; None where one is missing or infinite."""
+
+    def value(one: Any) -> Any:
+        if isinstance(one, list | tuple):
+            return [value(each) for each in one]
+        one = one.item() if hasattr(one, "item") else one
+        return None if pd.isna(one) or (isinstance(one, float) and not np.isfinite(one)) else one
+
+    return [{str(key): value(one) for key, one in row.items()} for row in frame.to_dict("records")]

@@ -72,11 +72,6 @@ class OwnAnswer:
     notes: tuple[str, ...]
     answer: Answer
 
-    @property
-    def is_far(self) -> bool:
-        """Whether it is more than 10 times outside the sizes that were trained: then intervals alone are worth saying."""
-        return np.isfinite(self.answer.far)
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the answer's, and `like`, what is of the own model."""
         own, shape = self.own, self.own.shape

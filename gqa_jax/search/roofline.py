@@ -68,6 +68,7 @@ from gqa_jax.costs import HasShape
 from gqa_jax.errors import closest
 from gqa_jax.formatting import gb
 from gqa_jax.hardware import CHIPS, Chip, Efficiency, Price
+from gqa_jax.mesh import divisors
 
 CONVENTION = "exact"
 TENSOR, BEST, FITS = "tensor", "best", "fits"
@@ -119,8 +120,8 @@ def layouts(n_devices: int) -> list[Layout]:
     """Every layout of `n_devices`, tensor parallelism first."""
     found = [
         Layout(heads, sequences, n_devices // heads // sequences)
-        for heads in _divisors(n_devices)
-        for sequences in _divisors(n_devices // heads)
+        for heads in divisors(n_devices)
+        for sequences in divisors(n_devices // heads)
     ]
     return sorted(found, reverse=True)
 
@@ -328,15 +329,13 @@ class RooflineServing:
             return [self.parallelism]
         return [Layout(self.n_devices)] if self.parallelism == TENSOR else layouts(self.n_devices)
 
-    def load(self, shape: HasShape, context: Any, by: str = "price", layout: Layout | None = None) -> Load:
+    def load(self, shape: HasShape, context: Any, by: str = "price") -> Load:
         """The steady state of requests of `context` tokens, in the layout and with the batch that cost the least.
 
         by: "price" (device-seconds per token) or "latency" (seconds of a request): what the least is of, where the layout or
         the batch is open; where none is possible it is the layout that comes nearest. Layout and batch may differ between
-        elements of arrays. layout: that one, and no other.
+        elements of arrays.
         """
-        if layout is not None:
-            return self._load(shape, context, layout, by)
         loads = [self._load(shape, context, layout, by) for layout in self.layouts()]
         if len(loads) == 1:
             return loads[0]
@@ -357,10 +356,6 @@ class RooflineServing:
     def seconds_per_token(self, shape: HasShape, context: Any) -> Any:
         """Device-seconds per token of a request, prompt and generated alike; infinite where it can't be served."""
         return _cost(self.load(shape, context), "price")
-
-    def throughput(self, shape: HasShape, context: Any) -> Any:
-        """Tokens of requests, prompt and generated alike, per second and device; 0 where it can't be served."""
-        return 1 / self.seconds_per_token(shape, context)
 
     def usd_per_million_tokens(self, shape: HasShape, context: Any) -> Any:
         """US dollars per million tokens of requests, prompt and generated alike."""
@@ -408,7 +403,7 @@ class RooflineServing:
             "memory_bandwidth": chip.memory_bandwidth,
             "interconnect": chip.interconnect,
             "collective_seconds": [
-                [m, chip.collective_seconds(m)] for m in _divisors(self.n_devices) if m > 1 or self.n_devices == 1
+                [m, chip.collective_seconds(m)] for m in divisors(self.n_devices) if m > 1 or self.n_devices == 1
             ],
             "memory_bytes": chip.server_bytes,
             "n_devices": self.n_devices,
@@ -785,7 +780,3 @@ def _lacking(over: Any, value: Any) -> Any:
 def _times(count: Any, value: Any) -> Any:
     """Their product; 0 where the count is, also of a value that is infinite."""
     return count * np.where(np.equal(count, 0), 0.0, value)[()]
-
-
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]

@@ -196,18 +196,14 @@ class Served:
         }
 
     def excess(self) -> np.ndarray:
-        """By what factor each misses the limit that it misses, in its best layout; 0: keeps all, infinite for heads."""
-        serving, count = self.serving, np.shape(self.shape.n_layers)
-        least = np.full(count, np.inf)
-        for layout in serving.layouts():
-            load = serving.load(self.shape, self.context, self.by, layout)
-            over = [0.0, np.inf, np.inf, load.memory / serving.chip.server_bytes]
-            over += [
-                np.inf if limit is None else value / limit
-                for value, limit in ((load.ttft, serving.ttft), (load.tpot, serving.tpot))
-            ]
-            least = np.fmin(least, np.choose(load.unsupported, [np.broadcast_to(one, count) for one in over]))
-        return least
+        """By what factor each misses the limit that it misses; 0: keeps all, infinite for heads."""
+        serving, load = self.serving, self.load
+        over = [0.0, np.inf, np.inf, load.memory / serving.chip.server_bytes]
+        over += [
+            np.inf if limit is None else value / limit
+            for value, limit in ((load.ttft, serving.ttft), (load.tpot, serving.tpot))
+        ]
+        return np.choose(load.unsupported, [np.broadcast_to(one, self.count) for one in over])
 
     def unsupported_reason(self, index: int) -> str:
         """Why the model of that index can't be served; empty where it can."""

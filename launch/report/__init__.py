@@ -4,8 +4,7 @@ from launch import report
 report.write(folder, findings)        # index.html, and tables beside it
 """
 
-from launch.report.document import page
-from launch.report.files import write
+from launch.report.document import page, write
 from launch.report.findings import Findings, Picture, Study
 
 __all__ = ["Findings", "Picture", "Study", "page", "write"]

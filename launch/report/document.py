@@ -1,4 +1,4 @@
-"""The page: findings as parts of text, tables and pictures, and these as one HTML file."""
+"""The page: findings as parts of text, tables and pictures, and these as one HTML file in a folder with its tables."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+from etils import epath
 from markupsafe import Markup
 
-from gqa_jax import formatting
+from gqa_jax import formatting, storage
 from gqa_jax.search import shape_rule
 from gqa_jax.search.answer import ShapeChoice
 from gqa_jax.search.objectives import OBJECTIVES
@@ -26,6 +27,21 @@ from launch.report.opening import opening
 def page(findings: Findings) -> str:
     """The whole page as HTML: nothing that it shows or runs is outside of it."""
     return render(findings, sections.parts(findings))
+
+
+def write(folder: epath.Path, findings: Findings) -> epath.Path:
+    """Writes index.html, and NAME.md and NAME.tex of every table, into a folder; returns the path of the page.
+
+    Each file is whole or not there, and the page comes last. The folder may be on local disk or on gs://.
+    """
+    parts = sections.parts(findings)
+    html = render(findings, parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in sections.tables_of(parts):
+        storage.write_bytes(folder / f"{table.name}.md", table.markdown().encode())
+        storage.write_bytes(folder / f"{table.name}.tex", table.latex().encode())
+    storage.write_bytes(folder / "index.html", html.encode())
+    return folder / "index.html"
 
 
 def render(findings: Findings, parts: Sequence[sections.Part]) -> str:
