@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from gqa_jax import formatting
 from gqa_jax.formatting import size
-from gqa_jax.laws import Heads, LawsByHeads, planning, posterior, validation
+from gqa_jax.laws import Heads, planning, posterior, validation
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import optimum
 from gqa_jax.search.candidates import FAR
@@ -27,21 +27,12 @@ EXPONENTS = (0.0, 10.0)  # beyond which a bound of b is none
 E_AT_LEAST = 1e-3  # nats: a bound of E below it is none
 
 
-def coefficients(laws: LawsByHeads) -> pd.DataFrame:
-    """One row per H: n_heads, n_kv_heads, a, b, entropy with the ends of their 95% intervals, r_squared, points."""
-    frame = laws.intervals()
-    frame["n_heads"] = frame["n_heads"].astype("Int64")
-    frame["r_squared"] = [law.r_squared for law in laws.values()]
-    frame["points"] = [len(law.loss) for law in laws.values()]
-    return frame
-
-
 def fit_table(one: Fitted) -> pd.DataFrame:
-    """`coefficients`, after the context and the rules of the runs; with sigma, status and warnings."""
-    laws, frame = one.laws, coefficients(one.laws)
+    """`LawsByHeads.to_frame`, after the context and the rules of the runs; with status and warnings."""
+    laws, frame = one.laws, one.laws.to_frame()
     frame.insert(0, "context", one.context)
     frame.insert(1, "rules", _rules_of(one))
-    frame["sigma"], frame["status"] = laws.sigma, laws.status
+    frame["status"] = laws.status
     common = list(dict.fromkeys([*laws.warnings, *(w for law in laws.values() for w in law.warnings)]))
     frame["warnings"] = "; ".join(common)
     return frame
@@ -90,7 +81,7 @@ def print_warnings(warnings: Iterable[str], console: Console) -> None:
 
 
 def laws_of(one: Any, table: pd.DataFrame, elsewhere: str = "--format json") -> Table:
-    """Coefficients with their intervals. one: what has `laws` and `context`; table: their `coefficients`."""
+    """Coefficients with their intervals. one: what has `laws` and `context`; table: their `to_frame`."""
     laws = one.laws
     noise = "no degrees of freedom for noise" if not np.isfinite(laws.sigma) else f"a run's noise {laws.sigma:.4f} nats"
     shared = "an E for every H"

@@ -14,6 +14,7 @@ does.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -209,52 +210,33 @@ def optimum_map(
 
 
 def convention_sensitivity(
-    laws: Mapping[Heads, PowerLaw],
-    loss: float,
-    context_served: int,
-    *,
-    weights: objectives.Z | None = None,
-    aspect: AspectAsked = None,
-    heads: Sequence[Heads] | None = None,
-    memory_limit: Any = None,
-    draws: int = 1000,
-    seed: int = 0,
-    method: str | None = None,
+    laws: Mapping[Heads, PowerLaw], loss: float, context_served: int, *, weights: objectives.Z | None = None, **options: Any
 ) -> pd.DataFrame:
     """What the answer under Z would be in every convention for FLOPs and memory: one row each, the paper's figures first.
 
-    weights: whose weight and exponents Z has; default: the paper's. The others as in `search`.
+    weights: whose weight and exponents Z has; default: the paper's. options: of `optimum_map`, but for costs and conventions.
 
     Columns: flops, memory ("values", or the bytes of a dtype), n_heads, n_kv_heads, n_params, probability, saving, and regret:
     how much more the heads of the first row cost in this convention than its answer, on average over the draws.
     """
     rows, first = [], None
-    for flops in ("half_T", "full_T", "per_token"):
-        for memory in ("values", "bfloat16", "int8 cache"):
-            counted = "values" if memory == "values" else "bytes"
-            convention = dataclasses.replace(costs.named_convention("figures"), flops=flops, memory=counted)
-            dtypes = dict.fromkeys(("param_dtype", "cache_dtype"), None if memory == "values" else "bfloat16")
-            if "int8" in memory:
-                dtypes["cache_dtype"] = "int8"
-            z = dataclasses.replace(weights or objectives.Z(), convention=convention, flops=None, **dtypes)
-            own = optimum_map(
-                laws, [loss], [context_served], z, aspect=aspect, heads=heads,
-                convention=convention, memory_limit=memory_limit, draws=draws, seed=seed, method=method,
-            )  # fmt: skip
-            best = own.iloc[0]
-            if not np.isfinite(best["cost"]):
-                known = coefficients(laws, draws, seed, method, heads=heads, compared=None)
-                table = Table.of(laws, loss, rule_of(laws, aspect), known)
-                raise ValueError(caveats.unreachable(table, own, CostAt(z, context_served, memory_limit)))
-            first = first or heads_of(best)
-            regret_H = own["expected_regret"].to_numpy()
-            if np.isnan(regret_H[0]):  # without draws
-                regret_H = ranking.regret(own["cost"].fillna(np.inf).to_numpy())
-            above = ranking.above(regret_H[[heads_of(row) for _, row in own.iterrows()].index(first)], regret_H[0])
-            rows.append(
-                {"flops": flops, "memory": memory, **heads_of(best)._asdict(), "n_params": best["n_params"],
-                 "probability": best["probability"], "saving": best["saving"], "regret": float(above)}
-            )  # fmt: skip
+    for flops, memory in itertools.product(("half_T", "full_T", "per_token"), ("values", "bfloat16", "int8 cache")):
+        counted, dtypes = "values", {"param_dtype": None, "cache_dtype": None}
+        if memory != "values":
+            counted, dtypes = "bytes", {"param_dtype": "bfloat16", "cache_dtype": memory.removesuffix(" cache")}
+        convention = dataclasses.replace(costs.named_convention("figures"), flops=flops, memory=counted)
+        z = dataclasses.replace(weights or objectives.Z(), convention=convention, flops=None, **dtypes)
+        own = optimum_map(laws, [loss], [context_served], z, convention=convention, **options)
+        best = own.iloc[0]
+        if not np.isfinite(best["cost"]):
+            search(laws, loss, context_served, z, convention=convention, **options)  # raises, and says why
+        heads = [heads_of(row) for row in own[["n_heads", "n_kv_heads"]].to_dict("records")]
+        first = first or heads[0]
+        regret_H = own["expected_regret"].to_numpy()
+        if np.isnan(regret_H[0]):  # without draws
+            regret_H = ranking.regret(own["cost"].fillna(np.inf).to_numpy())
+        row = {"flops": flops, "memory": memory, **heads[0]._asdict()} | dict(best[["n_params", "probability", "saving"]])
+        rows.append(row | {"regret": float(ranking.above(regret_H[heads.index(first)], regret_H[0]))})
     return pd.DataFrame(rows).astype({"n_heads": "Int64"})
 
 

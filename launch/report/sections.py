@@ -175,7 +175,7 @@ def _laws(findings: Findings) -> list[Block]:
                 f"Runs scatter about their laws by {sigma:.4f} nats (standard deviation, {study.laws.dof} degrees of freedom)."
             )
             blocks.append(Block("text", scatter))
-        blocks += _table(grid_tables.laws_of(study, grid_tables.coefficients(study.laws)))
+        blocks += _table(grid_tables.laws_of(study, study.laws.to_frame()))
         blocks += _table(None if study.checks is None else grid_tables.held_out(study.checks), f"checks-t{study.context}")
         blocks += _warnings("What the checks say", [words.sentence(one) for one in study.doubts]) + _pictures(study, "laws")
         ended = [] if study.laws.status == "CONVERGED" else [f"the fit ended as {study.laws.status}, not CONVERGED"]
