@@ -55,7 +55,8 @@ def test_one_object_and_none(tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_an_array_larger_than_what_is_looked_at(tmp_path, monkeypatch, indent):
-    monkeypatch.setattr("gqa_jax.data.json_rows.BUFFER_BYTES", 10)
+    monkeypatch.setattr("gqa_jax.data.kinds._HEAD_BYTES", 10)
+    monkeypatch.setattr("gqa_jax.data.rows.BUFFER_BYTES", 10)
     values = [{"n": i, "text": "ü" * i} for i in range(200)]
     assert texts(write(tmp_path, json.dumps(values, indent=indent))) == ["ü" * i for i in range(200)]
     assert texts(write(tmp_path, "\n".join(json.dumps(value, indent=indent) for value in values)))[-1] == "ü" * 199

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from gqa_jax.data import documents, json_rows, kinds, streams
+from gqa_jax.data import documents, kinds, rows, streams
 from gqa_jax.data.documents import Format, InputError, Reading, find_sources, read_documents
 from tests.reading import read, texts
 
@@ -274,7 +274,7 @@ def test_what_only_begins_like_json_is_text(tmp_path):
 
 
 def test_what_must_be_held_whole_has_a_limit(tmp_path, monkeypatch):
-    for module in (kinds, documents, json_rows):
+    for module in (kinds, documents, rows):
         monkeypatch.setattr(module, "LARGEST", 1000)
     with pytest.raises(InputError, match=r"a.txt: a document of more than 1,000 characters: cut the file with --separator"):
         texts(write(tmp_path, "a.txt", b"x " * 501))

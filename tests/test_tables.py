@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gqa_jax.data import tables
+from gqa_jax.data import rows
 from gqa_jax.data.documents import InputError
 from tests.reading import read, texts
 
@@ -141,7 +141,7 @@ def test_parquet_columns_that_are_no_text(tmp_path):
 
 def test_parquet_of_no_rows_and_of_long_ones(tmp_path, monkeypatch):
     assert texts(write_parquet(tmp_path, {"text": pa.array([], pa.string())})) == []
-    monkeypatch.setattr(tables, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(rows, "BATCH_BYTES", 1000)
     long = [f"{i} " * 1000 for i in range(20)]
     assert texts(write_parquet(tmp_path, {"text": long})) == long
 

@@ -1,18 +1,7 @@
 """Inputs of `prepare`: files, folders and named corpora as one stream of documents, in an order that never changes.
 
-| input | documents |
-|---|---|
-| `*.jsonl`, `*.ndjson`, `*.json` | an object a line, one array of objects or texts, objects over lines: field `text_key` |
-| `*.csv`, `*.tsv` | one a row below the header, column `text_key` |
-| Parquet | one a row, column `text_key` |
-| any other file | as JSON when it begins with objects that have that field; else all of it, or its parts by `separator` |
-| gzip, zstd, xz, bzip2 | what they hold |
-| folder | its files, recursively, sorted by path; hidden ones are left out, and README, LICENSE and the like beside data |
-| `sotu` | the embedded corpus, `gqa_jax.data.corpus` |
-| `hf:NAME[@CONFIG][:SPLIT]` | rows of a Hugging Face dataset, column `text_key`; split `train` |
-
-The first bytes of a file decide what it is (`gqa_jax.data.kinds`), its name only what they leave open. Text is UTF-8, or UTF-16
-or UTF-32 with a byte-order mark, and is kept as it is, line ends too; only a byte-order mark at the start is dropped.
+Which inputs there are, and what is a document of each, is told in docs/data.md. The first bytes of a file decide what it is
+(`gqa_jax.data.kinds`). Text is kept as it is, line ends too; only a byte-order mark at the start is dropped.
 """
 
 from __future__ import annotations
@@ -23,12 +12,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gqa_jax.data import corpus
-from gqa_jax.data.json_rows import json_rows
 from gqa_jax.data.kinds import LARGEST, Opened, bad_utf8, opened
-from gqa_jax.data.records import DAMAGED, Bad, Format, Rows, usable
+from gqa_jax.data.rows import DAMAGED, Bad, Format, Rows, dataset_rows, json_rows, parquet_rows, table_rows, usable
 from gqa_jax.data.sources import Found, InputError, Source, find_sources, reason
 from gqa_jax.data.streams import DAMAGE
-from gqa_jax.data.tables import dataset_rows, parquet_rows, table_rows
 
 __all__ = ["Document", "Format", "Found", "InputError", "Reading", "Source", "find_sources", "read_documents"]
 

@@ -1,11 +1,8 @@
 """Which documents of a store are held out, and in which order they are kept: two rules, both functions of the documents.
 
-"hash", the rule of new stores. The hash of a document is the first 8 bytes, big-endian, of SHA-256 of its text as UTF-8. It is
-held out when that is below 2^64 / every: whatever stands before or after it, so that documents of several sources in turn are
-held out alike, and equal texts are on one side. Where a source with at least two different texts has none below, the
-documents of its lowest hash are held out too, and where after that nothing is, those of the store's lowest. Held-out documents
-are kept by (name of the source, hash), so that the order of the inputs does not matter. A store of one document holds out its
-end (`tail_start`).
+"hash", the rule of new stores (docs/data.md): documents whose hash, the first 8 bytes of SHA-256 of their text as UTF-8, is
+below 2^64 / every, and what keeps a source or store from having none; kept by (name of the source, hash), so that the order of
+the inputs does not matter. A store of one document holds out its end (`tail_start`).
 
 "position", the rule of the first version. Document i, empty ones not counted, is held out when i % every == every // 2.
 """

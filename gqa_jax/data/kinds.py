@@ -32,8 +32,8 @@ _MARKS = {  # of an encoding, the longer ones first
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-_FROM_PDF = "turn it into text first (pdftotext), or {leave}"
 _FROM_ARROW = "write it as Parquet first (datasets: load_from_disk(...).to_parquet(...))"
+_LFS = rb"version https://git-lfs\.github\.com/spec/v\d+\r?\n"
 _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here: what it is, what to do, with `Source.leave`
     (rb"PK\x03\x04", "a zip archive", "unpack it first"),
     (rb"PK\x05\x06", "an empty zip archive", "{leave}"),
@@ -41,8 +41,7 @@ _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here
     (rb"Rar!\x1a\x07", "a rar archive", "unpack it first"),
     (rb"\x04\x22\x4d\x18", "compressed by lz4", "unpack it first (lz4 -d)"),
     (rb"\x1f\x9d", "compressed by compress (.Z)", "unpack it first (gunzip)"),
-    (rb"%PDF-\d\.\d\s*[\r\n]", "a PDF", _FROM_PDF),
-    (rb"%PDF-", "a PDF", _FROM_PDF),
+    (rb"%PDF-(?:\d\.\d\s*[\r\n])?", "a PDF", "turn it into text first (pdftotext), or {leave}"),
     (rb"\x7fELF", "a program (ELF)", "{leave}"),
     (rb"ARROW1\0\0", "an Arrow file", _FROM_ARROW),
     (rb"\xff\xff\xff\xff..\0\0", "an Arrow stream", _FROM_ARROW),
@@ -51,17 +50,11 @@ _NO_TEXT = (  # first bytes of what holds no text, or none that can be read here
     (rb"Obj\x01", "an Avro file", "write it as Parquet or JSON lines first"),
     (rb"\x89PNG\r\n", "an image (PNG)", "{leave}"),
     (rb"\xff\xd8\xff", "an image (JPEG)", "{leave}"),
-    (rb"GIF87a", "an image (GIF)", "{leave}"),
-    (rb"GIF89a", "an image (GIF)", "{leave}"),
-    (rb"II\*\0", "an image (TIFF)", "{leave}"),
-    (rb"MM\0\*", "an image (TIFF)", "{leave}"),
+    (rb"GIF8[79]a", "an image (GIF)", "{leave}"),
+    (rb"II\*\0|MM\0\*", "an image (TIFF)", "{leave}"),
     (rb"\x93NUMPY", "a NumPy array", "{leave}"),
     (rb"PARE", "an encrypted Parquet file", "decrypt it first"),
-    (
-        rb"version https://git-lfs\.github\.com/spec/v\d+\r?\n",
-        "the pointer to a file in Git LFS, and not that file",
-        "git lfs pull",
-    ),
+    (_LFS, "the pointer to a file in Git LFS, and not that file", "git lfs pull"),
 )
 _STARTS_NO_TEXT = re.compile(b"|".join(b"(" + begin + b")" for begin, _, _ in _NO_TEXT), re.DOTALL)
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
@@ -262,7 +255,7 @@ def layout(stream: io.BufferedReader) -> tuple[bytes, bool]:
     """As much of JSON as tells how it is written, and whether that is as a whole: not a value a line."""
     data, is_whole = b"", None
     while is_whole is None and len(data) <= LARGEST:
-        more = stream.read(max(len(data), BUFFER_BYTES))
+        more = stream.read(max(len(data), _HEAD_BYTES))
         data += more
         is_whole = _is_whole(data.decode("utf-8", "replace"), ended=not more)
     return data, is_whole is not False

@@ -1,9 +1,7 @@
 """Paragraphs of held-out documents that are in the training split too: near-duplicates, which whole documents don't show.
 
-A paragraph ends at an empty line, or in a text without empty lines at the end of its line. Two are copies when they agree but
-for case and white space; of those above LONG_BYTES only the first and the last END_CHARS characters are compared, so that
-this costs little beside tokenizing. Paragraphs of fewer than MIN_CHARS characters without white space are not looked at:
-headings and polite phrases recur in any text.
+What a paragraph is, and when two are copies, is told in docs/data.md. Long ones are compared by their ends, so that this costs
+little beside tokenizing; short ones are not looked at, as headings and polite phrases recur in any text.
 """
 
 from __future__ import annotations

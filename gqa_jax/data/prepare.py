@@ -1,16 +1,12 @@
-"""Text to a token store: `python -m gqa_jax.data.prepare --help`.
+"""Text to a token store: `python -m gqa_jax.data.prepare --help`; docs/data.md.
 
 Documents are read in order and tokenized in chunks by several threads (`gqa_jax.data.parts`). A run that was killed and is
-started again reads its inputs again, but encodes only what isn't encoded yet; header.json is written last. When all is read it
-is decided which documents are held out (`gqa_jax.data.holdout`), by a hash of their text or, as in the first version, by their
-position. What was seen on the way stands in the header (`gqa_jax.data.summary`): what of the inputs was left out, what the
-tokenizer loses, which paragraphs of held-out documents are in the training split too.
+started again reads its inputs again, but encodes only what isn't encoded yet. When all is read it is decided which documents
+are held out (`gqa_jax.data.holdout`); header.json, with what was seen on the way (`gqa_jax.data.summary`), is written last.
 
-A finished store is never changed. The command that made it finds it: the first version's too, which is by position, and whose
-request is compared by the settings that it knew. Inputs that have changed since are an error (`gqa_jax.data.inputs`).
-
-A store for gs:// is made in the cache on the local disk (`gqa_jax.data.store.cache_folder`) and copied when it is finished,
-header.json last.
+A finished store is never changed. The command that made it finds it: the first version's too, whose request is compared by the
+settings that it knew. Inputs that have changed since are an error (`gqa_jax.data.inputs`). A store for gs:// is made in the
+cache on the local disk and copied when it is finished.
 """
 
 from __future__ import annotations
@@ -38,7 +34,7 @@ from gqa_jax import storage
 from gqa_jax.config import differing_fields
 from gqa_jax.data import holdout, inputs, parts, roundtrip, store, summary
 from gqa_jax.data.documents import Format, Found, InputError, Reading, Source, find_sources, read_documents
-from gqa_jax.data.records import BAD_LINES, ENCODING_ERRORS
+from gqa_jax.data.rows import BAD_LINES, ENCODING_ERRORS
 from gqa_jax.data.sources import few, shown
 from gqa_jax.data.store import StoreError, TokenStore
 from gqa_jax.data.tokenizer import (
@@ -432,14 +428,13 @@ def _inputs_digest(sources: Sequence[Source]) -> str:
 def _finished(out: Path | epath.Path, recipe: Recipe, request: dict[str, Any], sources: Sequence[Source]) -> TokenStore:
     """The finished store in `out`, when it is of this request and its inputs are what they were; its header comes first."""
     provenance = store.read_header(out)["provenance"]
-    is_first = "holdout_rule" not in provenance.get("request", {})
+    theirs = provenance.get("request", {})
+    is_first = "holdout_rule" not in theirs
     # The first version read its inputs as they were given, and knew fewer settings: it did what the default of each says, held
     # out by position, and named no sources.
     if is_first:
         request = request | {"inputs": _inputs_digest(_find(recipe, as_given=True).sources)}
-    earlier = {name: getattr(Format(), name) for name in ("source_key", "bad_lines")}
-    earlier |= {name: request[name] for name in ("holdout_rule", "sources")}
-    theirs = earlier | provenance.get("request", {})
+    theirs = dataclasses.asdict(Format()) | {name: request[name] for name in ("holdout_rule", "sources")} | theirs
     differing = differing_fields(request, theirs)
     changed = inputs.changed_since(out, sources)
     if differing and (not changed or any(request[name] != theirs.get(name) for name in request if name not in _OF_FILES)):

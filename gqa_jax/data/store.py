@@ -1,15 +1,7 @@
 """The token store: one flat stream of token ids per split in a folder, from which any context length is cut.
 
-    header.json           what is in it; written last, so a folder without it is unfinished
-    train.bin             ids, little-endian uint16 (uint32 above 65,536 entries), every document followed by the EOS id
-    train.docs.npy        int64 (documents, 2): end of each document in tokens (EOS included), bytes of its text
-    validation.bin, validation.docs.npy     the same for the held-out documents
-    tokenizer.json        the tokenizer, unless its name says everything (bytes, gpt2)
-    sources.npz           where documents come from, not in stores of the first version: `TokenStore.sources`
-    inputs.json           the files that it was made of, so that a change is noticed (`gqa_jax.data.inputs`); optional too
-
-header.json says under `holdout` by which rule documents were held out: {"rule": "hash", "every": N}, or nothing where they were
-by their position, as in the first version (`gqa_jax.data.holdout`). What `prepare` saw and did is under `provenance`.
+The files of a store are described in docs/data.md. Its ids are little-endian uint16 (uint32 above 65,536 entries), every
+document followed by the EOS id; header.json is written last, so a folder without it is unfinished.
 
 `fingerprint` is a hash of the content (ids, document ends, vocabulary, tokenizer, hold-out rule), not of paths, dates or
 versions: two stores with the same fingerprint give the same batches. `gqa_jax.data.prepare` writes stores. A store on gs:// is
