@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import attention
-from gqa_jax.attention import Limits, conformance, decoding, dispatch, xla
+from gqa_jax.attention import Limits, conformance, decoding, dispatch, reference, xla
 from gqa_jax.attention.conformance import PROBLEMS, Problem
 
 OPTIONS = xla.Options(block=64, chunk=64)
@@ -28,7 +28,7 @@ def decode(q, k, v, length, scale):
 
 
 def causal(q, k, v, mask, scale):
-    return forward(q, k, v, mask, scale)[0], None
+    return reference.attend(q, k, v, mask, scale)[0], None
 
 
 plain = attention.implementation(causal)
