@@ -187,7 +187,7 @@ def test_splits_fill_the_chip_and_divide_the_group():
         ({"platform": "cpu", "chip": "cpu"}, "this is cpu"),
         ({"platform": "cpu", "chip": "cpu", "interpreted": True}, None),
         ({"dtype": jnp.dtype(jnp.float32)}, "'reference' and 'xla'"),
-        ({"head_dim": 80}, "64 and 128, not 80"),
+        ({"head_dim": 80}, "heads of 64 and 128 on"),
         ({"segments": True, "aligned": False, "return_lse": True}, None),
     ],
 )

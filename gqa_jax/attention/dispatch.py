@@ -295,7 +295,7 @@ def attend(
 def kernel(name: str, case: Case, scale: float) -> Kernel:
     """Both passes of an implementation that has a kernel and can run the case."""
     _traced["attention"][name] = None
-    return get(name).kernel(case, scale)
+    return get(name).kernel(case, scale)._replace(name=name)
 
 
 def decode(

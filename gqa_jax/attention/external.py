@@ -66,9 +66,7 @@ def implementation(
 
     return Implementation(
         rows if forward else (),
-        kernel=(lambda case, scale: Kernel(passes, gradients, scale, None, name=getattr(forward, "__name__", "forward")))
-        if backward
-        else None,
+        kernel=(lambda case, scale: Kernel(passes, gradients, scale, None)) if backward else None,
         forward=passes if forward and not backward else None,
         decode=decoded if decode else None,
         decode_limits=decode_rows if decode else (),

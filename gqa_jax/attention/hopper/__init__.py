@@ -55,4 +55,4 @@ def choose(head_dim: int, length: int, group: int, kv_heads: int = 1, segments: 
 
 def kernel(case: Case, scale: float) -> Kernel:
     options = choose(case.head_dim, case.length, case.group, case.batch * case.n_kv_heads, case.segments)
-    return Kernel(forward, backward, scale, options._replace(interpret=case.interpreted), name="pallas_gpu")
+    return Kernel(forward, backward, scale, options._replace(interpret=case.interpreted))

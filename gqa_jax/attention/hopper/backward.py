@@ -22,6 +22,7 @@ from gqa_jax.attention.hopper.tiles import (
     Masking,
     Problem,
     columns,
+    fill_rings,
     hide,
     hide_others,
     hide_transposed,
@@ -90,20 +91,12 @@ def _dq_kernel(masking, *refs, problem: Problem, scale, tile, interpret, q_smem,
     n_blocks = bounds.key_blocks(0, last_token, shift, problem.keys, tile.block).stop
 
     def load():
-        plgpu.set_max_registers(tile.loader_registers, action="decrease")
+        def block(ref, i):
+            return ref.at[batch, pl.ds(i * tile.block, tile.block), head]
 
-        @pl.loop(0, n_blocks)
-        def _(i):
-            slot = lax.rem(i, tile.stages)
-            block = pl.ds(i * tile.block, tile.block)
-            for source, smem, loaded, free in ((k_ref, k_smem, k_loaded, k_free), (v_ref, v_smem, v_loaded, v_free)):
-                pl.when(i >= tile.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                plgpu.copy_gmem_to_smem(source.at[batch, block, head], smem.at[slot], loaded.at[slot])
-
-        @pl.loop(jnp.maximum(n_blocks - tile.stages, 0), n_blocks)
-        def _(i):
-            for free in (k_free, v_free):
-                plgpu.barrier_wait(free.at[lax.rem(i, tile.stages)])
+        keys = k_free, lambda i: [(block(k_ref, i), k_smem, k_loaded)]
+        values = v_free, lambda i: [(block(v_ref, i), v_smem, v_loaded)]
+        fill_rings(tile, n_blocks, keys, values)
 
     def gather():
         plgpu.set_max_registers(tile.consumer_registers, action="increase")
@@ -218,24 +211,17 @@ def _dkv_kernel(masking, *refs, problem: Problem, scale, tile, interpret, k_smem
     n_steps = members * per_member
 
     def load():
-        plgpu.set_max_registers(tile.loader_registers, action="decrease")
-
-        @pl.loop(0, n_steps)
-        def _(i):
-            slot = lax.rem(i, tile.stages)
+        def blocks(i):
             member = split * members + lax.div(i, per_member)
             block = pl.ds((first_block + lax.rem(i, per_member)) * tile.block, tile.block)
-            pl.when(i >= tile.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            for source, smem, number, number_smem, loaded in (
-                (q_ref, q_smem, lse2_ref, lse2_smem, q_loaded),
-                (d_out_ref, d_out_smem, minus_delta_ref, minus_delta_smem, d_out_loaded),
-            ):
-                plgpu.copy_gmem_to_smem(source.at[batch, block, head, member], smem.at[slot], loaded.at[slot])
-                plgpu.copy_gmem_to_smem(number.at[batch, head, member, block], number_smem.at[slot], loaded.at[slot])
+            return [
+                (q_ref.at[batch, block, head, member], q_smem, q_loaded),
+                (lse2_ref.at[batch, head, member, block], lse2_smem, q_loaded),
+                (d_out_ref.at[batch, block, head, member], d_out_smem, d_out_loaded),
+                (minus_delta_ref.at[batch, head, member, block], minus_delta_smem, d_out_loaded),
+            ]
 
-        @pl.loop(jnp.maximum(n_steps - tile.stages, 0), n_steps)
-        def _(i):
-            plgpu.barrier_wait(free.at[lax.rem(i, tile.stages)])
+        fill_rings(tile, n_steps, (free, blocks))
 
     def gather():
         plgpu.set_max_registers(tile.consumer_registers, action="increase")

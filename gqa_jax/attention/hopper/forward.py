@@ -22,6 +22,7 @@ from gqa_jax.attention.hopper.tiles import (
     ROWS,
     Masking,
     Problem,
+    fill_rings,
     hide,
     hide_others,
     launch,
@@ -86,20 +87,12 @@ def _kernel(masking, q_ref, k_ref, v_ref, out_ref, lse_ref, *, problem: Problem,
     n_blocks = jnp.maximum(bounds.key_blocks(0, last_token, shift, problem.keys, tile.block).stop, 1)
 
     def load():
-        plgpu.set_max_registers(tile.loader_registers, action="decrease")
+        def block(ref, i):
+            return ref.at[batch, pl.ds((n_blocks - 1 - i) * tile.block, tile.block), head]
 
-        @pl.loop(0, n_blocks)
-        def _(i):
-            slot = lax.rem(i, tile.stages)
-            block = pl.ds((n_blocks - 1 - i) * tile.block, tile.block)
-            for source, smem, loaded, free in ((k_ref, k_smem, k_loaded, k_free), (v_ref, v_smem, v_loaded, v_free)):
-                pl.when(i >= tile.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                plgpu.copy_gmem_to_smem(source.at[batch, block, head], smem.at[slot], loaded.at[slot])
-
-        @pl.loop(jnp.maximum(n_blocks - tile.stages, 0), n_blocks)
-        def _(i):
-            for free in (k_free, v_free):
-                plgpu.barrier_wait(free.at[lax.rem(i, tile.stages)])
+        keys = k_free, lambda i: [(block(k_ref, i), k_smem, k_loaded)]
+        values = v_free, lambda i: [(block(v_ref, i), v_smem, v_loaded)]
+        fill_rings(tile, n_blocks, keys, values)
 
     def attend():
         plgpu.set_max_registers(tile.consumer_registers, action="increase")

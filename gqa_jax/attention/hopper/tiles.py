@@ -164,6 +164,27 @@ def softmax_step(logits_RxC, largest_R, total_R, scale2: float):
     return weights_RxC, now_R, total_R * fade_R + weights_RxC.sum(axis=1), fade_R
 
 
+def fill_rings(tile, steps, *rings) -> None:
+    """The loading warpgroup's work: step i copies what copies(i) names, (source, ring, barrier), into a slot of each ring.
+
+    A ring is (free, copies): the consumers arrive at `free` when they have read a slot. All of them are read in the end.
+    """
+    plgpu.set_max_registers(tile.loader_registers, action="decrease")
+
+    @pl.loop(0, steps)
+    def _(i):
+        slot = lax.rem(i, tile.stages)
+        for free, copies in rings:
+            pl.when(i >= tile.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            for source, smem, loaded in copies(i):
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], loaded.at[slot])
+
+    @pl.loop(jnp.maximum(steps - tile.stages, 0), steps)
+    def _(i):
+        for free, _ in rings:
+            plgpu.barrier_wait(free.at[lax.rem(i, tile.stages)])
+
+
 def multiply(accumulator, a, b, interpret: bool) -> None:
     """accumulator += a @ b, issued and not awaited; b in shared memory, a there or in registers.
 

@@ -21,4 +21,4 @@ def choose(case: Case) -> Options:
 
 
 def kernel(case: Case, scale: float) -> Kernel:
-    return Kernel(forward, backward, scale, choose(case), name="pallas_tpu")
+    return Kernel(forward, backward, scale, choose(case))

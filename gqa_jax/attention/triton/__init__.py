@@ -58,4 +58,4 @@ def kernel(case: Case, scale: float) -> Kernel:
     from gqa_jax.attention.triton import kernels
 
     options = choose(case.length, case.keys, case.group, case.head_dim, case.dtype, interpret=case.interpreted)
-    return Kernel(kernels.forward, kernels.backward, scale, options, name="pallas_triton")
+    return Kernel(kernels.forward, kernels.backward, scale, options)
