@@ -122,15 +122,18 @@ def part(path: os.PathLike | str, names: Sequence[str], seeds: Mapping[str, Sequ
 
 def select[T: Cell](all_cells: Sequence[T], where: str | None) -> list[T]:
     """The cells whose fields (as `describe` names them) have the values of `where`: "size=19M,n_heads=8"."""
-    chosen = list(all_cells)
-    for term in where.split(",") if where else ():
+    if not where:
+        return list(all_cells)
+    chosen = [(cell, cell.describe()) for cell in all_cells]
+    known = list(dict.fromkeys(name for _, about in chosen for name in about))
+    for term in where.split(","):
         name, _, value = term.partition("=")
-        if chosen and name not in (known := chosen[0].describe()):
+        if name not in known:
             raise ConfigError(f"--where {term}: {name!r} is no field of a cell: {closest(name, known)}")
-        chosen = [cell for cell in chosen if str(cell.describe()[name]) == value]
-    if where and not chosen:
+        chosen = [(cell, about) for cell, about in chosen if str(about.get(name)) == value]
+    if not chosen:
         raise ConfigError(f"--where {where}: no cell matches")
-    return chosen
+    return [cell for cell, _ in chosen]
 
 
 def facts(grid: Grid, all_cells: Sequence[Cell], old_cells: Sequence[str] = ()) -> dict[str, Any]:

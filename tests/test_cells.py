@@ -160,4 +160,5 @@ def test_its_names_are_listed_apart(trained):
     count = CountingCell(trained.name, 3)
     facts = grid.facts(grid_fakes.small_grid(), [trained, count])
     assert (facts["cells"], facts["counts"]) == ([trained.name], [count.name])
-    assert grid.select([count], "steps=3") == [count]
+    assert grid.select([trained, count], "steps=3") == [count]
+    assert grid.select([trained, count], "n_heads=1") == [trained]
