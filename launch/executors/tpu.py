@@ -4,14 +4,6 @@ Google's queue finds the machines; `tpu_startup.sh` runs on each of them, trains
 id of a request is unique in its zone, so a request that is there is the claim on a cell. Of two zones that both have one, the
 zone that comes first in `zones` keeps it.
 
-What Google has for a request, and what it is here:
-
-CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING    QUEUED
-ACTIVE                                                     RUNNING, since its first machine was made
-SUSPENDING, DELETING    QUEUED: the machines may still save, and the name is taken, so the cell must not be started elsewhere
-                        and can't be here. It passes by itself, within minutes; `submit` meanwhile raises SubmitError.
-SUSPENDED, FAILED       DEAD: `reconcile` deletes it, as it keeps name and quota until then
-
 Not tried with a Google Cloud account, only against a fake of the API: what quotas and reservations answer in words, how long
 before a preemption the machines are told, how the images behave at boot, and several slices. README says more.
 """
@@ -50,6 +42,7 @@ AT_ONCE = 16  # calls side by side, where there is one per cell
 LINGER_SECONDS = 600.0  # that a slice may stay after its cell is done: it deletes itself within a minute
 OVERTIME_SECONDS = 3600.0  # beyond max_run_hours
 
+# Google's states of a request. ACTIVE is RUNNING, since its first machine was made; these are QUEUED.
 _QUEUED = {
     "CREATING": "being checked",
     "ACCEPTED": "accepted",
@@ -59,7 +52,9 @@ _QUEUED = {
     "DELETING": "being deleted",
     "STATE_UNSPECIFIED": "of no known state",
 }
-_DEAD = ("SUSPENDED", "FAILED")
+_DEAD = ("SUSPENDED", "FAILED")  # `reconcile` deletes it, as it keeps name and quota until then
+# QUEUED too: the machines may still save, and the name is taken, so the cell must not be started elsewhere and can't be here.
+# It passes by itself, within minutes; `submit` meanwhile raises SubmitError.
 _ENDING = ("SUSPENDING", "DELETING")
 
 
@@ -130,18 +125,14 @@ def accelerator(topology: base.Slice) -> tuple[str, str | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Request:
-    """A queued resource, as a listing shows it."""
+class _Request(Job):
+    """A queued resource, as a listing shows it; `where` is its zone."""
 
-    cell: str
-    zone: str
-    state: str  # Google's
-    detail: str
-    active: float | None  # since when it is ACTIVE
+    google: str = ""  # Google's state
 
     @property
     def lives(self) -> bool:
-        return self.state not in (*_DEAD, *_ENDING)
+        return self.state != DEAD and self.google not in _ENDING
 
 
 class Executor(bundle.Executor):
@@ -337,26 +328,26 @@ class Executor(bundle.Executor):
                 found.append(self._read(request, {}))
         living = [request for request in found if request.lives]
         for request in living[1:]:
-            self._delete(request.cell, request.zone)
+            self._delete(request.cell, request.where)
         if living:
-            return self._job(living[0])
+            return living[0]
         if found:
             old = found[0]
-            raise SubmitError(f"the request of {cell} before this one is {old.state} in {old.zone}: a later pass starts it")
+            raise SubmitError(f"the request of {cell} before this one is {old.google} in {old.where}: a later pass starts it")
         return None
 
     def jobs(self) -> dict[str, Job]:
-        found: dict[str, _Request] = {}
-        for request in sorted(self._requests(), key=lambda r: (not r.lives, r.state in _DEAD)):  # stable: by zone within these
+        found: dict[str, Job] = {}
+        for request in sorted(self._requests(), key=lambda r: (not r.lives, r.state == DEAD)):  # stable: by zone within these
             found.setdefault(request.cell, request)
-        return {cell: self._job(request) for cell, request in found.items()}
+        return found
 
     def cancel(self, cells: Sequence[str]) -> None:
         """Asks for the deletion of the requests of these cells, in all zones, and does not wait for it. Raises SubmitError."""
-        wanted = [request for request in self._requests(cells) if request.state != "DELETING"]
+        wanted = [request for request in self._requests(cells) if request.google != "DELETING"]
         errors = []
         with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-            for deletion in [pool.submit(self._delete, request.cell, request.zone) for request in wanted]:
+            for deletion in [pool.submit(self._delete, request.cell, request.where) for request in wanted]:
                 if (error := deletion.exception()) is not None:
                     errors.append(error)
         if errors:
@@ -366,34 +357,34 @@ class Executor(bundle.Executor):
         """Deletes requests that ended, second ones of a cell, and slices that should have deleted themselves."""
         now, kept, why = time.time(), set(), []
         requests = list(self._requests(jobs))
-        active = [request for request in requests if request.state == "ACTIVE"]
+        active = [request for request in requests if request.state == RUNNING]
         done = storage.each(lambda r: self._is_long_done(r.cell, now), active, remote=storage.is_remote(self.layout.root))
-        idle = {(r.cell, r.zone) for r, over in zip(active, done, strict=True) if over}
+        idle = {(r.cell, r.where) for r, over in zip(active, done, strict=True) if over}
         most = self.options.max_run_hours * 3600 + OVERTIME_SECONDS
         for request in requests:
-            if request.state in _DEAD:
+            if request.state == DEAD:
                 why.append((request, request.detail))
-            elif request.state in _ENDING:
+            elif request.google in _ENDING:
                 continue
             elif request.cell in kept:
                 why.append((request, "an earlier zone has it too"))
             else:
                 kept.add(request.cell)
-                if (request.cell, request.zone) in idle:
+                if (request.cell, request.where) in idle:
                     why.append((request, "its cell is done, and it had not deleted itself"))
-                elif request.active is not None and now - request.active > most:
+                elif request.since is not None and now - request.since > most:
                     why.append(
-                        (request, f"active for {(now - request.active) / 3600:.1f} h, more than max_run_hours and one more")
+                        (request, f"active for {(now - request.since) / 3600:.1f} h, more than max_run_hours and one more")
                     )
         with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda each: self._removed(*each), why))
 
     def _removed(self, request: _Request, why: str) -> str:
         try:
-            self._delete(request.cell, request.zone)
+            self._delete(request.cell, request.where)
         except SubmitError as error:
-            return f"{request.cell} in {request.zone} is to be deleted ({why}), but {error}"
-        return f"deleted the request of {request.cell} in {request.zone}: {why}"
+            return f"{request.cell} in {request.where} is to be deleted ({why}), but {error}"
+        return f"deleted the request of {request.cell} in {request.where}: {why}"
 
     def _is_long_done(self, cell: str, now: float) -> bool:
         folder = self.layout.cell(cell)
@@ -465,14 +456,9 @@ class Executor(bundle.Executor):
             detail = f"its machines in {zone} were taken away {by}"
         elif state == "ACTIVE":
             detail = ""
-        active = made.get(job) if state == "ACTIVE" else None
-        cell = job.removeprefix(base.grid_prefix(self.layout))
-        return _Request(cell, zone, state, detail, active)
-
-    def _job(self, request: _Request) -> Job:
-        state = DEAD if request.state in _DEAD else RUNNING if request.state == "ACTIVE" else QUEUED
-        job = base.job_name(self.layout, request.cell)
-        return Job(request.cell, job, state, request.detail, since=request.active, where=request.zone)
+        since = made.get(job) if state == "ACTIVE" else None
+        here = DEAD if state in _DEAD else RUNNING if state == "ACTIVE" else QUEUED
+        return _Request(job.removeprefix(base.grid_prefix(self.layout)), job, here, detail, since, zone, state)
 
     def _delete(self, cell: str, zone: str) -> None:
         """Asks for a deletion, machines and all. Raises SubmitError, ConfigError; one that is gone is no error."""
