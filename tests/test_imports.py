@@ -270,6 +270,9 @@ ROWS = {row.name: row for row in TABLE}
 # What trains: all that `gqa_jax.train` loads beside attention, which is a core of its own, and the table of chips. A leaf (a
 # service that shows a run, gs://, what only a finished model needs) is imported where it is met. `python -m tests.test_imports`
 # says how many lines each core has.
+#
+# What launches: which cells there are, what state each is in, a pass over them, and what an engine is. Leaves are a kind of
+# cells and an engine.
 CORES = {
     "trains": (
         "collectives config costs data.catalog data.corpus data.reader data.store data.tokenizer errors mesh model "
@@ -277,6 +280,7 @@ CORES = {
         "training.evaluation training.loop training.loss training.metrics training.optimizer training.parallel "
         "training.program training.run_folder training.setup training.sharding training.start"
     ),
+    "launches": "launch.cells launch.executors.base launch.grid launch.run launch.state",
 }
 
 
@@ -385,6 +389,11 @@ def test_a_run_loads_the_core_that_trains_and_no_leaf():
     assert loaded == {f"gqa_jax.{name}" for name in CORES["trains"].split()}
 
 
+def test_a_pass_over_cells_loads_no_kind_of_them_and_no_engine():
+    loaded = {name for name in loaded_by("launch.run") if name.startswith("launch.")}
+    assert loaded == {*CORES["launches"].split()} - {"launch.grid"}
+
+
 def test_what_does_without_jax_is_imported_without_it():
     """In a process of its own, as source says nothing of what other packages import; and without pyplot, which has a state."""
     names = [module for row in without_jax() if row.name not in ("configs", "benchmarks") for module in of_row(row)]
@@ -411,5 +420,6 @@ def test_what_does_without_jax_is_imported_without_it():
 
 if __name__ == "__main__":
     for core, names in CORES.items():
-        lines = {name: len(modules()[f"gqa_jax.{name}"].read_text().splitlines()) for name in names.split()}
+        paths = [modules()[name if name.startswith("launch.") else f"gqa_jax.{name}"] for name in names.split()]
+        lines = {path: len(path.read_text().splitlines()) for path in paths}
         print(f"{core}: {sum(lines.values()):,} lines in {len(lines)} modules")
