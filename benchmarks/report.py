@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from gqa_jax.search import objectives
 from launch import findings, report, studies
@@ -60,7 +59,7 @@ def main() -> None:
 def measure(preset: str) -> None:
     """Makes the report of a preset, with its three devices."""
     wall, start = time.perf_counter(), time.process_time()
-    found = findings.of(studies.of_preset(preset), None, None, objectives.Z(), Console(quiet=True))
+    found = findings.of(studies.of_preset(preset), objectives.Z())
     found_at = time.process_time()
     html = report.page(found)
     (study,) = found.studies

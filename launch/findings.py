@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,6 @@ import numpy as np
 import pandas as pd
 from etils import epath
 from matplotlib.axes import Axes
-from rich.console import Console
 
 from gqa_jax import costs, formatting, plots, results, storage
 from gqa_jax.differences import load_differences
@@ -28,13 +28,15 @@ from launch.report import Findings, Picture, Study, answer_map
 from launch.studies import Fitted, Source
 from launch.training_cells import TrainingCell
 
+log = logging.getLogger(__name__)
+
 
 def of(
     source: Source,
-    loss: float | None,
-    context: int | None,
     objective: Objective,
-    console: Console,
+    *,
+    loss: float | None = None,
+    context: int | None = None,
     aspect: Any = None,
     heads: Any = None,
     options: Mapping[str, Any] | None = None,
@@ -52,13 +54,13 @@ def of(
     made, unfitted = [], dict(fits.unfitted)
     for one in fits.fitted:
         try:
-            made.append(_study(one, loss, context, objective, console, {"aspect": aspect, "heads": heads}, options))
+            made.append(_study(one, loss, context, objective, {"aspect": aspect, "heads": heads}, options))
         except ConfigError as error:
             if not made:
                 raise
             unfitted[one.context] = str(error)  # the question is answered; by these laws it has no answer
     root = source.layout.root if source.layout else None
-    made[0] = _with_contexts(made[0], source, console)
+    made[0] = _with_contexts(made[0], source)
     runs, commits = source.loss, sorted(source.loss["commit"].dropna().unique()) if "commit" in source.loss else []
     about = source.laws.source if source.laws is not None else f"{len(runs)} runs of {runs['size'].nunique()} sizes"
     if fits.why:
@@ -115,7 +117,6 @@ def _study(
     loss: float | None,
     context: int | None,
     objective: Objective,
-    console: Console,
     which: Mapping[str, Any],
     options: Mapping[str, Any] | None,
 ) -> Study:
@@ -148,10 +149,10 @@ def _study(
         checks=summary,
         doubts=doubts,
     )  # fmt: skip
-    return dataclasses.replace(study, pictures=_pictures(one, answer, study.optimum_map, console))
+    return dataclasses.replace(study, pictures=_pictures(one, answer, study.optimum_map))
 
 
-def _pictures(one: Fitted, answer: Answer, grid: pd.DataFrame, console: Console) -> dict[str, list[Picture]]:
+def _pictures(one: Fitted, answer: Answer, grid: pd.DataFrame) -> dict[str, list[Picture]]:
     """By part of the page, beside the map and the charts that it has anyway."""
     laws, rows, context = one.laws, one.rows, answer.context_served
     found: dict[str, list[Picture]] = {}
@@ -160,7 +161,7 @@ def _pictures(one: Fitted, answer: Answer, grid: pd.DataFrame, console: Console)
         try:
             ax = draw()
         except ValueError as error:  # of data that this grid does not have
-            console.print(f"no picture {title!r}: {error}", highlight=False)
+            log.warning(f"no picture {title!r}: {error}")
             return
         axes = ax if isinstance(ax, Axes) else np.ravel(ax)[0]
         found.setdefault(part, []).append(Picture(axes.figure, title, caption))
@@ -212,7 +213,7 @@ def _differences(source: Source, pairs: list[tuple[str, str]] | None = None) -> 
     return studies.to_best(source.loss, found) if pairs is None else found
 
 
-def _with_contexts(study: Study, source: Source, console: Console) -> Study:
+def _with_contexts(study: Study, source: Source) -> Study:
     """Adds whether differences between heads depend on the training context, where a grid was trained at several."""
     if source.loss.empty or source.loss["context"].nunique() < 2:
         return study
@@ -223,7 +224,7 @@ def _with_contexts(study: Study, source: Source, console: Console) -> Study:
         found = invariance.context_invariance(source.loss, baseline, differences=paired)
         ax = plots.loss_vs_context(found)
     except ValueError as error:
-        console.print(f"no test of context invariance: {error}", highlight=False)
+        log.warning(f"no test of context invariance: {error}")
         return study
     caption = f"Relative difference of the loss to that of {found.baseline}, by the context of the training. {found.verdict}"
     drawn = Picture(ax.figure, "Loss differences against the training context", caption)

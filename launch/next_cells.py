@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +19,9 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import probability, regret, si
 from gqa_jax.laws import Heads
 from gqa_jax.search import next_runs, optimum
+from gqa_jax.search.answer import Answer
 from gqa_jax.search.next_runs import Candidate, Choice, Question
+from gqa_jax.search.objectives import Objective
 from launch import grid, rules, state, studies
 from launch.studies import Fitted, Source
 from launch.tables import Column, Table
@@ -39,59 +41,92 @@ class Possible:
     pending: list[Candidate]
 
 
-def ask(arguments: argparse.Namespace, source: Source, objective: Callable, console: Console) -> int:
-    """Chooses, prints, and writes the grid file; returns the exit code.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question, and what may be spent on its answer."""
+
+    loss: float  # nats per token
+    context: int  # tokens served
+    objective: Objective
+    aspect: Any  # of `optimum.search`
+    budget: float  # FLOPs of training
+    train_context: int | None  # whose laws answer; None: those of least noise
+    seed: int  # of the draws and simulated losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Next:
+    """The runs to train next, and what is known without them."""
+
+    source: Source
+    asked: Asked
+    laws: Fitted
+    possible: Possible
+    today: Answer
+    choice: Choice
+    path: Path  # of the grid file; not written where nothing is chosen
+    command: str  # that trains it
+
+
+def choose(source: Source, asked: Asked, out: str | None = None) -> Next:
+    """Chooses runs, and writes the grid file of them to `out` (default: GRID-next.py).
 
     Raises ConfigError: no grid file, a budget that no run keeps, a file that is there, or no laws yet and what to train first.
     """
-    if not arguments.grid.endswith(".py"):
-        raise ConfigError(
-            f"{arguments.grid}: give the grid file (.py) that the folder was made with: its cells are chosen from"
-        )
-    out = Path(arguments.out or f"{arguments.grid.removesuffix('.py')}-next.py")
-    if out.exists():
-        raise ConfigError(f"{out} is there: run it, remove it, or give another name with --out FILE")
-    the_grid = grid.load(arguments.grid)
+    path = source.path or source.name
+    if not path.endswith(".py"):
+        raise ConfigError(f"{path}: give the grid file (.py) that the folder was made with: its cells are chosen from")
+    file = Path(out or f"{path.removesuffix('.py')}-next.py")
+    if file.exists():
+        raise ConfigError(f"{file} is there: run it, remove it, or give another name with --out FILE")
+    the_grid = grid.load(path)
     cells = training(grid.cells(grid.under_old_rules(the_grid) if source.rules == rules.OLD else the_grid))
     fits = studies.fit(source)
     if not fits.fitted:
         why = "; ".join(f"trained at {context}: {reason}" for context, reason in fits.unfitted.items())
         raise ConfigError(f"nothing can be told yet: {why}. Cells that would make a fit possible: {_first(cells, source)}")
-    one = fits.at(arguments.train_context)
-    goal = objective(arguments, source.convention)
-    today = optimum.search(one.laws, arguments.loss, arguments.context, goal, aspect=arguments.aspect, seed=arguments.seed)
+    one = fits.at(asked.train_context)
+    question = asked.loss, asked.context, asked.objective
+    today = optimum.search(one.laws, *question, aspect=asked.aspect, seed=asked.seed)
     possible = candidates(one, cells, source)
-    questions = [Question(arguments.loss, arguments.context, goal, aspect=arguments.aspect)]
     choice = next_runs.choose(
-        one.laws, questions, possible.candidates, arguments.budget, pending=possible.pending, seed=arguments.seed
+        one.laws,
+        [Question(*question, aspect=asked.aspect)],
+        possible.candidates,
+        asked.budget,
+        pending=possible.pending,
+        seed=asked.seed,
     )
-    console.print(
-        f"{source.name}, trained at {one.context:,} tokens: {len(one.rows)} runs; {len(possible.candidates)} could be trained"
-        + (f", {len(possible.pending)} are under way" if possible.pending else ""),
-        highlight=False,
-    )
-    console.print(
-        f"the answer for a loss of {arguments.loss:g} at {arguments.context:,} tokens: {today.heads}"
-        + (f", the cheapest with probability {probability(choice.probability_now)}" if math.isnan(today.far) else ", a guess")
-        + f"; its expected regret is {regret(choice.regret_now)}",
-        highlight=False,
-    )
+    command = f"python -m launch run {shlex.quote(os.fspath(file))} --root {shlex.quote(os.fspath(source.layout.root))}"
+    found = Next(source, asked, one, possible, today, choice, file, command + source.option)
+    if choice.names:
+        with open(file, "x") as written:
+            written.write(grid_file(found, cells))
+    return found
+
+
+def show(found: Next, console: Console) -> None:
+    """What is known today, the runs, and the command that trains them."""
+    asked, today, choice = found.asked, found.today, found.choice
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    count = f"{len(found.laws.rows)} runs; {len(found.possible.candidates)} could be trained"
+    pending = f", {len(found.possible.pending)} are under way" if found.possible.pending else ""
+    say(f"{found.source.name}, trained at {found.laws.context:,} tokens: {count}{pending}")
+    sure = f", the cheapest with probability {probability(choice.probability_now)}" if math.isnan(today.far) else ", a guess"
+    answer = f"the answer for a loss of {asked.loss:g} at {asked.context:,} tokens: {today.heads}{sure}"
+    say(f"{answer}; its expected regret is {regret(choice.regret_now)}")
     for warning in dict.fromkeys([*today.warnings, *choice.warnings]):
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        say(f"[yellow]warning:[/] {warning}")
     if not choice.names:
-        console.print(f"nothing to train for it: {choice.stopped}", highlight=False)
-        return 0
+        say(f"nothing to train for it: {choice.stopped}")
+        return
     console.print(_screen(choice))
     console.print()
-    console.print(choice.stopped, highlight=False)
-    command = (
-        f"python -m launch run {shlex.quote(os.fspath(out))} --root {shlex.quote(os.fspath(source.layout.root))}{source.option}"
-    )
-    text = grid_file(arguments, source, cells, possible, choice, out, command)
-    with open(out, "x") as file:
-        file.write(text)
-    console.print(f"{out}: {command}", highlight=False, soft_wrap=True)
-    return 0
+    say(choice.stopped)
+    console.print(f"{found.path}: {found.command}", highlight=False, soft_wrap=True)
 
 
 def candidates(one: Fitted, cells: Sequence[TrainingCell], source: Source) -> Possible:
@@ -132,16 +167,9 @@ def seeds_there(cells: Sequence[TrainingCell], source: Source) -> dict[str, list
     return found
 
 
-def grid_file(
-    arguments: argparse.Namespace,
-    source: Source,
-    cells: Sequence[TrainingCell],
-    possible: Possible,
-    choice: Choice,
-    out: Path,
-    command: str,
-) -> str:
+def grid_file(found: Next, cells: Sequence[TrainingCell]) -> str:
     """The text of a grid file: finished and chosen cells of another one, because tables are of the cells of a grid file."""
+    source, asked, possible, choice = found.source, found.asked, found.possible, found.choice
     there = set(source.loss["cell"])
     seeds = seeds_there(cells, source)
     for name in choice.names:
@@ -156,19 +184,19 @@ def grid_file(
     lines = [
         f'"""What to train next of {source.name}: {len(choice.names)} runs, {choice.cost:.3g} FLOPs.',
         "",
-        f"Asked on {time.strftime('%Y-%m-%d', time.gmtime())}: a loss of {arguments.loss:g} at {arguments.context:,} tokens, "
-        f"cost {arguments.cost}, within {arguments.budget:.3g} FLOPs.",
+        f"Asked on {time.strftime('%Y-%m-%d', time.gmtime())}: a loss of {asked.loss:g} at {asked.context:,} tokens, "
+        f"cost {asked.objective.name}, within {asked.budget:.3g} FLOPs.",
         f"The expected regret of the answer, {regret(choice.regret_now)} now, should fall by {regret(choice.gain)} "
         f"(standard error {regret(choice.gain_error)}).",
         "",
-        f"    {command}",
+        f"    {found.command}",
         '"""',
         "",
         "from pathlib import Path",
         "",
         "from launch import grid",
         "",
-        f"BASE = Path(__file__).parent / {os.path.relpath(arguments.grid, out.parent)!r}",
+        f"BASE = Path(__file__).parent / {os.path.relpath(source.path, found.path.parent)!r}",
         "SEEDS = {  # cells of BASE that are trained once more",
         *(f"    {cell!r}: {others!r}," for cell, others in seeds.items()),
         "}",

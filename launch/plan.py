@@ -6,6 +6,7 @@ On slices that are not here too: which mesh each cell gets there, whether it fit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,37 @@ from launch import fit, state
 from launch.cells import Cell
 from launch.fit import Fit
 from launch.tables import Column, Table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers, and what a terminal shows of them."""
+
+    frame: pd.DataFrame
+    tables: list[Table]
+    sentences: list[str]  # where times, memory and prices are from
+
+
+def of_cells(frame: pd.DataFrame, flops_per_second: float | None, source: str, title: str) -> Plan:
+    """The plan of `table`, whose rate is from this source."""
+    said = "time: not known before a cell has finished here; --flops_per_second X estimates it"
+    if flops_per_second:
+        said = f"time: training FLOPs at {si(flops_per_second)}FLOP/s ({source}), one cell after another"
+    return Plan(frame, [screen(frame, title)], [said])
+
+
+def of_slices(
+    frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Price], efficiency: float | None, title: str
+) -> Plan:
+    """The plan of `table` on slices: its frame is `on_slices`."""
+    frame, memory = on_slices(frame, fits, prices, efficiency), memory_is(fits)
+    sentences = [hours_are(fits, efficiency), *([] if memory is None else [f"GiB: {memory}"]), f"USD: {origins(fits, prices)}"]
+    return Plan(frame, slices_screen(frame, title), sentences)
+
+
+def explained(fits: Sequence[Fit]) -> Plan:
+    """Where a step's time goes: its frame is `explanation`. Raises ConfigError where no mesh suits."""
+    return Plan(explanation(fits), [_explained(one) for one in fits], [hours_are(fits, None)])
 
 
 def table(cells: Sequence[Cell], states: Sequence[state.CellState], flops_per_second: float | None) -> pd.DataFrame:
@@ -251,12 +283,8 @@ def explanation(fits: Sequence[Fit]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def explanation_screen(fits: Sequence[Fit]) -> list[Table]:
-    """`explanation` of each, in milliseconds. Narrow: phases, what is expected of them and at least stay."""
-    return [_explained(one) for one in fits]
-
-
 def _explained(one: Fit) -> Table:
+    """`explanation` of one, in milliseconds. Narrow: phases, what is expected of them and at least stay."""
     rows, execution = explanation([one]), one.chosen.execution
     expected, peak = (
         rows.pivot_table(index="phase", columns="part", values=values, sort=False)

@@ -1,26 +1,28 @@
-"""What `status` and `run` show of a grid."""
+"""What `status` and `run` show of a grid, and how far they are."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import Progress as Bar
 from rich.table import Table
 
-from gqa_jax import hardware
-from gqa_jax.formatting import duration
+from gqa_jax.formatting import counted, duration
 from gqa_jax.hardware import Price
 from launch import state
 from launch.cells import Cell, Layout
+from launch.commands import Progress, Run, cost
 from launch.executors.base import Executor
+from launch.fit import Fit
 from launch.run import Pass
 from launch.state import CellState
 
@@ -62,20 +64,6 @@ def _row(cell: Cell, now: CellState, prices: Mapping[str, Price]) -> dict[str, s
         "loss": "" if now.loss is None else f"{now.loss:.4f}",
         "where": escape(now.where or "") if now.state in state.ACTIVE else "",
     }
-
-
-def rows(cells: Sequence[Cell], states: Sequence[CellState], prices: Mapping[str, Price]) -> list[dict[str, Any]]:
-    """What `status --json` prints: a CellState per cell, with its name and US dollars so far (None: no price is known)."""
-    pairs = zip(cells, states, strict=True)
-    return [{"cell": cell.name} | dataclasses.asdict(now) | {"usd": cost(now, prices)} for cell, now in pairs]
-
-
-def cost(now: CellState, prices: Mapping[str, Price]) -> float | None:
-    """US dollars of the devices that a cell has used; without machines that boot or wait. None: no price is known."""
-    chip = hardware.chip_of(now.device) if now.device else None
-    if chip is None or now.device_seconds is None or chip.name not in prices:
-        return None
-    return now.device_seconds / 3600 * prices[chip.name].usd_per_hour
 
 
 def money(states: Sequence[CellState], prices: Mapping[str, Price]) -> float | None:
@@ -138,8 +126,8 @@ def _line(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
-class Watch:
-    """What `run` shows between passes: a live table on a terminal, a line now and then elsewhere."""
+class Watch(Progress):
+    """Of a command line: a live table on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console, prices: Mapping[str, Price]):
         self._console, self._prices = console, prices
@@ -149,17 +137,46 @@ class Watch:
         self._said: set[str] = set()
 
     def __enter__(self) -> Watch:
-        if self._live:
-            self._live.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.__exit__(*error)
+            self._live.stop()
 
-    def update(self, now: Pass) -> None:
-        """Shows a pass; what engine and policy say is printed once."""
-        self._print_news(now)
+    def begins(self, found: Run) -> None:
+        cells, engine = found.cells, found.engine
+        at_a_time = f"{engine.capacity} at a time{'' if engine.here else f' on {engine.engine}'}"
+        count = f"{counted(len(found.chosen), 'cell')}, {len(found.todo)} to train, {at_a_time}"
+        _line(self._console, f"{cells.name}: {count}, in {cells.layout.root}")
+        if cells.choice.others:
+            _line(self._console, f"{cells.choice.said(cells.layout)}: they stay as they are, and in the tables")
+        for sentence in cells.strangers():
+            _line(self._console, sentence)
+
+    @contextlib.contextmanager
+    def compiling(self, total: int, at_a_time: int) -> Iterator[Callable[[Fit, int, int], None]]:
+        console = Console(stderr=True)
+        started = spoken = time.monotonic()
+
+        def changed(one: Fit, done: int, everything: int) -> None:
+            nonlocal spoken
+            now = time.monotonic()
+            left = duration((now - started) / done * (everything - done))
+            verdict = "fits" if one.fits else "does not fit"
+            line = f"{done} of {everything}, {left} left: {one.cell.name} {verdict} {one.slice.name}"
+            bar.update(task, completed=done, description=line)
+            if not console.is_terminal and (now - spoken > PLAIN_SECONDS or done == everything):
+                spoken = now
+                _line(console, line)
+
+        with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(f"compiling, {at_a_time} at a time", total=total)
+            yield changed
+
+    def passed(self, now: Pass) -> None:
+        if self._live:
+            self._live.start()
+        self._print_news(now)  # what engine and policy say, once
         clock = time.monotonic()
         elapsed = duration(clock - self._started)
         left = self._eta(now)

@@ -37,11 +37,16 @@ class Source(study.Source):
     """What is asked, and how a command line asks it."""
 
     argument: str = ""  # how a command line names it: a grid, or --preset NAME
+    path: str | None = None  # the grid file, the folder or the table that it was named by
     layout: Layout | None = None  # of a grid
     planned: Sequence[str] = ()  # names of the grid's cells
     rules: str | None = None  # of its cells: launch.rules.OLD or NEW
     asked: bool = False  # for those, of a grid that may have others too
-    table: str | None = None  # the file, of runs of any trainer
+
+    @property
+    def table(self) -> str | None:
+        """The file, of runs of any trainer."""
+        return self.path if self.layout is None else None
 
     @property
     def option(self) -> str:
@@ -59,7 +64,7 @@ def of_table(
     columns: str | None = None,
     *,
     units: str | None = None,
-    context: int | None = None,
+    context_trained: int | None = None,
     heads_rule: str | None = None,
     allow_confounded: bool = False,
 ) -> Source:
@@ -74,12 +79,12 @@ def of_table(
     if len(mapped) < len(pairs):
         raise ConfigError(f"--columns {columns}: a column is named twice, give each once")
     given = f" --columns {shlex.quote(columns)}" if columns else ""
-    given += (f" --units {units}" if units else "") + (f" --context_trained {context}" if context else "")
+    given += (f" --units {units}" if units else "") + (f" --context_trained {context_trained}" if context_trained else "")
     given += f" --heads_rule {heads_rule}" if heads_rule else ""
     found = study.from_table(
-        path, mapped, units=units, context=context, heads_rule=heads_rule, allow_confounded=allow_confounded
+        path, mapped, units=units, context=context_trained, heads_rule=heads_rule, allow_confounded=allow_confounded
     )
-    return Source(**vars(found), argument=shlex.quote(path) + given + CONFOUNDED * allow_confounded, table=path)
+    return Source(**vars(found), argument=shlex.quote(path) + given + CONFOUNDED * allow_confounded, path=path)
 
 
 def beside(table: str) -> Layout:
@@ -123,7 +128,7 @@ def of_grid(
     argument = shlex.quote(path) + (f" --root {shlex.quote(root)}" if root else "") + (f" --rules {rules}" if rules else "")
     facts = storage.read_json(layout.root / "grid.json") or {}
     return Source(
-        **vars(found) | {"loss": rows}, argument=argument + CONFOUNDED * allow_confounded, layout=layout,
+        **vars(found) | {"loss": rows}, argument=argument + CONFOUNDED * allow_confounded, path=path, layout=layout,
         planned=_planned(facts, which, layout), rules=which, asked=rules is not None,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 
 from gqa_jax import storage
 from gqa_jax.config import ConfigError, hash_identity
-from launch import grid, run, screen, state
+from launch import commands, grid, run, screen, state
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import local
 from launch.training_cells import TrainingCell
@@ -127,7 +127,7 @@ def test_it_runs_after_its_parent_in_a_folder_of_that_one(tmp_path, trained):
     counted = last.states[1]
     assert (counted.loss, counted.attempts) == (6.0, 1)
     assert 0 <= counted.heartbeat_age < 60
-    assert [row["state"] for row in screen.rows(cells, last.states, {})] == ["done", "done"]
+    assert [row["state"] for row in commands.Status(None, None, last, {}).rows()] == ["done", "done"]
     assert screen.table(cells, last.states, "both kinds", {}).row_count == 2
     (layout.cell(cells[1].name) / "config.json").write_text('{"steps": 4}')
     edited = state.of(cells[1], layout.cell(cells[1].name), time.time())

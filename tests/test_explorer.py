@@ -6,7 +6,6 @@ What it computes is tested in node where that is there, and in a real browser li
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import shlex
@@ -21,7 +20,8 @@ from gqa_jax import formatting
 from gqa_jax.laws import LLAMA3, Heads
 from gqa_jax.search import objectives, optimum
 from gqa_jax.search.words import in_words
-from launch import analysis, report
+from launch import __main__ as launch
+from launch import commands, report
 from launch.report import answer_map, words
 from tests import browser, explorer_node, report_fakes
 
@@ -45,6 +45,12 @@ def asked_of(found, name, context, loss):
     """A question as the page takes it."""
     goal = found.goals[name]
     return {"goal": [goal.objective.name, goal.device], "context": int(context), "loss": float(loss)}
+
+
+def asked_for(given):
+    """The objective of a parsed command line."""
+    (goal,) = commands.goals(given["cost"], "figures", **{name: given[name] for name in answer_map.OPTIONS})
+    return goal
 
 
 def number(value):
@@ -391,20 +397,18 @@ class TestPage:
     def test_the_command_asks_the_same_question(self, explorer, studies):
         """The command line of the page, parsed by the program."""
         chromium = explorer()
-        parser = argparse.ArgumentParser()
-        analysis.add_commands(parser.add_subparsers())
         for element, value in (
             ("cost", "flops"), ("context", 70_000), ("loss", 2.7), ("cost", "price"), ("device", "v5e"), ("cost", "memory"),
         ):  # fmt: skip
             set_to(chromium, element, value)
             line = text(chromium, "command")
             assert line.startswith("python -m launch optimum GRID ")
-            given = parser.parse_args(shlex.split(line)[3:])
+            given = vars(launch.parser().parse_args(shlex.split(line)[3:]))
             asked = chromium.run(ASKED)
-            assert (given.context, given.loss) == (asked["context"], asked["loss"])
+            assert (given["context"], given["loss"]) == (asked["context"], asked["loss"])
             name = "@".join(filter(None, (asked["cost"], asked["device"])))
             goal = studies[0].answer_map.goals[name].objective
-            assert analysis.objective(given, "figures").describe() == goal.describe(), line
+            assert asked_for(given).describe() == goal.describe(), line
 
     def test_the_command_keeps_what_was_asked_of_how_it_is_served(self, explorer, tmp_path):
         options = {"device": "h100", "n_devices": 8, "disaggregated": True, "ttft": 20.0, "cache_dtype": "float8"}
@@ -413,17 +417,15 @@ class TestPage:
         path = tmp_path / "index.html"
         path.write_text(report.page(report_fakes.findings(study)), encoding="utf-8")
         chromium = explorer(path)
-        parser = argparse.ArgumentParser()
-        analysis.add_commands(parser.add_subparsers())
         answer = study.answer
         assert text(chromium, "served") == " ".join(words.served(answer.candidates.iloc[0], answer.objective["serving"]))
         for element, value in ((None, None), ("cost", "latency"), ("device", "v5e"), ("cost", "z")):
             if element:
                 set_to(chromium, element, value)
-            given = parser.parse_args(shlex.split(text(chromium, "command"))[3:])
+            given = vars(launch.parser().parse_args(shlex.split(text(chromium, "command"))[3:]))
             asked = chromium.run(ASKED)
             found = study.answer_map.goals["@".join(filter(None, (asked["cost"], asked["device"])))]
-            assert analysis.objective(given, "figures").describe() == found.objective.describe()
+            assert asked_for(given).describe() == found.objective.describe()
         assert text(chromium, "served") == ""
         assert chromium.console() == []
 

@@ -279,6 +279,6 @@ class TestCommands:
     def test_without_shapes_there_are_laws_and_answers(self, table, write, tmp_path, capsys):
         few = table[["n_heads", "n_kv_heads", "params_non_embedding", "loss", "context"]]
         assert main(["report", write(few)]) == 0
-        assert "no picture 'Loss against the cost of serving'" in " ".join(capsys.readouterr().out.split())
+        assert "no picture 'Loss against the cost of serving'" in " ".join(capsys.readouterr().err.split())
         assert main(["export", "runs.csv"]) == 0
         assert (tmp_path / "runs-report" / "figures" / "loss-params-t8192.png").exists()

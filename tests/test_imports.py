@@ -193,7 +193,6 @@ TABLE = (
     ),
     Row("launch.state", ".storage .training.run_folder launch.cells launch.executors.base"),
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
-    Row("launch.screen", ".formatting .hardware launch.cells launch.executors.base launch.state launch.run"),
     Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.cells"),
     Row("launch.tables", lazily=".search.answer"),
     Row(
@@ -223,8 +222,8 @@ TABLE = (
     ),
     Row(
         "launch.next_cells",
-        ".errors .formatting .costs .config .laws .search.optimum .search.next_runs launch.training_cells launch.grid "
-        "launch.rules launch.state launch.tables launch.studies",
+        ".errors .formatting .costs .config .laws .search.objectives .search.answer .search.optimum .search.next_runs "
+        "launch.training_cells launch.grid launch.rules launch.state launch.tables launch.studies",
     ),
     Row(
         "launch.report",
@@ -239,17 +238,27 @@ TABLE = (
         "launch.studies launch.grid_tables launch.report",
     ),
     Row(
-        "launch.analysis",
-        ".errors .formatting .hardware .prices launch.rules launch.tables",
-        lazily=".laws .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
-        ".search.own_answer .search.devices launch.studies launch.grid_tables launch.answers launch.device_tables "
-        "launch.export launch.next_cells launch.report launch.findings",
+        "launch.commands",
+        ".errors .formatting .hardware .prices .storage launch.cells launch.training_cells launch.grid launch.rules "
+        "launch.executors.base launch.state launch.run launch.fit",
+        lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
+        ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
+        "launch.report launch.findings",
+    ),
+    Row(
+        "launch.screen",
+        ".formatting .hardware launch.cells launch.executors.base launch.state launch.run launch.fit launch.commands",
+    ),
+    Row(
+        "launch.options",
+        ".formatting .hardware launch.rules launch.executors.base launch.tables",
+        lazily=".laws .laws.external .search.presets .search.objectives",
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .prices .storage launch.cells launch.training_cells launch.grid launch.rules "
-        "launch.executors.base launch.state launch.run launch.screen launch.fit launch.analysis",
-        lazily="launch.plan launch.export",
+        ".errors .formatting .hardware .prices launch.executors.base launch.state launch.commands launch.screen launch.options",
+        lazily=".laws .search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
+        "launch.device_tables launch.export launch.next_cells",
     ),
     # What is built on both.
     Row("configs", ".errors .shapes .config .storage launch.grid"),

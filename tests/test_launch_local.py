@@ -13,7 +13,7 @@ from gqa_jax import hardware
 from gqa_jax.config import ConfigError
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
-from launch import grid, run, state
+from launch import commands, grid, run, state
 from launch.cells import Layout
 from launch.executors import local
 from launch.executors.base import SubmitError
@@ -322,16 +322,16 @@ def test_a_phase_chosen_without_the_one_before_it_is_refused(tmp_path):
     for cell in cells:
         layout.cell(cell.name).mkdir(parents=True)
         write_json(layout.cell(cell.name) / "config.json", cell.config.to_dict())
-    launch._check_parents(cells, cells, layout)
+    commands.check_parents(cells, cells, layout)
     with pytest.raises(
         ConfigError, match=f"{second.name} continues {first.name}, which is not done and not chosen: leave --where"
     ):
-        launch._check_parents([second, third], cells, layout)
+        commands.check_parents([second, third], cells, layout)
     grid_fakes.finish(first, layout)
-    launch._check_parents([second, third], cells, layout)
+    commands.check_parents([second, third], cells, layout)
     (layout.cell(first.name) / "result.json").unlink()
     grid_fakes.finish(second, layout)
-    launch._check_parents([second], cells, layout)  # there is nothing to start
+    commands.check_parents([second], cells, layout)  # there is nothing to start
 
 
 def test_two_phases_of_real_training_from_the_command_line(tmp_path, capsys):
