@@ -64,7 +64,9 @@ def test_a_model_is_loaded_with_the_loss_that_its_run_had(finished):
     assert (logits.shape, logits.dtype) == ((len(tokens), 33, 320), jnp.float32)
     each = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, jnp.roll(tokens, -1, 1)[..., None], -1)[..., 0]
     np.testing.assert_allclose(each[:, :-1], loaded.losses(tokens), rtol=1e-5)
-    assert loaded.tokenizer.decode(loaded.tokenizer.encode_batch(["Grüße"])[0]) == "Grüße"
+    (ids,) = loaded.tokenizer.encode_batch(["Grüße"])
+    assert loaded.losses(ids[None]).shape == (1, 6)  # of bytes, which are uint8
+    assert loaded.tokenizer.decode(ids) == "Grüße"
     assert loaded.no_tokenizer is None
 
 

@@ -79,11 +79,11 @@ class LoadedModel:
 
     def apply(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits (B, T, V), float32, of the token after each position; tokens are integers (B, T) below V."""
-        return _logits(self.config, self.params, jnp.asarray(tokens_BxT))
+        return _logits(self.config, self.params, jnp.asarray(tokens_BxT, jnp.int32))
 
     def losses(self, tokens_BxT: jax.Array) -> jax.Array:
         """-log p of every token but the first, given those before it, (B, T - 1) float32 nats; logits are never all held."""
-        return _losses(self.config, self.params, jnp.asarray(tokens_BxT))
+        return _losses(self.config, self.params, jnp.asarray(tokens_BxT, jnp.int32))
 
 
 def load_model(folder: os.PathLike | str) -> LoadedModel:
