@@ -82,7 +82,7 @@ def test_small_files(root):
 
 
 def test_large_files_are_copied_in_ranges(gcs_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(gcs, "RANGE_BYTES", 1000)
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     content = bytes(i % 251 for i in range(4321))
     for name in ("a", "deep/b"):

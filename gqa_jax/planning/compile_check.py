@@ -26,7 +26,7 @@ from gqa_jax.config import TrainConfig
 
 PACKAGE = Path(__file__).resolve().parent.parent
 #: Files of the package that a compiled step may be made from; the rest changes no program.
-SOURCES = ("*.py", "attention/**/*.py", "planning/*.py", "training/*.py")
+SOURCES = ("*.py", "attention/**/*.py", "hardware/*.py", "planning/*.py", "training/*.py")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 #: Top-level fields of a configuration that no program depends on: constants and what happens beside the step.
 BESIDE = (
