@@ -143,8 +143,7 @@ class Ranked:
 
     frame: pd.DataFrame  # columns CANDIDATES, and `serving.SERVED` of costs of devices; savings are empty yet
     heads: list[Heads]
-    cost_SxH: np.ndarray | None  # at the best ratio of every draw
-    ratio_SxH: np.ndarray | None
+    drawn: shape_rule.Least | None  # cost_SxH at the best ratio of every draw; None without draws
     ranking: ranking.Ranking | None
 
 
@@ -260,7 +259,7 @@ class Table:
             ]
             excess = how.excess()[:k]
         column["note"] = pd.array(notes, dtype="string")
-        cost_SxH, ratio_SxH, found = self._drawn(cost, column)
+        drawn, found = self._drawn(cost, column)
         hopeless = ~np.isfinite(column["cost"])
         first = column["cost" if found is None else "expected_regret"]
         order = np.lexsort((excess, column["cost"], first, hopeless))  # the last counts most
@@ -269,30 +268,25 @@ class Table:
         if hopeless[order[0]] or (guess and not guesses):
             frame["probability"] = np.nan
         frame["rank"] = pd.arrays.IntegerArray(np.arange(1, k + 1), hopeless[order])
-        return Ranked(frame, self.heads, cost_SxH, ratio_SxH, found)
+        return Ranked(frame, self.heads, drawn, found)
 
-    def drawn_costs(self, cost: CostAt) -> tuple[np.ndarray, shape_rule.Least]:
+    def drawn_costs(self, cost: CostAt) -> shape_rule.Least:
         """cost_SxH at the best ratio of every draw, and where that is. `cost` is settled."""
-        cost_RxSxH = cost(self.shape_RxSxH)
-        found = shape_rule.least(cost_RxSxH, self.log_ratios_R)
-        return found.cost, found
+        return shape_rule.least(cost(self.shape_RxSxH), self.log_ratios_R)
 
-    def _drawn(
-        self, cost: CostAt, column: dict[str, Any]
-    ) -> tuple[np.ndarray | None, np.ndarray | None, ranking.Ranking | None]:
-        """Adds what the draws say to the candidates: (cost_SxH, ratio_SxH, ranking), or nothing without draws."""
+    def _drawn(self, cost: CostAt, column: dict[str, Any]) -> tuple[shape_rule.Least | None, ranking.Ranking | None]:
+        """Adds what the draws say to the candidates; returns the least costs, and how the H compare; nothing without draws."""
         if self.n_params_RxSxH is None:
-            return None, None, None
+            return None, None
         k = self.known.n_candidates
-        cost_SxH, found = self.drawn_costs(cost)
+        found = self.drawn_costs(cost)
         with np.errstate(divide="ignore"):
             n_SxH = np.exp(found.of(np.log(self.n_params_RxSxH)))
         column["n_params_low"], column["n_params_high"] = quantiles(n_SxH[:, :k], TAILS)
-        column["cost_low"], column["cost_high"] = quantiles(cost_SxH[:, :k], TAILS)
-        ranked = ranking.rank(cost_SxH[:, :k])
+        column["cost_low"], column["cost_high"] = quantiles(found.cost[:, :k], TAILS)
+        ranked = ranking.rank(found.cost[:, :k])
         column["probability"], column["expected_regret"] = ranked.probability_H, ranked.expected_regret_H
-        ratio_SxH = None if self.rule.ratios_R is None else found.ratio
-        return cost_SxH, ratio_SxH, ranked
+        return found, ranked
 
     def _note(self, i: int, n_params: float, own: float, cost: CostAt) -> str | None:
         law = self.laws.get(self.heads[i])

@@ -270,7 +270,7 @@ def regrets(
         raise ValueError(f"no draws, so no regrets: {known.no_draws or 'plain laws, or draws=0'}")
     table = Table.of(laws, loss, rule_of(laws, aspect), known, seed)
     cost = CostAt(objective or objectives.Z(convention), context_served, memory_limit)
-    cost_SxH, _ = table.drawn_costs(table.settled(cost))
+    cost_SxH = table.drawn_costs(table.settled(cost)).cost
     return Regrets(known.heads, ranking.regret(cost_SxH), np.isfinite(cost_SxH.min(1)))
 
 
@@ -334,7 +334,7 @@ def _against(
         cost_H, n_H, shape_H = base.typical(settled)
         shape, n_params, own, interval = one_of(shape_H, 0), float(n_H[0]), float(cost_H[0]), (np.nan, np.nan)
         if base.known.draws is not None:
-            against_S = base.drawn_costs(settled)[0][:, 0]
+            against_S = base.drawn_costs(settled).cost[:, 0]
             interval = tuple(float(x) for x in quantiles(against_S, TAILS))
             said += base.known.draws.notes
     where = {
@@ -346,8 +346,8 @@ def _against(
         note = caveats.no_saving(about_it["label"], cost, np.isfinite(n_params))
         return Baseline(**about_it, **where, cost=np.nan, cost_interval=(np.nan, np.nan), note=note), [note]
     frame["saving"] = (1 - frame["cost"] / own).where(np.isfinite(frame["cost"]))
-    if found.cost_SxH is not None:
-        low, _, high = savings(found.cost_SxH[:, : len(frame)], own if against_S is None else against_S)
+    if found.drawn is not None:
+        low, _, high = savings(found.drawn.cost[:, : len(frame)], own if against_S is None else against_S)
         order = [found.heads.index(heads_of(row)) for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]
         frame["saving_low"], frame["saving_high"] = low[order], high[order]
     return Baseline(**about_it, **where, cost=own, cost_interval=interval), said
@@ -361,8 +361,8 @@ def cost_of(model: Model, cost: CostAt) -> float:
 def _choice(rule: ShapeRule, found: Ranked, i: int, best: pd.Series) -> ShapeChoice:
     """The shape of the answer, the i-th of the heads."""
     interval = (np.nan, np.nan)
-    if rule.is_free and found.ratio_SxH is not None:
-        own = found.ratio_SxH[np.isfinite(found.cost_SxH[:, i]), i]
+    if rule.is_free and found.drawn is not None:
+        own = found.drawn.ratio[np.isfinite(found.drawn.cost[:, i]), i]
         interval = tuple(float(x) for x in quantiles(own, TAILS))
     penalty = rule.penalty
     ends = penalty.quantiles(TAILS)

@@ -254,8 +254,8 @@ def _kept(table: Table, others: Table, answer: Answer, at: CostAt, own_cost: flo
     """The own heads (the only ones of `table`) at the best shape, draw by draw against the answer and `others`."""
     found = table.ranked(at)
     best = found.frame.iloc[0]
-    own_S = found.cost_SxH[:, 0]
-    cost_SxH, _ = others.drawn_costs(others.settled(at))
+    own_S = found.drawn.cost[:, 0]
+    cost_SxH = others.drawn_costs(others.settled(at)).cost
     known = others.known
     same = known.heads.index(table.heads[0]) if table.heads[0] in known.heads else None
     with np.errstate(invalid="ignore"):
@@ -272,7 +272,7 @@ def _kept(table: Table, others: Table, answer: Answer, at: CostAt, own_cost: flo
         cost=cost,
         cost_interval=(float(best["cost_low"]), float(best["cost_high"])),
         saving=1 - cost / own_cost,
-        saving_interval=tuple(float(x[0]) for x in ranking.savings(found.cost_SxH, own_cost)[::2]),
+        saving_interval=tuple(float(x[0]) for x in ranking.savings(found.drawn.cost, own_cost)[::2]),
         above=cost / answer.cost - 1,
         above_interval=tuple(float(x) for x in quantiles(above_S[~np.isnan(above_S)], TAILS)),
         probability=np.nan if np.isfinite(answer.far) or not compared.any() else float(cheaper.mean()),
