@@ -7,6 +7,7 @@ Which inputs there are, and what is a document of each, is told in docs/data.md.
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -156,8 +157,10 @@ def _sotu() -> Iterator[Rows]:
 def _plain(file: Opened, form: Format, reading: Reading) -> Iterator[Rows]:
     """Texts of a plain file."""
     progress = [0]  # bytes of text taken from the stream
-    for text in _split(_decoded(file, form.encoding_errors, progress, reading), form.separator, file.path):
-        yield [text], [0], file.position(progress[0])
+    all_texts = _split(_decoded(file, form.encoding_errors, progress, reading), form.separator, file.path)
+    for read, texts in itertools.groupby(all_texts, key=lambda text: progress[0]):
+        texts = list(texts)
+        yield texts, range(len(texts)), file.position(read)
 
 
 def _split(blocks: Iterator[str], separator: str | None, path: str) -> Iterator[str]:

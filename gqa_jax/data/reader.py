@@ -202,9 +202,8 @@ class EvalBatches:
         self.batch_size = batch_size
         #: Targets that lie side by side.
         self.unit = tokens if windows == "first" else math.gcd(tokens, block_tokens)
-        units, free = np.arange(tokens // self.unit), 0 if windows == "first" else len(stored) - 1 - tokens
         #: int64 (tokens / unit,): token of the split that each unit's inputs begin with.
-        self.starts = units * self.unit + (2 * units + 1) * free // (2 * len(units))
+        self.starts = _starts(tokens // self.unit, self.unit, 0 if windows == "first" else len(stored) - 1 - tokens)
         #: All tokens and documents of the split, evaluated or not.
         self.heldout_tokens, self.heldout_documents = len(stored), store.header["splits"][split]["documents"]
         #: Rule by which documents were held out.
@@ -284,6 +283,12 @@ class EvalBatches:
 def _hash(values: np.ndarray) -> int:
     """The first 8 bytes, big-endian, of the SHA-256 of an array."""
     return int.from_bytes(hashlib.sha256(values.tobytes()).digest()[:8], "big")
+
+
+def _starts(n: int, unit: int, free: int) -> np.ndarray:
+    """int64 (n,): where units of `unit` begin that lie in order with `free` tokens of gaps between and around them."""
+    units = np.arange(n)
+    return units * unit + (2 * units + 1) * free // (2 * n)
 
 
 def check(config: TrainConfig, store: TokenStore) -> tuple[Batches, EvalBatches]:
