@@ -38,7 +38,7 @@ from launch.fit import Fit
 from launch.rules import Choice
 from launch.run import Pass
 from launch.state import CellState
-from launch.training_cells import training
+from launch.training_cells import said, training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,6 +222,8 @@ def plan(
         _compile(fits, workers, progress)
     for name in sorted({cell.store for cell in chosen if cell.missing is not None}):
         log.warning(f"token store {name} is not prepared yet: the names of its cells will change")
+    for line in said(chosen):
+        log.warning(line)
     title = f"{cells.name}: {counted(len(chosen), 'cell')}"
     if fits:
         return planning.of_slices(frame, fits, price_list.load(prices), efficiency, title)
@@ -278,6 +280,8 @@ def run(
     chosen = grids.select(cells.all, where)
     for what in (cell.missing for cell in chosen if cell.missing is not None):
         raise ConfigError(what)
+    for line in said(chosen):
+        log.warning(line)
     check_parents(chosen, cells.all, layout)
 
     cells = dataclasses.replace(cells, settled=True)
