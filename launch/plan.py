@@ -263,24 +263,17 @@ def explanation(fits: Sequence[Fit]) -> pd.DataFrame:
     seconds_at_peak: the part alone at its peak; seconds_expected: what it adds to the step; at_least: seconds of the phase, its
     longest part, the others hidden behind it. Raises ConfigError where no mesh suits.
     """
-    rows = []
     for one in fits:
         if one.chosen is None:
             raise ConfigError(f"{one.cell.name} on {one.slice.name}: {one.unsupported_reason}")
-        for phase in one.chosen.phases:
-            for part in planner.PARTS:
-                rows.append(
-                    {
-                        "cell": one.cell.name,
-                        "topology": one.slice.name,
-                        "phase": phase.name,
-                        "part": part,
-                        "seconds_at_peak": phase.at_peak[part],
-                        "seconds_expected": phase.expected[part],
-                        "at_least": phase.bound,
-                    }
-                )
-    return pd.DataFrame(rows)
+    columns = ["cell", "topology", "phase", "part", "seconds_at_peak", "seconds_expected", "at_least"]
+    rows = (
+        (one.cell.name, one.slice.name, phase.name, part, phase.at_peak[part], phase.expected[part], phase.bound)
+        for one in fits
+        for phase in one.chosen.phases
+        for part in planner.PARTS
+    )
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _explained(one: Fit) -> Table:
@@ -301,7 +294,7 @@ def _explained(one: Fit) -> Table:
     names = list(frame.columns)
 
     def of(name: str) -> Callable[[Any], str]:
-        return lambda row: _milliseconds(row[names.index(name)])
+        return lambda row: figure(1e3 * row[names.index(name)]) if row[names.index(name)] else ""
 
     columns = [
         Column("phase", lambda row: row[0], "left", 0),
@@ -317,10 +310,6 @@ def _explained(one: Fit) -> Table:
         f"{steps} x {one.cell.config.batch_size // steps} sequences; ms a step{'' if one.chosen.fits else ' (does not fit)'}"
     )
     return Table.of(frame, columns, "step", title, elsewhere="--format csv")
-
-
-def _milliseconds(seconds: float) -> str:
-    return figure(1e3 * seconds) if seconds else ""
 
 
 def origins(fits: Sequence[Fit], prices: Mapping[str, Price]) -> str:
