@@ -123,7 +123,7 @@ class Cells:
 
     def write_plan(self) -> None:
         """config.json of every cell and grid.json, before anything starts."""
-        layout, there = self.layout, set(storage.names(self.layout.root / "cells"))
+        layout, there = self.layout, set(self.layout.names())
 
         def write(cell: Cell) -> None:
             folder = layout.cell(cell.name)
@@ -161,7 +161,8 @@ def open_cells(grid: str, root: str | None = None, rules: str | None = None, **t
     _refuse(table, "a table of runs (.csv, .parquet)")
     the_grid = grids.load(grid)
     layout = Layout(storage.path(root or f"runs/{the_grid.name}"))
-    return Cells(grid, root, rules, ruling.choose(the_grid, layout, rules), layout)
+    choice = ruling.choose(the_grid, layout, rules)
+    return Cells(grid, root, rules, choice, layout.holding(choice.cells))
 
 
 def _begun(grid: Cells | str) -> Cells:
@@ -174,7 +175,7 @@ def _begun(grid: Cells | str) -> Cells:
             offer = "; these are shown (as with --rules old)" if found is not the else "; --rules old takes these"
             offer += "; --rules new takes the grid under today's rules"
         log.warning(f"{the.said(cells.layout)}{offer}")
-    return dataclasses.replace(cells, choice=found, settled=True)
+    return dataclasses.replace(cells, choice=found, layout=cells.layout.holding(found.cells), settled=True)
 
 
 def plan(

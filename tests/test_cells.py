@@ -8,8 +8,10 @@ from typing import ClassVar
 
 import pytest
 
+import gqa_jax
 from gqa_jax import storage
 from gqa_jax.config import ConfigError, hash_identity
+from launch import __main__ as launch
 from launch import commands, grid, run, screen, state
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import local
@@ -162,3 +164,34 @@ def test_its_names_are_listed_apart(trained):
     assert (facts["cells"], facts["counts"]) == ([trained.name], [count.name])
     assert grid.select([trained, count], "steps=3") == [count]
     assert grid.select([trained, count], "n_heads=1") == [trained]
+
+
+def test_commands_take_it(tmp_path, capsys):
+    """The cell that trains is done; `run` counts after it, and nothing that is about training sees the other."""
+    file, root = tmp_path / "small.py", tmp_path / "root"
+    file.write_text("from tests.test_cells import counted_grid\ndef get_grid(): return counted_grid(3, 11)\n")
+    trained, three, eleven = grid.cells(counted_grid(3, 11))
+    grid_fakes.finish(trained, Layout(root))
+    about = [str(file), "--root", str(root)]
+    assert launch.main(["run", *about, "--where", "steps=3"]) == launch.EXIT_DONE
+    assert (Layout(root).cell(trained.name) / "counts" / "3" / "config.json").exists()
+    facts = storage.read_json(root / "grid.json")
+    assert (facts["cells"], facts["counts"]) == ([trained.name], [three.name, eleven.name])
+    assert len(gqa_jax.load_results(root)) == 1
+    assert launch.main(["run", *about]) == launch.EXIT_FAILED
+    assert f"failed (too_large): {eleven.name}: 11 is too large" in capsys.readouterr().out
+    assert launch.main(["status", *about, "--json"]) == launch.EXIT_FAILED
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["cell"], row["state"]) for row in rows] == [
+        (trained.name, "done"), (three.name, "done"), (eleven.name, "failed"),
+    ]  # fmt: skip
+    assert launch.main(["retry", about[0], eleven.name, *about[1:]]) == launch.EXIT_DONE
+    assert launch.main(["status", *about]) == launch.EXIT_UNFINISHED
+    shown = capsys.readouterr().out
+    assert [name for name in (trained.name, three.name, eleven.name) if name in shown] == [
+        trained.name,
+        three.name,
+        eleven.name,
+    ]
+    assert launch.main(["plan", *about, "--format", "json"]) == launch.EXIT_DONE
+    assert [row["cell"] for row in json.loads(capsys.readouterr().out)] == [trained.name]
