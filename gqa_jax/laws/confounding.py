@@ -112,7 +112,10 @@ def _kind(rows: pd.DataFrame, sizes: list[_Size]) -> tuple[str, str | None, list
     if not known.all():
         said.append(f"tokens of {int((~known).sum())} of {len(known)} runs are not known: they may have seen more than others")
     ratio = tokens / run_table.column(rows, "params_non_embedding")
-    worst_tokens, worst_ratio = (_worst(values, known, sizes) for values in (tokens, ratio))
+    worst_tokens, worst_ratio = (
+        max((far for size in sizes for far in _apart(values, known, size).values()), key=lambda far: far.factor, default=None)
+        for values in (tokens, ratio)
+    )
     if worst_tokens is None or worst_ratio is None:
         kinds = {(True, True): BOTH, (True, False): TOKENS, (False, True): PER_PARAMETER}
         return kinds[worst_tokens is None, worst_ratio is None], None, said
@@ -130,11 +133,28 @@ class _Far(NamedTuple):
     factor: float  # 1 or more
 
 
+def _apart(values: np.ndarray, known: np.ndarray, size: _Size) -> dict[Heads, _Far]:
+    """Every H of a size against the others, at its least or at its most; none where all agree within TOLERANCE.
+
+    Both the least and the most must agree, so that runs of several token counts are compared too.
+    """
+    ends = {h: np.sort(values[at[known[at]]])[[0, -1]] for h, at in size.rows.items() if known[at].any()}
+    ends_Hx2 = np.array([*ends.values()]).reshape(-1, 2)
+    if len(ends) < 2 or (ends_Hx2.max(0) <= TOLERANCE * ends_Hx2.min(0)).all():
+        return {}
+    found = {}
+    for i, (heads, own_2) in enumerate(ends.items()):
+        others_2 = np.median(np.delete(ends_Hx2, i, axis=0), axis=0)
+        factors_2 = np.maximum(own_2 / others_2, others_2 / own_2)
+        end = int(np.argmax(factors_2))
+        found[heads] = _Far(size, heads, float(own_2[end]), float(others_2[end]), float(factors_2[end]))
+    return found
+
+
 def _problem(tokens: np.ndarray, known: np.ndarray, worst_tokens: _Far, worst_ratio: _Far) -> str:
     """A sentence on the heads that are farthest from the others."""
-    at_ratio = _far(tokens, known, worst_ratio.size, worst_ratio.heads)
-    size = worst_ratio.size.name
-    if at_ratio.factor > TOLERANCE:
+    at_ratio, size = _apart(tokens, known, worst_ratio.size).get(worst_ratio.heads), worst_ratio.size.name
+    if at_ratio is not None and at_ratio.factor > TOLERANCE:
         return (
             f"heads {worst_ratio.heads} at size {size} saw {short(at_ratio.own)} tokens, other heads there "
             f"{short(at_ratio.others)}: {at_ratio.factor:.3g} times apart, and {worst_ratio.factor:.3g} times per parameter"
@@ -146,31 +166,6 @@ def _problem(tokens: np.ndarray, known: np.ndarray, worst_tokens: _Far, worst_ra
         f"{worst_ratio.heads} at size {size} {worst_ratio.own:.3g} per parameter, other heads there {worst_ratio.others:.3g} "
         f"({worst_ratio.factor:.3g} times)"
     )
-
-
-def _worst(values: np.ndarray, known: np.ndarray, sizes: list[_Size]) -> _Far | None:
-    """The H farthest from the others of its size; None where all agree within TOLERANCE."""
-    found = []
-    for size in sizes:
-        ends_Hx2 = np.array([*_ends(values, known, size).values()])
-        if len(ends_Hx2) > 1 and (ends_Hx2.max(0) > TOLERANCE * ends_Hx2.min(0)).any():
-            found += [_far(values, known, size, heads) for heads in _ends(values, known, size)]
-    return max(found, key=lambda far: far.factor, default=None)
-
-
-def _far(values: np.ndarray, known: np.ndarray, size: _Size, heads: Heads) -> _Far:
-    """One H against the others of its size: at its least or its most, whichever is farther."""
-    ends = _ends(values, known, size)
-    own_2 = ends[heads]
-    others_2 = np.median([found for name, found in ends.items() if name != heads], axis=0)
-    factors = np.maximum(own_2 / others_2, others_2 / own_2)
-    i = int(np.argmax(factors))
-    return _Far(size, heads, float(own_2[i]), float(others_2[i]), float(factors[i]))
-
-
-def _ends(values: np.ndarray, known: np.ndarray, size: _Size) -> dict[Heads, np.ndarray]:
-    """The least and the most of every H: both must agree, so that runs of several token counts are compared too."""
-    return {h: np.sort(values[at[known[at]]])[[0, -1]] for h, at in size.rows.items() if known[at].any()}
 
 
 def _difference(rows: pd.DataFrame, sizes: list[_Size], name: str, close: float = CLOSE) -> str | None:

@@ -35,9 +35,6 @@ class Fit:
     theta: np.ndarray  # (P,)
     status: str  # CONVERGED; DISAGREE: start and polish differ; BOUND_HIT: a coefficient is at a bound; SINGULAR
     objective: float  # of least squares: the weighted sum of squares
-    start_objective: float
-    gradient: float  # largest component of the projected gradient, relative to the objective
-    condition: float  # of the information matrix, scaled to unit diagonal
     inverse: np.ndarray  # (P, P) of the information: the covariance for sigma = 1; nan where SINGULAR, 0 at a bound
     sigma: float  # standard deviation of a residual of unit weight; nan without degrees of freedom
     dof: int
@@ -101,23 +98,19 @@ def fit(
     final = weights if huber_delta is None else weights / np.maximum(np.abs(residual) / huber_delta, 1.0)
     free = ~((theta <= lower + _NEAR_BOUND * gap) | (theta >= upper - _NEAR_BOUND * gap))
     objective, begun = (float(np.sum(rho(root * (model(at)[0] - y), huber_delta))) for at in (theta, inside))
-    gradient = jacobian.T @ (final * (value - y))
-    scale = np.sqrt(np.sum(final[:, None] * jacobian**2, axis=0))
-    flat = np.where(scale > 0, gradient / np.maximum(scale, 1e-300), 0.0)[free]
-    steep = float(np.max(np.abs(flat), initial=0.0) / max(np.sqrt(objective), 1e-12 * np.sqrt(np.sum(weights * y**2))))
-    inverse, condition = _inverse(jacobian, final, free)
+    inverse = _inverse(jacobian, final, free)
     dof = y.size - int(free.sum())
     sigma = float(np.sqrt(np.sum(final * (value - y) ** 2) / dof)) if dof > 0 else np.nan
     small = 1e-14 * float(np.sum(weights * y**2))  # an exact fit: rounding is all that is left
     status = "CONVERGED"
-    if condition > _SINGULAR:
+    if np.isnan(inverse).any():
         status = "SINGULAR"
     elif not free.all():
         status = "BOUND_HIT"
     elif abs(begun - objective) > _AGREE * max(objective, begun) + small:
         status = "DISAGREE"
     bound = tuple(int(i) for i in np.flatnonzero(~free))
-    return Fit(theta, status, objective, begun, steep, condition, inverse, sigma, dof, final, bound)
+    return Fit(theta, status, objective, inverse, sigma, dof, final, bound)
 
 
 def worst(statuses: Iterable[str]) -> str:
@@ -240,23 +233,21 @@ def floor(value: float, lowest: float, ends: tuple[float, float], words: tuple[s
     return found
 
 
-def _inverse(jacobian: np.ndarray, weights: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, float]:
-    """Inverse information of the free coefficients (0 for the others), and its condition number at unit diagonal."""
-    count = free.size
-    result = np.zeros((count, count))
+def _inverse(jacobian: np.ndarray, weights: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """Inverse information of the free coefficients, 0 for the others; nan where the data do not tell them apart."""
+    result = np.zeros((free.size, free.size))
     if not free.any():
-        return result, 1.0
+        return result
     used = jacobian[:, free]
     information = (used * weights[:, None]).T @ used
     scale = np.sqrt(np.diag(information))
     if not (scale > 0).all():
-        return np.full((count, count), np.nan), np.inf
+        return np.full_like(result, np.nan)
     unit = information / np.outer(scale, scale)
-    condition = float(np.linalg.cond(unit))
-    if condition > _SINGULAR:
-        return np.full((count, count), np.nan), condition
+    if np.linalg.cond(unit) > _SINGULAR:
+        return np.full_like(result, np.nan)
     result[np.ix_(free, free)] = np.linalg.inv(unit) / np.outer(scale, scale)
-    return result, condition
+    return result
 
 
 def refit(

@@ -393,7 +393,7 @@ class Problem:
     huber_delta: float | None
     restrictions: Restrictions
     shared: SharedError = SharedError()  # noqa: RUF009 (frozen): the error that all losses have in common
-    fit: fitting.Fit = fitting.Fit(np.zeros(0), "", 0, 0, 0, 0, np.zeros((0, 0)), np.nan, 0, np.ones(1))  # noqa: RUF009 (none)
+    fit: fitting.Fit = fitting.Fit(np.zeros(0), "", 0.0, np.zeros((0, 0)), np.nan, 0, np.ones(1))  # noqa: RUF009 (none)
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
