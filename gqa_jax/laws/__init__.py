@@ -3,8 +3,8 @@
     laws = gqa_jax.laws.fit_by_heads(gqa_jax.load_results("runs/paper"))     # L(N; H) = (a / N)^b + E, one E for all H
     laws[Heads(8, 1)].solve(2.615), laws.size_interval(Heads(8, 1), 2.615), laws.intervals(), laws.draws()
 
-`by_heads` is what the search rests on: `law`, `heads`, `runs`, `fitting`, `block`, `by_heads` and `posterior` are read for an
-answer. The others stand beside them, and none of these imports one of those when it is imported itself.
+`by_heads` is what the search rests on: `heads`, `law`, `runs`, `fitting`, `block`, `by_heads`, `posterior` and `head_law` are
+read for an answer. The others stand beside them, and none of these imports one of those when it is imported itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from gqa_jax.laws.heads import LLAMA3, MHA, Heads
 from gqa_jax.laws.law import PowerLaw
 from gqa_jax.laws.posterior import Draws
 
-#: Further laws: the module of this package, and what it offers under the package's own name. A law is added here.
+#: Leaves: the module of this package, and what it offers under the package's own name. A law is added here.
 FURTHER = {
+    "external": ("load_table",),  # runs of any trainer
     "joint": ("JointLaw", "fit_joint"),  # one law in N, n_h and n_kv
     "loss_nd": ("LossND", "LossNDByHeads", "fit_loss_nd", "fit_loss_nd_by_heads"),  # L against N and D
     "query_heads": ("LawsByQueryHeads", "QueryHeadsLaw", "fit_query_heads"),  # L against n_h
