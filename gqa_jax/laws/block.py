@@ -85,19 +85,23 @@ class Block:
 
     def laws(self, common: Sequence[str]) -> dict[Heads, PowerLaw]:
         """One PowerLaw per H. Raises ValueError for losses that do not fall with size."""
-        result = {}
         warnings = (*common, *self._warnings())
-        for heads, runs, alpha, b in zip(self.heads, self.runs, self.alpha, self.b, strict=True):
+
+        def law(alpha: float, b: float, runs: Runs) -> PowerLaw:
+            a = float(self.center * np.exp(alpha / b))
+            return PowerLaw(a, float(b), self.entropy, np.nan, runs.params, runs.loss, warnings)
+
+        return self.each(law, "heads ", "size")
+
+    def each[L](self, make: Callable[[float, float, Runs], L], name: str, what: str) -> dict[Any, L]:
+        """`make(alpha, b, runs)` of each curve, with its R^2. Raises ValueError for losses that do not fall with `what`."""
+        result = {}
+        for of, runs, alpha, b in zip(self.heads, self.runs, self.alpha, self.b, strict=True):
             if b < SMALLEST_B:
-                raise ValueError(
-                    f"heads {heads}: the losses do not fall with size ({', '.join(f'{x:.4f}' for x in runs.loss)}): "
-                    "no power law"
-                )
-            law = PowerLaw(
-                float(self.center * np.exp(alpha / b)), float(b), self.entropy, np.nan, runs.params, runs.loss, warnings
-            )
-            share = fitting.r_squared(runs.loss, law.predict(runs.params))
-            result[heads] = dataclasses.replace(law, r_squared=share)
+                losses = ", ".join(f"{x:.4f}" for x in runs.loss)
+                raise ValueError(f"{name}{of}: the losses do not fall with {what} ({losses}): no power law")
+            law = make(alpha, b, runs)
+            result[of] = dataclasses.replace(law, r_squared=fitting.r_squared(runs.loss, law.predict(runs.params)))
         return result
 
     def poor(self, symbol: str) -> list[str]:

@@ -17,7 +17,8 @@ import pandas as pd
 
 from gqa_jax.laws import confounding, fitting
 from gqa_jax.laws import runs as run_table
-from gqa_jax.laws.block import SMALLEST_B, Block, InBlocks, fit_blocks
+from gqa_jax.laws.block import Block, InBlocks, fit_blocks
+from gqa_jax.laws.runs import Runs
 
 MIN_HEAD_COUNTS = 3
 _CONSTANTS = 61  # values of c that `band` goes through
@@ -214,15 +215,11 @@ def fit_query_heads(
 
 
 def _laws(block: Block) -> dict[Curve, QueryHeadsLaw]:
-    laws = {}
-    for curve, runs, log_a, b in zip(block.heads, block.runs, block.alpha, block.b, strict=True):
-        if b < SMALLEST_B:
-            raise ValueError(
-                f"{curve}: the losses do not fall with query heads ({', '.join(f'{x:.4f}' for x in runs.loss)}): no power law"
-            )
-        law = QueryHeadsLaw(float(np.exp(log_a) * block.center**b), -float(b), block.entropy, np.nan, runs.params, runs.loss)
-        laws[curve] = dataclasses.replace(law, r_squared=fitting.r_squared(runs.loss, law.predict(runs.params)))
-    return laws
+    def law(log_a: float, b: float, runs: Runs) -> QueryHeadsLaw:
+        a = float(np.exp(log_a) * block.center**b)
+        return QueryHeadsLaw(a, -float(b), block.entropy, np.nan, runs.params, runs.loss)
+
+    return block.each(law, "", "query heads")
 
 
 def _checked(constant: str | float, lowest: float) -> str | float:
