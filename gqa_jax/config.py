@@ -64,10 +64,8 @@ class ModelConfig:
             _require(allowed, f"model.{name} = {value!r}: must be an integer of at least 1, and below 2^31")
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", shapes.ffn_width(self.d_model))
-        _require(
-            1 <= self.d_ff < 2**31,
-            f"model.d_ff = {self.d_ff}: must be at least 1 and below 2^31, or None for 8 d_model / 3",
-        )
+        allowed = 1 <= self.d_ff < 2**31
+        _require(allowed, f"model.d_ff = {self.d_ff}: must be at least 1 and below 2^31, or None for 8 d_model / 3")
         _require(
             self.n_heads % self.n_kv_heads == 0,
             f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = {self.n_kv_heads}: every key/value head "
@@ -81,8 +79,8 @@ class ModelConfig:
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even, RoPE rotates pairs")
         _require(self.init_std > 0, f"model.init_std = {self.init_std}: must be above 0")
-        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES)):
-            _check_choice(f"model.{name}", getattr(self, name), allowed)
+        for name in ("dtype", "param_dtype"):
+            _check_choice(f"model.{name}", getattr(self, name), DTYPES)
 
 
 @dataclass(frozen=True)
@@ -351,10 +349,10 @@ class TrainConfig:
     def check_source(self, source: ModelConfig) -> None:
         """Raises ConfigError unless this run can start from parameters of `source`, naming the fields that differ."""
         ours, theirs = ({name: getattr(model, name) for name in _PARAMETER_FIELDS} for model in (self.model, source))
-        lines = differing_fields(ours, theirs, "model.")
-        _require(
-            not lines, f"continue_from = {self.continue_from!r} has other parameters: {'; '.join(lines)}. Use the same model"
-        )
+        if lines := differing_fields(ours, theirs, "model."):
+            raise ConfigError(
+                f"continue_from = {self.continue_from!r} has other parameters: {'; '.join(lines)}. Use the same model"
+            )
 
     def identity(self, data_fingerprint: str, continues: str | None = None) -> dict[str, Any]:
         """The fields that change the mathematics of the result, budget resolved: what names a cell and guards a resume.
@@ -432,16 +430,12 @@ def _config_dict_of(cls: type) -> ml_collections.ConfigDict:
     return result.lock()
 
 
-def from_mapping(cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from nested mappings.
+def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "", whole: type | None = None) -> Any:
+    """A dataclass from nested mappings; of a group of fields of the dataclass `whole`, whose names begin with `prefix`.
 
     Raises ConfigError: a key it lacks, naming the closest of any group; a value of another type; a number that is not finite.
     """
-    return _from_mapping(cls, values, "", cls)
-
-
-def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str, whole: type) -> Any:
-    arguments = {}
+    whole, arguments = whole or cls, {}
     for name, value in values.items():
         path = f"{prefix}{name}"
         allowed = field_types(whole).get(path)
@@ -449,23 +443,19 @@ def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str, whole: type
             raise ConfigError(unknown_key(path, whole))
         if dataclasses.is_dataclass(allowed[0]):
             _require(isinstance(value, Mapping), f"{path} = {value!r}: must be a group of fields")
-            value = _from_mapping(allowed[0], value, f"{path}.", whole)
+            value = from_mapping(allowed[0], value, f"{path}.", whole)
         else:
             if float in allowed and type(value) is int:
                 value = float(value)
             _require(type(value) in allowed, wrong_type(path, value, whole))
             _require(type(value) is not float or math.isfinite(value), f"{path} = {value}: must be a finite number")
             if isinstance(value, str) and MeshShape in typing.get_args(_hints(cls)[name]):
-                value = _parsed_mesh(path, value)
+                try:
+                    value = MeshShape.parse(value)
+                except ValueError as error:
+                    raise ConfigError(f"{path}: {error}") from None
         arguments[name] = value
     return cls(**arguments)
-
-
-def _parsed_mesh(path: str, text: str) -> MeshShape:
-    try:
-        return MeshShape.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 @functools.cache

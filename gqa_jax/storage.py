@@ -207,11 +207,10 @@ def _of_disk(error: BaseException) -> str | None:
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with NaN and infinities as "nan", "inf", "-inf": JSON has no such numbers, and a reader must see them."""
-    return {
-        key: finite(value)
-        if isinstance(value, Mapping)
-        else str(value)
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for key, value in values.items()
-    }
+
+    def written(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return finite(value)
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: written(value) for key, value in values.items()}
