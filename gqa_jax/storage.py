@@ -101,7 +101,7 @@ def write_json(path: os.PathLike | str, values: Mapping[str, Any]) -> None:
 def read_json(path: os.PathLike | str) -> dict[str, Any] | None:
     """The object of a JSON file; None when the file is not there.
 
-    Raises ValueError, naming the file and the fix, when it holds no object; OSError when it can't be read.
+    Raises ConfigError, naming the file and the fix, when it holds no object; OSError when it can't be read.
     """
     content = read_bytes(path)
     if content is None:
@@ -109,9 +109,9 @@ def read_json(path: os.PathLike | str) -> dict[str, Any] | None:
     try:
         values = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path} can't be read ({error}): move it away to make it again") from None
+        raise ConfigError(f"{path} can't be read ({error}): move it away to make it again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object: move it away to make it again")
+        raise ConfigError(f"{path} holds no JSON object: move it away to make it again")
     return values
 
 

@@ -226,10 +226,7 @@ def run_id(workdir: epath.Path, attempt: int) -> str:
     ConfigError when id.json can't be used.
     """
     path = workdir / "id.json"
-    try:
-        values = storage.read_json(path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    values = storage.read_json(path)
     if values is None:
         values = {"id": secrets.token_hex(8) if attempt == 0 else workdir.name}
         storage.write_json(path, values)
@@ -251,7 +248,7 @@ def origin() -> dict[str, str | None]:
 def find_result(path: os.PathLike | str) -> dict[str, Any] | None:
     """A result.json; None when it is not there.
 
-    Raises ValueError, naming the file and the fix, when it can't be read or lacks what it must have.
+    Raises ConfigError, naming the file and the fix, when it can't be read or lacks what it must have.
     """
     result = storage.read_json(path)
     if result is None:
@@ -259,7 +256,7 @@ def find_result(path: os.PathLike | str) -> dict[str, Any] | None:
     missing = [key for key in ("status", "loss", "step", "identity") if key not in result]
     if missing or result["status"] not in ("done", "diverged"):
         what = f"lacks {', '.join(missing)}" if missing else f"has the unknown status {result['status']!r}"
-        raise ValueError(f"{path} {what}: move it away to run this cell again")
+        raise ConfigError(f"{path} {what}: move it away to run this cell again")
     return result
 
 

@@ -98,10 +98,7 @@ def finished(workdir: epath.Path, config: TrainConfig, identity: dict[str, Any])
     Raises ConfigError for a broken result, or one of another run.
     """
     path = workdir / "result.json"
-    try:
-        result = run_folder.find_result(path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    result = run_folder.find_result(path)
     if result is None:
         storage.remove(workdir / "exit.json")
         return None
