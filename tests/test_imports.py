@@ -78,7 +78,7 @@ TABLE = (
         ".errors .config .storage .training.run_folder .training.distributed .training.start",
         outside="jax orbax",
     ),
-    Row("gqa_jax.training.services", ".errors .config .storage"),
+    Row("gqa_jax.training.services", ".errors .config .storage .training.run_folder"),
     Row("gqa_jax.training.metrics", ".config .storage .training.run_folder", lazily=".training.services"),
     # What a run needs, before it is started.
     Row("gqa_jax.planning"),

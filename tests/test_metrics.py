@@ -49,8 +49,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_tensorboard_events_are_written(tmp_path):
-    writer = metrics.Metrics(tmp_path, 0, config(tensorboard=True))
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_tensorboard_events_are_written(tmp_path, attempt):
+    writer = metrics.Metrics(tmp_path, attempt, config(tensorboard=True))
     writer.write("train", 1, {"loss": 2.0, "mfu": None})
     writer.close()
     (events,) = (tmp_path / "tensorboard").iterdir()

@@ -72,12 +72,12 @@ class Metrics:
         self._workdir, self._attempt, self._n_steps = storage.path(workdir), attempt, config.n_steps
         self._device_time, self._origin = device_time, run_folder.origin()
         self._services: dict[str, Any] = {}
-        if attempt == 0 or config.logging.wandb_project:  # drawn at once: a later attempt may be the first that needs it
-            run_id = run_folder.run_id(self._workdir, attempt)
+        if attempt == 0:  # drawn at once: a later attempt may be the first that needs it
+            run_folder.run_id(self._workdir, attempt)
         if config.logging.tensorboard or config.logging.wandb_project:
             from gqa_jax.training import services
 
-            self._services = services.start(config, self._workdir, run_id)
+            self._services = services.start(config, self._workdir, attempt)
         self._files = (_RemoteFiles if storage.is_remote(workdir) else _LocalFiles)(self._workdir, attempt)
         self._heartbeat_time = -math.inf
         self._progress = _progress_bar() if config.logging.progress and sys.stderr.isatty() else None

@@ -15,13 +15,14 @@ from etils import epath
 from gqa_jax import storage
 from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
+from gqa_jax.training import run_folder
 
 log = logging.getLogger(__name__)
 
 EVENTS_SECONDS = 120.0  # between copies of TensorBoard's files to gs://
 
 
-def start(config: TrainConfig, workdir: epath.Path, run_id: str) -> dict[str, Any]:
+def start(config: TrainConfig, workdir: epath.Path, attempt: int) -> dict[str, Any]:
     """What a configuration asks for, by name, with `write(kind, step, values)` and `close()`. ConfigError: not installed."""
     found: dict[str, Any] = {}
     if config.logging.tensorboard:
@@ -33,6 +34,7 @@ def start(config: TrainConfig, workdir: epath.Path, run_id: str) -> dict[str, An
             raise ConfigError(
                 f"logging.wandb_project = {project!r} needs wandb: pip install wandb, or leave it empty"
             ) from error
+        run_id = run_folder.run_id(workdir, attempt)
         try:
             run = wandb.init(
                 project=project,
