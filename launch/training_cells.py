@@ -181,9 +181,10 @@ def continued(
     Raises:
       ConfigError: the folder is neither.
     """
-    config = default_config()
+    config, fingerprint = default_config(), None
     if isinstance(first, str | os.PathLike):
         found = start.of_folder(_absolute(first))
+        fingerprint = found.data_fingerprint
         source, continue_from, values = found.config, _absolute(first), {"model": dataclasses.asdict(found.model)}
     else:
         source = first if isinstance(first, TrainConfig) else TrainConfig.from_dict(first.to_dict())
@@ -202,11 +203,20 @@ def continued(
     if rope_theta is not None:
         config.model.rope_theta = rope_theta
     config.update(changes)
-    if source is not None and not config.data.skip_tokens:
-        ours, theirs = ((c.seed, c.data.block_tokens, c.data.store) for c in (config, source))
-        read = source.data.skip_tokens + source.train_tokens if ours == theirs else 0
+    if source is not None and not config.data.skip_tokens and _same_order(config, source, fingerprint):
+        read = source.data.skip_tokens + source.train_tokens
         config.data.skip_tokens = -(-read // config.context_length) * config.context_length
     return config
+
+
+def _same_order(config: ml_collections.ConfigDict, source: TrainConfig, fingerprint: str | None) -> bool:
+    """Whether both read the same tokens in the same order; `fingerprint`: of those of `source`, where it is known."""
+    store = config.data.store
+    if fingerprint is None or not catalog.exists(store):
+        same = store == source.data.store
+    else:
+        same = catalog.open_store(store).fingerprint == fingerprint
+    return same and (config.seed, config.data.block_tokens) == (source.seed, source.data.block_tokens)
 
 
 def make(name: str, configs: Sequence[ml_collections.ConfigDict | TrainConfig], old_rules: bool = False) -> list[TrainingCell]:

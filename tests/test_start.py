@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -280,6 +281,8 @@ class TestGrid:
         other = self.continued("first", data={"store": "sotu-bytes@position"})
         assert other.config.data.skip_tokens == 0
         assert other.start.differs[0].startswith("data.fingerprint: ")
+        copy = os.fspath(catalog.open_store("sotu-bytes").path)  # the same tokens by another name
+        assert self.continued("first", data={"store": copy}).config.data.skip_tokens == 12 * 256
         by_hand = dataclasses.replace(cell.config, continue_from="first")
         (again,) = grid.cells(grid.Grid("g", [by_hand], [1024]))
         assert again == cell
