@@ -206,10 +206,11 @@ def plan(
     cells = _begun(grid)
     trained = training(cells.all)
     chosen = training(grids.select(cells.all, where))
-    given = {"explain": explain, "estimate": estimate, "prices": prices, "efficiency": efficiency, "workers": workers}
-    for name in (name for name, value in given.items() if value and topology is None):
-        raise ConfigError(f"--{name} needs --topology NAME: `python -m launch plan --help` lists them")
-    slices = [hardware.find(name) for name in dict.fromkeys(topology.split(","))] if topology is not None else []
+    if topology is None:
+        given = {"explain": explain, "estimate": estimate, "prices": prices, "efficiency": efficiency, "workers": workers}
+        if alone := [name for name, value in given.items() if value]:
+            raise ConfigError(f"--{alone[0]} needs --topology NAME: `python -m launch plan --help` lists them")
+    slices = [hardware.find(name) for name in dict.fromkeys(topology.split(",") if topology is not None else ())]
     if explain is not None:
         return planning.explained([fitting.estimate(c, one) for c in cells.named([explain], chosen) for one in slices])
     if efficiency is not None and not 0 < efficiency <= 1:
@@ -221,7 +222,7 @@ def plan(
     fits = [fitting.estimate(cell, one) for cell in chosen for one in slices]
     if not estimate:
         _compile(fits, workers, progress)
-    for name in sorted({cell.store for cell in chosen if cell.missing is not None}):
+    for name in sorted({cell.config.data.store for cell in chosen if cell.missing is not None}):
         log.warning(f"token store {name} is not prepared yet: the names of its cells will change")
     for line in said(chosen):
         log.warning(line)
@@ -279,12 +280,11 @@ def run(
     if slots is not None:
         engine = engine.with_slots(slots)
     chosen = grids.select(cells.all, where)
-    for what in (cell.missing for cell in chosen if cell.missing is not None):
-        raise ConfigError(what)
+    if lacking := [cell.missing for cell in chosen if cell.missing is not None]:
+        raise ConfigError(lacking[0])
     for line in said(chosen):
         log.warning(line)
     check_parents(chosen, cells.all, layout)
-
     cells = dataclasses.replace(cells, settled=True)
 
     def begun(states: Sequence[CellState]) -> Run:
@@ -630,14 +630,17 @@ def goals(
     """
     from gqa_jax.search import objectives
 
+    given = {name: value for name, value in settings.items() if value is not None}
     if not isinstance(cost, str):
+        if given or device is not None or prices is not None:
+            raise ValueError(f"the objective {cost.name} has its settings already: give them where it is made")
         return [cost]
     names = [name.strip() for name in (device or "").split(",") if name.strip()]
     if len(names) > 1 and not several:
         raise ConfigError(f"--device {device}: one device here; `optimum` compares several")
     allowed = objectives.settings(cost)
     of_fits = () if fits is None else ("n_devices", "batch")
-    given = {k: v for k, v in settings.items() if v is not None and (k in allowed or k not in of_fits)}
+    given = {name: value for name, value in given.items() if name in allowed or name not in of_fits}
     if "convention" not in given and "convention" in allowed:
         given["convention"] = "exact" if "param_dtype" in given or "cache_dtype" in given else counted
     found = []
