@@ -19,8 +19,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gqa_jax import storage
 from gqa_jax.config import TrainConfig
@@ -80,10 +78,11 @@ class Metrics:
             self._services = services.start(config, self._workdir, attempt)
         self._files = (_RemoteFiles if storage.is_remote(workdir) else _LocalFiles)(self._workdir, attempt)
         self._heartbeat_time = -math.inf
-        self._progress = _progress_bar() if config.logging.progress and sys.stderr.isatty() else None
-        if self._progress:
-            self._task = self._progress.add_task("train", total=self._n_steps, rate="")
-            self._progress.start()
+        self._progress = None
+        if config.logging.progress and sys.stderr.isatty():
+            from gqa_jax.training import services
+
+            self._progress = services.ProgressBar(self._n_steps)
 
     def __enter__(self) -> Metrics:
         return self
@@ -121,9 +120,7 @@ class Metrics:
         On gs:// in the background, at most every REMOTE_HEARTBEAT_SECONDS, forced ones every second.
         """
         if self._progress:
-            rate = "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
-            rate += "" if mfu is None else f" · MFU {mfu:.0%}"
-            self._progress.update(self._task, description=phase, completed=step, rate=rate)
+            self._progress.update(phase, step, tokens_per_second, mfu)
         now = time.time()
         if not force and now - self._heartbeat_time < HEARTBEAT_SECONDS:
             return
@@ -149,7 +146,7 @@ class Metrics:
 
     def close(self) -> None:
         if self._progress:
-            self._progress.stop()
+            self._progress.close()
         for service in self._services.values():
             try:
                 service.close()
@@ -254,14 +251,3 @@ class NoMetrics(Metrics):
         pass
 
     write = heartbeat = flush = close = _nothing
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

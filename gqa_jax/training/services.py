@@ -1,4 +1,4 @@
-"""Services that show a run while it trains: TensorBoard and Weights & Biases. Their outage never stops a run."""
+"""What shows a run while it trains: TensorBoard, Weights & Biases, whose outage stops no run, and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -97,3 +97,25 @@ class _WeightsAndBiases:
 
     def close(self):
         self._run.finish()
+
+
+class ProgressBar:
+    """Of the steps, on a terminal."""
+
+    def __init__(self, n_steps: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        phase, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+        columns = phase, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task("train", total=n_steps, rate="")
+        self._bar.start()
+
+    def update(self, phase: str, step: int, tokens_per_second: float | None, mfu: float | None) -> None:
+        rate = "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
+        rate += "" if mfu is None else f" · MFU {mfu:.0%}"
+        self._bar.update(self._task, description=phase, completed=step, rate=rate)
+
+    def close(self) -> None:
+        self._bar.stop()
