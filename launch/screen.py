@@ -19,7 +19,7 @@ from rich.table import Table
 from gqa_jax.formatting import counted, duration
 from gqa_jax.hardware import Price
 from launch import state
-from launch.cells import Cell, Layout
+from launch.cells import Cell, Layout, of_several
 from launch.commands import Progress, Run, cost
 from launch.executors.base import Executor
 from launch.fit import Fit
@@ -108,18 +108,10 @@ def print_pass(now: Pass, console: Console) -> None:
     """What a pass did, and what it could not do."""
     for note in now.notes:
         _line(console, escape(note))
-    for cause, names in _grouped(now.refused).items():
-        _line(console, f"[yellow]not submitted now[/]: {names}: {escape(cause)}")
-    for cause, names in _grouped(now.held).items():
-        _line(console, f"[yellow]not submitted[/]: {names}: {escape(cause)}")
-
-
-def _grouped(causes: Mapping[str, str]) -> dict[str, str]:
-    """The cells of each cause, in a few words."""
-    grouped = defaultdict(list)
-    for name, cause in causes.items():
-        grouped[cause].append(name)
-    return {cause: names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") for cause, names in grouped.items()}
+    for line in of_several(now.refused.items()):
+        _line(console, f"[yellow]not submitted now[/]: {escape(line)}")
+    for line in of_several(now.held.items()):
+        _line(console, f"[yellow]not submitted[/]: {escape(line)}")
 
 
 def _line(console: Console, text: str) -> None:
