@@ -22,6 +22,7 @@ class Engine:
     """An executor on a real or faked engine, and what may happen to its jobs from outside. Made by an engine's fixture."""
 
     ranks = 1  # processes of a cell
+    lock = "contextlib.nullcontext()"  # source of what two launchers of a machine hold in turn, where the engine needs it
 
     def __init__(self, the_executor, cells):
         self.executor, self.cells = the_executor, cells
@@ -208,10 +209,10 @@ class Contract:
         if (other := engine.another_launcher()) is None:
             return
         source = f"""
-import os, sys, time
+import contextlib, os, sys, time
 from pathlib import Path
 from etils import epath
-from launch import grid
+from launch import grid, run
 from launch.cells import Layout
 from launch.training_cells import TrainingCell
 from launch.executors import base
@@ -221,7 +222,8 @@ layout = Layout(epath.Path({os.fspath(engine.layout.root)!r}))
 one = {other}
 (cell,) = [c for c in grid.cells(grid_fakes.small_grid()) if c.name == {cell.name!r}]
 time.sleep(max(0, float(sys.argv[1]) - time.time()))
-print(one.submit(cell).id)
+with {engine.lock}:
+    print(one.submit(cell).id)
 """
         at = str(time.time() + 4.0)
         start = [sys.executable, "-c", source, at]

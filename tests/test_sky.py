@@ -28,6 +28,8 @@ SHA256 = "0123456789abcdef" * 4
 
 
 class Engine(executor_contract.Engine):
+    lock = "run.only_launcher(layout, 60.0)"
+
     def __init__(self, the_executor, cells, folder, values):
         super().__init__(the_executor, cells)
         self.folder, self.values = folder, values

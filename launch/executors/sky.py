@@ -1,21 +1,19 @@
 """SkyPilot managed jobs: cells on any cloud that it reaches, a job each, by its `sky` program.
 
 SkyPilot finds the machines, and finds others when these are taken away; it starts a cell again that ends with exit code 75. Its
-names of managed jobs are not unique (`queue`).
+names of managed jobs are not unique (`queue`): of the launchers of a machine one submits at a time (`launch.run`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +24,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch.cells import Cell, record
 from launch.executors import base, bundle, queue
-from launch.executors.base import QUEUED, RUNNING, Job, Submission, SubmitError
+from launch.executors.base import QUEUED, RUNNING, Submission, SubmitError
 from launch.executors.queue import Record
 
 # Of SkyPilot: the first with $SKYPILOT_MANAGED_JOB_ID; --output and recover_on_exit_codes came in 0.12.
@@ -142,10 +140,6 @@ class Executor(queue.Executor, bundle.Executor):
         file = self.layout.cell(cell.name) / "sky.yaml"
         command = shlex.join([self.options.sky, *self._launch(cell, file)])
         return Submission(cell.name, command, {file.name: self._yaml(base.job_name(self.layout, cell.name), cell)})
-
-    def submit(self, cell: Cell) -> Job:
-        with self._only_submitter():
-            return super().submit(cell)
 
     def launch(self, cell: Cell) -> None:
         with tempfile.TemporaryDirectory() as folder:  # `sky` reads no gs://
@@ -286,15 +280,6 @@ class Executor(queue.Executor, bundle.Executor):
     def _code(self) -> str:
         """Folder of the code on a host."""
         return f"~/gqa_jax/{self.bundle.sha256[:16]}"
-
-    @contextlib.contextmanager
-    def _only_submitter(self) -> Iterator[None]:
-        """Of the launchers of this user and machine, one submits for a grid at a time."""
-        folder = storage.cache("sky")
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{base.grid_prefix(self.layout)}lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def _sky(self, *arguments: str) -> str:
         """What `sky` prints. Raises SubmitError with what it says when it fails."""
