@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 
 from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads, PowerLaw
+from gqa_jax.laws import runs as run_table
 from gqa_jax.laws.posterior import IN_BRIEF
 from gqa_jax.plots import cost_axes, labels, style, tables
 from gqa_jax.plots.losses import LOSS
@@ -130,7 +131,7 @@ def cost_by_context(
     ax = ax or style.new_axes()
     entries, bands, curves = [], False, {}
     for each in heads:
-        rows = frame[[heads_of(row) == each for row in frame[["n_heads", "n_kv_heads"]].to_dict("records")]]
+        rows = frame[run_table.have(frame, each)]
         x, y, low, high = (tables.numbers(rows, name) for name in ("context_served", "cost", "cost_low", "cost_high"))
         if not np.isfinite(y).any():
             raise ValueError(f"heads {each} have no cost at a loss of {loss:g}: {rows['note'].iloc[0]}")

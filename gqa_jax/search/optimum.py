@@ -23,6 +23,7 @@ import pandas as pd
 
 from gqa_jax import costs, formatting
 from gqa_jax.laws import LLAMA3, Heads, LawsByHeads, PowerLaw, posterior
+from gqa_jax.laws import runs as run_table
 from gqa_jax.search import buildable, caveats, objectives, ranking
 from gqa_jax.search.answer import Answer, Baseline, Model, ShapeChoice, heads_of, measured_model, name_of
 from gqa_jax.search.candidates import CostAt, Ranked, Table, about, coefficients, one_of, rule_of
@@ -385,9 +386,8 @@ def _worth(answer: Answer, trained: Answer) -> dict[str, float]:
     """What other heads alone save, the shape alone, and both."""
     if answer.baseline is None:
         return answer.worth
-    frame = answer.candidates
-    same = [heads_of(row) == answer.baseline.heads for row in frame.to_dict("records")]
-    shape = float(frame.loc[same, "saving"].iloc[0]) if any(same) else np.nan
+    own = answer.candidates.loc[run_table.have(answer.candidates, answer.baseline.heads), "saving"]
+    shape = float(own.iloc[0]) if len(own) else np.nan
     return {"heads": trained.saving, "shape": shape, "both": answer.saving}
 
 

@@ -579,10 +579,7 @@ def _answered(answer: optimum.Answer, other: optimum.Answer | None) -> dict[str,
     row = {name: best[name] for name in ANSWERED if name in best}
     regret = np.nan
     if other is not None:
-        n_heads = answer.candidates["n_heads"]
-        same = n_heads.isna() if other.heads.n_heads is None else n_heads.eq(other.heads.n_heads).fillna(False)
-        same &= answer.candidates["n_kv_heads"].eq(other.heads.n_kv_heads)
-        regret = float(answer.candidates.loc[same.astype(bool), "expected_regret"].max())
+        regret = float(answer.candidates.loc[run_table.have(answer.candidates, other.heads), "expected_regret"].max())
     return row | {"probability": answer.probability, "regret_of_other": regret}  # no probability of an answer that is `far`
 
 
