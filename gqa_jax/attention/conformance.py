@@ -45,6 +45,7 @@ class Problem(NamedTuple):
     kv_offset: int = 0
     traced: bool = False
     segments: str | None = None  # "sorted": packed documents; "mixed": ids in no order
+    lse: bool = True  # gradients go through the log-sum-exp too
     lengths: tuple[int, ...] | None = None  # entries of each sequence that are valid: those beyond are NaN
 
     def case(self) -> Case:
@@ -118,6 +119,7 @@ def check(name: str, problem: Problem, *, interpret: bool = False) -> Finding:
         lse = unsupported_reason(name, case._replace(return_lse=True)) is None
         if not lse and (reason := unsupported_reason(name, case)) is not None:
             return Finding("can't run", reason, {})
+        problem = problem._replace(lse=lse)
 
         def attend(q, k, v, mask: Mask, scale: float):
             segments = None if mask.q_segments_BxT is None else (mask.q_segments_BxT, mask.kv_segments_BxS)
@@ -186,7 +188,7 @@ def _arrays(problem: Problem) -> tuple[list[jax.Array], np.ndarray, Mask]:
         ids = [np.sort(x, axis=1) for x in ids]
     segments = [None, None] if problem.segments is None else ids
     mask = Mask(problem.q_offset, problem.kv_offset, *segments)
-    return [jnp.asarray(x, problem.dtype) for x in arrays], d_lse.astype(np.float32), mask
+    return [jnp.asarray(x, problem.dtype) for x in arrays], problem.lse * d_lse.astype(np.float32), mask
 
 
 def _results(attend: Callable, problem: Problem, *, jit: bool = True) -> tuple:
