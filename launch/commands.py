@@ -153,16 +153,20 @@ def open_cells(grid: str, root: str | None = None, rules: str | None = None, **t
       rules: "old" or "new" (`launch.rules`); without, `run` refuses a root begun under old ones, and the others take these.
       table: options of a table of runs, which are refused.
     """
-    if grid.lower().endswith(TABLES):
-        raise ConfigError(
-            f"{grid}: it is a table of runs, not a grid: it has no cells that could be trained, watched or chosen from; fit, "
-            "optimum, report and export take it"
-        )
+    _require_grid(grid)
     _refuse(table, "a table of runs (.csv, .parquet)")
     the_grid = grids.load(grid)
     layout = Layout(storage.path(root or f"runs/{the_grid.name}"))
     choice = ruling.choose(the_grid, layout, rules)
     return Cells(grid, root, rules, choice, layout.holding(choice.cells))
+
+
+def _require_grid(path: str) -> None:
+    if path.lower().endswith(TABLES):
+        raise ConfigError(
+            f"{path}: it is a table of runs, not a grid: it has no cells that could be trained, watched or chosen from; fit, "
+            "optimum, report and export take it"
+        )
 
 
 def _begun(grid: Cells | str) -> Cells:
@@ -789,6 +793,7 @@ def next(
     from launch import next_cells
 
     opened = _source(source)
+    _require_grid(opened.path or "")
     (goal,) = goals(cost, opened.convention, device=device, **settings)
     asked = next_cells.Asked(loss, _tokens(context), goal, aspect, budget, train_context, seed)
     return next_cells.choose(opened, asked, out)

@@ -12,7 +12,7 @@ import pandas as pd
 from gqa_jax import prices
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.search import candidates, optimum
-from gqa_jax.search.answer import Answer
+from gqa_jax.search.answer import Answer, records
 from gqa_jax.search.objectives import Objective
 from gqa_jax.search.roofline import RooflineServing
 from gqa_jax.search.serving import Price
@@ -41,6 +41,11 @@ class Comparison:
     table: pd.DataFrame
     front: pd.DataFrame
     vendors: str | None  # what to say where prices of several vendors are compared
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: both tables, and every answer."""
+        answers = {name: answer.to_dict() for name, answer in self.answers.items()}
+        return {"devices": records(self.table), "front": records(self.front), "answers": answers}
 
 
 def compare(
