@@ -79,7 +79,12 @@ TABLE = (
         outside="jax orbax",
     ),
     Row("gqa_jax.training.services", ".errors .config .storage .training.run_folder"),
-    Row("gqa_jax.training.metrics", ".config .storage .training.run_folder", lazily=".training.services"),
+    Row("gqa_jax.training.remote_rows", ".storage"),
+    Row(
+        "gqa_jax.training.metrics",
+        ".config .storage .training.run_folder",
+        lazily=".training.services .training.remote_rows",
+    ),
     # What a run needs, before it is started.
     Row("gqa_jax.planning"),
     Row("gqa_jax.planning.share", ".costs .config"),

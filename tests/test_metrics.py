@@ -11,7 +11,7 @@ import pytest
 from gqa_jax import gcs, storage
 from gqa_jax.config import TrainConfig, default_config
 from gqa_jax.errors import ConfigError
-from gqa_jax.training import metrics, services
+from gqa_jax.training import metrics, remote_rows, services
 
 
 def config(**logging_fields):
@@ -190,7 +190,7 @@ class Outage:
 
 
 def test_rows_on_a_bucket_are_parts(gcs_root, monkeypatch):
-    monkeypatch.setattr(metrics, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(remote_rows, "PART_SECONDS", 0.0)
     for attempt, steps in ((0, [1, 2, 3]), (1, [3, 4])):
         with metrics.Metrics(gcs_root, attempt, config()) as writer:
             for step in steps:
@@ -214,7 +214,7 @@ def test_rows_of_more_attempts_and_parts_than_digits(tmp_path):
 
 
 def test_no_row_is_lost_in_an_outage(gcs_root, monkeypatch, caplog):
-    monkeypatch.setattr(metrics, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(remote_rows, "PART_SECONDS", 0.0)
     with metrics.Metrics(gcs_root, 0, config()) as writer:
         outage = Outage(monkeypatch, "metrics/")
         writer.write("train", 1, {"loss": 1.0})

@@ -1,8 +1,6 @@
 """What a run says while it runs: metric rows, a heartbeat, a progress bar, and what services show of it.
 
-Locally a row is appended to `metrics/attempt-NNN.jsonl` as it comes. Nothing can be appended to on gs://, so there rows are
-collected and written as objects of their own, `metrics/attempt-NNN-PPPPP.jsonl`, in the background every PART_SECONDS, and at
-once by `Metrics.flush`: before a checkpoint is begun, after which their steps are not trained again.
+A row is appended to `metrics/attempt-NNN.jsonl` as it comes; on gs:// they come in parts (remote_rows.py).
 """
 
 from __future__ import annotations
@@ -13,9 +11,8 @@ import math
 import os
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -28,8 +25,6 @@ from gqa_jax.training import run_folder
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
-REMOTE_HEARTBEAT_SECONDS = 10.0  # on gs://, where an object may be written about once a second
-PART_SECONDS = 30.0
 
 _PART = re.compile(r"attempt-(\d+)(?:-(\d+))?\.jsonl")
 
@@ -76,7 +71,12 @@ class Metrics:
             from gqa_jax.training import services
 
             self._services = services.start(config, self._workdir, attempt)
-        self._files = (_RemoteFiles if storage.is_remote(workdir) else _LocalFiles)(self._workdir, attempt)
+        if storage.is_remote(workdir):
+            from gqa_jax.training import remote_rows
+
+            self._files = remote_rows.RemoteFiles(self._workdir, attempt)
+        else:
+            self._files = _LocalFiles(self._workdir, attempt)
         self._heartbeat_time = -math.inf
         self._progress = None
         if config.logging.progress and sys.stderr.isatty():
@@ -117,7 +117,7 @@ class Metrics:
     ) -> None:
         """Replaces heartbeat.json, at most every HEARTBEAT_SECONDS unless forced, and moves the progress bar.
 
-        On gs:// in the background, at most every REMOTE_HEARTBEAT_SECONDS, forced ones every second.
+        On gs:// in the background, and more rarely (remote_rows.py).
         """
         if self._progress:
             self._progress.update(phase, step, tokens_per_second, mfu)
@@ -174,71 +174,6 @@ class _LocalFiles:
 
     def close(self) -> None:
         self._file.close()
-
-
-class _RemoteFiles:
-    """Rows and heartbeat of an attempt on gs://, written in the background, so that no step waits for the network."""
-
-    def __init__(self, workdir: epath.Path, attempt: int):
-        self._workdir, self._attempt, self._part = workdir, attempt, 0
-        self._lines: list[str] = []  # not written yet; appended to and deleted from in one operation, which needs no lock
-        self._beat: tuple[Mapping[str, Any], bool] | None = None  # not written yet, and whether it is to be at once
-        self._rows_time, self._beat_time = time.monotonic(), -math.inf  # when each was last tried
-        self._failing: set[str] = set()
-        self._beats = threading.Lock()  # of `_beat`
-        self._writing = threading.Lock()  # one object after the other
-        self._over = threading.Event()
-        threading.Thread(target=self._write_in_background, name="metrics", daemon=True).start()
-
-    def append(self, line: str) -> None:
-        self._lines.append(line)
-
-    def heartbeat(self, values: Mapping[str, Any], force: bool) -> None:
-        with self._beats:
-            self._beat = values, force or (self._beat is not None and self._beat[1])
-
-    def flush(self) -> None:
-        """Writes the rows that are not yet written as a part. The next one that is tried has the same name if it fails."""
-        with self._writing:
-            self._rows_time = time.monotonic()
-            if lines := list(self._lines):
-                path = self._workdir / "metrics" / f"attempt-{self._attempt:03d}-{self._part:05d}.jsonl"
-                storage.write_bytes(path, "".join(lines).encode())
-                self._part += 1
-                del self._lines[: len(lines)]
-
-    def close(self) -> None:
-        self._over.set()
-        self._tell("heartbeat.json", self._write_beat)
-        self.flush()
-
-    def _write_in_background(self) -> None:
-        while not self._over.wait(0.5):
-            now, beat = time.monotonic(), self._beat
-            if beat is not None and now - self._beat_time >= (1.0 if beat[1] else REMOTE_HEARTBEAT_SECONDS):
-                self._tell("heartbeat.json", self._write_beat)
-            if self._lines and now - self._rows_time >= PART_SECONDS:
-                self._tell("metrics", self.flush)
-
-    def _write_beat(self) -> None:
-        with self._writing:
-            if (beat := self._beat) is None:
-                return
-            self._beat_time = time.monotonic()
-            write_json(self._workdir / "heartbeat.json", beat[0])
-            with self._beats:
-                self._beat = None if self._beat is beat else self._beat
-
-    def _tell(self, what: str, write: Callable[[], None]) -> None:
-        """Calls `write`. When it fails it says so once, until it has gone well again."""
-        try:
-            write()
-        except Exception as error:  # an outage must not stop a run
-            if what not in self._failing:
-                log.warning("%s can't be written for now: %s", what, error)
-            self._failing.add(what)
-        else:
-            self._failing.discard(what)
 
 
 class NoMetrics(Metrics):

@@ -6,7 +6,7 @@ environment.json      versions, devices and commit of the newest attempt
 tokenizer/            the tokenizer of its token store (gqa_jax.data.tokenizer)
 attempts/NNN.json     attempt, time, first_step (steps done before it), host, job, device, n_devices, n_processes: written once
                       per attempt, when its checkpoint was restored
-metrics/              rows of an attempt: attempt-NNN.jsonl; on gs:// in parts, attempt-NNN-PPPPP.jsonl (metrics.py)
+metrics/              rows of an attempt: attempt-NNN.jsonl; on gs:// in parts, attempt-NNN-PPPPP.jsonl (remote_rows.py)
 heartbeat.json        replaced every few seconds while the run is alive: time, phase, step, steps, tokens_per_second,
                       eta_seconds, pid, attempt, host, job, device, n_devices (None: not known yet) and device_seconds
 checkpoints/          see checkpoint.py; damaged-checkpoints/ holds those that could not be used
