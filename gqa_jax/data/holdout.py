@@ -94,8 +94,7 @@ def by_hash(hashes: np.ndarray, sources: np.ndarray, names: Sequence[str], every
     if not held_out.any():  # sources of one text each, none below
         held_out = hashes == lowest.min()
     chosen = np.flatnonzero(held_out)
-    rank = np.empty(len(names), np.int64)
-    rank[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    _, rank = np.unique(names, return_inverse=True)
     order = chosen[np.lexsort((hashes[chosen], rank[sources[chosen]]))]
     return Split(held_out, order, _doubts(sources, names, held_out, lowest == highest))
 

@@ -469,11 +469,8 @@ def _check_folder(out: Path, inputs: Sequence[str]) -> None:
             raise StoreError(f"--out {out} lies in the input {entry}, and would be read as text: put it elsewhere")
     if out.exists() and not out.is_dir():
         raise StoreError(f"--out {out} is a file: give a folder for the store")
-    if (
-        out.is_dir()
-        and any(out.iterdir())
-        and not any((out / name).exists() for name in (store.HEADER, store.PARTS, store.LOCK))
-    ):
+    found = set(os.listdir(out)) if out.is_dir() else set()
+    if found and not found & {store.HEADER, store.PARTS, store.LOCK}:
         raise StoreError(f"--out {out} isn't empty and holds no token store: give a new or an empty folder")
 
 

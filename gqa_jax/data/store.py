@@ -340,11 +340,10 @@ def read_header(path: Path | epath.Path) -> dict[str, Any]:
             raise StoreError(f"token store {error}") from error
         raise _unusable(f"{file} can't be read ({error})") from error
     if content is None:
-        if not storage.is_remote(path) and (path / PARTS).is_dir():
-            raise StoreError(f"token store {path} is unfinished: run the prepare command that began it again")
-        if storage.is_remote(path):
-            state = "there is no header.json"
-        else:
+        state = "there is no header.json"
+        if not storage.is_remote(path):
+            if (path / PARTS).is_dir():
+                raise StoreError(f"token store {path} is unfinished: run the prepare command that began it again")
             state = "this folder has no header.json" if path.is_dir() else "no such folder"
         raise StoreError(f"token store {path}: {state}; make one with python -m gqa_jax.data.prepare --out {path} ...")
     if not isinstance(header, dict) or header.get("format") != FORMAT:
