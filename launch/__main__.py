@@ -128,8 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _fill_plan(command: argparse.ArgumentParser) -> None:
-    options.add_grid(command)
-    options.add_where(command)
+    options.add_grid(command, where=True)
     command.add_argument("--format", choices=("table", "csv", "json"), default="table")
     command.add_argument("--flops_per_second", type=float, metavar="X", help="rate of the estimate (default: finished cells')")
     command.add_argument("--topology", metavar="NAME[,NAME...]", help="slices that are not here, as below: fits, hours, money")
@@ -148,9 +147,7 @@ def _fill_plan(command: argparse.ArgumentParser) -> None:
 
 
 def _fill_run(command: argparse.ArgumentParser) -> None:
-    options.add_grid(command)
-    options.add_where(command)
-    options.add_on(command, "where the grid was last run, else local")
+    options.add_grid(command, where=True, on="where the grid was last run, else local")
     command.add_argument("--watch", action="store_true", help="go on until all that can finish has: submit again what was lost")
     command.add_argument("--dry_run", action="store_true", help="show exactly what would be submitted; nothing is written")
     command.add_argument("--json", action="store_true", help="with --dry_run: every submission, whole")
@@ -163,24 +160,19 @@ def _fill_run(command: argparse.ArgumentParser) -> None:
 
 
 def _fill_status(command: argparse.ArgumentParser) -> None:
-    options.add_grid(command)
-    options.add_where(command)
-    options.add_on(command)
+    options.add_grid(command, where=True, on=options.LAST_RUN)
     command.add_argument("--json", action="store_true", help="rows as JSON")
     command.add_argument("--prices", metavar="ROW|FILE", help=options.WHOSE_PRICES)
 
 
 def _fill_logs(command: argparse.ArgumentParser) -> None:
-    options.add_grid(command)
-    options.add_on(command)
+    options.add_grid(command, on=options.LAST_RUN)
     command.add_argument("cell", nargs="?", metavar="CELL", help="name of a cell, or its beginning (default: list them)")
     command.add_argument("--follow", "-f", action="store_true", help="go on until the cell ends")
 
 
 def _fill_cancel(command: argparse.ArgumentParser) -> None:
-    options.add_grid(command)
-    options.add_where(command)
-    options.add_on(command)
+    options.add_grid(command, where=True, on=options.LAST_RUN)
     command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that are queued or running)")
 
 

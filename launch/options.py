@@ -10,15 +10,21 @@ from launch import rules
 from launch.executors import base
 from launch.tables import FORMATS
 
+LAST_RUN = "where it was last run"
 WHOSE_PRICES = 'words of a list price, as "google:spot", or a .json or .toml file of your own (docs/prices.md)'
 _CONFOUNDED = "laws also where heads of a size saw neither equal tokens nor equal tokens per parameter; every answer says so"
 _FORMAT = "of the answer: csv and json have all numbers as they are, the others the tables of the screen (default: table)"
 
 
-def add_grid(command: argparse.ArgumentParser) -> None:
-    """A grid, to plan or to run."""
+def add_grid(command: argparse.ArgumentParser, where: bool = False, on: str | None = None) -> None:
+    """A grid, to plan or to run; `where`: some of its cells; `on`: an engine, by default this one."""
     command.add_argument("grid", metavar="GRID", help="a file of configs/grids/")
     _add_root(command, rules.HELP)
+    if where:
+        command.add_argument("--where", metavar="FIELD=VALUE,...", help="only these cells, for example size=19M,n_heads=8")
+    if on is not None:
+        engines = ", ".join(base.ENGINES)
+        command.add_argument("--on", metavar="ENGINE", help=f"{engines}, or a cluster file (.toml); default: {on}")
 
 
 def add_source(command: argparse.ArgumentParser, needs_grid: bool = False) -> None:
@@ -38,17 +44,6 @@ def add_source(command: argparse.ArgumentParser, needs_grid: bool = False) -> No
 def _add_root(command: argparse.ArgumentParser, about_rules: str) -> None:
     command.add_argument("--root", metavar="DIR", help="folder of the grid, or gs://BUCKET/FOLDER (default: runs/NAME)")
     command.add_argument("--rules", choices=(rules.OLD, rules.NEW), help=about_rules)
-
-
-def add_where(command: argparse.ArgumentParser) -> None:
-    """Which cells."""
-    command.add_argument("--where", metavar="FIELD=VALUE,...", help="only these cells, for example size=19M,n_heads=8")
-
-
-def add_on(command: argparse.ArgumentParser, default: str = "where it was last run") -> None:
-    """Which engine."""
-    engines = ", ".join(base.ENGINES)
-    command.add_argument("--on", metavar="ENGINE", help=f"{engines}, or a cluster file (.toml); default: {default}")
 
 
 def add_format(command: argparse.ArgumentParser) -> None:
