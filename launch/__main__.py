@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 
 from gqa_jax import hardware
-from gqa_jax import prices as price_list
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted
+from gqa_jax.hardware import prices as price_list
 from launch import commands, options, screen, state
 from launch.executors.base import RUNNING, SubmitError
 

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from etils import epath
 
 from gqa_jax import hardware, storage
-from gqa_jax import prices as price_list
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, gb, read_context
 from gqa_jax.hardware import Price
+from gqa_jax.hardware import prices as price_list
 from launch import fit as fitting
 from launch import grid as grids
 from launch import rules as ruling
@@ -202,7 +202,7 @@ def plan(
       flops_per_second: rate of the estimated time; default: that of finished cells.
       topology: names of slices, separated by commas: does each cell fit, hours, money.
       estimate: by arithmetic alone; else every step is compiled, by `workers` processes (default: one per CPU).
-      prices: whose, as in `gqa_jax.prices.load`. efficiency: share of the roofline that is reached, at most 1.
+      prices: whose, as in `gqa_jax.hardware.prices.load`. efficiency: share of the roofline that is reached, at most 1.
       explain: a cell: where its step's time goes on the slices, instead.
     """
     from launch import plan as planning
@@ -628,7 +628,7 @@ def goals(
 
     Args:
       counted: the convention of a cost that is counted, where `settings` has none.
-      device: names, separated by commas; of more than one where `several`. prices: whose, as in `gqa_jax.prices.load`.
+      device: names, separated by commas; of more than one where `several`. prices: whose, as in `gqa_jax.hardware.prices.load`.
       fits: a device that models must fit: `n_devices` and `batch` are of that one where the cost has no use for them.
       settings: None where not given.
     """

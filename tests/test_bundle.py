@@ -93,8 +93,8 @@ def test_files_that_git_does_not_ignore(checkout):
     names = set(members(bundle.pack(checkout, commit="c")))
     assert "gqa_jax/new.py" in names
     assert not names & {"gqa_jax/ignored.py", "configs/clusters/mine.toml", "notes.txt"}
-    (checkout / "gqa_jax" / "prices.py").unlink()
-    with pytest.raises(ConfigError, match=r"copy lacks gqa_jax/prices\.py, which git tracks: `git restore` it, or `git rm` it"):
+    (checkout / "gqa_jax" / "formatting.py").unlink()
+    with pytest.raises(ConfigError, match=r"lacks gqa_jax/formatting\.py, which git tracks: `git restore` it, or `git rm` it"):
         bundle.pack(checkout)
 
 

@@ -45,7 +45,7 @@ TABLE = (
     Row("gqa_jax.mesh", ".errors"),
     Row("gqa_jax.costs", ".shapes"),
     Row("gqa_jax.config", ".errors .shapes .mesh", lazily=".costs"),
-    Row("gqa_jax.prices", ".errors .hardware"),
+    Row("gqa_jax.hardware.prices", ".errors .hardware"),
     Row("gqa_jax.gcs", ".errors"),
     Row("gqa_jax.storage", ".errors", lazily=".gcs"),
     # Text, and what trains on it.
@@ -154,7 +154,8 @@ TABLE = (
     ),
     Row(
         "gqa_jax.search.devices",
-        ".prices .laws .search.roofline .search.objectives .search.answer .search.candidates .search.serving .search.optimum",
+        ".hardware.prices .laws .search.roofline .search.objectives .search.answer .search.candidates .search.serving "
+        ".search.optimum",
     ),
     Row("gqa_jax.search.equal_compute", ".costs .laws .laws.loss_nd .search.objectives .search.ranking .search.candidates"),
     Row("gqa_jax.search.next_runs", ".laws .search.objectives .search.optimum"),
@@ -244,7 +245,7 @@ TABLE = (
     ),
     Row(
         "launch.commands",
-        ".errors .formatting .hardware .prices .storage launch.cells launch.training_cells launch.grid launch.rules "
+        ".errors .formatting .hardware .hardware.prices .storage launch.cells launch.training_cells launch.grid launch.rules "
         "launch.executors.base launch.state launch.run launch.fit",
         lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
@@ -261,7 +262,8 @@ TABLE = (
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .prices launch.executors.base launch.state launch.commands launch.screen launch.options",
+        ".errors .formatting .hardware .hardware.prices launch.executors.base launch.state launch.commands "
+        "launch.screen launch.options",
         lazily=".laws .search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
         "launch.device_tables launch.export launch.next_cells",
     ),
@@ -281,21 +283,31 @@ TABLE = (
 ROWS = {row.name: row for row in TABLE}
 
 
-# What trains: all that `gqa_jax.train` loads beside attention, which is a core of its own, and the table of chips. A leaf (a
-# service that shows a run, gs://, what only a finished model needs) is imported where it is met. `python -m tests.test_imports`
-# says how many lines each core has.
-#
-# What launches: which cells there are, what state each is in, a pass over them, and what an engine is. Leaves are a kind of
-# cells and an engine.
+# The three cores: what a stranger reads to know how a run trains, how losses become an answer, and how a grid is run, with the
+# lines that each may have. Attention and planning are chapters of their own, and the table of chips is data. A leaf is imported
+# where it is met: a service that shows a run, gs://, a further law, a cost of a device, a kind of cells, an engine.
+# `python -m tests.test_imports` prints their files.
 CORES = {
     "trains": (
-        "collectives config costs data.catalog data.corpus data.reader data.store data.tokenizer errors mesh model "
-        "planning.planner planning.share planning.traffic shapes storage train training.checkpoint training.distributed "
-        "training.evaluation training.loop training.loss training.metrics training.optimizer training.parallel "
-        "training.program training.run_folder training.setup training.sharding training.start"
+        6190,
+        "collectives config costs data.catalog data.corpus data.reader data.store data.tokenizer errors mesh model shapes "
+        "storage train training.checkpoint training.distributed training.evaluation training.loop training.loss "
+        "training.metrics training.optimizer training.parallel training.program training.run_folder training.setup "
+        "training.sharding training.start",
     ),
-    "launches": "launch.cells launch.executors.base launch.grid launch.run launch.state",
+    "answers": (
+        4720,
+        "formatting laws laws.block laws.by_heads laws.checks laws.fitting laws.heads laws.law laws.posterior laws.runs "
+        "laws.shape results search.answer search.buildable search.candidates search.caveats search.objectives "
+        "search.optimum search.ranking search.shape_rule",
+    ),
+    "launches": (950, "launch.cells launch.executors.base launch.grid launch.run launch.state"),
 }
+
+
+def core(name: str) -> set[str]:
+    """Full names of its modules."""
+    return {module if module.startswith("launch.") else f"gqa_jax.{module}" for module in CORES[name][1].split()}
 
 
 @functools.cache
@@ -397,23 +409,42 @@ def loaded_by(module: str) -> set[str]:
     return found
 
 
+def sizes(name: str) -> dict[str, int]:
+    """Lines of the modules of a core."""
+    return {module: len(modules()[module].read_text().splitlines()) for module in sorted(core(name))}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_a_core_has_no_more_lines_than_it_may(name):
+    assert sum(sizes(name).values()) <= CORES[name][0]
+
+
 def test_a_run_loads_the_core_that_trains_and_no_leaf():
-    beside = ("gqa_jax.attention", "gqa_jax.hardware")
-    loaded = {name for name in loaded_by("gqa_jax.train") if not name.startswith(beside)}
-    assert loaded == {f"gqa_jax.{name}" for name in CORES["trains"].split()}
+    beside = ("gqa_jax.attention", "gqa_jax.hardware", "gqa_jax.planning")
+    assert {name for name in loaded_by("gqa_jax.train") if not name.startswith(beside)} == core("trains")
+
+
+def test_a_search_loads_the_core_that_answers_and_no_leaf():
+    loaded = loaded_by("gqa_jax.search.optimum") | loaded_by("gqa_jax.results")
+    assert loaded - core("trains") - {"gqa_jax.search"} == core("answers")
 
 
 def test_a_pass_over_cells_loads_no_kind_of_them_and_no_engine():
     loaded = {name for name in loaded_by("launch.run") if name.startswith("launch.")}
-    assert loaded == {*CORES["launches"].split()} - {"launch.grid"}
+    assert loaded == core("launches") - {"launch.grid"}
+
+
+def test_few_modules_stand_beside_the_chapters():
+    assert len(list((REPOSITORY / "gqa_jax").glob("*.py"))) <= 14
 
 
 def test_what_does_without_jax_is_imported_without_it():
     """In a process of its own, as source says nothing of what other packages import; and without pyplot, which has a state."""
     names = [module for row in without_jax() if row.name not in ("configs", "benchmarks") for module in of_row(row)]
     known = ("costs", "shapes", "config", "storage", "training.run_folder", "training.metrics", "training.start", "results",
-             "planning.planner", "planning.compile_check", "prices", "laws.joint", "data.reader", "data.prepare", "data.store",
-             "search.optimum", "search.objectives", "search.next_runs", "plots.style")  # fmt: skip
+             "planning.planner", "planning.compile_check", "hardware.prices", "laws.joint",
+             "data.reader", "data.prepare", "data.store", "search.optimum",
+             "search.objectives", "search.next_runs", "plots.style")  # fmt: skip
     assert {f"gqa_jax.{name}" for name in known} | {
         "launch.__main__",
         "launch.executors.tpu",
@@ -433,7 +464,10 @@ def test_what_does_without_jax_is_imported_without_it():
 
 
 if __name__ == "__main__":
-    for core, names in CORES.items():
-        paths = [modules()[name if name.startswith("launch.") else f"gqa_jax.{name}"] for name in names.split()]
-        lines = {path: len(path.read_text().splitlines()) for path in paths}
-        print(f"{core}: {sum(lines.values()):,} lines in {len(lines)} modules")
+    for name, (most, _) in CORES.items():
+        print(f"{name}: {sum(sizes(name).values()):,} lines in {len(core(name))} modules, at most {most:,}")
+        for module, lines in sizes(name).items():
+            print(f"  {lines:5,} {module}")
+    for package in ("gqa_jax", "launch"):
+        files = [path for module, path in modules().items() if module.partition(".")[0] == package]
+        print(f"{package}: {sum(len(path.read_text().splitlines()) for path in files):,} lines in {len(files)} modules")

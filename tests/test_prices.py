@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_jax import prices
-from gqa_jax.hardware import CHIPS, Price
+from gqa_jax.hardware import CHIPS, Price, prices
 from launch import __main__ as launch
 
 PAGE = Path(__file__).parents[1] / "docs" / "prices.md"

@@ -169,7 +169,7 @@ class Chip:
     narrow_flops: tuple[tuple[str, float], ...] = ()
     kinds: tuple[str, ...] = ()  # JAX's names of it: of a TPU whole device kinds, of a GPU words of them
     shapes: tuple[str, ...] = ()  # of slices that can be rented: a TPU's topologies, GPUs of one host
-    prices: tuple[Price, ...] = ()  # the first is taken where none is asked for (`gqa_jax.prices`)
+    prices: tuple[Price, ...] = ()  # the first is taken where none is asked for (`gqa_jax.hardware.prices`)
     measured: Measured | None = None  # None: never run on; `plan` then gives hours at the roofline
     #: Share of the peak that the attention kernels reach: head size -> (forward, backward). Empty: taken as 1.
     attention_share: tuple[tuple[int, float, float], ...] = ()

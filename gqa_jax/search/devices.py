@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gqa_jax import prices
+from gqa_jax.hardware import prices
 from gqa_jax.laws import Heads, PowerLaw
 from gqa_jax.search import candidates, optimum
 from gqa_jax.search.answer import Answer, records
