@@ -824,9 +824,8 @@ def report(
     opened = _source(source)
     (objective,) = goals(cost, opened.convention, device=device, **settings)
     options = {name: value for name, value in {"device": device, **settings}.items() if value is not None}
-    found = findings.of(
-        opened, objective, loss=loss, context=_tokens(context), aspect=aspect, heads=heads, options=options
-    )  # fmt: skip
+    asked = {"loss": loss, "context": _tokens(context), "aspect": aspect, "heads": heads}
+    found = findings.of(opened, objective, **asked, options=options)
     return reports.write(findings.folder(opened, out), found)
 
 

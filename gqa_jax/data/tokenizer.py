@@ -220,8 +220,8 @@ class HuggingFaceTokenizer:
     def _is_byte(self) -> np.ndarray:
         """Which ids are a byte each, bool (vocab_size,)."""
         result = np.zeros(self.vocab_size, bool)
-        for token, id_ in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            result[id_] = "ByteFallback" in self._decoders and re.fullmatch(r"<0x[0-9A-F]{2}>", token) is not None
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True) if "ByteFallback" in self._decoders else {}
+        result[[id_ for token, id_ in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", token)]] = True
         return result
 
     @functools.cached_property
