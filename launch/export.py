@@ -39,7 +39,7 @@ class Exported:
 
     layout: Layout
     loss: pd.DataFrame
-    differences: pd.DataFrame | None = None  # of `gqa_jax.results.load_differences`; None: of a table of runs
+    differences: pd.DataFrame | None = None  # of `gqa_jax.differences.load_differences`; None: of a table of runs
     source: Source | None = None  # None: there are no laws of runs under several rules
     fits: Fits | None = None
     laws: pd.DataFrame | None = None  # tables/fits.csv, of every training context that has laws
