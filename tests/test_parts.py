@@ -7,7 +7,8 @@ import pytest
 
 from gqa_jax.data import holdout, paragraphs, parts, roundtrip
 from gqa_jax.data.documents import InputError
-from gqa_jax.data.tokenizer import ByteTokenizer, TokenizerError
+from gqa_jax.data.tokenizer import ByteTokenizer
+from gqa_jax.data.vocabulary import TokenizerError
 
 
 class Counting(ByteTokenizer):

@@ -18,7 +18,8 @@ from gqa_jax import storage
 from gqa_jax.data import parts, prepare, store
 from gqa_jax.data.documents import Format, InputError
 from gqa_jax.data.store import StoreError, TokenStore
-from gqa_jax.data.tokenizer import TokenizerError, load_tokenizer
+from gqa_jax.data.tokenizer import load_tokenizer
+from gqa_jax.data.vocabulary import TokenizerError
 
 TEXTS = [f"Document {i} has a few words. " * (1 + i % 3) for i in range(40)]
 

@@ -14,7 +14,7 @@ import pytest
 import gqa_jax
 from gqa_jax import model, storage, train
 from gqa_jax.config import ConfigError, TrainConfig, hash_identity
-from gqa_jax.data import catalog, reader, tokenizer
+from gqa_jax.data import catalog, reader, tokenizer, vocabulary
 from gqa_jax.training import start
 from gqa_jax.training.parameters import write_import
 from launch import grid, state
@@ -206,21 +206,21 @@ class TestTokenizer:
     def test_one_with_a_file_is_kept_whole(self, bpe, tmp_path):
         (tmp_path / "store").mkdir()
         (tmp_path / "store" / "tokenizer.json").write_bytes(bpe.json)
-        vocabulary = {"name": bpe.name, "sha256": bpe.sha256, "eos_id": bpe.eos_id}
-        tokenizer.record(tmp_path / "run", SimpleNamespace(path=tmp_path / "store", vocabulary=vocabulary))
+        about = {"name": bpe.name, "sha256": bpe.sha256, "eos_id": bpe.eos_id}
+        vocabulary.record(tmp_path / "run", SimpleNamespace(path=tmp_path / "store", vocabulary=about))
         found = tokenizer.of_run(tmp_path / "run")
         assert (found.name, found.eos_id, found.sha256) == ("bpe:270", bpe.eos_id, bpe.sha256)
         text = "the rat"
         assert found.encode_batch([text])[0].tolist() == bpe.encode_batch([text])[0].tolist()
         (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_bytes(bpe.json + b" ")
-        with pytest.raises(tokenizer.TokenizerError, match=r"tokenizer\.json isn't the tokenizer that was recorded \(SHA"):
+        with pytest.raises(vocabulary.TokenizerError, match=r"tokenizer\.json isn't the tokenizer that was recorded \(SHA"):
             tokenizer.of_run(tmp_path / "run")
 
     def test_what_is_kept_stays(self, bpe, tmp_path):
-        tokenizer.record_tokenizer(tmp_path, bpe)
+        vocabulary.record_tokenizer(tmp_path, bpe)
         made = catalog.open_store("sotu-bytes")
-        tokenizer.record(tmp_path, made)
-        assert tokenizer.recorded(tmp_path)["name"] == "bpe:270"
+        vocabulary.record(tmp_path, made)
+        assert vocabulary.recorded(tmp_path)["name"] == "bpe:270"
 
     def test_a_run_without_one_has_that_of_its_built_in_store(self, copied):
         shutil.rmtree(copied / "tokenizer")

@@ -9,6 +9,7 @@ import tokenizers as hf
 
 from gqa_jax.data import tokenizer as tk
 from gqa_jax.data.corpus import load_sotu
+from gqa_jax.data.vocabulary import TokenizerError
 
 # Ids by the published GPT-2 tokenizer (Hugging Face `tokenizers`); special tokens in text are text.
 GPT2_GOLDEN = {
@@ -139,13 +140,13 @@ def test_settings_of_a_file_do_not_cut_or_pad(file):
 
 def test_end_of_document_is_found_or_asked_for(file):
     assert tk.load_tokenizer(file("<x>"), eos="<x>").eos_id == 3
-    with pytest.raises(tk.TokenizerError, match=r"no known end of a document: choose with --eos TOKEN.*\['<x>'\]"):
+    with pytest.raises(TokenizerError, match=r"no known end of a document: choose with --eos TOKEN.*\['<x>'\]"):
         tk.load_tokenizer(file("<x>"))
-    with pytest.raises(tk.TokenizerError, match=r"several ends of a document, \['</s>', '<eos>'\]"):
+    with pytest.raises(TokenizerError, match=r"several ends of a document, \['</s>', '<eos>'\]"):
         tk.load_tokenizer(file("<eos>", "</s>"))
-    with pytest.raises(tk.TokenizerError, match=r"--eos '<y>' is no entry"):
+    with pytest.raises(TokenizerError, match=r"--eos '<y>' is no entry"):
         tk.load_tokenizer(file("<x>"), eos="<y>")
-    with pytest.raises(tk.TokenizerError, match="leave --eos out"):
+    with pytest.raises(TokenizerError, match="leave --eos out"):
         tk.load_tokenizer("bytes", eos="</s>")
 
 
@@ -158,14 +159,14 @@ def test_end_of_document_is_found_or_asked_for(file):
     ],
 )
 def test_unknown_tokenizers(spec, message):
-    with pytest.raises(tk.TokenizerError, match=message):
+    with pytest.raises(TokenizerError, match=message):
         tk.load_tokenizer(spec)
 
 
 def test_hub_without_a_connection(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(tk.TokenizerError, match=r"hub:gpt2: the hub can't be reached and the local cache has no copy"):
+    with pytest.raises(TokenizerError, match=r"hub:gpt2: the hub can't be reached and the local cache has no copy"):
         tk.load_tokenizer("hub:gpt2")
 
 
@@ -180,7 +181,7 @@ def test_hub_name_is_read_from_the_cache(file, monkeypatch):
 
 def test_file_that_is_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(tk.TokenizerError, match=r"is no Hugging Face tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"is no Hugging Face tokenizer.json"):
         tk.load_tokenizer(str(tmp_path))
 
 
@@ -197,10 +198,10 @@ def test_bpe_is_trained_the_same_each_time():
 
 
 def test_bpe_errors():
-    with pytest.raises(tk.TokenizerError, match=r"yields only 26\d entries; use bpe:26\d"):
+    with pytest.raises(TokenizerError, match=r"yields only 26\d entries; use bpe:26\d"):
         tk.train_bpe(["abc abc"], 1000)
     for spec in ("bpe:256", "bpe:x", "bpe:"):
-        with pytest.raises(tk.TokenizerError, match="at least 257"):
+        with pytest.raises(TokenizerError, match="at least 257"):
             tk.bpe_size(spec)
     assert tk.bpe_size("bpe:4_096") == 4096
     assert tk.bpe_size("gpt2") is None

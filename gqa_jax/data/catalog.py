@@ -8,7 +8,7 @@ from pathlib import Path
 from gqa_jax import storage
 from gqa_jax.data import corpus, store
 from gqa_jax.data.store import StoreError, TokenStore
-from gqa_jax.data.tokenizer import Tokenizer, kept, load_tokenizer
+from gqa_jax.data.vocabulary import Tokenizer
 from gqa_jax.errors import closest
 
 #: Built-in stores: name -> tokenizer and hold-out rule. Those by position are the stores that the first version made under the
@@ -63,6 +63,8 @@ def tokenizer_of(name: str, fingerprint: str | None = None) -> Tokenizer:
 
     Raises StoreError where the store is gone, or has another than this `fingerprint`; TokenizerError for a damaged tokenizer.
     """
+    from gqa_jax.data.tokenizer import kept, load_tokenizer  # which know every kind of tokenizer
+
     if name in BUILT_IN:
         return load_tokenizer(BUILT_IN[name][0])
     path = storage.path(name)

@@ -24,7 +24,7 @@ import numpy as np
 from gqa_jax.data import paragraphs, roundtrip
 from gqa_jax.data.holdout import Split, tail_start
 from gqa_jax.data.store import SOURCES, token_dtype
-from gqa_jax.data.tokenizer import Tokenizer, TokenizerError
+from gqa_jax.data.vocabulary import Tokenizer, TokenizerError
 
 CHUNK_CHARS = 16_000_000  # of text: the unit of work and of memory, and what a killed run loses
 CHUNKS_IN_FLIGHT = 2  # beside the one that is being read; tokenizers use several threads for each

@@ -37,15 +37,8 @@ from gqa_jax.data.documents import Format, Found, InputError, Reading, Source, f
 from gqa_jax.data.rows import BAD_LINES, ENCODING_ERRORS
 from gqa_jax.data.sources import few, shown
 from gqa_jax.data.store import StoreError, TokenStore
-from gqa_jax.data.tokenizer import (
-    END_OF_TEXT,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    bpe_size,
-    load_tokenizer,
-    train_bpe,
-)
+from gqa_jax.data.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, bpe_size, load_tokenizer, train_bpe
+from gqa_jax.data.vocabulary import Tokenizer, TokenizerError
 
 log = logging.getLogger(__name__)
 

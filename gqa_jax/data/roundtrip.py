@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from gqa_jax.data.tokenizer import Tokenizer
+from gqa_jax.data.vocabulary import Tokenizer
 
 PIECES = 64  # of every chunk of documents (16 million characters)
 PIECE_CHARS = 1024

@@ -30,7 +30,7 @@ import numpy as np
 from etils import epath
 
 from gqa_jax import errors, storage
-from gqa_jax.data.tokenizer import Tokenizer, TokenizerError, kept
+from gqa_jax.data.vocabulary import Tokenizer, TokenizerError
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,8 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids. Raises StoreError when tokenizer.json isn't the one recorded."""
+        from gqa_jax.data.tokenizer import kept  # which knows every kind of tokenizer
+
         try:
             return kept(self.path, self.vocabulary)
         except TokenizerError as error:

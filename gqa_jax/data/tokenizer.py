@@ -17,18 +17,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gqa_jax import storage
 from gqa_jax.data.corpus import read_embedded
+from gqa_jax.data.vocabulary import RECORD, Tokenizer, TokenizerError, recorded
 
 if TYPE_CHECKING:
     import tokenizers
     from etils import epath
-
-    from gqa_jax.data.store import TokenStore
 
 GPT2_FILE = "gpt2_merges.txt.xz"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of the merges; the one tiktoken checks
@@ -45,38 +44,9 @@ PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces of about this si
 MAX_WORD_CHARS = 1_000_000  # text without a safe place to cut is cut after this many characters
 TASK_CHARS = 1 << 16  # short documents share a task of a thread
 
-RECORD = "tokenizer"  # folder, in that of a run: about.json (name, sha256, eos_id), and tokenizer.json unless the name says all
-
 # No match of the pre-tokenizer goes on from a non-space into a space, and none looks back: text cut before white space that
 # follows a non-space has the same ids. (Python's \s includes the regex engine's, so its \S is the stricter one.)
 _SAFE_CUT = re.compile(r"(?<=\S)[ \t\r\n]")
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that can't be made. The message says what was asked for and what is possible."""
-
-
-class Tokenizer(Protocol):
-    """What the store needs of a tokenizer."""
-
-    name: str  # as recorded in the store
-    vocab_size: int  # ids are 0 ... vocab_size - 1
-    eos_id: int  # written after every document
-    sha256: str  # two tokenizers with the same digest and eos_id give the same ids
-    json: bytes | None  # content of `tokenizer.json` for the store; None when the name says everything
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, 1-D unsigned integer arrays; several threads where that helps."""
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; the end of a document is written as its special token."""
-
-    def bytes_at(self, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Bytes of UTF-8 that the first `end` ids stand for, for each of `ends`, int64; a special token stands for none.
-
-        `ids` are those of one document from its beginning, 1-D. What they decode to is counted, not the text that they were
-        made of: a tokenizer may have lost some of it. A token that ends within a character counts the bytes of its part.
-        """
 
 
 class ByteTokenizer:
@@ -263,33 +233,6 @@ def load_tokenizer(spec: str, eos: str | None = None, threads: int | None = None
         ) from None
     except OSError as error:
         raise TokenizerError(f"tokenizer {path} can't be read: {error.strerror}") from error
-
-
-def record(folder: os.PathLike | str, store: TokenStore) -> None:
-    """Keeps the tokenizer of a token store in a run's folder, local or on gs://, unless one is kept there."""
-    if recorded(folder) is None:
-        content = storage.read_bytes(store.path / "tokenizer.json")
-        _keep(folder, store.vocabulary, content)
-
-
-def record_tokenizer(folder: os.PathLike | str, tokenizer: Tokenizer) -> None:
-    """Keeps a tokenizer in a folder, local or on gs://, as `record` does."""
-    about = {"name": tokenizer.name, "sha256": tokenizer.sha256, "eos_id": tokenizer.eos_id}
-    _keep(folder, about, tokenizer.json)
-
-
-def _keep(folder: os.PathLike | str, about: Mapping[str, Any], content: bytes | None) -> None:
-    at = storage.path(folder) / RECORD
-    if not storage.is_remote(at):
-        at.mkdir(parents=True, exist_ok=True)
-    if content is not None:
-        storage.write_bytes(at / "tokenizer.json", content)
-    storage.write_json(at / "about.json", about)
-
-
-def recorded(folder: os.PathLike | str) -> dict[str, Any] | None:
-    """Name, sha256 and eos_id of the tokenizer kept in a run's folder; None where none is. Raises ValueError, OSError."""
-    return storage.read_json(storage.path(folder) / RECORD / "about.json")
 
 
 def of_run(folder: os.PathLike | str) -> Tokenizer:

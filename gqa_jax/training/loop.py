@@ -26,7 +26,7 @@ from etils import epath
 
 from gqa_jax import attention, costs, hardware, storage
 from gqa_jax.config import TrainConfig, hash_identity
-from gqa_jax.data import tokenizer
+from gqa_jax.data import vocabulary
 from gqa_jax.planning import planner
 from gqa_jax.storage import write_json
 from gqa_jax.training import distributed, evaluation, optimizer, program, run_folder, setup, sharding
@@ -162,7 +162,7 @@ def _train(context: Context, profile: bool) -> dict[str, Any]:
     context.announce("devices", 0)
     if distributed.is_primary():
         write_json(context.workdir / "environment.json", context.environment)
-        tokenizer.record(context.workdir, context.data.store)
+        vocabulary.record(context.workdir, context.data.store)
     log.info(
         "mesh %s of %d %s devices (%d there)",
         config.execution.mesh, mesh.size, context.device_time.device, len(jax.devices()),

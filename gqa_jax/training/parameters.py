@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from gqa_jax import model, storage
 from gqa_jax.config import ModelConfig
 from gqa_jax.data import catalog, tokenizer
-from gqa_jax.data.tokenizer import Tokenizer, record_tokenizer
+from gqa_jax.data.vocabulary import Tokenizer, record_tokenizer
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import loss, start
 from gqa_jax.training.checkpoint import Checkpoints, Parameters, described, params_sha256, restore_start

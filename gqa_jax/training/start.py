@@ -5,7 +5,7 @@
 
 import.json     format, version, model (fields of ModelConfig), params_sha256; content: a hash of these; provenance: a text
 checkpoints/0   the parameters, as a run saves them, with their checksums (checkpoint.py)
-tokenizer/      as in the folder of a run (gqa_jax.data.tokenizer)
+tokenizer/      as in the folder of a run (gqa_jax.data.vocabulary)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from gqa_jax import storage
 from gqa_jax.config import ModelConfig, TrainConfig, differing_fields, from_mapping, hash_identity
-from gqa_jax.data import tokenizer
+from gqa_jax.data import vocabulary
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 
@@ -93,9 +93,9 @@ def of_folder(folder: os.PathLike | str, name: str | None = None) -> Start:
     if not storage.is_remote(folder):
         folder = storage.path(os.path.realpath(folder))
     try:
-        imported, vocabulary = storage.read_json(folder / FILE), tokenizer.recorded(folder)
+        imported, tokenizer = storage.read_json(folder / FILE), vocabulary.recorded(folder)
         if imported is not None:
-            return _of_import(folder, imported, vocabulary)
+            return _of_import(folder, imported, tokenizer)
         result, values = run_folder.find_result(folder / "result.json"), storage.read_json(folder / "config.json")
         config = values and TrainConfig.from_stored(values)
     except (OSError, ValueError) as error:
@@ -107,7 +107,7 @@ def of_folder(folder: os.PathLike | str, name: str | None = None) -> Start:
     if result["status"] != "done":
         raise ConfigError(f"{name}: that run {result['status']} at step {result['step']}")
     known = result["identity"], result["step"], config.model, config, result.get("data_fingerprint")
-    return Start(RUN, os.fspath(folder), *known, vocabulary)
+    return Start(RUN, os.fspath(folder), *known, tokenizer)
 
 
 def content_hash(values: Mapping[str, Any]) -> str:
@@ -115,7 +115,7 @@ def content_hash(values: Mapping[str, Any]) -> str:
     return hash_identity({key: values[key] for key in _CONTENT}, 64)
 
 
-def _of_import(folder: os.PathLike, values: Mapping[str, Any], vocabulary: Mapping[str, Any] | None) -> Start:
+def _of_import(folder: os.PathLike, values: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> Start:
     path = folder / FILE
     if values.get("format") != FORMAT or values.get("version") != VERSION:
         raise ValueError(f"{path} is not of imported parameters, or of another version than {VERSION}: import them again")
@@ -124,4 +124,4 @@ def _of_import(folder: os.PathLike, values: Mapping[str, Any], vocabulary: Mappi
         what = f"lacks {', '.join(missing)}" if missing else "was changed: its content hash is another"
         raise ValueError(f"{path} {what}: import the parameters again")
     shape = from_mapping(ModelConfig, values["model"])
-    return Start(IMPORT, os.fspath(folder), values["content"], model=shape, tokenizer=vocabulary)
+    return Start(IMPORT, os.fspath(folder), values["content"], model=shape, tokenizer=tokenizer)
