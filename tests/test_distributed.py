@@ -395,9 +395,10 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
         error = pair.processes[0].communicate(timeout=PATIENCE)[1]
         assert time.monotonic() - before < JAX_HEARTBEAT
         assert pair.processes[0].returncode not in (0, None)
-    assert "(stopped sending heartbeats):\n1\n" in error
+    # Named by JAX's service; or Gloo's thread, where some devices were in their next collective, has ended process 0 before.
+    assert "(stopped sending heartbeats):\n1\n" in error or "Received data size doesn't match expected size" in error, error
     assert not (run / "result.json").exists()
-    if (run / "exit.json").exists():  # not where JAX's service ended process 0 before its collective failed
+    if (run / "exit.json").exists():  # not where process 0 was ended before its collective failed
         ended = json.loads((run / "exit.json").read_text())
         assert (ended["class"], ended["attempt"]) == ("infrastructure", 1)
         assert ended["reason"].startswith("another process is gone: JaxRuntimeError: ")
