@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,14 +27,13 @@ from gqa_jax.formatting import counted, gb, read_context
 from gqa_jax.hardware import Price
 from gqa_jax.hardware import prices as price_list
 from launch import fit as fitting
-from launch import grid as grids
+from launch import grid_cells, state
 from launch import rules as ruling
 from launch import run as passes
-from launch import state
 from launch.cells import Cell, Layout
-from launch.executors.base import DEAD, Executor, Job, Submission, SubmitError
+from launch.executors.base import DEAD, Executor, Job, Submission
 from launch.fit import Fit
-from launch.rules import Choice
+from launch.grid_cells import Cells, open_cells
 from launch.run import Pass
 from launch.state import CellState
 from launch.training_cells import said, training
@@ -53,7 +51,6 @@ if TYPE_CHECKING:
     from launch.plan import Plan
     from launch.studies import Fits, Fitted, Source
 
-TABLES = (".csv", ".parquet")
 log = logging.getLogger(__name__)
 
 
@@ -75,111 +72,6 @@ class Progress:
 
 
 SILENT = Progress()
-
-
-@dataclasses.dataclass(frozen=True)
-class Cells:
-    """The cells of a grid file that a command is about, and where they lie."""
-
-    file: str
-    root: str | None  # that was asked for
-    rules: str | None  # that were asked for
-    choice: Choice
-    layout: Layout
-    settled: bool = False  # whether it is settled, and said, what of the root the command is about
-
-    @property
-    def name(self) -> str:
-        return self.choice.grid.name
-
-    @property
-    def all(self) -> list[Cell]:
-        return self.choice.cells
-
-    @property
-    def about(self) -> str:
-        """How a command line names the same cells: the grid, its folder, the rules."""
-        root = f" --root {shlex.quote(self.root)}" if self.root else ""
-        return f"{shlex.quote(self.file)}{root}{self.choice.option}"
-
-    def named(self, names: Sequence[str], among: Sequence[Cell] | None = None) -> list[Cell]:
-        """The cells of these names, or beginnings of names. Raises ConfigError for one that is of none, or of several."""
-        found, cells = [], self.all if among is None else among
-        for name in names:
-            matches = [cell for cell in cells if cell.name == name] or [cell for cell in cells if cell.name.startswith(name)]
-            if len(matches) != 1:
-                what = "no cell of the grid" if not matches else f"the beginning of {len(matches)} cells"
-                raise ConfigError(f"{name!r} is {what}; `python -m launch status` lists them")
-            found += matches
-        return found
-
-    def states(self, cells: Sequence[Cell], engine: Callable[[], Executor]) -> list[CellState]:
-        """The states of cells; by their folders alone, which is logged, where the engine can't be asked."""
-        try:
-            return passes.look(cells, self.layout, engine()).states
-        except (SubmitError, ConfigError) as error:
-            log.warning(f"what runs is not known: {error}")
-            return state.of_all(cells, self.layout, time.time(), {})
-
-    def write_plan(self) -> None:
-        """config.json of every cell and grid.json, before anything starts."""
-        layout, there = self.layout, set(self.layout.names())
-
-        def write(cell: Cell) -> None:
-            folder = layout.cell(cell.name)
-            if cell.name not in there or "config.json" not in storage.names(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                storage.write_json(folder / "config.json", cell.stored())
-
-        storage.each(write, self.all, remote=storage.is_remote(layout.root))
-        others = [*(cell.name for cell in self.choice.others), *self.choice.kept]
-        storage.write_json(layout.root / "grid.json", grids.facts(self.choice.grid, self.all, others))
-
-    def strangers(self) -> list[str]:
-        """Sentences on folders of no cell: those that stay in the tables, and those that no table has."""
-        found, where = [], f"in {self.layout.root}/cells are of no cell of this grid"
-        if kept := self.choice.kept:
-            found.append(f"{len(kept)} finished runs {where} and under other rules: they stay in the tables, like {kept[0]}")
-        if left := self.choice.strangers:
-            found.append(f"{len(left)} folders {where} (it was changed since), and in no table, like {left[0]}")
-        return found
-
-
-def open_cells(grid: str, root: str | None = None, rules: str | None = None, **table: Any) -> Cells:
-    """The cells of a grid file, and what their folder holds.
-
-    Args:
-      root: folder of the grid, or gs://BUCKET/FOLDER; default: runs/NAME.
-      rules: "old" or "new" (`launch.rules`); without, `run` refuses a root begun under old ones, and the others take these.
-      table: options of a table of runs, which are refused.
-    """
-    _require_grid(grid)
-    _refuse(table, "a table of runs (.csv, .parquet)")
-    the_grid = grids.load(grid)
-    layout = Layout(storage.path(root or f"runs/{the_grid.name}"))
-    choice = ruling.choose(the_grid, layout, rules)
-    return Cells(grid, root, rules, choice, layout.holding(choice.cells))
-
-
-def _require_grid(path: str) -> None:
-    if path.lower().endswith(TABLES):
-        raise ConfigError(
-            f"{path}: it is a table of runs, not a grid: it has no cells that could be trained, watched or chosen from; fit, "
-            "optimum, report and export take it"
-        )
-
-
-def _begun(grid: Cells | str) -> Cells:
-    """The cells that the root has been begun with, unless rules are asked for; that it holds others is logged."""
-    cells = open_cells(grid) if isinstance(grid, str) else grid
-    the, found = cells.choice, cells.choice if cells.settled else ruling.begun_with(cells.choice, cells.layout)
-    if the.others and not cells.settled:
-        offer = ""
-        if not the.asked:
-            offer = "; these are shown (as with --rules old)" if found is not the else "; --rules old takes these"
-            offer += "; --rules new takes the grid under today's rules"
-        log.warning(f"{the.said(cells.layout)}{offer}")
-    return dataclasses.replace(cells, choice=found, layout=cells.layout.holding(found.cells), settled=True)
 
 
 def plan(
@@ -207,9 +99,9 @@ def plan(
     """
     from launch import plan as planning
 
-    cells = _begun(grid)
+    cells = grid_cells.begun(grid)
     trained = training(cells.all)
-    chosen = training(grids.select(cells.all, where))
+    chosen = training(grid_cells.select(cells.all, where))
     if topology is None:
         given = {"explain": explain, "estimate": estimate, "prices": prices, "efficiency": efficiency, "workers": workers}
         if alone := [name for name, value in given.items() if value]:
@@ -283,7 +175,7 @@ def run(
     engine = passes.recall(layout, on)
     if slots is not None:
         engine = engine.with_slots(slots)
-    chosen = grids.select(cells.all, where)
+    chosen = grid_cells.select(cells.all, where)
     if lacking := [cell.missing for cell in chosen if cell.missing is not None]:
         raise ConfigError(lacking[0])
     for line in said(chosen):
@@ -389,8 +281,8 @@ class Status:
 
 def status(grid: Cells | str, *, where: str | None = None, on: str | None = None, prices: str | None = None) -> Status:
     """The state of every cell, what it cost, and why cells failed. Arguments as in `run` and `plan`."""
-    cells = _begun(grid)
-    chosen = grids.select(cells.all, where)
+    cells = grid_cells.begun(grid)
+    chosen = grid_cells.select(cells.all, where)
     engine, table = passes.recall(cells.layout, on), price_list.load(prices)
     now = passes.look(chosen, cells.layout, engine)
     now.held = state.held_back(chosen, now.states)
@@ -399,14 +291,14 @@ def status(grid: Cells | str, *, where: str | None = None, on: str | None = None
 
 def log_files(grid: Cells | str, *, on: str | None = None) -> list[epath.Path]:
     """Files that hold what the cells printed, cell after cell; not all need to be there."""
-    cells = _begun(grid)
+    cells = grid_cells.begun(grid)
     engine = passes.recall(cells.layout, on)
     return [path for cell in cells.all for path in engine.logs(cell.name)]
 
 
 def logs(grid: Cells | str, cell: str, *, on: str | None = None, follow: bool = False) -> Iterator[str]:
     """What a cell (its name, or how that begins) printed, in pieces; with `follow` until it ends. ConfigError: nothing yet."""
-    cells = _begun(grid)
+    cells = grid_cells.begun(grid)
     engine = passes.recall(cells.layout, on)
     (one,) = cells.named([cell])
     shown: dict[epath.Path, int] = {}  # bytes, by file
@@ -437,9 +329,9 @@ class Cancelled(NamedTuple):
 
 def cancel(grid: Cells | str, cells: Sequence[str] = (), *, where: str | None = None, on: str | None = None) -> Cancelled:
     """Ends the jobs of cells, by their names or `where` (default: all); what they saved stays."""
-    found = _begun(grid)
+    found = grid_cells.begun(grid)
     engine = passes.recall(found.layout, on)
-    chosen = found.named(cells) if cells else grids.select(found.all, where)
+    chosen = found.named(cells) if cells else grid_cells.select(found.all, where)
     jobs = engine.jobs()
     active = [jobs[cell.name] for cell in chosen if _is_active(jobs.get(cell.name))]
     passes.cancel([job.cell for job in active], found.layout, engine)
@@ -458,7 +350,7 @@ def retry(grid: Cells | str, cells: Sequence[str] = ()) -> Retry:
 
     Raises ConfigError, and moves nothing, for a named cell that is neither, and for one whose config.json was edited.
     """
-    found = _begun(grid)
+    found = grid_cells.begun(grid)
     engine = passes.recall(found.layout, None)
     with passes.only_launcher(found.layout, passes.PATIENCE_SECONDS):
         chosen = found.named(cells) if cells else found.all
@@ -494,11 +386,11 @@ def export(grid: Cells | Source | str, *, allow_confounded: bool = False) -> Exp
     """
     from launch import export as exports
 
-    if isinstance(grid, str) and grid.lower().endswith(TABLES):
+    if isinstance(grid, str) and grid.lower().endswith(grid_cells.TABLES):
         grid = open_source(grid, allow_confounded=allow_confounded)
     if not isinstance(grid, Cells | str):
         return exports.of_table(grid)
-    cells = _begun(grid)
+    cells = grid_cells.begun(grid)
     the, layout, engine = cells.choice, cells.layout, passes.recall(cells.layout, None)
     states = passes.look(cells.all, layout, engine).states
     if not any(now.state in state.FINAL for now in states) and (the.asked or not the.finished):
@@ -545,23 +437,16 @@ def open_source(
             raise ConfigError(f"--rules {rules} is for grids: the paper's data are under its own rules")
         if allow_confounded:
             raise ConfigError("--allow_confounded is for your runs: the laws of the paper's data are as they are")
-    if grid is not None and grid.lower().endswith(TABLES):
-        _refuse({"root": root, "rules": rules}, "grids")
+    if grid is not None and grid.lower().endswith(grid_cells.TABLES):
+        grid_cells.refuse({"root": root, "rules": rules}, "grids")
         return studies.of_table(grid, **table, allow_confounded=allow_confounded)
-    _refuse(table, "a table of runs (.csv, .parquet)")
+    grid_cells.refuse(table, "a table of runs (.csv, .parquet)")
     if preset is not None:
         return studies.of_preset(preset)
     source = studies.of_grid(grid, root, rules=rules, allow_confounded=allow_confounded)
     if source.rules == ruling.OLD and not source.asked:
         log.warning(ruling.SAID)
     return source
-
-
-def _refuse(options: Mapping[str, Any], what: str) -> None:
-    """Raises ConfigError for the first option that is given: it is for something else."""
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(f"--{name} is for {what}: leave it out")
 
 
 def _source(source: Source | str) -> Source:
@@ -793,7 +678,7 @@ def next(
     from launch import next_cells
 
     opened = _source(source)
-    _require_grid(opened.path or "")
+    grid_cells.require_grid(opened.path or "")
     (goal,) = goals(cost, opened.convention, device=device, **settings)
     asked = next_cells.Asked(loss, _tokens(context), goal, aspect, budget, train_context, seed)
     return next_cells.choose(opened, asked, out)

@@ -15,7 +15,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
@@ -118,39 +117,3 @@ def part(path: os.PathLike | str, names: Sequence[str], seeds: Mapping[str, Sequ
     configs = [cell.config for cell in by_name.values() if cell.name in wanted]
     configs += [dataclasses.replace(by_name[name].config, seed=seed) for name, others in seeds.items() for seed in others]
     return dataclasses.replace(whole, configs=configs)
-
-
-def select[T: Cell](all_cells: Sequence[T], where: str | None) -> list[T]:
-    """The cells whose fields (as `describe` names them) have the values of `where`: "size=19M,n_heads=8"."""
-    if not where:
-        return list(all_cells)
-    chosen = [(cell, cell.describe()) for cell in all_cells]
-    known = list(dict.fromkeys(name for _, about in chosen for name in about))
-    for term in where.split(","):
-        name, _, value = term.partition("=")
-        if name not in known:
-            raise ConfigError(f"--where {term}: {name!r} is no field of a cell: {closest(name, known)}")
-        chosen = [(cell, about) for cell, about in chosen if str(about.get(name)) == value]
-    if not chosen:
-        raise ConfigError(f"--where {where}: no cell matches")
-    return [cell for cell, _ in chosen]
-
-
-def facts(grid: Grid, all_cells: Sequence[Cell], old_cells: Sequence[str] = ()) -> dict[str, Any]:
-    """grid.json: what the tables need to know of the grid beside its cells (`gqa_jax.results.grid_facts`).
-
-    Names of cells of another kind than those that train are in a list of their own (`Cell.listed`).
-
-    old_cells: names of those that were finished or begun under other rules, and stay in the tables.
-    """
-    names: dict[str, list[str]] = {"cells": []}
-    for cell in all_cells:
-        names.setdefault(cell.listed, []).append(cell.name)
-    found = {
-        "name": grid.name,
-        "contexts_served": list(grid.contexts_served),
-        "losses": list(grid.losses),
-        "convention": grid.convention,
-        **names,
-    }
-    return found | ({"old_cells": list(old_cells)} if old_cells else {})

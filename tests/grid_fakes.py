@@ -6,7 +6,7 @@ import time
 
 from gqa_jax.config import default_config
 from gqa_jax.training.metrics import write_json
-from launch import grid
+from launch import grid, grid_cells
 from launch.cells import Layout
 
 
@@ -87,7 +87,7 @@ def finished_grid(folder):
     file.write_text(GRID_FILE)
     for cell in cells:
         finish(cell, layout)
-    layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(small_grid(), cells)))
+    layout.root.joinpath("grid.json").write_text(json.dumps(grid_cells.facts(small_grid(), cells)))
     return file, layout, cells
 
 

@@ -12,7 +12,7 @@ import gqa_jax
 from gqa_jax import storage
 from gqa_jax.config import ConfigError, hash_identity
 from launch import __main__ as launch
-from launch import commands, grid, run, screen, state
+from launch import commands, grid, grid_cells, run, screen, state
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import local
 from launch.training_cells import TrainingCell
@@ -160,10 +160,10 @@ def test_a_name_is_of_one_cell_alone():
 
 def test_its_names_are_listed_apart(trained):
     count = CountingCell(trained.name, 3)
-    facts = grid.facts(grid_fakes.small_grid(), [trained, count])
+    facts = grid_cells.facts(grid_fakes.small_grid(), [trained, count])
     assert (facts["cells"], facts["counts"]) == ([trained.name], [count.name])
-    assert grid.select([trained, count], "steps=3") == [count]
-    assert grid.select([trained, count], "n_heads=1") == [trained]
+    assert grid_cells.select([trained, count], "steps=3") == [count]
+    assert grid_cells.select([trained, count], "n_heads=1") == [trained]
 
 
 def test_commands_take_it(tmp_path, capsys):

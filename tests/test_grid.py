@@ -5,7 +5,7 @@ import re
 import pytest
 
 from gqa_jax.config import ConfigError, Execution, TrainConfig, hash_identity
-from launch import grid
+from launch import grid, grid_cells
 from launch.training_cells import said
 from tests import grid_fakes
 
@@ -88,11 +88,11 @@ def test_bad_cells_are_found_before_anything_starts():
 
 def test_where_selects_by_any_field_and_names_the_closest():
     cells = grid.cells(grid_fakes.small_grid())
-    assert [c.describe()["d_model"] for c in grid.select(cells, "n_heads=2,size=32d")] == [32]
+    assert [c.describe()["d_model"] for c in grid_cells.select(cells, "n_heads=2,size=32d")] == [32]
     with pytest.raises(ConfigError, match="did you mean 'n_heads'"):
-        grid.select(cells, "n_head=2")
+        grid_cells.select(cells, "n_head=2")
     with pytest.raises(ConfigError, match="no cell matches"):
-        grid.select(cells, "n_heads=3")
+        grid_cells.select(cells, "n_heads=3")
 
 
 def test_a_store_that_is_not_there_yet_leaves_the_plan_possible():

@@ -184,21 +184,30 @@ TABLE = (
     Row("launch.grid", ".errors .config launch.cells launch.training_cells"),
     Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
+    Row("launch.executors.job_names", "launch.cells"),
     Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
     Row("launch.executors.bundle", ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base"),
     Row("launch.executors.local", ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base"),
     Row(
         "launch.executors.slurm",
-        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base launch.executors.queue",
+        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
+        "launch.executors.job_names launch.executors.queue",
     ),
-    Row("launch.executors.tpu", ".errors .storage launch.cells launch.executors.base launch.executors.bundle"),
+    Row(
+        "launch.executors.tpu",
+        ".errors .storage launch.cells launch.executors.base launch.executors.job_names launch.executors.bundle",
+    ),
     Row(
         "launch.executors.sky",
         ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
-        "launch.executors.queue launch.executors.bundle",
+        "launch.executors.job_names launch.executors.queue launch.executors.bundle",
     ),
     Row("launch.state", ".storage .training.run_folder launch.cells launch.executors.base"),
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
+    Row(
+        "launch.grid_cells",
+        ".errors .storage launch.cells launch.grid launch.rules launch.executors.base launch.state launch.run",
+    ),
     Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.cells"),
     Row("launch.tables", lazily=".search.answer"),
     Row(
@@ -245,8 +254,8 @@ TABLE = (
     ),
     Row(
         "launch.commands",
-        ".errors .formatting .hardware .hardware.prices .storage launch.cells launch.training_cells launch.grid launch.rules "
-        "launch.executors.base launch.state launch.run launch.fit",
+        ".errors .formatting .hardware .hardware.prices .storage launch.cells launch.training_cells launch.rules "
+        "launch.executors.base launch.state launch.run launch.grid_cells launch.fit",
         lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
         "launch.report launch.findings",
@@ -289,8 +298,8 @@ ROWS = {row.name: row for row in TABLE}
 # `python -m tests.test_imports` prints their files.
 CORES = {
     "trains": (
-        6190,
-        "collectives config costs data.catalog data.corpus data.reader data.store data.tokenizer errors mesh model shapes "
+        5900,
+        "collectives config costs data.catalog data.corpus data.reader data.store data.vocabulary errors mesh model shapes "
         "storage train training.checkpoint training.distributed training.evaluation training.loop training.loss "
         "training.metrics training.optimizer training.parallel training.program training.run_folder training.setup "
         "training.sharding training.start",
@@ -301,7 +310,7 @@ CORES = {
         "laws.shape results search.answer search.buildable search.candidates search.caveats search.objectives "
         "search.optimum search.ranking search.shape_rule",
     ),
-    "launches": (950, "launch.cells launch.executors.base launch.grid launch.run launch.state"),
+    "launches": (900, "launch.cells launch.executors.base launch.grid launch.run launch.state"),
 }
 
 

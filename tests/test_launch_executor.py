@@ -5,7 +5,7 @@ import pytest
 from gqa_jax.config import ConfigError
 from launch import grid
 from launch.cells import Layout
-from launch.executors import base, local
+from launch.executors import base, job_names, local
 from tests import grid_fakes
 
 
@@ -54,13 +54,13 @@ def test_the_example_files_name_real_options(engine, tmp_path):
 def test_names_of_jobs_are_valid_everywhere_and_of_one_grid_alone(tmp_path):
     cells = grid.cells(grid_fakes.small_grid())
     here, there = Layout(tmp_path / "a"), Layout(tmp_path / "b")
-    names = {base.job_name(layout, cell.name) for layout in (here, there) for cell in cells}
+    names = {job_names.of(layout, cell.name) for layout in (here, there) for cell in cells}
     assert len(names) == 2 * len(cells)
     for name in names:
         assert len(name) <= 58
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
         assert name[0].isalpha()
-    assert base.job_name(here, cells[0].name).removeprefix(base.grid_prefix(here)) == cells[0].name
+    assert job_names.of(here, cells[0].name).removeprefix(job_names.prefix(here)) == cells[0].name
     (tmp_path / "a").mkdir()
     os.symlink(tmp_path / "a", tmp_path / "link")
-    assert base.grid_prefix(Layout(tmp_path / "link")) == base.grid_prefix(here)  # one folder has one name
+    assert job_names.prefix(Layout(tmp_path / "link")) == job_names.prefix(here)  # one folder has one name

@@ -9,7 +9,7 @@ import pytest
 from gqa_jax import results
 from gqa_jax.search import next_runs
 from gqa_jax.training.metrics import write_json
-from launch import grid, next_cells, studies
+from launch import grid, grid_cells, next_cells, studies
 from launch.__main__ import main
 from launch.cells import Layout
 from tests import grid_fakes
@@ -35,7 +35,7 @@ def wide(tmp_path, monkeypatch):
     for number, cell in enumerate(cells):
         if cell.config.model.d_model < 192:
             finish(cell, layout, number)
-    layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(grid.load("wide.py"), cells)))
+    layout.root.joinpath("grid.json").write_text(json.dumps(grid_cells.facts(grid.load("wide.py"), cells)))
     return cells, layout
 
 
@@ -159,7 +159,7 @@ def test_of_runs_of_the_first_version_it_chooses_cells_of_their_names(tmp_path, 
     for number, cell in enumerate(cells):
         if cell.config.model.d_model < 192:
             finish(cell, layout, number)
-    layout.root.joinpath("grid.json").write_text(json.dumps(grid.facts(whole, cells)))
+    layout.root.joinpath("grid.json").write_text(json.dumps(grid_cells.facts(whole, cells)))
     monkeypatch.setattr(next_runs, "choose", two_of_them)
     assert main([*ASK, *asked]) == 0
     out = capsys.readouterr().out

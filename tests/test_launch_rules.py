@@ -15,7 +15,7 @@ from gqa_jax.data import catalog, store
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
-from launch import grid, rules, state, studies
+from launch import grid, grid_cells, rules, state, studies
 from launch import run as run_passes
 from launch.cells import Layout
 from launch.executors import local
@@ -296,7 +296,7 @@ class TestOthers:
         """Of fewer cells, under the old rules themselves, as `next --rules old` writes; cells of both rules have finished."""
         for cell in new_cells():
             finish_new(cell, root)
-        write_json(root.root / "grid.json", grid.facts(grid_fakes.small_grid(), new_cells(), SIX))
+        write_json(root.root / "grid.json", grid_cells.facts(grid_fakes.small_grid(), new_cells(), SIX))
         before = results.load_results(root.root)
         assert before["rules"].value_counts().to_dict() == {"hash/spread/one": 6, "position/first/zero": 6}
         part = grid.under_old_rules(grid_fakes.small_grid())
@@ -387,7 +387,7 @@ class TestDocuments:
             storage.write_bytes(layout.cell(cell.name) / "documents.npz", evaluation.to_bytes(documents))
             error = evaluation.estimate(loss, count).standard_error
             write_json(path, result | {"loss": float(loss.sum() / 1100), "loss_sem": error})
-        write_json(layout.root / "grid.json", grid.facts(grid_fakes.small_grid(), new_cells()))
+        write_json(layout.root / "grid.json", grid_cells.facts(grid_fakes.small_grid(), new_cells()))
         return layout
 
     def test_export_shows_differences_to_the_best_of_a_size_with_their_own_error(self, evaluated, capsys):
@@ -458,7 +458,7 @@ class TestAnswers:
     def both(self, root):
         for cell in new_cells():
             finish_new(cell, root)
-        write_json(root.root / "grid.json", grid.facts(grid_fakes.small_grid(), new_cells(), SIX))
+        write_json(root.root / "grid.json", grid_cells.facts(grid_fakes.small_grid(), new_cells(), SIX))
         return root
 
     @pytest.mark.parametrize("which", ["small.py", "runs/small"])

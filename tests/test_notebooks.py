@@ -25,7 +25,7 @@ from traitlets.config import Config
 from gqa_jax import hardware
 from gqa_jax.config import TrainConfig
 from gqa_jax.training.metrics import write_json
-from launch import grid
+from launch import grid, grid_cells
 from launch.cells import Layout
 from tests import grid_fakes
 
@@ -133,7 +133,7 @@ def trained(folder, sizes, heads, contexts):
     the_grid = grid.Grid("fake", configs, contexts_served=[1024, 131_072])
     layout, cells = Layout(folder), grid.cells(the_grid)
     folder.mkdir()
-    write_json(folder / "grid.json", grid.facts(the_grid, cells))
+    write_json(folder / "grid.json", grid_cells.facts(the_grid, cells))
     for cell, noise in zip(cells, np.random.default_rng(0).normal(scale=0.003, size=len(cells)), strict=True):
         grid_fakes.finish(cell, layout)
         result = layout.cell(cell.name) / "result.json"

@@ -13,7 +13,7 @@ from benchmarks import pilot
 from gqa_jax.laws import evidence
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
-from launch import grid
+from launch import grid, grid_cells
 from launch.cells import Layout
 from tests import grid_fakes
 
@@ -136,7 +136,7 @@ def finished(folder, seeds=(0, 1), n_heads=(1, 2)):
         write_json(path / "result.json", about | {"loss": sums.sum() / 1024, "eval_documents": 4})
         write_json(path / "environment.json", {"versions": {"jax": "0.11.2"}, "device": "cpu", "n_devices": 1})
         write_json(path / "heartbeat.json", {"time": 1e9})
-    write_json(folder / "grid.json", grid.facts(the_grid, cells))
+    write_json(folder / "grid.json", grid_cells.facts(the_grid, cells))
     return [layout.cell(cell.name) for cell in cells]
 
 

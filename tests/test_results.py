@@ -8,7 +8,7 @@ import gqa_jax
 from gqa_jax import costs, differences, results, storage
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
-from launch import export, grid
+from launch import export, grid, grid_cells
 from launch.cells import Layout
 from tests import first_version, grid_fakes
 from tests.test_grid import two_phases
@@ -25,7 +25,7 @@ def folder(tmp_path):
         else:
             layout.cell(cell.name).mkdir(parents=True)
             write_json(layout.cell(cell.name) / "config.json", cell.config.to_dict())
-    write_json(tmp_path / "grid.json", grid.facts(the_grid, cells))
+    write_json(tmp_path / "grid.json", grid_cells.facts(the_grid, cells))
     return tmp_path
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_continues_another_names_it(tmp_path):
     first, second, third = cells = grid.cells(two_phases())
     for cell in cells:
         grid_fakes.finish(cell, Layout(tmp_path))
-    write_json(tmp_path / "grid.json", grid.facts(two_phases(), cells))
+    write_json(tmp_path / "grid.json", grid_cells.facts(two_phases(), cells))
     export.write_tables(Layout(tmp_path), Layout(tmp_path))
     rows = pd.read_csv(tmp_path / "tables" / "loss.csv", dtype=str, keep_default_na=False)
     assert dict(zip(rows["cell"], rows["continue_from"], strict=True)) == {

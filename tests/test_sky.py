@@ -18,7 +18,7 @@ from gqa_jax.config import ConfigError, TrainConfig
 from gqa_jax.training.start import Start
 from launch import grid
 from launch.cells import REPOSITORY, Layout
-from launch.executors import base, bundle, sky
+from launch.executors import base, bundle, job_names, sky
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, SubmitError
 from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes, needs, sky_fake
@@ -224,7 +224,7 @@ class TestClaim:
         engine.executor.submit(cell)
         file = engine.folder / "task.yaml"
         file.write_text(engine.executor.submission(cell).files["sky.yaml"])
-        name = base.job_name(engine.layout, cell.name)
+        name = job_names.of(engine.layout, cell.name)
         subprocess.run([engine.folder / "sky", "jobs", "launch", "-n", name, "-y", "-d", file], check=True, capture_output=True)
         assert engine.executor.jobs()[cell.name].id == "1"
         assert engine.executor.reconcile(engine.executor.jobs()) == [f"{cell.name} had 2 jobs: cancelled all but 1"]
@@ -264,7 +264,7 @@ class TestClaim:
 
 def lists(folder, the_executor, cell, **record):
     """Makes SkyPilot list this job of a cell, and no other."""
-    name = base.job_name(the_executor.layout, cell.name)
+    name = job_names.of(the_executor.layout, cell.name)
     (folder / "queue.txt").write_text(json.dumps([{"job_name": name} | record, {"job_name": None, "job_id": 1}], indent=2))
 
 
@@ -337,7 +337,7 @@ class TestJobs:
     def test_more_jobs_than_sky_shows(self, engine):
         (engine.folder / "jobs").mkdir()
         for number in range(60):
-            name = base.job_name(engine.layout, f"s{number}")
+            name = job_names.of(engine.layout, f"s{number}")
             sky_fake.write(engine.folder, number, {"job_id": number, "job_name": name, "status": "PENDING"})
         assert len(engine.executor.jobs()) == 60
 
@@ -549,7 +549,7 @@ class TestSubmission:
         train = shlex.join(cell.command(one.layout.cell(cell.name), python, "."))
         copy = textwrap.indent("'" + sky.COPY.replace("'", "'\"'\"'") + "'", "  ").lstrip()
         names = {"SHA256": SHA256, "TRAIN": train, "COPY": copy, "ADDRESS": ADDRESS}
-        for name, value in (names | {"PREFIX": base.grid_prefix(one.layout), "CELL": cell.name}).items():
+        for name, value in (names | {"PREFIX": job_names.prefix(one.layout), "CELL": cell.name}).items():
             text = text.replace(name, value)
         return text
 
@@ -557,7 +557,7 @@ class TestSubmission:
         one, cell = tpu(), a_cell()
         given = one.submission(cell)
         assert given.files["sky.yaml"] == self.expected(TPU, one, ".venv/bin/python")
-        name = base.job_name(one.layout, cell.name)
+        name = job_names.of(one.layout, cell.name)
         assert given.command == f"sky jobs launch -n {name} -y -d gs://bucket/study/cells/{cell.name}/sky.yaml"
         assert "--config=configs/cell.py:gs://bucket/study/cells/" in given.files["sky.yaml"]
 
@@ -663,7 +663,7 @@ records = [ManagedJobRecord(job_id=i, status=s, **facts).model_dump(mode="json")
 print(json.dumps([records, MANAGED_JOB_ID_ENV_VAR]))
 """
         cell = engine.cells[0]
-        records, variable = self.ask(source, tmp_path, base.job_name(engine.layout, cell.name))
+        records, variable = self.ask(source, tmp_path, job_names.of(engine.layout, cell.name))
         assert {record["status"] for record in records} <= {*sky.ACTIVE, *sky.FAILED, *sky.ENDED}
         (running,) = [record for record in records if record["status"] == "RUNNING"]
         (engine.folder / "queue.txt").write_text(json.dumps([running], indent=2))

@@ -14,7 +14,7 @@ from etils import epath
 from gqa_jax.config import ConfigError
 from launch import grid
 from launch.cells import REPOSITORY, Layout
-from launch.executors import base, slurm
+from launch.executors import base, job_names, slurm
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
 from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes, slurm_cluster
@@ -44,7 +44,7 @@ class Engine(executor_contract.Engine):
 
     def record(self, cell):
         """The newest job of a cell as Slurm knows it, also when it has ended."""
-        name = base.job_name(self.layout, cell)
+        name = job_names.of(self.layout, cell)
         return max((r for r in self.cluster.records().values() if r["name"] == name), key=lambda r: r["job_id"])
 
     def log(self, cell):
@@ -272,7 +272,7 @@ class TestQueue:
         monkeypatch.setattr(engine.executor, "launch", overtaken)
         assert engine.executor.submit(cell).id == others[0]
         mine = engine.cluster.records()[int(others[0]) + 1]
-        assert (mine["name"], mine["job_state"]) == (base.job_name(engine.layout, cell.name), "CANCELLED")
+        assert (mine["name"], mine["job_state"]) == (job_names.of(engine.layout, cell.name), "CANCELLED")
 
     def test_a_cell_whose_job_ends_is_not_submitted_yet(self, engine):
         cell = engine.cells[0]
@@ -420,7 +420,7 @@ class TestScript:
             setup=["module load cuda", "ulimit -n 4096"], extra=["--reservation=spring"], environment={"WANDB_MODE": "a b"},
         )  # fmt: skip
         made = one.submission(cell)
-        name = base.job_name(one.layout, cell.name)
+        name = job_names.of(one.layout, cell.name)
         assert made.files == {"job.sbatch": SCRIPT.format(name=name, cell=cell.name, here=os.getcwd())}
         assert made.command == f"sbatch --parsable '/shared/my study/cells/{cell.name}/job.sbatch'"
 
@@ -600,7 +600,7 @@ class TestErrors:
 
     def test_jobs_that_have_ended_are_no_error_of_cancel(self, programs, tmp_path):
         one = offline(tmp_path)
-        jobs = [job | {"name": f"{base.grid_prefix(one.layout)}{job['name']}"} for job in OLD]
+        jobs = [job | {"name": f"{job_names.prefix(one.layout)}{job['name']}"} for job in OLD]
         calls = programs("squeue", stdout=json.dumps({"jobs": jobs}))
         programs("scancel", 1, "scancel: error: Kill job error on job id 12: Job/step already completing or completed")
         one.cancel(["waits", "runs", "over", "unknown"])
@@ -695,7 +695,7 @@ class TestParse:
 
     @pytest.mark.parametrize("jobs", [OLD, NEW], ids=["22.05", "24.05"])
     def test_jobs(self, jobs, monkeypatch):
-        prefix = base.grid_prefix(offline().layout)
+        prefix = job_names.prefix(offline().layout)
         named = [job | {"name": f"{prefix}{job['name']}"} for job in jobs]
         text = json.dumps({"meta": {}, "jobs": [*named, old(1, "other", "RUNNING"), old(2, None, "RUNNING")]})
         monkeypatch.setattr(slurm, "_call", lambda *argv: subprocess.CompletedProcess(argv, 0, text, ""))
@@ -714,7 +714,7 @@ class TestParse:
     def test_jobs_that_did_not_start_are_tried_again(self, tmp_path, monkeypatch):
         """What is written says so; a cell that has a result, or no folder any more, is left alone."""
         one = offline(tmp_path)
-        prefix = base.grid_prefix(one.layout)
+        prefix = job_names.prefix(one.layout)
         jobs = [old(i, f"{prefix}{cell}", "PENDING", "JobHoldMaxRequeue") for i, cell in enumerate(("a", "done", "gone"))]
         called = []
 

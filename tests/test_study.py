@@ -18,7 +18,7 @@ from gqa_jax.laws import Heads, external, fit_by_heads
 from gqa_jax.search import objectives, optimum, presets, study
 from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
-from launch import grid, studies
+from launch import grid, grid_cells, studies
 from launch.cells import Layout
 from tests import grid_fakes
 
@@ -31,7 +31,7 @@ def trained(folder, noise=NOISE, seed=0, shift=0.0, documents=False, sizes=(16, 
     the_grid = grid.Grid("made-up", list(grid.product(grid_fakes.config, **axes)), contexts_served=[1024, 8192])
     cells, layout = grid.cells(the_grid), Layout(folder)
     folder.mkdir()
-    write_json(folder / "grid.json", grid.facts(the_grid, cells))
+    write_json(folder / "grid.json", grid_cells.facts(the_grid, cells))
     generator = np.random.default_rng(seed)
     for cell in cells:
         grid_fakes.finish(cell, layout)

@@ -20,7 +20,7 @@ from gqa_jax import storage
 from gqa_jax.config import ConfigError
 from launch import grid, run, state
 from launch.cells import REPOSITORY, Layout
-from launch.executors import base, bundle, tpu
+from launch.executors import base, bundle, job_names, tpu
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
 from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes, tpu_fake
@@ -45,7 +45,7 @@ class Engine(executor_contract.Engine):
         self.cloud = cloud
 
     def job(self, cell):
-        return base.job_name(self.layout, cell)
+        return job_names.of(self.layout, cell)
 
     def preempt(self, cell):
         self.cloud.suspend(self.job(cell))
@@ -855,7 +855,7 @@ def test_training_is_suspended_and_goes_on_in_another_slice(cloud, tmp_path):
 
         assert [job.cell for job in run.advance(cells, layout, one).submitted] == [cell.name]
         wait(lambda: step() > 3, 120.0)
-        cloud.suspend(base.job_name(layout, cell.name))
+        cloud.suspend(job_names.of(layout, cell.name))
         wait(lambda: run.advance(cells, layout, one).submitted)
         wait(lambda: run.look(cells, layout, one).states[0].state == "done", 120.0)
         wait(lambda: not one.jobs())

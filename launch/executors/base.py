@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import hashlib
 import importlib
-import os
 import re
 import time
 import tomllib
@@ -186,18 +184,6 @@ class Executor(abc.ABC):
     def logs(self, cell: str) -> list[epath.Path]:
         """Files that hold what the processes of a cell printed, in the order to read them; not all need to be there."""
         return [self.layout.cell(cell) / "log.txt"]
-
-
-def job_name(layout: Layout, cell: str) -> str:
-    """Name of a cell's job on every engine, at most 58 characters of [a-z0-9-]: the grid's folder in 7 digits, the cell."""
-    return f"{grid_prefix(layout)}{cell}"
-
-
-def grid_prefix(layout: Layout) -> str:
-    """What the names of all jobs of a grid's folder begin with, and those of no other."""
-    root = os.fspath(layout.root)
-    where = root if "://" in root else os.path.realpath(root)
-    return f"g{hashlib.sha256(where.encode()).hexdigest()[:7]}-"
 
 
 def load(on: str, layout: Layout) -> Executor:

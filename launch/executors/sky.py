@@ -23,7 +23,7 @@ from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch.cells import Cell, record
-from launch.executors import base, bundle, queue
+from launch.executors import base, bundle, job_names, queue
 from launch.executors.base import QUEUED, RUNNING, Submission, SubmitError
 from launch.executors.queue import Record
 
@@ -139,7 +139,7 @@ class Executor(queue.Executor, bundle.Executor):
     def submission(self, cell: Cell) -> Submission:
         file = self.layout.cell(cell.name) / "sky.yaml"
         command = shlex.join([self.options.sky, *self._launch(cell, file)])
-        return Submission(cell.name, command, {file.name: self._yaml(base.job_name(self.layout, cell.name), cell)})
+        return Submission(cell.name, command, {file.name: self._yaml(job_names.of(self.layout, cell.name), cell)})
 
     def launch(self, cell: Cell) -> None:
         with tempfile.TemporaryDirectory() as folder:  # `sky` reads no gs://
@@ -148,7 +148,7 @@ class Executor(queue.Executor, bundle.Executor):
             self._sky(*self._launch(cell, file))
 
     def _launch(self, cell: Cell, file: os.PathLike) -> list[str]:
-        return ["jobs", "launch", "-n", base.job_name(self.layout, cell.name), "-y", "-d", os.fspath(file)]
+        return ["jobs", "launch", "-n", job_names.of(self.layout, cell.name), "-y", "-d", os.fspath(file)]
 
     def end(self, records: Sequence[Record]) -> None:
         if records:
@@ -182,7 +182,7 @@ class Executor(queue.Executor, bundle.Executor):
             raise
         lines = text.splitlines()  # `sky` may say first that it starts its server
         start = next((i for i, line in enumerate(lines) if line in ("[", "[]")), 0)
-        prefix = base.grid_prefix(self.layout)
+        prefix = job_names.prefix(self.layout)
         found: dict[str, list[Record]] = {}
         try:
             for job in json.loads("\n".join(lines[start:])):

@@ -23,7 +23,7 @@ from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch.cells import REPOSITORY, Cell
-from launch.executors import base, queue
+from launch.executors import base, job_names, queue
 from launch.executors.base import DEAD, QUEUED, RUNNING, Submission, SubmitError
 from launch.executors.queue import Record
 
@@ -236,7 +236,7 @@ class Executor(queue.Executor):
         done = _call("squeue", "--json", f"--user={os.getuid()}")
         if done.returncode:
             raise SubmitError(f"squeue failed: {_words(done.stderr)}")
-        return parse(done.stdout, base.grid_prefix(self.layout), os.getuid())
+        return parse(done.stdout, job_names.prefix(self.layout), os.getuid())
 
     # What a job is.
 
@@ -270,7 +270,7 @@ class Executor(queue.Executor):
     def _directives(self, cell: str, output: str) -> list[str]:
         """The #SBATCH lines of a cell's job. Its working directory is this one, which relative paths are of."""
         values = {
-            "job-name": base.job_name(self.layout, cell),
+            "job-name": job_names.of(self.layout, cell),
             "output": output,
             "open-mode": "append",
             "chdir": os.getcwd(),

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
 from launch.cells import Cell, record
-from launch.executors import base, bundle
+from launch.executors import base, bundle, job_names
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
 
 PROVISIONING = ("spot", "guaranteed", "reserved")
@@ -151,7 +151,7 @@ class Executor(bundle.Executor):
 
     def submission(self, cell: Cell) -> Submission:
         """The request for the zone that is asked first. Raises ConfigError."""
-        options, job = self.options, base.job_name(self.layout, cell.name)
+        options, job = self.options, job_names.of(self.layout, cell.name)
         zone = self._zones_for(cell.name)[0]
         request, folder = self._request(cell, zone), self.layout.cell(cell.name)
         kind, chip = accelerator(options.slice)
@@ -171,7 +171,7 @@ class Executor(bundle.Executor):
 
     def _request(self, cell: Cell, zone: str) -> dict[str, Any]:
         """Arguments of `create_queued_resource`, as JSON."""
-        options, job, parent = self.options, base.job_name(self.layout, cell.name), self._parent(zone)
+        options, job, parent = self.options, job_names.of(self.layout, cell.name), self._parent(zone)
         kind, chip = accelerator(options.slice)
         node: dict[str, Any] = {"runtime_version": options.image}
         if chip is None:
@@ -209,7 +209,7 @@ class Executor(bundle.Executor):
         command = [*cell.command(self.layout.cell(cell.name), python, "."), "--distributed=on"]
         endpoint = (options.api_endpoint or "tpu.googleapis.com").removeprefix("http://")
         values = {
-            "JOB": base.job_name(self.layout, cell.name),
+            "JOB": job_names.of(self.layout, cell.name),
             "PROJECT": options.project,
             "ZONE": zone,
             "ENDPOINT": endpoint,
@@ -276,7 +276,7 @@ class Executor(bundle.Executor):
         """Asks the zones in turn. Raises SubmitError when none takes it now, or while an ended request still has the name."""
         from google.api_core import exceptions
 
-        job, refusals = base.job_name(self.layout, cell.name), []
+        job, refusals = job_names.of(self.layout, cell.name), []
         if len(self.options.zones) > 1 and (there := self._one(cell.name)) is not None:
             return there
         for zone in self._zones_for(cell.name):
@@ -417,7 +417,7 @@ class Executor(bundle.Executor):
         return f"projects/{self.options.project}/locations/{zone}"
 
     def _name(self, cell: str, zone: str) -> str:
-        return f"{self._parent(zone)}/queuedResources/{base.job_name(self.layout, cell)}"
+        return f"{self._parent(zone)}/queuedResources/{job_names.of(self.layout, cell)}"
 
     def _list(self, what: str, zone: str) -> list[Any]:
         """All pages of a listing. Raises SubmitError, ConfigError."""
@@ -427,7 +427,7 @@ class Executor(bundle.Executor):
 
     def _requests(self, cells: Iterable[str] | None = None) -> list[_Request]:
         """Requests of this grid in all zones, in their order; of these cells alone. Raises SubmitError, ConfigError."""
-        prefix, wanted = base.grid_prefix(self.layout), None if cells is None else set(cells)
+        prefix, wanted = job_names.prefix(self.layout), None if cells is None else set(cells)
 
         def of(zone: str) -> list[_Request]:
             listed = self._list("queued_resources", zone)
@@ -458,7 +458,7 @@ class Executor(bundle.Executor):
             detail = ""
         since = made.get(job) if state == "ACTIVE" else None
         here = DEAD if state in _DEAD else RUNNING if state == "ACTIVE" else QUEUED
-        return _Request(job.removeprefix(base.grid_prefix(self.layout)), job, here, detail, since, zone, state)
+        return _Request(job.removeprefix(job_names.prefix(self.layout)), job, here, detail, since, zone, state)
 
     def _delete(self, cell: str, zone: str) -> None:
         """Asks for a deletion, machines and all. Raises SubmitError, ConfigError; one that is gone is no error."""

@@ -160,7 +160,7 @@ def normalised(text: str, folder: Path) -> str:
     """Without what belongs to this machine, this checkout or this moment."""
     for value, name in ((os.fspath(folder), "HERE"), (sys.executable, "PYTHON"), (os.fspath(REPOSITORY), "CHECKOUT")):
         text = text.replace(value, name)
-    text = re.sub(r"\bg[0-9a-f]{7}-s", "gFOLDER-s", text)  # launch.executors.base.grid_prefix
+    text = re.sub(r"\bg[0-9a-f]{7}-s", "gFOLDER-s", text)  # launch.executors.job_names.prefix
     text = re.sub(r"(GQA_JAX_COMMIT=)[0-9a-f]+\+?", r"\1COMMIT", text)
     text = re.sub(r"\b[0-9a-f]{64}\b", "SHA256", text)
     text = re.sub(r"gqa_jax/[0-9a-f]{16}\b", "gqa_jax/SHA256", text)
