@@ -5,7 +5,7 @@ is made once, from a seed. A change of structure may move a line: a mutant is th
 there several times, by the function that it is in), so that the same mutants can be tried before and after.
 
     python -m benchmarks.mutants make --seed 17 --count 200 --out mutants.csv      random mutants of CORE
-    python -m benchmarks.mutants cover --out covered.json                          which tests run which line (needs coverage)
+    python -m benchmarks.mutants cover mutants.csv --out covered.json              which fast tests run their lines, in one run
     python -m benchmarks.mutants run mutants.csv covered.json --out killed.csv     tries them, a process at a time; goes on
 
 `cover` and `run` are best started in a worktree of their own: `run` writes each mutant into its file, and puts the file back.
@@ -149,6 +149,8 @@ def place(mutant: Mutant, moved: dict[str, str]) -> tuple[str, int] | None:
         file = path.relative_to(REPOSITORY).as_posix()
         lines = path.read_text().splitlines()
         found += [(file, i) for i, line in enumerate(lines, 1) if line.strip() == mutant.text]
+    if not found:
+        return None
     name = mutant.function.rpartition(".")[2]
     for narrower in (
         lambda file, line: file == moved.get(mutant.file, mutant.file),
@@ -158,7 +160,10 @@ def place(mutant: Mutant, moved: dict[str, str]) -> tuple[str, int] | None:
     ):
         if len(found) > 1:
             found = [spot for spot in found if narrower(*spot)] or found
-    return found[0] if found else None
+    file, line = found[0]
+    if Path(file).stem != Path(mutant.file).stem and function_at(file, line).rpartition(".")[2] != name:
+        return None  # the same text, of something else
+    return file, line
 
 
 def function_at(file: str, line: int) -> str:
@@ -179,59 +184,76 @@ def function_at(file: str, line: int) -> str:
     return name
 
 
-# A plugin of pytest: per worker one measurement, whose context is the test that runs; processes that tests start measure too.
-PLUGIN = """
-import json, os, time
-import coverage, pytest
+# `sitecustomize` of every process that tests start, and of their own: which test runs a line that has a mutant. A line without
+# one is met once, and then costs nothing.
+WATCH = """
+import json, os, sys
 
-_seconds = {}
+monitoring = sys.monitoring
+with open(os.environ["MUTANTS_LINES"]) as file:
+    wanted = {name: set(lines) for name, lines in json.load(file).items()}
+seen = set()
 
-def pytest_configure(config):
-    config._cover = coverage.Coverage(data_file=os.environ["MUTANTS_DATA"], data_suffix=True, source=["gqa_jax", "launch"])
-    config._cover.start()
+def line(code, number):
+    if number not in wanted.get(code.co_filename, ()):
+        return monitoring.DISABLE
+    met = [code.co_filename, number, os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]]
+    if met[2] and tuple(met) not in seen:
+        seen.add(tuple(met))
+        at = os.open(os.environ["MUTANTS_MET"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(at, (json.dumps(met) + "\\n").encode())
+        os.close(at)
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item):
-    item.config._cover.switch_context(item.nodeid)
-    began = time.monotonic()
-    yield
-    _seconds[item.nodeid] = time.monotonic() - began
+if monitoring.get_tool(monitoring.COVERAGE_ID) is None:
+    monitoring.use_tool_id(monitoring.COVERAGE_ID, "mutants")
+    monitoring.register_callback(monitoring.COVERAGE_ID, monitoring.events.LINE, line)
+    monitoring.set_events(monitoring.COVERAGE_ID, monitoring.events.LINE)
+"""
 
-def pytest_unconfigure(config):
-    config._cover.stop()
-    config._cover.save()
-    with open(f"{os.environ['MUTANTS_DATA']}-seconds.{os.getpid()}.json", "w") as file:
-        json.dump(_seconds, file)
+# A plugin of pytest: how long each test takes.
+SECONDS_OF = """
+import json, os
+
+seconds = {}
+
+def pytest_runtest_logreport(report):
+    seconds[report.nodeid] = seconds.get(report.nodeid, 0) + report.duration
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):
+        with open(os.environ["MUTANTS_SECONDS"], "w") as file:
+            json.dump(seconds, file)
 """
 
 
-def cover(out: Path, workers: str) -> None:
-    """Runs the fast tests once, and writes {"lines": {file: {line: [tests]}}, "seconds": {test: seconds}}."""
-    import coverage
+def cover(mutants: list[Mutant], out: Path, moved: dict[str, str], workers: str) -> int:
+    """Runs the fast tests once, and writes {"lines": {file: {line: [tests]}}, "seconds": {test: seconds}}.
 
+    Of the lines of these mutants alone. Returns the exit code of pytest.
+    """
     folder = out.with_suffix(".parts").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cover_plugin.py").write_text(PLUGIN)
+    (folder / "sitecustomize.py").write_text(WATCH)
+    (folder / "mutants_seconds.py").write_text(SECONDS_OF)
+    wanted: dict[str, list[int]] = {}
+    for spot in filter(None, (place(mutant, moved) for mutant in mutants)):
+        wanted.setdefault(os.fspath(REPOSITORY / spot[0]), []).append(spot[1])
+    (folder / "lines.json").write_text(json.dumps(wanted))
+    met, seconds = folder / "met.jsonl", folder / "seconds.json"
+    met.write_text("")
     environment = os.environ | {
-        "MUTANTS_DATA": os.fspath(folder / "data"),
+        "MUTANTS_LINES": os.fspath(folder / "lines.json"),
+        "MUTANTS_MET": os.fspath(met),
+        "MUTANTS_SECONDS": os.fspath(seconds),
         "PYTHONPATH": os.pathsep.join([os.fspath(folder), os.fspath(REPOSITORY)]),
     }
-    argv = [sys.executable, "-m", "pytest", "-p", "cover_plugin", "-n", workers, "--dist", "loadfile"]
-    subprocess.run(argv, cwd=REPOSITORY, env=environment, check=False)
+    argv = [sys.executable, "-m", "pytest", "-p", "mutants_seconds", "-n", workers, "--dist", "loadfile"]
+    done = subprocess.run(argv, cwd=REPOSITORY, env=environment, check=False)
     lines: dict[str, dict[int, list[str]]] = {}
-    for part in sorted(folder.glob("data.*")):
-        if part.name.endswith(".json"):
-            continue
-        data = coverage.CoverageData(os.fspath(part))
-        data.read()
-        for measured in data.measured_files():
-            file = Path(measured).relative_to(REPOSITORY).as_posix()
-            for line, tests in data.contexts_by_lineno(measured).items():
-                lines.setdefault(file, {}).setdefault(line, []).extend(test for test in tests if test)
-    seconds: dict[str, float] = {}
-    for part in folder.glob("data-seconds.*.json"):
-        seconds |= json.loads(part.read_text())
-    out.write_text(json.dumps({"lines": lines, "seconds": seconds}))
+    for file, line, test in {tuple(json.loads(row)) for row in met.read_text().splitlines()}:
+        lines.setdefault(Path(file).relative_to(REPOSITORY).as_posix(), {}).setdefault(line, []).append(test)
+    out.write_text(json.dumps({"lines": lines, "seconds": json.loads(seconds.read_text())}))
+    return done.returncode
 
 
 def tests_of(covered: dict, file: str, line: int) -> list[str]:
@@ -302,9 +324,10 @@ def main() -> None:
     covering = commands.add_parser("cover")
     covering.add_argument("--workers", default="auto")
     running = commands.add_parser("run")
-    running.add_argument("mutants", type=Path)
+    for command in (covering, running):
+        command.add_argument("mutants", type=Path)
+        command.add_argument("--moved", type=Path, help="JSON {old file: new file}, where a line is in several")
     running.add_argument("covered", type=Path)
-    running.add_argument("--moved", type=Path, help="JSON {old file: new file}, where a line is in several")
     for command in (making, covering, running):
         command.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -313,12 +336,13 @@ def main() -> None:
             writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Mutant)])
             writer.writeheader()
             writer.writerows(dataclasses.asdict(mutant) for mutant in make(arguments.seed, arguments.count))
-    elif arguments.command == "cover":
-        cover(arguments.out, arguments.workers)
+        return
+    rows = list(csv.DictReader(arguments.mutants.open()))
+    mutants = [Mutant(int(row.pop("number")), **row | {k: int(row[k]) for k in ("line", "column")}) for row in rows]
+    moved = json.loads(arguments.moved.read_text()) if arguments.moved else {}
+    if arguments.command == "cover":
+        sys.exit(cover(mutants, arguments.out, moved, arguments.workers))
     else:
-        rows = list(csv.DictReader(arguments.mutants.open()))
-        mutants = [Mutant(int(row.pop("number")), **row | {k: int(row[k]) for k in ("line", "column")}) for row in rows]
-        moved = json.loads(arguments.moved.read_text()) if arguments.moved else {}
         run(mutants, json.loads(arguments.covered.read_text()), arguments.out, moved)
 
 
