@@ -78,10 +78,10 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(unrolled, chunk):
     transformer, batch = model.with_params(config, jax.tree.map(lambda x: 3 * x, params)), np.arange(2)
     lengths, expected = np.array([6, 3]), np.zeros((2, size), np.int32)
     expected[:, :6] = tokens  # what is behind the shorter prompt is written over
-    for end in range(lengths.max(), lengths.max() + steps):  # each sequence by itself, all of it again for every token
-        for i in batch:
-            own = end - lengths.max() + lengths[i]
-            expected[i, own] = transformer(expected[i : i + 1, :own])[0, -1].argmax()
+    whole = jax.jit(transformer)
+    for end in range(lengths.max(), lengths.max() + steps):  # all of it again for every token; those behind it are not seen
+        own = end - lengths.max() + lengths
+        expected[batch, own] = whole(expected)[batch, own - 1].argmax(-1)
 
     def prefill(q, k, v, cache, start):
         end = start + q.shape[1]
@@ -104,17 +104,23 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(unrolled, chunk):
         x = model.rms_norm(x[batch, at_B][:, None], transformer.final_norm[...], config.norm_eps)
         return transformer.logits(x)[:, 0].argmax(-1), caches
 
+    @functools.partial(jax.jit, static_argnames="start")
+    def first_token(part, at, caches, start):
+        attend = functools.partial(prefill, start=start)
+        return last_logits(part, start + jnp.arange(part.shape[1]), attend, caches, at)
+
+    @jax.jit
+    def next_token(token, at, caches):
+        return last_logits(token[:, None], at[:, None], functools.partial(append, position_B=at), caches, np.zeros(2, int))
+
     token = np.zeros(2, np.int32)
     for start in range(0, 6, chunk):
         part = tokens[:, start : start + chunk]
-        attend, at = functools.partial(prefill, start=start), np.clip(lengths - 1 - start, 0, part.shape[1] - 1)
-        found, caches = last_logits(part, start + jnp.arange(part.shape[1]), attend, caches, at)
+        found, caches = first_token(part, np.clip(lengths - 1 - start, 0, part.shape[1] - 1), caches, start)
         token = np.where((lengths - 1) // chunk == start // chunk, found, token)
     for step in range(steps):
         np.testing.assert_array_equal(token, expected[batch, lengths + step])
-        at = lengths + step
-        attend = functools.partial(append, position_B=at)
-        token, caches = last_logits(token[:, None], at[:, None], attend, caches, np.zeros(2, int))
+        token, caches = next_token(token, lengths + step, caches)
     assert len({int(x) for x in expected[0, 6:11]}) > 1  # not one token over and over
 
 
