@@ -22,6 +22,7 @@ from gqa_jax.formatting import counted
 from gqa_jax.hardware import prices as price_list
 from launch import commands, options, screen, state
 from launch.executors.base import RUNNING, SubmitError
+from launch.grid_cells import TABLES
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNFINISHED = 0, 1, 2, 3
 
@@ -358,7 +359,7 @@ def _retry(_: Console, **asked: Any) -> int:
 
 
 def _export(console: Console, *, allow_confounded: bool, **asked: Any) -> int:
-    if asked["grid"].lower().endswith(commands.TABLES):
+    if asked["grid"].lower().endswith(TABLES):
         found = commands.export(commands.open_source(**asked, allow_confounded=allow_confounded))
     else:
         found = commands.export(commands.open_cells(**asked), allow_confounded=allow_confounded)

@@ -34,7 +34,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("title", PROBLEMS)
 def test_every_implementation_is_right(name, title):
-    found = conformance.check(name, PROBLEMS[title], interpret=True)
+    found = conformance.check(name, PROBLEMS[title], interpret=True, jit=True)
     if (name, title) == ("pallas_tpu", "float16"):
         reason = "pallas_tpu takes bfloat16 and float32, not float16 ('reference' and 'xla' take any floating type)"
         assert found == ("can't run", reason, {})

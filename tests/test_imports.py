@@ -271,7 +271,7 @@ TABLE = (
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .hardware.prices launch.executors.base launch.state launch.commands "
+        ".errors .formatting .hardware .hardware.prices launch.executors.base launch.state launch.grid_cells launch.commands "
         "launch.screen launch.options",
         lazily=".laws .search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
         "launch.device_tables launch.export launch.next_cells",

@@ -109,11 +109,17 @@ class Finding(NamedTuple):
     errors: dict[str, float]  # root mean square, by result
 
 
-def check(name: str, problem: Problem, *, interpret: bool = False) -> Finding:
+def check(name: str, problem: Problem, *, interpret: bool = False, jit: bool | None = None) -> Finding:
     """Whether the implementation of a name is right: output, log-sum-exp where it has one, and the gradients through both.
 
-    `interpret` runs Pallas kernels in interpret mode. Raises ValueError on an unknown name.
+    Args:
+      interpret: run Pallas kernels in interpret mode.
+      jit: as one program. None: unless `interpret`, for Mosaic GPU's interpreter calls back into JAX, which waits for ever
+        within a jitted program on few cores.
+    Raises:
+      ValueError: an unknown name.
     """
+    jit = not interpret if jit is None else jit
     with interpreted() if interpret else contextlib.nullcontext():
         case = problem.case()
         lse = unsupported_reason(name, case._replace(return_lse=True)) is None
@@ -130,7 +136,7 @@ def check(name: str, problem: Problem, *, interpret: bool = False) -> Finding:
             return (out[0], jnp.moveaxis(out[1], 1, 3)) if lse else (out, None)
 
         try:
-            got = _decoded(name, problem) if case.decode else _results(attend, problem, jit=not interpret)
+            got = _decoded(name, problem) if case.decode else _results(attend, problem, jit=jit)
         except Exception as error:  # of whichever kind a compiler raises
             return Finding("failed", f"{type(error).__name__}: {error}", {})
         return _judged(got, problem)
@@ -192,10 +198,7 @@ def _arrays(problem: Problem) -> tuple[list[jax.Array], np.ndarray, Mask]:
 
 
 def _results(attend: Callable, problem: Problem, *, jit: bool = True) -> tuple:
-    """Output, log-sum-exp and gradients of attend(q, k, v, mask, scale) -> out, lse or None.
-
-    Mosaic GPU's interpreter calls back into JAX, which waits for ever within a jitted program on few cores: it gets none.
-    """
+    """Output, log-sum-exp and gradients of attend(q, k, v, mask, scale) -> out, lse or None."""
     (q, k, v, d_out), d_lse, mask = _arrays(problem)
     scale = problem.scale or problem.head_dim**-0.5
     # of a row that sees no key the log-sum-exp of -inf has any cotangent, and none may matter
