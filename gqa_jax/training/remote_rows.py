@@ -69,12 +69,18 @@ class RemoteFiles:
 
     def _write_beat(self) -> None:
         with self._writing:
-            if (beat := self._beat) is None:
+            with self._beats:
+                beat, self._beat = self._beat, None
+            if beat is None:
                 return
             self._beat_time = time.monotonic()
-            storage.write_json(self._workdir / "heartbeat.json", beat[0])
-            with self._beats:
-                self._beat = None if self._beat is beat else self._beat
+            try:
+                storage.write_json(self._workdir / "heartbeat.json", beat[0])
+            except BaseException:
+                with self._beats:  # one that came meanwhile says more
+                    newest = self._beat or beat
+                    self._beat = newest[0], newest[1] or beat[1]
+                raise
 
     def _tell(self, what: str, write: Callable[[], None]) -> None:
         """Calls `write`. When it fails it says so once, until it has gone well again."""
