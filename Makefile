@@ -10,7 +10,8 @@
 # make first-light-pack    what a GPU machine without network lacks for it, and the command to run there
 
 PYTHON := .venv/bin/python
-PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
+# In the order of their names: else files of few tests come last, and the longest tests are in files of few.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup aot sky torch debian quickstart test test-slow lint bench first-light-check first-light-pack clean
 
