@@ -143,3 +143,12 @@ def test_why_a_job_came_to_nothing_is_left_in_the_folder(engine, is_final, kind)
     (file.parent / "result.json").touch()
     one.reconcile({})
     assert not file.exists()
+
+
+def test_why_an_earlier_job_came_to_nothing_is_gone_when_the_cell_is_submitted_again(engine):
+    one = engine()
+    one.arrives, one.says = [WAITS], 8
+    file = one.layout.cell(A.name) / "host-failure.json"
+    storage.write_json(file, {"class": "infrastructure", "reason": "no such partition", "time": 12.0, "job": "5"})
+    assert run.submit(A, one.layout, one).id == "8"
+    assert not file.exists()
