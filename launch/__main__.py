@@ -198,8 +198,6 @@ def _fill_fit(command: argparse.ArgumentParser) -> None:
 
 
 def _fill_optimum(command: argparse.ArgumentParser) -> None:
-    from gqa_jax.laws.posterior import METHODS
-
     options.add_source(command)
     command.add_argument(
         "--context", type=options.tokens, required=True, metavar="T", help="tokens served, like 131072 or 128K"
@@ -219,7 +217,7 @@ def _fill_optimum(command: argparse.ArgumentParser) -> None:
     command.add_argument("--draws", type=int, default=1000, metavar="N", help="of the laws' coefficients (default: 1000)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
     command.add_argument(
-        "--method", choices=METHODS, help="of the draws (default: posterior, which allows for shared noise and bends)"
+        "--method", choices=options.METHODS, help="of the draws (default: posterior, which allows for shared noise and bends)"
     )
     command.add_argument("--conventions", action="store_true", help="also what the answer would be in every convention of Z")
     options.add_format(command)

@@ -10,6 +10,11 @@ from launch import rules
 from launch.executors import base
 from launch.tables import FORMATS
 
+# As the library has them, which takes a second to import: the help must not (tests/test_commands.py).
+UNITS = ("nats", "bits", "perplexity")
+PRESETS = ("paper", "paper-table4")
+METHODS = ("posterior", "independent", "bootstrap")
+
 LAST_RUN = "where it was last run"
 WHOSE_PRICES = 'words of a list price, as "google:spot", or a .json or .toml file of your own (docs/prices.md)'
 _CONFOUNDED = "laws also where heads of a size saw neither equal tokens nor equal tokens per parameter; every answer says so"
@@ -35,8 +40,6 @@ def add_source(command: argparse.ArgumentParser, needs_grid: bool = False) -> No
     _add_root(command, rules.ROWS)
     add_confounded(command)
     if not needs_grid:
-        from gqa_jax.search.presets import PRESETS
-
         add_table(command)
         command.add_argument("--preset", choices=PRESETS, help="the paper's own data instead of a grid: no training")
 
@@ -58,8 +61,6 @@ def add_confounded(command: argparse.ArgumentParser) -> None:
 
 def add_table(command: argparse.ArgumentParser) -> None:
     """Options of runs of any trainer, which are a table and no grid."""
-    from gqa_jax.laws.external import UNITS
-
     group = command.add_argument_group("of a table of runs (.csv, .parquet)")
     group.add_argument("--columns", metavar="OURS=THEIRS,...", help="names that differ, like n_heads=H,loss=val_loss")
     group.add_argument("--units", choices=UNITS, help="of its losses, per token (default: nats, and checked)")

@@ -3,6 +3,8 @@
 import inspect
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,23 @@ def test_what_is_logged_comes_on_stderr_once(small, capsys):
     launch.main(["fit", "nowhere"])
     assert capsys.readouterr().err.startswith("launch: nowhere is not there")
     assert logging.getLogger("launch").handlers == []
+
+
+def test_the_help_has_the_names_of_the_library():
+    from gqa_jax.laws import external, posterior
+    from gqa_jax.search import presets
+    from launch import options
+
+    assert options.UNITS == external.UNITS
+    assert options.METHODS == posterior.METHODS
+    assert tuple(presets.PRESETS) == options.PRESETS
+
+
+@pytest.mark.parametrize("command", ["optimum", "fit", "report", "next"])
+def test_the_help_imports_no_pandas(command):
+    code = (
+        "import sys\nfrom launch.__main__ import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'jax', 'pandas', 'scipy'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"

@@ -267,13 +267,13 @@ TABLE = (
     Row(
         "launch.options",
         ".formatting .hardware launch.rules launch.executors.base launch.tables",
-        lazily=".laws .laws.external .search.presets .search.objectives",
+        lazily=".laws .search.objectives",
     ),
     Row(
         "launch.__main__",
         ".errors .formatting .hardware .hardware.prices launch.executors.base launch.state launch.grid_cells launch.commands "
         "launch.screen launch.options",
-        lazily=".laws .search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
+        lazily=".search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
         "launch.device_tables launch.export launch.next_cells",
     ),
     # What is built on both.
