@@ -184,7 +184,7 @@ def function_at(file: str, line: int) -> str:
     return name
 
 
-# `sitecustomize` of every process that tests start, and of their own: which test runs a line that has a mutant. A line without
+# `sitecustomize` of pytest's processes and of those that tests start: which test runs a line that has a mutant. A line without
 # one is met once, and then costs nothing.
 WATCH = """
 import json, os, sys

@@ -110,6 +110,7 @@ def open_cells(grid: str, root: str | None = None, rules: str | None = None, **t
 
 
 def require_grid(path: str) -> None:
+    """Raises ConfigError for a table of runs, which has no cells."""
     if path.lower().endswith(TABLES):
         raise ConfigError(
             f"{path}: it is a table of runs, not a grid: it has no cells that could be trained, watched or chosen from; fit, "

@@ -390,6 +390,7 @@ def test_a_run_goes_on_after_sigterm_and_sigkill_with_other_processes_and_meshes
 
     with Pair(tmp_path, run_commands(tmp_path, "fsdp=4,context=2")) as pair:
         pair.wait_for(lambda _: max(checkpoint_steps(run)) > preempted)
+        assert [process.poll() for process in pair.processes] == [None, None]  # nothing is wrong before
         pair.processes[1].kill()
         before = time.monotonic()
         error = pair.processes[0].communicate(timeout=PATIENCE)[1]

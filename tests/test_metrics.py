@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import math
@@ -285,3 +286,21 @@ def test_heartbeat_says_what_the_run_has_spent(tmp_path):
     assert (beat["device"], beat["n_devices"], beat["job"]) == ("TPU v5e", 16, None)
     assert 260 <= beat["device_seconds"] < 300
     assert beat["host"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_heartbeat_that_comes_while_a_forced_one_is_written(tmp_path, monkeypatch, fails):
+    """It is no haste of its own; where the write fails it takes the place, and the haste, of the one before."""
+    files = remote_rows.RemoteFiles(tmp_path, 0)
+    files._over.set()  # nothing in the background
+
+    def write(path, values):
+        files.heartbeat({"step": 2}, False)
+        if fails:
+            raise OSError("an outage")
+
+    monkeypatch.setattr(remote_rows.storage, "write_json", write)
+    files.heartbeat({"step": 1}, True)
+    with pytest.raises(OSError, match="an outage") if fails else contextlib.nullcontext():
+        files._write_beat()
+    assert files._beat == ({"step": 2}, fails)

@@ -307,6 +307,8 @@ def test_the_example_names_every_option(tmp_path):
         assert one.options.project == tpu.EXAMPLE_PROJECT
         for field in dataclasses.fields(one.options):
             assert f"\n{field.name} = " in text or f"\n# {field.name} = " in text
+        with pytest.raises(ConfigError, match="is the example: write the id of yours"):
+            one.check()  # before anybody is asked
     uncommented = "\n".join(line.removeprefix("# ") if " = " in line else line for line in text.splitlines())
     cluster = tmp_path / "all.toml"
     cluster.write_text(uncommented.replace('"spot" ', '"reserved" ').replace("<sha256>", "0" * 64))
