@@ -8,8 +8,9 @@ optimizations are off: a third less for kernels that Pallas interprets.
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+).strip()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from gqa_jax import attention
-from gqa_jax.attention import conformance
+from gqa_jax.attention import conformance, xla
 from gqa_jax.attention.spec import Mask
 from tests import attention_cases as cases
 from tests import llama_numpy
@@ -219,6 +219,14 @@ def test_offsets_of_numpy_are_known_ones():
     shapes = [str(jax.make_jaxpr(lambda *x, n=n: attention.attention(*x, q_offset=n, kv_offset=n))(q, k, v))
               for n in (5, np.int32(5), np.array(5), jnp.int32(5))]  # fmt: skip
     assert shapes[0] == shapes[1] == shapes[2] != shapes[3]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [((2, 512, 8), (128, None)), ((1, 8192, 8), (256, 256)), ((4, 8192, 8), (128, 256)), ((8, 8192, 32), (64, 256))],
+)
+def test_tiles_of_xla_are_of_4_mb_unless_they_would_be_thin(sizes, options):
+    assert xla.choose(*sizes) == options
 
 
 def test_none_takes_what_the_platform_does_best():

@@ -107,11 +107,11 @@ def test_positions_are_those_of_zigzag(size):
 @pytest.mark.parametrize(
     ("size", "data", "heads", "segments"),
     [
-        (2, 1, (8, 1), True), (4, 2, (4, 4), False), (8, 1, (8, 2), True), (8, 1, (8, 1), False),
+        (2, 1, (8, 1), True), (4, 2, (4, 4), False), (3, 1, (4, 2), True), (8, 1, (8, 2), True), (8, 1, (8, 1), False),
     ],
 )  # fmt: skip
 def test_equals_one_device_and_the_oracle(method, size, data, heads, segments):
-    case, truths, alone = answers(*heads, 80, batch=2, segments=segments)
+    case, truths, alone = answers(*heads, 80 - 80 % (2 * size), batch=2, segments=segments)
     got = run(case, size, data, method=method)
     for name, mine, one, truth in zip(("out", "dq", "dk", "dv"), got, alone, truths, strict=True):
         np.testing.assert_allclose(mine, one, rtol=2e-5, atol=1e-5, err_msg=name)

@@ -134,6 +134,7 @@ def test_numbers_that_no_run_can_have_are_refused_at_once():
         ({"model": {"rope_theta": math.nan}}, r"model.rope_theta = nan: must be a finite number"),
         ({"steps": None, "tokens_per_param": 1e308}, r"tokens_per_param = 1e\+308: must be above 0, and below 2\^63"),
         ({"model": {"n_layers": 10**12}}, r"model.n_layers = 1000000000000: must be an integer .* below 2\^31"),
+        ({"model": {"n_layers": 2**31}}, r"model.n_layers = 2147483648: must be an integer .* below 2\^31"),
         ({"model": {"n_layers": 2**30, "d_model": 2**20}}, r"one array would have .* values; use a smaller model"),
         (
             {"model": {"n_heads": 2**30, "n_kv_heads": 3}},

@@ -9,7 +9,7 @@ import pytest
 import gqa_jax
 from gqa_jax import costs
 from gqa_jax.errors import ConfigError
-from gqa_jax.laws import MHA, Heads, external, fit_by_heads
+from gqa_jax.laws import MHA, Heads, external, fit_by_heads, runs
 from gqa_jax.search import optimum, presets
 from launch.__main__ import main
 from tests import law_tables
@@ -196,6 +196,12 @@ class TestHeadRules:
         assert built["n_heads"] * 64 == built["d_model"]
         assert built["n_kv_heads"] * 4 == built["n_heads"]
         assert json.loads(json.dumps(answer.to_dict()))["n_kv_heads"] == -4
+
+    def test_heads_of_which_some_have_no_law_as_a_rule_stay_as_they_are(self):
+        rows = pd.concat([ladder(1), ladder(4).iloc[:1]], ignore_index=True)
+        found, said = runs.by_rule(rows)
+        pd.testing.assert_frame_equal(found, rows)
+        assert said == []
 
     def test_fixed_key_value_heads(self, write):
         table = ladder(1).assign(n_kv_heads=4)

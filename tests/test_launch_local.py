@@ -45,6 +45,14 @@ def engine(tmp_path, fake_training):
         yield LocalEngine(one, executor_contract.prepared(layout))
 
 
+def test_a_process_that_is_gone_is_of_no_folder():
+    process = subprocess.Popen([sys.executable, "-c", "input()", "runs/here"], stdin=subprocess.PIPE)
+    assert local._is_of(process.pid, "runs/here") is True
+    assert local._is_of(process.pid, "runs/there") is False
+    process.communicate(b"\n")
+    assert local._is_of(process.pid, "runs/here") is False
+
+
 class TestContract(Contract):
     def test_a_job_is_seen_and_ended_by_another_process(self, engine):
         """`status` and `cancel` beside the launcher."""

@@ -50,3 +50,12 @@ def test_what_does_not_divide_is_said_with_what_would(mesh, n_kv, message):
         assert reason is None
     else:
         assert message in reason
+
+
+@pytest.mark.parametrize(("sequences", "context_length", "fits"), [(2, 12, False), (4, 12, True), (2, 16, True)])
+def test_tensor_divides_the_tokens_of_a_device(sequences, context_length, fits):
+    model = ModelConfig(d_model=64, n_heads=12, n_kv_heads=1, head_dim=8)
+    reason = MeshShape(data=2, tensor=4, context=2).unsupported_reason(model, context_length, sequences)
+    assert (reason is None) == fits
+    if not fits:
+        assert reason == "tensor = 4 does not divide the tokens of a device, which the loss is spread over"

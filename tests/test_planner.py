@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from collections import defaultdict
 
 import pytest
@@ -153,6 +154,15 @@ def test_arguments_on_tpus_are_exact_with_their_tiles():
     count = costs.count_params(run.model, "exact")
     parameters = (count.total - count.norms) / 16 + count.norms
     assert gpu.bytes_arguments == pytest.approx(12 * parameters + 2 * 4 * 4 * 8192)
+
+
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [((96, 100), 96 * 128), ((3, 96, 8), 3 * 8 * 128), ((3, 5, 128), 5 * 4 * 128), ((100,), 128), ((1025,), 2048)],
+)
+def test_a_tpu_holds_tiles_over_the_axes_that_are_padded_the_least(shape, values):
+    assert planner._parameter_bytes((shape,), 4, True) == 4 * values
+    assert planner._parameter_bytes((shape, shape), 2, False) == 2 * 2 * math.prod(shape)
 
 
 def test_flops_are_those_of_the_cost_table_and_recomputation_is_apart():

@@ -251,6 +251,29 @@ def test_a_mesh_of_too_many_devices_says_how_many_there_are():
         sharding.make_mesh(MeshShape(data=16))
 
 
+@dataclasses.dataclass(frozen=True)
+class OfASlice:
+    """A device as a mesh looks at it: TPUs know their slice."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+    @property
+    def process_index(self):
+        return self.slice_index
+
+
+def test_data_is_spread_over_slices_first():
+    devices = [OfASlice(i, i % 2) for i in range(8)]
+    mesh = sharding.make_mesh(MeshShape(data=4, fsdp=2), devices)
+    assert mesh.devices.shape == (4, 2, 1, 1)
+    assert [[device.slice_index for device in row.flat] for row in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="on 2 slices: data must be a multiple of 2"):
+        sharding.make_mesh(MeshShape(fsdp=8), devices)
+
+
 def test_steps_compile_once_and_donate_their_state():
     config = resolved("fsdp=2,context=2")
     mesh = mesh_of(config)

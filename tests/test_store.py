@@ -94,6 +94,8 @@ def test_sources_that_are_damaged_or_do_not_match(copy):
             TokenStore.open(copy).sources(split)
     (copy / "sources.npz").unlink()
     assert TokenStore.open(copy).sources("train") is None
+    with pytest.raises(StoreError, match="split 'test': a store has train and validation"):
+        TokenStore.open(copy).sources("test")
 
 
 def test_open_checks_and_verifies(copy):
