@@ -88,6 +88,23 @@ def rows_of(layout, name="loss"):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize(("count", "finished"), [(1, 1), (2, 2), (3, 1)])
+def test_cells_under_other_rules_are_counted_and_two_are_named(tmp_path, count, finished):
+    others = grid.cells(grid.load(first_version.QUICKSTART))[:count]
+    first, *_ = names = [cell.name for cell in others]
+    said = rules.Choice(None, [], rules.NEW, False, others, finished, [], []).said(Layout(tmp_path))
+    begun = f"{tmp_path} holds {count} {'cell' if count == 1 else 'cells'} of this grid under the rules of the first version"
+    assert (
+        said
+        == begun
+        + {
+            1: f" (finished): {first}",
+            2: f" (finished): {', '.join(names)}",
+            3: f" (1 finished, others begun): {', '.join(names[:2])} and 1 more",
+        }[count]
+    )
+
+
 class TestNames:
     def test_a_finished_quickstart_of_the_first_version_has_them(self, tmp_path):
         kept = json.loads((goldens.finished(tmp_path, goldens.FIRST_VERSION) / "grid.json").read_text())["cells"]

@@ -6,9 +6,14 @@ import pytest
 
 from gqa_jax import laws
 from gqa_jax.laws import Heads
-from gqa_jax.laws.shape import OtherRatio, Penalty, Price, split
+from gqa_jax.laws.shape import OtherRatio, Penalty, Price, split, usual
 from gqa_jax.search import optimum, presets
 from tests.law_tables import synthetic
+
+
+def test_the_usual_ratio_is_one_that_a_run_has():
+    assert [usual(np.array(ratios)) for ratios in ([3.0], [2.0, 1.0], [3.0, 1.0, 2.0], [4.0, 1.0, 2.0, 3.0])] == [3, 1, 2, 2]
+
 
 SIZES = [(6, 512), (12, 768), (16, 1024), (24, 1536)]
 

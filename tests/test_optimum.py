@@ -649,6 +649,7 @@ class TestMap:
     def test_rows_are_complete_ranked_and_equal_to_single_searches(self, paper):
         frame = optimum.optimum_map(paper, [2.8, 2.7], [8192, 131_072], draws=200)
         assert len(frame) == 2 * 2 * 8
+        assert [*frame.columns[:2]] == ["loss", "context_served"]
         for (loss, context), rows in frame.groupby(["loss", "context_served"]):
             assert list(rows["rank"]) == list(range(1, 9))
             assert rows["probability"].sum() == pytest.approx(1)

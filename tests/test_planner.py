@@ -10,6 +10,7 @@ from gqa_jax import costs, hardware
 from gqa_jax.config import ConfigError, Execution, TrainConfig
 from gqa_jax.mesh import MeshShape
 from gqa_jax.planning import planner, traffic
+from gqa_jax.planning.share import Share
 from gqa_jax.shapes import SIZES, head_configurations
 
 SHAPES = {name: (size.n_layers, size.d_model) for name, size in SIZES.items()} | {"1.8B": (36, 2048)}
@@ -154,6 +155,16 @@ def test_arguments_on_tpus_are_exact_with_their_tiles():
     count = costs.count_params(run.model, "exact")
     parameters = (count.total - count.norms) / 16 + count.norms
     assert gpu.bytes_arguments == pytest.approx(12 * parameters + 2 * 4 * 4 * 8192)
+
+
+@pytest.mark.parametrize(("remat", "times"), [("dots", 2), ("none", 2), ("full", 0), ("attention_only", 0)])
+def test_keys_and_values_are_kept_where_a_policy_does(remat, times):
+    """Per token and layer, in bfloat16, beyond what other values take: 64 of each head."""
+    few, many = (
+        Share(run, run.execution, False) for run in (resolved("85M", (8, n), 8, "data=8", remat, 1, "gather") for n in (1, 4))
+    )
+    assert few.tokens == many.tokens == 8 * 8192
+    assert many.kept - few.kept == 2 * times * few.layers * few.tokens * 3 * few.h
 
 
 @pytest.mark.parametrize(
