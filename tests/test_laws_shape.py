@@ -8,11 +8,22 @@ from gqa_jax import laws
 from gqa_jax.laws import Heads
 from gqa_jax.laws.shape import OtherRatio, Penalty, Price, split, usual
 from gqa_jax.search import optimum, presets
+from gqa_jax.search.shape_rule import ShapeRule
 from tests.law_tables import synthetic
 
 
 def test_the_usual_ratio_is_one_that_a_run_has():
     assert [usual(np.array(ratios)) for ratios in ([3.0], [2.0, 1.0], [3.0, 1.0, 2.0], [4.0, 1.0, 2.0, 3.0])] == [3, 1, 2, 2]
+
+
+def test_ratios_are_answered_up_to_half_and_twice_the_usual_one():
+    penalty = Penalty(64.0)
+    assert penalty.bounds == (32, 128)
+    for ratio in penalty.bounds:
+        assert ShapeRule.of(str(ratio), penalty, None).ratios_R.tolist() == [ratio]
+    for ratio in (31.9, 128.1):
+        with pytest.raises(ValueError, match="known from no run and no prior"):
+            ShapeRule.of(ratio, penalty, None)
 
 
 SIZES = [(6, 512), (12, 768), (16, 1024), (24, 1536)]

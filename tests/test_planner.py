@@ -228,6 +228,15 @@ def test_collectives_by_axis_are_what_the_step_moves():
     assert moved == {"data": pytest.approx(2 * 15 / 16 * 4 * costs.count_params(alone.model, "exact").total)}
 
 
+@pytest.mark.parametrize(("remat", "of_a_layer"), [("none", 4), ("full", 5)])
+def test_over_tensor_go_two_sums_a_layer_and_pass_and_those_that_are_made_again(remat, of_a_layer):
+    run = resolved("1.2B", (8, 1), 8, "data=4,tensor=4", remat, 1, "gather")
+    moved = planner.estimate(run, run.execution, hardware.find("v5e:4x4").chip).collective_bytes
+    one = 2 * 3 / 4 * 524_288 / 4 * run.model.d_model * 2  # bfloat16, of the tokens of a device
+    embedding = 3 / 4 * run.model.vocab_size * run.model.d_model * (2 + 8)
+    assert moved["tensor"] == pytest.approx((of_a_layer * run.model.n_layers + 2) * one + embedding)
+
+
 def test_candidates_keep_what_is_given_and_divide():
     chip = hardware.find("v5e:4x4").chip
     run = config("85M", (8, 1))

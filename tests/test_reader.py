@@ -342,6 +342,8 @@ def test_evaluation_that_does_not_fit(store):
             match=rf"held-out tokens; the validation split .* has {available:,}: use evaluation.tokens <= {fitting}",
         ):
             held_out(store, fitting + 32, windows=windows)
+        with pytest.raises(ReaderError, match=rf"{available:,} needs {available + 1:,} held-out tokens"):
+            held_out(store, available, 1, windows=windows)
         with pytest.raises(ReaderError, match=r"use a shorter context_length, or prepare .* with a smaller --holdout_every"):
             held_out(store, 8192, 8192, windows=windows, block_tokens=8192)
         with pytest.raises(ReaderError, match=r"evaluation.tokens = 100 is not a multiple of context_length = 32: use 96"):
