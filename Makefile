@@ -38,23 +38,23 @@ endef
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(environment)
-	$(PYTHON) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 .venv-aot/.installed: pyproject.toml constraints.txt
 	$(environment)
-	.venv-aot/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,aot,peers,datasets]'
+	.venv-aot/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,aot,peers,datasets]'
 	@touch $@
 
 .venv-sky/.installed: Makefile
 	$(environment)
-	.venv-sky/bin/python -m pip install --quiet --no-compile 'skypilot==0.14.1'
+	.venv-sky/bin/python -m pip install --quiet 'skypilot==0.14.1'
 	@touch $@
 
 # python3, of 3.11 or newer: PyTorch's builds lag behind Python's.
 .venv-torch/.installed: Makefile
 	python3 -m venv .venv-torch
-	.venv-torch/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers==5.24.0 numpy
+	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 transformers==5.24.0 numpy
 	@touch $@
 
 debian: tests/debian.txt
