@@ -62,6 +62,21 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
+def test_an_error_of_a_save_is_looked_for_when_the_save_is_over(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        over = []
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lambda: over.append(True))
+
+        def check_for_errors():
+            if over:
+                raise OSError("no space left")
+
+        monkeypatch.setattr(checkpoints._manager, "check_for_errors", check_for_errors)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.wait()
+        monkeypatch.undo()
+
+
 def test_a_checkpoint_whose_arrays_changed_is_set_aside(tmp_path, caplog):
     """Orbax restores such a checkpoint without a word: only the checksum knows."""
     saved(tmp_path, 1, 2, 3)

@@ -46,7 +46,9 @@ def engine(tmp_path, fake_training):
 
 
 def test_a_process_that_is_gone_is_of_no_folder():
-    process = subprocess.Popen([sys.executable, "-c", "input()", "runs/here"], stdin=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", "print('there', flush=True); input()", "runs/here"], **pipes)
+    process.stdout.readline()  # before it runs, it may have no command line yet
     assert local._is_of(process.pid, "runs/here") is True
     assert local._is_of(process.pid, "runs/there") is False
     process.communicate(b"\n")

@@ -228,6 +228,15 @@ def test_collectives_by_axis_are_what_the_step_moves():
     assert moved == {"data": pytest.approx(2 * 15 / 16 * 4 * costs.count_params(alone.model, "exact").total)}
 
 
+def test_a_ring_holds_sums_of_gradients_and_a_gather_the_keys_of_all_devices():
+    chip = hardware.find("v5e:4x4").chip
+    ring, gather = (resolved("85M", (8, 8), 128, "context=16", "full", 1, method) for method in ("ring", "gather"))
+    model, tokens = ring.model, ring.batch_size * ring.context_length // 16
+    heads, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    found = [planner.estimate(run, run.execution, chip).bytes_temporary for run in (ring, gather)]
+    assert found[1] - found[0] == pytest.approx(tokens * (3 * 16 * 2 * keys * 2 - 4 * (heads + 2 * keys)))
+
+
 @pytest.mark.parametrize(("remat", "of_a_layer"), [("none", 4), ("full", 5)])
 def test_over_tensor_go_two_sums_a_layer_and_pass_and_those_that_are_made_again(remat, of_a_layer):
     run = resolved("1.2B", (8, 1), 8, "data=4,tensor=4", remat, 1, "gather")
