@@ -252,21 +252,29 @@ def test_a_mesh_of_too_many_devices_says_how_many_there_are():
 
 
 @dataclasses.dataclass(frozen=True)
-class OfASlice:
-    """A device as a mesh looks at it: TPUs know their slice."""
+class Device:
+    """A device as a mesh looks at it: TPUs know their slice, and where in it they are."""
 
     id: int
-    slice_index: int
+    process_index: int
+    slice_index: int = 0
+    coords: tuple = ()
     platform: str = "cpu"
     device_kind: str = "cpu"
+    core_on_chip: int = 0
 
-    @property
-    def process_index(self):
-        return self.slice_index
+
+@pytest.mark.parametrize("mesh", ["data=4,fsdp=4", "fsdp=16", "fsdp=4,tensor=2,context=2"])
+def test_neighbours_in_a_mesh_are_neighbours_on_the_network_of_a_tpu(mesh):
+    """Four hosts of 2 x 2 chips are a v5e of 4 x 4: four devices in turn are a row of it, and not a host's chips."""
+    places = [(host, (2 * (host % 2) + chip % 2, 2 * (host // 2) + chip // 2, 0)) for host in range(4) for chip in range(4)]
+    devices = [Device(i, host, 0, at, "tpu", "TPU v5 lite") for i, (host, at) in enumerate(places)]
+    rows = sharding.make_mesh(MeshShape.parse(mesh), devices).devices.reshape(4, 4)
+    assert [[device.coords[:2] for device in row] for row in rows] == [[(x, y) for x in range(4)] for y in range(4)]
 
 
 def test_data_is_spread_over_slices_first():
-    devices = [OfASlice(i, i % 2) for i in range(8)]
+    devices = [Device(i, i % 2, i % 2) for i in range(8)]
     mesh = sharding.make_mesh(MeshShape(data=4, fsdp=2), devices)
     assert mesh.devices.shape == (4, 2, 1, 1)
     assert [[device.slice_index for device in row.flat] for row in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
