@@ -64,9 +64,10 @@ debian: tests/debian.txt
 quickstart: setup
 	JAX_PLATFORMS=cpu $(PYTHON) -m launch run configs/grids/quickstart.py
 
-# A worker per CPU, a file of tests at a time each.
+# A worker per CPU, a file of tests at a time each. Compilation is most of the time of what runs in JAX: without LLVM's
+# optimizations it is a third less. Not in the slow lane, which looks at what compilers for accelerators make.
 test: setup
-	$(PYTHON) $(PYTEST)
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(PYTHON) $(PYTEST)
 
 # The test that kills processes for two minutes comes last, alone.
 test-slow: aot

@@ -1,16 +1,13 @@
 """Every test runs on CPU with 8 simulated devices; set before jax is imported anywhere. Hooks and fixtures for all.
 
 A worker of pytest-xdist per CPU runs the tests, so that a BLAS with threads of its own only makes them wait for each other: the
-slow tests of laws take up to three times as long then. Compilation is most of the time of what runs in JAX, so that LLVM's
-optimizations are off: a third less for kernels that Pallas interprets.
+slow tests of laws take up to three times as long then.
 """
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-).strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax

@@ -17,7 +17,7 @@ What is compared how:
   of screens and reports not at all.
 - Losses of training: within 1e-5, which is what meshes and attention implementations may differ by. Bits of parameters depend
   on the processor, the number of its threads and the version of jax: they are kept with these, compared on such a machine, and
-  elsewhere not looked at (`machine`). Whole runs of the quickstart, on another machine than TRAINED_ON: within 1e-3, because
+  elsewhere not looked at (`machine`). Whole runs of the quickstart, on a machine whose bits are not kept: within 1e-3, because
   rounding grows over hundreds of steps (ELSEWHERE; on two threads instead of one by 1e-5).
 
 Dates, folders, versions, hashes of the code and the speed of the machine are taken out (`normalised`, MEASURED).
@@ -56,8 +56,6 @@ MEASURED = (
     "tokens_per_second", "mfu", "seconds_train", "seconds_total", "peak_memory_bytes", "device", "n_devices", "attempts", "jax",
     "flax", "commit",
 )  # fmt: skip
-#: Where the quickstart that is kept was trained (`machine`).
-TRAINED_ON = "AMD EPYC, features 25fc08b1, 2 threads, jax 0.11.2"
 GRIDS = ("quickstart", "paper", "long_context")
 FEW = "size=1.2B,n_heads=8,n_kv_heads=1"  # cells of the paper's grid that are planned on every slice
 SLICES = ",".join(
@@ -470,7 +468,7 @@ def keep_finished(root: Path) -> None:
 def compare_quickstart(root: Path) -> list[str]:
     """What a trained quickstart, or some cells of it, has otherwise than the one that is kept.
 
-    Losses within LOSSES (ELSEWHERE on a machine other than TRAINED_ON), their standard errors within a hundredth: what is
+    Losses within LOSSES (ELSEWHERE on a machine whose bits are not kept), their standard errors within a hundredth: what is
     left of the differences between four documents.
     """
     from gqa_jax import results
@@ -480,7 +478,7 @@ def compare_quickstart(root: Path) -> list[str]:
     new = results.load_results(root)
     found = [f"cell {name} was not there" for name in sorted(set(new["cell"]) - set(kept["cell"]))]
     numbers = [name for name in kept.columns if name not in (*MEASURED, "params_sha256", "loss_sem")]
-    losses = LOSSES if machine() == TRAINED_ON else ELSEWHERE
+    losses = LOSSES if machine() in kept_bits() else ELSEWHERE
     for columns, relative in ((numbers, losses), (["cell", "loss_sem"], 0.01)):
         old, now = (json.loads(one[columns].to_json(orient="records", double_precision=15)) for one in (kept, new))
         by_name = {row["cell"]: row for row in old}
