@@ -64,8 +64,8 @@ debian: tests/debian.txt
 quickstart: setup
 	JAX_PLATFORMS=cpu $(PYTHON) -m launch run configs/grids/quickstart.py
 
-# A worker per CPU, a file of tests at a time each. Compilation is most of the time of what runs in JAX: without LLVM's
-# optimizations it is a third less. Not in the slow lane, which looks at what compilers for accelerators make.
+# A worker per CPU, a file of tests at a time each. Most of the time of what runs in JAX is compilation: without LLVM's
+# optimizations the kernels' tests take a third less. Not in the slow lane, which looks at what compilers for accelerators make.
 test: setup
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(PYTHON) $(PYTEST)
 

@@ -63,18 +63,17 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def test_an_error_of_a_save_is_looked_for_when_the_save_is_over(tmp_path, monkeypatch):
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        over = []
-        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lambda: over.append(True))
+    over = []
 
-        def check_for_errors():
-            if over:
-                raise OSError("no space left")
+    def check_for_errors():
+        if over:
+            raise OSError("no space left")
 
-        monkeypatch.setattr(checkpoints._manager, "check_for_errors", check_for_errors)
+    with Checkpoints(tmp_path, keep=1) as checkpoints, monkeypatch.context() as patched:
+        patched.setattr(checkpoints._manager, "wait_until_finished", lambda: over.append(True))
+        patched.setattr(checkpoints._manager, "check_for_errors", check_for_errors)
         with pytest.raises(OSError, match="no space left"):
             checkpoints.wait()
-        monkeypatch.undo()
 
 
 def test_a_checkpoint_whose_arrays_changed_is_set_aside(tmp_path, caplog):

@@ -93,16 +93,12 @@ def test_cells_under_other_rules_are_counted_and_two_are_named(tmp_path, count, 
     others = grid.cells(grid.load(first_version.QUICKSTART))[:count]
     first, *_ = names = [cell.name for cell in others]
     said = rules.Choice(None, [], rules.NEW, False, others, finished, [], []).said(Layout(tmp_path))
-    begun = f"{tmp_path} holds {count} {'cell' if count == 1 else 'cells'} of this grid under the rules of the first version"
-    assert (
-        said
-        == begun
-        + {
-            1: f" (finished): {first}",
-            2: f" (finished): {', '.join(names)}",
-            3: f" (1 finished, others begun): {', '.join(names[:2])} and 1 more",
-        }[count]
-    )
+    cells, ended = {
+        1: ("1 cell", f"(finished): {first}"),
+        2: ("2 cells", f"(finished): {', '.join(names)}"),
+        3: ("3 cells", f"(1 finished, others begun): {', '.join(names[:2])} and 1 more"),
+    }[count]
+    assert said == f"{tmp_path} holds {cells} of this grid under the rules of the first version {ended}"
 
 
 class TestNames:

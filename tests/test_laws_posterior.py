@@ -15,15 +15,15 @@ SMALL = [(1, 1), (4, 1), (8, 1), (8, 8), (16, 8), (32, 16)]
 GRIDS = 200
 
 
+def fitted(seed=0, noise=0.003, heads=None, **changes):
+    return laws.fit_by_heads(law_tables.synthetic(noise=noise, seed=seed, heads=heads, **changes))
+
+
 def test_normal_vectors_have_their_covariances():
     covariances = np.array([[[4.0, 3.0], [3.0, 9.0]], [[0.0, 0.0], [0.0, 4.0]], [[1.0, -1.0], [-1.0, 1.0]]])
     drawn = sampling._normal(np.broadcast_to(covariances, (100_000, 3, 2, 2)), np.random.default_rng(0))
     for found, expected in zip(np.moveaxis(drawn, 1, 0), covariances, strict=True):
         np.testing.assert_allclose(np.cov(found.T), expected, atol=0.1)
-
-
-def fitted(seed=0, noise=0.003, heads=None, **changes):
-    return laws.fit_by_heads(law_tables.synthetic(noise=noise, seed=seed, heads=heads, **changes))
 
 
 @pytest.mark.parametrize("method", ["posterior", "independent", "bootstrap"])

@@ -11,21 +11,6 @@ from gqa_jax.search import optimum, presets
 from gqa_jax.search.shape_rule import ShapeRule
 from tests.law_tables import synthetic
 
-
-def test_the_usual_ratio_is_one_that_a_run_has():
-    assert [usual(np.array(ratios)) for ratios in ([3.0], [2.0, 1.0], [3.0, 1.0, 2.0], [4.0, 1.0, 2.0, 3.0])] == [3, 1, 2, 2]
-
-
-def test_ratios_are_answered_up_to_half_and_twice_the_usual_one():
-    penalty = Penalty(64.0)
-    assert penalty.bounds == (32, 128)
-    for ratio in penalty.bounds:
-        assert ShapeRule.of(str(ratio), penalty, None).ratios_R.tolist() == [ratio]
-    for ratio in (31.9, 128.1):
-        with pytest.raises(ValueError, match="known from no run and no prior"):
-            ShapeRule.of(ratio, penalty, None)
-
-
 SIZES = [(6, 512), (12, 768), (16, 1024), (24, 1536)]
 
 
@@ -45,6 +30,20 @@ def with_other_ratios(k, c, *, noise=0.0, seed=0):
             generator = np.random.default_rng([seed, len(rows)])
             rows.append(row | {"d_model": d, "n_layers": d / ratio, "loss": loss + noise * generator.normal()})
     return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
+
+
+def test_the_usual_ratio_is_one_that_a_run_has():
+    assert [usual(np.array(ratios)) for ratios in ([3.0], [2.0, 1.0], [3.0, 1.0, 2.0], [4.0, 1.0, 2.0, 3.0])] == [3, 1, 2, 2]
+
+
+def test_ratios_are_answered_up_to_half_and_twice_the_usual_one():
+    penalty = Penalty(64.0)
+    assert penalty.bounds == (32, 128)
+    for ratio in penalty.bounds:
+        assert ShapeRule.of(str(ratio), penalty, None).ratios_R.tolist() == [ratio]
+    for ratio in (31.9, 128.1):
+        with pytest.raises(ValueError, match="known from no run and no prior"):
+            ShapeRule.of(ratio, penalty, None)
 
 
 def test_the_prior_is_what_its_sources_say():
