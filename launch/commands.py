@@ -30,8 +30,9 @@ from launch import fit as fitting
 from launch import grid_cells, state
 from launch import rules as ruling
 from launch import run as passes
+from launch import watch as watching
 from launch.cells import Cell, Layout
-from launch.executors.base import DEAD, Executor, Job, Submission
+from launch.executors.base import DEAD, Executor, Job, Submission, SubmitError
 from launch.fit import Fit
 from launch.grid_cells import Cells, open_cells
 from launch.run import Pass
@@ -111,7 +112,7 @@ def plan(
         return planning.explained([fitting.estimate(c, one) for c in cells.named([explain], chosen) for one in slices])
     if efficiency is not None and not 0 < efficiency <= 1:
         raise ConfigError(f"--efficiency {efficiency}: must be above 0 and at most 1")
-    states = cells.states(trained, lambda: passes.recall(cells.layout, None))
+    states = cells.look(trained, lambda: passes.recall(cells.layout, None)).states
     rate = flops_per_second or planning.measured_rate(trained, states)
     by_name = dict(zip((cell.name for cell in trained), states, strict=True))
     frame = planning.table(chosen, [by_name[cell.name] for cell in chosen], rate)
@@ -187,14 +188,14 @@ def run(
         return Run(cells, chosen, engine, [cell for cell, now in zip(chosen, states, strict=True) if now.runnable])
 
     if dry_run:  # asks no engine, so that it also works where there is none
-        found = begun(cells.states(chosen, lambda: engine))
+        found = begun(cells.look(chosen, lambda: engine).states)
         found.submissions = [engine.submission(cell) for cell in _fitted(found.todo, engine, topology, progress)]
         return found
     with contextlib.ExitStack() as stack:
         stack.enter_context(passes.only_launcher(layout, patience=0.0 if engine.here else passes.PATIENCE_SECONDS))
-        engine.check()
+        watching.when_it_answers(engine.check, engine, watch)
         passes.require_free(layout, engine)
-        found = begun(passes.look(chosen, layout, engine).states)
+        found = begun(watching.when_it_answers(lambda: passes.look(chosen, layout, engine).states, engine, watch))
         progress.begins(found)
         fitted = {cell.name: cell for cell in _fitted(found.todo, engine, topology, progress)}
         storage.check_writable(layout.root)
@@ -206,7 +207,7 @@ def run(
             stack.close()  # each pass holds the grid for itself: other launchers may work on it too
         stack.enter_context(engine)
         ready = [fitted.get(cell.name, cell) for cell in chosen]
-        found.last = passes.repeat(ready, layout, engine, watch, progress.passed)
+        found.last = watching.repeat(ready, layout, engine, watch, progress.passed)
     return found
 
 
@@ -284,7 +285,7 @@ def status(grid: Cells | str, *, where: str | None = None, on: str | None = None
     cells = grid_cells.begun(grid)
     chosen = grid_cells.select(cells.all, where)
     engine, table = passes.recall(cells.layout, on), price_list.load(prices)
-    now = passes.look(chosen, cells.layout, engine)
+    now = cells.look(chosen, lambda: engine)
     now.held = state.held_back(chosen, now.states)
     return Status(cells, engine, now, table)
 
@@ -328,11 +329,24 @@ class Cancelled(NamedTuple):
 
 
 def cancel(grid: Cells | str, cells: Sequence[str] = (), *, where: str | None = None, on: str | None = None) -> Cancelled:
-    """Ends the jobs of cells, by their names or `where` (default: all); what they saved stays."""
+    """Ends the jobs of cells, by their names or `where` (default: all); what they saved stays.
+
+    Raises SubmitError when the engine does not answer; the cells that are not over are marked then, so that launchers at work
+    don't start them again.
+    """
     found = grid_cells.begun(grid)
     engine = passes.recall(found.layout, on)
     chosen = found.named(cells) if cells else grid_cells.select(found.all, where)
-    jobs = engine.jobs()
+    try:
+        jobs = engine.jobs()
+    except SubmitError as error:
+        states = state.of_folders(chosen, found.layout, time.time())
+        open_ = [cell.name for cell, now in zip(chosen, states, strict=True) if now.state not in state.FINAL]
+        passes.mark_cancelled(open_, found.layout)
+        raise SubmitError(
+            f"{error}. {counted(len(open_), 'cell')} are marked, and launchers that are at work don't start them again; jobs "
+            "that run are not ended: give the same command again when it answers"
+        ) from error
     active = [jobs[cell.name] for cell in chosen if _is_active(jobs.get(cell.name))]
     passes.cancel([job.cell for job in active], found.layout, engine)
     return Cancelled(active, engine.engine)

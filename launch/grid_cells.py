@@ -16,10 +16,10 @@ from launch import rules as ruling
 from launch import run as passes
 from launch import state
 from launch.cells import Cell, Layout
-from launch.executors.base import Executor, SubmitError
+from launch.executors.base import Executor, Look, SubmitError
 from launch.grid import Grid
 from launch.rules import Choice
-from launch.state import CellState
+from launch.run import Pass
 
 TABLES = (".csv", ".parquet")
 log = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ class Cells:
             found += matches
         return found
 
-    def states(self, cells: Sequence[Cell], engine: Callable[[], Executor]) -> list[CellState]:
-        """The states of cells; by their folders alone, which is logged, where the engine can't be asked."""
+    def look(self, cells: Sequence[Cell], engine: Callable[[], Executor]) -> Pass:
+        """One look at cells; at their folders alone, which is logged, where the engine can't be asked."""
         try:
-            return passes.look(cells, self.layout, engine()).states
+            return passes.look(cells, self.layout, engine())
         except (SubmitError, ConfigError) as error:
-            log.warning(f"what runs is not known: {error}")
-            return state.of_all(cells, self.layout, time.time(), {})
+            log.warning(f"the engine can't be asked, so that states are by what cells have written alone: {error}")
+            return Pass(cells, state.of_folders(cells, self.layout, time.time()), Look({}, None))
 
     def write_plan(self) -> None:
         """config.json of every cell and grid.json, before anything starts."""

@@ -1,7 +1,7 @@
 """One pass over a grid: what the engine has, what each cell's state is, what is submitted.
 
-Nothing is remembered between passes but in the run folders and the engine, so a launcher may die at any moment, and several
-may work on one grid.
+Nothing is remembered between passes but in the run folders and the engine (`watch` has what only spares work), so a launcher
+may die at any moment, and several may work on one grid.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from gqa_jax import storage
 from gqa_jax.errors import ConfigError
 from launch import state
 from launch.cells import Cell, Layout
 from launch.executors import base
-from launch.executors.base import DEAD, Executor, Job, SubmitError
+from launch.executors.base import DEAD, Executor, Job, Look, SubmitError, Submitted
 from launch.state import CellState
 
 HUNG_SECONDS = 3600.0  # without a sign of life after which a job is ended
 PATIENCE_SECONDS = 300.0  # for another launcher of this machine to end its pass
-REFUSALS = 3  # in a row after which a pass submits no more: the quota is used up, or the engine is down
 
 
 @dataclasses.dataclass
@@ -36,8 +35,9 @@ class Pass:
     jobs: Mapping[str, Job]
     submitted: list[Job] = dataclasses.field(default_factory=list)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # cell -> the engine's words
+    refused_always: set[str] = dataclasses.field(default_factory=set)  # those of them that the engine would refuse again
     held: dict[str, str] = dataclasses.field(default_factory=dict)  # cell -> why it is not started
-    notes: list[str] = dataclasses.field(default_factory=list)  # what `reconcile` did
+    notes: list[str] = dataclasses.field(default_factory=list)  # what `reconcile` did, and what did not answer
 
     @property
     def active(self) -> int:
@@ -52,33 +52,45 @@ class Pass:
         return [c.name for c, now in pairs if now.runnable and c.name not in self.held and c.name not in started]
 
 
-def look(cells: Sequence[Cell], layout: Layout, engine: Executor) -> Pass:
-    """The states of these cells, from one look at the engine and one at the folder. Raises SubmitError of the engine."""
+def look(cells: Sequence[Cell], layout: Layout, engine: Executor, done: Mapping[str, CellState] | None = None) -> Pass:
+    """The states of these cells, from one look at the engine and one at the folder. Raises SubmitError of the engine.
+
+    done: cells that are known to be done, whose folders are not read again.
+    """
     jobs = engine.jobs()
-    return Pass(cells, state.of_all(cells, layout, time.time(), jobs), jobs)
+    return Pass(cells, state.of_all(cells, layout, time.time(), jobs, done or {}), jobs)
 
 
 def advance(
-    cells: Sequence[Cell], layout: Layout, engine: Executor, once: Collection[str] = (), since: float = math.inf
+    cells: Sequence[Cell],
+    layout: Layout,
+    engine: Executor,
+    once: Collection[str] = (),
+    since: float = math.inf,
+    done: Mapping[str, CellState] | None = None,
+    held: Mapping[str, str] | None = None,
+    resting: Collection[str] = (),
 ) -> Pass:
     """Cleans up what ended, and submits of `cells` what can start now.
 
-    Not of those named in `once` what was killed or lost, and nothing that somebody has cancelled after `since`.
-
-    Raises ConfigError when the engine would refuse a cell always, SubmitError when it does not answer.
+    Not of those named in `once` what was killed or lost, nothing that somebody has cancelled after `since`, nothing that is
+    `held`, for the reason given there, or `resting`: for another pass. done: as in `look`. Raises SubmitError when the engine
+    does not answer.
     """
-    now = look(cells, layout, engine)
-    notes = engine.reconcile(now.jobs) if now.jobs else []
+    now = look(cells, layout, engine, done)
+    notes = engine.reconcile(now.jobs) if now.jobs.listed else []
     hung = [c.name for c, s in zip(cells, now.states, strict=True) if s.state == "stalled" and (s.silence or 0) > HUNG_SECONDS]
     if hung:
         engine.cancel(hung)
         notes += [f"{name} has been silent for {HUNG_SECONDS / 60:.0f} minutes: cancelled, to start again" for name in hung]
     if notes:
-        now = look(cells, layout, engine)
+        now = look(cells, layout, engine, done)
         now.notes = notes
-    now.held = state.held_back(cells, now.states)
+    at = time.time()
     states = dict(zip((cell.name for cell in cells), now.states, strict=True))
-    at, refusals = time.time(), 0
+    now.held = state.held_back(cells, now.states)
+    now.held |= {name: why for name, why in (held or {}).items() if states[name].runnable}
+    chosen = []
     for cell in cells:
         mine = states[cell.name]
         if mine.runnable and mine.cancelled is not None and mine.cancelled > since:
@@ -88,62 +100,31 @@ def advance(
             continue
         if mine.waits or (cell.parent in states and states[cell.parent].state != "done"):
             continue
-        if now.active >= engine.capacity or refusals == REFUSALS:
-            break
-        try:
-            now.submitted.append(submit(cell, layout, engine))
-            refusals = 0
-        except SubmitError as error:
-            now.refused[cell.name] = str(error)
-            refusals += 1
+        if cell.name not in resting:
+            chosen.append(cell)
+    for cell, result, _ in submit(chosen[: max(engine.capacity - now.active, 0)], now.jobs, layout, engine):
+        if isinstance(result, Job):
+            now.submitted.append(result)
+        else:
+            now.refused[cell.name] = str(result)
+            now.refused_always |= {cell.name} if isinstance(result, ConfigError) else set()
     return now
 
 
-def submit(cell: Cell, layout: Layout, engine: Executor) -> Job:
-    """Writes what the run folder keeps of a submission, and submits. Raises as Executor.submit."""
-    folder = layout.cell(cell.name)
-    for name, text in engine.submission(cell).files.items():
-        storage.write_bytes(folder / name, text.encode())
-    storage.remove(folder / "host-failure.json")  # of a submission before this one
-    job = engine.submit(cell)
-    if not engine.here:
-        at, records = time.time(), folder / "submissions"
-        records.mkdir(parents=True, exist_ok=True)
-        facts = {"time": at, "engine": engine.engine, "id": job.id, "where": job.where}
-        storage.write_json(records / f"{int(1000 * at)}-{os.getpid()}.json", facts)
-    return job
-
-
-def repeat(
-    cells: Sequence[Cell],
-    layout: Layout,
-    engine: Executor,
-    watch: bool,
-    on_pass: Callable[[Pass], None],
-    seconds: float | None = None,
-) -> Pass:
-    """Passes until no cell is active or can be started; one alone on an engine that goes on by itself, unless `watch`.
-
-    Without `watch` a cell that was killed or lost meanwhile is not started again. `on_pass` is called after each pass, also one
-    in which the engine did not answer, which has a note. `seconds` lie between them (default: the engine's).
-    """
-    began = time.time()
-    started: set[str] = set()
-    last: Pass | None = None
-    while True:
-        try:
-            # Of the launchers on this machine one looks and submits at a time; one whose children the cells are holds the grid.
-            with contextlib.nullcontext() if engine.here else only_launcher(layout, PATIENCE_SECONDS):
-                last = advance(cells, layout, engine, () if watch else started, began)
-        except SubmitError as error:
-            if last is None:
-                raise ConfigError(str(error)) from error
-            last = dataclasses.replace(last, submitted=[], notes=[f"{engine.engine} does not answer: {error}"])
-        started |= {job.cell for job in last.submitted}
-        on_pass(last)
-        if not (engine.here or watch) or (last.active == 0 and not (watch and last.pending)):
-            return last
-        engine.wait(engine.pass_seconds if seconds is None else seconds)
+def submit(cells: Sequence[Cell], jobs: Look, layout: Layout, engine: Executor) -> Iterator[Submitted]:
+    """Submits cells, with what their run folders keep of it; `jobs`: the last look. Raises as Executor.submit_all."""
+    for cell in cells:
+        folder = layout.cell(cell.name)
+        for name, text in engine.submission(cell).files.items():
+            storage.write_bytes(folder / name, text.encode())
+        storage.remove(folder / "host-failure.json")  # of a submission before this one
+    for done in engine.submit_all(cells, jobs) if cells else ():
+        if isinstance(done.result, Job) and not engine.here:
+            records = layout.cell(done.cell.name) / "submissions"
+            records.mkdir(parents=True, exist_ok=True)
+            facts = {"time": done.time, "engine": engine.engine, "id": done.result.id, "where": done.result.where}
+            storage.write_json(records / f"{int(1000 * done.time)}-{os.getpid()}.json", facts)
+        yield done
 
 
 @contextlib.contextmanager
@@ -170,9 +151,15 @@ def only_launcher(layout: Layout, patience: float = 0.0) -> Iterator[None]:
 
 def cancel(cells: Sequence[str], layout: Layout, engine: Executor) -> None:
     """Ends the jobs of these cells; launchers that are at work don't start them again. Raises SubmitError."""
-    for name in cells:
-        storage.write_json(layout.cell(name) / state.CANCELLED, {"time": time.time()})
+    mark_cancelled(cells, layout)
     engine.cancel(cells)
+
+
+def mark_cancelled(cells: Sequence[str], layout: Layout) -> None:
+    """Lets launchers that are at work not start these cells again."""
+    for name in cells:
+        layout.cell(name).mkdir(parents=True, exist_ok=True)
+        storage.write_json(layout.cell(name) / state.CANCELLED, {"time": time.time()})
 
 
 def remember(layout: Layout, engine: Executor) -> None:

@@ -74,10 +74,26 @@ class CellState:
         return self.state == "failed" and self.failure in RETRIED_CLASSES
 
 
-def of_all(cells: Sequence[Cell], layout: Layout, now: float, jobs: Mapping[str, Job]) -> list[CellState]:
-    """States of these cells; on gs:// many folders are read at once."""
+def of_all(
+    cells: Sequence[Cell], layout: Layout, now: float, jobs: Mapping[str, Job], known: Mapping[str, CellState] | None = None
+) -> list[CellState]:
+    """States of these cells; on gs:// many folders are read at once, and of those that are `known` none."""
+    known = known or {}
+    asked = [cell for cell in cells if cell.name not in known]
     remote = storage.is_remote(layout.root)
-    return storage.each(lambda cell: of(cell, layout.cell(cell.name), now, jobs.get(cell.name)), cells, remote=remote)
+    found = storage.each(lambda cell: of(cell, layout.cell(cell.name), now, jobs.get(cell.name)), asked, remote=remote)
+    states = dict(zip((cell.name for cell in asked), found, strict=True)) | dict(known)
+    return [states[cell.name] for cell in cells]
+
+
+def of_folders(cells: Sequence[Cell], layout: Layout, now: float) -> list[CellState]:
+    """States of these cells where the engine can't be asked: a cell that has lately given a sign of life is said to run."""
+
+    def judged(one: CellState) -> CellState:
+        lives = one.state == "lost" and one.heartbeat_age is not None and one.heartbeat_age < STALLED_SECONDS
+        return dataclasses.replace(one, state="running", cause=None) if lives else one
+
+    return [judged(one) for one in of_all(cells, layout, now, {})]
 
 
 def of(cell: Cell | type[Cell], folder: epath.PathLike, now: float, job: Job | None = None) -> CellState:

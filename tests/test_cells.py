@@ -12,7 +12,7 @@ import gqa_jax
 from gqa_jax import storage
 from gqa_jax.config import ConfigError, hash_identity
 from launch import __main__ as launch
-from launch import commands, grid, grid_cells, run, screen, state
+from launch import commands, grid, grid_cells, screen, state, watch
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import local
 from launch.training_cells import TrainingCell
@@ -106,7 +106,7 @@ def trained(monkeypatch):
 
 def run_all(cells, layout):
     with local.Executor(local.Options(slots=2), layout) as engine:
-        return run.repeat(cells, layout, engine, False, lambda now: None, 0.05)
+        return watch.repeat(cells, layout, engine, False, lambda now: None, 0.05)
 
 
 @pytest.mark.parametrize("kind", [TrainingCell, CountingCell])

@@ -185,13 +185,14 @@ TABLE = (
     Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
     Row("launch.executors.job_names", "launch.cells"),
-    Row("launch.executors.queue", ".storage launch.cells launch.executors.base"),
+    Row("launch.executors.queue", ".errors .storage launch.cells launch.executors.base"),
     Row("launch.executors.bundle", ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base"),
     Row("launch.executors.local", ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base"),
+    Row("launch.executors.slurm_words"),
     Row(
         "launch.executors.slurm",
         ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
-        "launch.executors.job_names launch.executors.queue",
+        "launch.executors.job_names launch.executors.queue launch.executors.slurm_words",
     ),
     Row(
         "launch.executors.tpu",
@@ -204,6 +205,7 @@ TABLE = (
     ),
     Row("launch.state", ".storage .training.run_folder launch.cells launch.executors.base"),
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
+    Row("launch.watch", ".errors .formatting launch.cells launch.executors.base launch.state launch.run"),
     Row(
         "launch.grid_cells",
         ".errors .storage launch.cells launch.grid launch.rules launch.executors.base launch.state launch.run",
@@ -255,7 +257,7 @@ TABLE = (
     Row(
         "launch.commands",
         ".errors .formatting .hardware .hardware.prices .storage launch.cells launch.training_cells launch.rules "
-        "launch.executors.base launch.state launch.run launch.grid_cells launch.fit",
+        "launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit",
         lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
         "launch.report launch.findings",
@@ -310,7 +312,7 @@ CORES = {
         "laws.shape results search.answer search.buildable search.candidates search.caveats search.objectives "
         "search.optimum search.ranking search.shape_rule",
     ),
-    "launches": (900, "launch.cells launch.executors.base launch.grid launch.run launch.state"),
+    "launches": (1_100, "launch.cells launch.executors.base launch.grid launch.run launch.state launch.watch"),
 }
 
 
@@ -439,7 +441,7 @@ def test_a_search_loads_the_core_that_answers_and_no_leaf():
 
 
 def test_a_pass_over_cells_loads_no_kind_of_them_and_no_engine():
-    loaded = {name for name in loaded_by("launch.run") if name.startswith("launch.")}
+    loaded = {name for name in loaded_by("launch.watch") if name.startswith("launch.")}
     assert loaded == core("launches") - {"launch.grid"}
 
 

@@ -14,6 +14,7 @@ from gqa_jax.config import ConfigError
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
 from launch import commands, grid, run, state
+from launch import watch as watching
 from launch.cells import Layout
 from launch.executors import local
 from launch.executors.base import SubmitError
@@ -134,7 +135,7 @@ def train(cells, layout, behaviour, slots=2, watch=False):
         behave(layout, cell, *behaviour.get(cell.name, ("finish",)))
     passes = []
     with local.Executor(local.Options(slots=slots), layout) as one:
-        run.repeat(cells, layout, one, watch, passes.append, 0.05)
+        watching.repeat(cells, layout, one, watch, passes.append, 0.05)
     return passes
 
 
@@ -176,7 +177,7 @@ def test_a_preempted_cell_is_started_again_in_the_same_run(tmp_path, fake_traini
                 told.append(engine.preempt(cell.name))
 
         told = []
-        run.repeat([cell], layout, one, False, preempt, 0.05)
+        watching.repeat([cell], layout, one, False, preempt, 0.05)
     assert state.of(cell, layout.cell(cell.name), time.time()).state == "done"
     assert starts(layout, cell) == 3
 
@@ -190,11 +191,11 @@ def test_what_is_cancelled_stays_so_until_the_next_run(tmp_path, fake_training):
             if (layout.cell(cell.name) / "heartbeat.json").exists() and now.active:
                 run.cancel([cell.name], layout, one)
 
-        last = run.repeat([cell], layout, one, True, cancel, 0.05)
+        last = watching.repeat([cell], layout, one, True, cancel, 0.05)
     assert "cancelled meanwhile" in last.held[cell.name]
     assert (last.states[0].state, starts(layout, cell)) == ("preempted", 1)
     with local.Executor(local.Options(slots=1), layout) as one:
-        run.repeat([cell], layout, one, True, lambda now: None, 0.05)
+        watching.repeat([cell], layout, one, True, lambda now: None, 0.05)
     assert state.of(cell, layout.cell(cell.name), time.time()).state == "done"
 
 
@@ -258,7 +259,7 @@ def test_two_launchers_on_one_grid(tmp_path):
 LAUNCHER = """
 import signal, sys
 from pathlib import Path
-from launch import grid, run
+from launch import grid, watch
 from launch.cells import Layout
 from launch.training_cells import TrainingCell
 from launch.executors import local
@@ -268,7 +269,7 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)
 layout = Layout(Path(sys.argv[1]))
 cells = executor_contract.prepared(layout, 6, ("hang",))
 with local.Executor(local.Options(slots=2), layout) as one:
-    run.repeat(cells, layout, one, False, lambda now: None, 0.05)
+    watch.repeat(cells, layout, one, False, lambda now: None, 0.05)
 """
 
 

@@ -120,7 +120,7 @@ def test_what_lives_or_waits_in_vain_is_cancelled(engine):
 
 def test_second_jobs_are_removed(engine):
     one = engine(WAITS, RUNS, ENDS, OVER)
-    assert one.reconcile({}) == [f"{A.name} had 2 jobs: cancelled all but 7"]
+    assert one.reconcile(one.jobs()) == [f"{A.name} had 2 jobs: cancelled all but 7"]
     assert one.ended == [8]
 
 
@@ -135,13 +135,13 @@ def test_a_job_that_is_silent_for_an_hour_is_ended_to_start_again(engine, minute
 @pytest.mark.parametrize(("is_final", "kind"), [(True, "error"), (False, "infrastructure")])
 def test_why_a_job_came_to_nothing_is_left_in_the_folder(engine, is_final, kind):
     one = engine(dataclasses.replace(NEVER, is_final=is_final, ended=12.0))
-    assert one.reconcile({}) == [f"{A.name}: job 5: no such partition; cancelled"]
+    assert one.reconcile(one.jobs()) == [f"{A.name}: job 5: no such partition; cancelled"]
     assert one.ended == [5]
     file = one.layout.cell(A.name) / "host-failure.json"
     assert json.loads(file.read_text()) == {"class": kind, "reason": "job 5: no such partition", "time": 12.0, "job": "5"}
     file.unlink()
     (file.parent / "result.json").touch()
-    one.reconcile({})
+    one.reconcile(one.jobs())
     assert not file.exists()
 
 
@@ -150,5 +150,6 @@ def test_why_an_earlier_job_came_to_nothing_is_gone_when_the_cell_is_submitted_a
     one.arrives, one.says = [WAITS], 8
     file = one.layout.cell(A.name) / "host-failure.json"
     storage.write_json(file, {"class": "infrastructure", "reason": "no such partition", "time": 12.0, "job": "5"})
-    assert run.submit(A, one.layout, one).id == "8"
+    (done,) = run.submit([A], one.jobs(), one.layout, one)
+    assert done.result.id == "8"
     assert not file.exists()

@@ -138,6 +138,12 @@ def started(engine, *behaviour):
     return cell
 
 
+def submitted(engine, cell):
+    """A submission with its record in the cell's folder."""
+    (done,) = run.submit([cell], engine.executor.jobs(), engine.layout, engine.executor)
+    return done.result
+
+
 def now(engine, cell):
     return state.of(cell, engine.layout.cell(cell.name), time.time(), engine.executor.jobs().get(cell.name))
 
@@ -461,7 +467,7 @@ class TestSubmit:
         cell = engine.cells[0]
         wheres = []
         for _ in range(3):
-            job = run.submit(cell, engine.layout, engine.executor)
+            job = submitted(engine, cell)
             wheres.append(job.where)
             cloud.fail(job.id, "There is no more capacity in the zone")
             failed = engine.executor.jobs()[cell.name]
@@ -479,12 +485,12 @@ class TestSubmit:
         cell = engine.cells[0]
         engine.executor.prepare()
         cloud.errors += [("CreateQueuedResource", BOTH[0], *QUOTA)]
-        job = run.submit(cell, engine.layout, engine.executor)
+        job = submitted(engine, cell)
         wait(lambda: (engine.layout.cell(cell.name) / "heartbeat.json").exists())
         cloud.suspend(job.id)
         engine.executor.reconcile(engine.executor.jobs())
         wait(lambda: states(cloud) == [])
-        assert run.submit(cell, engine.layout, engine.executor).where == BOTH[1] == job.where
+        assert submitted(engine, cell).where == BOTH[1] == job.where
 
 
 class TestJobs:
@@ -558,7 +564,7 @@ class TestReconcile:
             make(zones=[zone]).executor.submit(cell)
         job = engine.executor.jobs()[cell.name]
         assert job.where == BOTH[0]
-        (note,) = engine.executor.reconcile({cell.name: job})
+        (note,) = engine.executor.reconcile(engine.executor.jobs())
         assert "us-test1-b" in note
         wait(lambda: states(cloud) == [(BOTH[0], "WAITING_FOR_RESOURCES")])
 

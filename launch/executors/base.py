@@ -12,9 +12,9 @@ import importlib
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
@@ -27,6 +27,7 @@ ENGINES = ("local", "slurm", "tpu", "sky")  # modules of this package, each with
 CLUSTERS = REPOSITORY / "configs" / "clusters"
 
 QUEUED, RUNNING, DEAD = "queued", "running", "dead"
+REFUSALS = 3  # in a row after which no more cells are submitted: the quota is used up, or the engine is down
 
 # Forms of options.
 LINE = (r"\S(.*\S)?", "a text of one line; leave it out for the default")
@@ -45,6 +46,14 @@ class Job:
     where: str = ""  # nodes, or a zone
 
 
+class Look(dict[str, Job]):
+    """What one look at an engine found: the job of each cell; and in the engine's own form all that is behind them."""
+
+    def __init__(self, jobs: Mapping[str, Job], listed: Any):
+        super().__init__(jobs)
+        self.listed = listed
+
+
 @dataclasses.dataclass(frozen=True)
 class Submission:
     """Exactly what an engine is given for a cell; what `run --dry_run` shows."""
@@ -56,6 +65,14 @@ class Submission:
 
 class SubmitError(Exception):
     """The engine refused a cell for a reason that may pass (quota, an outage): the others are still submitted."""
+
+
+class Submitted(NamedTuple):
+    """What came of a submission."""
+
+    cell: Cell
+    result: Job | SubmitError | ConfigError  # a refusal is SubmitError where it may pass
+    time: float  # when the engine was asked, seconds since the epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +179,25 @@ class Executor(abc.ABC):
         Raises SubmitError when the engine refuses it now, ConfigError when it would refuse it always.
         """
 
+    def submit_all(self, cells: Sequence[Cell], jobs: Look) -> Iterator[Submitted]:
+        """Submits cells in turn, as `submit`; `jobs`: what the engine had when it was last asked.
+
+        After three refusals in a row the rest is left. Raises SubmitError when the engine does not say what came of them.
+        """
+        refusals = 0
+        for cell in cells:
+            at = time.time()
+            try:
+                result = self.submit(cell)
+            except (SubmitError, ConfigError) as error:
+                result = error
+            refusals = refusals + 1 if isinstance(result, Exception) else 0
+            yield Submitted(cell, result, at)
+            if refusals == REFUSALS:
+                return
+
     @abc.abstractmethod
-    def jobs(self) -> dict[str, Job]:
+    def jobs(self) -> Look:
         """The jobs of this grid by cell, DEAD ones too, in one call to the engine (one per zone).
 
         Raises SubmitError when the engine does not answer.
@@ -173,8 +207,11 @@ class Executor(abc.ABC):
     def cancel(self, cells: Sequence[str]) -> None:
         """Ends the jobs of these cells, where there are any; what was saved stays. They are not started again by the engine."""
 
-    def reconcile(self, jobs: Mapping[str, Job]) -> list[str]:
-        """Removes what only holds names or quota: DEAD jobs, second jobs of a cell. Returns a sentence for each thing done."""
+    def reconcile(self, jobs: Look) -> list[str]:
+        """Removes what only holds names or quota: DEAD jobs, second jobs of a cell; `jobs`: what `jobs` has just returned.
+
+        Returns a sentence for each thing done.
+        """
         return []
 
     def wait(self, seconds: float) -> None:

@@ -31,7 +31,7 @@ from gqa_jax.hardware import Slice
 from gqa_jax.training import run_folder
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import base
-from launch.executors.base import RUNNING, Job, Submission, SubmitError
+from launch.executors.base import RUNNING, Job, Look, Submission, SubmitError
 
 GRACE_SECONDS = 20.0  # for a cell to save: it is told by SIGTERM
 RANK_SECONDS = 5.0  # that the other processes of a cell have to end after one has failed
@@ -142,11 +142,12 @@ class Executor(base.Executor):
                 claim.write(json.dumps(facts))
         return self._job(cell.name) or Job(cell.name, job, RUNNING)
 
-    def jobs(self) -> dict[str, Job]:
+    def jobs(self) -> Look:
         self._reap()
         remote = storage.is_remote(self.layout.root)
         found = map(self._job, storage.names(self.layout.on_this_machine / "claims") if remote else self.layout.names())
-        return {job.cell: job for job in found if job is not None}
+        alive = [job for job in found if job is not None]
+        return Look({job.cell: job for job in alive}, alive)
 
     def cancel(self, cells: Sequence[str]) -> None:
         left = [name for name in cells if self._job(name) is not None]

@@ -9,12 +9,13 @@ import dataclasses
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from gqa_jax import storage
+from gqa_jax.errors import ConfigError
 from launch.cells import Cell
 from launch.executors import base
-from launch.executors.base import DEAD, QUEUED, RUNNING, Job, SubmitError
+from launch.executors.base import DEAD, QUEUED, REFUSALS, RUNNING, Job, Look, SubmitError, Submitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +58,67 @@ class Executor(base.Executor):
         return [record for mine in records.values() for record in mine if record.state == DEAD]
 
     def submit(self, cell: Cell) -> Job:
-        before = self.records().get(cell.name, [])
-        if alive := _alive(before):
-            return alive[0].job
-        for record in before:
-            if record.ending:
-                raise SubmitError(f"job {record.id} of {cell.name} is still {record.detail}")
-            if record.state == DEAD:
-                raise SubmitError(f"job {record.id} of {cell.name} must be cancelled first: {record.detail}")
-        mine, known = self.launch(cell), {record.id for record in before}
-        new = [record for record in self.records().get(cell.name, []) if record.id not in known]
+        (done,) = self.submit_all([cell], self.jobs())
+        if isinstance(done.result, Exception):
+            raise done.result
+        return done.result
+
+    def submit_all(self, cells: Sequence[Cell], jobs: Look) -> Iterator[Submitted]:
+        """As Executor.submit_all. One look after the last cell says what became of all, so results come only then."""
+        records, refusals = jobs.listed, 0
+        asked: list[Submitted] = []
+        ids: dict[str, int | None] = {}  # of those that the engine took, by cell
+        for cell in cells:
+            at, before = time.time(), records.get(cell.name, [])
+            result: Job | SubmitError | ConfigError | None
+            if alive := _alive(before):
+                result = alive[0].job
+            elif (result := _in_the_way(cell, before)) is None:
+                try:
+                    ids[cell.name] = self.launch(cell)
+                except (SubmitError, ConfigError) as error:
+                    result = error
+            asked.append(Submitted(cell, result, at))
+            refusals = refusals + 1 if isinstance(result, Exception) else 0
+            if refusals == REFUSALS:
+                break
+        after = self.records() if ids else {}
+        more = []
+        for cell, result, at in asked:
+            if cell.name in ids:
+                known = {record.id for record in records.get(cell.name, ())}
+                new = [record for record in after.get(cell.name, ()) if record.id not in known]
+                more += _alive(new)[1:]  # another launcher came between
+                result = self._came_of(cell, ids[cell.name], new)
+            yield Submitted(cell, result, at)
+        if more:
+            self.end(more)
+
+    def _came_of(self, cell: Cell, number: int | None, new: Sequence[Record]) -> Job | SubmitError:
+        """A submission to which the engine gave this number, of a cell of which it has these jobs since."""
         if alive := _alive(new):
-            self.end(alive[1:])  # another launcher came between
             return alive[0].job
         if new:  # it is over already, as the next look will show
             return Job(cell.name, str(new[-1].id), QUEUED, f"ended: {new[-1].detail}")
-        if mine is None:
-            raise SubmitError(f"{self.engine} took {cell.name} and does not list it: see its queue")
-        return Job(cell.name, str(mine), QUEUED)  # over already, and forgotten
+        if number is None:
+            return SubmitError(f"{self.engine} took {cell.name} and does not list it: see its queue")
+        return Job(cell.name, str(number), QUEUED)  # over already, and forgotten
 
-    def jobs(self) -> dict[str, Job]:
+    def jobs(self) -> Look:
         records = self.records()
         found = {record.cell: dataclasses.replace(record.job, state=DEAD) for record in self.dead(records)}
         for cell, mine in records.items():
             if shown := [*_alive(mine), *(record for record in mine if record.ending)]:
                 found[cell] = shown[0].job
-        return found
+        return Look(found, records)
 
     def cancel(self, cells: Sequence[str]) -> None:
         records = self.records() if cells else {}
         self.end([record for cell in cells for record in records.get(cell, ()) if record.state and not record.ending])
 
-    def reconcile(self, jobs: Mapping[str, Job]) -> list[str]:
+    def reconcile(self, jobs: Look) -> list[str]:
         """As Executor.reconcile. Why a job came to nothing is left in the cell's folder."""
-        records = self.records()
+        records = jobs.listed
         notes, removed = [], []
         for cell, mine in records.items():
             if more := _alive(mine)[1:]:
@@ -110,6 +138,16 @@ class Executor(base.Executor):
             kind = "error" if record.is_final else "infrastructure"  # the latter is tried again
             facts = {"class": kind, "reason": record.failure, "time": record.ended or time.time(), "job": str(record.id)}
             storage.write_json(folder / "host-failure.json", facts)
+
+
+def _in_the_way(cell: Cell, records: Iterable[Record]) -> SubmitError | None:
+    """Why a cell without a job that lives can't be submitted now."""
+    for record in records:
+        if record.ending:
+            return SubmitError(f"job {record.id} of {cell.name} is still {record.detail}")
+        if record.state == DEAD:
+            return SubmitError(f"job {record.id} of {cell.name} must be cancelled first: {record.detail}")
+    return None
 
 
 def _alive(records: Iterable[Record]) -> list[Record]:

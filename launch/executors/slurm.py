@@ -26,6 +26,7 @@ from launch.cells import REPOSITORY, Cell
 from launch.executors import base, job_names, queue
 from launch.executors.base import DEAD, QUEUED, RUNNING, Submission, SubmitError
 from launch.executors.queue import Record
+from launch.executors.slurm_words import HELD_AFTER, NEVER, NOT_LAUNCHED, REASONS, may_pass
 
 CALL_SECONDS = 120.0  # that a command of Slurm may take
 RANK_SECONDS = 60  # that the other processes of a cell have to end after one has ended
@@ -53,31 +54,6 @@ STATES = (
     (None, ENDED),
 )
 
-# Reasons for which a job waits, in words; others are shown as Slurm calls them.
-REASONS = {
-    "BeginTime": "waits for its begin time, two minutes after a requeue",
-    "Dependency": "waits for the end of another job of this cell",
-    "Priority": "waits behind jobs of higher priority",
-    "Resources": "waits for nodes",
-    "JobHeldAdmin": "held by an administrator",
-    "JobHeldUser": "held: scontrol release {id}",
-    "ReqNodeNotAvail": "waits for nodes that are down or reserved",
-}
-# Reasons for which a job never starts: something must be changed first.
-NEVER = (
-    "AccountNotAllowed", "AssocMaxCpuPerJobLimit", "AssocMaxNodePerJobLimit", "AssocMaxWallDurationPerJobLimit",
-    "BadConstraints", "DependencyNeverSatisfied", "InvalidAccount", "InvalidQOS", "PartitionConfig", "PartitionTimeLimit",
-    "QOSMaxCpuPerJobLimit", "QOSMaxNodePerJobLimit", "QOSMaxWallDurationPerJobLimit", "QOSNotAllowed", "QOSTimeLimit",
-)  # fmt: skip
-NOT_LAUNCHED = "launch failed"  # in the words for a job that Slurm holds because it could not start it, on some node
-HELD_AFTER = "JobHoldMaxRequeue"  # it failed to start too often
-
-# What sbatch says where a later attempt may do better.
-PASSING = (
-    "unable to contact", "timed out", "connection refused", "connection reset", "connection failure", "transport endpoint",
-    "zero bytes were", "standby", "temporarily unavailable", "temporarily unable", "rate limit", "munge", "credential",
-    "submitjob", "maxsubmit", "grpsubmit", "partition not available", "node not available", "unexpected message", "i/o error",
-)  # fmt: skip
 # Options of sbatch that no cluster file sets, beside those of `Options.directives`.
 OURS = (
     "job-name", "output", "open-mode", "chdir", "requeue", "dependency", "gpus", "array", "parsable", "wrap", "test-only",
@@ -199,12 +175,12 @@ class Executor(queue.Executor):
             if (os.path.isabs(path) or name == "code") and not os.path.exists(path):
                 raise ConfigError(f"{name} = {getattr(self.options, name)!r}: {path} is not there")
         try:
-            self.records()
-        except SubmitError as error:
-            raise ConfigError(f"{error}: Slurm must answer, be 21.08 or newer, and have JSON") from error
+            self._parsed(self._squeue())
+        except ValueError as error:
+            raise ConfigError(f"{error}: Slurm must be 21.08 or newer, and have JSON") from error
         script = "\n".join(["#!/bin/bash", *self._directives("check", os.devnull), "true", ""])
         done = _call("sbatch", "--test-only", text=script)
-        if done.returncode and not _may_pass(done.stderr):
+        if done.returncode and not may_pass(done.stderr):
             raise ConfigError(f"sbatch refuses these options: {_words(done.stderr)}")
 
     def submission(self, cell: Cell) -> Submission:
@@ -218,7 +194,7 @@ class Executor(queue.Executor):
         storage.write_bytes(folder / "job.sbatch", self._script(cell).encode())
         done = _call("sbatch", "--parsable", os.path.abspath(folder / "job.sbatch"))
         if done.returncode:
-            if _may_pass(done.stderr):
+            if may_pass(done.stderr):
                 raise SubmitError(f"sbatch failed: {_words(done.stderr)}")
             raise ConfigError(f"sbatch refuses {cell.name}: {_words(done.stderr)}")
         return int(done.stdout.strip().partition(";")[0])  # ID, or ID;CLUSTER
@@ -232,11 +208,21 @@ class Executor(queue.Executor):
 
     def records(self) -> dict[str, list[Record]]:
         """This user's jobs of this grid."""
+        try:
+            return self._parsed(self._squeue())
+        except ValueError as error:
+            raise SubmitError(str(error)) from error
+
+    def _squeue(self) -> str:
+        """What squeue prints. Raises SubmitError."""
         # Some versions ignore all filters of `squeue --json`.
         done = _call("squeue", "--json", f"--user={os.getuid()}")
         if done.returncode:
             raise SubmitError(f"squeue failed: {_words(done.stderr)}")
-        return parse(done.stdout, job_names.prefix(self.layout), os.getuid())
+        return done.stdout
+
+    def _parsed(self, text: str) -> dict[str, list[Record]]:
+        return parse(text, job_names.prefix(self.layout), os.getuid())
 
     # What a job is.
 
@@ -300,7 +286,7 @@ class Executor(queue.Executor):
 def parse(text: str, prefix: str, user: int) -> dict[str, list[Record]]:
     """The jobs of a user (an id) in what `squeue --json` prints, whose names begin with `prefix`, by the rest of these.
 
-    Knows the formats of Slurm 21.08 (v0.0.37) to 25.05 (v0.0.43). Raises SubmitError for anything else.
+    Knows the formats of Slurm 21.08 (v0.0.37) to 25.05 (v0.0.43). Raises ValueError for anything else.
     """
     found: dict[str, list[Record]] = {}
     try:
@@ -309,17 +295,17 @@ def parse(text: str, prefix: str, user: int) -> dict[str, list[Record]]:
             if name.startswith(prefix) and owner == user:
                 found.setdefault(name.removeprefix(prefix), []).append(_record(name.removeprefix(prefix), job))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SubmitError(f"`squeue --json` gives no list of jobs ({error!r}): {text[:300].strip()!r}") from error
+        raise ValueError(f"`squeue --json` gives no list of jobs ({error!r}): {text[:300].strip()!r}") from error
     return {cell: sorted(mine, key=lambda record: record.id) for cell, mine in found.items()}
 
 
 def _record(cell: str, job: dict[str, Any]) -> Record:
-    """A job as `squeue --json` has it. Raises SubmitError for a state that is not known here."""
+    """A job as `squeue --json` has it. Raises ValueError for a state that is not known here."""
     number, states, reason = int(_number(job["job_id"])), job["job_state"], job["state_reason"] or ""
     states = states.split() if isinstance(states, str) else states
     state = next((state for state, names in STATES if any(name in names for name in states)), "")
     if state == "":
-        raise SubmitError(f"job {number} of {cell} is in a state that is not known here: {', '.join(states)}")
+        raise ValueError(f"job {number} of {cell} is in a state that is not known here: {', '.join(states)}")
     ending = any(name in ENDING for name in states)
     description = job["state_description"] or ""
     never = reason in NEVER
@@ -362,10 +348,6 @@ def _call(program: str, *arguments: str, text: str | None = None) -> subprocess.
     environment = {name: value for name, value in os.environ.items() if name in kept or not name.startswith(own)}
     hint = ": see that this is a login node, and whether slurmctld is overloaded"
     return queue.call([program, *arguments], seconds=CALL_SECONDS, text=text or "", environment=environment, hint=hint)
-
-
-def _may_pass(stderr: str) -> bool:
-    return any(words in stderr.lower() for words in PASSING)
 
 
 def _words(stderr: str) -> str:

@@ -28,7 +28,7 @@ from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
 from launch.cells import Cell, record
 from launch.executors import base, bundle, job_names
-from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Submission, SubmitError
+from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Look, Submission, SubmitError
 
 PROVISIONING = ("spot", "guaranteed", "reserved")
 EXAMPLE_PROJECT = "my-project"  # of configs/clusters/tpu.toml
@@ -336,11 +336,12 @@ class Executor(bundle.Executor):
             raise SubmitError(f"the request of {cell} before this one is {old.google} in {old.where}: a later pass starts it")
         return None
 
-    def jobs(self) -> dict[str, Job]:
+    def jobs(self) -> Look:
         found: dict[str, Job] = {}
-        for request in sorted(self._requests(), key=lambda r: (not r.lives, r.state == DEAD)):  # stable: by zone within these
+        requests = self._requests()
+        for request in sorted(requests, key=lambda r: (not r.lives, r.state == DEAD)):  # stable: by zone within these
             found.setdefault(request.cell, request)
-        return found
+        return Look(found, requests)
 
     def cancel(self, cells: Sequence[str]) -> None:
         """Asks for the deletion of the requests of these cells, in all zones, and does not wait for it. Raises SubmitError."""
@@ -353,10 +354,10 @@ class Executor(bundle.Executor):
         if errors:
             raise errors[0] if len(errors) == 1 else SubmitError("; ".join(map(str, errors)))
 
-    def reconcile(self, jobs: Mapping[str, Job]) -> list[str]:
+    def reconcile(self, jobs: Look) -> list[str]:
         """Deletes requests that ended, second ones of a cell, and slices that should have deleted themselves."""
         now, kept, why = time.time(), set(), []
-        requests = list(self._requests(jobs))
+        requests: list[_Request] = jobs.listed
         active = [request for request in requests if request.state == RUNNING]
         done = storage.each(lambda r: self._is_long_done(r.cell, now), active, remote=storage.is_remote(self.layout.root))
         idle = {(r.cell, r.where) for r, over in zip(active, done, strict=True) if over}
