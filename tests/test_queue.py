@@ -42,8 +42,8 @@ class Listed(queue.Executor):
 A, B = grid.cells(grid_fakes.small_grid())[:2]
 
 
-def of(number, state=QUEUED, detail="", **values):
-    return Record(A.name, number, state, detail, **values)
+def of(number, state=QUEUED, detail="", cell=A.name, **values):
+    return Record(cell, number, state, detail, **values)
 
 
 RUNS, WAITS, ENDS = of(7, RUNNING, since=5.0, where="n1"), of(8), of(6, RUNNING, "ending", ending=True)
@@ -153,3 +153,39 @@ def test_why_an_earlier_job_came_to_nothing_is_gone_when_the_cell_is_submitted_a
     (done,) = run.submit([A], one.jobs(), one.layout, one)
     assert done.result.id == "8"
     assert not file.exists()
+
+
+def test_a_pass_over_a_hundred_cells_looks_twice_and_submits_each_once(engine, monkeypatch):
+    cells = grid.cells(grid.Grid("hundred", [grid_fakes.config(seed=seed) for seed in range(100)], [1024]))
+    one, looks, launched = engine(), [], []
+    records = one.records
+    monkeypatch.setattr(one, "records", lambda: looks.append(len(one.listed)) or records())
+    monkeypatch.setattr(
+        one, "launch", lambda cell: launched.append(cell) or one.listed.append(of(len(launched), cell=cell.name))
+    )
+    found = run.advance(cells, one.layout, one)
+    assert (looks, launched) == ([0, 100], cells)
+    assert [int(job.id) for job in found.submitted] == list(range(1, 101))
+    assert run.advance(cells, one.layout, one).submitted == []
+    assert looks == [0, 100, 100]
+    one.listed[7] = dataclasses.replace(one.listed[7], state=DEAD, failure="held")  # what is removed is looked at again
+    assert len(run.advance(cells, one.layout, one).notes) == 1
+    assert looks == [0, 100, 100, 100, 100]
+
+
+def test_three_refusals_in_a_row_end_a_pass_and_those_before_are_kept(engine, monkeypatch):
+    cells = grid.cells(grid_fakes.small_grid())
+    one, asked = engine(), []
+
+    def launch(cell):
+        asked.append(cell.name)
+        if len(asked) > 1:
+            raise SubmitError("QOSMaxSubmitJobPerUserLimit")
+        return 70
+
+    monkeypatch.setattr(one, "launch", launch)
+    found = run.advance(cells, one.layout, one)
+    assert asked == [cell.name for cell in cells[:4]]
+    assert [job.cell for job in found.submitted] == [cells[0].name]
+    assert found.refused == dict.fromkeys(asked[1:], "QOSMaxSubmitJobPerUserLimit")
+    assert found.refused_always == set()

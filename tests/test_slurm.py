@@ -14,7 +14,7 @@ from etils import epath
 from gqa_jax.config import ConfigError
 from launch import grid
 from launch.cells import REPOSITORY, Layout
-from launch.executors import base, job_names, slurm
+from launch.executors import base, job_names, slurm, slurm_words
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
 from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes, slurm_cluster
@@ -686,6 +686,80 @@ FOUND = {
     "held": ("19", QUEUED, "held by an administrator", None, ""),
     "mine": ("20", QUEUED, "held: scontrol release 20", None, ""),
 }
+
+
+# What sbatch may say, after Slurm's src/common/slurm_errno.c and job_state_reason.c; the first are for another time.
+NOW_NOT = """\
+Unexpected message received
+Communication connection failure
+Message send failure
+Protocol authentication error
+Unable to contact slurm controller (connect failure)
+Unable to contact slurm controller (receive failure)
+Rate limit exceeded, please retry momentarily
+Process is shutting down and closing all communications
+Connection timed out establishing
+Socket timed out on send/recv operation
+Zero Bytes were transmitted or received
+MaxJobCount limit reached
+I/O error writing script/environment to file
+Error generating job credential
+Slurm backup controller in standby mode
+Controller is in standby mode, try a different controller
+Requested partition configuration not available now
+Requested nodes are busy
+Licenses currently unavailable
+Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+Requested reservation is in use
+Requested reservation not usable now
+Job can not start due to maintenance reservation.
+Required node not available (down, drained or reserved)
+Required partition not available (inactive or drain)
+Partition in DOWN state
+Requested account has breached requested QOS usage threshold
+Slurm internal error, contact system administrator
+System submissions disabled
+Requested operation is presently disabled
+Max powered up nodes reached
+Unable to connect to database
+Authentication credential expired
+Resource temporarily unavailable
+QOSGrpGRES / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+QOSMaxGRESPerUser / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+AssocGrpCpuLimit / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+QOSMaxSubmitJobPerUserLimit / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+AssocMaxSubmitJobLimit""".splitlines()
+NEVER_SO = """\
+Invalid partition name specified
+No partition specified or system default partition
+Access/permission denied
+User's group not permitted to use this partition
+More processors requested than permitted
+Node count specification invalid
+Requested node configuration is not available
+Invalid feature specification
+Invalid account or account/partition combination specified
+Invalid qos specification
+Requested time limit is invalid (missing or exceeds some limit)
+Access denied to requested reservation
+Requested reservation is invalid
+Invalid generic resource (gres) specification
+Memory required by task is not available
+Incompatible versions of client and server code
+QOSMaxGRESPerJob / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+QOSMaxGRESPerNode / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+QOSMaxWallDurationPerJobLimit / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+AssocMaxNodePerJobLimit / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+QOSMinGRES / Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)
+PartitionTimeLimit
+""".splitlines()
+
+
+@pytest.mark.parametrize(("words", "passes"), [*((text, True) for text in NOW_NOT), *((text, False) for text in NEVER_SO)])
+def test_which_refusals_may_pass(words, passes):
+    lines = words.split(" / ")
+    said = [f"sbatch: error: {line}" for line in lines[:-1]] + [f"sbatch: error: Batch job submission failed: {lines[-1]}"]
+    assert slurm_words.may_pass("\n".join(said)) == passes
 
 
 class TestParse:

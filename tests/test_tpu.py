@@ -18,7 +18,7 @@ from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.config import ConfigError
-from launch import grid, run, state
+from launch import grid, run, state, watch
 from launch.cells import REPOSITORY, Layout
 from launch.executors import base, bundle, job_names, tpu
 from launch.executors.base import DEAD, QUEUED, RUNNING, SubmitError
@@ -439,6 +439,41 @@ class TestSubmit:
         with pytest.raises(ConfigError, match=f"{code.name}: Google's words.*{words}"):
             engine.executor.submit(engine.cells[0])
         assert cloud.calls.count("CreateQueuedResource") == 1
+
+    def test_a_watch_goes_on_through_every_error(self, make, cloud, monkeypatch):
+        """Every status that gRPC has, for each call that a pass makes; in each pass both cells must be asked for."""
+        cloud.hold |= set(BOTH)
+        engine = make(zones=BOTH)
+        engine.executor.prepare()
+        monkeypatch.setattr(state, "UNSTARTED", 10**6)
+        monkeypatch.setattr(state, "BACKOFF_SECONDS", 0.0)
+        monkeypatch.setattr(watch, "FIRST_PAUSE_SECONDS", 0.0)
+        engine.executor.wait = lambda seconds: None
+        methods = ("ListQueuedResources", "CreateQueuedResource", "GetQueuedResource", "DeleteQueuedResource")
+        codes = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
+        due = [(method, code) for code in codes for method in methods]
+        passes, said = [], set()
+
+        def seen(found):
+            passes.append(found)
+            said.update((*found.notes, *found.refused.values()))
+            with cloud.lock:
+                first = list(cloud.requests.values())[:1]
+                cloud.requests.clear()
+                if not due:
+                    raise KeyboardInterrupt
+                method, code = due.pop()
+                if method == "DeleteQueuedResource" and first:  # something to delete
+                    first[0].set(tpu_fake.STATE.FAILED)
+                    cloud.requests[first[0].resource.name] = first[0]
+                cloud.errors = [(method, None, code, "Google's words")] * 5  # all tries of a call that passes
+                cloud.calls.clear()
+
+        with pytest.raises(KeyboardInterrupt):
+            watch.repeat(engine.cells, engine.layout, engine.executor, True, seen)
+        assert len(passes) == 1 + 4 * len(codes)
+        for code in codes:
+            assert any(f"{code.name}: Google's words" in text for text in said), code
 
     def test_a_request_in_another_zone_is_the_claim(self, make, cloud):
         cloud.hold |= set(BOTH)

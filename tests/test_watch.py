@@ -1,5 +1,7 @@
 """When a launcher that watches ends, and what it goes on through: on an engine in memory, by a clock that waits move."""
 
+import itertools
+
 import pytest
 
 from gqa_jax import storage
@@ -157,7 +159,7 @@ def test_a_cell_that_is_refused_for_ever_is_given_up_alone(engine):
     said = "refused 15 times in 6.0 h, given up until the next `run`: sbatch refuses it: Invalid feature specification"
     assert why == said
     times = [at for at, what, cell in engine.asked if (what, cell) == ("submit", NAMES[0])]
-    assert [round((b - a) / 60) for a, b in zip(times, times[1:], strict=False)][3:7] == [10, 17, 30, 30]
+    assert [round((b - a) / 60) for a, b in itertools.pairwise(times)][3:7] == [10, 17, 30, 30]
 
 
 def test_a_refusal_that_passes_does_not_count(engine):

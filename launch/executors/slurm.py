@@ -174,9 +174,10 @@ class Executor(queue.Executor):
         for name, path in (("python", self.options.python), ("code", os.path.join(self.options.code, "configs", "cell.py"))):
             if (os.path.isabs(path) or name == "code") and not os.path.exists(path):
                 raise ConfigError(f"{name} = {getattr(self.options, name)!r}: {path} is not there")
+        text = self._squeue()
         try:
-            self._parsed(self._squeue())
-        except ValueError as error:
+            self._parsed(text)
+        except SubmitError as error:
             raise ConfigError(f"{error}: Slurm must be 21.08 or newer, and have JSON") from error
         script = "\n".join(["#!/bin/bash", *self._directives("check", os.devnull), "true", ""])
         done = _call("sbatch", "--test-only", text=script)
@@ -208,10 +209,7 @@ class Executor(queue.Executor):
 
     def records(self) -> dict[str, list[Record]]:
         """This user's jobs of this grid."""
-        try:
-            return self._parsed(self._squeue())
-        except ValueError as error:
-            raise SubmitError(str(error)) from error
+        return self._parsed(self._squeue())
 
     def _squeue(self) -> str:
         """What squeue prints. Raises SubmitError."""
@@ -286,7 +284,7 @@ class Executor(queue.Executor):
 def parse(text: str, prefix: str, user: int) -> dict[str, list[Record]]:
     """The jobs of a user (an id) in what `squeue --json` prints, whose names begin with `prefix`, by the rest of these.
 
-    Knows the formats of Slurm 21.08 (v0.0.37) to 25.05 (v0.0.43). Raises ValueError for anything else.
+    Knows the formats of Slurm 21.08 (v0.0.37) to 25.05 (v0.0.43). Raises SubmitError for anything else.
     """
     found: dict[str, list[Record]] = {}
     try:
@@ -295,17 +293,17 @@ def parse(text: str, prefix: str, user: int) -> dict[str, list[Record]]:
             if name.startswith(prefix) and owner == user:
                 found.setdefault(name.removeprefix(prefix), []).append(_record(name.removeprefix(prefix), job))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"`squeue --json` gives no list of jobs ({error!r}): {text[:300].strip()!r}") from error
+        raise SubmitError(f"`squeue --json` gives no list of jobs ({error!r}): {text[:300].strip()!r}") from error
     return {cell: sorted(mine, key=lambda record: record.id) for cell, mine in found.items()}
 
 
 def _record(cell: str, job: dict[str, Any]) -> Record:
-    """A job as `squeue --json` has it. Raises ValueError for a state that is not known here."""
+    """A job as `squeue --json` has it. Raises SubmitError for a state that is not known here."""
     number, states, reason = int(_number(job["job_id"])), job["job_state"], job["state_reason"] or ""
     states = states.split() if isinstance(states, str) else states
     state = next((state for state, names in STATES if any(name in names for name in states)), "")
     if state == "":
-        raise ValueError(f"job {number} of {cell} is in a state that is not known here: {', '.join(states)}")
+        raise SubmitError(f"job {number} of {cell} is in a state that is not known here: {', '.join(states)}")
     ending = any(name in ENDING for name in states)
     description = job["state_description"] or ""
     never = reason in NEVER
