@@ -2,6 +2,7 @@
 # make quickstart  a size x context x heads grid, its tables, laws and pictures, in runs/quickstart
 # make test        the fast tests, with what `make setup` brings; what needs more is skipped, and counted at the end
 # make test-slow   the slow tests and those that need more, in .venv-aot; make lint the style
+# make test-thorough   what costs most: every case of every kernel, all compilers, statistics, PyTorch, SkyPilot (an hour)
 # make aot         .venv-aot: .venv's packages, compilers for TPUs and GPUs that are not there, and others that some tests need
 # make sky         .venv-sky: SkyPilot, which reads the tasks that are written for it
 # make torch       .venv-torch: PyTorch and transformers, which training is compared with
@@ -13,7 +14,7 @@ PYTHON := .venv/bin/python
 # In the order of their names: else files of few tests come last, and the longest tests are in files of few.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup aot sky torch debian quickstart test test-slow lint bench first-light-check first-light-pack clean
+.PHONY: setup aot sky torch debian quickstart test test-slow test-thorough lint bench first-light-check first-light-pack clean
 
 setup: .venv/.installed
 aot: .venv-aot/.installed
@@ -71,8 +72,12 @@ test: setup
 
 # The test that kills processes for two minutes comes last, alone.
 test-slow: aot
-	.venv-aot/bin/python $(PYTEST) -m 'slow or needs' --ignore tests/test_chaos.py --durations 20
+	.venv-aot/bin/python $(PYTEST) -m '(slow or needs) and not thorough' --ignore tests/test_chaos.py --durations 20
 	.venv-aot/bin/python -m pytest -m slow tests/test_chaos.py
+
+# Before a release, and before a change of what they are about lands: attention, laws, what is compiled, what is compared.
+test-thorough: aot
+	.venv-aot/bin/python $(PYTEST) -m thorough --durations 20
 
 lint: setup
 	.venv/bin/ruff check .

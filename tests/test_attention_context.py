@@ -383,6 +383,7 @@ def schedules(program):
     return [x for x in found if x]
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("libtpu")
 def test_128k_tokens_over_8_chips_by_gather():
     program = compiled("gather", 128 * 1024)
@@ -391,6 +392,7 @@ def test_128k_tokens_over_8_chips_by_gather():
     assert program.memory_analysis().temp_size_in_bytes <= 3.5 * queries + 2 * keys
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("libtpu")
 def test_128k_tokens_over_8_chips_by_ring():
     program = compiled("ring", 128 * 1024)

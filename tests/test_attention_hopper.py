@@ -50,7 +50,9 @@ def is_right(problem):
 TAKEN = [title for title in PROBLEMS if title not in BEYOND and not title.startswith("decode")]
 
 
-@pytest.mark.parametrize("title", [pytest.param(title, marks=() if title in QUICK else pytest.mark.slow) for title in TAKEN])
+@pytest.mark.parametrize(
+    "title", [pytest.param(title, marks=() if title in QUICK else pytest.mark.thorough) for title in TAKEN]
+)
 def test_is_right_and_has_no_races(races, title):
     assert is_right(PROBLEMS[title])
     assert not races
@@ -125,7 +127,7 @@ def ptxas():
 
 SHAPES = [
     (8, 1, 64, 2**13), (32, 8, 128, 2**17),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    *(pytest.param(*case, marks=pytest.mark.thorough) for case in (
         (8, 1, 128, 2**13), (32, 8, 64, 2**17),
         (32, 8, 64, 2**13), (32, 8, 128, 2**13), (8, 1, 64, 2**17), (8, 1, 128, 2**17), (8, 1, 64, 2**19), (12, 4, 128, 1000),
     )),
@@ -158,9 +160,9 @@ def test_compiles_for_h200_into_what_it_is_written_as(dumped, n_heads, n_kv, hea
     "case",
     [
         ((6, 2, 64, 1000), {"offsets": True, "segments": True, "batch": 2}),
-        pytest.param(((32, 8, 128, 1024), {"batch": 2}), marks=pytest.mark.slow),
-        pytest.param(((12, 4, 128, 1000), {"offsets": True, "batch": 3}), marks=pytest.mark.slow),
-        pytest.param(((8, 1, 128, 8192), {"segments": True}), marks=pytest.mark.slow),
+        pytest.param(((32, 8, 128, 1024), {"batch": 2}), marks=pytest.mark.thorough),
+        pytest.param(((12, 4, 128, 1000), {"offsets": True, "batch": 3}), marks=pytest.mark.thorough),
+        pytest.param(((8, 1, 128, 8192), {"segments": True}), marks=pytest.mark.thorough),
     ],
 )
 def test_batches_offsets_and_segments_compile_for_h200(dumped, case):

@@ -104,6 +104,7 @@ def test_cudnn_is_given_our_heads_and_scale(monkeypatch):
     np.testing.assert_allclose(out, conformance.exact(q, k, v, scale=0.1)[0], atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("tokamax")
 def test_tokamax_is_given_our_heads_and_scale(monkeypatch):
     monkeypatch.setattr(peers, "tokamax_operation", lambda case: "xla")
@@ -113,6 +114,7 @@ def test_tokamax_is_given_our_heads_and_scale(monkeypatch):
     np.testing.assert_allclose(out, conformance.exact(q, k, v, scale=0.1)[0], atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("tokamax", "libtpu")
 def test_tokamax_compiles_for_a_tpu_without_gigabytes():
     import tokamax

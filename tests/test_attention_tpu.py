@@ -133,6 +133,7 @@ def test_memory_is_linear_at_512k(chip):
     assert program.memory_analysis().temp_size_in_bytes <= 3 * unit
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("libtpu")
 def test_many_heads_at_128k_fit_a_v5e():
     program, unit = compiled("v5e", 32, 32, 64, 128 * 1024)
@@ -165,12 +166,13 @@ CYCLES = {
 
 
 @pytest.mark.needs("libtpu")
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("chip", "head_dim"), [("v5p", 64), ("v5e", 128), ("v6e", 128)])
 def test_cycles_of_the_other_chips(chip, head_dim):
     check_cycles(chip, head_dim)
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_cycles(chip):

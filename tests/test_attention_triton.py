@@ -58,9 +58,9 @@ def test_obstacles(change, reason):
         ("h200", 32, 8, 128, True),
         ("l4", 8, 1, 64, True),
         ("l4", 8, 2, 128, False),
-        pytest.param("l4", 4, 2, 256, False, marks=pytest.mark.slow),
-        pytest.param("a100", 6, 2, 80, False, marks=pytest.mark.slow),
-        pytest.param("b200", 8, 1, 128, False, marks=pytest.mark.slow),
+        pytest.param("l4", 4, 2, 256, False, marks=pytest.mark.thorough),
+        pytest.param("a100", 6, 2, 80, False, marks=pytest.mark.thorough),
+        pytest.param("b200", 8, 1, 128, False, marks=pytest.mark.thorough),
     ],
 )
 def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments):
@@ -92,7 +92,9 @@ def test_compiles_for_gpus_without_spills(gpu, n_heads, n_kv, head_dim, segments
 
 @pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "head_dim", [64, pytest.param(128, marks=pytest.mark.thorough), pytest.param(256, marks=pytest.mark.thorough)]
+)
 def test_float32_fits_the_smallest_gpus(head_dim):
     mesh = machines.mesh("l4")
     options = triton.choose(1000, 1000, 2, head_dim, jnp.float32)

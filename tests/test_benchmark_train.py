@@ -269,6 +269,7 @@ def test_kernels_of_a_gpu_run_here_when_they_are_interpreted(tmp_path, ours):
     assert re.search("pallas_triton runs on NVIDIA GPUs.*, and this is cpu", refused.reason)
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("jax-cuda13-plugin")
 def test_a_case_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
     shape = SHAPE | {"head_dim": 64}
@@ -285,6 +286,7 @@ def test_a_case_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
     assert (refused.status, refused.reason) == ("failed", "ValueError: programs for h100:1 are compiled, and nothing runs")
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("torch")
 def test_pytorch_trains_the_same(ours, tmp_path):
     ask(ours, "prepare", **CASE)
@@ -317,6 +319,7 @@ assert changed[:40].max() == 0 and changed[40:].min() > 0, changed
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("torch")
 def test_pytorch_attends_causally_without_a_mask_compiled_too():
     """With one, its flash attention refuses, and what we are compared with would be slower than it could be."""

@@ -48,6 +48,7 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here_once(cache):
     assert again == first
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("libtpu")
 def test_what_is_too_large_is_said_with_its_bytes(cache):
     large = tiny(
@@ -128,7 +129,7 @@ def test_an_answer_survives_its_file(cache):
 
 
 @pytest.mark.needs("libtpu")
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("topology", "size", "context", "mesh", "gigabytes"),
     [

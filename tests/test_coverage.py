@@ -261,7 +261,7 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(arguments, said, caps
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", REGIMES)
 def test_intervals_and_probabilities_hold(name):
     methods = [METHOD, AGAINST] if name == "clean" else [METHOD]
@@ -281,7 +281,7 @@ def test_what_bounds_power_is_what_each_test_looks_for():
     assert "| sizes | " in coverage_power.bound_markdown(found)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_what_a_fit_says_that_it_could_have_seen_is_seen_in_four_grids_of_five():
     """Deviations that sizes share, and the drift that shows less: losses that fall more slowly are taken for a higher E."""
     quiet = [fit_by_heads(coverage_grids.grid("clean", i).table()).doubts for i in range(20)]

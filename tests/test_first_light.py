@@ -294,7 +294,7 @@ def test_a_check_fails_on_what_is_not_right():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_rehearsal_of_all_steps(tmp_path, capsys):
     """The same code as on a device, with interpreted kernels: every step is done, and what is there to run is right."""
     assert first_light.main(["--rehearse", "--out", str(tmp_path)]) == 0
@@ -308,7 +308,7 @@ def test_a_rehearsal_of_all_steps(tmp_path, capsys):
     assert "rehears" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.needs("jax-cuda13-plugin")
 @pytest.mark.parametrize("target", first_light.TARGETS[:1])
 def test_a_program_of_every_step_compiles_ahead_of_time(tmp_path, target):

@@ -139,7 +139,7 @@ def test_the_cheapest_size_that_halves_is_named_else_the_best():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_intervals_after_one_more_size_are_as_foretold():
     frame = benchmark.foretold(range(12))
     print(frame.to_string())

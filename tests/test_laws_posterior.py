@@ -104,7 +104,7 @@ def test_a_given_entropy_is_in_every_draw():
     assert (drawn.entropy_SxH == 1.9).all()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_coverage_and_calibration():
     """Method independent, 6 H x 6 sizes from random laws, 0.3% noise of a run's own: 95% intervals hold as often as they say,
     the probability that an H is the cheapest is right that share of the time, and N* inside the data is within 2%.

@@ -435,7 +435,7 @@ def test_a_size_goes_by_its_names_or_its_count():
     assert fit_by_heads(table.assign(size="x")).sizes.keys() == {f"{layers}x{d}" for layers, d in TRAINED}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_chosen_runs_leave_less_regret_than_random_ones():
     """30 truths gave 0.74% after the chosen runs, 1.01% after random ones, 0.94% after the largest, 2.18% today."""
     found = pd.DataFrame([benchmark.one(seed) for seed in range(10)])

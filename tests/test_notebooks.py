@@ -142,7 +142,7 @@ def trained(folder, sizes, heads, contexts):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 class TestExploreAGrid:
     def test_of_a_few_runs(self, tmp_path):
         """As many as the quickstart has."""
@@ -170,7 +170,7 @@ def fresh(tmp_path_factory):
     return execute(MODEL, tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 class TestOptimumForMyModel:
     def test_says_what_is_committed(self, fresh):
         assert not complaints(fresh)
@@ -249,18 +249,18 @@ class TestOptimumForOtherDevices:
         self.check(said, fits=False)
         assert "no head configuration can be served as asked" in said["device"]
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     @pytest.mark.parametrize("device", list(hardware.CHIPS))
     def test_every_device(self, device):
         self.check(run_cells(MODEL, question(f'RooflineServing("{device}", batch="best", decode_share=0.1)')))
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     @pytest.mark.parametrize("device", list(hardware.CHIPS))
     def test_every_device_with_another_batch(self, device):
         """Four times as many requests are asked about, too."""
         self.check(run_cells(MODEL, question(f'RooflineServing("{device}", batch=8, decode_share=0.1)')))
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     def test_another_loss_and_context(self):
         said = run_cells(
             MODEL, question('RooflineServing("h100", n_devices=2, ttft=2.0, tpot=0.05)', loss=2.75, context=32_768)

@@ -616,6 +616,7 @@ class TestSubmission:
         }
 
 
+@pytest.mark.thorough
 @pytest.mark.needs("skypilot")
 class TestRealSkyPilot:
     """What the fake has from SkyPilot, held against it (another Python: $GQA_JAX_SKY_PYTHON). Needs no cloud."""

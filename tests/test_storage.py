@@ -351,7 +351,7 @@ def test_a_bucket_that_is_not_there_is_one_sentence(gcs_root, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_on_a_bucket(gcs_root, tmp_path):
     """Preempted, and ended by one process."""
     commands = [[*command, f"--workdir={gcs_root}/run"] for command in run_commands(tmp_path, "data=2,fsdp=2,context=2")]
