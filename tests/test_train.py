@@ -205,7 +205,10 @@ GOLDEN_LOSSES = [5.7650499, 5.7486348, 5.7291732]
 GOLDEN_LOSSES_OF_FIRST_VERSION = [5.7551126, 5.7616167, 5.7449160]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "pallas_tpu", "pallas_triton"])
+@pytest.mark.parametrize(
+    "implementation",
+    ["pallas_tpu", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("reference", "pallas_triton"))],
+)
 def test_losses_agree_between_implementations_of_attention(implementation, tmp_path):
     model_changes = {"head_dim": 16}
     plain = train.train_and_evaluate(tiny(model=model_changes, steps=4), tmp_path / "xla")
