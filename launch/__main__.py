@@ -20,7 +20,7 @@ from gqa_jax import hardware
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted
 from gqa_jax.hardware import prices as price_list
-from launch import commands, options, screen, state
+from launch import commands, money, options, screen, state
 from launch.executors.base import RUNNING, SubmitError
 from launch.grid_cells import TABLES
 
@@ -154,6 +154,13 @@ def _fill_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="with --dry_run: every submission, whole")
     command.add_argument("--topology", metavar="NAME", help="slice that every cell must fit (default: the cluster file's)")
     command.add_argument("--slots", type=int, metavar="N", help="local: cells at a time (default: one per GPU, or per CPU)")
+    command.add_argument(
+        "--max_usd", type=float, metavar="X", help="submit no cell that leads beyond X US dollars, spent ones included; with "
+        "--watch, or locally, end all cells at X: they can be resumed",
+    )  # fmt: skip
+    command.add_argument(
+        "--prices", metavar="ROW|FILE", help=f"{options.WHOSE_PRICES}; default: list prices in the engine's terms"
+    )
     command.epilog = (
         "--on reads configs/clusters/ENGINE.toml: copy it, fill it in, and give your file. Cells that were preempted, killed "
         "or lost are started again; out of memory, bad configuration, errors and diverged losses only after `retry`."
@@ -281,7 +288,7 @@ def _plan(console: Console, *, format: str, out: str | None, **asked: Any) -> in
 def _run(console: Console, *, json: bool, **asked: Any) -> int:
     if json and not asked["dry_run"]:
         raise ConfigError("--json needs --dry_run; what runs is shown by `python -m launch status GRID --json`")
-    with screen.Watch(console, price_list.load()) as watch:
+    with screen.Watch(console, price_list.load(asked["prices"])) as watch:
         found = commands.run(_cells(asked), **asked, progress=watch)
     cells = found.cells
     if found.last is None:
@@ -306,12 +313,22 @@ def _show_submissions(found: commands.Run, console: Console, as_json: bool) -> N
     those = f"{len(submissions)} of {counted(len(found.chosen), 'cell')}"
     title = f"{found.cells.name}: {those} would be submitted to {found.engine.engine}, in {layout.root}"
     console.print(title, highlight=False, soft_wrap=True)
+    if submissions and found.rate is not None:
+        console.print(_bill(found), highlight=False, soft_wrap=True)
     for one in submissions:
         print(one.command)
     for name, text in submissions[0].files.items() if submissions else ():
         print(f"\n--- {layout.cell(submissions[0].cell) / name}\n{text.rstrip()}")
     if submissions and submissions[0].files:
         print("\nthe others differ in their names and settings: --json prints them all")
+
+
+def _bill(found: commands.Run) -> str:
+    """What the cells of a dry run would cost."""
+    known = money.expected(found.todo, found.engine, found.rate)
+    left = len(found.todo) - len(known)
+    all_of = f"; in all about ${sum(known.values()):,.2f} by arithmetic" if known else ""
+    return f"each costs {found.rate.said()}{all_of}" + (f", without {counted(left, 'cell')} of no known time" if left else "")
 
 
 def _status(console: Console, *, json: bool, **asked: Any) -> int:
@@ -323,6 +340,7 @@ def _status(console: Console, *, json: bool, **asked: Any) -> int:
         console.print(screen.table(now.cells, now.states, cells.name, found.prices))
         screen.print_failures(now.cells, now.states, cells.layout, found.engine, cells.about, console)
         screen.print_pass(now, console)
+        screen.print_bill(now, found.rate, console)
         _print_lines(cells.strangers(), console)
     kinds = {one.state for one in now.states}
     if kinds & set(state.BAD):

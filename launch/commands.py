@@ -27,7 +27,7 @@ from gqa_jax.formatting import counted, gb, read_context
 from gqa_jax.hardware import Price
 from gqa_jax.hardware import prices as price_list
 from launch import fit as fitting
-from launch import grid_cells, state
+from launch import grid_cells, money, state
 from launch import rules as ruling
 from launch import run as passes
 from launch import watch as watching
@@ -138,6 +138,7 @@ class Run:
     chosen: list[Cell]
     engine: Executor
     todo: list[Cell]  # those that were to be trained
+    rate: money.Rate | None = None  # what a cell costs; None: not known
     submissions: list[Submission] = dataclasses.field(default_factory=list)  # of a dry run: what the engine would be given
     last: Pass | None = None  # None: a dry run
 
@@ -151,6 +152,8 @@ def run(
     dry_run: bool = False,
     topology: str | None = None,
     slots: int | None = None,
+    max_usd: float | None = None,
+    prices: str | None = None,
     progress: Progress = SILENT,
 ) -> Run:
     """Trains the cells that are missing, here or on a cluster; called again it goes on. `export` is what comes then.
@@ -161,6 +164,7 @@ def run(
       watch: go on until all that can finish has, and submit again what was lost. Without it a cluster gets one pass.
       dry_run: only say what would be submitted; nothing is written.
       topology: slice that every cell must fit; default: that of the cluster file. slots: local: cells at a time.
+      max_usd: US dollars that the grid may cost (`launch.money.Budget`); prices: whose, default: in the engine's terms.
 
     Raises:
       ConfigError: cells that don't fit or that continue what is not there, a store that is not prepared, another launcher.
@@ -176,16 +180,19 @@ def run(
     engine = passes.recall(layout, on)
     if slots is not None:
         engine = engine.with_slots(slots)
+    rate = money.rate(engine, prices)
     chosen = grid_cells.select(cells.all, where)
     if lacking := [cell.missing for cell in chosen if cell.missing is not None]:
         raise ConfigError(lacking[0])
     for line in said(chosen):
         log.warning(line)
     check_parents(chosen, cells.all, layout)
+    budget = None if max_usd is None else _budget(max_usd, rate, chosen, engine, watch)
     cells = dataclasses.replace(cells, settled=True)
 
     def begun(states: Sequence[CellState]) -> Run:
-        return Run(cells, chosen, engine, [cell for cell, now in zip(chosen, states, strict=True) if now.runnable])
+        todo = [cell for cell, now in zip(chosen, states, strict=True) if now.runnable]
+        return Run(cells, chosen, engine, todo, rate)
 
     if dry_run:  # asks no engine, so that it also works where there is none
         found = begun(cells.look(chosen, lambda: engine).states)
@@ -207,7 +214,21 @@ def run(
             stack.close()  # each pass holds the grid for itself: other launchers may work on it too
         stack.enter_context(engine)
         ready = [fitted.get(cell.name, cell) for cell in chosen]
-        found.last = watching.repeat(ready, layout, engine, watch, progress.passed)
+        found.last = watching.repeat(ready, layout, engine, watch, progress.passed, budget=budget)
+    return found
+
+
+def _budget(max_usd: float, rate: money.Rate | None, cells: Sequence[Cell], engine: Executor, watch: bool) -> money.Budget:
+    if rate is None:
+        raise ConfigError(
+            f"--max_usd {max_usd:g}: what a cell costs on {engine.engine} is not known: set `topology` in the cluster file, "
+            "and where its chip has no list price, --prices FILE"
+        )
+    found = money.Budget(max_usd, rate, money.expected(cells, engine, rate))
+    if not (watch or engine.here):
+        log.warning(
+            "without --watch no cell is submitted that leads beyond --max_usd, but none that runs longer is ended at it"
+        )
     return found
 
 
@@ -257,14 +278,6 @@ def _compile(fits: list[Fit], workers: int | None, progress: Progress, exact: bo
             fitting.compile_checks(fits, count, changed, exact)
 
 
-def cost(now: CellState, prices: Mapping[str, Price]) -> float | None:
-    """US dollars of the devices that a cell has used; without machines that boot or wait. None: no price is known."""
-    chip = hardware.chip_of(now.device) if now.device else None
-    if chip is None or now.device_seconds is None or chip.name not in prices:
-        return None
-    return now.device_seconds / 3600 * prices[chip.name].usd_per_hour
-
-
 @dataclasses.dataclass(frozen=True)
 class Status:
     """The state of every cell, from one look."""
@@ -273,21 +286,23 @@ class Status:
     engine: Executor
     now: Pass
     prices: Mapping[str, Price]
+    rate: money.Rate | None  # what a cell costs on the engine
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per cell: its name, the fields of `launch.state.CellState`, and US dollars so far."""
         pairs = zip(self.now.cells, self.now.states, strict=True)
-        return [{"cell": cell.name} | dataclasses.asdict(now) | {"usd": cost(now, self.prices)} for cell, now in pairs]
+        return [{"cell": cell.name} | dataclasses.asdict(now) | {"usd": money.cost(now, self.prices)} for cell, now in pairs]
 
 
 def status(grid: Cells | str, *, where: str | None = None, on: str | None = None, prices: str | None = None) -> Status:
     """The state of every cell, what it cost, and why cells failed. Arguments as in `run` and `plan`."""
     cells = grid_cells.begun(grid)
     chosen = grid_cells.select(cells.all, where)
-    engine, table = passes.recall(cells.layout, on), price_list.load(prices)
+    engine = passes.recall(cells.layout, on)
+    table = money.table(engine, prices)
     now = cells.look(chosen, lambda: engine)
     now.held = state.held_back(chosen, now.states)
-    return Status(cells, engine, now, table)
+    return Status(cells, engine, now, table, money.rate(engine, prices))
 
 
 def log_files(grid: Cells | str, *, on: str | None = None) -> list[epath.Path]:

@@ -128,6 +128,19 @@ def _differing(given: Execution, found: Execution) -> str:
     return " ".join(f"execution.{name}={new}" for name, old, new in pairs if old is not None and old != new)
 
 
+def expected_seconds(fit: Fit, efficiency: float | None = None) -> float:
+    """Seconds of the whole run of a cell that has a mesh there.
+
+    By the share of the roofline that is given, else the one measured on the chip, else as kernels add up.
+    """
+    chosen, chip = fit.chosen, fit.slice.chip
+    if efficiency is not None:
+        step = chosen.seconds_step / efficiency
+    else:
+        step = chosen.seconds_expected if chip.measured is None else chosen.seconds_step / chip.measured.training
+    return fit.cell.config.n_steps * step
+
+
 def require(fits: Sequence[Fit]) -> None:
     """Raises ConfigError naming the cells that don't fit, why, and what would."""
     failing = [fit for fit in fits if not fit.fits]

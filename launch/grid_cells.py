@@ -67,7 +67,8 @@ class Cells:
             return passes.look(cells, self.layout, engine())
         except (SubmitError, ConfigError) as error:
             log.warning(f"the engine can't be asked, so that states are by what cells have written alone: {error}")
-            return Pass(cells, state.of_folders(cells, self.layout, time.time()), Look({}, None))
+            at = time.time()
+            return Pass(cells, state.of_folders(cells, self.layout, at), Look({}, None), at)
 
     def write_plan(self) -> None:
         """config.json of every cell and grid.json, before anything starts."""

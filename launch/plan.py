@@ -15,9 +15,8 @@ import pandas as pd
 from gqa_jax import costs, hardware
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, duration, figure, short, si
-from gqa_jax.hardware import Chip, Price
+from gqa_jax.hardware import Price
 from gqa_jax.planning import planner
-from gqa_jax.planning.planner import Estimate
 from launch import fit, state
 from launch.cells import Cell
 from launch.fit import Fit
@@ -140,7 +139,7 @@ def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Pri
                 "check": "compiled",
             }
         if one.fits:
-            hours = config.n_steps * _seconds(chosen, one.slice.chip, efficiency) / 3600
+            hours = fit.expected_seconds(one, efficiency) / 3600
             price = prices.get(one.slice.chip.name)
             row |= {
                 "hours_at_least": config.n_steps * chosen.seconds_step / 3600,
@@ -220,13 +219,6 @@ def slices_screen(frame: pd.DataFrame, title: str) -> list[Table]:
         Column("USD", lambda row: _known(row.price_usd, figure), rank=0),
     ]
     return [view, Table.of(totals(frame), sums, "totals", "The whole grid, one cell after another")]
-
-
-def _seconds(chosen: Estimate, chip: Chip, efficiency: float | None) -> float:
-    """Of a step: at the share of the roofline that is given, else at the one measured on the chip, else as expected."""
-    if efficiency is not None:
-        return chosen.seconds_step / efficiency
-    return chosen.seconds_expected if chip.measured is None else chosen.seconds_step / chip.measured.training
 
 
 def hours_are(fits: Sequence[Fit], efficiency: float | None) -> str:

@@ -12,7 +12,7 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from gqa_jax import storage
 from gqa_jax.errors import ConfigError
@@ -33,6 +33,7 @@ class Pass:
     cells: Sequence[Cell]
     states: list[CellState]  # before anything was submitted
     jobs: Mapping[str, Job]
+    at: float  # when it looked, seconds since the epoch
     submitted: list[Job] = dataclasses.field(default_factory=list)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # cell -> the engine's words
     refused_always: set[str] = dataclasses.field(default_factory=set)  # those of them that the engine would refuse again
@@ -57,8 +58,8 @@ def look(cells: Sequence[Cell], layout: Layout, engine: Executor, done: Mapping[
 
     done: cells that are known to be done, whose folders are not read again.
     """
-    jobs = engine.jobs()
-    return Pass(cells, state.of_all(cells, layout, time.time(), jobs, done or {}), jobs)
+    jobs, at = engine.jobs(), time.time()
+    return Pass(cells, state.of_all(cells, layout, at, jobs, done or {}), jobs, at)
 
 
 def advance(
@@ -70,12 +71,13 @@ def advance(
     done: Mapping[str, CellState] | None = None,
     held: Mapping[str, str] | None = None,
     resting: Collection[str] = (),
+    limit: Callable[[Pass, Sequence[Cell]], Mapping[str, str]] | None = None,
 ) -> Pass:
     """Cleans up what ended, and submits of `cells` what can start now.
 
     Not of those named in `once` what was killed or lost, nothing that somebody has cancelled after `since`, nothing that is
-    `held`, for the reason given there, or `resting`: for another pass. done: as in `look`. Raises SubmitError when the engine
-    does not answer.
+    `held`, for the reason given there, or `resting`: for another pass. `limit` is asked which of those that could start must
+    not, and why. done: as in `look`. Raises SubmitError when the engine does not answer.
     """
     now = look(cells, layout, engine, done)
     notes = engine.reconcile(now.jobs) if now.jobs.listed else []
@@ -86,7 +88,6 @@ def advance(
     if notes:
         now = look(cells, layout, engine, done)
         now.notes = notes
-    at = time.time()
     states = dict(zip((cell.name for cell in cells), now.states, strict=True))
     now.held = state.held_back(cells, now.states)
     now.held |= {name: why for name, why in (held or {}).items() if states[name].runnable}
@@ -96,12 +97,15 @@ def advance(
         if mine.runnable and mine.cancelled is not None and mine.cancelled > since:
             now.held[cell.name] = "cancelled meanwhile: the next `run` starts it again"
         was_lost = mine.state == "lost" or mine.failure in ("killed", "disk_full")
-        if (cell.name in once and was_lost) or cell.name in now.held or not mine.runnable or mine.not_before > at:
+        if (cell.name in once and was_lost) or cell.name in now.held or not mine.runnable or mine.not_before > now.at:
             continue
         if mine.waits or (cell.parent in states and states[cell.parent].state != "done"):
             continue
         if cell.name not in resting:
             chosen.append(cell)
+    if limit is not None and chosen:
+        now.held |= limit(now, chosen)
+        chosen = [cell for cell in chosen if cell.name not in now.held]
     for cell, result, _ in submit(chosen[: max(engine.capacity - now.active, 0)], now.jobs, layout, engine):
         if isinstance(result, Job):
             now.submitted.append(result)

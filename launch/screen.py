@@ -20,9 +20,10 @@ from gqa_jax.formatting import counted, duration
 from gqa_jax.hardware import Price
 from launch import state
 from launch.cells import Cell, Layout, of_several
-from launch.commands import Progress, Run, cost
+from launch.commands import Progress, Run
 from launch.executors.base import Executor
 from launch.fit import Fit
+from launch.money import Rate, billed, cost
 from launch.run import Pass
 from launch.state import CellState
 
@@ -102,6 +103,13 @@ def print_failures(
         _line(console, f"  again   python -m launch retry {about}, then run")
     for line in state.waiting([cell.name for cell in cells], states):
         _line(console, escape(line))
+
+
+def print_bill(now: Pass, rate: Rate | None, console: Console) -> None:
+    """What machines cost an hour now."""
+    count, usd = billed(now, rate)
+    if count and usd is not None:
+        _line(console, f"{counted(count, 'cell')} with machines: ${usd:,.2f} an hour now, each {escape(rate.said())}")
 
 
 def print_pass(now: Pass, console: Console) -> None:

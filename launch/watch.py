@@ -11,8 +11,8 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import duration
@@ -67,6 +67,19 @@ class Refusals:
         }
 
 
+class Budget(Protocol):
+    """What a grid may cost (`launch.money.Budget`)."""
+
+    def hold(self, now: Pass, chosen: Sequence[Cell]) -> Mapping[str, str]:
+        """Of the cells that a pass would submit, those that would lead beyond it, and why."""
+
+    def is_over(self, now: Pass) -> bool:
+        """Whether all of it is spent."""
+
+    def over(self, now: Pass) -> str:
+        """What is said then."""
+
+
 def pause(times: int) -> float:
     """Seconds to wait after so many refusals in a row."""
     return min(FIRST_PAUSE_SECONDS * 2 ** (min(times, 30) - 1), LONGEST_PAUSE_SECONDS)
@@ -79,12 +92,14 @@ def repeat(
     watch: bool,
     on_pass: Callable[[Pass], None],
     seconds: float | None = None,
+    budget: Budget | None = None,
 ) -> Pass:
     """Passes until no cell is active or can be started; one alone on an engine that goes on by itself, unless `watch`.
 
     Without `watch` a cell that was killed or lost meanwhile is not started again. `on_pass` is called after each pass, also one
     in which the engine or the storage did not answer, which has a note: after the first, they only make pauses longer.
-    `seconds` lie between two passes (default: the engine's).
+    `seconds` lie between two passes (default: the engine's). With a `budget` no cell is submitted that leads beyond it; where
+    it is spent all cells are ended, to be resumed, and so are the passes.
 
     Raises:
       ConfigError: the engine would refuse all that it was asked for always, without `watch`.
@@ -95,25 +110,32 @@ def repeat(
     done: dict[str, CellState] = {}
     refusals, failures = Refusals(), 0
     last: Pass | None = None
+    is_spent = False
     while True:
         at = time.time()
         try:
             # Of the launchers on this machine one looks and submits at a time; one whose children the cells are holds the grid.
             with contextlib.nullcontext() if engine.here else only_launcher(layout, PATIENCE_SECONDS):
                 once = () if watch else started
-                last = advance(cells, layout, engine, once, began, done, refusals.given_up(), refusals.resting(at))
+                last = advance(
+                    cells, layout, engine, once, began, done, refusals.given_up(), refusals.resting(at),
+                    None if budget is None else budget.hold,
+                )  # fmt: skip
+                if is_spent := budget is not None and budget.is_over(last):
+                    last.notes.append(budget.over(last))
+                    engine.cancel([job.cell for job in last.jobs.values()])
             failures = 0
             refusals.count(last, at)
         except (SubmitError, ConfigError, OSError) as error:
             if last is None and not watch:
                 raise
-            known = last or Pass(cells, state.of_folders(cells, layout, at), Look({}, None))
+            known = last or Pass(cells, state.of_folders(cells, layout, at), Look({}, None), at)
             failures += 1
             last = dataclasses.replace(known, submitted=[], refused={}, notes=[f"{engine.engine} can't be asked: {error}"])
         started |= {job.cell for job in last.submitted}
         done |= {cell.name: now for cell, now in zip(cells, last.states, strict=True) if now.state == "done"}
         on_pass(last)
-        if not (engine.here or watch) or (last.active == 0 and not (watch and last.pending) and not failures):
+        if is_spent or not (engine.here or watch) or (last.active == 0 and not (watch and last.pending) and not failures):
             break
         usual = engine.pass_seconds if seconds is None else seconds
         engine.wait(max(usual, pause(failures)) if failures else usual)

@@ -211,6 +211,11 @@ TABLE = (
         ".errors .storage launch.cells launch.grid launch.rules launch.executors.base launch.state launch.run",
     ),
     Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.cells"),
+    Row(
+        "launch.money",
+        ".errors .formatting .hardware .hardware.prices launch.cells launch.training_cells launch.executors.base launch.state "
+        "launch.run launch.fit",
+    ),
     Row("launch.tables", lazily=".search.answer"),
     Row(
         "launch.plan",
@@ -257,14 +262,15 @@ TABLE = (
     Row(
         "launch.commands",
         ".errors .formatting .hardware .hardware.prices .storage launch.cells launch.training_cells launch.rules "
-        "launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit",
+        "launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit launch.money",
         lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
         "launch.report launch.findings",
     ),
     Row(
         "launch.screen",
-        ".formatting .hardware launch.cells launch.executors.base launch.state launch.run launch.fit launch.commands",
+        ".formatting .hardware launch.cells launch.executors.base launch.state launch.run launch.fit launch.money "
+        "launch.commands",
     ),
     Row(
         "launch.options",
@@ -274,7 +280,7 @@ TABLE = (
     Row(
         "launch.__main__",
         ".errors .formatting .hardware .hardware.prices launch.executors.base launch.state launch.grid_cells launch.commands "
-        "launch.screen launch.options",
+        "launch.money launch.screen launch.options",
         lazily=".search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
         "launch.device_tables launch.export launch.next_cells",
     ),
@@ -312,7 +318,7 @@ CORES = {
         "laws.shape results search.answer search.buildable search.candidates search.caveats search.objectives "
         "search.optimum search.ranking search.shape_rule",
     ),
-    "launches": (1_100, "launch.cells launch.executors.base launch.grid launch.run launch.state launch.watch"),
+    "launches": (1_150, "launch.cells launch.executors.base launch.grid launch.run launch.state launch.watch"),
 }
 
 

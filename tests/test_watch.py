@@ -51,7 +51,9 @@ class Engine(base.Executor):
             if self.clock.now - at > HOUR:
                 del self.began[name]
                 grid_fakes.finish(self.cells[name], self.layout)
-        return Look({name: Job(name, "1", RUNNING, since=self.clock.now) for name in self.began}, [])
+                path = self.layout.cell(name) / "result.json"
+                storage.write_json(path, storage.read_json(path) | {"device_seconds": 4 * HOUR})
+        return Look({name: Job(name, "1", RUNNING, since=at) for name, at in self.began.items()}, [])
 
     def submission(self, cell):
         return Submission(cell.name, "submit")

@@ -75,6 +75,15 @@ class Submitted(NamedTuple):
     time: float  # when the engine was asked, seconds since the epoch
 
 
+class Rents(NamedTuple):
+    """What an engine has for a cell while it runs, as a bill has it."""
+
+    chip: str  # its name (`gqa_jax.hardware`)
+    chips: int
+    spot: bool = False
+    region: str | None = None  # as price lists call it
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a cluster file may set, for every engine. Made by `load`, which checks names and types."""
@@ -147,6 +156,11 @@ class Executor(abc.ABC):
     def slice(self) -> Slice | None:
         """All the chips of a cell; None: they are not known."""
         return self.options.slice
+
+    @property
+    def rents(self) -> Rents | None:
+        """What a cell has while it runs; None: it is not known."""
+        return None if self.slice is None else Rents(self.slice.chip.name, self.slice.n_chips)
 
     @property
     def capacity(self) -> int:

@@ -24,7 +24,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch.cells import Cell, record
 from launch.executors import base, bundle, job_names, queue
-from launch.executors.base import QUEUED, RUNNING, Submission, SubmitError
+from launch.executors.base import QUEUED, RUNNING, Rents, Submission, SubmitError
 from launch.executors.queue import Record
 
 # Of SkyPilot: the first with $SKYPILOT_MANAGED_JOB_ID; --output and recover_on_exit_codes came in 0.12.
@@ -115,6 +115,15 @@ class Executor(queue.Executor, bundle.Executor):
 
     Options = Options
     machines = "SkyPilot's machines"
+
+    @property
+    def rents(self) -> Rents | None:
+        options = self.options
+        if options.topology is None:
+            return None
+        machine, region = hardware.find(options.topology), (options.infra or "").split("/")[1:2]
+        chips = options.num_nodes * machine.n_chips
+        return Rents(machine.chip.name, chips, options.use_spot, region[0] if region else None)
 
     def check(self) -> None:
         self.check_root()

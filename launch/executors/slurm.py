@@ -24,7 +24,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch.cells import REPOSITORY, Cell
 from launch.executors import base, job_names, queue
-from launch.executors.base import DEAD, QUEUED, RUNNING, Submission, SubmitError
+from launch.executors.base import DEAD, QUEUED, RUNNING, Rents, Submission, SubmitError
 from launch.executors.queue import Record
 from launch.executors.slurm_words import HELD_AFTER, NEVER, NOT_LAUNCHED, REASONS, may_pass
 
@@ -165,6 +165,13 @@ class Executor(queue.Executor):
     """A batch job per cell."""
 
     Options = Options
+
+    @property
+    def rents(self) -> Rents | None:
+        if self.options.topology is None:
+            return None
+        node = hardware.find(self.options.topology)
+        return Rents(node.chip.name, self.options.nodes * node.n_chips)
 
     def check(self) -> None:
         self._check_root()

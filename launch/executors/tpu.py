@@ -28,7 +28,7 @@ from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
 from launch.cells import Cell, record
 from launch.executors import base, bundle, job_names
-from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Look, Submission, SubmitError
+from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Look, Rents, Submission, SubmitError
 
 PROVISIONING = ("spot", "guaranteed", "reserved")
 EXAMPLE_PROJECT = "my-project"  # of configs/clusters/tpu.toml
@@ -142,6 +142,12 @@ class Executor(bundle.Executor):
     machines = "the hosts of a slice"
     sleep = staticmethod(time.sleep)
     random = random.Random()
+
+    @property
+    def rents(self) -> Rents:
+        """Of the first zone."""
+        chips, region = self.options.slices * self.options.slice.n_chips, self.options.zones[0].rpartition("-")[0]
+        return Rents(self.options.slice.chip.name, chips, self.options.provisioning == "spot", region)
 
     def __exit__(self, *_: object) -> None:
         if "_client" in self.__dict__:
