@@ -186,7 +186,11 @@ TABLE = (
     Row("launch.executors.base", ".errors .hardware .config launch.cells"),
     Row("launch.executors.job_names", "launch.cells"),
     Row("launch.executors.queue", ".errors .storage launch.cells launch.executors.base"),
-    Row("launch.executors.bundle", ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base"),
+    Row("launch.executors.checkout", ".errors .formatting launch.cells"),
+    Row(
+        "launch.executors.bundle",
+        ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base launch.executors.checkout",
+    ),
     Row("launch.executors.local", ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base"),
     Row("launch.executors.slurm_words"),
     Row(

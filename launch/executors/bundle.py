@@ -1,8 +1,7 @@
 """The code of a run in one file named by its content, for hosts that have no checkout.
 
-A bundle is `<sha256>.tar.gz`: gqa_jax, launch, configs, what `pip install` needs, and COMMIT, the commit that they are of. The
-same files of the same commit give the same bytes (with one version of zlib), so a bundle is put somewhere once. Cluster files
-are left out: hosts don't need them, and they may hold keys.
+A bundle is `<sha256>.tar.gz`: the files of `launch.executors.checkout`, and COMMIT, the commit that they are of. The same files
+of the same commit give the same bytes (with one version of zlib), so a bundle is put somewhere once.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import functools
 import gzip
 import hashlib
 import io
+import logging
 import os
 import re
-import subprocess
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,14 +26,12 @@ from gqa_jax.data import catalog
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch.cells import REPOSITORY, Cell
-from launch.executors import base
+from launch.executors import base, checkout
 
-FOLDERS = ("gqa_jax", "launch", "configs")
-FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE")  # the last three: setuptools reads them
-LEFT_OUT = ("configs/clusters/",)
 COMMIT = "COMMIT"
-NEEDED = (COMMIT, *FILES, "configs/cell.py", "gqa_jax/train.py")
+NEEDED = (COMMIT, *checkout.FILES, "configs/cell.py", "gqa_jax/train.py")
 
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})\.tar\.gz")
 
 
@@ -75,12 +72,12 @@ def find(path: os.PathLike | str) -> Bundle:
 
 
 def pack(root: Path = REPOSITORY, commit: str | None = None) -> bytes:
-    """The bytes of a bundle of the code below `root`: what git tracks or would track, all files where there is no git.
+    """The bytes of a bundle of the code below `root`. Raises ConfigError as `checkout.contents`.
 
     Args:
       commit: what COMMIT says; None: the commit of this code, `+` when files differ from it, nothing where it is not known.
     """
-    contents = {name: (root / name).read_bytes() for name in _names(root)}
+    contents = checkout.contents(root)
     contents[COMMIT] = f"{commit or run_folder.commit() or ''}\n".encode()
     return _tar(contents)
 
@@ -114,30 +111,6 @@ def read(bundle: Bundle) -> bytes:
             f"bundle {bundle.path} is not there: make one with launch.executors.bundle.make, or leave `bundle` out"
         )
     return content
-
-
-def _names(root: Path) -> list[str]:
-    """Files of a bundle below `root`, sorted, with `/`. Raises ConfigError for one that git tracks and that is not there."""
-    tracked = _git(root, "--cached")
-    if tracked is None or "gqa_jax/train.py" not in tracked:  # no checkout of this code, but an installed package
-        walked = (path for folder in FOLDERS for path in (root / folder).rglob("*"))
-        names = [path.relative_to(root).as_posix() for path in (*walked, *(root / name for name in FILES))]
-        names = [name for name in names if "__pycache__" not in name and "/." not in name]
-    else:
-        if gone := sorted(name for name in tracked if not (root / name).exists()):
-            raise ConfigError(f"{root} lacks {', '.join(gone[:5])}, which git tracks: `git restore` it, or `git rm` it")
-        names = [*tracked, *_git(root, "--others", "--exclude-standard")]
-    return sorted({name for name in names if (root / name).is_file() and not name.startswith(LEFT_OUT)})
-
-
-def _git(root: Path, *which: str) -> list[str] | None:
-    """Files of a bundle that git lists below `root`; None where there is no git."""
-    argv = ["git", "-C", os.fspath(root), "ls-files", "-z", *which, "--", *FOLDERS, *FILES]
-    try:
-        found = subprocess.run(argv, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return [name for name in found.decode().split("\0") if name]
 
 
 def _tar(contents: Mapping[str, bytes]) -> bytes:
@@ -187,8 +160,16 @@ class Executor(base.Executor):
 
     @functools.cached_property
     def _packed(self) -> bytes | None:
-        """The code, read once, so that all cells of this launcher run the same; None: an option names it."""
-        return pack() if self.options.bundle is None else None
+        """The code, read once, so that all cells of this launcher run the same; None: an option names it.
+
+        Warns of what is in no commit.
+        """
+        if self.options.bundle is not None:
+            return None
+        packed = pack()
+        if (found := checkout.changes()) is not None:
+            log.warning(found.said())
+        return packed
 
     @functools.cached_property
     def bundle(self) -> Bundle:
