@@ -1,6 +1,7 @@
 import gzip
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from gqa_jax import storage
 from gqa_jax.config import ConfigError
 from gqa_jax.training import run_folder
 from launch import grid
-from launch.cells import Layout
+from launch.cells import REPOSITORY, Layout
 from launch.executors import base, bundle, checkout
 from tests import grid_fakes
 
@@ -398,6 +399,14 @@ def test_it_runs_unpacked(tmp_path, packed):
         [sys.executable, "-c", program], cwd=tmp_path / "code", capture_output=True, text=True, check=True
     ).stdout
     assert found.split() == [str(tmp_path / "code" / name / "__init__.py") for name in ("gqa_jax", "launch")]
+
+
+def test_uv_is_pinned():
+    """By its version and the hashes of two files; pip refuses all others."""
+    assert re.fullmatch(r"uv==\d+\.\d+\.\d+( --hash=sha256:[0-9a-f]{64}){2}", bundle.UV)
+    assert {"--require-hashes", "--no-deps", "--only-binary=:all:", "--requirement=/dev/stdin"} < {*bundle.INSTALL_UV}
+    scripts = [path for path in (REPOSITORY / "launch" / "executors").iterdir() if path.is_file()]
+    assert not [path.name for path in scripts if "astral.sh" in path.read_text()]  # whose installer brings the newest
 
 
 def test_it_is_quick(packed):

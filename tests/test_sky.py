@@ -472,8 +472,8 @@ setup: |
   mkdir -p ~/gqa_jax/0123456789abcdef
   tar -xzf ~/gqa_jax/0123456789abcdef.tar.gz -C ~/gqa_jax/0123456789abcdef
   cd ~/gqa_jax/0123456789abcdef
-  export PATH="$HOME/.local/bin:$PATH"
-  command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  export PATH="$HOME/.local/bin:$PATH:$HOME/gqa_jax/uv/bin"
+  command -v uv > /dev/null || INSTALL --target="$HOME/gqa_jax/uv" <<< 'UV'
   [ -x .venv/bin/python ] || uv venv --python 3.12 .venv
   uv pip install --python .venv/bin/python -c constraints.txt -e '.[tpu,gcs]'
 run: |
@@ -549,6 +549,7 @@ class TestSubmission:
         train = shlex.join(cell.command(one.layout.cell(cell.name), python, "."))
         copy = textwrap.indent("'" + sky.COPY.replace("'", "'\"'\"'") + "'", "  ").lstrip()
         names = {"SHA256": SHA256, "TRAIN": train, "COPY": copy, "ADDRESS": ADDRESS}
+        names |= {"INSTALL": shlex.join(bundle.INSTALL_UV), "UV": bundle.UV}
         for name, value in (names | {"PREFIX": job_names.prefix(one.layout), "CELL": cell.name}).items():
             text = text.replace(name, value)
         return text

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -730,13 +731,18 @@ class TestStartup:
         assert 200 in cloud.rest
 
     def test_the_environment_is_made_once(self, make, cloud):
-        """At another boot too; and of the bundle's own files."""
-        uv = cloud.folder / "bin" / "uv"
+        """At another boot too; of the bundle's own files, by uv as it is pinned."""
+        uv, pip = cloud.folder / "uv", cloud.folder / "bin" / "python3"
         uv.write_text(
             f'#!/bin/bash\nset -e\necho "$@" >>{cloud.folder}/uv.txt\n'
             f'[ "$1" = venv ] && mkdir -p "${{@: -1}}/bin" && ln -s {sys.executable} "${{@: -1}}/bin/python"\ntrue\n'
         )
+        pip.write_text(
+            f'#!/bin/bash\n(echo python3 "${{@:1:$#-1}}"; cat) >>{cloud.folder}/pip.txt\n'
+            f'folder="${{@: -1}}" && folder="${{folder#--target=}}/bin" && mkdir -p "$folder" && cp {uv} "$folder"\n'
+        )
         uv.chmod(0o755)
+        pip.chmod(0o755)
         cloud.n_hosts = 1
         engine = make(python=None)
         cell = engine.cells[0]
@@ -752,6 +758,7 @@ class TestStartup:
         cloud.reboot(engine.job(cell.name))
         wait(lambda: attempts(engine, cell) == 2)
         assert (cloud.folder / "uv.txt").read_text().splitlines() == calls
+        assert (cloud.folder / "pip.txt").read_text() == f"{shlex.join(bundle.INSTALL_UV)}\n{bundle.UV}\n"
 
     def test_the_environment_cannot_be_made(self, make, cloud):
         uv = cloud.folder / "bin" / "uv"

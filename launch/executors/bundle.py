@@ -29,6 +29,17 @@ from launch.cells import REPOSITORY, Cell
 from launch.executors import base, checkout
 
 COMMIT = "COMMIT"
+# uv for hosts whose image has none: this version, and of its files on PyPI these, for Linux on x86-64 and on ARM.
+UV = (
+    "uv==0.13.9"
+    " --hash=sha256:d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19"
+    " --hash=sha256:5435c5ce14a56431208ca0996416d310f1598e8c2c8ba707688985a16bb82dbe"
+)
+# Reads UV; --target=FOLDER comes after it, and the program is then FOLDER/bin/uv.
+INSTALL_UV = (
+    *("python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"),
+    *("--require-hashes", "--upgrade", "--requirement=/dev/stdin"),
+)
 NEEDED = (COMMIT, *checkout.FILES, "configs/cell.py", "gqa_jax/train.py")
 
 log = logging.getLogger(__name__)

@@ -250,11 +250,11 @@ class Executor(queue.Executor, bundle.Executor):
             has_gpus = not self.options.is_tpu and (self.options.accelerators or self.options.topology)
             extras = ["tpu"] if self.options.is_tpu else ["cuda"] if has_gpus else []
             extras += ["gcs"] if storage.is_remote(self.layout.root) else []
-            wanted = f".[{','.join(extras)}]" if extras else "."
+            wanted, install = f".[{','.join(extras)}]" if extras else ".", shlex.join(bundle.INSTALL_UV)
             lines += [
                 f"cd {self._code}",
-                'export PATH="$HOME/.local/bin:$PATH"',
-                "command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh",
+                'export PATH="$HOME/.local/bin:$PATH:$HOME/gqa_jax/uv/bin"',  # SkyPilot's own uv is in the first of them
+                f'command -v uv > /dev/null || {install} --target="$HOME/gqa_jax/uv" <<< {shlex.quote(bundle.UV)}',
                 "[ -x .venv/bin/python ] || uv venv --python 3.12 .venv",
                 f"uv pip install --python .venv/bin/python -c constraints.txt -e {shlex.quote(wanted)}",
             ]

@@ -226,9 +226,10 @@ class Executor(bundle.Executor):
             "OWN_PYTHON": options.python or "",
             "SETUP": "\n".join(options.setup),
             "MAX_RUN_SECONDS": str(_seconds(options.max_run_hours)),
+            "UV": bundle.UV,
         }
         lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-        lines += [f"COMMAND=({shlex.join(command)})"]
+        lines += [f"INSTALL_UV=({shlex.join(bundle.INSTALL_UV)})", f"COMMAND=({shlex.join(command)})"]
         lines += [f"VARIABLES=({shlex.join(f'{name}={value}' for name, value in options.environment.items())})"]
         before, mark, after = SCRIPT.read_text().partition("# @settings@\n")
         assert mark

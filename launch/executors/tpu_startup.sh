@@ -4,7 +4,7 @@
 # Runs as root on every host at every boot. In order: fetch the code, make the environment, train, delete the slice. Whatever
 # goes wrong on the way, the slice is deleted, for a slice that waits is billed like one that works; only a host that is told
 # to end by SIGTERM (spot preemption, reboot) leaves that to whoever told it. Needs bash, curl, flock, sha256sum, tar, timeout;
-# and gcloud for gs://.
+# gcloud for gs://; and uv, or python3 with pip, to make the environment.
 set -u -o pipefail
 
 # @settings@
@@ -153,10 +153,9 @@ fetch() {
 }
 
 install() {
-    PATH="${HOST_FOLDER}/bin:${PATH}"
+    PATH="${PATH}:${HOST_FOLDER}/uv/bin"
     if ! command -v uv >/dev/null; then
-        curl --location --silent --show-error --fail --max-time 120 https://astral.sh/uv/install.sh |
-            UV_INSTALL_DIR="${HOST_FOLDER}/bin" UV_NO_MODIFY_PATH=1 sh || return 1
+        "${INSTALL_UV[@]}" --target="${HOST_FOLDER}/uv" <<<"${UV}" || return 1
     fi
     rm -rf "${ENVIRONMENT}"
     uv venv --quiet --python 3.12 "${ENVIRONMENT}" &&
