@@ -25,7 +25,7 @@ from gqa_jax.errors import ConfigError
 REQUESTS = 32  # at once, where many small files are read
 DOWNLOADS = 8  # ranges of a large object at once
 RANGE_BYTES = 1 << 26  # of a download: what a slow line brings within the five minutes that gcsfs gives a request
-ROLES = "the roles Storage Object Admin and Storage Legacy Bucket Reader"  # orbax asks what kind of bucket it is
+ROLES = "the roles Storage Object User and Storage Legacy Bucket Reader"  # orbax asks what kind of bucket it is
 LOGIN = "log in: gcloud auth application-default login"
 
 

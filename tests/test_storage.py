@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written(folder, message, tmp_path, monkeypatch,
     [
         (
             OSError("Forbidden: https://storage.googleapis.com/b\nme@x.org does not have storage.objects.create access"),
-            "permission denied .*me@x.org does not have storage.objects.create access.*Storage Object Admin",
+            "permission denied .*me@x.org does not have storage.objects.create access.*Storage Object User",
         ),
         (
             HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.create access"}),

@@ -259,6 +259,9 @@ class TestRequest:
         assert command.startswith("gcloud compute tpus queued-resources create g")
         for part in ("--zone=us-test1-a", "--accelerator-type=v5litepod-8", "--spot", "--valid-until-duration=86400s"):
             assert f" {part} " in command
+        assert " --scopes=https://www.googleapis.com/auth/cloud-platform --metadata-from-file=" in command
+        account = "me@test-project.iam.gserviceaccount.com"
+        assert f" --service-account={account} " in make(service_account=account).executor.submission(engine.cells[0]).command
 
     def test_the_script_is_bash_whatever_the_options_hold(self, make):
         quotes = 'it\'s "$(false)" `x`\nb'
@@ -295,7 +298,10 @@ class TestRequest:
         ({"labels": {"Team": "x"}}, "labels.Team"),
         ({"tags": ["A"]}, "tags"),
         ({"setup": [1]}, "setup"),
-        ({"service_account": "me"}, "gserviceaccount"),
+        ({"service_account": "me"}, "service_account = 'me': must be an e-mail, NAME@PROJECT.iam.gserviceaccount.com"),
+        ({"service_account": "me@example.com"}, "must be an e-mail, NAME@PROJECT.iam.gserviceaccount.com"),
+        ({"service_account": "serviceAccount:me@p p.iam.gserviceaccount.com"}, "must be an e-mail"),
+        ({"service_account": ""}, "must be an e-mail"),
         ({"bundle": "code.tar.gz"}, "<sha256>.tar.gz"),
         ({"zone": "us-west4-a"}, "did you mean 'zones'"),
         ({"environment": {"A B": "x"}}, "environment.A B"),
@@ -316,6 +322,13 @@ def test_the_example_names_every_option(tmp_path):
             assert f"\n{field.name} = " in text or f"\n# {field.name} = " in text
         with pytest.raises(ConfigError, match="is the example: write the id of yours"):
             one.check()  # before anybody is asked
+    cluster = tmp_path / "account.toml"
+    cluster.write_text(text.replace('project = "my-project"', 'project = "my-own-project"'))
+    with (
+        base.load(str(cluster), Layout(tmp_path)) as one,
+        pytest.raises(ConfigError, match="is the example: write the e-mail of yours"),
+    ):
+        one.check()
     uncommented = "\n".join(line.removeprefix("# ") if " = " in line else line for line in text.splitlines())
     cluster = tmp_path / "all.toml"
     cluster.write_text(uncommented.replace('"spot" ', '"reserved" ').replace("<sha256>", "0" * 64))
@@ -428,7 +441,10 @@ class TestSubmit:
     @pytest.mark.parametrize(
         ("code", "words"),
         [
-            (grpc.StatusCode.PERMISSION_DENIED, "TPU Admin"),
+            (
+                grpc.StatusCode.PERMISSION_DENIED,
+                "TPU Admin on project test-project and Service Account User on service_account",
+            ),
             (grpc.StatusCode.UNAUTHENTICATED, "gcloud auth application-default login"),
             (grpc.StatusCode.INVALID_ARGUMENT, "correct the option"),
             (grpc.StatusCode.NOT_FOUND, "correct project, zones"),
@@ -620,7 +636,7 @@ class TestReconcile:
         (note,) = engine.executor.reconcile(engine.executor.jobs())
         assert "had not deleted itself" in note
         until_gone(engine, cell)
-        assert "needs the role TPU Admin" in logs(engine, cell)
+        assert "needs the permission tpu.nodes.delete on project test-project" in logs(engine, cell)
 
     def test_a_slice_that_is_there_too_long(self, make, cloud):
         engine = make(max_run_hours=2.0)

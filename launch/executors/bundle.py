@@ -74,12 +74,7 @@ def named(folder: os.PathLike | str, content: bytes) -> Bundle:
 
 def find(path: os.PathLike | str) -> Bundle:
     """The bundle at a path that somebody gave. Raises ConfigError when its name is not that of one. Reads nothing."""
-    match = _NAME.fullmatch(os.fspath(path).rpartition("/")[2])
-    if match is None:
-        raise ConfigError(
-            f"bundle = {os.fspath(path)!r}: the name must be <sha256>.tar.gz, as launch.executors.bundle.make gives it"
-        )
-    return Bundle(storage.path(path), match[1])
+    return Bundle(storage.path(path), _hash_in(path))
 
 
 def pack(root: Path = REPOSITORY, commit: str | None = None) -> bytes:
@@ -124,6 +119,15 @@ def read(bundle: Bundle) -> bytes:
     return content
 
 
+def _hash_in(path: os.PathLike | str) -> str:
+    """The SHA-256 that the name of a bundle says. Raises ConfigError when it says none."""
+    if (match := _NAME.fullmatch(os.fspath(path).rpartition("/")[2])) is None:
+        raise ConfigError(
+            f"bundle = {os.fspath(path)!r}: the name must be <sha256>.tar.gz, as launch.executors.bundle.make gives it"
+        )
+    return match[1]
+
+
 def _tar(contents: Mapping[str, bytes]) -> bytes:
     """A .tar.gz that depends on names and contents alone."""
     packed = io.BytesIO()
@@ -152,7 +156,7 @@ class Options(base.Options):
     def __post_init__(self):
         super().__post_init__()
         if self.bundle is not None:
-            find(self.bundle)
+            _hash_in(self.bundle)
 
 
 class Executor(base.Executor):
@@ -188,8 +192,8 @@ class Executor(base.Executor):
         folder = storage.path(self.layout.root) / "code"
         if self._packed is not None:
             return named(folder, self._packed)
-        given = find(self.options.bundle)
-        return Bundle(folder / f"{given.sha256}.tar.gz", given.sha256)
+        sha256 = _hash_in(self.options.bundle)
+        return Bundle(folder / f"{sha256}.tar.gz", sha256)
 
     def check_bundle(self) -> None:
         """Raises ConfigError for one that can't be used."""

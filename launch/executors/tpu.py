@@ -80,7 +80,7 @@ class Options(bundle.Options):
     network: str | None = None  # VPC network; None: the project's default
     subnetwork: str | None = None
     external_ips: bool = True  # without them the network needs Cloud NAT for Python packages
-    service_account: str | None = None  # e-mail, needs TPU Admin and Storage Object Admin; None: the project's default one
+    service_account: str | None = None  # e-mail; writes the bucket, deletes its slice; None: the project's default one
     labels: dict = dataclasses.field(default_factory=dict)  # of the machines, for the bill: name -> text
     tags: list = dataclasses.field(default_factory=list)  # network tags, for firewall rules
     valid_until_hours: float = 24.0  # that a request may wait; then it fails, and the next one goes to the next zone
@@ -169,7 +169,8 @@ class Executor(bundle.Executor):
         argv += [f"--node-id={job}"] if options.slices == 1 else [f"--node-count={options.slices}", f"--node-prefix={job}"]
         tiers = {"spot": ["--spot"], "guaranteed": [], "reserved": ["--reserved", f"--reservation={options.reservation}"]}
         argv += tiers[options.provisioning]
-        argv += [f"--valid-until-duration={_seconds(options.valid_until_hours)}s"]
+        argv += [f"--valid-until-duration={_seconds(options.valid_until_hours)}s", f"--scopes={SCOPE}"]
+        argv += [] if options.service_account is None else [f"--service-account={options.service_account}"]
         argv += [f"--metadata-from-file=startup-script={folder / 'startup.sh'}"]
         script = request["queued_resource"]["tpu"]["node_spec"][0]["node"]["metadata"]["startup-script"]
         text = json.dumps(request, indent=1) + "\n"
@@ -245,6 +246,11 @@ class Executor(bundle.Executor):
         options = self.options
         if options.project == EXAMPLE_PROJECT and options.api_endpoint is None:
             raise ConfigError(f'project = "{EXAMPLE_PROJECT}" is the example: write the id of yours (gcloud projects list)')
+        if f"@{EXAMPLE_PROJECT}." in (options.service_account or ""):
+            raise ConfigError(
+                f'service_account = "{options.service_account}" is the example: write the e-mail of yours (gcloud iam '
+                "service-accounts list; README says which roles it needs)"
+            )
         self.check_root()
         self.check_bundle()
         request = {"name": f"projects/{options.project}", "page_size": 500}
@@ -494,7 +500,8 @@ class Executor(bundle.Executor):
         project, pauses = self.options.project, iter(PAUSES)
         fixes = {
             exceptions.Unauthenticated: LOGIN,
-            exceptions.PermissionDenied: f"you need the role TPU Admin on project {project}, and it the Cloud TPU API: "
+            exceptions.PermissionDenied: f"you need the roles TPU Admin on project {project} and Service Account User on "
+            "service_account, and the project the Cloud TPU API: "
             f"gcloud services enable tpu.googleapis.com --project={project}",
             exceptions.NotFound: "correct project, zones or reservation",
             exceptions.InvalidArgument: "correct the option that it names",

@@ -89,7 +89,7 @@ delete_once() {
         return 0
     fi
     say "the slice could not be deleted (HTTP ${code}): $(tr '\n' ' ' <"${HOST_FOLDER}/delete.txt" | head -c 500)"
-    say "its service account needs the role TPU Admin (roles/tpu.admin); trying again"
+    say "its service account needs the permission tpu.nodes.delete on project ${PROJECT}; trying again"
     copy_log
     return 1
 }
