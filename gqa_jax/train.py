@@ -12,13 +12,15 @@ each process gets --coordinator=HOST:PORT --processes=N --process=I (gqa_jax/tra
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import absl.logging
@@ -89,15 +91,17 @@ def main(argv: list[str]) -> int:
     try:
         config = _parse(argv)
         compilation_cache()
-        distributed.initialize(
-            _DISTRIBUTED.value,
-            coordinator=_COORDINATOR.value,
-            processes=_PROCESSES.value,
-            process=_PROCESS.value,
-            heartbeat_seconds=_HEARTBEAT_SECONDS.value,
-            start_seconds=_START_SECONDS.value,
-        )
-        distributed.same_config(config, workdir=_WORKDIR.value)
+        with _recorded():
+            distributed.initialize(
+                _DISTRIBUTED.value,
+                coordinator=_COORDINATOR.value,
+                processes=_PROCESSES.value,
+                process=_PROCESS.value,
+                heartbeat_seconds=_HEARTBEAT_SECONDS.value,
+                start_seconds=_START_SECONDS.value,
+                record=_record,
+            )
+            distributed.same_config(config, workdir=_WORKDIR.value)
         result = train_and_evaluate(
             config,
             _WORKDIR.value,
@@ -114,9 +118,29 @@ def main(argv: list[str]) -> int:
             log.exception("the run failed")
         print(f"gqa_jax.train: {reason}", file=sys.stderr)
         return run_folder.exit_code(error)
+    except KeyboardInterrupt:  # later ones are for `distributed.Preemption`
+        print("gqa_jax.train: stopped before it trained; the same command starts it again", file=sys.stderr)
+        return 128 + signal.SIGINT
     if distributed.is_primary():
         print(_summary(result, _WORKDIR.value))
     return run_folder.EXIT_DONE if result["status"] == "done" else run_folder.EXIT_DIVERGED
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[None]:
+    """Leaves an exit record where a run fails that does not hold its folder yet; none of what is wrong with its command."""
+    try:
+        yield
+    except Exception as error:
+        kind, reason = distributed.classify(error)
+        if kind != "config":
+            _record(kind, reason, distributed.blamed(error))
+        raise
+
+
+def _record(kind: str, reason: str, blamed: str | None = None) -> None:
+    with contextlib.suppress(ConfigError, OSError), run_folder.claim(_WORKDIR.value):  # another process may hold it
+        run_folder.record_exit(_WORKDIR.value, run_folder.EXIT_FAILED, kind, reason, None, blamed)
 
 
 def compilation_cache() -> None:

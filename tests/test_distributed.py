@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from configs.train import tiny as configs_train_tiny
 from gqa_jax import train
 from gqa_jax.config import ConfigError, TrainConfig
-from gqa_jax.training import checkpoint, distributed, evaluation, metrics, run_folder, setup
+from gqa_jax.training import checkpoint, distributed, evaluation, metrics, run_folder, setup, signals
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEARTBEAT = 5  # seconds
@@ -192,7 +192,7 @@ say(
 
 
 LOOP = """
-def record(kind, reason):
+def record(kind, reason, blamed):
     (folder / "exit.json").write_text(json.dumps([kind, reason]))
 with distributed.ends_together(record, heartbeat_seconds=10), distributed.Preemption() as preemption:
     for step in range(1, 10**9):
@@ -240,11 +240,12 @@ def test_when_a_process_is_killed_the_other_ends_within_the_heartbeat(tmp_path, 
 
 
 @pytest.mark.parametrize("asked", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_sigterm_to_one_process_names_the_same_step_to_both(tmp_path, asked):
+def test_a_request_to_one_process_names_the_same_step_to_both(tmp_path, asked):
+    """Ctrl-C to process 0, which it turns into SIGTERM; SIGTERM to process 1."""
     with Pair.of_code(tmp_path, LOOP) as pair:
         for i in range(2):
             pair.wait_for(lambda folder, i=i: (folder / f"runs-{i}").exists())
-        pair.processes[asked].terminate()
+        pair.processes[asked].send_signal(signal.SIGTERM if asked else signal.SIGINT)
         errors = pair.errors()
         assert [process.returncode for process in pair.processes] == [75, 75], errors
     steps = [int((tmp_path / f"preempted-{i}").read_text()) for i in range(2)]
@@ -529,14 +530,59 @@ def test_a_port_in_use_is_an_error_at_once():
             distributed.initialize(coordinator=f"localhost:{port}", processes=2, process=0)
 
 
-def test_one_process_notes_a_sigterm_and_gives_the_handler_back():
-    before = signal.getsignal(signal.SIGTERM)
+REQUESTS = [
+    (signal.SIGTERM, signal.SIGTERM, "SIGTERM"),  # as Slurm does: it is one request
+    (signal.SIGHUP, signal.SIGTERM, "SIGHUP"),  # as a session that is closed
+    (signal.SIGINT, signal.SIGINT, "Ctrl-C"),  # to a group of processes, one of which passes it on
+]
+
+
+@pytest.mark.parametrize(("first", "again", "by"), REQUESTS)
+def test_one_process_notes_a_request_and_gives_the_handlers_back(first, again, by, capfd):
+    before = [signal.getsignal(number) for number in signals.NAMES]
     with distributed.Preemption() as preemption:
         assert not preemption.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # as Slurm does: it is one request
+        signal.raise_signal(first)
+        signal.raise_signal(again)
         assert preemption.reached(2)
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert preemption.by == by
+    assert [signal.getsignal(number) for number in signals.NAMES] == before
+    assert capfd.readouterr().err.count("this step is the last, and is saved") == (first != signal.SIGTERM)
+
+
+def test_of_several_processes_any_request_is_a_sigterm(monkeypatch):
+    """Which JAX's service passes on to all."""
+    told = []
+    monkeypatch.setattr(distributed, "_client", lambda: "a service")
+    monkeypatch.setattr(distributed.multihost_utils, "reached_preemption_sync_point", lambda step: bool(told))
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append("SIGTERM"))
+    try:
+        with distributed.Preemption() as preemption:
+            assert not preemption.reached(1)
+            signal.raise_signal(signal.SIGINT)
+            assert preemption.reached(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (told, preemption.by) == (["SIGTERM"], "Ctrl-C")
+
+
+def test_what_is_ignored_stays_ignored():
+    """By nohup, or by a script that has put a run into the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.Preemption() as preemption:
+            signal.raise_signal(signal.SIGHUP)
+            assert not preemption.reached(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_has_hung_up_is_not_printed_to(tmp_path):
+    """It would answer with an error, which would end the run unsaved."""
+    with open(tmp_path / "terminal", "wb", buffering=0) as terminal:
+        signals._silence([terminal.fileno()])
+        assert terminal.write(b"lost") == 4
+    assert (tmp_path / "terminal").read_bytes() == b""
 
 
 def test_a_process_that_is_gone_is_no_error_of_this_program(monkeypatch):
@@ -582,19 +628,19 @@ def test_in_a_process_by_itself_nobody_went_away():
     assert distributed.classify(jax.errors.JaxRuntimeError(GONE)) == ("error", f"JaxRuntimeError: {GONE}")
 
 
-def test_a_later_sigterm_ends_a_process_at_once():
-    source = """
+@pytest.mark.parametrize("request_", ["SIGTERM", "SIGINT"])
+def test_a_later_request_ends_a_process_at_once(request_):
+    source = f"""
 import os, signal
-from gqa_jax.training import distributed
-distributed.REPEATED_SECONDS = 0.0
-with distributed.Preemption():
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("told", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
+from gqa_jax.training import signals
+signals.REPEATED_SECONDS = dict.fromkeys(signals.NAMES, 0.0)
+with signals.noted(tuple(signals.NAMES), lambda request: print("told", flush=True)):
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.{request_})
     print("alive")
 """
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "told\n")
+    assert (done.returncode, done.stdout) == (-signal.Signals[request_], "told\n")
 
 
 def test_one_process_is_alone_with_its_errors(tmp_path):

@@ -41,6 +41,8 @@ TABLE = (
     Row("gqa_jax.errors"),
     Row("gqa_jax.formatting"),
     Row("gqa_jax.hardware", ".errors"),
+    Row("gqa_jax.hardware.allocation", ".errors .hardware"),
+    Row("gqa_jax.hardware.faults", ".errors"),
     Row("gqa_jax.shapes"),
     Row("gqa_jax.mesh", ".errors"),
     Row("gqa_jax.costs", ".shapes"),
@@ -70,8 +72,14 @@ TABLE = (
         ".errors .mesh .config .attention .training.sharding .model .training.parallel .training.optimizer",
         outside="jax optax",
     ),
-    Row("gqa_jax.training.run_folder", ".errors .config .storage"),
-    Row("gqa_jax.training.distributed", ".errors .config .storage .training.run_folder", outside="jax"),
+    Row("gqa_jax.training.signals"),
+    Row("gqa_jax.training.run_folder", ".errors .config .storage", lazily=".hardware.faults"),
+    Row("gqa_jax.training.devices", ".errors .hardware.allocation .training.run_folder", outside="jax"),
+    Row(
+        "gqa_jax.training.distributed",
+        ".errors .hardware.faults .config .storage .training.signals .training.run_folder .training.devices",
+        outside="jax",
+    ),
     Row("gqa_jax.training.start", ".errors .config .storage .data .training.run_folder"),
     Row(
         "gqa_jax.training.checkpoint",
@@ -108,7 +116,7 @@ TABLE = (
         "gqa_jax.training.loop",
         ".attention .hardware .costs .config .storage .data .training.sharding .training.optimizer .training.evaluation "
         ".training.program .training.run_folder .training.distributed .training.checkpoint .training.metrics "
-        ".planning.planner .training.start .training.setup",
+        ".planning.planner .training.start .training.setup .training.devices",
         outside="jax",
     ),
     Row(
@@ -310,11 +318,11 @@ ROWS = {row.name: row for row in TABLE}
 # `python -m tests.test_imports` prints their files.
 CORES = {
     "trains": (
-        5900,
+        6000,
         "collectives config costs data.catalog data.corpus data.reader data.store data.vocabulary errors mesh model shapes "
-        "storage train training.checkpoint training.distributed training.evaluation training.loop training.loss "
-        "training.metrics training.optimizer training.parallel training.program training.run_folder training.setup "
-        "training.sharding training.start",
+        "storage train training.checkpoint training.devices training.distributed training.evaluation training.loop "
+        "training.loss training.metrics training.optimizer training.parallel training.program training.run_folder "
+        "training.setup training.sharding training.signals training.start",
     ),
     "answers": (
         4720,

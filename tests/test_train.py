@@ -290,21 +290,30 @@ def test_resume_is_exact_and_rows_of_the_later_attempt_count(finished, tmp_path,
     assert min(row["step"] for row in second) == 5  # the checkpoint of step 4 was used
 
 
-def test_sigterm_saves_and_the_next_attempt_goes_on_from_there(finished, tmp_path, monkeypatch):
+def test_a_run_that_was_begun_by_mistake_is_left_at_once(monkeypatch, capsys):
+    def parse(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_parse", parse)
+    assert train.main(["train"]) == 130
+    assert "stopped before it trained; the same command starts it again\n" in capsys.readouterr().err
+
+
+def test_a_request_to_end_saves_and_the_next_attempt_goes_on_from_there(finished, tmp_path, monkeypatch):
     whole, result = finished
     real = metrics.Metrics.write
 
     def write(self, kind, at, values):
         real(self, kind, at, values)
         if at == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Metrics, "write", write)
-        with pytest.raises(Preempted, match="saved after step 7; the same command goes on"):
+        with pytest.raises(Preempted, match=r"asked to end \(Ctrl-C\): saved after step 7; the same command goes on"):
             train.train_and_evaluate(tiny(), tmp_path)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGINT) == before
     assert run_folder.exit_code(Preempted(7)) == 75
     end = json.loads((tmp_path / "exit.json").read_text())
     assert (end["code"], end["class"], end["attempt"]) == (75, "preempted", 0)

@@ -7,7 +7,7 @@ which lives in process 0, the primary: it alone writes the run folder's small fi
 - An error anywhere else, where the others hang in a collective: `ends_together` tells them, and every process exits.
 - A process that is killed, or whose machine is gone, says nothing: JAX's service ends the others, printing the number of the
   one that sends no heartbeats any more, within `--heartbeat_seconds`; at once when it is process 0.
-- SIGTERM, which announces that machines are taken away: `Preemption` names the same last step to all.
+- SIGTERM, which announces that machines are taken away, or Ctrl-C: `Preemption` names the same last step to all.
 
 With one process and no service all of these do nothing, but for `Preemption`.
 """
@@ -35,8 +35,9 @@ from jax.experimental import multihost_utils
 from gqa_jax import errors, storage
 from gqa_jax.config import TrainConfig, differing_fields
 from gqa_jax.errors import ConfigError
-from gqa_jax.training import run_folder
-from gqa_jax.training.run_folder import ProcessFailed, ProcessLost
+from gqa_jax.hardware import faults  # before anything fails: it may be the files that do
+from gqa_jax.training import devices, run_folder, signals
+from gqa_jax.training.run_folder import ProcessFailed, ProcessLost, WrongDevices
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,6 @@ START_SECONDS = 300  # for all processes to come; JAX's default
 PHASE_SECONDS = 3600  # for all processes to end a phase: one that dies is noticed by its heartbeat
 SHARED_FOLDER_SECONDS = 60  # a network file system may not show a new file for so long
 POLL_SECONDS = 1.0
-REPEATED_SECONDS = 5.0  # in which a second SIGTERM is the first once more
 LEAVE_SECONDS = 10  # that the primary, and the service with it, waits for the others to have read why the run ends
 
 _FAILED = "gqa_jax/failed"
@@ -61,8 +61,9 @@ def initialize(
     process: int | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     start_seconds: int = START_SECONDS,
+    record: Callable[[str, str], None] = lambda kind, reason: None,
 ) -> None:
-    """Makes this process one of several; must come before anything that starts a device.
+    """Makes this process one of several, and starts its devices; must come before anything else that does.
 
     With `coordinator` ("HOST:PORT" of process 0), `processes` and `process` by these. Without them "auto" looks for a Slurm
     step of several tasks (SLURM_STEP_NUM_TASKS), a Cloud TPU slice of several hosts (TPU_WORKER_HOSTNAMES) or several slices
@@ -71,7 +72,9 @@ def initialize(
 
     Raises:
       ConfigError: arguments that don't go together, none of these clusters with "on", a port in use, hosts that would each
-        have trained alone. Processes that don't come within `start_seconds` end this one with exit code 1.
+        have trained alone. Processes that don't come within `start_seconds` end this one with exit code 1; `record` is called
+        before, with class and sentence as of `run_folder.classify`.
+      WrongDevices: JAX has no devices.
     """
     arguments = _arguments(mode, coordinator, processes, process, heartbeat_seconds)
     if arguments is not None:
@@ -79,7 +82,7 @@ def initialize(
             _check_port(coordinator)
         where = arguments.get("coordinator_address", "the address that the cluster gives")
         log.info("processes: meeting at %s, for at most %d s", where, start_seconds)
-        timer = threading.Timer(start_seconds, _nobody_came, (start_seconds,))
+        timer = threading.Timer(start_seconds, _nobody_came, (start_seconds, record))
         timer.daemon = True
         timer.start()
         try:
@@ -89,12 +92,15 @@ def initialize(
                 initialization_timeout=start_seconds + 60,  # JAX aborts the process then, without an address
             )
         except (ValueError, RuntimeError) as error:  # no cluster was found, most likely
+            if faults.of(error) is not None:
+                raise
             raise ConfigError(
                 f"--distributed={mode}: {errors.first_line(error)} ({where}). Give --coordinator=HOST:PORT, --processes and "
                 "--process, or --distributed=off for one process"
             ) from error
         finally:
             timer.cancel()
+    devices.start()
     if jax.process_count() > 1 and _client() is None:
         raise ConfigError(
             f"this is one of {jax.process_count()} hosts, and each would train alone: start the same command on all of them "
@@ -167,7 +173,7 @@ def _check_port(coordinator: str) -> None:
         ) from error
 
 
-def _nobody_came(seconds: int) -> NoReturn:
+def _nobody_came(seconds: int, record: Callable[[str, str], None]) -> NoReturn:
     reason = "the cluster did not say where process 0 is"
     if (address := jax_distributed.global_state.coordinator_address) is not None:
         host, _, port = address.rpartition(":")
@@ -176,7 +182,8 @@ def _nobody_came(seconds: int) -> NoReturn:
             reason = f"process 0 answers at {address}, but not all processes came: see that every one of them runs"
         except OSError as error:
             reason = f"nothing answers at {address} ({error}): see that process 0 runs, the address and the firewall"
-    _exit(f"the processes of this run did not find each other within {seconds} s: {reason}")
+    sentence = f"the processes of this run did not find each other within {seconds} s: {reason}"
+    _exit(sentence, before=lambda: record("infrastructure", sentence))
 
 
 def is_primary() -> bool:
@@ -196,8 +203,9 @@ _numbers = itertools.count()  # of phases: every process goes through the same o
 def agree(phase: str) -> Iterator[None]:
     """A part of the program that ends alike on all processes: where one raises in it, all raise the same at its end.
 
-    All processes enter the same phases in the same order. ConfigError when all that failed raised one, else ProcessFailed; the
-    message names the processes and what each said. No collective of devices may be in the body.
+    All processes enter the same phases in the same order. ConfigError when all that failed raised one, else ProcessFailed, of
+    the class of their errors where they have one; the message names the processes and what each said. No collective of devices
+    may be in the body.
     """
     if _client() is None:
         yield
@@ -206,11 +214,16 @@ def agree(phase: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sentence = str(error).strip() if isinstance(error, ConfigError) else errors.named(error)
-        mine, said = error, [isinstance(error, ConfigError), sentence]
+        in_words = isinstance(error, ConfigError | WrongDevices)
+        sentence = str(error).strip() if in_words else errors.named(error)
+        mine, said = error, [run_folder.classify(error)[0], sentence, run_folder.blamed(error)]
     if failures := gather(phase, said):
-        kind = ConfigError if all(is_config for is_config, _ in failures.values()) else ProcessFailed
-        raise kind(_who_and_why(phase, {i: text for i, (_, text) in failures.items()})) from mine
+        kinds = {kind for kind, _, _ in failures.values()}
+        text = _who_and_why(phase, {i: text for i, (_, text, _) in failures.items()})
+        if kinds == {"config"}:
+            raise ConfigError(text) from mine
+        host = next((host for _, _, host in failures.values() if host is not None), None)
+        raise ProcessFailed(text, kinds.pop() if len(kinds) == 1 else "error", host) from mine
 
 
 def gather(phase: str, value: Any) -> dict[int, Any]:
@@ -286,11 +299,11 @@ def shared_folder(folder: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def ends_together(record: Callable[[str, str], None], heartbeat_seconds: int = HEARTBEAT_SECONDS) -> Iterator[None]:
+def ends_together(record: Callable[[str, str, str | None], None], heartbeat_seconds: int = HEARTBEAT_SECONDS) -> Iterator[None]:
     """Where one process fails in the body, every process says so and exits with 1, though it hangs in a collective.
 
-    On the primary `record` is called before, from any thread, with class and sentence as of `run_folder.classify`. Errors that
-    all processes raise at the same place (`run_folder.ALIKE`) pass through.
+    On the primary `record` is called before, from any thread, with class and sentence as of `classify` and the host as of
+    `blamed`. Errors that all processes raise at the same place (`run_folder.ALIKE`) pass through.
     """
     client = _client()
     if client is None:
@@ -298,12 +311,12 @@ def ends_together(record: Callable[[str, str], None], heartbeat_seconds: int = H
         return
     over, ending = threading.Event(), threading.Lock()
 
-    def end(process: int, host: str, kind: str, reason: str) -> NoReturn:
+    def end(process: int, host: str, kind: str, reason: str, at: str | None) -> NoReturn:
         ending.acquire()  # for ever: the first thread that comes here ends the process
         sentence = f"process {process} ({host}): {reason}"
         if is_primary():
             with contextlib.suppress(Exception):
-                record(kind, sentence)
+                record(kind, sentence, at)
         _exit(sentence, before=lambda: _leave(client))
 
     def watch() -> None:
@@ -326,7 +339,8 @@ def ends_together(record: Callable[[str, str], None], heartbeat_seconds: int = H
         if kind == "error" or _is_of_a_peer(error):
             log.exception("process %d failed", jax.process_index())
         with contextlib.suppress(RuntimeError):  # another was first
-            client.key_value_set(_FAILED, json.dumps([jax.process_index(), socket.gethostname(), kind, reason]))
+            facts = [jax.process_index(), socket.gethostname(), kind, reason, blamed(error)]
+            client.key_value_set(_FAILED, json.dumps(facts))
         end(*json.loads(client.blocking_key_value_get(_FAILED, 1000 * LEAVE_SECONDS)))
     over.set()
     watcher.join()
@@ -338,9 +352,16 @@ def classify(error: BaseException) -> tuple[str, str]:
     It is no fault of this program, and worth another attempt. To be recorded at once: JAX's service may end this process, too.
     """
     kind, reason = run_folder.classify(error)
-    if kind == "error" and _client() is not None and _is_of_a_peer(error):
+    if kind in ("error", "infrastructure") and _client() is not None and _is_of_a_peer(error):
         return "infrastructure", f"another process is gone: {reason}"
     return kind, reason
+
+
+def blamed(error: BaseException) -> str | None:
+    """As `run_folder.blamed`; of another process where that has said so; None where a collective failed, on whose side ever."""
+    if isinstance(error, ProcessFailed):
+        return error.host
+    return None if _client() is not None and _is_of_a_peer(error) else run_folder.blamed(error)
 
 
 def _is_of_a_peer(error: BaseException) -> bool:
@@ -371,32 +392,30 @@ def _exit(sentence: str, before: Callable[[], None] = lambda: None) -> NoReturn:
 
 
 class Preemption:
-    """Whether the run was asked to end (SIGTERM), as a context manager.
+    """Whether the run was asked to end (SIGTERM, SIGHUP, Ctrl-C), as a context manager; a second request ends it at once.
 
-    With several processes the signal may reach any one of them: JAX's service passes it on, and no handler of Python's may be
-    in its way. A process by itself handles the signal while the context lasts; one that comes later ends it at once, but not
-    one within REPEATED_SECONDS: Slurm sends it twice.
+    With several processes a request may reach any one of them: JAX's service passes SIGTERM on, for which no handler of
+    Python's may be in its way; so the others are turned into it. A process by itself handles them all while the context lasts.
     """
 
     def __enter__(self) -> Preemption:
-        self._asked: float | None = None  # when, by time.monotonic
-        self._handles = _client() is None and threading.current_thread() is threading.main_thread()
-        if self._handles:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self.by = signals.NAMES[signal.SIGTERM]
+        self._asked = False
+        noted = (signal.SIGHUP, signal.SIGINT, *((signal.SIGTERM,) if _client() is None else ()))
+        self._handlers = signals.noted(noted, self._note)
+        self._handlers.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._before)
+    def __exit__(self, *error: Any) -> None:
+        self._handlers.__exit__(*error)
 
-    def _note(self, *_: object) -> None:
-        now = time.monotonic()
-        if self._asked is None:
-            self._asked = now
-        elif now - self._asked > REPEATED_SECONDS:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
+    def _note(self, request: signal.Signals) -> None:
+        self.by, self._asked = signals.NAMES[request], True
+        if request != signal.SIGTERM:
+            signals.say(f"gqa_jax.train: {self.by}: this step is the last, and is saved; once more ends at once")
+            if _client() is not None:
+                signal.raise_signal(signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """Whether to save after `step` and end; the same on all processes. To be asked after every step, on every process."""
-        return self._asked is not None if _client() is None else multihost_utils.reached_preemption_sync_point(step)
+        return self._asked if _client() is None else multihost_utils.reached_preemption_sync_point(step)

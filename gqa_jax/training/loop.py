@@ -29,7 +29,7 @@ from gqa_jax.config import TrainConfig, hash_identity
 from gqa_jax.data import vocabulary
 from gqa_jax.planning import planner
 from gqa_jax.storage import write_json
-from gqa_jax.training import distributed, evaluation, optimizer, program, run_folder, setup, sharding
+from gqa_jax.training import devices, distributed, evaluation, optimizer, program, run_folder, setup, sharding
 from gqa_jax.training.checkpoint import Checkpoints, params_sha256, restore_start
 from gqa_jax.training.metrics import Metrics, NoMetrics
 from gqa_jax.training.program import TrainState
@@ -57,15 +57,16 @@ def train_and_evaluate(
     Raises:
       ConfigError: a configuration, token store or device that can't be used, before anything is trained.
       Diverged: after result.json was written with status "diverged".
-      Preempted: asked to end by SIGTERM, after saving.
+      Preempted: asked to end by SIGTERM, SIGHUP or Ctrl-C, after saving.
+      WrongDevices: not those that the run was given, before anything is opened.
     """
     started = time.time() if started is None else started
     workdir = storage.path(workdir)
     attempt = None
 
-    def record(kind: str, reason: str, code: int = run_folder.EXIT_FAILED) -> None:
+    def record(kind: str, reason: str, blamed: str | None, code: int = run_folder.EXIT_FAILED) -> None:
         if distributed.is_primary():
-            run_folder.record_exit(workdir, code, kind, reason, attempt)
+            run_folder.record_exit(workdir, code, kind, reason, attempt, blamed)
 
     with distributed.ends_together(record, heartbeat_seconds), setup.claimed(workdir):
         distributed.shared_folder(workdir)
@@ -76,7 +77,7 @@ def train_and_evaluate(
         try:
             return _attempt(config, workdir, attempt, started, before, profile)
         except Exception as error:
-            record(*distributed.classify(error), run_folder.exit_code(error))
+            record(*distributed.classify(error), distributed.blamed(error), run_folder.exit_code(error))
             raise
 
 
@@ -132,6 +133,8 @@ def _attempt(
     config: TrainConfig, workdir: epath.Path, attempt: int, started: float, before: float, profile: bool
 ) -> dict[str, Any]:
     """What `train_and_evaluate` does in a folder that it holds; `before`: device-seconds of the attempts before."""
+    with distributed.agree("devices"):
+        devices.require_here()
     config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()), jax.process_count())
     mesh = sharding.make_mesh(config.execution.mesh)
     program.attention_of(config)  # one that can't run fails here, before anything is opened
@@ -215,7 +218,7 @@ def _train(context: Context, profile: bool) -> dict[str, Any]:
             if preempted:
                 context.announce("checkpoint", step)
                 context.checkpoints.wait()
-                raise Preempted(step)
+                raise Preempted(step, context.preemption.by)
 
         context.announce("checkpoint", config.n_steps)
         context.checkpoints.wait()

@@ -12,6 +12,8 @@ heartbeat.json        replaced every few seconds while the run is alive: time, p
 checkpoints/          see checkpoint.py; damaged-checkpoints/ holds those that could not be used
 profile/              traces of --profile; tensorboard/ events, if they are asked for
 exit.json             why the newest attempt ended early, if it did: code, class, reason, attempt, time, host, job
+failures/             the same of every attempt that ended by a fault of machines (class infrastructure), by milliseconds since
+                      the epoch; `host` is the machine whose fault it was, by its name in the cluster (None: not known)
 evaluations.json      the last evaluation by source and position: rows of `gqa_jax.load_evaluations`
 documents.npz         the same by document, for differences between runs: `gqa_jax.training.evaluation.Documents`
 result.json           written last: the run is over
@@ -53,6 +55,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED = 0, 1, 2, 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved; start me again
 
 EVALUATIONS, DOCUMENTS = "evaluations.json", "documents.npz"
+FAILURES = "failures"
+_AGAIN = "then run the same command again: it goes on from the last checkpoint"
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gqa-jax")
 
@@ -68,25 +72,34 @@ class Diverged(Exception):
 class Preempted(Exception):
     """The run was asked to end, and did so after saving."""
 
-    def __init__(self, step: int):
-        super().__init__(f"asked to end (SIGTERM): saved after step {step}; the same command goes on from there")
+    def __init__(self, step: int, by: str = "SIGTERM"):
+        super().__init__(f"asked to end ({by}): saved after step {step}; the same command goes on from there")
         self.step = step
+
+
+class WrongDevices(Exception):
+    """JAX does not have the devices that the run was given (gqa_jax.training.devices)."""
 
 
 class ProcessFailed(Exception):
     """Another process of the run failed; the message says which and why (gqa_jax.training.distributed)."""
 
+    def __init__(self, message: str, kind: str = "error", host: str | None = None):
+        super().__init__(message)
+        self.kind = kind  # class, as of `classify`
+        self.host = host  # as of `blamed`
+
 
 class ProcessLost(ProcessFailed):
     """Another process of the run is gone, and could not say why: not of this program, worth another attempt."""
 
+    def __init__(self, message: str):
+        super().__init__(message, "infrastructure")
 
-#: Class and exit code of the errors that a run may end with.
-_ENDS = {
-    ConfigError: ("config", EXIT_BAD_INPUT),
-    Diverged: ("diverged", EXIT_DIVERGED),
-    Preempted: ("preempted", EXIT_PREEMPTED),
-}
+
+#: Class of the errors that a run may end with, and exit codes of classes.
+_ENDS = {ConfigError: "config", Diverged: "diverged", Preempted: "preempted", WrongDevices: "infrastructure"}
+_CODES = {"config": EXIT_BAD_INPUT, "diverged": EXIT_DIVERGED, "preempted": EXIT_PREEMPTED}
 #: Ends that all processes of a run come to at the same place, so that none waits for another.
 ALIKE = (ConfigError, Diverged, Preempted, ProcessFailed)
 
@@ -269,42 +282,76 @@ def record_attempt(workdir: epath.Path, attempt: int, first_step: int, device_ti
     storage.write_json(workdir / "attempts" / f"{attempt:03d}.json", values)
 
 
-def record_exit(workdir: os.PathLike | str, code: int, kind: str, reason: str, attempt: int | None) -> None:
-    """Writes exit.json: exit code, class (as `classify`) and one sentence."""
-    values = {"code": code, "class": kind, "reason": reason, "attempt": attempt, "time": time.time()} | origin()
+def record_exit(
+    workdir: os.PathLike | str, code: int, kind: str, reason: str, attempt: int | None, blamed: str | None = None
+) -> None:
+    """Writes exit.json: exit code, class (as `classify`) and one sentence; for faults of machines failures/ too."""
+    now = time.time()
+    values = {"code": code, "class": kind, "reason": reason, "attempt": attempt, "time": now} | origin()
     try:
         storage.write_json(storage.path(workdir) / "exit.json", values)
+        if kind == "infrastructure":
+            folder = storage.path(workdir) / FAILURES
+            if not storage.is_remote(folder):
+                folder.mkdir(exist_ok=True)
+            storage.write_json(folder / f"{int(1000 * now)}.json", values | {"host": blamed})
     except Exception as error:  # on a full disk, or without a network, the exit code and the log have to do
         log.warning("exit.json can't be written: %s", error)
+
+
+def failures(workdir: os.PathLike | str) -> dict[float, epath.Path]:
+    """The records of failures/, oldest first, by their times in seconds since the epoch."""
+    folder = storage.path(workdir) / FAILURES
+    return {int(name[:-5]) / 1000: folder / name for name in storage.names(folder) if re.fullmatch(r"\d+\.json", name)}
 
 
 def classify(error: BaseException) -> tuple[str, str]:
     """Class and one sentence for an error that ended a run.
 
-    Classes: config, out_of_memory, disk_full, infrastructure (gs:// is not reached, a process is gone), diverged, preempted,
-    error.
+    Classes: config, out_of_memory, disk_full, infrastructure (machines, devices, network, files: `gqa_jax.hardware.faults`),
+    diverged, preempted, error.
     """
+    from gqa_jax.hardware import faults
+
     text = str(error).strip() or type(error).__name__
     if any(map(errors.disk_is_full, errors.chain(error))):
         return "disk_full", f"the disk is full ({text}): free space and run the same command again; what was saved is kept"
-    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
-        return "out_of_memory", (
-            f"out of memory ({errors.first_line(error) or text}): raise execution.accumulation_steps, or set "
-            "execution.remat to full"
-        )
-    for kind, (name, _) in _ENDS.items():
+    fault, cause = faults.of(error) or (None, error)
+    if isinstance(error, ConfigError) and fault is not None:
+        return fault.kind, text
+    for kind, name in _ENDS.items():
         if isinstance(error, kind):
             return name, text
     if isinstance(error, ProcessFailed):
-        return "infrastructure" if isinstance(error, ProcessLost) else "error", text
+        return error.kind, text
     if (sentence := storage.explain_remote(error)) is not None:
-        return "infrastructure", f"{sentence}; then run the same command again: it goes on from the last checkpoint"
+        return "infrastructure", f"{sentence}; {_AGAIN}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or (fault and fault.kind == "out_of_memory"):
+        return "out_of_memory", (
+            f"out of memory ({errors.first_line(cause) or text}): raise execution.accumulation_steps, or set "
+            "execution.remat to full"
+        )
+    if fault is not None:
+        return fault.kind, f"{fault.what} ({errors.named(cause)}); {_AGAIN}"
     return "error", errors.named(error)
+
+
+def blamed(error: BaseException) -> str | None:
+    """This machine, by its name in the cluster, where an error is a fault of it; else None."""
+    from gqa_jax.hardware import faults
+
+    row, _ = faults.of(error) or (None, error)
+    of_host = isinstance(error, WrongDevices) or (row is not None and row.of_host)
+    if not of_host or isinstance(error, ProcessFailed) or classify(error)[0] != "infrastructure":
+        return None
+    if storage.explain_remote(error) is not None:
+        return None
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def exit_code(error: BaseException) -> int:
     """Exit code of a run that ended with `error`."""
-    return next((code for kind, (_, code) in _ENDS.items() if isinstance(error, kind)), EXIT_FAILED)
+    return _CODES.get(classify(error)[0], EXIT_FAILED)
 
 
 def environment(config: TrainConfig, device: str, n_devices: int, n_processes: int) -> dict[str, Any]:
