@@ -10,9 +10,10 @@ import dataclasses
 import html
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -20,11 +21,13 @@ from gqa_jax import hardware
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted
 from gqa_jax.hardware import prices as price_list
+from gqa_jax.training import signals
 from launch import commands, money, options, screen, state
 from launch.executors.base import RUNNING, SubmitError
 from launch.grid_cells import TABLES
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNFINISHED = 0, 1, 2, 3
+EXIT_TOLD = 75  # EX_TEMPFAIL of sysexits.h, as training
 
 EPILOG = """
 examples:
@@ -41,7 +44,8 @@ examples:
   python -m launch optimum configs/grids/quickstart.py --context 32K --loss 1.75      from your own runs
   python -m launch report configs/grids/quickstart.py               everything that is known, as one HTML file
 
-exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status)
+exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status), 75 told to
+end by SIGTERM or SIGHUP, 130 by Ctrl-C: cells of this machine have saved, the same command resumes; told again, it ends at once
 """
 
 
@@ -51,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     act, warnings = arguments.pop("act"), _Warnings()
     logging.getLogger("launch").addHandler(warnings)
     try:
-        return act(_console(), **arguments)
+        with signals.noted((signal.SIGTERM, signal.SIGHUP), _told):
+            return act(_console(), **arguments)
     except SubmitError as error:
         print(f"launch: the engine does not answer: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -61,11 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"launch: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return EXIT_FAILED
+    except _Told as told:
+        print(f"launch: told to end ({told}); the same command resumes", file=sys.stderr)
+        return EXIT_TOLD
     except KeyboardInterrupt:
         print("launch: stopped; the same command resumes", file=sys.stderr)
         return 130
     finally:
         logging.getLogger("launch").removeHandler(warnings)
+
+
+class _Told(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: what runs here ends as at Ctrl-C, so that cells can save."""
+
+
+def _told(by: signal.Signals) -> NoReturn:
+    raise _Told(signals.NAMES[by])
 
 
 class _Warnings(logging.Handler):
@@ -341,7 +357,7 @@ def _status(console: Console, *, json: bool, **asked: Any) -> int:
         screen.print_failures(now.cells, now.states, cells.layout, found.engine, cells.about, console)
         screen.print_pass(now, console)
         screen.print_bill(now, found.rate, console)
-        _print_lines(cells.strangers(), console)
+        _print_lines([*screen.unlike_given(now.cells, now.states, found.engine), *cells.strangers()], console)
     kinds = {one.state for one in now.states}
     if kinds & set(state.BAD):
         return EXIT_FAILED

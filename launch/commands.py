@@ -397,7 +397,7 @@ def retry(grid: Cells | str, cells: Sequence[str] = ()) -> Retry:
 def _set_aside(folder: epath.Path, now: CellState) -> epath.Path:
     """Moves what says that the cell is over into a folder of its own, which is returned."""
     aside = folder / f"before-retry-{time.strftime('%Y%m%d-%H%M%S')}"
-    kept = ["exit.json", "result.json", "host-failure.json", "attempts", "submissions"]
+    kept = ["exit.json", "result.json", "host-failure.json", "attempts", "submissions", "failures"]
     if now.state == "diverged":
         kept += ["checkpoints", "metrics"]
     there = set(storage.names(folder))

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from gqa_jax.formatting import counted, duration
 from gqa_jax.hardware import Price
+from gqa_jax.hardware.allocation import PLATFORMS
 from launch import state
 from launch.cells import Cell, Layout, of_several
 from launch.commands import Progress, Run
@@ -36,18 +37,23 @@ def table(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices
     counts = Counter(now.state for now in states)
     spent = money(states, prices)
     title = f"{title}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
-    view = Table(title=title + ("" if spent is None else f"; ${spent:,.2f} so far"), title_justify="left", box=box.SIMPLE_HEAD)
+    title += "" if spent is None else f"; ${spent:,.2f} so far"
     rows = [_row(cell, now, prices) for cell, now in zip(cells, states, strict=True)]
+    devices = {row["device"] for row in rows} - {""}
+    if len(devices) == 1:  # said once
+        title += f"; on {devices.pop()}"
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in _COLUMNS:
-        if any(row[name] for row in rows) or name in ("cell", "state", "step"):
-            view.add_column(name, justify="left" if name in ("cell", "state", "where") else "right", no_wrap=True)
+        is_told = bool(devices) if name == "device" else any(row[name] for row in rows)
+        if is_told or name in ("cell", "state", "step"):
+            view.add_column(name, justify="left" if name in ("cell", "state", "device", "where") else "right", no_wrap=True)
     shown = [column.header for column in view.columns]
     for row in rows:
         view.add_row(*(row[name] for name in shown))
     return view
 
 
-_COLUMNS = ("cell", "state", "step", "tok/s", "ETA", "tries", "beat", "$", "loss", "where")
+_COLUMNS = ("cell", "state", "step", "tok/s", "ETA", "tries", "beat", "$", "loss", "device", "where")
 
 
 def _row(cell: Cell, now: CellState, prices: Mapping[str, Price]) -> dict[str, str]:
@@ -63,6 +69,7 @@ def _row(cell: Cell, now: CellState, prices: Mapping[str, Price]) -> dict[str, s
         "beat": duration(now.heartbeat_age) if alive and now.heartbeat_age is not None else "",
         "$": "" if usd is None else f"{usd:,.2f}",
         "loss": "" if now.loss is None else f"{now.loss:.4f}",
+        "device": escape(now.device or ""),
         "where": escape(now.where or "") if now.state in state.ACTIVE else "",
     }
 
@@ -71,6 +78,18 @@ def money(states: Sequence[CellState], prices: Mapping[str, Price]) -> float | N
     """US dollars of all, None when no price is known for any."""
     known = [usd for now in states if (usd := cost(now, prices)) is not None]
     return sum(known) if known else None
+
+
+def unlike_given(cells: Sequence[Cell], states: Sequence[CellState], engine: Executor) -> list[str]:
+    """A line where cells have trained on a CPU though the engine gives them something else."""
+    given = engine.options.allocation
+    on_cpu = [cell.name for cell, now in zip(cells, states, strict=True) if now.device and now.device.lower() == "cpu"]
+    if given is None or given.platform == "cpu" or not on_cpu:
+        return []
+    return [
+        f"{counted(len(on_cpu), 'cell')} trained on cpu, like {on_cpu[0]}, where {engine.engine} gives a cell {given.said()}: "
+        f"the losses hold; if the {PLATFORMS[given.platform]}s were paid for, see in the log why they were not used"
+    ]
 
 
 def print_failures(

@@ -38,7 +38,8 @@ PROGRESS = ("step", "steps", "tokens_per_second", "device", "device_seconds")  #
 # Attempts in a row, of a cell that has saved nothing since, after which it is not started any more.
 PREEMPTED_IN_VAIN, LOST_IN_VAIN = 3, 8
 UNSTARTED = 5  # submissions in a row after which no training process has appeared
-BACKOFF_SECONDS = 30.0  # after the first such submission, doubled by each
+FAULTS = 5  # of machines (class infrastructure), in a row
+BACKOFF_SECONDS = 30.0  # after the first such submission or fault, doubled by each
 LONGEST_BACKOFF_SECONDS = 1800.0
 
 
@@ -64,6 +65,7 @@ class CellState:
     cancelled: float | None = None  # when its job was last ended by `launch cancel`, seconds since the epoch
     waits: bool = False  # for a cell that is not done; of one that rests
     blocked: bool = False  # waits for one that `run` won't start again
+    given_up: bool = False  # machines have failed it too often
     not_before: float = 0.0  # seconds since the epoch before which `run` does not start it
 
     @property
@@ -71,7 +73,7 @@ class CellState:
         """Whether `run` starts it, now or when its parent is done: not finished, not held, not failed as it would again."""
         if self.state in ("planned", "preempted", "lost"):
             return not self.blocked
-        return self.state == "failed" and self.failure in RETRIED_CLASSES
+        return self.state == "failed" and self.failure in RETRIED_CLASSES and not self.given_up
 
 
 def of_all(
@@ -166,15 +168,18 @@ def _at_rest(
     if (reason := tries.reason(resting, cause)) is not None:
         return CellState("failed", **known, failure="no_progress", cause=reason)
     if resting == "failed":
-        return CellState("failed", **known, failure=failure, cause=cause)
+        given_up = failure == "infrastructure" and tries.faults >= FAULTS
+        cause = f"{tries.faults} times in a row its machines failed it, at last: {cause}" if given_up else cause
+        return CellState("failed", **known, failure=failure, cause=cause, given_up=given_up)
     return CellState(resting, **known, cause=cause, blocked=blocked)
 
 
 class _InVain(NamedTuple):
     """What a cell has tried since it last got on."""
 
-    attempts: int  # that saved nothing
-    submissions: int  # that led to no attempt
+    attempts: int  # that saved nothing, without those that machines have failed
+    submissions: int  # of which no training process has been heard
+    faults: int  # of machines
     resume: float  # when the next one may come, seconds since the epoch
     begun: float  # when the newest attempt came to train, seconds since the epoch
 
@@ -190,7 +195,7 @@ class _InVain(NamedTuple):
 
 
 def _in_vain(folder: epath.Path, names: set[str]) -> _InVain:
-    """From attempts/, submissions/ and the newest checkpoint."""
+    """From attempts/, submissions/, failures/ and the newest checkpoint."""
 
     def listed(name: str) -> list[str]:
         return storage.names(folder / name) if name in names else []
@@ -200,9 +205,18 @@ def _in_vain(folder: epath.Path, names: set[str]) -> _InVain:
     after = itertools.takewhile(lambda each: each.get("first_step", 0) >= max(saved, default=0), reversed(records))
     begun = max((each.get("time", 0.0) for each in records), default=0.0)
     times = (record(folder / "submissions" / name).get("time", 0.0) for name in reversed(listed("submissions")))
-    unheard = list(itertools.takewhile(lambda at: at > begun, times))
-    wait = min(BACKOFF_SECONDS * 2 ** (len(unheard) - 1), LONGEST_BACKOFF_SECONDS) if unheard else 0.0
-    return _InVain(len(list(after)), len(unheard), max(unheard, default=0.0) + wait, begun)
+    in_vain = len(list(after))
+    saving = max((each.get("time", 0.0) for each in records[: len(records) - in_vain]), default=0.0)  # attempts that saved
+    faults = [at for at in run_folder.failures(folder) if at > saving] if run_folder.FAILURES in names else []
+    unheard = list(itertools.takewhile(lambda at: at > max([begun, *faults]), times))
+    resume = max(_backoff(unheard), _backoff(faults))
+    return _InVain(max(0, in_vain - len(faults)), len(unheard), len(faults), resume, begun)
+
+
+def _backoff(times: Sequence[float]) -> float:
+    """When the next try may come after those at these times; 0: now."""
+    wait = min(BACKOFF_SECONDS * 2 ** (len(times) - 1), LONGEST_BACKOFF_SECONDS) if times else 0.0
+    return max(times, default=0.0) + wait
 
 
 def _waits(cell: Cell | type[Cell], folder: epath.Path, now: float) -> tuple[str | None, bool]:
@@ -224,13 +238,17 @@ ALIKE = 3  # cells of a size that fail alike before the others of that size are 
 
 
 def held_back(cells: Sequence[Cell], states: Sequence[CellState]) -> dict[str, str]:
-    """Cells not to be started, with the reason: the first of their kind and size have failed alike, none has got through."""
+    """Cells not to be started, with the reason: the first of their kind and size have failed alike, none has got through.
+
+    Faults of machines are not of a size.
+    """
     groups: dict[tuple, list[tuple[Cell, CellState]]] = defaultdict(list)
     for cell, now in zip(cells, states, strict=True):
         groups[cell.kind, cell.size].append((cell, now))
     result = {}
     for members in groups.values():
-        failed = [(now.failure, cell.name) for cell, now in members if now.state == "failed" and not now.runnable]
+        alike = [(cell, now) for cell, now in members if now.state == "failed" and not now.runnable and not now.given_up]
+        failed = [(now.failure, cell.name) for cell, now in alike]
         through = any(now.state == "done" or (now.state == "running" and now.step) for _, now in members)
         if through or len(failed) < ALIKE or len({failure for failure, _ in failed}) > 1:
             continue

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from etils import epath
 
 from gqa_jax import hardware, train
 from gqa_jax.config import ConfigError
@@ -15,6 +16,8 @@ from gqa_jax.hardware import allocation
 from gqa_jax.hardware.allocation import Allocation
 from gqa_jax.training import devices, distributed, run_folder, setup
 from gqa_jax.training.run_folder import WrongDevices
+from launch.cells import Layout
+from launch.executors import base, local
 from tests.test_train import tiny
 
 
@@ -76,6 +79,68 @@ def test_devices_in_words():
     assert Allocation("cpu").said() == "CPUs"
     assert allocation.found(V5E, 4) == "16 TPUs (TPU v5 lite), 4 of them in this process"
     assert allocation.found([*CPU, *H100], 9) == "1 CPU and 8 GPUs (NVIDIA H100 80GB HBM3)"
+
+
+TPU = {"engine": "tpu", "project": "pppppp", "zones": ["us-x1-a"]}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "told"),
+    [
+        ({"engine": "slurm"}, "cpu"),
+        ({"engine": "slurm", "topology": "h100:8", "nodes": 2}, "gpu,chip=h100,devices=16,per_process=8"),
+        ({"engine": "slurm", "gpus_per_node": 3}, "gpu,devices=3,per_process=3"),
+        ({"engine": "slurm", "gpus_per_node": "A100:4"}, "gpu,chip=a100,devices=4,per_process=4"),
+        ({"engine": "slurm", "gpus_per_node": "rtx_6000:4"}, "gpu,devices=4,per_process=4"),
+        ({"engine": "slurm", "gpus_per_node": "hopper:8", "topology": "h200:8"}, "gpu,chip=h200,devices=8,per_process=8"),
+        (TPU | {"topology": "v5p:2x2x4"}, "tpu,chip=v5p,devices=16"),
+        (TPU | {"topology": "v5e:4x4", "slices": 2}, "tpu,chip=v5e,devices=32"),
+        ({"engine": "sky"}, "cpu"),
+        ({"engine": "sky", "topology": "h100:8", "num_nodes": 2}, "gpu,chip=h100,devices=16,per_process=8"),
+        ({"engine": "sky", "accelerators": "A100:4"}, "gpu,chip=a100,devices=4,per_process=4"),
+        ({"engine": "sky", "accelerators": "A10G"}, "gpu,devices=1,per_process=1"),
+        ({"engine": "sky", "accelerators": "H100-SXM:8", "topology": "h100:8"}, "gpu,chip=h100,devices=8,per_process=8"),
+        ({"engine": "sky", "topology": "v6e:4x4"}, "tpu,chip=v6e,devices=16"),
+        ({"engine": "sky", "accelerators": "tpu-v5litepod-16"}, "tpu"),
+        ({"engine": "local", "topology": "l4:1"}, "gpu,chip=l4,devices=1,per_process=1"),
+    ],
+)
+def test_engines_know_what_a_cell_is_given(cluster, told):
+    given = base.make(cluster, Layout(epath.Path("/shared/study"))).options.allocation
+    assert str(given) == told
+    assert Allocation.read(told) == given
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "told"),
+    [
+        ({}, 1, ["cpu"]),
+        ({"JAX_PLATFORMS": ""}, 1, ["cpu"]),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, 1, ["tpu"]),
+        ({"JAX_PLATFORMS": "METAL"}, 1, [None]),
+        ({"JAX_PLATFORMS": "cpu,cuda", "CUDA_VISIBLE_DEVICES": "0,1"}, 1, ["cpu"]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 1, ["gpu,devices=2,per_process=2"]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 2, ["gpu,devices=2,per_process=1"] * 2),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", allocation.VARIABLE: ""}, 1, [""]),
+    ],
+)
+def test_a_slot_of_this_machine_says_what_it_is(environment, processes, told, monkeypatch):
+    monkeypatch.setattr(local.shutil, "which", lambda name: None)
+    (first, *_) = local.slots(None, 2, processes, environment)
+    assert [one.get(allocation.VARIABLE) for one in first.environments] == told
+
+
+def test_gpus_without_a_plugin_are_said_before_anything_starts(tmp_path, monkeypatch):
+    """With `environment` of a cluster file as with that of the shell."""
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    engine = local.Executor(local.Options(), Layout(tmp_path))
+    monkeypatch.setattr(allocation, "has_plugin", lambda platform: False)
+    with pytest.raises(ConfigError, match=r"has GPUs \(GPU 0\), .* pip install 'gqa-jax\[cuda\]'; or, .*: JAX_PLATFORMS=cpu"):
+        engine.check()
+    local.Executor(local.Options(environment={"JAX_PLATFORMS": "cpu"}), Layout(tmp_path)).check()
+    monkeypatch.setattr(allocation, "has_plugin", lambda platform: True)
+    engine.check()
 
 
 BY_HAND = [

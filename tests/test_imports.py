@@ -191,7 +191,7 @@ TABLE = (
     ),
     Row("launch.grid", ".errors .config launch.cells launch.training_cells"),
     Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
-    Row("launch.executors.base", ".errors .hardware .config launch.cells"),
+    Row("launch.executors.base", ".errors .hardware .hardware.allocation .config launch.cells"),
     Row("launch.executors.job_names", "launch.cells"),
     Row("launch.executors.queue", ".errors .storage launch.cells launch.executors.base"),
     Row("launch.executors.checkout", ".errors .formatting launch.cells"),
@@ -199,20 +199,24 @@ TABLE = (
         "launch.executors.bundle",
         ".errors .storage .data.catalog .training.run_folder launch.cells launch.executors.base launch.executors.checkout",
     ),
-    Row("launch.executors.local", ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base"),
+    Row(
+        "launch.executors.local",
+        ".errors .hardware .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base",
+    ),
     Row("launch.executors.slurm_words"),
     Row(
         "launch.executors.slurm",
-        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
+        ".errors .hardware .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base "
         "launch.executors.job_names launch.executors.queue launch.executors.slurm_words",
     ),
     Row(
         "launch.executors.tpu",
-        ".errors .storage launch.cells launch.executors.base launch.executors.job_names launch.executors.bundle",
+        ".errors .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base "
+        "launch.executors.job_names launch.executors.bundle",
     ),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .storage .training.run_folder launch.cells launch.executors.base "
+        ".errors .hardware .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base "
         "launch.executors.job_names launch.executors.queue launch.executors.bundle",
     ),
     Row("launch.state", ".storage .training.run_folder launch.cells launch.executors.base"),
@@ -281,8 +285,8 @@ TABLE = (
     ),
     Row(
         "launch.screen",
-        ".formatting .hardware launch.cells launch.executors.base launch.state launch.run launch.fit launch.money "
-        "launch.commands",
+        ".formatting .hardware .hardware.allocation launch.cells launch.executors.base launch.state launch.run launch.fit "
+        "launch.money launch.commands",
     ),
     Row(
         "launch.options",
@@ -291,8 +295,8 @@ TABLE = (
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .hardware.prices launch.executors.base launch.state launch.grid_cells launch.commands "
-        "launch.money launch.screen launch.options",
+        ".errors .formatting .hardware .hardware.prices .training.signals launch.executors.base launch.state "
+        "launch.grid_cells launch.commands launch.money launch.screen launch.options",
         lazily=".search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
         "launch.device_tables launch.export launch.next_cells",
     ),
@@ -330,7 +334,7 @@ CORES = {
         "laws.shape results search.answer search.buildable search.candidates search.caveats search.objectives "
         "search.optimum search.ranking search.shape_rule",
     ),
-    "launches": (1_150, "launch.cells launch.executors.base launch.grid launch.run launch.state launch.watch"),
+    "launches": (1_200, "launch.cells launch.executors.base launch.grid launch.run launch.state launch.watch"),
 }
 
 

@@ -257,24 +257,33 @@ def test_two_launchers_on_one_grid(tmp_path):
 
 
 LAUNCHER = """
-import signal, sys
+import argparse, signal, sys
 from pathlib import Path
+from launch import __main__ as launch
 from launch import grid, watch
 from launch.cells import Layout
 from launch.training_cells import TrainingCell
 from launch.executors import local
 from tests import executor_contract, grid_fakes
 TrainingCell.command = executor_contract.fake_command
-signal.signal(signal.SIGTERM, signal.default_int_handler)
 layout = Layout(Path(sys.argv[1]))
 cells = executor_contract.prepared(layout, 6, ("hang",))
-with local.Executor(local.Options(slots=2), layout) as one:
-    watch.repeat(cells, layout, one, False, lambda now: None, 0.05)
+
+def act(console):
+    with local.Executor(local.Options(slots=2), layout) as one:
+        watch.repeat(cells, layout, one, False, lambda now: None, 0.05)
+
+class Parser:
+    parse_args = staticmethod(lambda argv: argparse.Namespace(act=act))
+
+launch.parser = Parser
+sys.exit(launch.main([]))
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_cells_end_with_the_launcher(tmp_path, how):
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_cells_end_with_the_launcher(tmp_path, how, code):
+    """And save first, unless it was killed."""
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while len(found := list(tmp_path.glob("cells/*/attempts/000.json"))) < 2 and time.monotonic() < deadline:
@@ -282,10 +291,12 @@ def test_cells_end_with_the_launcher(tmp_path, how):
     pids = [json.loads(path.read_text())["pid"] for path in found]
     assert len(pids) == 2
     launcher.send_signal(how)
-    launcher.wait(20)
+    assert launcher.wait(20) == code
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_alive, pids))
+    saved = [json.loads(path.read_text())["class"] for path in tmp_path.glob("cells/*/exit.json")]
+    assert saved == ["preempted"] * (0 if how == signal.SIGKILL else 2)
     assert local.Executor(local.Options(), Layout(tmp_path)).jobs() == {}
 
 

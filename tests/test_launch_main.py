@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import signal
 import time
 
 import pytest
@@ -154,7 +156,33 @@ def test_status_says_what_was_spent_where_a_price_is_known(small, capsys):
     assert [row["usd"] for row in rows] == [pytest.approx(2 * hardware.CHIPS["v5e"].price.usd_per_hour)] * 2 + [None] * 4
     (layout.root / "prices.json").write_text('{"v5e": 10}')
     assert run("status", small, "--prices", str(layout.root / "prices.json")) == launch.EXIT_UNFINISHED
-    assert "$40.00 so far" in capsys.readouterr().out
+    assert "$40.00 so far; on TPU v5 lite" in capsys.readouterr().out
+
+
+def test_status_says_on_what_cells_trained(small, capsys, tmp_path):
+    """And where that was a CPU though the engine gives them GPUs, as older cells whose GPU was missing."""
+    _, layout, cells = small
+    for cell, device in zip(cells, ("cpu", "cpu", "NVIDIA H100 80GB HBM3"), strict=False):
+        grid_fakes.finish(cell, layout)
+        path = layout.cell(cell.name) / "result.json"
+        write_json(path, json.loads(path.read_text()) | {"device": device})
+    line = f"2 cells trained on cpu, like {cells[0].name}, where local gives a cell 8 GPUs (h100): the losses hold; if the GPUs"
+    assert run("status", small) == launch.EXIT_UNFINISHED
+    said = capsys.readouterr().out
+    assert line not in said
+    assert re.search(r"^ *cell +state +step .*loss +device *$", said, re.MULTILINE)
+    assert re.search(rf"^ *{cells[2].name} .* NVIDIA H100 80GB HBM3 *$", said, re.MULTILINE)
+    (tmp_path / "paid.toml").write_text('engine = "local"\ntopology = "h100:8"\n')
+    assert run("status", small, "--on", str(tmp_path / "paid.toml")) == launch.EXIT_UNFINISHED
+    assert line in capsys.readouterr().out
+
+
+def test_a_command_that_is_told_to_end_says_so(small, capsys, monkeypatch):
+    monkeypatch.setattr(launch.commands, "status", lambda *_, **__: signal.raise_signal(signal.SIGHUP))
+    before = signal.getsignal(signal.SIGHUP)
+    assert run("status", small) == launch.EXIT_TOLD == 75
+    assert capsys.readouterr().err == "launch: told to end (SIGHUP); the same command resumes\n"
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_cancel_and_logs_of_a_running_cell(small, capsys, monkeypatch):

@@ -100,6 +100,54 @@ def test_submissions_that_lead_nowhere_wait_longer_each_time_and_end(tmp_path):
     assert state_of(folder, 2000.0).not_before == 0
 
 
+def fault(folder, at, monkeypatch, kind="infrastructure"):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.time, "time", lambda: at)
+        run_folder.record_exit(folder, 1, kind, "no GPU", 0, "node1")
+
+
+def test_faults_of_machines_wait_longer_each_time_and_end(tmp_path, monkeypatch):
+    """Though a training process appeared, and said so, no attempt began to train."""
+    _, _, folder = one_cell(tmp_path)
+    folder.mkdir(parents=True)
+    waits = []
+    for number in range(state.FAULTS):
+        submitted(folder, 1000.0 + number, number)
+        fault(folder, 1000.5 + number, monkeypatch)
+        now = state_of(folder, 9e3)
+        assert (now.state, now.failure) == ("failed", "infrastructure")
+        waits.append((now.not_before - 1000.5 - number, now.runnable))
+    assert waits == [(30, True), (60, True), (120, True), (240, True), (480, False)]
+    assert now.cause == "5 times in a row its machines failed it, at last: no GPU"
+    cells = grid.cells(grid.Grid("g", list(grid.product(grid_fakes.config, size=[16], n_heads=[1, 2, 4, 8])), [1024]))
+    assert state.held_back(cells, [now] * 3 + [state.CellState("planned")]) == {}  # it is not of a size
+
+
+def test_faults_are_counted_since_a_cell_last_saved(tmp_path, monkeypatch):
+    _, _, folder = one_cell(tmp_path)
+    begin(folder, 0, 0, 100.0)
+    for at in (110.0, 120.0):
+        fault(folder, at, monkeypatch)
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    begin(folder, 1, 0, 200.0)  # it saved step 5
+    fault(folder, 210.0, monkeypatch)
+    assert state_of(folder, 1e9).not_before == 240.0
+    begin(folder, 2, 5, 300.0)
+    fault(folder, 310.0, monkeypatch)
+    assert state_of(folder, 1e9).not_before == 370.0
+    fault(folder, 320.0, monkeypatch, "disk_full")  # no fault of a machine
+    assert state_of(folder, 1e9).not_before == 370.0
+
+
+def test_attempts_that_machines_failed_are_not_in_vain(tmp_path, monkeypatch):
+    _, _, folder = one_cell(tmp_path)
+    for number in range(state.PREEMPTED_IN_VAIN):
+        begin(folder, number, 0, 100.0 * (number + 1))
+        fault(folder, 100.0 * (number + 1) + 5, monkeypatch, "preempted" if number else "infrastructure")
+    assert state_of(folder, 1e9).state == "preempted"
+    assert state_of(folder, 1e9).runnable
+
+
 def test_a_host_that_failed_before_training_is_shown(tmp_path):
     _, _, folder = one_cell(tmp_path)
     folder.mkdir(parents=True)

@@ -465,6 +465,8 @@ resources:
     recover_on_exit_codes:
     - 75
 num_nodes: 1
+envs:
+  GQA_JAX_DEVICES: tpu,chip=v5e,devices=16
 file_mounts:
   ~/gqa_jax/0123456789abcdef.tar.gz: gs://bucket/study/code/SHA256.tar.gz
 setup: |
@@ -500,6 +502,7 @@ resources:
     - 75
 num_nodes: 2
 envs:
+  GQA_JAX_DEVICES: gpu,chip=h100,devices=16,per_process=8
   WANDB_MODE: offline
 setup: |
   set -eo pipefail

@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 
 from gqa_jax.config import ConfigError
+from gqa_jax.training import run_folder
 from launch import grid
 from launch.cells import REPOSITORY, Layout
 from launch.executors import base, job_names, slurm, slurm_words
@@ -379,6 +380,7 @@ export GQA_JAX_JOB="$SLURM_JOB_ID"
 export GQA_JAX_COMMIT=abc+
 export PYTHONPATH=/shared/code"${{PYTHONPATH:+:$PYTHONPATH}}"
 export JAX_PLATFORMS=cuda,cpu
+export GQA_JAX_DEVICES=gpu,chip=h100,devices=16,per_process=8
 export WANDB_MODE='a b'
 
 trap 'failed "a line of setup failed"' ERR
@@ -439,6 +441,42 @@ class TestScript:
         text = offline(gpus_per_node=number).submission(a_cell()).files["job.sbatch"]
         assert f"#SBATCH --gpus-per-node={number}\n" in text
         assert "JAX_PLATFORMS=cuda,cpu\n" in text
+
+    @pytest.mark.parametrize(
+        ("options", "hosts", "excluded"),
+        [
+            ({}, [], None),
+            ({}, ["n3"], "n3"),
+            ({}, ["n3", "n5", "n5", None, "elsewhere"], "n3,n5"),
+            ({}, ["n1", "n2", "n2", "n3", "n4", "n5", "n5"], "n1,n2,n3,n5"),  # four, of those that failed most often first
+            ({"partition": "small"}, ["n3"], None),  # is of another partition
+            ({"partition": "small"}, ["s1", "s2", "s3"], "s1"),  # half of what is left beside the cell's own node
+            ({"partition": "small", "nodes": 3}, ["s1"], None),
+            ({"extra": ["--nodelist=n3"]}, ["n3"], None),
+            ({"extra": ["--exclude=n9"]}, ["n3"], "n9,n3"),
+        ],
+    )
+    def test_nodes_whose_machine_failed_are_left_out(self, options, hosts, excluded, tmp_path, monkeypatch):
+        listed = [f"n{i} gpu*" for i in range(1, 13)] + [f"s{i} small" for i in range(1, 5)]
+        answer = subprocess.CompletedProcess([], 0, "\n".join(listed), "")
+        monkeypatch.setattr(slurm, "_call", lambda program, *_: answer if program == "sinfo" else pytest.fail(program))
+        one, now = offline(tmp_path, **options), time.time()
+        monkeypatch.setattr(run_folder.time, "time", lambda: next(times))
+        times = iter([now - 25 * 3600, *(now - 9 + i for i in range(len(hosts))), *[now] * 9])
+        for name, host in [("old", "n8"), *((f"cell{i % 3}", host) for i, host in enumerate(hosts))]:
+            one.layout.cell(name).mkdir(parents=True, exist_ok=True)
+            run_folder.record_exit(one.layout.cell(name), 1, "infrastructure", "no GPU", 0, host)
+        text = one.submission(a_cell()).files["job.sbatch"]
+        assert (re.findall("^#SBATCH --exclude=(.*)$", text, re.MULTILINE) or [None])[-1] == excluded
+        monkeypatch.setattr(slurm, "_call", lambda *_: pytest.fail("it was asked again"))
+        assert one.submission(a_cell()).files["job.sbatch"] == text
+
+    def test_without_slurm_no_node_is_left_out(self, tmp_path, monkeypatch):
+        one = offline(tmp_path)
+        one.layout.cell("cell").mkdir(parents=True)
+        run_folder.record_exit(one.layout.cell("cell"), 1, "infrastructure", "no GPU", 0, "n1")
+        monkeypatch.setenv("PATH", os.fspath(tmp_path))
+        assert "--exclude" not in one.submission(a_cell()).files["job.sbatch"]
 
     def test_bash_reads_it(self, tmp_path):
         file = tmp_path / "job.sbatch"

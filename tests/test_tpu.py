@@ -19,6 +19,8 @@ from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.config import ConfigError
+from gqa_jax.hardware import allocation
+from gqa_jax.training import run_folder
 from launch import grid, run, state, watch
 from launch.cells import REPOSITORY, Layout
 from launch.executors import base, bundle, job_names, tpu
@@ -269,8 +271,9 @@ class TestRequest:
         script = engine.executor.submission(engine.cells[0]).files["startup.sh"]
         assert len(script) < 256 * 1024  # limit of a value of the metadata
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-        head = script.partition(': "${HOST_FOLDER')[0] + '\nenv "${VARIABLES[@]}" printenv -0 QUOTES'
-        assert subprocess.run(["bash"], input=head, text=True, check=True, capture_output=True).stdout == f"{quotes}\0"
+        head = script.partition(': "${HOST_FOLDER')[0] + '\nenv "${VARIABLES[@]}" printenv -0 QUOTES GQA_JAX_DEVICES'
+        said = subprocess.run(["bash"], input=head, text=True, check=True, capture_output=True).stdout
+        assert said == f"{quotes}\0tpu,chip=v5e,devices=8\0"
 
     def test_a_store_of_this_machine_is_refused(self, make, tmp_path, monkeypatch):
         engine = make(shared_root=False)
@@ -512,6 +515,18 @@ class TestSubmit:
         monkeypatch.setattr(engine.executor, "_one", once)
         assert engine.executor.submit(cell).where == BOTH[0]
         wait(lambda: states(cloud) == [(BOTH[0], "WAITING_FOR_RESOURCES")])
+
+    @pytest.mark.parametrize(("kind", "first"), [("infrastructure", 1), ("preempted", 0), ("error", 0)])
+    def test_after_a_fault_of_machines_another_zone_is_asked_first(self, kind, first, make):
+        engine = make(zones=BOTH)
+        folder = engine.layout.cell(engine.cells[0].name)
+        at = time.time()
+        for name, values in (("submissions", {"where": BOTH[0], "time": at - 9}), ("attempts", {"time": at - 5})):
+            (folder / name).mkdir(parents=True)
+            storage.write_json(folder / name / "000.json", values)
+        assert engine.executor._zones_for(engine.cells[0].name)[0] == BOTH[0]
+        run_folder.record_exit(folder, 1, kind, "the TPU is taken", 0)
+        assert engine.executor._zones_for(engine.cells[0].name)[0] == BOTH[first]
 
     def test_a_request_that_expired_is_followed_by_one_in_the_next_zone(self, make, cloud):
         cloud.hold |= set(BOTH)
@@ -903,7 +918,7 @@ def test_training_is_suspended_and_goes_on_in_another_slice(cloud, tmp_path):
     image.write_text(f'#!/bin/bash\nexec {sys.executable} "$@" {meet}\n')
     image.chmod(0o755)
     cache = os.environ.get("GQA_JAX_CACHE", str(Path.home() / ".cache" / "gqa_jax"))
-    environment = {"JAX_PLATFORMS": "cpu", "GQA_JAX_CACHE": cache}
+    environment = {"JAX_PLATFORMS": "cpu", "GQA_JAX_CACHE": cache, allocation.VARIABLE: ""}  # a person's own word
     values = OPTIONS | {"python": str(image), "environment": environment, "api_endpoint": f"http://127.0.0.1:{cloud.port}"}
     configs = [grid_fakes.config(steps=STEPS)]
     (cell,) = cells = grid.cells(grid.Grid(name="one", configs=configs, contexts_served=[1024]))

@@ -21,6 +21,7 @@ from etils import epath
 from gqa_jax import config, errors, hardware
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Slice
+from gqa_jax.hardware.allocation import Allocation
 from launch.cells import REPOSITORY, Cell, Layout
 
 ENGINES = ("local", "slurm", "tpu", "sky")  # modules of this package, each with an `Executor`
@@ -120,6 +121,11 @@ class Options:
     def slice(self) -> Slice | None:
         """All the chips of a cell; None where no topology was named."""
         return None if self.topology is None else hardware.find(self.topology)
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """Devices that a cell is given, of which training is told; None: they are not known."""
+        return None if self.topology is None else Allocation.of_slices(hardware.find(self.topology))
 
     def facts(self) -> dict[str, Any]:
         """What `make` needs to make the engine again: cluster.json of a grid."""

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +27,8 @@ from etils import epath
 
 from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
-from gqa_jax.hardware import Slice
+from gqa_jax.hardware import Slice, allocation
+from gqa_jax.hardware.allocation import Allocation
 from gqa_jax.training import run_folder
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import base
@@ -54,7 +55,7 @@ class Slot(NamedTuple):
     """A place for one cell."""
 
     name: str
-    environments: list[dict[str, str]]  # of each of its processes, which shows its devices
+    environments: list[dict[str, str]]  # of each of its processes, which shows its devices and says what they are
     cpus: set[int]  # that it may use
 
 
@@ -82,7 +83,8 @@ class Executor(base.Executor):
     @functools.cached_property
     def slots(self) -> list[Slot]:
         """The places of this machine. Raises ConfigError when it does not have those that the options ask for."""
-        return slots(self.options.slots, self.options.gpus_per_cell, self.options.processes)
+        options = self.options
+        return slots(options.slots, options.gpus_per_cell, options.processes, os.environ | options.environment)
 
     @property
     def capacity(self) -> int:
@@ -90,14 +92,21 @@ class Executor(base.Executor):
 
     @property
     def slice(self) -> Slice | None:
-        has_gpus = "CUDA_VISIBLE_DEVICES" in self.slots[0].environments[0]
-        return self.options.slice or (gpu_slice(self.options.gpus_per_cell) if has_gpus else None)
+        return self.options.slice or (gpu_slice(self.options.gpus_per_cell) if self._has_gpus else None)
+
+    @property
+    def _has_gpus(self) -> bool:
+        return "CUDA_VISIBLE_DEVICES" in self.slots[0].environments[0]
 
     def with_slots(self, count: int) -> Executor:
         return Executor(dataclasses.replace(self.options, slots=count), self.layout)
 
     def check(self) -> None:
-        _ = self.slots
+        if self._has_gpus and not allocation.has_plugin("gpu"):
+            raise ConfigError(
+                f"this machine has GPUs ({self.slots[0].name}), for which {sys.executable} has no plugin of jax, so that cells "
+                "would train on CPUs: pip install 'gqa-jax[cuda]'; or, to train on CPUs: JAX_PLATFORMS=cpu"
+            )
 
     def __exit__(self, *_: object) -> None:
         """Ends the cells of this launcher; they may save first."""
@@ -134,7 +143,7 @@ class Executor(base.Executor):
             (log,) = self.logs(cell.name)
             try:
                 for argv, environment in zip(self._commands(cell, _free_port()), slot.environments, strict=True):
-                    environment = environment | {"GQA_JAX_JOB": job} | self.options.environment
+                    environment = self.options.environment | environment | {"GQA_JAX_JOB": job}
                     ranks.append(_start(argv, Path(log), slot, environment, claim.fileno()))
             finally:
                 self._children[cell.name] = _Child(cell.name, slot, ranks)
@@ -220,13 +229,19 @@ class Executor(base.Executor):
         return ended
 
 
-def slots(count: int | None = None, gpus_per_cell: int = 1, processes: int = 1) -> list[Slot]:
+def slots(
+    count: int | None = None,
+    gpus_per_cell: int = 1,
+    processes: int = 1,
+    environment: Mapping[str, str] = os.environ,
+) -> list[Slot]:
     """One slot per `gpus_per_cell` visible GPUs, else one per CPU; `count` asks for another number.
 
-    Raises ConfigError for a count that the machine does not have.
+    What processes see and are given follows from `environment`, in which they may have been told otherwise. Raises ConfigError
+    for a count that the machine does not have.
     """
     cpus = sorted(os.sched_getaffinity(0))
-    gpus = _gpus()
+    gpus = _gpus(environment)
     groups = [gpus[i : i + gpus_per_cell] for i in range(0, len(gpus) - gpus_per_cell + 1, gpus_per_cell)]
     if gpus and (not groups or gpus_per_cell % processes):
         raise ConfigError(
@@ -241,14 +256,23 @@ def slots(count: int | None = None, gpus_per_cell: int = 1, processes: int = 1) 
     if gpus:
         each = gpus_per_cell // processes
         shown = [[",".join(group[i : i + each]) for i in range(0, gpus_per_cell, each)] for group in groups]
+        given = _told(Allocation("gpu", None, gpus_per_cell, each), environment)
         return [
-            Slot(f"GPU {','.join(group)}", [{"CUDA_VISIBLE_DEVICES": names} for names in show], share)
+            Slot(f"GPU {','.join(group)}", [{"CUDA_VISIBLE_DEVICES": names} | given for names in show], share)
             for group, show, share in zip(groups, shown, shares, strict=False)
         ]
     # XLA frees and allocates a step's buffers every step; huge pages save most of the page faults (glibc 2.35 or newer).
-    tunables = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
-    platform = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    return [Slot(f"CPU {i}", [tunables | platform] * processes, share) for i, share in enumerate(shares)]
+    tunables = {"GLIBC_TUNABLES": environment.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
+    platforms = environment.get("JAX_PLATFORMS") or "cpu"
+    platform = allocation.platform_of(platforms.split(",")[0])
+    given = _told(Allocation(platform), environment) if platform in allocation.PLATFORMS else {}
+    shown = tunables | {"JAX_PLATFORMS": platforms} | given
+    return [Slot(f"CPU {i}", [shown] * processes, share) for i, share in enumerate(shares)]
+
+
+def _told(given: Allocation, environment: Mapping[str, str]) -> dict[str, str]:
+    """How processes are told what they are given; a person may have said otherwise."""
+    return {allocation.VARIABLE: environment.get(allocation.VARIABLE, str(given))}
 
 
 def gpu_slice(count: int) -> Slice | None:
@@ -343,11 +367,11 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _gpus() -> list[str]:
+def _gpus(environment: Mapping[str, str]) -> list[str]:
     """Names of the GPUs that a process of ours may see, without starting a GPU runtime."""
-    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+    if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return []
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name and name != "-1"]
     return [str(number) for number, _ in enumerate(_gpu_names())]
 

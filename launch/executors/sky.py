@@ -21,6 +21,7 @@ import yaml
 
 from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.hardware.allocation import VARIABLE, Allocation
 from gqa_jax.training import run_folder
 from launch.cells import Cell, record
 from launch.executors import base, bundle, job_names, queue
@@ -96,6 +97,19 @@ class Options(bundle.Options):
                 f"num_nodes = {self.num_nodes} with {self.accelerators or self.topology}: a cell has one TPU slice: take a "
                 "larger one, and num_nodes = 1"
             )
+
+    @property
+    def allocation(self) -> Allocation:
+        """Of which chip where `topology` or SkyPilot's name of it says so, and how many of a TPU where `topology` does."""
+        if self.topology is not None and (self.is_tpu or self.accelerators is None):
+            return Allocation.of_slices(hardware.find(self.topology), self.num_nodes)
+        if self.accelerators is None:
+            return Allocation("cpu")
+        if self.is_tpu:
+            return Allocation("tpu")
+        name, _, count = self.accelerators.partition(":")
+        chip = hardware.chip_of(name) if self.topology is None else hardware.find(self.topology).chip
+        return Allocation("gpu", chip and chip.name, self.num_nodes * int(count or 1), int(count or 1))
 
     @property
     def is_tpu(self) -> bool:
@@ -223,7 +237,7 @@ class Executor(queue.Executor, bundle.Executor):
             "name": name,
             "resources": {key: value for key, value in resources.items() if value is not None},
             "num_nodes": options.num_nodes,
-            "envs": dict(options.environment),
+            "envs": {VARIABLE: str(options.allocation)} | options.environment,
             "file_mounts": {file: os.fspath(made.path)} if storage.is_remote(made.path) else {},
             "setup": self._setup(file if storage.is_remote(made.path) else shlex.quote(os.fspath(made.path))),
             "run": self._run(cell),

@@ -6,6 +6,7 @@ are not unique (`queue`), but of jobs of one name only one runs at a time (singl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,20 +16,25 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.hardware.allocation import VARIABLE, Allocation
 from gqa_jax.training import run_folder
-from launch.cells import REPOSITORY, Cell
+from launch.cells import REPOSITORY, Cell, record
 from launch.executors import base, job_names, queue
 from launch.executors.base import DEAD, QUEUED, RUNNING, Rents, Submission, SubmitError
 from launch.executors.queue import Record
 from launch.executors.slurm_words import HELD_AFTER, NEVER, NOT_LAUNCHED, REASONS, may_pass
 
 CALL_SECONDS = 120.0  # that a command of Slurm may take
+EXCLUDED_HOURS, EXCLUDED = 24.0, 4  # nodes whose machine has failed a cell since then are left out: so many at most
+LOOK_SECONDS = 60.0  # that what is known of them holds
 RANK_SECONDS = 60  # that the other processes of a cell have to end after one has ended
 SCRIPT = Path(__file__).with_name("slurm_job.sh")
 SETUP = """
@@ -112,6 +118,15 @@ class Options(base.Options):
         return hardware.find(self.topology).n_chips
 
     @property
+    def allocation(self) -> Allocation:
+        """All GPUs of its nodes; of which chip where `topology`, or the cluster's own name of them, says it."""
+        if self.gpus is None:
+            return Allocation("cpu")
+        kind, _, count = str(self.gpus).rpartition(":")
+        chip = hardware.find(self.topology).chip.name if self.topology is not None else kind.lower()
+        return Allocation("gpu", chip if chip in hardware.CHIPS else None, self.nodes * int(count), int(count))
+
+    @property
     def directives(self) -> dict[str, Any]:
         """What every job of these options asks for: options of sbatch; those that are None it does not ask for."""
         return {
@@ -165,6 +180,7 @@ class Executor(queue.Executor):
     """A batch job per cell."""
 
     Options = Options
+    _excluded: tuple[float, list[str]] = -LOOK_SECONDS, []  # when it was looked for, by time.monotonic, and what was found
 
     @property
     def rents(self) -> Rents | None:
@@ -240,8 +256,9 @@ class Executor(queue.Executor):
             "GQA_JAX_JOB": '"$SLURM_JOB_ID"',
             **({"GQA_JAX_COMMIT": shlex.quote(self._commit)} if self._commit else {}),
             "PYTHONPATH": f'{shlex.quote(options.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-            # Without this JAX would go on with CPUs where it does not find the GPUs.
+            # JAX goes on with CPUs where it does not find the GPUs; so training is told what it was given, and compares.
             "JAX_PLATFORMS": "cpu" if options.gpus is None else "cuda,cpu",
+            VARIABLE: str(options.allocation),
         }
         exports |= {name: shlex.quote(value) for name, value in options.environment.items()}
         # Slurm passes the number of CPUs on to no step by itself.
@@ -268,9 +285,39 @@ class Executor(queue.Executor):
             "requeue": True,
             "dependency": "singleton",
             **self.options.directives,
+            "exclude": ",".join(self._faulty_nodes()) or None,
         }
         given = {name: "" if value is True else f"={_quoted(value)}" for name, value in values.items() if value is not None}
-        return [f"#SBATCH {line}" for line in [*(f"--{name}{value}" for name, value in given.items()), *self.options.extra]]
+        lines = [*(f"--{name}{value}" for name, value in given.items()), *self.options.extra]
+        if (excluded := values["exclude"]) is not None:  # sbatch takes the last
+            lines += [f"{line},{excluded}" for line in self.options.extra if line.startswith("--exclude=")][-1:]
+        return [f"#SBATCH {line}" for line in lines]
+
+    def _faulty_nodes(self) -> list[str]:
+        """Nodes that a job is not to run on, beside those of `extra`: machines that have failed cells of this grid.
+
+        Of the last EXCLUDED_HOURS, those that failed most often first, at most EXCLUDED, and no more than half of what the
+        partition has beside the cell's own nodes. None where Slurm does not say what it has, or `extra` names the nodes.
+        """
+        if time.monotonic() - self._excluded[0] >= LOOK_SECONDS:
+            self._excluded = time.monotonic(), self._look_for_faulty_nodes()
+        return self._excluded[1]
+
+    def _look_for_faulty_nodes(self) -> list[str]:
+        if any(re.match(r"--(nodelist|nodefile)\b", line) for line in self.options.extra):
+            return []
+        since = time.time() - 3600 * EXCLUDED_HOURS
+        records = [run_folder.failures(self.layout.cell(name)) for name in self.layout.names()]
+        blamed = Counter(record(path).get("host") for mine in records for at, path in mine.items() if at > since)
+        if not (blamed.keys() - {None}):
+            return []
+        with contextlib.suppress(SubmitError):
+            partitions = (self.options.partition or "").split(",")
+            lines = [line.split() for line in _call("sinfo", "--noheader", "--Node", "--format=%N %P").stdout.splitlines()]
+            nodes = {node for node, name in lines if name.rstrip("*") in partitions or (name[-1] == "*" and partitions == [""])}
+            most = min(EXCLUDED, max(0, len(nodes) - self.options.nodes) // 2)
+            return sorted([node for node, _ in blamed.most_common() if node in nodes][:most])
+        return []
 
     @functools.cached_property
     def _commit(self) -> str:

@@ -26,6 +26,8 @@ from typing import Any, ClassVar
 
 from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
+from gqa_jax.hardware.allocation import VARIABLE, Allocation
+from gqa_jax.training import run_folder
 from launch.cells import Cell, record
 from launch.executors import base, bundle, job_names
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Look, Rents, Submission, SubmitError
@@ -106,6 +108,10 @@ class Options(bundle.Options):
         for name in ("valid_until_hours", "max_run_hours"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be above 0")
+
+    @property
+    def allocation(self) -> Allocation:
+        return Allocation.of_slices(self.slice, self.slices)
 
     @property
     def image(self) -> str:
@@ -231,7 +237,8 @@ class Executor(bundle.Executor):
         }
         lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
         lines += [f"INSTALL_UV=({shlex.join(bundle.INSTALL_UV)})", f"COMMAND=({shlex.join(command)})"]
-        lines += [f"VARIABLES=({shlex.join(f'{name}={value}' for name, value in options.environment.items())})"]
+        variables = {VARIABLE: str(options.allocation)} | options.environment
+        lines += [f"VARIABLES=({shlex.join(f'{name}={value}' for name, value in variables.items())})"]
         before, mark, after = SCRIPT.read_text().partition("# @settings@\n")
         assert mark
         return before + "\n".join(lines) + "\n" + after
@@ -314,7 +321,9 @@ class Executor(bundle.Executor):
             raise exceptions.from_grpc_status(operation.error.code, operation.error.message)
 
     def _zones_for(self, cell: str) -> list[str]:
-        """The zones, the one to ask first at their front: the next one where the last request led to no training."""
+        """The zones, the one to ask first at their front: the next one where the last request led to no training, or to a
+        fault of its machines.
+        """
         zones, folder = list(self.options.zones), self.layout.cell(cell)
         submissions, attempts = storage.names(folder / "submissions"), storage.names(folder / "attempts")
         if len(zones) == 1 or not submissions:
@@ -323,7 +332,8 @@ class Executor(bundle.Executor):
         began = record(folder / "attempts" / attempts[-1]).get("time", 0.0) if attempts else 0.0
         if last.get("where") not in zones:
             return zones
-        first = zones.index(last["where"]) + (began < last.get("time", 0.0))
+        failed = max(run_folder.failures(folder), default=0.0)
+        first = zones.index(last["where"]) + (began < last.get("time", 0.0) or failed > last.get("time", 0.0))
         return zones[first:] + zones[:first]
 
     def _one(self, cell: str) -> Job | None:
