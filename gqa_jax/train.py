@@ -2,7 +2,7 @@
 
 The same command resumes a run that was interrupted, bit for bit on the same mesh: batches are a function of (seed, step), and
 everything else that a step needs is in the checkpoint. Exit codes: 0 done, 2 bad configuration or input, 3 diverged, 75 saved
-and asked to end (SIGTERM), 1 anything else.
+and asked to end (SIGTERM, SIGHUP, Ctrl-C), 1 anything else. A launcher says in $GQA_JAX_DEVICES what the run is given.
 
 DIR is a local folder or gs://BUCKET/FOLDER.
 
