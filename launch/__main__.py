@@ -359,7 +359,7 @@ def _status(console: Console, *, json: bool, **asked: Any) -> int:
         screen.print_bill(now, found.rate, console)
         _print_lines([*screen.unlike_given(now.cells, now.states, found.engine), *cells.strangers()], console)
     kinds = {one.state for one in now.states}
-    if kinds & set(state.BAD):
+    if kinds & set(state.BAD) or now.jobs.listed is None:
         return EXIT_FAILED
     return EXIT_DONE if kinds == {"done"} else EXIT_UNFINISHED
 

@@ -359,8 +359,8 @@ def cancel(grid: Cells | str, cells: Sequence[str] = (), *, where: str | None = 
         open_ = [cell.name for cell, now in zip(chosen, states, strict=True) if now.state not in state.FINAL]
         passes.mark_cancelled(open_, found.layout)
         raise SubmitError(
-            f"{error}. {counted(len(open_), 'cell')} are marked, and launchers that are at work don't start them again; jobs "
-            "that run are not ended: give the same command again when it answers"
+            f"{error}. Launchers that are at work won't start {counted(len(open_), 'cell')} again, but jobs that run are not "
+            "ended: give the same command again when it answers"
         ) from error
     active = [jobs[cell.name] for cell in chosen if _is_active(jobs.get(cell.name))]
     passes.cancel([job.cell for job in active], found.layout, engine)

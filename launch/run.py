@@ -32,7 +32,7 @@ class Pass:
 
     cells: Sequence[Cell]
     states: list[CellState]  # before anything was submitted
-    jobs: Mapping[str, Job]
+    jobs: Look
     at: float  # when it looked, seconds since the epoch
     submitted: list[Job] = dataclasses.field(default_factory=list)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # cell -> the engine's words

@@ -17,7 +17,7 @@ from launch import grid
 from launch import run as run_passes
 from launch.cells import Layout
 from launch.executors import local, sky
-from launch.executors.base import Job, SubmitError
+from launch.executors.base import Job, Look, SubmitError
 from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes
 
@@ -207,7 +207,7 @@ def test_a_grid_that_another_engine_has_is_not_run_here(small, capsys, monkeypat
     _, layout, cells = small
     layout.root.mkdir()
     write_json(layout.root / "cluster.json", {"engine": "sky", "shared_root": True, "accelerators": "H100:8"})
-    monkeypatch.setattr(sky.Executor, "jobs", lambda self: {cells[0].name: Job(cells[0].name, "7", "running")})
+    monkeypatch.setattr(sky.Executor, "jobs", lambda self: Look({cells[0].name: Job(cells[0].name, "7", "running")}, []))
     monkeypatch.setattr(local, "_start", lambda *_: pytest.fail("a cell was started"))
     assert run("run", small, "--on", "local") == launch.EXIT_BAD_INPUT
     assert f"1 cells of the grid are on sky, like {cells[0].name}" in capsys.readouterr().err
@@ -220,9 +220,18 @@ def test_a_grid_that_another_engine_has_is_not_run_here(small, capsys, monkeypat
     monkeypatch.setattr(sky.Executor, "jobs", down)
     assert run("run", small, "--on", "local") == launch.EXIT_BAD_INPUT
     assert "does not answer (no network)" in capsys.readouterr().err
+    grid_fakes.beat(layout.cell(cells[1].name), age=5.0)  # its heartbeat is all that is known
+    (layout.cell(cells[1].name) / "attempts").mkdir()
+    write_json(layout.cell(cells[1].name) / "attempts" / "00000.json", {"time": time.time(), "first_step": 0})
     assert run("status", small) == launch.EXIT_FAILED
+    said = capsys.readouterr()
+    assert "the engine can't be asked, so that states are by what cells have written alone: no network" in said.err
+    assert "1 running" in said.out
     assert run("plan", small) == launch.EXIT_DONE  # needs no engine
-    assert "what runs is not known: no network" in capsys.readouterr().err
+    assert "no network" in capsys.readouterr().err
+    assert run("cancel", small, cells[1].name) == launch.EXIT_FAILED
+    assert "no network. Launchers that are at work won't start 1 cell again, but jobs" in capsys.readouterr().err
+    assert storage.read_json(layout.cell(cells[1].name) / "cancelled.json")["time"] <= time.time()
 
 
 def test_a_root_that_cannot_be_written_is_said_before_anything_starts(small, capsys, tmp_path):

@@ -48,7 +48,10 @@ class Job:
 
 
 class Look(dict[str, Job]):
-    """What one look at an engine found: the job of each cell; and in the engine's own form all that is behind them."""
+    """What one look at an engine found: the job of each cell; and in the engine's own form all that is behind them.
+
+    `listed` is None where the engine did not answer.
+    """
 
     def __init__(self, jobs: Mapping[str, Job], listed: Any):
         super().__init__(jobs)
