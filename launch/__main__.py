@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from gqa_jax import hardware
-from gqa_jax.errors import ConfigError
+from gqa_jax.errors import ConfigError, close
 from gqa_jax.formatting import counted
 from gqa_jax.hardware import prices as price_list
 from gqa_jax.training import signals
@@ -100,17 +100,31 @@ def _console() -> Console:
 
 
 class _Command(argparse.ArgumentParser):
-    """The parser of a command, which gets its options when it is used: some lists of choices take a second to import."""
+    """The parser of a command, which gets its options when it is used: some lists of choices take a second to import.
+
+    Options and other arguments come in any order, and `--dry-run` is `--dry_run`.
+    """
 
     def __init__(self, *args: Any, fill: Callable[[argparse.ArgumentParser], None], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._fill: Callable | None = fill
 
     def parse_known_args(self, args=None, namespace=None):
-        if self._fill is not None:
-            fill, self._fill = self._fill, None
-            fill(self)
-        return super().parse_known_args(args, namespace)
+        if self._fill is None:  # one of the two passes of parse_known_intermixed_args
+            return super().parse_known_args(args, namespace)
+        fill, self._fill = self._fill, None
+        fill(self)
+        found, unknown = self.parse_known_intermixed_args([*map(_underscored, args)], namespace)
+        if unknown:
+            meant = next((close(name, self._option_string_actions) for name in unknown if name.startswith("--")), None)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{f': did you mean {meant}?' if meant else ''}")
+        return found, unknown
+
+
+def _underscored(argument: str) -> str:
+    """`--dry-run` as `--dry_run`."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
 
 def parser() -> argparse.ArgumentParser:

@@ -69,6 +69,40 @@ def test_costs_and_presets_are_those_of_their_registries():
     assert tuple(found["preset"].choices) == tuple(PRESETS)
 
 
+def parsed(*argv):
+    return {name: value for name, value in vars(launch.parser().parse_args(argv)).items() if value not in (None, False)}
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_options_and_arguments_come_in_any_order(verb):
+    needed = {"optimum": ("--context=8K", "--loss=2"), "next": ("--context=8K", "--loss=2", "--budget=1e9")}.get(verb, ())
+    cells = {"logs": ["one"], "cancel": ["one", "two"], "retry": ["one", "two"]}.get(verb, [])
+    first = parsed(verb, "GRID", *cells, "--root", "R", "--rules", "old", *needed)
+    assert (first["grid"], first["root"], first["rules"]) == ("GRID", "R", "old")
+    assert [first.get("cell")] == cells or first.get("cells", []) == cells
+    for order in (
+        (*needed, "--root", "R", "GRID", *cells, "--rules", "old"),
+        ("GRID", "--root", "R", *cells, "--rules", "old", *needed),
+        ("--root", "R", "--rules=old", *needed, "GRID", *cells),
+        ("GRID", *cells[:1], "--rules", "old", *needed, *cells[1:], "--root=R"),
+    ):
+        assert parsed(verb, *order) == first
+
+
+def test_names_of_options_may_have_dashes_and_unknown_ones_are_told_of(capsys):
+    assert parsed("run", "--dry-run", "my-grid.py") == parsed("run", "my-grid.py", "--dry_run")
+    assert parsed("plan", "G", "--flops-per-second=1e9", "--out=a-b.csv")["out"] == "a-b.csv"
+    for argv, said in (
+        (("plan", "G", "--topolgy", "v5e:4x4"), "unrecognized arguments: --topolgy v5e:4x4: did you mean --topology?"),
+        (("status", "G", "H"), "unrecognized arguments: H"),
+        (("logs", "--root", "R"), "the following arguments are required: GRID"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            launch.main(argv)
+        assert left.value.code == launch.EXIT_BAD_INPUT
+        assert capsys.readouterr().err.endswith(f"python -m launch {argv[0]}: error: {said}\n")
+
+
 class TestQuestions:
     def test_an_answer_is_what_json_says(self, small, capsys):
         file, layout, _ = small
