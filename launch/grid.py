@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import ml_collections
 
-from gqa_jax.config import TrainConfig, unknown_key_of
+from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError, closest
-from launch import training_cells
+from launch import grid_file, training_cells
 from launch.cells import Cell
 from launch.training_cells import TrainingCell, training
 from launch.training_cells import continued as continued
@@ -28,15 +26,22 @@ from launch.training_cells import continued as continued
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A named set of training runs, what is asked of them, and cells of other kinds that follow from them."""
+    """A named set of training runs, what is asked of them, and cells of other kinds that follow from them.
 
-    name: str
+    Raises ConfigError for what could not be used after its runs have been paid for.
+    """
+
+    name: str  # of its folder, and in tables
     configs: Sequence[ml_collections.ConfigDict | TrainConfig]
-    contexts_served: Sequence[int]  # T of the cost table and of the answer, tokens
+    contexts_served: Sequence[int]  # T of the cost table and of the answer, tokens, like 131072 or "128K"
     losses: Sequence[float] = ()  # L* of the answer; empty: chosen from what was reached
     convention: str = "figures"  # costs the answer minimises (gqa_jax.costs.CONVENTIONS)
     others: Callable[[Sequence[TrainingCell]], Sequence[Cell]] = lambda trained: ()  # cells of other kinds, of those that train
     old_rules: bool = False  # its cells are those of the first version (`TrainConfig.under_old_rules`), by their names too
+
+    def __post_init__(self):
+        for name, value in grid_file.checked(vars(self)).items():
+            object.__setattr__(self, name, value)
 
 
 def product(
@@ -54,27 +59,10 @@ def product(
 
 def load(path: str) -> Grid:
     """The Grid of a grid file. Raises ConfigError when there is none, or it can't be used."""
-    file = Path(path)
-    if not file.is_file():
-        there = sorted(str(p) for p in Path("configs/grids").glob("*.py"))
-        raise ConfigError(f"grid file {path} is not there: {closest(path, there) if there else 'give the path of a .py file'}")
-    spec = importlib.util.spec_from_file_location(f"grid_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        get_grid = getattr(module, "get_grid", None)
-        if get_grid is None:
-            raise ConfigError("it defines no get_grid()")
-        grid = get_grid()
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"{path} fails: {unknown_key_of(error) or f'{type(error).__name__}: {error}'}") from error
-    if not isinstance(grid, Grid):
-        raise ConfigError(f"{path}: get_grid() returns a {type(grid).__name__}, it must return a launch.grid.Grid")
-    if not grid.configs:
-        raise ConfigError(f"{path}: the grid has no cells; check its axes and its skip rule")
-    return grid
+    found = grid_file.returned_by(path)
+    if not isinstance(found, Grid):
+        raise ConfigError(f"{path}: get_grid() returns a {type(found).__name__}, it must return a launch.grid.Grid")
+    return found
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -84,7 +72,8 @@ def cells(grid: Grid) -> list[Cell]:
     that continues one which is not there. A store that does not exist yet is no error here: its cells have no fingerprint.
     """
     found: list[Cell] = [*training_cells.make(grid.name, grid.configs, grid.old_rules)]
-    found += grid.others(tuple(found))
+    with grid_file.blamed(getattr(getattr(grid.others, "__code__", None), "co_filename", f"grid {grid.name!r}")):
+        found += grid.others(tuple(found))
     if twice := [name for name, count in Counter(cell.name for cell in found).items() if count > 1]:
         raise ConfigError(f"two cells of grid {grid.name!r} are the same run, {twice[0]}: remove one, or change its seed")
     return found

@@ -50,20 +50,112 @@ def test_product_with_a_skip_rule():
     assert points == [{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 2, "b": 1}, {"a": 2, "b": 3}]
 
 
+GOOD = "from launch.grid import Grid\nfrom tests.grid_fakes import config\ndef get_grid():\n    return Grid({})\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("x = 1", r"defines no get_grid\(\)"),
+        ("x = 1", r"g.py: it defines no get_grid\(\)"),
+        ("get_grid = 3", r"g.py: it defines no get_grid\(\)"),
         ("def get_grid(): return 3", "returns a int"),
-        ("import nothing_like_this", "ModuleNotFoundError"),
-        ("from launch.grid import Grid\ndef get_grid(): return Grid('g', [], [1024])", "the grid has no cells"),
+        ("import nothing_like_this", r"g.py, line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\ndef get_grid():\n    return f(\n    )\ndef f():\n    return 1 / 0", r"g.py, line 6: ZeroDivisionError: div"),
+        ("x = 1\ndef get_grid(:", r"g.py, line 2: SyntaxError: invalid syntax"),
+        ("\0", r"g.py: SyntaxError: source code string cannot contain null bytes"),
+        ("\xff\xfe", "g.py.*: SyntaxError: "),
+        ("def get_grid():\n    raise SystemExit(3)", r"g.py, line 2: it ends the program"),
+        ("import sys\nsys.exit()", r"g.py, line 2: it ends the program"),
+        ("def get_grid(): return get_grid()", r"g.py, line 1: RecursionError: maximum recursion depth"),
+        ("class E(BaseException): pass\nraise E('a\\nb')", r"g.py, line 2: E: a$"),
+        (
+            "from gqa_jax.config import default_config\ndefault_config().n_layer = 2",
+            r"g.py, line 2: unknown .* 'model.n_layers'",
+        ),
+        (GOOD.format("'g', [], [1024]"), "g.py, line 4: Grid: configs = .*: the grid has no cells"),
     ],
 )
 def test_bad_grid_files_are_one_sentence(tmp_path, content, message):
     path = tmp_path / "g.py"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=message) as found:
         grid.load(str(path))
+    assert "\n" not in str(found.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["g.py"]  # nothing is kept beside it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("3, [config()], [1024]", "name = 3: must be 1 to 64 letters"),
+        ("'../g', [config()], [1024]", r"name = '\.\./g'"),
+        ("'', [config()], [1024]", "name = ''"),
+        ("'g', 5, [1024]", "configs = 5: must be a list"),
+        (
+            "'g', [config(), {'a': 1}], [1024]",
+            r"configs\[1\] = \{'a': 1\}: must be what gqa_jax.config.default_config\(\) gives",
+        ),
+        ("'g', [5], [1024]", r"configs\[0\] = 5"),
+        ("'g', config(), [1024]", r"configs = batch_tokens:.*: must be a list$"),
+        ("'g', [config(), [object() for _ in range(99)]], [1024]", r"configs\[1\] = \[<object.*, \.\.\.\]: must be what"),
+        ("'g', [config()], []", r"contexts_served = \[\]: name one context or more"),
+        ("'g', [config()], 1024", "contexts_served = 1024: must be a list"),
+        ("'g', [config()], '8K'", "contexts_served = '8K': must be a list"),
+        ("'g', [config()], [1024, -1]", r"contexts_served\[1\] = -1: must be a whole number of tokens, 1 to 1099511627776"),
+        ("'g', [config()], ['a']", r"contexts_served\[0\] = 'a': must be a whole number"),
+        ("'g', [config()], [8192.5]", r"contexts_served\[0\] = 8192.5"),
+        ("'g', [config()], [True]", r"contexts_served\[0\] = True"),
+        ("'g', [config()], [2**41]", r"contexts_served\[0\] = 2199023255552"),
+        ("'g', [config()], [1024], ['2.0']", r"losses\[0\] = '2.0': must be a finite number above 0"),
+        ("'g', [config()], [1024], [float('nan')]", r"losses\[0\] = nan"),
+        ("'g', [config()], [1024], [0]", r"losses\[0\] = 0"),
+        ("'g', [config()], [1024], 2.0", "losses = 2.0: must be a list"),
+        ("'g', [config()], [1024], convention='figurs'", "convention = 'figurs': did you mean 'figures'"),
+        ("'g', [config()], [1024], convention=None", "convention = None: allowed: paper, figures, exact"),
+        ("'g', [config()], [1024], others=[]", r"others = \[\]"),
+        ("'g', [config()], [1024], old_rules='no'", "old_rules = 'no'"),
+    ],
+)
+def test_a_grid_that_would_fail_after_its_runs_is_refused_with_its_line(tmp_path, arguments, message):
+    path = tmp_path / "g.py"
+    path.write_text(GOOD.format(arguments))
+    with pytest.raises(ConfigError, match=f"g.py, line 4: Grid: .*{message}"):
+        grid.load(str(path))
+
+
+def test_a_grid_takes_any_numbers_and_any_lists(tmp_path, capsys):
+    path = tmp_path / "g.py"
+    numbers = "np.array([1024, 2048]), (np.float32(2),)"
+    path.write_text("import numpy as np\nprint('hello')\n" + GOOD.format(f"'g', (config() for _ in range(1)), {numbers}"))
+    found = grid.load(str(path))
+    assert (len(found.configs), found.contexts_served, found.losses) == (1, [1024, 2048], [2.0])
+    assert json.dumps([found.contexts_served, found.losses]) == "[[1024, 2048], [2.0]]"
+    assert grid.Grid("a b", found.configs, ["8K", 1]).contexts_served == [8192, 1]
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "hello\n")  # what --json prints stays JSON
+
+
+def test_cells_of_other_kinds_that_fail_have_their_line(tmp_path):
+    path = tmp_path / "g.py"
+    path.write_text(GOOD.format("'g', [config()], [1024], others=lambda trained: (\n1 / 0)"))
+    with pytest.raises(ConfigError, match=r"g.py, line 5: ZeroDivisionError: division by zero"):
+        grid.cells(grid.load(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("README.md", "README.md is no grid file: give a .py that defines get_grid"),
+        ("/etc/hostname", "/etc/hostname is no grid file"),
+        ("/dev/null", "/dev/null is no grid file"),
+        ("configs/grids", "configs/grids is a folder: give a grid file"),
+        ("", " is not there"),
+        ("a\0.py", "is not there"),
+    ],
+)
+def test_what_is_no_grid_file_says_what_one_is(name, message):
+    with pytest.raises(ConfigError, match=message):
+        grid.load(name)
 
 
 def test_a_missing_file_names_the_closest():
