@@ -12,6 +12,7 @@ SIZES = (1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3)
 COUNT = ("Z", "E", "P", "T", "B", "M", "k")  # letters of counted things: parameters, tokens
 SI = ("Z", "E", "P", "T", "G", "M", "k")  # of amounts of a unit: FLOPs, bytes
 MODELS = (1e3, 1e13)  # parameters: sizes beyond these are of no model, and their numbers say nothing
+LARGEST_CONTEXT = 2**40  # tokens: sums over more are of no model
 LARGEST_REGRET = 10.0  # cost over the least one, minus 1: what is beyond it counts as this (`gqa_jax.search.ranking.regret`)
 
 
@@ -181,11 +182,11 @@ def context(tokens: int) -> str:
 
 
 def read_context(text: str) -> int:
-    """Tokens of "131072", "128K" or "1M" (of 1024 K). Raises ValueError for anything else, and for none."""
+    """Tokens of "131072", "128K" or "1M" (of 1024 K). Raises ValueError for anything else, none, and over LARGEST_CONTEXT."""
     scale = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
     digits = text if scale == 1 else text[:-1]
-    if not (digits.isascii() and digits.isdigit()) or int(digits) < 1:
-        raise ValueError(f"{text!r} is no number of tokens: write it like 131072 or 128K")
+    if not (digits.isascii() and digits.isdigit()) or not 1 <= int(digits[:20]) * scale <= LARGEST_CONTEXT:
+        raise ValueError(f"{text[:20]!r} is no number of tokens: write it like 131072 or 128K, at most {LARGEST_CONTEXT}")
     return int(digits) * scale
 
 

@@ -20,9 +20,7 @@ import ml_collections
 from gqa_jax import costs
 from gqa_jax.config import TrainConfig, unknown_key_of
 from gqa_jax.errors import ConfigError, closest, named
-from gqa_jax.formatting import read_context
-
-LARGEST_CONTEXT = 2**40  # tokens that a model is served at: arithmetic on more is of no model
+from gqa_jax.formatting import LARGEST_CONTEXT, read_context
 
 
 def returned_by(path: str) -> Any:
@@ -62,14 +60,21 @@ def blamed(path: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a grid file may do anything, sys.exit() too
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            lines = [error.lineno]
+        own = isinstance(error, SyntaxError) and error.filename == path
+        lines = [error.lineno] if own else lines
         where = f"{path}, line {lines[-1]}" if lines and lines[-1] else path
         if isinstance(error, ConfigError):
             raise ConfigError(f"{where}: {error}") from error
         left = "it ends the program, which is left to `python -m launch`: remove sys.exit()"
-        said = left if isinstance(error, SystemExit) else unknown_key_of(error) or named(error)
-        raise ConfigError(f"{where}: {said}") from error
+        said = left if isinstance(error, SystemExit) else unknown_key_of(error) or _wrong_type(error) or named(error)
+        raise ConfigError(f"{where}: {f'{type(error).__name__}: {error.msg}' if own else said}") from error
+
+
+def _wrong_type(error: BaseException) -> str | None:
+    """The sentence about a value that a field of a ConfigDict can't have; None of any other error."""
+    words = r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.+?)'> .* <class '(.+?)'>"
+    found = re.match(words, str(error), re.DOTALL)
+    return f"{found[1]} = {' '.join(found[2].split())[:100]}: must be {found[4]}, not {found[3]}" if found else None
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:

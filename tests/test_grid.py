@@ -173,6 +173,8 @@ def test_bad_cells_are_found_before_anything_starts():
         grid.cells(of(steps=10**7))
     with pytest.raises(ConfigError, match="less than one block"):
         grid.cells(of(context=2**25, batch_tokens=2**25, data={"block_tokens": 2**25}, evaluation={"tokens": 2**25}))
+    with pytest.raises(ConfigError, match=r"allow data\.epochs = 99\d{7},"):  # at once, and without a batch of 2 EiB
+        grid.cells(of(batch_tokens=256 * 10**13, steps=4))
     twice = grid.Grid("g", [grid_fakes.config(), grid_fakes.config(label="other")], [1024])
     with pytest.raises(ConfigError, match="the same run"):
         grid.cells(dataclasses.replace(twice, configs=[grid_fakes.config()] * 2))

@@ -106,6 +106,15 @@ def test_heads_of_another_size_and_that_no_run_has():
     assert "between" in found.sentences()[2]  # 95% hold more and less
 
 
+def test_heads_that_are_no_whole_ones_of_the_laws():
+    found = compare_own(paper(), model(heads=16, kv=1, head_dim=96), CONTEXT, draws=100)
+    assert found.heads == Heads(24, 1.5)
+    assert np.isfinite(found.kept.cost)
+    frame = found.answer.to_frame()
+    assert list(frame.iloc[-1][["n_heads", "n_kv_heads"]]) == [24, 1.5]
+    assert str(compare_own(paper(), model(), CONTEXT, draws=100).answer.to_frame()["n_kv_heads"].dtype) == "Int64"
+
+
 def test_keeping_its_heads_goes_with_the_draws_of_the_answer():
     found = compare_own(paper(), PUBLIC["smollm2-135m"], CONTEXT)
     kept = found.kept

@@ -77,7 +77,7 @@ class Batches:
         self._vocab_size, self._source = store.vocab_size, f"{split} split of {store.path}"
         self._windows_per_epoch = self.n_blocks * (block_tokens // context_length)
         self._eos = store.eos_id if document_mask else None
-        self._rows = np.arange(batch_size)
+        self._rows: np.ndarray | None = None  # None: all; a grid is checked whose batches no machine holds
         # Row s is tokens s ... s + T: indexing it with starts copies whole windows, without an index for every token.
         self._windows = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
 
@@ -125,7 +125,8 @@ class Batches:
             self.check_budget(step + 1)
             raise ReaderError(f"step {step}: must be at least 0")
         skipped = self.skip_tokens // self.context_length
-        windows = skipped + step * self.batch_size + self._rows  # numbers of the windows over all epochs
+        rows = np.arange(self.batch_size) if self._rows is None else self._rows
+        windows = skipped + step * self.batch_size + rows  # numbers of the windows over all epochs
         epochs, windows = np.divmod(windows, self._windows_per_epoch)
         blocks, within = np.divmod(windows, self.block_tokens // self.context_length)
         for epoch in np.unique(epochs).tolist():  # more than one only in a batch across the border

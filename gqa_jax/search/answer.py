@@ -138,6 +138,8 @@ class Answer:
             "saving": 0.0 if np.isfinite(base.cost) else np.nan, "pareto": False,
             "note": base.note,
         }  # fmt: skip
+        if any((heads or 0) % 1 for heads in base.heads):  # a model of one's own, whose heads are not whole ones of the laws'
+            frame = frame.astype(dict.fromkeys(("n_heads", "n_kv_heads"), "Float64"))
         last = pd.DataFrame([row]).reindex(columns=frame.columns).astype(frame.dtypes.to_dict())
         return pd.concat([frame, last], ignore_index=True)
 

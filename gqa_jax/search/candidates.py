@@ -240,8 +240,9 @@ class Table:
 
         # Columns, and a frame of them at the end: a map has thousands of these.
         column: dict[str, Any] = {name: np.full(k, np.nan) for name in CANDIDATES}
-        for name in ("n_heads", "n_kv_heads"):
-            column[name] = pd.array([getattr(one, name) for one in self.heads[:k]], dtype="Int64")
+        for name in ("n_heads", "n_kv_heads"):  # those of a model of one's own need not be whole (`OwnModel.heads_of`)
+            values = [getattr(one, name) for one in self.heads[:k]]
+            column[name] = pd.array(values, dtype="Int64" if all((value or 0) % 1 == 0 for value in values) else "Float64")
         column["n_params"] = known(n_H)
         column["n_layers"], column["d_model"] = known(shape_H.n_layers), known(shape_H.d_model)
         column["ratio"] = column["d_model"] / column["n_layers"]
