@@ -39,6 +39,7 @@ examples:
   python -m launch status configs/grids/quickstart.py               what is done, running, failed and why, and what it cost
   python -m launch logs configs/grids/quickstart.py CELL --follow
   python -m launch cancel configs/grids/paper.py CELL               end its job; what it saved stays
+  python -m launch reap configs/grids/paper.py                      end machines that nobody needs any more
   python -m launch retry configs/grids/quickstart.py                let `run` start failed cells again
   python -m launch optimum --preset paper --context 128K --loss 2.615      the cheapest heads, from the paper's data
   python -m launch optimum configs/grids/quickstart.py --context 32K --loss 1.75      from your own runs
@@ -142,6 +143,11 @@ def parser() -> argparse.ArgumentParser:
         (_fill_status, _status, "state of every cell, what it cost, and why cells failed"),
         (_fill_logs, _logs, "what a cell printed"),
         (_fill_cancel, _cancel, "end the jobs of cells; what they saved stays, and `run` goes on from there"),
+        (
+            _fill_reap,
+            _reap,
+            "end what has machines and is of no use: jobs of cells that are over, silent, or not there",
+        ),
         (_fill_retry, _retry, "let `run` start failed and diverged cells again; what they left is kept aside"),
         (_fill_export, _export, "loss and cost tables, fits, cheapest heads, pictures"),
         (_fill_fit, _fit, "the laws L(N; H) of finished runs, with intervals, checks and warnings"),
@@ -189,6 +195,10 @@ def _fill_run(command: argparse.ArgumentParser) -> None:
         "--watch, or locally, end all cells at X: they can be resumed",
     )  # fmt: skip
     command.add_argument(
+        "--notify", metavar="COMMAND", help="told of the first failure, the first stall, a spent budget and the end: it is run "
+        "by a shell with a JSON object on its standard input",
+    )  # fmt: skip
+    command.add_argument(
         "--prices", metavar="ROW|FILE", help=f"{options.WHOSE_PRICES}; default: list prices in the engine's terms"
     )
     command.epilog = (
@@ -212,6 +222,12 @@ def _fill_logs(command: argparse.ArgumentParser) -> None:
 def _fill_cancel(command: argparse.ArgumentParser) -> None:
     options.add_grid(command, where=True, on=options.LAST_RUN)
     command.add_argument("cells", nargs="*", metavar="CELL", help="names of cells (default: all that are queued or running)")
+
+
+def _fill_reap(command: argparse.ArgumentParser) -> None:
+    options.add_grid(command, on=options.LAST_RUN)
+    command.add_argument("--dry_run", action="store_true", help="only say what would be ended")
+    command.epilog = "Asked twice it ends nothing twice, and it asks nobody: fit for cron. Its last line is a count."
 
 
 def _fill_retry(command: argparse.ArgumentParser) -> None:
@@ -393,6 +409,14 @@ def _cancel(_: Console, **asked: Any) -> int:
     for job in jobs:
         print(f"{job.cell}: cancelled ({job.id}{', it ran' if job.state == RUNNING else ''})")
     print(f"{counted(len(jobs), 'cell')} cancelled on {engine}; what they saved stays")
+    return EXIT_DONE
+
+
+def _reap(_: Console, *, dry_run: bool, **asked: Any) -> int:
+    said = commands.reap(_cells(asked), **asked, dry_run=dry_run)
+    for line in said:
+        print(line)
+    print(f"{counted(len(said), 'job')} {'would be ' if dry_run else ''}ended")
     return EXIT_DONE
 
 

@@ -28,6 +28,7 @@ from gqa_jax.hardware import Price
 from gqa_jax.hardware import prices as price_list
 from launch import fit as fitting
 from launch import grid_cells, money, state
+from launch import reap as reaping
 from launch import rules as ruling
 from launch import run as passes
 from launch import watch as watching
@@ -35,6 +36,7 @@ from launch.cells import Cell, Layout
 from launch.executors.base import DEAD, Executor, Job, Submission, SubmitError
 from launch.fit import Fit
 from launch.grid_cells import Cells, open_cells
+from launch.notify import Notifier
 from launch.run import Pass
 from launch.state import CellState
 from launch.training_cells import said, training
@@ -154,6 +156,7 @@ def run(
     slots: int | None = None,
     max_usd: float | None = None,
     prices: str | None = None,
+    notify: str | None = None,
     progress: Progress = SILENT,
 ) -> Run:
     """Trains the cells that are missing, here or on a cluster; called again it goes on. `export` is what comes then.
@@ -165,6 +168,7 @@ def run(
       dry_run: only say what would be submitted; nothing is written.
       topology: slice that every cell must fit; default: that of the cluster file. slots: local: cells at a time.
       max_usd: US dollars that the grid may cost (`launch.money.Budget`); prices: whose, default: in the engine's terms.
+      notify: a command of a shell that is told of failures and the end (`launch.notify`).
 
     Raises:
       ConfigError: cells that don't fit or that continue what is not there, a store that is not prepared, another launcher.
@@ -214,7 +218,16 @@ def run(
             stack.close()  # each pass holds the grid for itself: other launchers may work on it too
         stack.enter_context(engine)
         ready = [fitted.get(cell.name, cell) for cell in chosen]
-        found.last = watching.repeat(ready, layout, engine, watch, progress.passed, budget=budget)
+        told = notify and Notifier(notify, grid=cells.name, root=os.fspath(layout.root), engine=engine.engine)
+
+        def passed(now: Pass) -> None:
+            progress.passed(now)
+            if told:
+                told.passed(now)
+
+        found.last = watching.repeat(ready, layout, engine, watch, passed, budget=budget)
+        if told:
+            told.ends(found.last)
     return found
 
 
@@ -365,6 +378,14 @@ def cancel(grid: Cells | str, cells: Sequence[str] = (), *, where: str | None = 
     active = [jobs[cell.name] for cell in chosen if _is_active(jobs.get(cell.name))]
     passes.cancel([job.cell for job in active], found.layout, engine)
     return Cancelled(active, engine.engine)
+
+
+def reap(grid: Cells | str, *, on: str | None = None, dry_run: bool = False) -> list[str]:
+    """Ends what of a grid has machines and is of no use (`launch.reap`); a sentence for each. dry_run: only says it."""
+    found = grid_cells.begun(grid)
+    engine = passes.recall(found.layout, on)
+    with contextlib.nullcontext() if engine.here or dry_run else passes.only_launcher(found.layout, passes.PATIENCE_SECONDS):
+        return reaping.reap(found.all, found.layout, engine, dry_run)
 
 
 class Retry(NamedTuple):

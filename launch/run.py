@@ -39,6 +39,7 @@ class Pass:
     refused_always: set[str] = dataclasses.field(default_factory=set)  # those of them that the engine would refuse again
     held: dict[str, str] = dataclasses.field(default_factory=dict)  # cell -> why it is not started
     notes: list[str] = dataclasses.field(default_factory=list)  # what `reconcile` did, and what did not answer
+    over_budget: str | None = None  # what is said where a budget is spent
 
     @property
     def active(self) -> int:

@@ -110,7 +110,6 @@ def repeat(
     done: dict[str, CellState] = {}
     refusals, failures = Refusals(), 0
     last: Pass | None = None
-    is_spent = False
     while True:
         at = time.time()
         try:
@@ -121,8 +120,9 @@ def repeat(
                     cells, layout, engine, once, began, done, refusals.given_up(), refusals.resting(at),
                     None if budget is None else budget.hold,
                 )  # fmt: skip
-                if is_spent := budget is not None and budget.is_over(last):
-                    last.notes.append(budget.over(last))
+                if budget is not None and budget.is_over(last):
+                    last.over_budget = budget.over(last)
+                    last.notes.append(last.over_budget)
                     engine.cancel([job.cell for job in last.jobs.values()])
             failures = 0
             refusals.count(last, at)
@@ -135,7 +135,11 @@ def repeat(
         started |= {job.cell for job in last.submitted}
         done |= {cell.name: now for cell, now in zip(cells, last.states, strict=True) if now.state == "done"}
         on_pass(last)
-        if is_spent or not (engine.here or watch) or (last.active == 0 and not (watch and last.pending) and not failures):
+        if (
+            last.over_budget
+            or not (engine.here or watch)
+            or (last.active == 0 and not (watch and last.pending) and not failures)
+        ):
             break
         usual = engine.pass_seconds if seconds is None else seconds
         engine.wait(max(usual, pause(failures)) if failures else usual)

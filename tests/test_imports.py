@@ -233,6 +233,8 @@ TABLE = (
         ".errors .formatting .hardware .hardware.prices launch.cells launch.training_cells launch.executors.base launch.state "
         "launch.run launch.fit",
     ),
+    Row("launch.notify", "launch.state launch.run"),
+    Row("launch.reap", ".formatting launch.cells launch.executors.base launch.state launch.run"),
     Row("launch.tables", lazily=".search.answer"),
     Row(
         "launch.plan",
@@ -279,7 +281,8 @@ TABLE = (
     Row(
         "launch.commands",
         ".errors .formatting .hardware .hardware.prices .storage launch.cells launch.training_cells launch.rules "
-        "launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit launch.money",
+        "launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit launch.money launch.notify "
+        "launch.reap",
         lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
         "launch.report launch.findings",
@@ -310,7 +313,8 @@ TABLE = (
         ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results .laws "
         ".laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
         ".search.optimum .search.next_runs .plots launch.cells launch.training_cells launch.grid launch.studies "
-        "launch.report launch.findings tests",
+        "launch.report launch.findings launch.executors.local launch.grid_cells launch.options launch.__main__ "
+        ".training.metrics tests",
         outside="jax",
     ),
 )
