@@ -35,7 +35,7 @@ def load_differences(
         the lowest loss among those of its training context, size and rules (not with itself).
     Raises:
       FileNotFoundError: neither run folders nor exported tables are there.
-      ValueError: an unknown name, both arguments; a result.json or config.json that can't be read, naming it.
+      ValueError: an unknown name, both arguments; a grid.json that can't be used.
     """
     if pairs is not None and other is not None:
         raise ValueError("give pairs, or the one other that all are compared with")
@@ -120,11 +120,11 @@ def _documents_of(root: epath.Path, names: Iterable[str]) -> dict[str, evaluatio
 def _documents(folder: epath.Path) -> evaluation.Documents | str:
     """The losses by document of a run, or why there are none."""
     path = folder / run_folder.DOCUMENTS
-    content = storage.read_bytes(path)
-    if content is None:
-        over = storage.read_bytes(folder / "result.json") is not None
-        return f"{folder.name} has no {path.name}; {AGAIN}" if over else f"{folder.name} has no result yet"
     try:
+        content = storage.read_file(path)
+        if content is None:
+            over = "result.json" in storage.names(folder)
+            return f"{folder.name} has no {path.name}; {AGAIN}" if over else f"{folder.name} has no result yet"
         return evaluation.from_bytes(content)
     except ValueError as error:
         return f"{path.name} of {folder.name} can't be read ({error}); {AGAIN}"

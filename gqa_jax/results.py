@@ -11,6 +11,7 @@ own rules (`gqa_jax.config.TrainConfig.rules`).
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
@@ -28,7 +29,8 @@ from etils import epath
 
 from gqa_jax import costs, storage
 from gqa_jax.config import OLD_RULES, TrainConfig
-from gqa_jax.training import evaluation, run_folder
+from gqa_jax.errors import ConfigError
+from gqa_jax.training import evaluation, records, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,11 @@ class Column(NamedTuple):
     unit: str
     meaning: str
     field: str = ""  # of the run's configuration that it shows; else it is what result.json has of this name, or worked out
+
+    @property
+    def kind(self) -> records.Kind:
+        """What of a record its cells can be."""
+        return {"string": records.text, "Int64": records.integer, "Float64": records.number}[self.dtype]
 
 
 with (resources.files("gqa_jax") / "schema.csv").open(encoding="utf-8") as _file:
@@ -64,9 +71,11 @@ def load_results(path: os.PathLike | str) -> pd.DataFrame:
     Reads the run folders; a folder that holds exported tables only gives those. Of a grid folder the runs are those that its
     grid.json names; a warning tells of others that have finished.
 
+    A run whose result.json or config.json can't be used is left out, and a warning names it.
+
     Raises:
       FileNotFoundError: neither is there.
-      ValueError: a result.json or config.json that can't be read, naming it.
+      ConfigError: a grid.json that can't be used.
     """
     return _table(path, "loss", LOSS_COLUMNS, _loss_rows)
 
@@ -76,7 +85,9 @@ def load_costs(path: os.PathLike | str, contexts_served: Sequence[int] | None = 
 
     def rows(root: epath.Path, names: list[str]) -> Iterator[dict[str, Any]]:
         served = grid_facts(root)["contexts_served"] if contexts_served is None else contexts_served
-        for name, config in zip(names, each(_config, root, names), strict=True):
+        for name, config in zip(names, each_usable(run_folder.read_config, root, names), strict=True):
+            if config is None:
+                continue
             about = {"cell": name} | _configured(COST_COLUMNS, config)
             for context, convention in itertools.product(served, costs.CONVENTIONS):
                 yield (
@@ -94,9 +105,11 @@ def load_evaluations(path: os.PathLike | str) -> pd.DataFrame:
     Of every run that is done, its last evaluation: all held-out text, each source, each range of positions. A run that kept no
     more than its loss, as those of the first version, has that. Folders and errors as in `load_results`.
     """
-    return _table(
-        path, "evaluations", EVALUATION_COLUMNS, lambda *runs: itertools.chain.from_iterable(each(_evaluation_rows, *runs))
-    )
+
+    def rows(root: epath.Path, names: list[str]) -> Iterator[dict[str, Any]]:
+        return itertools.chain.from_iterable(found or () for found in each_usable(_evaluation_rows, root, names))
+
+    return _table(path, "evaluations", EVALUATION_COLUMNS, rows)
 
 
 def load_metrics(path: os.PathLike | str) -> pd.DataFrame:
@@ -128,20 +141,43 @@ def load_metrics(path: os.PathLike | str) -> pd.DataFrame:
 def grid_facts(path: os.PathLike | str) -> dict[str, Any]:
     """grid.json of a grid folder: name, contexts_served, losses, convention, cells, and old_cells where there are any: runs
     that are done under other rules than those of the grid's cells.
+
+    Raises FileNotFoundError where it is not there, ConfigError where it can't be used.
     """
-    return _read_json(storage.path(path) / "grid.json")
+    if (facts := find_grid(path)) is None:
+        raise FileNotFoundError(f"{storage.path(path) / 'grid.json'} is not there")
+    return facts
+
+
+def find_grid(path: os.PathLike | str) -> dict[str, Any] | None:
+    """As `grid_facts`, None where it is not there."""
+    file = storage.path(path) / "grid.json"
+    again = "`python -m launch run` or `export` of the grid writes it again"
+    try:
+        values = storage.read_json(file)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {again}") from error
+    if values is None:
+        return None
+    facts = records.usable(values, fields := records.RECORDS["grid.json"])
+    if odd := [name for name in fields if name not in facts and (name in values or name == "cells")]:
+        raise ConfigError(f"{file} does not say {', '.join(odd)} of the grid: {again}")
+    return facts
 
 
 def _table(
     path: os.PathLike | str,
     name: str,
-    columns: Iterable[Column],
+    columns: Sequence[Column],
     rows: Callable[[epath.Path, list[str]], Iterable[dict[str, Any]]],
 ) -> pd.DataFrame:
     """The table of a grid folder, whose `rows` are read from its runs; or the exported one, where there are no run folders."""
     root = storage.path(path)
     names = cell_names(root)
-    return typed(exported(root, name) if names is None else pd.DataFrame(list(rows(root, names))), columns)
+    if names is None:
+        return typed(exported(root, name), columns)
+    found = [{column.name: column.kind(row.get(column.name)) for column in columns} for row in rows(root, names)]
+    return typed(pd.DataFrame(found), columns)
 
 
 def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
@@ -160,8 +196,32 @@ def _configured(columns: Iterable[Column], config: TrainConfig) -> dict[str, Any
     return {column.name: operator.attrgetter(column.field)(config) for column in columns if column.field}
 
 
-def _config(folder: epath.Path) -> TrainConfig:
-    return TrainConfig.from_stored(_read_json(folder / "config.json"))
+def each_usable[T](read: Callable[[epath.Path], T], root: epath.Path, names: Iterable[str]) -> list[T | None]:
+    """As `each`; None for a run whose records can't be used, and a warning that names it."""
+
+    def found(folder: epath.Path) -> T | ConfigError:
+        try:
+            return read(folder)
+        except ConfigError as error:
+            return error
+
+    names = list(names)
+    values = each(found, root, names)
+    odd = tuple((name, str(error)) for name, error in zip(names, values, strict=True) if isinstance(error, ConfigError))
+    if odd:
+        _warn_of_odd(os.fspath(root), odd)
+    return [None if isinstance(value, ConfigError) else value for value in values]
+
+
+@functools.lru_cache
+def _warn_of_odd(root: str, odd: tuple[tuple[str, str], ...]) -> None:
+    """Once for the same runs and what is odd in them: the tables of a grid are read one after another."""
+    runs, are, them = ("runs", "are", "them") if len(odd) > 1 else ("run", "is", "it")
+    more = f"; and {len(odd) - 3} more" if len(odd) > 3 else ""
+    log.warning(
+        "%d %s of %s %s left out: %s%s. `python -m launch retry GRID` moves %s aside, and `run` goes on from what was saved",
+        len(odd), runs, root, are, "; ".join(f"{name}: {why:.500}" for name, why in odd[:3]), more, them,
+    )  # fmt: skip
 
 
 def cell_names(root: epath.Path) -> list[str] | None:
@@ -170,16 +230,22 @@ def cell_names(root: epath.Path) -> list[str] | None:
     Warns of finished runs that grid.json does not name, as when the grid was changed since: they are in no table.
     """
     there = storage.names(root / "cells")
-    if (facts := storage.read_json(root / "grid.json")) is None:
+    if (facts := find_grid(root)) is None:
         return there or None
     named = list(dict.fromkeys([*facts["cells"], *facts.get("old_cells", [])]))
     strangers = sorted({*there} - {*named})
     paths = [root / "cells" / name / "result.json" for name in strangers]
-    contents = storage.each(storage.read_bytes, paths, remote=storage.is_remote(root))
-    finished = tuple(name for name, content in zip(strangers, contents, strict=True) if content is not None)
+    over = storage.each(_is_over, paths, remote=storage.is_remote(root))
+    finished = tuple(name for name, yes in zip(strangers, over, strict=True) if yes)
     if finished:
         _warn_of_strangers(os.fspath(root), finished)
     return named
+
+
+def _is_over(path: epath.Path) -> bool:
+    with contextlib.suppress(ConfigError):
+        return storage.read_file(path) is not None
+    return False
 
 
 @functools.lru_cache
@@ -216,15 +282,16 @@ def _of_first_version(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _loss_rows(root: epath.Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    return (row for row in each(_loss_row, root, names) if row is not None)
+    return (row for row in each_usable(_loss_row, root, names) if row is not None)
 
 
 def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
     result = run_folder.find_result(folder / "result.json")
     if result is None:
         return None
-    config = _config(folder)
-    versions = result.get("versions", {})
+    config = run_folder.read_config(folder)
+    versions, counted = result.get("versions") or {}, costs.count_params(config.model, "exact")
+    tokens = result.get("tokens") or result["step"] * config.batch_tokens
     return (
         result
         | _interval(result)
@@ -233,11 +300,14 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
         | {
             "cell": folder.name,
             "continue_from": config.continue_from and PurePosixPath(config.continue_from).name,
-            "start_differs": "; ".join(result.get("start", {}).get("differs", [])) or None,
+            "start_differs": "; ".join((result.get("start") or {}).get("differs", [])) or None,
+            "params_non_embedding": result.get("params_non_embedding") or counted.non_embedding,
+            "params_total": result.get("params_total") or counted.total,
             "params_paper": costs.count_params(config.model, "paper").total,
             "params_figures": costs.count_params(config.model, "figures").total,
             "steps": result["step"],
-            "train_flops": costs.train_flops(config.model, config.context_length, result["tokens"], "exact"),
+            "tokens": tokens,
+            "train_flops": costs.train_flops(config.model, config.context_length, tokens, "exact"),
             "jax": versions.get("jax"),
             "flax": versions.get("flax"),
         }
@@ -271,7 +341,7 @@ def _evaluation_rows(folder: epath.Path) -> list[dict[str, Any]]:
             return [{"cell": folder.name} | {key: row[key] for key in _KEPT} for row in kept["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s can't be read (%s): only the loss of all held-out text is in the table; %s", path, error, AGAIN)
-    config = _config(folder)
+    config = run_folder.read_config(folder)
     about = {"cell": folder.name, "step": result["step"], "task": evaluation.TASK, "source": "", "position": ""}
     about |= {"context": config.context_length, "n": result.get("eval_tokens"), "n_documents": result.get("eval_documents")}
     about["rules"] = _rules(result, config)["rules"]
@@ -284,10 +354,3 @@ def _evaluation_rows(folder: epath.Path) -> list[dict[str, Any]]:
 
 
 _KEPT = tuple(column.name for column in EVALUATION_COLUMNS if column.name != "cell")
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    values = storage.read_json(path)
-    if values is None:
-        raise FileNotFoundError(f"{path} is not there")
-    return values

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
+import logging
 import math
 import os
 import posixpath
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,12 @@ from etils import epath
 
 from gqa_jax import errors
 from gqa_jax.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# What is wrong with a path itself, and not with the storage that it is on.
+_ODD = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG)
+MOST_BYTES, DEEPEST = 1 << 24, 64  # of a JSON file that we have written
 
 
 def path(text: os.PathLike | str) -> epath.Path:
@@ -76,6 +85,47 @@ def read_bytes(path: os.PathLike | str) -> bytes | None:
     return None
 
 
+def read_file(path: os.PathLike | str, most: float = math.inf) -> bytes | None:
+    """As `read_bytes`, of a file that should be ours; `most`: bytes that it may have.
+
+    Raises ConfigError, naming it and the fix, for what is no file (a folder, a pipe, a device), may not be read or is larger;
+    OSError where the storage can't be reached.
+    """
+    try:
+        content = read_bytes(path) if is_remote(path) else _regular(path, most)
+    except OSError as error:
+        if error.errno not in _ODD:
+            raise
+        raise _unreadable(path, str(error.strerror)) from None
+    if content is not None and len(content) > most:
+        raise _unreadable(path, _TOO_LARGE.format(most))
+    return content
+
+
+_TOO_LARGE = "more than {:,} bytes"
+
+
+def _unreadable(path: os.PathLike | str, why: str) -> ConfigError:
+    return ConfigError(f"{os.fspath(path)} can't be read ({why}): move it away to make it again")
+
+
+def _regular(path: os.PathLike | str, most: float) -> bytes | None:
+    """Content of a local file; None when it is not there."""
+    for last in (False, True):
+        try:
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe without a writer would be a wait
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+                    raise _unreadable(path, _TOO_LARGE.format(most) if stat.S_ISREG(found.st_mode) else "it is no file")
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE or last:  # replaced just now, on NFS
+                raise
+    return None
+
+
 def write_bytes(path: os.PathLike | str, content: bytes) -> None:
     """Writes a small file whole or not at all. Locally a temporary file in the same folder, synced, then renamed."""
     if is_remote(path):
@@ -94,31 +144,70 @@ def write_bytes(path: os.PathLike | str, content: bytes) -> None:
 
 
 def write_json(path: os.PathLike | str, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all (`write_bytes`), numbers that are not finite as text (`finite`)."""
-    write_bytes(path, (json.dumps(finite(values), indent=1, allow_nan=False) + "\n").encode())
+    """Writes a JSON file whole or not at all (`write_bytes`), numbers that are not finite as text (`finite`).
+
+    A folder in its place is moved aside.
+    """
+    content = (json.dumps(finite(values), indent=1, allow_nan=False) + "\n").encode()
+    try:
+        write_bytes(path, content)
+    except IsADirectoryError:
+        put_aside(path)
+        write_bytes(path, content)
 
 
 def read_json(path: os.PathLike | str) -> dict[str, Any] | None:
     """The object of a JSON file; None when the file is not there.
 
-    Raises ConfigError, naming the file and the fix, when it holds no object; OSError when it can't be read.
+    Raises ConfigError, naming the file and the fix, for whatever else is there; OSError where the storage can't be reached.
     """
-    content = read_bytes(path)
+    content = read_file(path, MOST_BYTES)
     if content is None:
         return None
     try:
         values = json.loads(content)
-    except ValueError as error:
-        raise ConfigError(f"{path} can't be read ({error}): move it away to make it again") from None
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, str(error)) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no JSON object: move it away to make it again")
+        raise ConfigError(f"{os.fspath(path)} holds no JSON object: move it away to make it again")
+    inside: list[Any] = [values]
+    for _ in range(DEEPEST):
+        within = (each.values() if isinstance(each, dict) else each for each in inside)
+        inside = [value for one in within for value in one if isinstance(value, dict | list)]
+    if inside:
+        raise _unreadable(path, f"nested deeper than {DEEPEST}")
     return values
 
 
+def make_folder(path: os.PathLike | str) -> None:
+    """Makes a local folder, and those above it, unless it is there; a file in its place is moved aside."""
+    if is_remote(path):
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        put_aside(path)
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def put_aside(path: os.PathLike | str) -> None:
+    """Gives what is in the way of a file or folder of ours another name beside it, NAME.aside-N, and says so."""
+    path = epath.Path(path)
+    taken = names(path.parent)
+    target = next(name for n in itertools.count(1) if (name := f"{path.name}.aside-{n}") not in taken)
+    move(path, path.with_name(target))
+    log.warning("%s was in the way, or could not be used: it is %s now", os.fspath(path), target)
+
+
 def remove(path: os.PathLike | str) -> None:
-    """Removes a file, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        _gcs().remove(os.fspath(path)) if is_remote(path) else Path(path).unlink()
+    """Removes a file, if it is there; a folder in its place is moved aside."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            _gcs().remove(os.fspath(path)) if is_remote(path) else Path(path).unlink()
+    except OSError:  # of a folder: EISDIR on Linux, EPERM elsewhere
+        if is_remote(path) or not Path(path).is_dir():
+            raise
+        put_aside(path)
 
 
 def move(folder: os.PathLike | str, target: os.PathLike | str) -> None:
@@ -136,10 +225,13 @@ def modified(path: os.PathLike | str) -> float:
 
 
 def names(folder: os.PathLike | str) -> list[str]:
-    """Names of what is in a folder, sorted; none when it is not there."""
-    with contextlib.suppress(FileNotFoundError):
+    """Names of what is in a folder, sorted; none when it is not there, or no folder."""
+    try:
         return _gcs().names(os.fspath(folder)) if is_remote(folder) else sorted(os.listdir(folder))
-    return []
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            return []
+        raise
 
 
 def each[T, R](function: Callable[[T], R], items: Iterable[T], *, remote: bool) -> list[R]:

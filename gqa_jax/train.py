@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", force=True)
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax and grain speak through it, at length
-    started = time.time()
+    started = time.monotonic()
     try:
         config = _parse(argv)
         compilation_cache()
@@ -238,11 +238,11 @@ def _explained(error: Exception, argv: Sequence[str]) -> str:
 def _summary(result: dict[str, Any], workdir: str) -> str:
     if result["status"] != "done":
         return f"{result['status']} at step {result['step']} · {workdir}/result.json"
-    bits = "" if result["bits_per_byte"] is None else f" · {result['bits_per_byte']:.4f} bits/byte"
-    return (
-        f"loss {result['loss']:.4f}{evaluation.plus_minus(result['loss_sem'])} nats/token{_documents(result)}{bits} · "
-        f"{result['tokens']:,} tokens · {result['tokens_per_second']:,.0f} tokens/s · {workdir}/result.json"
-    )
+    bits, tokens, rate = (result.get(name) for name in ("bits_per_byte", "tokens", "tokens_per_second"))
+    also = [None if bits is None else f"{bits:.4f} bits/byte", None if tokens is None else f"{tokens:,} tokens"]
+    also += [None if rate is None else f"{rate:,.0f} tokens/s", f"{workdir}/result.json"]
+    loss = f"loss {result['loss']:.4f}{evaluation.plus_minus(result.get('loss_sem'))} nats/token{_documents(result)}"
+    return " · ".join([loss, *filter(None, also)])
 
 
 def _documents(result: dict[str, Any]) -> str:
@@ -253,7 +253,7 @@ def _documents(result: dict[str, Any]) -> str:
     of_how_many = "" if of is None else f" of {of:,}"
     text = f"{documents:,}{of_how_many} held-out document" + "s" * ((of or documents) > 1)
     low, high = result.get("loss_low"), result.get("loss_high")
-    if low is not None and high > low:
+    if None not in (low, high) and high > low:
         decimals = min(4, max(1, 1 - math.floor(math.log10((high - low) / 2))))
         text += f", 95%: {low:.{decimals}f} to {high:.{decimals}f}"
     return f" ({text})"

@@ -50,7 +50,7 @@ class Cell(Protocol):
         """Its process, by this Python with the code in this folder; also what a person types to repeat it."""
 
     def edited(self, folder: os.PathLike) -> str | None:
-        """What somebody has changed in config.json, so that the folder is not this cell's any more."""
+        """What somebody has changed in config.json: the folder is not this cell's any more. ValueError: it is broken."""
 
     # Of a folder alone: a class answers it without a cell.
 
@@ -78,14 +78,6 @@ def of_several(said: Iterable[tuple[str, str]]) -> list[str]:
         names.setdefault(sentence, []).append(name)
     more = {sentence: f" and {len(held) - 1} more" if len(held) > 1 else "" for sentence, held in names.items()}
     return [f"{held[0]}{more[sentence]}: {sentence}" for sentence, held in names.items()]
-
-
-def record(path: epath.Path) -> dict[str, Any]:
-    """A small JSON file, {} when it is not there or broken: a heartbeat is never worth an error."""
-    try:
-        return storage.read_json(path) or {}
-    except (OSError, ValueError):
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, gb, read_context
 from gqa_jax.hardware import Price
 from gqa_jax.hardware import prices as price_list
+from gqa_jax.training import records
 from launch import fit as fitting
 from launch import grid_cells, money, state
 from launch import reap as reaping
@@ -396,7 +397,8 @@ class Retry(NamedTuple):
 
 
 def retry(grid: Cells | str, cells: Sequence[str] = ()) -> Retry:
-    """Lets `run` start failed and diverged cells again, by their names (default: all); what they left is kept aside.
+    """Lets `run` start failed and diverged cells again, by their names (default: all); what they left is kept aside, and so are
+    records that can't be used.
 
     Raises ConfigError, and moves nothing, for a named cell that is neither, and for one whose config.json was edited.
     """
@@ -406,9 +408,11 @@ def retry(grid: Cells | str, cells: Sequence[str] = ()) -> Retry:
         chosen = found.named(cells) if cells else found.all
         over = {}
         for cell, now in zip(chosen, passes.look(chosen, found.layout, engine).states, strict=True):
-            if now.failure == "edited":
+            if now.failure == "edited" and cells:
                 raise ConfigError(str(now.cause))
-            if now.state in ("failed", "diverged"):
+            if now.failure == "edited":
+                log.warning(f"{cell.name} is left as it is: {now.cause}")
+            elif now.state in ("failed", "diverged"):
                 over[cell.name] = now
             elif cells:
                 raise ConfigError(f"{cell.name} is {now.state}: only failed and diverged cells are retried")
@@ -417,15 +421,17 @@ def retry(grid: Cells | str, cells: Sequence[str] = ()) -> Retry:
 
 def _set_aside(folder: epath.Path, now: CellState) -> epath.Path:
     """Moves what says that the cell is over into a folder of its own, which is returned."""
-    aside = folder / f"before-retry-{time.strftime('%Y%m%d-%H%M%S')}"
-    kept = ["exit.json", "result.json", "host-failure.json", "attempts", "submissions", "failures"]
-    if now.state == "diverged":
-        kept += ["checkpoints", "metrics"]
     there = set(storage.names(folder))
-    aside.mkdir(parents=True, exist_ok=True)
-    for name in kept:
-        if name in there:
-            storage.move(folder / name, aside / name)
+    name = f"before-retry-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside = folder / (name if name not in there else f"{name}-{time.time_ns()}")
+    kept = {"exit.json", "result.json", "host-failure.json", "attempts", "submissions", "failures", *records.odd(folder)}
+    if now.state == "diverged":
+        kept |= {"checkpoints", "metrics"}
+    if now.failure == "broken_config":  # which says nothing of what has come of the cell
+        kept = {"config.json", *records.odd(folder)}
+    storage.make_folder(aside)
+    for name in sorted(kept & there):
+        storage.move(folder / name, aside / name)
     return aside
 
 

@@ -77,7 +77,7 @@ class Cells:
         def write(cell: Cell) -> None:
             folder = layout.cell(cell.name)
             if cell.name not in there or "config.json" not in storage.names(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+                storage.make_folder(folder)
                 storage.write_json(folder / "config.json", cell.stored())
 
         storage.each(write, self.all, remote=storage.is_remote(layout.root))

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from gqa_jax import storage
-from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
 from launch import grid
@@ -127,9 +126,8 @@ def _strangers(names: Sequence[str], cells: Sequence[Cell], layout: Layout) -> t
             result = run_folder.find_result(folder / "result.json")
             if result is None:
                 return False
-            stored = storage.read_json(folder / "config.json")
-            found = result.get("rules") or TrainConfig.from_stored(stored).rules("position")
-        except (ValueError, TypeError):  # broken: `status` says so where it is a cell
+            found = result.get("rules") or run_folder.read_config(folder).rules("position")
+        except ValueError:  # broken: `status` says so where it is a cell
             return False
         return found not in own
 

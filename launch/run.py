@@ -125,10 +125,10 @@ def submit(cells: Sequence[Cell], jobs: Look, layout: Layout, engine: Executor) 
         storage.remove(folder / "host-failure.json")  # of a submission before this one
     for done in engine.submit_all(cells, jobs) if cells else ():
         if isinstance(done.result, Job) and not engine.here:
-            records = layout.cell(done.cell.name) / "submissions"
-            records.mkdir(parents=True, exist_ok=True)
+            submissions = layout.cell(done.cell.name) / "submissions"
+            storage.make_folder(submissions)
             facts = {"time": done.time, "engine": engine.engine, "id": done.result.id, "where": done.result.where}
-            storage.write_json(records / f"{int(1000 * done.time)}-{os.getpid()}.json", facts)
+            storage.write_json(submissions / f"{int(1000 * done.time)}-{os.getpid()}.json", facts)
         yield done
 
 
@@ -186,16 +186,24 @@ def recall(layout: Layout, on: str | None) -> Executor:
     """The engine that `on` names, else the one that the grid was last run on, else this machine. Raises ConfigError."""
     if on is not None:
         return base.load(on, layout)
-    facts = storage.read_json(layout.root / "cluster.json")
-    return base.make(facts, layout) if facts else base.load("local", layout)
+    return _last(layout) or base.load("local", layout)
+
+
+def _last(layout: Layout, new: Executor | None = None) -> Executor | None:
+    """The engine that cluster.json names, if it is not `new`; None where there is none. Raises ConfigError for an odd file."""
+    path = layout.root / "cluster.json"
+    try:
+        facts = storage.read_json(path)
+        same = facts is None or (new is not None and new.options.has_jobs_of(facts))
+        return None if same else base.make(facts, layout)
+    except ValueError as error:
+        raise ConfigError(f"{path} can't be used ({error!s:.500}): move it away and name its engine by --on") from error
 
 
 def require_free(layout: Layout, engine: Executor) -> None:
     """Raises ConfigError while another engine than this one has cells of the grid: they would run twice."""
-    facts = storage.read_json(layout.root / "cluster.json")
-    if facts is None or engine.options.has_jobs_of(facts):
+    if (before := _last(layout, engine)) is None:
         return
-    before = base.make(facts, layout)
     try:
         active = [job.cell for job in before.jobs().values() if job.state != DEAD]
     except SubmitError as error:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from gqa_jax import storage
-from gqa_jax.training import run_folder
-from launch.cells import Cell, Layout, of_several, record
+from gqa_jax.training import records, run_folder
+from launch.cells import Cell, Layout, of_several
 from launch.executors.base import QUEUED, RUNNING, Job
 
 STALLED_SECONDS = 600.0  # without a heartbeat; a compilation may take minutes
@@ -32,6 +32,7 @@ RETRIED_CLASSES = ("killed", "disk_full", "preempted", "infrastructure")  # `run
 FINAL = ("done", "diverged")
 ACTIVE = ("queued", "running", "stalled")
 BAD = ("failed", "diverged", "stalled")
+BROKEN = ("broken_config", "broken_result")  # a record that can't be used: `retry` moves it aside
 CANCELLED = "cancelled.json"  # in a run folder: when `launch cancel` ended its job
 PROGRESS = ("step", "steps", "tokens_per_second", "device", "device_seconds")  # of CellState, and of Cell.progress
 
@@ -55,7 +56,7 @@ class CellState:
     heartbeat_age: float | None = None  # seconds
     silence: float | None = None  # of a running cell: seconds since the heartbeat, or the start of its job
     loss: float | None = None
-    failure: str | None = None  # class: of run_folder.classify, killed, infrastructure, no_progress, edited, broken_result
+    failure: str | None = None  # class: of run_folder.classify, killed, infrastructure, no_progress, edited, or of BROKEN
     cause: str | None = None  # one sentence; of a planned cell: what it waits for
     attempts: int = 0
     device: str | None = None  # kind of device
@@ -107,14 +108,18 @@ def of(cell: Cell | type[Cell], folder: epath.PathLike, now: float, job: Job | N
     names = set(storage.names(folder))
     beat = cell.progress(folder) if "heartbeat.json" in names else {}
     known: dict[str, Any] = {name: beat.get(name) for name in PROGRESS}
-    known |= {"heartbeat_age": now - beat["time"] if "time" in beat else None}
+    known |= {"heartbeat_age": max(0.0, now - beat["time"]) if "time" in beat else None}
     known |= {"attempts": run_folder.next_attempt(folder) if names & {"attempts", "metrics"} else 0}
     if job is not None:
         known |= {"job": job.id, "where": job.where}
-    if CANCELLED in names:
-        known |= {"cancelled": record(folder / CANCELLED).get("time")}
-    if not isinstance(cell, type) and "config.json" in names and (what := cell.edited(folder)) is not None:
-        return CellState("failed", **known, failure="edited", cause=what)
+    known |= {"cancelled": records.read(folder / CANCELLED).get("time") if CANCELLED in names else None}
+    if not isinstance(cell, type) and "config.json" in names:
+        try:
+            what, kind = cell.edited(folder), "edited"
+        except ValueError as error:
+            what, kind = str(error), "broken_config"
+        if what is not None:
+            return CellState("failed", **known, failure=kind, cause=what)
     if "result.json" in names:
         try:
             result = cell.finished(folder)
@@ -147,19 +152,17 @@ def _at_rest(
     cell: Cell | type[Cell], folder: epath.Path, names: set[str], known: dict[str, Any], job: Job | None, now: float
 ) -> CellState:
     """State of a cell without a job that lives."""
-    tries = _in_vain(folder, names)
-    end = record(folder / "exit.json") if "exit.json" in names else {}
-    if "host-failure.json" in names:  # a host that did not come to train
-        failure = record(folder / "host-failure.json")
-        if failure.get("time", 0.0) > max(end.get("time", 0.0), tries.begun):
-            end = failure
-    failure, cause = end.get("class", "error"), end.get("reason")
-    if end and failure not in RETRIED_CLASSES:
+    tries = _in_vain(folder, names, now)
+    end, failed = (records.read(folder / name) if name in names else {} for name in ("exit.json", "host-failure.json"))
+    if "class" in failed and failed.get("time", 0.0) > max(end.get("time", 0.0), tries.begun):  # a host never trained
+        end = failed
+    failure, cause = end.get("class"), end.get("reason")
+    if failure is not None and failure not in RETRIED_CLASSES:
         return CellState("failed", **known, failure=failure, cause=cause)
     waits, blocked = _waits(cell, folder, now)
     known |= {"not_before": tries.resume, "waits": waits is not None}
     said = job.detail or None if job is not None else None
-    if end:
+    if failure is not None:
         resting = "preempted" if failure == "preempted" else "failed"
     elif known["attempts"]:
         resting, cause = "lost", said or "it ended without a word: killed, or its machine is gone"
@@ -194,29 +197,29 @@ class _InVain(NamedTuple):
         return None
 
 
-def _in_vain(folder: epath.Path, names: set[str]) -> _InVain:
-    """From attempts/, submissions/, failures/ and the newest checkpoint."""
+def _in_vain(folder: epath.Path, names: set[str], now: float) -> _InVain:
+    """From attempts/, submissions/, failures/ and the newest checkpoint; what is dated by a clock ahead is not waited for."""
 
     def listed(name: str) -> list[str]:
         return storage.names(folder / name) if name in names else []
 
-    records = [record(folder / "attempts" / name) for name in listed("attempts")]
-    saved = [int(name) for name in listed("checkpoints") if name.isdecimal()] if records else []
-    after = itertools.takewhile(lambda each: each.get("first_step", 0) >= max(saved, default=0), reversed(records))
-    begun = max((each.get("time", 0.0) for each in records), default=0.0)
-    times = (record(folder / "submissions" / name).get("time", 0.0) for name in reversed(listed("submissions")))
+    tries = [records.read(folder / "attempts" / name) for name in listed("attempts")]
+    saved = [int(name) for name in listed("checkpoints") if name.isdecimal()] if tries else []
+    after = itertools.takewhile(lambda each: each.get("first_step", 0) >= max(saved, default=0), reversed(tries))
+    begun = max((each.get("time", 0.0) for each in tries), default=0.0)
+    times = (records.read(folder / "submissions" / name).get("time", 0.0) for name in reversed(listed("submissions")))
     in_vain = len(list(after))
-    saving = max((each.get("time", 0.0) for each in records[: len(records) - in_vain]), default=0.0)  # attempts that saved
+    saving = max((each.get("time", 0.0) for each in tries[: len(tries) - in_vain]), default=0.0)  # attempts that saved
     faults = [at for at in run_folder.failures(folder) if at > saving] if run_folder.FAILURES in names else []
     unheard = list(itertools.takewhile(lambda at: at > max([begun, *faults]), times))
-    resume = max(_backoff(unheard), _backoff(faults))
+    resume = max(_backoff(unheard, now), _backoff(faults, now))
     return _InVain(max(0, in_vain - len(faults)), len(unheard), len(faults), resume, begun)
 
 
-def _backoff(times: Sequence[float]) -> float:
+def _backoff(times: Sequence[float], now: float) -> float:
     """When the next try may come after those at these times; 0: now."""
-    wait = min(BACKOFF_SECONDS * 2 ** (len(times) - 1), LONGEST_BACKOFF_SECONDS) if times else 0.0
-    return max(times, default=0.0) + wait
+    known = [at for at in times if at <= now + CLOCK_SECONDS]
+    return max(known) + min(BACKOFF_SECONDS * 2 ** (len(times) - 1), LONGEST_BACKOFF_SECONDS) if known else 0.0
 
 
 def _waits(cell: Cell | type[Cell], folder: epath.Path, now: float) -> tuple[str | None, bool]:
@@ -247,8 +250,8 @@ def held_back(cells: Sequence[Cell], states: Sequence[CellState]) -> dict[str, s
         groups[cell.kind, cell.size].append((cell, now))
     result = {}
     for members in groups.values():
-        alike = [(cell, now) for cell, now in members if now.state == "failed" and not now.runnable and not now.given_up]
-        failed = [(now.failure, cell.name) for cell, now in alike]
+        over = [(cell, now) for cell, now in members if now.state == "failed" and not now.runnable and not now.given_up]
+        failed = [(now.failure, cell.name) for cell, now in over if now.failure not in (*BROKEN, "edited")]
         through = any(now.state == "done" or (now.state == "running" and now.step) for _, now in members)
         if through or len(failed) < ALIKE or len({failure for failure, _ in failed}) > 1:
             continue

@@ -14,11 +14,11 @@ import pandas as pd
 from etils import epath
 
 from gqa_jax import results, storage
-from gqa_jax.config import TrainConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.laws import runs as run_table
 from gqa_jax.search import study
 from gqa_jax.search.study import COUNT, Fits, Fitted, fit, reachable
+from gqa_jax.training import run_folder
 from launch import grid
 from launch import rules as ruling
 from launch.cells import Layout
@@ -126,7 +126,7 @@ def of_grid(
     found = study.from_folder(layout.root, loss, allow_confounded=allow_confounded)
     rows, which = under(found.loss, rules, layout)
     argument = shlex.quote(path) + (f" --root {shlex.quote(root)}" if root else "") + (f" --rules {rules}" if rules else "")
-    facts = storage.read_json(layout.root / "grid.json") or {}
+    facts = results.find_grid(layout.root) or {}
     return Source(
         **vars(found) | {"loss": rows}, argument=argument + CONFOUNDED * allow_confounded, path=path, layout=layout,
         planned=_planned(facts, which, layout), rules=which, asked=rules is not None,
@@ -184,8 +184,6 @@ def _planned(facts: dict[str, Any], which: str, layout: Layout) -> list[str]:
     names, others = facts.get("cells") or [], facts.get("old_cells")
     if not others:
         return names
-    paths = [layout.cell(name) / "config.json" for name in [*names, *others]]
-    stored = storage.each(storage.read_json, paths, remote=storage.is_remote(layout.root))
-    configs = [values and TrainConfig.from_stored(values) for values in stored]
-    pairs = zip([*names, *others], configs, strict=True)
+    both = [*names, *others]
+    pairs = zip(both, results.each_usable(run_folder.read_config, layout.root, both), strict=True)
     return [name for name, config in pairs if config and (config == config.under_old_rules()) == (which == ruling.OLD)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import sys
@@ -21,9 +20,9 @@ from gqa_jax.config import TrainConfig, default_config, differing_fields, hash_i
 from gqa_jax.data import catalog, reader
 from gqa_jax.data.store import TokenStore
 from gqa_jax.errors import ConfigError
-from gqa_jax.training import run_folder, start
+from gqa_jax.training import records, run_folder, start
 from gqa_jax.training.start import FROM_SCRATCH, Start
-from launch.cells import REPOSITORY, Cell, of_several, record
+from launch.cells import REPOSITORY, Cell, of_several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,28 +114,34 @@ class TrainingCell:
     def edited(self, folder: os.PathLike) -> str | None:
         path = folder / "config.json"
         try:
-            values = json.loads(storage.read_bytes(path) or b"")
+            values = storage.read_json(path)
+            if values is None:
+                raise ConfigError("a link to nothing")
             if values == self.config.to_dict():
                 return None
             configs = self.config, TrainConfig.from_stored(values)
-            lines = differing_fields(*(config.identity("", config.continue_from) for config in configs))
         except ValueError as error:
-            return f"{path} can't be used ({error}): move it away, and `run` writes it again"
+            raise ConfigError(
+                f"{path} can't be used ({error!s:.500}): `retry` moves it aside, and `run` writes it again"
+            ) from error
+        lines = differing_fields(*(config.identity("", config.continue_from) for config in configs))
         if not lines:
             return None
         return f"{path} was changed: {'; '.join(lines)}. Change it back, or move the folder away"
 
     @staticmethod
     def waits_for(folder: os.PathLike) -> tuple[type[TrainingCell], epath.Path] | None:
-        source = record(epath.Path(folder) / "config.json").get("continue_from")
-        if source is None or not source.startswith("../"):  # what is outside of the grid was done when the cell was made
-            return None
-        joined = storage.join(folder, source)
-        return TrainingCell, joined if storage.is_remote(joined) else epath.Path(os.path.normpath(joined))
+        parent = above = _parent(folder)
+        seen = {os.path.normpath(folder)}
+        while above is not None and os.path.normpath(above) not in seen:
+            seen.add(os.path.normpath(above))
+            above = _parent(above)
+        in_a_ring = above is not None  # by a config.json that somebody has changed: `edited` says so
+        return None if parent is None or in_a_ring else (TrainingCell, parent)
 
     @staticmethod
     def progress(folder: os.PathLike) -> dict[str, Any]:
-        return record(folder / "heartbeat.json")
+        return records.read(folder / "heartbeat.json")
 
     @staticmethod
     def finished(folder: os.PathLike) -> dict[str, Any] | None:
@@ -144,6 +149,18 @@ class TrainingCell:
         if result is not None and result["status"] == "diverged":
             return result | {"cause": f"not finite at step {result['step']}"}
         return result
+
+
+def _parent(folder: os.PathLike) -> epath.Path | None:
+    """Folder of the cell that the one in this folder continues, of the same grid."""
+    source = records.read(epath.Path(folder) / "config.json").get("continue_from")
+    if source is None or not source.startswith("../"):  # what is outside of the grid was done when the cell was made
+        return None
+    try:
+        joined = storage.join(folder, source)
+    except ConfigError:  # out of the bucket
+        return None
+    return joined if storage.is_remote(joined) else epath.Path(os.path.normpath(joined))
 
 
 def training(cells: Iterable[Cell]) -> list[TrainingCell]:

@@ -73,7 +73,8 @@ TABLE = (
         outside="jax optax",
     ),
     Row("gqa_jax.training.signals"),
-    Row("gqa_jax.training.run_folder", ".errors .config .storage", lazily=".hardware.faults"),
+    Row("gqa_jax.training.records", ".errors .storage"),
+    Row("gqa_jax.training.run_folder", ".errors .config .storage .training.records", lazily=".hardware.faults"),
     Row("gqa_jax.training.devices", ".errors .hardware.allocation .training.run_folder", outside="jax"),
     Row(
         "gqa_jax.training.distributed",
@@ -90,7 +91,7 @@ TABLE = (
     Row("gqa_jax.training.remote_rows", ".storage"),
     Row(
         "gqa_jax.training.metrics",
-        ".config .storage .training.run_folder",
+        ".errors .config .storage .training.records .training.run_folder",
         lazily=".training.services .training.remote_rows",
     ),
     # What a run needs, before it is started.
@@ -125,7 +126,11 @@ TABLE = (
         outside="jax",
     ),
     # Losses to laws, laws to answers.
-    Row("gqa_jax.results", ".costs .config .storage .training.evaluation .training.run_folder", lazily=".training.metrics"),
+    Row(
+        "gqa_jax.results",
+        ".errors .costs .config .storage .training.evaluation .training.records .training.run_folder",
+        lazily=".training.metrics",
+    ),
     Row("gqa_jax.differences", ".errors .storage .training.evaluation .training.run_folder .results"),
     Row("gqa_jax.laws", ".formatting .shapes .costs"),
     Row("gqa_jax.laws.joint", ".shapes .costs .laws"),
@@ -187,11 +192,12 @@ TABLE = (
     Row("launch.cells", ".storage"),
     Row(
         "launch.training_cells",
-        ".errors .costs .config .storage .data .data.catalog .data.reader .training.run_folder .training.start launch.cells",
+        ".errors .costs .config .storage .data .data.catalog .data.reader .training.records .training.run_folder "
+        ".training.start launch.cells",
     ),
     Row("launch.grid_file", ".errors .formatting .costs .config"),
     Row("launch.grid", ".errors .config launch.cells launch.training_cells launch.grid_file"),
-    Row("launch.rules", ".errors .config .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
+    Row("launch.rules", ".errors .storage .training.run_folder launch.cells launch.training_cells launch.grid"),
     Row("launch.executors.base", ".errors .hardware .hardware.allocation .config launch.cells"),
     Row("launch.executors.job_names", "launch.cells"),
     Row("launch.executors.queue", ".errors .storage launch.cells launch.executors.base"),
@@ -202,25 +208,26 @@ TABLE = (
     ),
     Row(
         "launch.executors.local",
-        ".errors .hardware .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base",
+        ".errors .hardware .hardware.allocation .storage .training.records .training.run_folder launch.cells "
+        "launch.executors.base",
     ),
     Row("launch.executors.slurm_words"),
     Row(
         "launch.executors.slurm",
-        ".errors .hardware .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base "
-        "launch.executors.job_names launch.executors.queue launch.executors.slurm_words",
+        ".errors .hardware .hardware.allocation .storage .training.records .training.run_folder launch.cells "
+        "launch.executors.base launch.executors.job_names launch.executors.queue launch.executors.slurm_words",
     ),
     Row(
         "launch.executors.tpu",
-        ".errors .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base "
+        ".errors .hardware.allocation .storage .training.records .training.run_folder launch.cells launch.executors.base "
         "launch.executors.job_names launch.executors.bundle",
     ),
     Row(
         "launch.executors.sky",
-        ".errors .hardware .hardware.allocation .storage .training.run_folder launch.cells launch.executors.base "
-        "launch.executors.job_names launch.executors.queue launch.executors.bundle",
+        ".errors .hardware .hardware.allocation .storage .training.records .training.run_folder launch.cells "
+        "launch.executors.base launch.executors.job_names launch.executors.queue launch.executors.bundle",
     ),
-    Row("launch.state", ".storage .training.run_folder launch.cells launch.executors.base"),
+    Row("launch.state", ".storage .training.records .training.run_folder launch.cells launch.executors.base"),
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
     Row("launch.watch", ".errors .formatting launch.cells launch.executors.base launch.state launch.run"),
     Row(
@@ -240,7 +247,10 @@ TABLE = (
         "launch.plan",
         ".errors .formatting .hardware .costs .planning.planner launch.cells launch.state launch.fit launch.tables",
     ),
-    Row("launch.studies", ".errors .config .storage .results .laws .search.study launch.cells launch.grid launch.rules"),
+    Row(
+        "launch.studies",
+        ".errors .storage .training.run_folder .results .laws .search.study launch.cells launch.grid launch.rules",
+    ),
     Row("launch.columns", ".formatting .laws .search.objectives .search.serving_words .search.words launch.tables"),
     Row(
         "launch.grid_tables",
@@ -280,9 +290,9 @@ TABLE = (
     ),
     Row(
         "launch.commands",
-        ".errors .formatting .hardware .hardware.prices .storage launch.cells launch.training_cells launch.rules "
-        "launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit launch.money launch.notify "
-        "launch.reap",
+        ".errors .formatting .hardware .hardware.prices .storage .training.records launch.cells launch.training_cells "
+        "launch.rules launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit launch.money "
+        "launch.notify launch.reap",
         lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
         "launch.report launch.findings",
@@ -314,7 +324,7 @@ TABLE = (
         ".laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
         ".search.optimum .search.next_runs .plots launch.cells launch.training_cells launch.grid launch.studies "
         "launch.report launch.findings launch.executors.local launch.grid_cells launch.options launch.__main__ "
-        ".training.metrics tests",
+        "launch.export .differences .training.metrics tests",
         outside="jax",
     ),
 )
@@ -327,14 +337,14 @@ ROWS = {row.name: row for row in TABLE}
 # `python -m tests.test_imports` prints their files.
 CORES = {
     "trains": (
-        6000,
+        6350,
         "collectives config costs data.catalog data.corpus data.reader data.store data.vocabulary errors mesh model shapes "
         "storage train training.checkpoint training.devices training.distributed training.evaluation training.loop "
-        "training.loss training.metrics training.optimizer training.parallel training.program training.run_folder "
-        "training.setup training.sharding training.signals training.start",
+        "training.loss training.metrics training.optimizer training.parallel training.program training.records "
+        "training.run_folder training.setup training.sharding training.signals training.start",
     ),
     "answers": (
-        4720,
+        4800,
         "formatting laws laws.block laws.by_heads laws.checks laws.fitting laws.heads laws.law laws.posterior laws.runs "
         "laws.shape results search.answer search.buildable search.candidates search.caveats search.objectives "
         "search.optimum search.ranking search.shape_rule",

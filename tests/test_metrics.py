@@ -279,7 +279,7 @@ def test_tensorboard_on_a_bucket_is_copied_and_its_outage_stops_nothing(gcs_root
 
 
 def test_heartbeat_says_what_the_run_has_spent(tmp_path):
-    time_of_devices = metrics.run_folder.DeviceTime("TPU v5e", 16, time.time() - 10, 100.0)
+    time_of_devices = metrics.run_folder.DeviceTime("TPU v5e", 16, time.monotonic() - 10, 100.0)
     with metrics.Metrics(tmp_path, 1, config(), time_of_devices) as writer:
         writer.heartbeat("train", 1, force=True)
     beat = json.loads((tmp_path / "heartbeat.json").read_text())

@@ -1,13 +1,20 @@
-"""Hundreds of odd files: each gives its documents, or an InputError that names it; no traceback, no hang, no silent loss."""
+"""Hundreds of odd files: each gives its documents, or an InputError that names it; no traceback, no hang, no silent loss.
+
+And odd records of runs and grids: what they don't say is not known, and the other runs are as they were.
+"""
 
 import bz2
+import contextlib
 import csv
+import errno
+import fcntl
 import gzip
 import io
 import json
 import lzma
 import os
 import random
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -16,9 +23,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from etils import epath
 
+from benchmarks import fuzz_records
+from gqa_jax import results, storage
+from gqa_jax.config import TrainConfig
 from gqa_jax.data import sources
 from gqa_jax.data.documents import Format, InputError, Reading, find_sources, read_documents
+from gqa_jax.differences import load_differences
+from gqa_jax.errors import ConfigError
+from gqa_jax.training import metrics, records, run_folder
+from launch import export, findings, grid_cells, state, studies
+from launch.__main__ import main
+from launch.cells import Layout
+from launch.executors.base import RUNNING, Job
+from launch.training_cells import TrainingCell
+from tests import grid_fakes
 
 PACKINGS = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, "bz2": bz2.compress}
 SUFFIXES = ["", ".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".jsonl.gz", ".txt.zst", ".xz", ".bz2", ".md"]
@@ -176,3 +196,263 @@ def test_a_folder_of_texts_with_odd_names_is_read_in_order(tmp_path):
     assert [source.name for source in found] == sorted(texts)
     read = [document.text for source in found for document in read_documents(source, Format(), Reading())]
     assert read == [texts[name].decode("utf-8-sig") for name in sorted(texts)]
+
+
+# Records of runs and grids: one that is odd says nothing of the others (gqa_jax.training.records)
+
+
+def written(content):
+    """What puts this content, or what it is called, at a path where nothing is."""
+    return (lambda path: path.write_bytes(content)) if isinstance(content, bytes) else content
+
+
+ODD = {
+    "empty": b"",
+    "null": b"null",
+    "list": b"[]",
+    "torn": b'{"status": "done"',
+    "binary": b"\xff\x00\x80{}",
+    "fields that are null": b'{"time": null, "device_seconds": null, "class": null, "status": null, "step": null}',
+    "fields of other types": b'{"time": "x", "device_seconds": [], "class": 5, "status": {}, "step": true, "host": 1}',
+    "no numbers": b'{"time": NaN, "device_seconds": -1, "class": "", "status": "odd", "step": -1, "eta_seconds": Infinity}',
+    "digits": b'{"time": 1' + b"0" * 400 + b', "step": 1e400}',
+    "nested": b'{"time":' * 100_000,
+    "nested fields": b'{"more": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    "huge": lambda path: (path.write_bytes(b"{"), os.truncate(path, 1 << 36)),
+    "folder": Path.mkdir,
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "pipe": os.mkfifo,
+}
+each_odd = pytest.mark.parametrize("odd", [written(content) for content in ODD.values()], ids=ODD)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return fuzz_records.made(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def made(original, tmp_path):
+    """A small grid, finished in part, with records of every kind."""
+    shutil.copytree(original.file.parent, tmp_path / "grid")
+    root = tmp_path / "grid" / original.layout.root.relative_to(original.file.parent)
+    return original._replace(file=tmp_path / "grid" / original.file.name, layout=Layout(epath.Path(root)))
+
+
+def put(grid, number, record, odd):
+    """Puts something odd in the place of a record of a run; returns the run's name and folder."""
+    folder = grid.layout.cell(grid.names[number])
+    (folder / record).unlink(missing_ok=True)
+    odd(Path(folder / record))
+    return grid.names[number], folder
+
+
+def shown(grid, command="status", *options):
+    """What a command says of the grid, and on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([command, str(grid.file), *options, "--root", str(grid.layout.root)])
+    assert code in (0, 1, 3), err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+@each_odd
+def test_an_odd_sign_of_life_is_as_if_it_were_absent(made, odd):
+    _, folder = put(made, 4, "heartbeat.json", odd)
+    now = state.of(TrainingCell, folder, time.time())
+    assert (now.state, now.heartbeat_age, now.step, now.device_seconds) == ("preempted", None, None, None)
+    assert (now.cause, now.attempts) == ("asked to end", 1)
+    running = state.of(TrainingCell, folder, time.time(), Job("c", "1", RUNNING, since=time.time()))
+    assert running.state == "running"
+    assert run_folder.device_seconds(folder) == 0.0
+
+
+@each_odd
+def test_an_odd_end_is_one_without_a_word(made, odd):
+    _, folder = put(made, 4, "exit.json", odd)
+    assert state.of(TrainingCell, folder, time.time()).state == "lost"
+    for record in (
+        "host-failure.json",
+        "cancelled.json",
+        next((folder / "submissions").iterdir()),
+        folder / "attempts/000.json",
+    ):
+        put(made, 4, record, odd)
+    now = state.of(TrainingCell, folder, time.time())
+    assert (now.state, now.cancelled, now.not_before, now.runnable) == ("lost", None, 0.0, True)
+    put(made, 5, "host-failure.json", odd)
+    json.loads(shown(made, "status", "--json")[0])
+
+
+@each_odd
+def test_an_odd_result_is_left_out_said_and_mended_by_retry(made, odd, caplog):
+    name, folder = put(made, 0, "result.json", odd)
+    now = state.of(TrainingCell, folder, time.time())
+    assert (now.state, now.failure, now.runnable) == ("failed", "broken_result", False)
+    assert "result.json" in now.cause
+    for load in (results.load_results, results.load_evaluations, load_differences):
+        assert set(load(made.layout.root)["cell"]) <= {*made.names[1:4]}
+    (said,) = caplog.messages
+    assert said.startswith(f"1 run of {made.layout.root} is left out")
+    assert f"{name}: {folder}/result.json" in said
+    assert "`python -m launch retry GRID` moves it aside" in said
+    assert "broken_result" in shown(made)[0]
+    shown(made, "retry", name)
+    assert next(folder.glob("before-retry-*/result.json"))
+    assert state.of(TrainingCell, folder, time.time()).runnable
+
+
+@each_odd
+def test_an_odd_configuration_is_left_out_and_written_again(made, odd, caplog):
+    name, folder = put(made, 0, "config.json", odd)
+    assert json.loads(shown(made, "status", "--json")[0])[0]["failure"] == "broken_config"
+    assert name not in set(results.load_results(made.layout.root)["cell"])
+    assert name not in set(results.load_costs(made.layout.root)["cell"])
+    assert f"{folder}/config.json can't be used" in caplog.text
+    shown(made, "retry")
+    grid_cells.open_cells(str(made.file), str(made.layout.root)).write_plan()  # as `run` does
+    assert json.loads(shown(made, "status", "--json")[0])[0]["state"] == "done"
+    assert name in set(results.load_results(made.layout.root)["cell"])
+
+
+@each_odd
+def test_an_odd_record_of_the_grid_is_a_sentence_with_its_fix(made, odd, capsys):
+    for record, look in (("grid.json", lambda: results.load_results(made.layout.root)), ("cluster.json", lambda: shown(made))):
+        path = Path(made.layout.root / record)
+        path.unlink()
+        odd(path)
+        if record == "grid.json":
+            with pytest.raises(ConfigError, match=r"grid\.json .*`export` of the grid writes it again"):
+                look()
+            grid_cells.open_cells(str(made.file), str(made.layout.root)).write_plan()  # as both do
+            assert len(look()) == 4
+        else:
+            assert main(["status", str(made.file), "--root", str(made.layout.root)]) == 2
+            assert "move it away and name its engine by --on" in capsys.readouterr().err
+            assert main(["status", str(made.file), "--root", str(made.layout.root), "--on", "local"]) == 1
+
+
+@each_odd
+def test_a_run_goes_on_in_a_folder_with_odd_records(tmp_path, odd, caplog):
+    """What an attempt reads and writes of its folder, in the order of `gqa_jax.training.loop`."""
+    folder = epath.Path(tmp_path)
+    for name in ("heartbeat.json", "exit.json", "environment.json"):
+        odd(tmp_path / name)
+    for name in ("attempts", "metrics"):
+        (tmp_path / name).write_bytes(b"odd")
+    attempt, before = run_folder.next_attempt(folder), run_folder.device_seconds(folder)
+    assert (attempt, before) == (0, 0.0)
+    config = TrainConfig.from_dict({"context_length": 32, "batch_tokens": 256, "steps": 4})
+    storage.remove(folder / "exit.json")
+    with metrics.Metrics(folder, attempt, config, run_folder.DeviceTime("cpu", 2, time.monotonic(), before)) as writer:
+        storage.write_json(folder / "environment.json", {"host": "h"})
+        run_folder.record_attempt(folder, attempt, 0, run_folder.DeviceTime("cpu", 2, time.monotonic(), before), 1)
+        writer.write("train", 1, {"loss": 2.0})
+        writer.heartbeat("train", 1, force=True)
+    run_folder.record_exit(folder, 75, "preempted", "asked to end", attempt)
+    assert state.of(TrainingCell, folder, time.time()).state == "preempted"
+    assert metrics.read_metrics(folder)[0]["loss"] == 2.0
+    assert "attempts was in the way" in caplog.text
+
+
+def test_answers_come_from_the_other_runs(tmp_path, capsys, caplog):
+    _, layout, cells = grid_fakes.finished_grid(tmp_path)
+    layout.cell(cells[1].name).joinpath("result.json").write_text('{"status": "done"')
+    for argv in (["fit"], ["optimum", "--context", "8192", "--loss", "2.2", "--draws", "50"]):
+        assert main([argv[0], str(layout.root), *argv[1:]]) == 0, capsys.readouterr().err
+    loss, _ = export.write_tables(layout, layout)
+    assert set(loss["cell"]) == {cell.name for cell in cells} - {cells[1].name}
+    assert {message.partition(":")[0] for message in caplog.messages} == {f"1 run of {layout.root} is left out"}
+    (row,) = findings._unfinished(studies.of_grid(str(layout.root))).to_dict("records")  # of the report
+    assert (row["cell"], row["state"]) == (cells[1].name, "failed")
+
+
+def test_odd_rows_of_metrics_are_left_out(made, caplog):
+    path = made.layout.cell(made.names[0]) / "metrics" / "attempt-000.jsonl"
+    content = path.read_bytes()
+    more = [b"[]", b"\xff", b'{"step": null, "kind": "train"}', b"[" * 100_000, b'{"step": 9, "kind": "eval", "tokens": 0.5}']
+    path.write_bytes(b"\n".join([*more, content]))
+    rows = metrics.read_metrics(path.parent.parent)
+    assert [(row["kind"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("train", 3), ("eval", 9)]
+    assert "tokens" not in rows[-1]
+    assert "4 of 8 lines can't be read" in caplog.text
+    path.unlink()
+    path.mkdir()
+    assert metrics.read_metrics(path.parent.parent) == []
+    assert set(results.load_metrics(made.layout.root)["cell"]) == {*made.names[1:]}
+
+
+def test_fields_of_a_result_that_no_column_takes_are_empty(made):
+    folder = made.layout.cell(made.names[0])
+    values = storage.read_json(folder / "result.json")
+    odd = {"loss_sem": "x", "tokens": 0.5, "mfu": [1], "device": 5, "versions": [], "start": {"differs": [None]}}
+    odd |= {"attempts": 1e30, "params_total": None, "params_non_embedding": "many"}
+    storage.write_json(folder / "result.json", values | odd | {"step": 4.0})
+    row = results.load_results(made.layout.root).set_index("cell").loc[made.names[0]]
+    assert row[["loss_sem", "mfu", "device", "jax", "attempts"]].isna().all()
+    assert (row["steps"], row["loss"]) == (4, values["loss"])
+    assert (row["tokens"], row["params_total"]) == (1024, values["params_total"])  # as the configuration says
+
+
+def test_configurations_that_wait_for_one_another_end(made):
+    for number, other in ((4, 5), (5, 4)):
+        path = made.layout.cell(made.names[number]) / "config.json"
+        storage.write_json(path, storage.read_json(path) | {"continue_from": f"../{made.names[other]}"})
+    for number in (4, 5):
+        assert state.of(TrainingCell, made.layout.cell(made.names[number]), time.time()).state in ("preempted", "failed")
+    assert [row["failure"] for row in json.loads(shown(made, "status", "--json")[0])][4:] == ["edited", "edited"]
+
+
+def test_retry_of_all_leaves_what_somebody_edited(made):
+    path = made.layout.cell(made.names[4]) / "config.json"
+    storage.write_json(path, storage.read_json(path) | {"seed": 5})
+    out, err = shown(made, "retry")
+    assert f"{made.names[4]} is left as it is: {path} was changed: seed: 0 here, 5 there" in err
+    assert "2 cells can run again" in out
+
+
+def test_what_a_process_said_when_it_took_a_cell_may_be_odd(made):
+    claim = Path(made.layout.cell(made.names[4]) / ".job")
+    for content in (b"[]", b"\xff", b'{"pids": 5, "time": null}', b"[" * 100_000, b'{"pids": [], "id": 7}'):
+        claim.write_bytes(content)
+        with open(claim) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert json.loads(shown(made, "status", "--json")[0])[4]["state"] == "running"
+
+
+def test_storage_that_is_not_reached_is_an_error_still(tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "open", unreachable)
+    with pytest.raises(OSError, match="Input/output"):
+        records.read(tmp_path / "heartbeat.json")
+
+
+def test_a_record_that_was_just_replaced_is_read_again(tmp_path, monkeypatch):
+    """NFS says ESTALE where the file of a handle is gone."""
+    storage.write_json(tmp_path / "heartbeat.json", {"time": 5.0})
+    real, errors = os.open, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def once(*arguments):
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "open", once)
+    assert records.read(tmp_path / "heartbeat.json") == {"time": 5.0}
+
+
+def test_a_record_that_may_not_be_read_is_odd(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", forbidden)
+    assert records.read(tmp_path / "heartbeat.json") == {}
+    with pytest.raises(ConfigError, match=r"result\.json can't be read \(Permission denied\): move it away"):
+        run_folder.find_result(tmp_path / "result.json")
+
+
+def test_odd_records_drawn_at_random_leave_all_other_runs_as_they_were(tmp_path):
+    assert fuzz_records.records(40, 0, tmp_path) == []

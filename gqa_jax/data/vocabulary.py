@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gqa_jax import storage
+from gqa_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from gqa_jax.data.store import TokenStore
@@ -47,8 +48,12 @@ class Tokenizer(Protocol):
 
 
 def record(folder: os.PathLike | str, store: TokenStore) -> None:
-    """Keeps the tokenizer of a token store in a run's folder, local or on gs://, unless one is kept there."""
-    if recorded(folder) is None:
+    """Keeps the tokenizer of a token store in a run's folder, local or on gs://, unless one is kept there that can be read."""
+    try:
+        there = recorded(folder)
+    except ConfigError:
+        there = None
+    if there is None:
         content = storage.read_bytes(store.path / "tokenizer.json")
         _keep(folder, store.vocabulary, content)
 
@@ -61,13 +66,20 @@ def record_tokenizer(folder: os.PathLike | str, tokenizer: Tokenizer) -> None:
 
 def _keep(folder: os.PathLike | str, about: Mapping[str, Any], content: bytes | None) -> None:
     at = storage.path(folder) / RECORD
-    if not storage.is_remote(at):
-        at.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(at)
     if content is not None:
         storage.write_bytes(at / "tokenizer.json", content)
     storage.write_json(at / "about.json", about)
 
 
 def recorded(folder: os.PathLike | str) -> dict[str, Any] | None:
-    """Name, sha256 and eos_id of the tokenizer kept in a run's folder; None where none is. Raises ValueError, OSError."""
-    return storage.read_json(storage.path(folder) / RECORD / "about.json")
+    """Name, sha256 and eos_id of the tokenizer kept in a run's folder; None where none is.
+
+    Raises ConfigError for a record that can't be used, OSError.
+    """
+    path = storage.path(folder) / RECORD / "about.json"
+    about = storage.read_json(path)
+    kinds = {"name": str, "sha256": str, "eos_id": int}
+    if about is not None and (odd := [name for name, kind in kinds.items() if type(about.get(name)) is not kind]):
+        raise ConfigError(f"{path} does not say {', '.join(odd)} of the tokenizer: move it away to make it again")
+    return about

@@ -146,7 +146,7 @@ def from_folder(root: os.PathLike | str, loss: pd.DataFrame | None = None, *, al
     loss: its loss table, where that has been read already. Raises ConfigError where nothing is there, or nothing has finished.
     """
     root = storage.path(root)
-    facts = storage.read_json(root / "grid.json") or {}
+    facts = results.find_grid(root) or {}
     name = facts.get("name", root.name)
     try:
         loss = results.load_results(root) if loss is None else loss

@@ -51,8 +51,8 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Runs (or resumes) a training run in `workdir` and returns what result.json holds. To be called by all processes.
 
-    `workdir` is a local folder or on gs://. `started` says since when this process holds its devices, in seconds since the
-    epoch; None: since now.
+    `workdir` is a local folder or on gs://. `started` says since when this process holds its devices, by time.monotonic; None:
+    since now.
 
     Raises:
       ConfigError: a configuration, token store or device that can't be used, before anything is trained.
@@ -60,7 +60,7 @@ def train_and_evaluate(
       Preempted: asked to end by SIGTERM, SIGHUP or Ctrl-C, after saving.
       WrongDevices: not those that the run was given, before anything is opened.
     """
-    started = time.time() if started is None else started
+    started = time.monotonic() if started is None else started
     workdir = storage.path(workdir)
     attempt = None
 
@@ -355,7 +355,7 @@ def _write_result(
         "tokens_per_second": rate,
         "mfu": rate and context.mfu(rate),
         "seconds_train": progress.seconds_train,
-        "seconds_total": time.time() - context.device_time.started,
+        "seconds_total": time.monotonic() - context.device_time.started,
         "device_seconds": context.device_time.seconds(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "attention": implementation,

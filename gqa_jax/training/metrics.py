@@ -19,12 +19,14 @@ from etils import epath
 
 from gqa_jax import storage
 from gqa_jax.config import TrainConfig
+from gqa_jax.errors import ConfigError
 from gqa_jax.storage import write_json
-from gqa_jax.training import run_folder
+from gqa_jax.training import records, run_folder
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
+MOST_BYTES = 1 << 30  # of a file of rows: millions of them
 
 _PART = re.compile(r"attempt-(\d+)(?:-(\d+))?\.jsonl")
 
@@ -32,20 +34,49 @@ _PART = re.compile(r"attempt-(\d+)(?:-(\d+))?\.jsonl")
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     """Rows of all files in `workdir/metrics`, local or gs://, by step; where two attempts logged a step, the later one counts.
 
-    A last line cut off by a kill is skipped.
+    Lines that can't be read are left out and said; a last one, cut off by a kill, is only logged.
     """
     folder = storage.path(workdir) / "metrics"
     matches = [match for name in storage.names(folder) if (match := _PART.fullmatch(name))]
     files = [folder / match[0] for match in sorted(matches, key=lambda match: (int(match[1]), int(match[2] or 0)))]
     rows = {}
-    for path, content in zip(files, storage.each(storage.read_bytes, files, remote=storage.is_remote(folder)), strict=True):
-        *lines, rest = (content or b"").decode().split("\n")
-        for line in lines:
-            row = json.loads(line)
-            rows[row["step"], row["kind"]] = row
+    for path, content in zip(files, storage.each(_content, files, remote=storage.is_remote(folder)), strict=True):
+        *lines, rest = content.split(b"\n")
+        found = [_row(line) for line in lines]
+        rows |= {(row["step"], row["kind"]): row for row in found if row is not None}
+        if odd := found.count(None):
+            log.warning("%s: %d of %d lines can't be read and are left out", path, odd, len(lines))
         if rest:
             log.info("%s: last line is incomplete, skipped", path)
     return [rows[key] for key in sorted(rows)]
+
+
+def _content(path: epath.Path) -> bytes:
+    try:
+        return storage.read_file(path, MOST_BYTES) or b""
+    except ConfigError as error:
+        log.warning("%s; its rows are left out", error)
+        return b""
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """What a line of metrics says: its step, kind and numbers; None where it has no step or no kind."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    values = values if isinstance(values, dict) else {}
+    row = records.usable(values, _ROW)
+    if not {"kind", "step"} <= {*row}:
+        return None
+    return row | {name: value for name, value in values.items() if name not in _ROW and _is_measured(value)}
+
+
+_ROW = {"kind": records.word, "step": records.count, "time": records.stamp, "tokens": records.count}
+
+
+def _is_measured(value: Any) -> bool:
+    return value is None or value in ("nan", "inf", "-inf") or records.number(value) is not None
 
 
 class Metrics:
@@ -121,12 +152,12 @@ class Metrics:
         """
         if self._progress:
             self._progress.update(phase, step, tokens_per_second, mfu)
-        now = time.time()
+        now = time.monotonic()  # the clock of the machine may be set back
         if not force and now - self._heartbeat_time < HEARTBEAT_SECONDS:
             return
         self._heartbeat_time = now
         values = {
-            "time": now,
+            "time": time.time(),
             "phase": phase,
             "step": step,
             "steps": self._n_steps,
@@ -160,7 +191,7 @@ class _LocalFiles:
 
     def __init__(self, workdir: epath.Path, attempt: int):
         self._workdir = workdir
-        (workdir / "metrics").mkdir(exist_ok=True)
+        storage.make_folder(workdir / "metrics")
         self._file = open(workdir / "metrics" / f"attempt-{attempt:03d}.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close)
 
     def append(self, line: str) -> None:

@@ -48,6 +48,7 @@ from etils import epath
 from gqa_jax import errors, storage
 from gqa_jax.config import OLD_RULES, OLD_STORES, TrainConfig, differing_fields
 from gqa_jax.errors import ConfigError
+from gqa_jax.training import records
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +111,12 @@ class DeviceTime:
 
     device: str | None = None
     n_devices: int | None = None
-    started: float = 0.0  # of this attempt, seconds since the epoch
+    started: float = 0.0  # of this attempt, by time.monotonic
     before: float = 0.0  # device-seconds of the attempts before
 
     def seconds(self) -> float:
         """Device-seconds of the run until now."""
-        return self.before + (self.n_devices or 0) * (time.time() - self.started)
+        return self.before + (self.n_devices or 0) * (time.monotonic() - self.started)
 
 
 @contextlib.contextmanager
@@ -158,7 +159,7 @@ def claim(workdir: os.PathLike | str) -> Iterator[None]:
 def _holder(file: TextIO) -> str:
     """Who holds the lock, as far as it has said so."""
     file.seek(0)
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         holder = json.load(file)
         return f" (process {holder['pid']} on {holder['host']})"
     return ""
@@ -227,7 +228,7 @@ def _with_rules(identity: dict[str, Any]) -> dict[str, Any]:
 def next_attempt(workdir: epath.Path) -> int:
     """Number of the attempt that starts now, 0 for the first: above every one that left metrics or a record."""
     files = storage.names(workdir / "metrics"), storage.names(workdir / "attempts")
-    patterns = r"attempt-(\d+)(?:-\d+)?\.jsonl", r"(\d+)\.json"
+    patterns = r"attempt-(\d{1,9})(?:-\d+)?\.jsonl", r"(\d{1,9})\.json"
     found = [re.fullmatch(pattern, name) for pattern, names in zip(patterns, files, strict=True) for name in names]
     return max((int(match[1]) for match in found if match), default=-1) + 1
 
@@ -243,14 +244,14 @@ def run_id(workdir: epath.Path, attempt: int) -> str:
     if values is None:
         values = {"id": secrets.token_hex(8) if attempt == 0 else workdir.name}
         storage.write_json(path, values)
-    if not isinstance(values.get("id"), str) or not values["id"]:
+    if (found := records.usable(values, records.RECORDS["id.json"]).get("id")) is None:
         raise ConfigError(f"{path} has no id: move it away; W&B then knows this run by the name of its folder")
-    return values["id"]
+    return found
 
 
 def device_seconds(workdir: epath.Path) -> float:
     """Device-seconds that a run has spent so far, by its heartbeat."""
-    return float((storage.read_json(workdir / "heartbeat.json") or {}).get("device_seconds") or 0.0)
+    return records.read(workdir / "heartbeat.json").get("device_seconds", 0.0)
 
 
 def origin() -> dict[str, str | None]:
@@ -258,27 +259,38 @@ def origin() -> dict[str, str | None]:
     return {"host": socket.gethostname(), "job": os.environ.get("GQA_JAX_JOB") or None}
 
 
+def read_config(folder: epath.Path) -> TrainConfig:
+    """The configuration of a run. Raises ConfigError, naming its file and the fix, where there is none that can be used."""
+    path = folder / "config.json"
+    try:
+        values = storage.read_json(path)
+        if values is None:
+            raise ConfigError("it is not there")
+        return TrainConfig.from_stored(values)
+    except ValueError as error:
+        raise ConfigError(f"{path} can't be used ({error!s:.500})") from error
+
+
 def find_result(path: os.PathLike | str) -> dict[str, Any] | None:
-    """A result.json; None when it is not there.
+    """A result.json, with what it has beside the fields of `records.RECORDS`; None when it is not there.
 
     Raises ConfigError, naming the file and the fix, when it can't be read or lacks what it must have.
     """
-    result = storage.read_json(path)
-    if result is None:
+    values = storage.read_json(path)
+    if values is None:
         return None
-    missing = [key for key in ("status", "loss", "step", "identity") if key not in result]
-    if missing or result["status"] not in ("done", "diverged"):
-        what = f"lacks {', '.join(missing)}" if missing else f"has the unknown status {result['status']!r}"
-        raise ConfigError(f"{path} {what}: move it away to run this cell again")
-    return result
+    result = records.usable(values, fields := records.RECORDS["result.json"])
+    needed = ("status", "loss", "step", "identity") if result.get("status") == "done" else ("status", "step", "identity")
+    if odd := [f"{name} = {values[name]!r:.60}" if name in values else f"no {name}" for name in needed if name not in result]:
+        raise ConfigError(f"{path} has {', '.join(odd)}: move it away to run this cell again")
+    return values | {name: result.get(name) for name in fields if name in values or name == "loss"}
 
 
 def record_attempt(workdir: epath.Path, attempt: int, first_step: int, device_time: DeviceTime, n_processes: int) -> None:
     """Writes attempts/NNN.json: where this attempt starts, and what it holds."""
     values = {"attempt": attempt, "time": time.time(), "first_step": first_step} | origin()
     values |= {"device": device_time.device, "n_devices": device_time.n_devices, "n_processes": n_processes}
-    if not storage.is_remote(workdir):
-        (workdir / "attempts").mkdir(exist_ok=True)
+    storage.make_folder(workdir / "attempts")
     storage.write_json(workdir / "attempts" / f"{attempt:03d}.json", values)
 
 
@@ -292,8 +304,7 @@ def record_exit(
         storage.write_json(storage.path(workdir) / "exit.json", values)
         if kind == "infrastructure":
             folder = storage.path(workdir) / FAILURES
-            if not storage.is_remote(folder):
-                folder.mkdir(exist_ok=True)
+            storage.make_folder(folder)
             storage.write_json(folder / f"{int(1000 * now)}.json", values | {"host": blamed})
     except Exception as error:  # on a full disk, or without a network, the exit code and the log have to do
         log.warning("exit.json can't be written: %s", error)

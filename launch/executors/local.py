@@ -29,7 +29,7 @@ from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware import Slice, allocation
 from gqa_jax.hardware.allocation import Allocation
-from gqa_jax.training import run_folder
+from gqa_jax.training import records, run_folder
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import base
 from launch.executors.base import RUNNING, Job, Look, Submission, SubmitError
@@ -123,7 +123,7 @@ class Executor(base.Executor):
         """Starts the processes of a cell. Raises SubmitError when no slot is free here."""
         self._reap()
         place = self._claims(cell.name)[0]
-        place.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(place.parent)
         with open(place, "a+") as claim:
             try:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -291,10 +291,11 @@ def _holder(path: Path) -> dict[str, Any] | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                with contextlib.suppress(ValueError):
-                    return json.loads(file.read())
+                with contextlib.suppress(ValueError, RecursionError):
+                    if isinstance(facts := json.loads(file.read()), dict):
+                        return records.usable(facts, records.RECORDS[".lock"])
                 return {}
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         pass
     return None
 

@@ -22,8 +22,8 @@ import yaml
 from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware.allocation import VARIABLE, Allocation
-from gqa_jax.training import run_folder
-from launch.cells import Cell, record
+from gqa_jax.training import records, run_folder
+from launch.cells import Cell
 from launch.executors import base, bundle, job_names, queue
 from launch.executors.base import QUEUED, RUNNING, Rents, Submission, SubmitError
 from launch.executors.queue import Record
@@ -189,7 +189,7 @@ class Executor(queue.Executor, bundle.Executor):
         names = storage.names(folder)
         if not names or "result.json" in names:  # the cell was removed, or is done
             return True
-        ends = [record(folder / name) for name in ("exit.json", "host-failure.json") if name in names]
+        ends = [records.read(folder / name) for name in ("exit.json", "host-failure.json") if name in names]
         # A job that was preempted and saved has failed after that: no machine was left for it, say.
         ends = [end for end in ends if end.get("class") != "preempted" or end.get("job") != str(job.id)]
         return any(end.get("job") == str(job.id) or end.get("time", 0) >= (job.ended or 0) for end in ends)

@@ -26,7 +26,8 @@ from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware.allocation import VARIABLE, Allocation
 from gqa_jax.training import run_folder
-from launch.cells import REPOSITORY, Cell, record
+from gqa_jax.training.records import read as read_record
+from launch.cells import REPOSITORY, Cell
 from launch.executors import base, job_names, queue
 from launch.executors.base import DEAD, QUEUED, RUNNING, Rents, Submission, SubmitError
 from launch.executors.queue import Record
@@ -307,8 +308,8 @@ class Executor(queue.Executor):
         if any(re.match(r"--(nodelist|nodefile)\b", line) for line in self.options.extra):
             return []
         since = time.time() - 3600 * EXCLUDED_HOURS
-        records = [run_folder.failures(self.layout.cell(name)) for name in self.layout.names()]
-        blamed = Counter(record(path).get("host") for mine in records for at, path in mine.items() if at > since)
+        kept = [run_folder.failures(self.layout.cell(name)) for name in self.layout.names()]
+        blamed = Counter(read_record(path).get("host") for mine in kept for at, path in mine.items() if at > since)
         if not (blamed.keys() - {None}):
             return []
         with contextlib.suppress(SubmitError):

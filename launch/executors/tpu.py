@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 from gqa_jax import errors, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.hardware.allocation import VARIABLE, Allocation
-from gqa_jax.training import run_folder
-from launch.cells import Cell, record
+from gqa_jax.training import records, run_folder
+from launch.cells import Cell
 from launch.executors import base, bundle, job_names
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Look, Rents, Submission, SubmitError
 
@@ -328,8 +328,8 @@ class Executor(bundle.Executor):
         submissions, attempts = storage.names(folder / "submissions"), storage.names(folder / "attempts")
         if len(zones) == 1 or not submissions:
             return zones
-        last = record(folder / "submissions" / submissions[-1])
-        began = record(folder / "attempts" / attempts[-1]).get("time", 0.0) if attempts else 0.0
+        last = records.read(folder / "submissions" / submissions[-1])
+        began = records.read(folder / "attempts" / attempts[-1]).get("time", 0.0) if attempts else 0.0
         if last.get("where") not in zones:
             return zones
         failed = max(run_folder.failures(folder), default=0.0)
@@ -414,8 +414,8 @@ class Executor(bundle.Executor):
         folder = self.layout.cell(cell)
         if "result.json" not in storage.names(folder):
             return False
-        last = record(folder / "heartbeat.json").get("time", 0.0)
-        return now - last > LINGER_SECONDS
+        last = records.read(folder / "heartbeat.json").get("time", 0.0)
+        return abs(now - last) > LINGER_SECONDS  # in the future: by a clock that was ahead
 
     # The API
 
