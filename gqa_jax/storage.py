@@ -33,6 +33,8 @@ def path(text: os.PathLike | str) -> epath.Path:
 
     Raises ConfigError for gs:// without gcsfs or without a bucket, and for any other `scheme://`.
     """
+    if isinstance(text, epath.Path) and is_remote(text):  # was made here, or is not to be read (`launch.reach`): asks nobody
+        return text
     text = os.fspath(text)
     scheme, separator, rest = text.partition("://")
     if not separator:

@@ -313,7 +313,7 @@ def _fill_report(command: argparse.ArgumentParser) -> None:
 
 
 def _plan(console: Console, *, format: str, out: str | None, **asked: Any) -> int:
-    found = commands.plan(_cells(asked), **asked, progress=screen.Watch(console, {}))
+    found = commands.plan(_cells(asked, offline=True), **asked, progress=screen.Watch(console, {}))
     if out:
         from launch import plan
 
@@ -335,7 +335,7 @@ def _run(console: Console, *, json: bool, **asked: Any) -> int:
     if json and not asked["dry_run"]:
         raise ConfigError("--json needs --dry_run; what runs is shown by `python -m launch status GRID --json`")
     with screen.Watch(console, price_list.load(asked["prices"])) as watch:
-        found = commands.run(_cells(asked), **asked, progress=watch)
+        found = commands.run(_cells(asked, offline=asked["dry_run"]), **asked, progress=watch)
     cells = found.cells
     if found.last is None:
         _show_submissions(found, console, json)
@@ -517,9 +517,9 @@ def _opened(asked: dict[str, Any]) -> Any:
     return commands.open_source(**{name: asked.pop(name) for name in names if name in asked})
 
 
-def _cells(asked: dict[str, Any]) -> commands.Cells:
+def _cells(asked: dict[str, Any], offline: bool = False) -> commands.Cells:
     """The cells that the options name, which are taken out of `asked`."""
-    return commands.open_cells(*(asked.pop(name) for name in ("grid", "root", "rules")))
+    return commands.open_cells(*(asked.pop(name) for name in ("grid", "root", "rules")), offline=offline)
 
 
 def _print_document(form: str, sentences: list[str], tables: list) -> None:

@@ -88,6 +88,7 @@ class Layout:
 
     root: epath.Path
     places: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # of cells that lie elsewhere, by name
+    unseen: bool = False  # it can't be looked at (`launch.reach`): a plan or a dry run takes it to be empty
 
     def holding(self, cells: Iterable[Cell]) -> Layout:
         """The layout that knows where these cells lie."""

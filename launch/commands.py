@@ -40,7 +40,7 @@ from launch.grid_cells import Cells, open_cells
 from launch.notify import Notifier
 from launch.run import Pass
 from launch.state import CellState
-from launch.training_cells import said, training
+from launch.training_cells import said, stores, training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from launch.studies import Fits, Fitted, Source
 
 log = logging.getLogger(__name__)
+
+ASK_SECONDS = 1800.0  # that `status` waits for an engine: SkyPilot may have to start its own server first
 
 
 # Grids
@@ -103,7 +105,7 @@ def plan(
     """
     from launch import plan as planning
 
-    cells = grid_cells.begun(grid)
+    cells = grid_cells.begun(open_cells(grid, offline=True) if isinstance(grid, str) else grid)
     trained = training(cells.all)
     chosen = training(grid_cells.select(cells.all, where))
     if topology is None:
@@ -122,15 +124,20 @@ def plan(
     fits = [fitting.estimate(cell, one) for cell in chosen for one in slices]
     if not estimate:
         _compile(fits, workers, progress)
-    for name in sorted({cell.config.data.store for cell in chosen if cell.missing is not None}):
-        log.warning(f"token store {name} is not prepared yet: the names of its cells will change")
-    for line in said(chosen):
-        log.warning(line)
+    _warn(chosen)
     title = f"{cells.name}: {counted(len(chosen), 'cell')}"
     if fits:
         return planning.of_slices(frame, fits, price_list.load(prices), efficiency, title)
     source = "given" if flops_per_second else "reached by the finished cells"
     return planning.of_cells(frame, rate, source, f"{title} in {cells.layout.root}")
+
+
+def _warn(cells: Sequence[Cell]) -> None:
+    """Logs what may not be meant of cells, or will be otherwise."""
+    for name in stores(cell.config for cell in training(cells) if cell.missing is not None):
+        log.warning(f"token store {name} is not prepared yet: the names of its cells will change")
+    for line in said(cells):
+        log.warning(line)
 
 
 @dataclasses.dataclass
@@ -174,7 +181,7 @@ def run(
     Raises:
       ConfigError: cells that don't fit or that continue what is not there, a store that is not prepared, another launcher.
     """
-    cells = open_cells(grid) if isinstance(grid, str) else grid
+    cells = open_cells(grid, offline=dry_run) if isinstance(grid, str) else grid
     the, layout = cells.choice, cells.layout
     if the.others and not the.asked:
         raise ConfigError(
@@ -182,16 +189,16 @@ def run(
             "with them, and nothing that is finished is trained again; --rules new trains the grid under today's rules beside "
             "them, and they stay in the tables. Or give another --root"
         )
-    engine = passes.recall(layout, on)
+    engine = passes.recall(layout, on or ("local" if layout.unseen else None))
     if slots is not None:
         engine = engine.with_slots(slots)
     rate = money.rate(engine, prices)
     chosen = grid_cells.select(cells.all, where)
-    if lacking := [cell.missing for cell in chosen if cell.missing is not None]:
+    if not dry_run and (lacking := [cell.missing for cell in chosen if cell.missing is not None]):
         raise ConfigError(lacking[0])
-    for line in said(chosen):
-        log.warning(line)
-    check_parents(chosen, cells.all, layout)
+    _warn(chosen)
+    if not layout.unseen:
+        check_parents(chosen, cells.all, layout)
     budget = None if max_usd is None else _budget(max_usd, rate, chosen, engine, watch)
     cells = dataclasses.replace(cells, settled=True)
 
@@ -199,8 +206,10 @@ def run(
         todo = [cell for cell, now in zip(chosen, states, strict=True) if now.runnable]
         return Run(cells, chosen, engine, todo, rate)
 
-    if dry_run:  # asks no engine, so that it also works where there is none
+    if dry_run:  # also where there is no engine, no network, no token store
         found = begun(cells.look(chosen, lambda: engine).states)
+        if not engine.here:
+            log.warning(f"not checked: what `run` asks {engine.engine} first: its programs, credentials, limits, and the root")
         found.submissions = [engine.submission(cell) for cell in _fitted(found.todo, engine, topology, progress)]
         return found
     with contextlib.ExitStack() as stack:
@@ -314,7 +323,7 @@ def status(grid: Cells | str, *, where: str | None = None, on: str | None = None
     chosen = grid_cells.select(cells.all, where)
     engine = passes.recall(cells.layout, on)
     table = money.table(engine, prices)
-    now = cells.look(chosen, lambda: engine)
+    now = cells.look(chosen, lambda: engine, ASK_SECONDS)
     now.held = state.held_back(chosen, now.states)
     return Status(cells, engine, now, table, money.rate(engine, prices))
 

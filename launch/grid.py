@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import ml_collections
 
@@ -65,13 +65,14 @@ def load(path: str) -> Grid:
     return found
 
 
-def cells(grid: Grid) -> list[Cell]:
+def cells(grid: Grid, unseen: Collection[str] = ()) -> list[Cell]:
     """The cells of a grid, those that train checked against their token stores as a run would; parents before their children.
 
     Raises ConfigError: a configuration that can't be used, two cells that are the same run, a store that is too short, a cell
-    that continues one which is not there. A store that does not exist yet is no error here: its cells have no fingerprint.
+    that continues one which is not there. A store that does not exist yet, or is `unseen`, is no error here: its cells have no
+    fingerprint.
     """
-    found: list[Cell] = [*training_cells.make(grid.name, grid.configs, grid.old_rules)]
+    found: list[Cell] = [*training_cells.make(grid.name, grid.configs, grid.old_rules, unseen)]
     with grid_file.blamed(getattr(getattr(grid.others, "__code__", None), "co_filename", f"grid {grid.name!r}")):
         found += grid.others(tuple(found))
     if twice := [name for name, count in Counter(cell.name for cell in found).items() if count > 1]:

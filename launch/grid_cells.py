@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from gqa_jax import storage
 from gqa_jax.errors import ConfigError, closest
 from launch import grid as grids
+from launch import reach, state
 from launch import rules as ruling
-from launch import run as passes
-from launch import state
 from launch.cells import Cell, Layout
-from launch.executors.base import Executor, Look, SubmitError
+from launch.executors.base import Executor, Look
 from launch.grid import Grid
 from launch.rules import Choice
 from launch.run import Pass
+from launch.state import CellState
+from launch.training_cells import stores
 
 TABLES = (".csv", ".parquet")
 log = logging.getLogger(__name__)
@@ -61,14 +64,16 @@ class Cells:
             found += matches
         return found
 
-    def look(self, cells: Sequence[Cell], engine: Callable[[], Executor]) -> Pass:
-        """One look at cells; at their folders alone, which is logged, where the engine can't be asked."""
-        try:
-            return passes.look(cells, self.layout, engine())
-        except (SubmitError, ConfigError) as error:
-            log.warning(f"the engine can't be asked, so that states are by what cells have written alone: {error}")
-            at = time.time()
-            return Pass(cells, state.of_folders(cells, self.layout, at), Look({}, None), at)
+    def look(self, cells: Sequence[Cell], engine: Callable[[], Executor], seconds: float = reach.ENGINE_SECONDS) -> Pass:
+        """One look at cells; at their folders alone, which is logged, where the engine can't be asked in so many seconds."""
+        at = time.time()
+        if self.layout.unseen:
+            return Pass(cells, [CellState("planned") for _ in cells], Look({}, None), at)
+        jobs, why = reach.jobs_of(engine, seconds)
+        if why is None:
+            return Pass(cells, state.of_all(cells, self.layout, at, jobs), jobs, at)
+        log.warning(f"not checked: what runs: {why}; states are by what cells have written alone")
+        return Pass(cells, state.of_folders(cells, self.layout, at), jobs, at)
 
     def write_plan(self) -> None:
         """config.json of every cell and grid.json, before anything starts."""
@@ -94,18 +99,25 @@ class Cells:
         return found
 
 
-def open_cells(grid: str, root: str | None = None, rules: str | None = None, **table: Any) -> Cells:
+def open_cells(grid: str, root: str | None = None, rules: str | None = None, *, offline: bool = False, **table: Any) -> Cells:
     """The cells of a grid file, and what their folder holds.
 
     Args:
       root: folder of the grid, or gs://BUCKET/FOLDER; default: runs/NAME.
       rules: "old" or "new" (`launch.rules`); without, `run` refuses a root begun under old ones, and the others take these.
+      offline: what is on gs:// and can't be reached counts as empty, which is logged: for a plan, or a dry run.
       table: options of a table of runs, which are refused.
     """
     require_grid(grid)
     refuse(table, "a table of runs (.csv, .parquet)")
     the_grid = grids.load(grid)
-    layout = Layout(storage.path(root or f"runs/{the_grid.name}"))
+    place = root or f"runs/{the_grid.name}"
+    if offline and (missed := reach.out_of_reach(place, stores(the_grid.configs))):
+        log.warning(f"not checked: what is in {' and '.join(missed)}, as if it were empty: {next(iter(missed.values()))}")
+        choice = ruling.blind(the_grid, rules, missed)
+        layout = Layout(epath.Path(place), unseen=True).holding(choice.cells)
+        return Cells(grid, root, rules, choice, layout, settled=True)
+    layout = Layout(storage.path(place))
     choice = ruling.choose(the_grid, layout, rules)
     return Cells(grid, root, rules, choice, layout.holding(choice.cells))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from gqa_jax import storage
 from gqa_jax.errors import ConfigError
@@ -90,6 +90,12 @@ def choose(the_grid: Grid, layout: Layout, asked: str | None) -> Choice:
     finished = sum("result.json" in contents[cell.name] for cell in others)
     ruled = grid.under_old_rules(the_grid) if rules == OLD else the_grid
     return Choice(ruled, cells, rules, asked is not None, others, finished, *_strangers(left, cells, layout))
+
+
+def blind(the_grid: Grid, asked: str | None, stores: Collection[str]) -> Choice:
+    """The choice of a grid whose root, or these token stores, can't be looked at: as if nothing had begun."""
+    ruled = grid.under_old_rules(the_grid) if asked == OLD else the_grid
+    return Choice(ruled, grid.cells(ruled, stores), asked or NEW, asked is not None, [], 0, [], [])
 
 
 def begun_with(found: Choice, layout: Layout) -> Choice:

@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -236,13 +236,22 @@ def _same_order(config: ml_collections.ConfigDict, source: TrainConfig, fingerpr
     return same and (config.seed, config.data.block_tokens) == (source.seed, source.data.block_tokens)
 
 
-def make(name: str, configs: Sequence[ml_collections.ConfigDict | TrainConfig], old_rules: bool = False) -> list[TrainingCell]:
+def make(
+    name: str,
+    configs: Sequence[ml_collections.ConfigDict | TrainConfig],
+    old_rules: bool = False,
+    unseen: Collection[str] = (),
+) -> list[TrainingCell]:
     """The cells of the grid of this name, checked against their token stores as a run would; parents before their children.
 
-    old_rules: they are those of the first version (`TrainConfig.under_old_rules`). Raises ConfigError as `launch.grid.cells`.
+    Args:
+      old_rules: they are those of the first version (`TrainConfig.under_old_rules`).
+      unseen: token stores that can't be looked at, and count as not prepared.
+    Raises:
+      ConfigError: as `launch.grid.cells`.
     """
     found: list[TrainingCell] = []
-    opened = functools.cache(lambda name: catalog.open_store(name) if catalog.exists(name) else None)
+    opened = functools.cache(lambda name: catalog.open_store(name) if name not in unseen and catalog.exists(name) else None)
     of_folder = functools.cache(start.of_folder)
     parents: dict[str, TrainingCell] = {}  # by what stands for them in `continue_from`
     waiting: dict[int, TrainConfig] = {}
@@ -271,6 +280,12 @@ def make(name: str, configs: Sequence[ml_collections.ConfigDict | TrainConfig], 
             found.append(cell)
             parents[reference(config)] = parents[f"../{cell.name}"] = cell
     return found
+
+
+def stores(configs: Iterable[ml_collections.ConfigDict | TrainConfig]) -> list[str]:
+    """Names of the token stores that they read, each once."""
+    names = (getattr(getattr(config, "data", None), "store", None) for config in configs)
+    return [*dict.fromkeys(name for name in names if isinstance(name, str))]
 
 
 def _cell(config: TrainConfig, tokens: TokenStore | None, source: Start, parent: TrainingCell | None) -> TrainingCell:

@@ -5,18 +5,22 @@ import io
 import json
 import re
 import signal
+import socket
+import sys
+import threading
 import time
 
 import pytest
 
 import gqa_jax
-from gqa_jax import hardware, storage
+from gqa_jax import gcs, hardware, storage
+from gqa_jax.errors import ConfigError
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
-from launch import grid
+from launch import grid, grid_cells, reach
 from launch import run as run_passes
 from launch.cells import Layout
-from launch.executors import local, sky
+from launch.executors import bundle, local, sky
 from launch.executors.base import Job, Look, SubmitError
 from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes
@@ -145,6 +149,59 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(small, capsys):
     assert run("run", small, "--json") == launch.EXIT_BAD_INPUT
 
 
+ENGINES = {
+    "local": 'engine = "local"\n',
+    "slurm": 'engine = "slurm"\ntopology = "h100:8"\n',
+    "sky": 'engine = "sky"\ntopology = "h100:8"\n',
+    "tpu": 'engine = "tpu"\ntopology = "v5e:4x4"\nproject = "some-project"\nzones = ["us-west4-a", "us-east1-c"]\n',
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_dry_run_needs_no_network_no_engine_and_no_token_store(engine, tmp_path, capsys, monkeypatch):
+    def down(*_, **__):
+        raise OSError("no network")
+
+    remote = engine in ("tpu", "sky")
+    root, store = ("gs://bucket/root", "gs://bucket/store") if remote else (str(tmp_path / "root"), "stores/not-yet")
+    monkeypatch.setattr(socket.socket, "connect", down)
+    monkeypatch.setattr(gcs, "system", down)
+    monkeypatch.setitem(sys.modules, "google.cloud.tpu_v2", None)  # is not installed
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(bundle, "pack", lambda: b"code")
+    file, cluster = tmp_path / "two.py", tmp_path / "cluster.toml"
+    cluster.write_text(ENGINES[engine])
+    cells = f"[config(data={{'store': {store!r}}}), config(data={{'store': {store!r}}}, seed=1)]"
+    file.write_text(
+        "from launch.grid import Grid\nfrom tests.grid_fakes import config\n"
+        f"def get_grid(): return Grid('two', {cells}, [1024])\n"
+    )
+    asked = [str(file), "--root", root]
+    assert launch.main(["run", *asked, "--on", str(cluster), "--dry-run", "--json"]) == launch.EXIT_DONE
+    said = capsys.readouterr()
+    shown = json.loads(said.out)
+    assert [one["command"].count(one["cell"]) > 0 for one in shown] == [True, True]
+    assert f"token store {store} is not prepared yet: the names of its cells will change" in said.err
+    assert (f"not checked: what is in {root} and {store}, as if it were empty: no network" in said.err) == remote
+    assert ("not checked: what runs: `squeue" in said.err) == (engine == "slurm")
+    assert (f"not checked: what `run` asks {engine} first" in said.err) == (engine != "local")
+    assert launch.main(["plan", *asked]) == launch.EXIT_DONE
+    assert "is not prepared yet" in capsys.readouterr().err
+    assert launch.main(["run", *asked, "--on", str(cluster)]) != launch.EXIT_DONE  # what needs them still says so
+    assert ("no network" if remote else "make it with `python -m gqa_jax.data.prepare") in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.toml", "two.py"]
+
+
+def test_what_does_not_answer_is_not_waited_for():
+    asked = threading.Event()
+    with pytest.raises(reach.Unanswered, match="no answer within 0 s"):
+        reach.within(0.01, lambda: asked.wait(10))
+    asked.set()
+    assert reach.within(10, lambda: 3) == 3
+    with pytest.raises(ConfigError, match="gs://: the bucket is missing"):  # is no place, and not one out of reach
+        grid_cells.open_cells("configs/grids/quickstart.py", "gs://", offline=True)
+
+
 def test_status_says_what_was_spent_where_a_price_is_known(small, capsys):
     _, layout, cells = small
     for cell in cells[:2]:
@@ -225,7 +282,7 @@ def test_a_grid_that_another_engine_has_is_not_run_here(small, capsys, monkeypat
     write_json(layout.cell(cells[1].name) / "attempts" / "00000.json", {"time": time.time(), "first_step": 0})
     assert run("status", small) == launch.EXIT_FAILED
     said = capsys.readouterr()
-    assert "the engine can't be asked, so that states are by what cells have written alone: no network" in said.err
+    assert "not checked: what runs: no network; states are by what cells have written alone" in said.err
     assert "1 running" in said.out
     assert run("plan", small) == launch.EXIT_DONE  # needs no engine
     assert "no network" in capsys.readouterr().err

@@ -325,8 +325,10 @@ class Executor(bundle.Executor):
         fault of its machines.
         """
         zones, folder = list(self.options.zones), self.layout.cell(cell)
+        if len(zones) == 1 or self.layout.unseen:
+            return zones
         submissions, attempts = storage.names(folder / "submissions"), storage.names(folder / "attempts")
-        if len(zones) == 1 or not submissions:
+        if not submissions:
             return zones
         last = records.read(folder / "submissions" / submissions[-1])
         began = records.read(folder / "attempts" / attempts[-1]).get("time", 0.0) if attempts else 0.0
