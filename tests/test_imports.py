@@ -230,9 +230,11 @@ TABLE = (
     Row("launch.state", ".storage .training.records .training.run_folder launch.cells launch.executors.base"),
     Row("launch.run", ".errors .storage launch.cells launch.executors.base launch.state"),
     Row("launch.watch", ".errors .formatting launch.cells launch.executors.base launch.state launch.run"),
+    Row("launch.reach", ".errors .storage .data.catalog launch.executors.base"),
     Row(
         "launch.grid_cells",
-        ".errors .storage launch.cells launch.grid launch.rules launch.executors.base launch.state launch.run",
+        ".errors .storage launch.cells launch.training_cells launch.grid launch.rules launch.executors.base launch.state "
+        "launch.run launch.reach",
     ),
     Row("launch.fit", ".errors .formatting .hardware .costs .config .planning.planner .planning.compile_check launch.cells"),
     Row(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -167,6 +168,7 @@ def test_a_dry_run_needs_no_network_no_engine_and_no_token_store(engine, tmp_pat
     monkeypatch.setattr(socket.socket, "connect", down)
     monkeypatch.setattr(gcs, "system", down)
     monkeypatch.setitem(sys.modules, "google.cloud.tpu_v2", None)  # is not installed
+    (tmp_path / "git").symlink_to(shutil.which("git"))  # by which a bundle knows its files
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(bundle, "pack", lambda: b"code")
     file, cluster = tmp_path / "two.py", tmp_path / "cluster.toml"
@@ -189,7 +191,7 @@ def test_a_dry_run_needs_no_network_no_engine_and_no_token_store(engine, tmp_pat
     assert "is not prepared yet" in capsys.readouterr().err
     assert launch.main(["run", *asked, "--on", str(cluster)]) != launch.EXIT_DONE  # what needs them still says so
     assert ("no network" if remote else "make it with `python -m gqa_jax.data.prepare") in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.toml", "two.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.toml", "git", "two.py"]
 
 
 def test_what_does_not_answer_is_not_waited_for():
