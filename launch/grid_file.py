@@ -74,7 +74,10 @@ def _wrong_type(error: BaseException) -> str | None:
     """The sentence about a value that a field of a ConfigDict can't have; None of any other error."""
     words = r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.+?)'> .* <class '(.+?)'>"
     found = re.match(words, str(error), re.DOTALL)
-    return f"{found[1]} = {' '.join(found[2].split())[:100]}: must be {found[4]}, not {found[3]}" if found else None
+    if found is None:
+        return None
+    value = repr(found[2]) if found[3] == "str" else " ".join(found[2].split())
+    return f"{found[1]} = {value[:100]}: must be {found[4]}, not {found[3]}"
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,10 @@ GOOD = "from launch.grid import Grid\nfrom tests.grid_fakes import config\ndef g
             "from gqa_jax.config import default_config\ndefault_config().n_layer = 2",
             r"g.py, line 2: unknown .* 'model.n_layers'",
         ),
+        (
+            "from gqa_jax.config import default_config as d\nd().steps = 'a\\0'",
+            r"g.py, line 2: steps = 'a\\x00': must be int, not str",
+        ),
         (GOOD.format("'g', [], [1024]"), "g.py, line 4: Grid: configs = .*: the grid has no cells"),
     ],
 )

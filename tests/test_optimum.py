@@ -619,7 +619,7 @@ class TestBadInput:
         assert near.to_dict()["n_params_interval"][1] is None
 
     def test_numbers_that_are_none(self, paper):
-        for loss in (np.nan, -1.0, np.inf):
+        for loss in (np.nan, -1.0, np.inf, 1e308, 101):
             with pytest.raises(ValueError, match="must be a number above 0"):
                 optimum.search(paper, loss, 8192)
         with pytest.raises(ValueError, match="context_served = 0: must be at least 1 token"):

@@ -538,8 +538,8 @@ def _check(questions: Sequence[Question], runs: Sequence[Candidate], laws: LawsB
     if not questions:
         raise ValueError("no question: give at least one loss and one context to be served")
     for question in questions:
-        if not (np.isfinite(question.loss) and question.loss > 0):
-            raise ValueError(f"loss = {question.loss}: must be a number above 0, in nats per token")
+        if not 0 < question.loss <= 100:
+            raise ValueError(f"loss = {question.loss}: must be above 0 and at most 100, in nats per token")
         if not question.context_served >= 1:
             raise ValueError(f"context_served = {question.context_served}: must be at least 1 token")
         if not 0 < question.weight < np.inf:
