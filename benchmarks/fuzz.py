@@ -136,7 +136,9 @@ def faults(argv: Sequence[str], said: Said, internal: re.Pattern | None = INTERN
         yield "a traceback is printed"
     if said.code == launch.EXIT_BAD_INPUT:
         last = re.sub(r"(.)\1{50,}", r"\1", said.err.rstrip("\n").rpartition("\n")[2])  # a value that is absurdly long
-        if not re.match(r"(launch|python -m launch.*: error): .", last) or len(last) > 1000 or not last.isprintable():
+        lists = re.search(r"^launch: \d+ of \d+ cells don't fit, .*\n", said.err, re.MULTILINE)  # and says below which, and why
+        begins = lists or re.match(r"(launch|python -m launch.*: error): .", last)
+        if not begins or len(last) > 1000 or not last.isprintable():
             yield f"no sentence: {last[:200]!r}"
         elif internal is not None and (found := internal.search(last)):
             yield f"words of a program, {found[0]!r}: {last[:200]}"

@@ -444,5 +444,6 @@ def test_what_is_given_is_checked():
     for given, sentence in ((2.5, "entropy = 2.5: must be at least 0 and below the lowest loss, 2.5000"), (-1, "entropy = -1")):
         with pytest.raises(ValueError, match=sentence):
             fitting.require(2.5, given)
-    with pytest.raises(ValueError, match="huber_delta = 0: must be above 0"):
-        fitting.require(2.5, huber_delta=0)
+    for delta in (0, 1e-300, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"huber_delta = {delta}: must be above 0"):
+            fitting.require(2.5, huber_delta=delta)

@@ -241,7 +241,7 @@ def test_on_the_papers_data_runs_of_the_heads_in_question_are_worth_most():
         ([QUESTION], [run(7)], 1, r"h7: no law for heads \(7,1\); there are \(1,1\)"),
         ([QUESTION], [run(1, cost=0.0)], 1, "cost = 0.0 of h1: must be a number above 0"),
         ([QUESTION], [run(1), run(1)], 1, "two candidates are called h1"),
-        ([dataclasses.replace(QUESTION, loss=-1.0)], [run(1)], 1, r"loss = -1\.0: must be a number above 0"),
+        ([dataclasses.replace(QUESTION, loss=-1.0)], [run(1)], 1, r"loss = -1\.0: must be above 0 and at most 100"),
         ([dataclasses.replace(QUESTION, context_served=0)], [run(1)], 1, "context_served = 0: must be at least 1 token"),
         ([dataclasses.replace(QUESTION, weight=0.0)], [run(1)], 1, r"weight = 0\.0 of a question"),
     ],

@@ -620,7 +620,7 @@ class TestBadInput:
 
     def test_numbers_that_are_none(self, paper):
         for loss in (np.nan, -1.0, np.inf, 1e308, 101):
-            with pytest.raises(ValueError, match="must be a number above 0"):
+            with pytest.raises(ValueError, match="must be above 0 and at most 100"):
                 optimum.search(paper, loss, 8192)
         with pytest.raises(ValueError, match="context_served = 0: must be at least 1 token"):
             optimum.search(paper, 2.7, 0)

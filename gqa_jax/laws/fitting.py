@@ -119,11 +119,11 @@ def worst(statuses: Iterable[str]) -> str:
 
 
 def require(lowest: float, entropy: float | None = None, huber_delta: float | None = None, symbol: str = "entropy") -> None:
-    """Raises ValueError for a given E (or c: `symbol`) that is not below the lowest loss, or a delta that is not above 0."""
+    """Raises ValueError for a given E (or c: `symbol`) that is not below the lowest loss, and a delta out of its bounds."""
     if entropy is not None and not 0 <= entropy < lowest:
         raise ValueError(f"{symbol} = {entropy}: must be at least 0 and below the lowest loss, {lowest:.4f}")
-    if huber_delta is not None and not huber_delta > 0:
-        raise ValueError(f"huber_delta = {huber_delta}: must be above 0, in nats per token (of ln L: 1e-3 is Chinchilla's)")
+    if huber_delta is not None and not 1e-9 <= huber_delta <= 1e9:  # squares of what is left are numbers still
+        raise ValueError(f"huber_delta = {huber_delta}: must be above 0, 1e-9 to 1e9 nats (of ln L: 1e-3 is Chinchilla's)")
 
 
 def rho(residual: np.ndarray, delta: float | None) -> np.ndarray:
