@@ -129,7 +129,9 @@ def _regular(path: os.PathLike | str, most: float) -> bytes | None:
 
 
 def write_bytes(path: os.PathLike | str, content: bytes) -> None:
-    """Writes a small file whole or not at all. Locally a temporary file in the same folder, synced, then renamed."""
+    """Writes a small file whole or not at all. Locally a temporary file in the same folder, synced, then renamed; a folder in
+    its place is moved aside.
+    """
     if is_remote(path):
         _gcs().write(os.fspath(path), content)
         return
@@ -140,22 +142,18 @@ def write_bytes(path: os.PathLike | str, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except IsADirectoryError:
+            put_aside(path)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: os.PathLike | str, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all (`write_bytes`), numbers that are not finite as text (`finite`).
-
-    A folder in its place is moved aside.
-    """
-    content = (json.dumps(finite(values), indent=1, allow_nan=False) + "\n").encode()
-    try:
-        write_bytes(path, content)
-    except IsADirectoryError:
-        put_aside(path)
-        write_bytes(path, content)
+    """Writes a JSON file whole or not at all (`write_bytes`), numbers that are not finite as text (`finite`)."""
+    write_bytes(path, (json.dumps(finite(values), indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: os.PathLike | str) -> dict[str, Any] | None:

@@ -141,7 +141,7 @@ def _running(beat: Mapping[str, Any], known: dict[str, Any], job: Job, now: floa
         cause = f"the clock of {beat.get('host')} is {ahead:.0f} s ahead of this machine's: set both by NTP"
         return CellState("running", **known, eta_seconds=beat.get("eta_seconds"), cause=cause)
     life = [at for at in (beat.get("time"), job.since) if at is not None]
-    silence = now - max(life) if life else 0.0
+    silence = max(0.0, now - max(life)) if life else 0.0
     if silence > STALLED_SECONDS:
         cause = f"no heartbeat for {silence:.0f} s: see what it printed, cancel it to start again"
         return CellState("stalled", **known, silence=silence, cause=cause)

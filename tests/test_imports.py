@@ -322,11 +322,11 @@ TABLE = (
         "benchmarks",
         ".errors .formatting .hardware .shapes .costs .config .storage .data .data.catalog .data.reader .attention "
         ".training.loss .training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
-        ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results .laws "
-        ".laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
+        ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results .differences "
+        ".laws .laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
         ".search.optimum .search.next_runs .plots launch.cells launch.training_cells launch.grid launch.studies "
         "launch.report launch.findings launch.executors.local launch.grid_cells launch.options launch.__main__ "
-        "launch.export .differences .training.metrics tests",
+        "launch.export .training.metrics tests",
         outside="jax",
     ),
 )

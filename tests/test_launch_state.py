@@ -4,9 +4,10 @@ import time
 
 import pytest
 
+from gqa_jax.hardware import prices
 from gqa_jax.training import run_folder
 from gqa_jax.training.metrics import write_json
-from launch import grid, state
+from launch import grid, money, state
 from launch.cells import Layout
 from launch.executors import local
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job
@@ -181,6 +182,35 @@ def test_a_clock_that_is_off_is_said(tmp_path):
     ahead = state_of(folder, time.time(), running(cell))
     assert ahead.state == "running"
     assert "300 s ahead" in ahead.cause
+
+
+@pytest.mark.parametrize("by", [-3600.0, 3600.0])
+def test_a_clock_that_was_set_leaves_nothing_negative_and_no_cell_stalled(tmp_path, by):
+    """The wall clock of both machines is set by an hour between a heartbeat and the look, and the next heartbeat comes."""
+    cell, _, folder = one_cell(tmp_path)
+    now = time.time()
+    begin(folder, 0, 0, now)
+    write_json(folder / "heartbeat.json", {"time": now, "step": 2, "device": "NVIDIA H200", "device_seconds": 7200.0})
+    job = running(cell, since=now - 60)
+    seen = state_of(folder, now + by, job)
+    assert seen.heartbeat_age == max(0.0, by)
+    assert (seen.silence or 0.0) >= 0.0
+    write_json(folder / "heartbeat.json", {"time": now + by, "step": 3, "device": "NVIDIA H200", "device_seconds": -5.0})
+    seen = state_of(folder, now + by + 2, job)
+    assert (seen.state, seen.silence is None or seen.silence < 60, seen.device_seconds) == ("running", True, None)
+    assert money.cost(seen, prices.load()) is None  # what an earlier version wrote can't be
+    seen = state_of(folder, now + by + 2 * state.STALLED_SECONDS, job)
+    assert seen.state == ("stalled" if by > 0 else "running")  # when the job began is by the clock of then
+    assert state_of(folder, now + abs(by) + 2 * state.STALLED_SECONDS, job).state == "stalled"
+
+
+def test_a_submission_by_a_clock_that_was_ahead_holds_nothing_back(tmp_path):
+    _, _, folder = one_cell(tmp_path)
+    submitted(folder, 5000.0, 0)
+    assert state_of(folder, 1000.0).not_before == 0
+    assert state_of(folder, 5000.0).not_before == 5030
+    submitted(folder, 1010.0, 1)
+    assert state_of(folder, 1020.0).not_before == 1010 + 60
 
 
 def test_cells_of_a_size_are_held_back_when_its_first_ones_fail_alike(tmp_path):

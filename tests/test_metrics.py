@@ -278,6 +278,37 @@ def test_tensorboard_on_a_bucket_is_copied_and_its_outage_stops_nothing(gcs_root
     assert len(metrics.read_metrics(gcs_root)) == 2
 
 
+class Clock:
+    """Of a machine: `step` sets it, and the seconds that have passed stay what they are."""
+
+    def __init__(self, monkeypatch):
+        self.wall, self.passed = 1.8e9, 50.0
+        monkeypatch.setattr(time, "time", lambda: self.wall)
+        monkeypatch.setattr(time, "monotonic", lambda: self.passed)
+
+    def wait(self, seconds):
+        self.wall += seconds
+        self.passed += seconds
+
+    def step(self, seconds):
+        self.wall += seconds
+
+
+@pytest.mark.parametrize("by", [-3600, 3600])
+def test_a_clock_that_is_set_changes_no_heartbeat_and_no_bill(tmp_path, monkeypatch, by):
+    clock = Clock(monkeypatch)
+    with metrics.Metrics(tmp_path, 1, config(), metrics.run_folder.DeviceTime("H200", 8, time.monotonic(), 100.0)) as writer:
+        for step in range(1, 6):
+            clock.wait(metrics.HEARTBEAT_SECONDS)
+            writer.heartbeat("train", step)
+            beat = json.loads((tmp_path / "heartbeat.json").read_text())
+            assert (beat["step"], beat["time"]) == (step, clock.wall)
+            assert beat["device_seconds"] == pytest.approx(100 + 8 * step * metrics.HEARTBEAT_SECONDS)
+            clock.step(by if step == 2 else 0)
+            writer.heartbeat("train", 99)  # too soon
+        assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 5
+
+
 def test_heartbeat_says_what_the_run_has_spent(tmp_path):
     time_of_devices = metrics.run_folder.DeviceTime("TPU v5e", 16, time.monotonic() - 10, 100.0)
     with metrics.Metrics(tmp_path, 1, config(), time_of_devices) as writer:

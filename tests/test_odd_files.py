@@ -421,6 +421,22 @@ def test_what_a_process_said_when_it_took_a_cell_may_be_odd(made):
             assert json.loads(shown(made, "status", "--json")[0])[4]["state"] == "running"
 
 
+def test_what_is_in_the_way_is_moved_aside_and_kept(tmp_path, caplog):
+    for content in ("one", "two"):
+        (tmp_path / "a.json").mkdir()
+        (tmp_path / "a.json" / content).touch()
+        storage.write_json(tmp_path / "a.json", {"of": content})
+        storage.remove(tmp_path / "a.json")
+    (tmp_path / "a.json").mkdir()
+    storage.remove(tmp_path / "a.json")
+    (tmp_path / "b").write_text("three")
+    storage.make_folder(tmp_path / "b")
+    assert storage.names(tmp_path) == ["a.json.aside-1", "a.json.aside-2", "a.json.aside-3", "b", "b.aside-1"]
+    assert [storage.names(tmp_path / f"a.json.aside-{n}") for n in (1, 2)] == [["one"], ["two"]]
+    assert (tmp_path / "b.aside-1").read_text() == "three"
+    assert "a.json was in the way, or could not be used: it is a.json.aside-3 now" in caplog.text
+
+
 def test_storage_that_is_not_reached_is_an_error_still(tmp_path, monkeypatch):
     def unreachable(*_):
         raise OSError(errno.EIO, "Input/output error")

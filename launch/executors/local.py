@@ -124,6 +124,8 @@ class Executor(base.Executor):
         self._reap()
         place = self._claims(cell.name)[0]
         storage.make_folder(place.parent)
+        if place.is_dir():
+            storage.put_aside(place)
         with open(place, "a+") as claim:
             try:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -337,10 +339,9 @@ os.execv(argv[0], argv)
 
 def _explain(folder: epath.PathLike, codes: Sequence[int]) -> None:
     """Leaves an exit record for processes that could not write one themselves."""
-    names = storage.names(folder)
-    if all(code == 0 for code in codes) or "exit.json" in names or "result.json" in names:
-        return
     folder = epath.Path(folder)
+    if all(code == 0 for code in codes) or records.read(folder / "exit.json") or "result.json" in storage.names(folder):
+        return
     killed = next((code for code in codes if code == -signal.SIGKILL), None) or next((c for c in codes if c < 0), None)
     if killed is not None:
         run_folder.record_exit(folder, killed, "killed", f"ended by signal {signal.Signals(-killed).name}", None)
