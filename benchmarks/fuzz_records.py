@@ -279,7 +279,7 @@ def records(count: int, seed: int, folder: Path) -> list[str]:
                     after = look()
                     if of_run is not None and _others(after, of_run) != _others(before[name], of_run):
                         failures.append(f"{about}: {name}: rows of other runs have changed")
-                except ValueError as error:
+                except (ValueError, FileNotFoundError) as error:
                     if path.name not in OF_GRID:
                         failures.append(f"{about}: {name}: {_short(error)}")
                 except Exception as error:
