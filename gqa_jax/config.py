@@ -445,7 +445,7 @@ def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "", whole: 
             _require(isinstance(value, Mapping), f"{path} = {value!r}: must be a group of fields")
             value = from_mapping(allowed[0], value, f"{path}.", whole)
         else:
-            _require(type(value) is not int or abs(value) < 2**64, f"{path} = {value!r:.40}: must be below 2^64")
+            _require(type(value) is not int or abs(value) < 10**24, f"{path} = {value!r:.40}: must be below 10^24")
             if float in allowed and type(value) is int:
                 value = float(value)
             _require(type(value) in allowed, wrong_type(path, value, whole))

@@ -309,7 +309,7 @@ class Status:
     engine: Executor
     now: Pass
     prices: Mapping[str, Price]
-    rate: money.Rate | None  # what a cell costs on the engine
+    rate: money.Rate | None = None  # what a cell costs on the engine; None: not known
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per cell: its name, the fields of `launch.state.CellState`, and US dollars so far."""

@@ -195,6 +195,7 @@ def test_a_clock_that_was_set_leaves_nothing_negative_and_no_cell_stalled(tmp_pa
     seen = state_of(folder, now + by, job)
     assert seen.heartbeat_age == max(0.0, by)
     assert (seen.silence or 0.0) >= 0.0
+    assert state_of(folder, now - 30, job).silence == 0.0  # clocks of two machines may differ by so much
     write_json(folder / "heartbeat.json", {"time": now + by, "step": 3, "device": "NVIDIA H200", "device_seconds": -5.0})
     seen = state_of(folder, now + by + 2, job)
     assert (seen.state, seen.silence is None or seen.silence < 60, seen.device_seconds) == ("running", True, None)
@@ -223,6 +224,10 @@ def test_cells_of_a_size_are_held_back_when_its_first_ones_fail_alike(tmp_path):
     assert held[cells[3].name] == f"held back: 3 cells of its size failed alike (out_of_memory), like {cells[0].name}"
     killed = state.CellState("failed", failure="killed")
     assert state.held_back(cells, [killed] * 3 + [planned] * 5) == {}
+    for kind in ("broken_result", "broken_config", "edited"):  # which says nothing of the size
+        odd = state.CellState("failed", failure=kind)
+        assert state.held_back(cells, [odd] * 3 + [planned] * 5) == {}
+        assert list(state.held_back(cells, [oom] * 2 + [odd, planned] + [planned] * 4)) == []
     done = state.CellState("done")
     assert state.held_back(cells[:4] + cells[4:], [oom, oom, oom, planned, done] + [planned] * 3) != {}
 

@@ -288,6 +288,7 @@ def test_an_odd_end_is_one_without_a_word(made, odd):
 @each_odd
 def test_an_odd_result_is_left_out_said_and_mended_by_retry(made, odd, caplog):
     name, folder = put(made, 0, "result.json", odd)
+    put(made, 0, "heartbeat.json", odd)
     now = state.of(TrainingCell, folder, time.time())
     assert (now.state, now.failure, now.runnable) == ("failed", "broken_result", False)
     assert "result.json" in now.cause
@@ -299,7 +300,9 @@ def test_an_odd_result_is_left_out_said_and_mended_by_retry(made, odd, caplog):
     assert "`python -m launch retry GRID` moves it aside" in said
     assert "broken_result" in shown(made)[0]
     shown(made, "retry", name)
-    assert next(folder.glob("before-retry-*/result.json"))
+    (aside,) = folder.glob("before-retry-*")
+    assert {"result.json", "heartbeat.json", "attempts"} <= {*os.listdir(aside)}
+    assert not {"result.json", "heartbeat.json"} & {*os.listdir(folder)}
     assert state.of(TrainingCell, folder, time.time()).runnable
 
 
