@@ -16,7 +16,7 @@ from gqa_jax.training import evaluation
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
 from launch import grid, grid_cells, rules, state, studies
-from launch import run as run_passes
+from launch import watch as watching
 from launch.cells import Layout
 from launch.executors import local
 from tests import first_version, goldens, grid_fakes
@@ -224,7 +224,7 @@ class TestRun:
 
     def test_with_the_new_rules_finished_old_cells_are_in_the_first_grid_json(self, root, monkeypatch):
         """Before a cell has ended, so that nothing is lost when the launcher is killed."""
-        monkeypatch.setattr(run_passes, "repeat", lambda *_: pytest.fail("stop here"))
+        monkeypatch.setattr(watching, "repeat", lambda *_, **__: pytest.fail("stop here"))
         with pytest.raises(pytest.fail.Exception):
             run("run", "--rules", "new")
         assert results.grid_facts(root.root)["old_cells"] == SIX
