@@ -115,7 +115,7 @@ def test_failed_cells_are_no_candidates(wide, capsys):
     ("change", "said"),
     [
         ({"--budget": "1"}, "the cheapest run, "),
-        ({"--loss": "-1"}, "must be a number above 0"),
+        ({"--loss": "-1"}, "must be above 0 and at most 100"),
         ({"--train_context": "77"}, "no run was trained there; there are 32"),
         ({"--cost": "latency"}, "needs device"),
     ],
