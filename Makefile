@@ -70,14 +70,14 @@ quickstart: setup
 test: setup
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(PYTHON) $(PYTEST)
 
-# The test that kills processes for two minutes comes last, alone.
 test-slow: aot
 	.venv-aot/bin/python $(PYTEST) -m '(slow or needs) and not thorough' --ignore tests/test_chaos.py --durations 20
-	.venv-aot/bin/python -m pytest -m slow tests/test_chaos.py
 
 # Before a release, and before a change of what they are about lands: attention, laws, what is compiled, what is compared.
+# The test that kills processes for two minutes comes last, alone.
 test-thorough: aot
 	.venv-aot/bin/python $(PYTEST) -m thorough --durations 20
+	.venv-aot/bin/python -m pytest -m slow tests/test_chaos.py
 
 lint: setup
 	.venv/bin/ruff check .
