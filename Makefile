@@ -2,7 +2,7 @@
 # make quickstart  a size x context x heads grid, its tables, laws and pictures, in runs/quickstart
 # make test        the fast tests, with what `make setup` brings; what needs more is skipped, and counted at the end
 # make test-slow   the slow tests and those that need more, in .venv-aot; make lint the style
-# make test-thorough   what costs most: every case of every kernel, all compilers, statistics, PyTorch, SkyPilot (an hour)
+# make test-thorough   what costs most: every case of every kernel, all compilers, statistics, PyTorch, SkyPilot
 # make aot         .venv-aot: .venv's packages, compilers for TPUs and GPUs that are not there, and others that some tests need
 # make sky         .venv-sky: SkyPilot, which reads the tasks that are written for it
 # make torch       .venv-torch: PyTorch and transformers, which training is compared with
@@ -70,14 +70,14 @@ quickstart: setup
 test: setup
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(PYTHON) $(PYTEST)
 
+# The test that kills processes for two minutes comes last, alone.
 test-slow: aot
 	.venv-aot/bin/python $(PYTEST) -m '(slow or needs) and not thorough' --ignore tests/test_chaos.py --durations 20
+	.venv-aot/bin/python -m pytest -m slow tests/test_chaos.py
 
 # Before a release, and before a change of what they are about lands: attention, laws, what is compiled, what is compared.
-# The test that kills processes for two minutes comes last, alone.
 test-thorough: aot
 	.venv-aot/bin/python $(PYTEST) -m thorough --durations 20
-	.venv-aot/bin/python -m pytest -m slow tests/test_chaos.py
 
 lint: setup
 	.venv/bin/ruff check .

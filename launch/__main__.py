@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         (
             _fill_reap,
             _reap,
-            "end what has machines and is of no use: jobs of cells that are over, silent, or not there",
+            "end what has machines and is of no use: jobs of cells that are over, silent, or removed",
         ),
         (_fill_retry, _retry, "let `run` start failed and diverged cells again; what they left is kept aside"),
         (_fill_export, _export, "loss and cost tables, fits, cheapest heads, pictures"),

@@ -28,7 +28,7 @@ from gqa_jax.hardware import Price
 from gqa_jax.hardware import prices as price_list
 from gqa_jax.training import records
 from launch import fit as fitting
-from launch import grid_cells, money, state
+from launch import grid_cells, money, reach, state
 from launch import reap as reaping
 from launch import rules as ruling
 from launch import run as passes
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from launch.studies import Fits, Fitted, Source
 
 log = logging.getLogger(__name__)
-
-ASK_SECONDS = 1800.0  # that `status` waits for an engine: SkyPilot may have to start its own server first
 
 
 # Grids
@@ -117,7 +115,7 @@ def plan(
         return planning.explained([fitting.estimate(c, one) for c in cells.named([explain], chosen) for one in slices])
     if efficiency is not None and not 0 < efficiency <= 1:
         raise ConfigError(f"--efficiency {efficiency}: must be above 0 and at most 1")
-    states = cells.look(trained, lambda: passes.recall(cells.layout, None)).states
+    states = cells.look(trained, lambda: passes.recall(cells.layout, None), reach.ENGINE_SECONDS).states
     rate = flops_per_second or planning.measured_rate(trained, states)
     by_name = dict(zip((cell.name for cell in trained), states, strict=True))
     frame = planning.table(chosen, [by_name[cell.name] for cell in chosen], rate)
@@ -207,7 +205,7 @@ def run(
         return Run(cells, chosen, engine, todo, rate)
 
     if dry_run:  # also where there is no engine, no network, no token store
-        found = begun(cells.look(chosen, lambda: engine).states)
+        found = begun(cells.look(chosen, lambda: engine, reach.ENGINE_SECONDS).states)
         if not engine.here:
             log.warning(f"not checked: what `run` asks {engine.engine} first: its programs, credentials, limits, and the root")
         found.submissions = [engine.submission(cell) for cell in _fitted(found.todo, engine, topology, progress)]
@@ -322,10 +320,10 @@ def status(grid: Cells | str, *, where: str | None = None, on: str | None = None
     cells = grid_cells.begun(grid)
     chosen = grid_cells.select(cells.all, where)
     engine = passes.recall(cells.layout, on)
-    table = money.table(engine, prices)
-    now = cells.look(chosen, lambda: engine, ASK_SECONDS)
+    rate = money.rate(engine, prices)
+    now = cells.look(chosen, lambda: engine)
     now.held = state.held_back(chosen, now.states)
-    return Status(cells, engine, now, table, money.rate(engine, prices))
+    return Status(cells, engine, now, money.table(rate, prices), rate)
 
 
 def log_files(grid: Cells | str, *, on: str | None = None) -> list[epath.Path]:

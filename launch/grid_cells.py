@@ -64,8 +64,11 @@ class Cells:
             found += matches
         return found
 
-    def look(self, cells: Sequence[Cell], engine: Callable[[], Executor], seconds: float = reach.ENGINE_SECONDS) -> Pass:
-        """One look at cells; at their folders alone, which is logged, where the engine can't be asked in so many seconds."""
+    def look(self, cells: Sequence[Cell], engine: Callable[[], Executor], seconds: float | None = None) -> Pass:
+        """One look at cells; at their folders alone, which is logged, where the engine can't be asked.
+
+        seconds: that it may take to answer; None: as long as it does.
+        """
         at = time.time()
         if self.layout.unseen:
             return Pass(cells, [CellState("planned") for _ in cells], Look({}, None), at)

@@ -63,10 +63,9 @@ def rate(engine: Executor, whose: str | None = None) -> Rate | None:
     return Rate(rents, price, other if price.spot else None)
 
 
-def table(engine: Executor, whose: str | None = None) -> dict[str, Price]:
-    """Prices by name of the chip, that of the engine's in its terms."""
-    found, own = prices.load(whose), rate(engine, whose)
-    return found if own is None else found | {own.rents.chip: own.price}
+def table(own: Rate | None, whose: str | None = None) -> dict[str, Price]:
+    """Prices by name of the chip, that of an engine's rate as it is there."""
+    return prices.load(whose) | ({} if own is None else {own.rents.chip: own.price})
 
 
 def cost(now: CellState, known: Mapping[str, Price]) -> float | None:

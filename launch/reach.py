@@ -54,9 +54,12 @@ def out_of_reach(root: str, stores: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def jobs_of(engine: Callable[[], Executor], seconds: float = ENGINE_SECONDS) -> tuple[Look, str | None]:
-    """The jobs that an engine has; none where it can't be asked, or takes longer than so many seconds, and why."""
+def jobs_of(engine: Callable[[], Executor], seconds: float | None) -> tuple[Look, str | None]:
+    """The jobs that an engine has; none where it can't be asked, and why.
+
+    seconds: that it may take; None: as long as it does.
+    """
     try:
-        return within(seconds, lambda: engine().jobs()), None
+        return engine().jobs() if seconds is None else within(seconds, lambda: engine().jobs()), None
     except (Unanswered, SubmitError, ConfigError) as error:
         return Look({}, None), str(error)

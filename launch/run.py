@@ -23,6 +23,7 @@ from launch.executors.base import DEAD, Executor, Job, Look, SubmitError, Submit
 from launch.state import CellState
 
 HUNG_SECONDS = 3600.0  # without a sign of life after which a job is ended
+SECOND_LOOK_SECONDS = 60.0  # after which it is looked for once more: some heartbeats later, also on gs://
 PATIENCE_SECONDS = 300.0  # for another launcher of this machine to end its pass
 
 
@@ -82,8 +83,7 @@ def advance(
     """
     now = look(cells, layout, engine, done)
     notes = engine.reconcile(now.jobs) if now.jobs.listed else []
-    hung = [c.name for c, s in zip(cells, now.states, strict=True) if s.state == "stalled" and (s.silence or 0) > HUNG_SECONDS]
-    if hung:
+    if hung := silent(now, layout, engine):
         engine.cancel(hung)
         notes += [f"{name} has been silent for {HUNG_SECONDS / 60:.0f} minutes: cancelled, to start again" for name in hung]
     if notes:
@@ -114,6 +114,20 @@ def advance(
             now.refused[cell.name] = str(result)
             now.refused_always |= {cell.name} if isinstance(result, ConfigError) else set()
     return now
+
+
+def silent(now: Pass, layout: Layout, engine: Executor) -> list[str]:
+    """Cells that have been silent for an hour, and are so while this waits: not where a clock was set, or a machine slept."""
+
+    def found(states: Sequence[CellState]) -> dict[str, float]:
+        pairs = zip(now.cells, states, strict=True)
+        return {c.name: s.silence for c, s in pairs if s.state == "stalled" and (s.silence or 0.0) > HUNG_SECONDS}
+
+    if not (first := found(now.states)):
+        return []
+    engine.wait(SECOND_LOOK_SECONDS)
+    again = found(state.of_all(now.cells, layout, now.at, now.jobs))  # by the same clock: the same number, the same heartbeat
+    return [name for name, seconds in first.items() if again.get(name) == seconds]
 
 
 def submit(cells: Sequence[Cell], jobs: Look, layout: Layout, engine: Executor) -> Iterator[Submitted]:
@@ -163,7 +177,7 @@ def cancel(cells: Sequence[str], layout: Layout, engine: Executor) -> None:
 def mark_cancelled(cells: Sequence[str], layout: Layout) -> None:
     """Lets launchers that are at work not start these cells again."""
     for name in cells:
-        layout.cell(name).mkdir(parents=True, exist_ok=True)
+        storage.make_folder(layout.cell(name))
         storage.write_json(layout.cell(name) / state.CANCELLED, {"time": time.time()})
 
 

@@ -164,6 +164,7 @@ class Watch(Progress):
 
     def begins(self, found: Run) -> None:
         cells, engine = found.cells, found.engine
+        self._prices = self._prices | ({} if found.rate is None else {found.rate.rents.chip: found.rate.price})
         at_a_time = f"{engine.capacity} at a time{'' if engine.here else f' on {engine.engine}'}"
         count = f"{counted(len(found.chosen), 'cell')}, {len(found.todo)} to train, {at_a_time}"
         _line(self._console, f"{cells.name}: {count}, in {cells.layout.root}")

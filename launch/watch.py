@@ -121,9 +121,9 @@ def repeat(
                     None if budget is None else budget.hold,
                 )  # fmt: skip
                 if budget is not None and budget.is_over(last):
+                    engine.cancel([job.cell for job in last.jobs.values()])
                     last.over_budget = budget.over(last)
                     last.notes.append(last.over_budget)
-                    engine.cancel([job.cell for job in last.jobs.values()])
             failures = 0
             refusals.count(last, at)
         except (SubmitError, ConfigError, OSError) as error:

@@ -243,7 +243,7 @@ TABLE = (
         "launch.run launch.fit",
     ),
     Row("launch.notify", "launch.state launch.run"),
-    Row("launch.reap", ".formatting launch.cells launch.executors.base launch.state launch.run"),
+    Row("launch.reap", ".storage launch.cells launch.executors.base launch.state launch.run"),
     Row("launch.tables", lazily=".search.answer"),
     Row(
         "launch.plan",
@@ -293,8 +293,8 @@ TABLE = (
     Row(
         "launch.commands",
         ".errors .formatting .hardware .hardware.prices .storage .training.records launch.cells launch.training_cells "
-        "launch.rules launch.executors.base launch.state launch.run launch.watch launch.grid_cells launch.fit launch.money "
-        "launch.notify launch.reap",
+        "launch.rules launch.executors.base launch.state launch.run launch.watch launch.reach launch.grid_cells launch.fit "
+        "launch.money launch.notify launch.reap",
         lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
         "launch.report launch.findings",

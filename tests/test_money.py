@@ -9,7 +9,7 @@ from gqa_jax.hardware import prices
 from launch import grid, money, watch
 from launch.cells import Layout
 from launch.executors import base
-from launch.executors.base import RUNNING, Job, Look
+from launch.executors.base import RUNNING, Job, Look, SubmitError
 from launch.run import Pass
 from launch.state import CellState
 from tests import grid_fakes
@@ -50,7 +50,7 @@ def test_the_price_is_in_the_terms_and_the_region_that_are_asked_for(tmp_path):
     file = tmp_path / "prices.json"
     file.write_text('{"v5e": 0.5}')
     assert money.rate(made(tmp_path, **TPU), str(file)).usd_per_hour == 8.0
-    assert money.table(made(tmp_path, **TPU))["v5e"] == listed
+    assert money.table(spot)["v5e"] == listed
     assert money.rate(made(tmp_path, engine="slurm")) is None
 
 
@@ -122,3 +122,19 @@ def test_what_does_not_fit_into_the_budget_is_left_and_the_watch_ends(engine, bu
     last = watch.repeat(CELLS, engine.layout, engine, True, lambda found: None, 200, budget(4.5))
     assert [one.state for one in last.states] == ["done", "done", "done", "planned"]
     assert list(last.held) == [CELLS[3].name]
+
+
+def test_a_budget_is_over_only_when_cells_were_ended(engine, budget):  # noqa: F811
+    """The engine does not answer when they are to be: it is asked again."""
+    cheap = dataclasses.replace(budget(1.5), expected={cell.name: 0.1 for cell in CELLS})
+    asked = []
+
+    def cancel(cells):
+        asked.append(list(cells))
+        if len(asked) < 3:
+            raise SubmitError("UNAVAILABLE")
+
+    engine.cancel = cancel
+    last = watch.repeat(CELLS, engine.layout, engine, True, lambda found: None, 200, cheap)
+    assert asked == [[CELLS[0].name, CELLS[1].name]] * 3
+    assert last.over_budget == last.notes[0]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from launch import __main__ as launch
-from launch import notify, reap, watch
+from launch import grid, notify, reap, watch
+from launch.cells import Layout
 from launch.executors import local
 from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Look, SubmitError
 from launch.run import Pass
@@ -25,8 +26,9 @@ USELESS = [
     (CellState("done", heartbeat_age=700.0), RUNNING, "its cell is done"),
     (CellState("done", heartbeat_age=500.0), RUNNING, None),  # it is just going
     (CellState("diverged"), QUEUED, "its cell is diverged"),
-    (CellState("failed", failure="edited", heartbeat_age=7000.0), RUNNING, "its cell is failed"),
-    (CellState("stalled", silence=2 * HOUR), RUNNING, "silent for 2h00m"),
+    (CellState("failed", failure="edited", heartbeat_age=7000.0), RUNNING, "its cell is failed (edited)"),
+    (CellState("failed", failure="edited"), RUNNING, None),
+    (CellState("stalled", silence=2 * HOUR), RUNNING, "silent for 60 minutes"),
     (CellState("stalled", silence=0.5 * HOUR), RUNNING, None),
     (CellState("running", heartbeat_age=20.0), RUNNING, None),
     (CellState("queued"), QUEUED, None),
@@ -35,16 +37,23 @@ USELESS = [
 
 
 @pytest.mark.parametrize(("one", "kind", "why"), USELESS)
-def test_which_jobs_are_of_no_use(one, kind, why):
-    over = reap.useless(found(one, PLANNED, PLANNED, PLANNED, jobs=[(NAMES[0], kind)]))
-    if why is not None and why.startswith("silent"):
-        assert over[NAMES[0]].startswith("silent for 2")
-    else:
-        assert over == ({NAMES[0]: why} if why else {})
+def test_which_jobs_are_of_no_use(tmp_path, one, kind, why):
+    now = found(one, PLANNED, PLANNED, PLANNED, jobs=[(NAMES[0], kind)])
+    silent = [NAMES[0]] if one.silence == 2 * HOUR else []  # as `launch.run.silent` would say
+    assert reap.useless(now, Layout(tmp_path), silent) == ({NAMES[0]: why} if why else {})
 
 
-def test_a_job_of_no_cell_is_of_no_use():
-    assert reap.useless(found(*[PLANNED] * 4, jobs=[("gone-since", RUNNING)])) == {"gone-since": "it is of no cell of the grid"}
+@pytest.mark.parametrize(
+    ("left", "why"), [(None, "its folder is gone"), ("config.json", None), ("result.json", "its cell is done")]
+)
+def test_a_job_of_another_grid_file_is_judged_by_its_folder(tmp_path, left, why):
+    layout, other = Layout(tmp_path), grid.cells(grid_fakes.small_grid())[5]
+    if left == "result.json":
+        grid_fakes.finish(other, layout)
+    elif left:
+        grid_fakes.beat(layout.cell(other.name))
+    now = found(*[PLANNED] * 4, jobs=[(other.name, RUNNING)])
+    assert reap.useless(now, layout, []) == ({other.name: why} if why else {})
 
 
 def test_what_is_reaped_is_ended_once_and_the_others_go_on(engine, monkeypatch):  # noqa: F811
@@ -54,7 +63,7 @@ def test_what_is_reaped_is_ended_once_and_the_others_go_on(engine, monkeypatch):
     engine.began["of-another-grid-file"] = 1.8e9
     ended = []
     monkeypatch.setattr(engine, "cancel", lambda names: ended.extend(names) or [engine.began.pop(name) for name in names])
-    said = [f"{NAMES[0]}: its cell is done", "of-another-grid-file: it is of no cell of the grid"]
+    said = [f"{NAMES[0]}: its cell is done", "of-another-grid-file: its folder is gone"]
     assert reap.reap(CELLS, engine.layout, engine, dry_run=True) == said
     assert ended == []
     assert reap.reap(CELLS, engine.layout, engine) == said
@@ -71,7 +80,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(local.Executor, "jobs", lambda self: Look({"x": Job("x", "1", RUNNING, where="n1")}, []))
     monkeypatch.setattr(local.Executor, "cancel", lambda self, names: None)
     assert launch.main([*asked, "--dry_run"]) == launch.EXIT_DONE
-    assert capsys.readouterr().out == "x in n1: it is of no cell of the grid\n1 job would be ended\n"
+    assert capsys.readouterr().out == "x in n1: its folder is gone\n1 job would be ended\n"
     assert launch.main(asked) == launch.EXIT_DONE
     assert capsys.readouterr().out.endswith("\n1 job ended\n")
 

@@ -28,6 +28,7 @@ ENGINES = ("local", "slurm", "tpu", "sky")  # modules of this package, each with
 CLUSTERS = REPOSITORY / "configs" / "clusters"
 
 QUEUED, RUNNING, DEAD = "queued", "running", "dead"
+LINGER_SECONDS = 600.0  # that machines may stay after their cell is done: they go by themselves within a minute
 REFUSALS = 3  # in a row after which no more cells are submitted: the quota is used up, or the engine is down
 
 # Forms of options.

@@ -30,7 +30,7 @@ from gqa_jax.hardware.allocation import VARIABLE, Allocation
 from gqa_jax.training import records, run_folder
 from launch.cells import Cell
 from launch.executors import base, bundle, job_names
-from launch.executors.base import DEAD, QUEUED, RUNNING, Job, Look, Rents, Submission, SubmitError
+from launch.executors.base import DEAD, LINGER_SECONDS, QUEUED, RUNNING, Job, Look, Rents, Submission, SubmitError
 
 PROVISIONING = ("spot", "guaranteed", "reserved")
 EXAMPLE_PROJECT = "my-project"  # of configs/clusters/tpu.toml
@@ -41,7 +41,6 @@ SCRIPT = Path(__file__).with_name("tpu_startup.sh")
 CALL_SECONDS = 60.0  # that one call may take
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before a call that failed for a moment is tried again, each times 0.5 to 1.5
 AT_ONCE = 16  # calls side by side, where there is one per cell
-LINGER_SECONDS = 600.0  # that a slice may stay after its cell is done: it deletes itself within a minute
 OVERTIME_SECONDS = 3600.0  # beyond max_run_hours
 
 # Google's states of a request. ACTIVE is RUNNING, since its first machine was made; these are QUEUED.
