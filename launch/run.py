@@ -125,7 +125,9 @@ def silent(now: Pass, layout: Layout, engine: Executor) -> list[str]:
 
     if not (first := found(now.states)):
         return []
-    engine.wait(SECOND_LOOK_SECONDS)
+    deadline = time.monotonic() + SECOND_LOOK_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        engine.wait(left)  # or less: until a cell ends
     again = found(state.of_all(now.cells, layout, now.at, now.jobs))  # by the same clock: the same number, the same heartbeat
     return [name for name, seconds in first.items() if again.get(name) == seconds]
 

@@ -125,8 +125,9 @@ def test_second_jobs_are_removed(engine):
 
 
 @pytest.mark.parametrize(("minutes", "beats", "ended"), [(50, False, []), (70, False, [7]), (70, True, [])])
-def test_a_job_that_is_silent_for_an_hour_is_ended_to_start_again(engine, minutes, beats, ended):
+def test_a_job_that_is_silent_for_an_hour_is_ended_to_start_again(engine, monkeypatch, minutes, beats, ended):
     """Not one whose heartbeat comes while the launcher waits, whatever clocks say: one was set, or a machine slept."""
+    monkeypatch.setattr(run, "SECOND_LOOK_SECONDS", 0.01)
     folder, now = Layout(engine().layout.root).cell(A.name), time.time()
     storage.write_json(folder / "heartbeat.json", {"time": now - 60 * minutes, "step": 3})
     one = engine(of(7, RUNNING, since=now - 60 * minutes))
