@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import pickle
 import re
 import types
 import typing
@@ -66,11 +67,11 @@ class ModelConfig:
             object.__setattr__(self, "d_ff", shapes.ffn_width(self.d_model))
         allowed = 1 <= self.d_ff < 2**31
         _require(allowed, f"model.d_ff = {self.d_ff}: must be at least 1 and below 2^31, or None for 8 d_model / 3")
-        _require(
-            self.n_heads % self.n_kv_heads == 0,
-            f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = {self.n_kv_heads}: every key/value head "
-            f"serves the same number of query heads; use n_kv_heads from {divisors(self.n_heads)}",
-        )
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = {self.n_kv_heads}: every key/value "
+                f"head serves the same number of query heads; use n_kv_heads from {divisors(self.n_heads)}"
+            )
         largest = self.d_model * max(self.vocab_size, self.n_layers * max(self.n_heads * self.head_dim, self.d_ff))
         _require(
             largest < 2**50,
@@ -236,23 +237,23 @@ class TrainConfig:
         _require(self.continue_from != "", "continue_from = '': must be a run folder, or None to start from scratch")
         multiples = {"batch_tokens": self.batch_tokens, "evaluation.tokens": self.evaluation.tokens}
         for name, value in (multiples | {"data.skip_tokens": self.data.skip_tokens}).items():
-            _require(
-                value % self.context_length == 0,
-                f"{name} = {value} is not a multiple of context_length = {self.context_length}: "
-                f"use {_nearest_multiple(value, self.context_length)}",
-            )
+            if value % self.context_length:
+                raise ConfigError(
+                    f"{name} = {value} is not a multiple of context_length = {self.context_length}: "
+                    f"use {_nearest_multiple(value, self.context_length)}"
+                )
         steps, mesh = self.execution.accumulation_steps, self.execution.mesh
-        _require(
-            self.batch_size % (steps or 1) == 0,
-            f"execution.accumulation_steps = {steps} does not divide the {self.batch_size} sequences of a batch "
-            f"(batch_tokens / context_length): use one of {divisors(self.batch_size)}",
-        )
-        _require(
-            self.data.block_tokens % self.context_length == 0,
-            f"context_length = {self.context_length} does not divide data.block_tokens = {self.data.block_tokens}, the unit "
-            f"of the shuffle that every context length is cut from: use a block of "
-            f"{_nearest_multiple(self.data.block_tokens, self.context_length)}, the same in all runs that are compared",
-        )
+        if self.batch_size % (steps or 1):
+            raise ConfigError(
+                f"execution.accumulation_steps = {steps} does not divide the {self.batch_size} sequences of a batch "
+                f"(batch_tokens / context_length): use one of {divisors(self.batch_size)}"
+            )
+        if self.data.block_tokens % self.context_length:
+            raise ConfigError(
+                f"context_length = {self.context_length} does not divide data.block_tokens = {self.data.block_tokens}, the "
+                f"unit of the shuffle that every context length is cut from: use a block of "
+                f"{_nearest_multiple(self.data.block_tokens, self.context_length)}, the same in all runs that are compared"
+            )
         if mesh is not None:
             reason = mesh.unsupported_reason(self.model, self.context_length, self.micro_batch)
             _require(reason is None, f"execution.mesh {str(mesh)!r}: {reason}")
@@ -287,7 +288,8 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict of every field, JSON-serialisable; `from_dict` inverts it."""
         mesh = self.execution.mesh
-        values = dataclasses.asdict(self)
+        # dataclasses.asdict would copy each value, which are numbers and texts.
+        values = {name: dict(vars(value)) if name in _GROUPS else value for name, value in vars(self).items()}
         values["execution"]["mesh"] = None if mesh is None else str(mesh)
         return values
 
@@ -390,9 +392,15 @@ class TrainConfig:
         return values
 
 
+_GROUPS = frozenset(spec.name for spec in dataclasses.fields(TrainConfig) if spec.default_factory is not dataclasses.MISSING)
+
+
 def default_config() -> ml_collections.ConfigDict:
     """Every field with its default as a locked ConfigDict; fields that may be None are typed placeholders."""
-    return _config_dict_of(TrainConfig)
+    return pickle.loads(_pickled_default())
+
+
+_pickled_default = functools.cache(lambda: pickle.dumps(_config_dict_of(TrainConfig)))  # read in half of the time of making it
 
 
 def hash_identity(identity: Mapping[str, Any], length: int = 10) -> str:
@@ -436,27 +444,40 @@ def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "", whole: 
     Raises ConfigError: a key it lacks, naming the closest of any group; a value of another type; a number that is not finite.
     """
     whole, arguments = whole or cls, {}
+    known = _fields_of(cls, prefix, whole)
     for name, value in values.items():
-        path = f"{prefix}{name}"
-        allowed = field_types(whole).get(path)
-        if allowed is None:
-            raise ConfigError(unknown_key(path, whole))
-        if dataclasses.is_dataclass(allowed[0]):
+        if (spec := known.get(name)) is None:
+            raise ConfigError(unknown_key(f"{prefix}{name}", whole))
+        path, allowed, is_group, is_mesh = spec
+        kind = type(value)
+        if is_group:
             _require(isinstance(value, Mapping), f"{path} = {value!r}: must be a group of fields")
             value = from_mapping(allowed[0], value, f"{path}.", whole)
-        else:
-            _require(type(value) is not int or abs(value) < 10**24, f"{path} = {value!r:.40}: must be below 10^24")
-            if float in allowed and type(value) is int:
-                value = float(value)
-            _require(type(value) in allowed, wrong_type(path, value, whole))
-            _require(type(value) is not float or math.isfinite(value), f"{path} = {value}: must be a finite number")
-            if isinstance(value, str) and MeshShape in typing.get_args(_hints(cls)[name]):
-                try:
-                    value = MeshShape.parse(value)
-                except ValueError as error:
-                    raise ConfigError(f"{path}: {error}") from None
+        elif kind is int and abs(value) >= 10**24:
+            raise ConfigError(f"{path} = {value!r:.40}: must be below 10^24")
+        elif kind is int and float in allowed:
+            value = float(value)
+        elif kind not in allowed:
+            raise ConfigError(wrong_type(path, value, whole))
+        elif kind is float and not math.isfinite(value):
+            raise ConfigError(f"{path} = {value}: must be a finite number")
+        elif kind is str and is_mesh:
+            try:
+                value = MeshShape.parse(value)
+            except ValueError as error:
+                raise ConfigError(f"{path}: {error}") from None
         arguments[name] = value
     return cls(**arguments)
+
+
+@functools.cache
+def _fields_of(cls: type, prefix: str, whole: type) -> Mapping[str, tuple[str, tuple[type, ...], bool, bool]]:
+    """Of the fields of `cls`, by name: path in `whole`, types there, whether it is a group, whether it is a mesh."""
+    found = {}
+    for name in (spec.name for spec in dataclasses.fields(cls)):
+        kinds, hint = field_types(whole)[f"{prefix}{name}"], _hints(cls)[name]
+        found[name] = f"{prefix}{name}", kinds, dataclasses.is_dataclass(kinds[0]), MeshShape in typing.get_args(hint)
+    return found
 
 
 @functools.cache

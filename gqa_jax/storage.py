@@ -115,11 +115,17 @@ def _regular(path: os.PathLike | str, most: float) -> bytes | None:
     """Content of a local file; None when it is not there."""
     for last in (False, True):
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe without a writer would be a wait
-                found = os.fstat(file.fileno())
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would be a wait
+            try:
+                found = os.fstat(file)
                 if not stat.S_ISREG(found.st_mode) or found.st_size > most:
                     raise _unreadable(path, _TOO_LARGE.format(most) if stat.S_ISREG(found.st_mode) else "it is no file")
-                return file.read()
+                content = os.read(file, found.st_size)  # open() would ask the system twice as often, of thousands of files
+                while len(content) < found.st_size and (more := os.read(file, found.st_size - len(content))):
+                    content += more
+                return content
+            finally:
+                os.close(file)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -170,13 +176,18 @@ def read_json(path: os.PathLike | str) -> dict[str, Any] | None:
         raise _unreadable(path, str(error)) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{os.fspath(path)} holds no JSON object: move it away to make it again")
-    inside: list[Any] = [values]
-    for _ in range(DEEPEST):
-        within = (each.values() if isinstance(each, dict) else each for each in inside)
-        inside = [value for one in within for value in one if isinstance(value, dict | list)]
-    if inside:
+    if content.count(b"{") + content.count(b"[") > DEEPEST and _is_deeper(values, DEEPEST):
         raise _unreadable(path, f"nested deeper than {DEEPEST}")
     return values
+
+
+def _is_deeper(values: Any, depth: int) -> bool:
+    """Whether objects and lists lie within each other more than so many times."""
+    inside: list[Any] = [values]
+    for _ in range(depth):
+        within = (each.values() if isinstance(each, dict) else each for each in inside)
+        inside = [value for one in within for value in one if isinstance(value, (dict, list))]
+    return bool(inside)
 
 
 def make_folder(path: os.PathLike | str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import html
 import json
 import logging
@@ -167,6 +168,7 @@ def parser() -> argparse.ArgumentParser:
 def _fill_plan(command: argparse.ArgumentParser) -> None:
     options.add_grid(command, where=True)
     command.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    options.add_rows(command)
     command.add_argument("--flops_per_second", type=float, metavar="X", help="rate of the estimate (default: finished cells')")
     command.add_argument("--topology", metavar="NAME[,NAME...]", help="slices that are not here, as below: fits, hours, money")
     command.add_argument("--estimate", action="store_true", help="by arithmetic alone; else every step is compiled (kept)")
@@ -209,6 +211,7 @@ def _fill_run(command: argparse.ArgumentParser) -> None:
 
 def _fill_status(command: argparse.ArgumentParser) -> None:
     options.add_grid(command, where=True, on=options.LAST_RUN)
+    options.add_rows(command)
     command.add_argument("--json", action="store_true", help="rows as JSON")
     command.add_argument("--prices", metavar="ROW|FILE", help=options.WHOSE_PRICES)
 
@@ -377,13 +380,13 @@ def _bill(found: commands.Run) -> str:
     return f"each costs {found.rate.said()}{all_of}" + (f", without {counted(left, 'cell')} of no known time" if left else "")
 
 
-def _status(console: Console, *, json: bool, **asked: Any) -> int:
+def _status(console: Console, *, json: bool, rows: bool, **asked: Any) -> int:
     found = commands.status(_cells(asked), **asked)
     cells, now = found.cells, found.now
     if json:
         _print_json(found.rows(), allow_nan=True)
     else:
-        console.print(screen.table(now.cells, now.states, cells.name, found.prices))
+        console.print(screen.table(now.cells, now.states, cells.name, found.prices, rows))
         screen.print_failures(now.cells, now.states, cells.layout, found.engine, cells.about, console)
         screen.print_pass(now, console)
         screen.print_bill(now, found.rate, console)
@@ -541,4 +544,5 @@ def _print_lines(lines: Sequence[str], console: Console) -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000)  # of objects made: a large grid's all live, and to look for others took an eighth of the time
     sys.exit(main())

@@ -8,6 +8,7 @@ asked of the kind.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -94,8 +95,13 @@ class Layout:
         """The layout that knows where these cells lie."""
         return dataclasses.replace(self, places={c.name: c.place for c in cells if c.place != f"cells/{c.name}"})
 
-    def cell(self, name: str) -> epath.Path:
-        return self.root / self.places.get(name, f"cells/{name}")
+    @functools.cached_property
+    def _root(self) -> epath.Path | Path:
+        """The root; a local one as pathlib's, which is several times as fast."""
+        return self.root if storage.is_remote(self.root) else Path(self.root)
+
+    def cell(self, name: str) -> epath.Path | Path:
+        return self._root / self.places.get(name, f"cells/{name}")
 
     def names(self) -> list[str]:
         """Names of the cells whose folders may be there: those of cells/, and those that lie elsewhere."""

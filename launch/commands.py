@@ -89,6 +89,7 @@ def plan(
     efficiency: float | None = None,
     explain: str | None = None,
     workers: int | None = None,
+    rows: bool = False,
     progress: Progress = SILENT,
 ) -> Plan:
     """What every cell will cost: a row per cell; with a topology, one per cell and slice.
@@ -99,6 +100,7 @@ def plan(
       topology: names of slices, separated by commas: does each cell fit, hours, money.
       estimate: by arithmetic alone; else every step is compiled, by `workers` processes (default: one per CPU).
       prices: whose, as in `gqa_jax.hardware.prices.load`. efficiency: share of the roofline that is reached, at most 1.
+      rows: the table has a row per cell also of a large grid, which is else shown by size.
       explain: a cell: where its step's time goes on the slices, instead.
     """
     from launch import plan as planning
@@ -127,7 +129,7 @@ def plan(
     if fits:
         return planning.of_slices(frame, fits, price_list.load(prices), efficiency, title)
     source = "given" if flops_per_second else "reached by the finished cells"
-    return planning.of_cells(frame, rate, source, f"{title} in {cells.layout.root}")
+    return planning.of_cells(frame, rate, source, f"{title} in {cells.layout.root}", rows)
 
 
 def _warn(cells: Sequence[Cell]) -> None:

@@ -38,7 +38,10 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        return self.check.fits if self.check else self.chosen is not None and self.chosen.fits
+        if self.check is None:
+            return self.chosen is not None and self.chosen.fits
+        # Of a whole chip, which several cells may share, or of which JAX takes less here.
+        return self.check.fits and (self.check.bytes_used or 0) <= self.slice.chip.memory_bytes
 
 
 def estimate(cell: Cell, where: Slice) -> Fit:
@@ -76,7 +79,7 @@ def compile_checks(fits: Sequence[Fit], workers: int, on_change: Callable[[Fit, 
             for future in ready:
                 fit = waiting.pop(future)
                 fit.check = future.result()
-                if not fit.check.fits and len(fit.tried) + 1 < ATTEMPTS and (smaller := _smaller(fit)) is not None:
+                if not fit.fits and len(fit.tried) + 1 < ATTEMPTS and (smaller := _smaller(fit)) is not None:
                     fit.tried.append((fit.chosen.execution, fit.check))
                     fit.chosen, fit.check = smaller, None
                     if submit(fit):
@@ -107,7 +110,8 @@ def used(e: Estimate) -> float:
 def advice(fit: Fit) -> str:
     """What would fit, by arithmetic: other settings on this slice, else the smallest larger slice of its chips."""
     free = dataclasses.replace(fit.cell.config, execution=Execution(attention=fit.cell.config.execution.attention))
-    for where in (fit.slice, *hardware.larger(fit.slice)):
+    whole = hardware.SLICES.get(fit.slice.name, fit.slice)  # of which cells that share it, or JAX here, may have a part
+    for where in dict.fromkeys((fit.slice, whole, *hardware.larger(fit.slice))):
         for config in (fit.cell.config, free):
             if config == fit.cell.config and where == fit.slice:
                 continue
@@ -117,7 +121,7 @@ def advice(fit: Fit) -> str:
                 continue
             if best.fits:
                 settings = _differing(fit.cell.config.execution, best.execution) if config == free else ""
-                name = "" if where == fit.slice else where.name
+                name = "" if where == fit.slice else f"all of {where.name}" if where == whole else where.name
                 return " with ".join(filter(None, (name, settings)))
     return f"no listed slice of {fit.slice.chip.name}"
 

@@ -100,10 +100,16 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values) | found
 
 
-def _listed(name: str, values: Any, read: Callable[[str, Any], Any]) -> list:
+def _listed(name: str, values: Any, read: Callable[[Any], Any]) -> list:
     if isinstance(values, str | Mapping | ml_collections.ConfigDict) or not isinstance(values, Iterable):
         raise ConfigError(f"Grid: {name} = {_shown(values)}: must be a list")
-    return [read(f"Grid: {name}[{number}] = {_shown(value)}", value) for number, value in enumerate(values)]
+    found = []
+    for number, value in enumerate(values):
+        try:
+            found.append(read(value))
+        except ConfigError as error:
+            raise ConfigError(f"Grid: {name}[{number}] = {_shown(value)}: {error}") from None
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -111,23 +117,23 @@ def _shown(value: Any) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def _config(what: str, value: Any) -> ml_collections.ConfigDict | TrainConfig:
+def _config(value: Any) -> ml_collections.ConfigDict | TrainConfig:
     if not isinstance(value, ml_collections.ConfigDict | TrainConfig):
-        raise ConfigError(f"{what}: must be what gqa_jax.config.default_config() gives, with values of yours, or a TrainConfig")
+        raise ConfigError("must be what gqa_jax.config.default_config() gives, with values of yours, or a TrainConfig")
     return value
 
 
-def _context(what: str, value: Any) -> int:
+def _context(value: Any) -> int:
     with contextlib.suppress(ValueError):
         tokens = read_context(value) if isinstance(value, str) else value
         if isinstance(tokens, numbers.Integral) and not isinstance(tokens, bool) and 1 <= tokens <= LARGEST_CONTEXT:
             return int(tokens)
-    raise ConfigError(f"{what}: must be a whole number of tokens, 1 to {LARGEST_CONTEXT}, like 131072 or '128K'")
+    raise ConfigError(f"must be a whole number of tokens, 1 to {LARGEST_CONTEXT}, like 131072 or '128K'")
 
 
-def _loss(what: str, value: Any) -> float:
+def _loss(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise ConfigError(f"{what}: must be a finite number above 0, nats per token")
+        raise ConfigError("must be a finite number above 0, nats per token")
     return float(value)
 
 

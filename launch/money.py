@@ -39,7 +39,7 @@ class Rate:
         other = ""
         if self.on_demand is not None:
             other = f"; on demand ${self.rents.chips * self.on_demand.usd_per_hour:,.2f}"
-        return f"${self.usd_per_hour:,.2f} an hour ({self.rents.chips} {self.rents.chip}, {self.price.origin}{other})"
+        return f"${self.usd_per_hour:,.2f} an hour ({self.rents.chips:g} {self.rents.chip}, {self.price.origin}{other})"
 
 
 def rate(engine: Executor, whose: str | None = None) -> Rate | None:
@@ -84,7 +84,9 @@ def expected(cells: Sequence[Cell], engine: Executor, one: Rate) -> dict[str, fl
     for cell in training(cells):
         fit = fitting.estimate(cell, engine.slice)
         if fit.chosen is not None:
-            found[cell.name] = fitting.expected_seconds(fit) / 3600 * one.usd_per_hour
+            # Of a chip that cells share by the whole one: what they gain by it is not known before it is measured.
+            chips = max(one.rents.chips, engine.slice.n_chips)
+            found[cell.name] = fitting.expected_seconds(fit) / 3600 * chips * one.price.usd_per_hour
     return found
 
 

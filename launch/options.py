@@ -8,7 +8,7 @@ from gqa_jax import hardware
 from gqa_jax.formatting import read_context
 from launch import rules
 from launch.executors import base
-from launch.tables import FORMATS
+from launch.tables import FORMATS, ROWS
 
 # As the library has them, which takes a second to import: the help must not (tests/test_commands.py).
 UNITS = ("nats", "bits", "perplexity")
@@ -87,6 +87,11 @@ def add_aspect(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--heads", nargs="+", type=_heads, metavar="H", help="only these, like 8,1 4,1 llama3 (default: all that have a law)"
     )
+
+
+def add_rows(command: argparse.ArgumentParser) -> None:
+    """--rows, of what is shown of cells."""
+    command.add_argument("--rows", action="store_true", help=f"a row per cell; more than {ROWS} are else shown by size")
 
 
 def add_objective(command: argparse.ArgumentParser) -> None:

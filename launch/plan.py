@@ -14,13 +14,13 @@ import pandas as pd
 
 from gqa_jax import costs, hardware
 from gqa_jax.errors import ConfigError
-from gqa_jax.formatting import counted, duration, figure, short, si
+from gqa_jax.formatting import context, counted, duration, figure, short, si
 from gqa_jax.hardware import Price
 from gqa_jax.planning import planner
 from launch import fit, state
 from launch.cells import Cell
 from launch.fit import Fit
-from launch.tables import Column, Table
+from launch.tables import ROWS, Column, Table
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Plan:
     sentences: list[str]  # where times, memory and prices are from
 
 
-def of_cells(frame: pd.DataFrame, flops_per_second: float | None, source: str, title: str) -> Plan:
-    """The plan of `table`, whose rate is from this source."""
+def of_cells(frame: pd.DataFrame, flops_per_second: float | None, source: str, title: str, rows: bool = False) -> Plan:
+    """The plan of `table`, whose rate is from this source; a row per cell, of many per size unless `rows`."""
     said = "time: not known before a cell has finished here; --flops_per_second X estimates it"
     if flops_per_second:
         said = f"time: training FLOPs at {si(flops_per_second)}FLOP/s ({source}), one cell after another"
-    return Plan(frame, [screen(frame, title)], [said])
+    view = screen(frame, title) if rows or len(frame) <= ROWS else sizes_screen(frame, title)
+    return Plan(frame, [view], [said])
 
 
 def of_slices(
@@ -100,6 +101,46 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
     ]
     notes = ["L x d: layers x width; N: parameters without embeddings; FLOPs: of the training"]
     return Table.of(frame, columns, "plan", title, notes, elsewhere="--format csv")
+
+
+_NUMBERS = ("params_non_embedding", "train_bytes", "tokens", "train_flops", "seconds")
+
+
+def sizes_screen(frame: pd.DataFrame, title: str) -> Table:
+    """The plan by size and context, with totals. Narrow: sizes, cells, time and what is done stay."""
+    total = frame["seconds"].sum() if frame["seconds"].notna().all() else None
+    by = ["n_layers", "d_model", "context"]
+    least, most, sums = (frame.groupby(by, sort=False)[[*_NUMBERS]].agg(how) for how in ("min", "max", "sum"))
+    done = frame["state"].isin(state.FINAL).groupby([frame[name] for name in by], sort=False).sum()
+    sizes = frame.groupby(by, sort=False).agg(size=("size", "first"), cells=("cell", "count")).assign(done=done)
+    sizes = sizes.assign(
+        **{f"least_{name}": least[name] for name in _NUMBERS},
+        **{f"most_{name}": most[name] for name in _NUMBERS},
+        tokens=sums["tokens"],
+        train_flops=sums["train_flops"],
+        seconds=sums["seconds"] if total is not None else None,
+    ).reset_index()
+
+    def between(name: str, text: Callable[[float], str]) -> Callable[[Any], str]:
+        return lambda row: " to ".join(dict.fromkeys(text(getattr(row, f"{end}_{name}")) for end in ("least", "most")))
+
+    columns = [
+        Column("size", lambda row: row.size or "", "left", 0),
+        Column("L x d", lambda row: f"{row.n_layers} x {row.d_model}", "left", 2 if frame["size"].all() else 0),
+        Column("context", lambda row: context(row.context), rank=0),
+        Column("cells", lambda row: f"{row.cells:,}", rank=0, total=f"{len(frame):,}"),
+        Column("N", between("params_non_embedding", short), rank=3),
+        Column("tokens", lambda row: short(row.tokens), rank=5, total=short(frame["tokens"].sum())),
+        Column("FLOPs", lambda row: si(row.train_flops), rank=1, total=si(frame["train_flops"].sum())),
+        Column("memory", between("train_bytes", lambda n: f"{si(n)}B"), rank=4),
+        Column("time", lambda row: _known(row.seconds, duration), rank=0, total="" if total is None else duration(total)),
+        Column("done", lambda row: f"{row.done:,}" if row.done else "", rank=0),
+    ]
+    notes = [
+        "L x d: layers x width; N: parameters without embeddings, memory: of a cell; tokens, FLOPs, time: of all these cells",
+        "a row per cell: --rows",
+    ]
+    return Table.of(sizes, columns, "plan", title, notes, values=frame, elsewhere="--format csv")
 
 
 def on_slices(frame: pd.DataFrame, fits: Sequence[Fit], prices: Mapping[str, Price], efficiency: float | None) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from gqa_jax.formatting import counted, duration
+from gqa_jax.formatting import context, counted, duration, percent
 from gqa_jax.hardware import Price
 from gqa_jax.hardware.allocation import PLATFORMS
 from launch import state
@@ -27,17 +27,22 @@ from launch.fit import Fit
 from launch.money import Rate, billed, cost
 from launch.run import Pass
 from launch.state import CellState
+from launch.tables import ROWS
 
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "stalled": "red"}
 
 
-def table(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices: Mapping[str, Price]) -> Table:
-    """A row per cell; columns that nothing is known for are left out."""
+def table(
+    cells: Sequence[Cell], states: Sequence[CellState], title: str, prices: Mapping[str, Price], rows: bool = False
+) -> Table:
+    """A row per cell; of more than ROWS cells a row per size, unless `rows`. Columns that nothing is known for are left out."""
     counts = Counter(now.state for now in states)
     spent = money(states, prices)
-    title = f"{title}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+    title = f"{title}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items())
     title += "" if spent is None else f"; ${spent:,.2f} so far"
+    if len(cells) > ROWS and not rows:
+        return _by_size(cells, states, title, prices)
     rows = [_row(cell, now, prices) for cell, now in zip(cells, states, strict=True)]
     devices = {row["device"] for row in rows} - {""}
     if len(devices) == 1:  # said once
@@ -51,6 +56,42 @@ def table(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices
     for row in rows:
         view.add_row(*(row[name] for name in shown))
     return view
+
+
+def _by_size(cells: Sequence[Cell], states: Sequence[CellState], title: str, prices: Mapping[str, Price]) -> Table:
+    """A row per kind and size of cells, with how many are in each state."""
+    groups: dict[tuple, list[tuple[Cell, CellState]]] = defaultdict(list)
+    for cell, now in zip(cells, states, strict=True):
+        groups[cell.kind, cell.size].append((cell, now))
+    names = [name for name in state.STATES if any(now.state == name for now in states)]
+    spent = {key: money([now for _, now in members], prices) for key, members in groups.items()}
+    has_usd = any(usd is not None for usd in spent.values())
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    view.add_column("size", no_wrap=True)
+    for name in ("cells", *names, "trained", "ETA", *(["$"] if has_usd else [])):
+        view.add_column(name, justify="right", no_wrap=True)
+    for key, members in groups.items():
+        counts = Counter(now.state for _, now in members)
+        shares = [1.0 if now.state in state.FINAL else min(1.0, (now.step or 0) / cell.steps) for cell, now in members]
+        etas = [now.eta_seconds for _, now in members if now.state == "running" and now.eta_seconds is not None]
+        usd = spent[key]
+        view.add_row(
+            escape(_size_of(members[0][0])),
+            f"{len(members):,}",
+            *(f"[{COLORS.get(name, 'default')}]{counts[name]:,}[/]" if counts[name] else "" for name in names),
+            percent(sum(shares) / len(shares)) if any(shares) else "",
+            duration(max(etas)) if etas else "",
+            *([] if not has_usd else ["" if usd is None else f"{usd:,.2f}"]),
+        )
+    return view
+
+
+def _size_of(cell: Cell) -> str:
+    """The size of a cell in a few words, as its kind describes it."""
+    facts = cell.describe()
+    shape = f"{facts['n_layers']}x{facts['d_model']}" if {"n_layers", "d_model"} <= facts.keys() else ""
+    words = [facts.get("size") or shape or str(cell.size), context(facts["context"]) if "context" in facts else ""]
+    return " ".join(filter(None, [*words, "" if cell.kind == "training" else cell.kind]))
 
 
 _COLUMNS = ("cell", "state", "step", "tok/s", "ETA", "tries", "beat", "$", "loss", "device", "where")

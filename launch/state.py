@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from launch.executors.base import QUEUED, RUNNING, Job
 STALLED_SECONDS = 600.0  # without a heartbeat; a compilation may take minutes
 CLOCK_SECONDS = 60.0  # that clocks of two machines may differ
 RETRIED_CLASSES = ("killed", "disk_full", "preempted", "infrastructure")  # `run` starts these again; others would fail alike
+STATES = ("planned", "queued", "running", "stalled", "preempted", "lost", "failed", "diverged", "done")
 FINAL = ("done", "diverged")
 ACTIVE = ("queued", "running", "stalled")
 BAD = ("failed", "diverged", "stalled")
@@ -104,15 +106,17 @@ def of(cell: Cell | type[Cell], folder: epath.PathLike, now: float, job: Job | N
 
     Where only the kind of the cell is given, it is not checked that the folder is still of that cell.
     """
-    folder = epath.Path(folder) if storage.is_remote(folder) else Path(folder)  # the latter is several times as fast
-    names = set(storage.names(folder))
+    if not isinstance(folder, Path):
+        folder = epath.Path(folder) if storage.is_remote(folder) else Path(folder)  # the latter is several times as fast
+    place = os.fspath(folder)  # and texts are again
+    names = set(storage.names(place))
     beat = cell.progress(folder) if "heartbeat.json" in names else {}
     known: dict[str, Any] = {name: beat.get(name) for name in PROGRESS}
     known |= {"heartbeat_age": max(0.0, now - beat["time"]) if "time" in beat else None}
-    known |= {"attempts": run_folder.next_attempt(folder) if names & {"attempts", "metrics"} else 0}
+    known |= {"attempts": run_folder.next_attempt(place) if names & {"attempts", "metrics"} else 0}
     if job is not None:
         known |= {"job": job.id, "where": job.where}
-    known |= {"cancelled": records.read(folder / CANCELLED).get("time") if CANCELLED in names else None}
+    known |= {"cancelled": records.read(f"{place}/{CANCELLED}").get("time") if CANCELLED in names else None}
     if not isinstance(cell, type) and "config.json" in names:
         try:
             what, kind = cell.edited(folder), "edited"
@@ -152,8 +156,9 @@ def _at_rest(
     cell: Cell | type[Cell], folder: epath.Path, names: set[str], known: dict[str, Any], job: Job | None, now: float
 ) -> CellState:
     """State of a cell without a job that lives."""
-    tries = _in_vain(folder, names, now)
-    end, failed = (records.read(folder / name) if name in names else {} for name in ("exit.json", "host-failure.json"))
+    place = os.fspath(folder)
+    tries = _in_vain(place, names, now)
+    end, failed = (records.read(f"{place}/{name}") if name in names else {} for name in ("exit.json", "host-failure.json"))
     if "class" in failed and failed.get("time", 0.0) > max(end.get("time", 0.0), tries.begun):  # a host never trained
         end = failed
     failure, cause = end.get("class"), end.get("reason")
@@ -197,17 +202,17 @@ class _InVain(NamedTuple):
         return None
 
 
-def _in_vain(folder: epath.Path, names: set[str], now: float) -> _InVain:
+def _in_vain(folder: str, names: set[str], now: float) -> _InVain:
     """From attempts/, submissions/, failures/ and the newest checkpoint; what is dated by a clock ahead is not waited for."""
 
     def listed(name: str) -> list[str]:
-        return storage.names(folder / name) if name in names else []
+        return storage.names(f"{folder}/{name}") if name in names else []
 
-    tries = [records.read(folder / "attempts" / name) for name in listed("attempts")]
+    tries = [records.read(f"{folder}/attempts/{name}") for name in listed("attempts")]
     saved = [int(name) for name in listed("checkpoints") if name.isdecimal()] if tries else []
     after = itertools.takewhile(lambda each: each.get("first_step", 0) >= max(saved, default=0), reversed(tries))
     begun = max((each.get("time", 0.0) for each in tries), default=0.0)
-    times = (records.read(folder / "submissions" / name).get("time", 0.0) for name in reversed(listed("submissions")))
+    times = (records.read(f"{folder}/submissions/{name}").get("time", 0.0) for name in reversed(listed("submissions")))
     in_vain = len(list(after))
     saving = max((each.get("time", 0.0) for each in tries[: len(tries) - in_vain]), default=0.0)  # attempts that saved
     faults = [at for at in run_folder.failures(folder) if at > saving] if run_folder.FAILURES in names else []
@@ -224,7 +229,8 @@ def _backoff(times: Sequence[float], now: float) -> float:
 
 def _waits(cell: Cell | type[Cell], folder: epath.Path, now: float) -> tuple[str | None, bool]:
     """What a cell waits for, if its parent is not done, and whether in vain."""
-    if (parent := cell.waits_for(folder)) is None or (before := of(*parent, now)).state == "done":
+    is_first = not isinstance(cell, type) and cell.parent is None
+    if is_first or (parent := cell.waits_for(folder)) is None or (before := of(*parent, now)).state == "done":
         return None, False
     blocked = before.blocked or not before.runnable
     what = before.cause if before.blocked else before.state if before.state in ("failed", "diverged") else None

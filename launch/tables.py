@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMATS = ("table", "csv", "json", "markdown", "latex", "html")
+ROWS = 60  # cells above which a terminal shows a grid by size: a row each would not be read
 GAP = 2  # blanks between columns of a terminal
 NARROWEST_TEXT = 24  # of a column whose cells may wrap
 

@@ -112,7 +112,7 @@ class TrainingCell:
         return [python, "-m", "gqa_jax.train", f"--config={config}", f"--workdir={os.fspath(folder)}", *self.settings]
 
     def edited(self, folder: os.PathLike) -> str | None:
-        path = folder / "config.json"
+        path = os.path.join(folder, "config.json")
         try:
             values = storage.read_json(path)
             if values is None:
@@ -141,11 +141,11 @@ class TrainingCell:
 
     @staticmethod
     def progress(folder: os.PathLike) -> dict[str, Any]:
-        return records.read(folder / "heartbeat.json")
+        return records.read(os.path.join(folder, "heartbeat.json"))
 
     @staticmethod
     def finished(folder: os.PathLike) -> dict[str, Any] | None:
-        result = run_folder.find_result(folder / "result.json")
+        result = run_folder.find_result(os.path.join(folder, "result.json"))
         if result is not None and result["status"] == "diverged":
             return result | {"cause": f"not finite at step {result['step']}"}
         return result
@@ -153,7 +153,7 @@ class TrainingCell:
 
 def _parent(folder: os.PathLike) -> epath.Path | None:
     """Folder of the cell that the one in this folder continues, of the same grid."""
-    source = records.read(epath.Path(folder) / "config.json").get("continue_from")
+    source = records.read(os.path.join(folder, "config.json")).get("continue_from")
     if source is None or not source.startswith("../"):  # what is outside of the grid was done when the cell was made
         return None
     try:
@@ -258,6 +258,7 @@ def make(
     for number, values in enumerate(configs):
         with _blame(name, number):
             waiting[number] = values if isinstance(values, TrainConfig) else TrainConfig.from_dict(values.to_dict())
+    has_phases = any(map(_is_inside, waiting.values()))
     while waiting:
         ready = [number for number, config in waiting.items() if config.continue_from in parents or not _is_inside(config)]
         for number in ready or list(waiting):
@@ -278,7 +279,8 @@ def make(
                     source = of_folder(ruled.continue_from, f"continue_from = {ruled.continue_from!r}")
                 cell = _cell(ruled, opened(ruled.data.store), source, parent)
             found.append(cell)
-            parents[reference(config)] = parents[f"../{cell.name}"] = cell
+            if has_phases:
+                parents[reference(config)] = parents[f"../{cell.name}"] = cell
     return found
 
 

@@ -19,7 +19,7 @@ from tests import grid_fakes
 
 OF_A_GRID = {"grid", "root", "rules"}
 OF_A_SOURCE = {*OF_A_GRID, "allow_confounded", "preset", "columns", "units", "context_trained", "heads_rule"}
-SHOWN = {"plan": {"format", "out"}, "run": {"json"}, "status": {"json"}, "fit": {"format"}, "optimum": {"format"}}
+SHOWN = {"plan": {"format", "out"}, "run": {"json"}, "status": {"json", "rows"}, "fit": {"format"}, "optimum": {"format"}}
 SOURCES = ("export", "fit", "optimum", "next", "report")
 
 

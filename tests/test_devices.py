@@ -64,7 +64,10 @@ def test_devices_are_compared_with_what_was_given(text, there, local, fits):
     assert run_folder.blamed(caught.value) is not None
 
 
-@pytest.mark.parametrize("text", ["gpus", "gpu,chip=h101", "gpu,devices=0", "gpu,devices=x", "gpu,count=8", "gpu:8"])
+@pytest.mark.parametrize(
+    "text",
+    ["gpus", "gpu,chip=h101", "gpu,devices=0", "gpu,shared_by=0", "gpu,devices=²", "gpu,devices=x", "gpu,count=8", "gpu:8"],
+)
 def test_a_text_that_cannot_be_read_says_what_can(text):
     with pytest.raises(
         ConfigError, match=rf"^{allocation.VARIABLE}={text}: (must be cpu, gpu, tpu|chip=h101: did you mean 'h100')"
@@ -77,6 +80,8 @@ def test_devices_in_words():
     assert Allocation.of_slices(hardware.find("h100:1")).said() == "1 GPU (h100)"
     assert Allocation.of_slices(hardware.find("v5p:2x2x4")).said() == "16 TPUs (v5p)"
     assert Allocation("cpu").said() == "CPUs"
+    assert Allocation("gpu", None, 1, 1, 4).said() == "1 GPU, which 4 runs share"
+    assert Allocation.read("gpu,devices=1,per_process=1,shared_by=4") == Allocation("gpu", None, 1, 1, 4)
     assert allocation.found(V5E, 4) == "16 TPUs (TPU v5 lite), 4 of them in this process"
     assert allocation.found([*CPU, *H100], 9) == "1 CPU and 8 GPUs (NVIDIA H100 80GB HBM3)"
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from gqa_jax.config import ConfigError, Execution, TrainConfig, hash_identity
-from launch import grid, grid_cells
+from launch import grid, grid_cells, grid_file
 from launch.training_cells import said
 from tests import grid_fakes
 
@@ -275,3 +275,9 @@ def test_the_long_context_grid_is_appendix_j():
     ]  # fmt: skip
     assert [row["tokens"] for row in rows] == pytest.approx([20e9, 20e9, 1e9, 1e9], rel=1e-3)
     assert [row["continue_from"] for row in rows] == [None, None, rows[0]["cell"], rows[1]["cell"]]
+
+
+def test_what_is_right_is_not_put_in_words(monkeypatch):
+    """Of a large grid that took most of a command's time."""
+    monkeypatch.setattr(grid_file, "_shown", lambda value: pytest.fail(f"{type(value)} is shown"))
+    assert len(grid_fakes.small_grid().configs) == 6

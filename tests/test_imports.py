@@ -302,7 +302,7 @@ TABLE = (
     Row(
         "launch.screen",
         ".formatting .hardware .hardware.allocation launch.cells launch.executors.base launch.state launch.run launch.fit "
-        "launch.money launch.commands",
+        "launch.money launch.tables launch.commands",
     ),
     Row(
         "launch.options",

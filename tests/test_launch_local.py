@@ -17,7 +17,7 @@ from launch import commands, grid, run, state
 from launch import watch as watching
 from launch.cells import Layout
 from launch.executors import local
-from launch.executors.base import SubmitError
+from launch.executors.base import Rents, SubmitError
 from launch.training_cells import TrainingCell
 from tests import executor_contract, grid_fakes
 from tests.executor_contract import Contract, Engine, behave
@@ -248,6 +248,55 @@ def test_the_slice_of_a_gpu_machine_is_found_by_its_name(tmp_path, monkeypatch):
     assert local.gpu_slice(1) is None
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert local.Executor(local.Options(), Layout(tmp_path)).slice is None
+
+
+def shared(tmp_path, monkeypatch, **options):
+    """The engine on a machine of two A100, each shared by four cells."""
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", *hardware.FRACTION_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(local, "_gpu_names", lambda: ["NVIDIA A100-SXM4-40GB"] * 2)
+    return local.Executor(local.Options(cells_per_gpu=4, **options), Layout(tmp_path))
+
+
+def test_small_cells_share_a_gpu(tmp_path, monkeypatch):
+    """Its time and the memory that JAX takes: both are told, training by its environment, the planner by the slice."""
+    one = shared(tmp_path, monkeypatch)
+    assert one.capacity == 8
+    assert [slot.name for slot in one.slots[:3]] == ["GPU 0, 1 of 4", "GPU 1, 1 of 4", "GPU 0, 2 of 4"]
+    for slot in one.slots:
+        (environment,) = slot.environments
+        assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.1875"
+        assert environment["GQA_JAX_DEVICES"] == "gpu,devices=1,per_process=1,shared_by=4"
+    assert [slot.environments[0]["CUDA_VISIBLE_DEVICES"] for slot in one.slots] == ["0", "1"] * 4
+    memory = hardware.on_this_machine(hardware.chip_of("NVIDIA A100-SXM4-40GB"), one.slots[0].environments[0]).memory_bytes
+    assert (one.slice.name, one.slice.n_chips) == ("a100:1", 1)
+    assert one.slice.chip.memory_bytes == pytest.approx(memory) == pytest.approx(0.75 * 40e9 / 4)
+    assert one.rents == Rents("a100", 0.25)
+    with pytest.raises(ConfigError, match=r"has 8 places on 2 GPUs \(cells_per_gpu = 4\), use 1 to 8"):
+        _ = one.with_slots(9).slots
+
+
+@pytest.mark.parametrize("name", hardware.FRACTION_VARIABLES)
+def test_what_a_person_gives_jax_of_a_gpu_is_shared_out(tmp_path, monkeypatch, name):
+    one = shared(tmp_path, monkeypatch, environment={name: "0.9"}, topology="a100:1")
+    told = one._environment | one.slots[0].environments[0]
+    assert hardware.memory_fraction(told) == pytest.approx(0.225)
+    assert one.slice.chip.memory_bytes == pytest.approx(0.9 * 80e9 / 4)
+
+
+def test_cells_that_share_a_gpu_have_one_process_and_one_gpu():
+    for others in ({"gpus_per_cell": 2}, {"processes": 2}):
+        with pytest.raises(ConfigError, match="cells that share a GPU have one process each and no other GPU"):
+            local.Options(cells_per_gpu=2, **others)
+    with pytest.raises(ConfigError, match="cells_per_gpu = 0: must be at least 1"):
+        local.Options(cells_per_gpu=0)
+
+
+def test_where_there_are_no_gpus_none_is_shared(tmp_path, monkeypatch):
+    one = local.Executor(local.Options(cells_per_gpu=4), Layout(tmp_path))
+    assert one.capacity == len(os.sched_getaffinity(0))
+    assert not {*hardware.FRACTION_VARIABLES} & one.slots[0].environments[0].keys()
+    assert (one.slice, one.rents) == (None, None)
 
 
 def test_two_launchers_on_one_grid(tmp_path):

@@ -18,7 +18,7 @@ from gqa_jax import gcs, hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.training.metrics import write_json
 from launch import __main__ as launch
-from launch import grid, grid_cells, reach
+from launch import commands, grid, grid_cells, plan, reach, screen
 from launch import run as run_passes
 from launch.cells import Layout
 from launch.executors import bundle, local, sky
@@ -61,6 +61,38 @@ def test_plan_on_screen_and_filtered(small, capsys):
     out = capsys.readouterr().out
     assert "3 cells" in out
     assert "not known before a cell has finished" in out
+
+
+def test_a_large_grid_is_shown_by_size(small, capsys, monkeypatch):
+    """By plan and status alike; rows are there on demand, and in what is read by machines."""
+    _, layout, cells = small
+    for module in (plan, screen):
+        monkeypatch.setattr(module, "ROWS", 5)
+    for cell in cells[:3]:
+        grid_fakes.finish(cell, layout)
+    grid_fakes.finish(cells[3], layout, "diverged")
+    assert run("status", small) == launch.EXIT_FAILED
+    said = capsys.readouterr().out
+    assert re.search(r"^ *size +cells +planned +diverged +done +trained +ETA *$", said, re.MULTILINE)
+    rows = [line.split() for line in said.splitlines() if re.match(r" *\d\dd ", line)]
+    assert rows == [["16d", "32", "2", "2", "100%"], ["32d", "32", "2", "1", "1", "100%"], ["64d", "32", "2", "2"]]
+    assert cells[0].name not in said
+    assert run("status", small, "--rows") == launch.EXIT_FAILED
+    assert all(cell.name in capsys.readouterr().out for cell in cells[:1])
+    assert run("status", small, "--where", "d_model=16") == launch.EXIT_DONE  # few enough
+    assert cells[0].name in capsys.readouterr().out
+    assert run("plan", small, "--flops_per_second", "1e9") == launch.EXIT_DONE
+    said = capsys.readouterr().out
+    assert "a row per cell: --rows" in said
+    assert cells[0].name not in said
+    lines = {line.split()[0]: line.split() for line in said.splitlines() if re.match(r"\d\dd ", line)}
+    assert list(lines) == ["16d", "32d", "64d"]
+    assert [line[1:6] for line in lines.values()] == [["2", "x", d, "32", "2"] for d in ("16", "32", "64")]
+    assert [line[-1] for line in lines.values()][:2] == ["2", "2"]  # done
+    frame = commands.plan(small[0], flops_per_second=1e9).frame
+    assert len(frame) == len(cells)
+    assert run("plan", small, "--rows") == launch.EXIT_DONE
+    assert cells[0].name in capsys.readouterr().out
 
 
 def test_status_exit_codes_and_json(small, capsys):

@@ -70,6 +70,18 @@ def compiler(monkeypatch):
     return Compilers, asked
 
 
+def test_what_is_compiled_must_fit_the_part_of_a_chip_that_a_cell_has():
+    """A GPU that several cells share, or of which JAX takes less here: compilers know the whole chip alone."""
+    whole = hardware.find("h100:1")
+    cell = grid.cells(grid.load(PAPER))[0]
+    check = CompileCheck("h100:1", True, whole.chip.memory_bytes, 10, 10, 10, int(0.5 * whole.chip.memory_bytes))
+    for share, fits in ((1, True), (2, False)):
+        part = dataclasses.replace(whole.chip, memory_bytes=whole.chip.memory_bytes / share)
+        one = fit.estimate(cell, dataclasses.replace(whole, chip=part))
+        one.check = check
+        assert one.fits == fits
+
+
 def test_a_row_per_cell_and_slice_with_the_promised_columns(capsys):
     rows = table(capsys, "--topology", "v5e:4x4,h200:8", "--estimate", "--where", ONE)
     assert {*ADDED.split(","), "cell", "size", "n_heads", "train_flops"} <= set(rows[0])

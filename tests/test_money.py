@@ -63,6 +63,17 @@ def test_cells_are_expected_to_cost_their_hours(tmp_path):
     assert money.expected(CELLS, made(tmp_path, engine="slurm", topology="h200:8", nodes=2), rate) == {}
 
 
+def test_cells_that_share_a_gpu_pay_for_their_part_of_it(tmp_path, monkeypatch):
+    """While they hold it; that they are faster for it is not taken for granted."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    alone, shared = (made(tmp_path, engine="local", topology="h100:1", cells_per_gpu=n) for n in (1, 4))
+    rates = money.rate(alone), money.rate(shared)
+    assert rates[1].usd_per_hour == pytest.approx(rates[0].usd_per_hour / 4)
+    assert f"${rates[1].usd_per_hour:,.2f} an hour (0.25 h100, " in rates[1].said()
+    assert money.expected(CELLS, shared, rates[1]) == money.expected(CELLS, alone, rates[0]) != {}
+
+
 @pytest.fixture
 def budget(tmp_path):
     """Of cells of $2 and two hours each."""

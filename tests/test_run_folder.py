@@ -72,6 +72,7 @@ def test_numbers_of_attempts(files, expected, tmp_path):
 def test_device_time():
     assert DeviceTime(before=7.0).seconds() == 7.0
     assert 42.0 <= DeviceTime("cpu", 4, time.monotonic() - 10, 2.0).seconds() < 44.0
+    assert 12.0 <= DeviceTime("H200", 4, time.monotonic() - 10, 2.0, shared_by=4).seconds() < 13.0
 
 
 def test_device_seconds_of_a_run(tmp_path):

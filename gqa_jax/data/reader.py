@@ -59,13 +59,13 @@ class Batches:
         """
         _check_multiple("data.block_tokens", block_tokens, context_length)
         _check_multiple("data.skip_tokens", skip_tokens, context_length, least=0)
-        tokens = store.tokens(split)
-        self.n_blocks = (len(tokens) - 1) // block_tokens  # the last target needs the token after its block
+        n_tokens = store.n_tokens(split)
+        self.n_blocks = (n_tokens - 1) // block_tokens  # the last target needs the token after its block
         if self.n_blocks == 0:
-            fitting = (len(tokens) - 1) // context_length * context_length
+            fitting = (n_tokens - 1) // context_length * context_length
             fix = f"use data.block_tokens <= {fitting}" if fitting else "use a shorter context_length or prepare more text"
             raise ReaderError(
-                f"the {split} split of {store.path} has {len(tokens):,} tokens, less than one block of "
+                f"the {split} split of {store.path} has {n_tokens:,} tokens, less than one block of "
                 f"data.block_tokens + 1 = {block_tokens + 1:,}: {fix}"
             )
         self.context_length = context_length
@@ -78,8 +78,12 @@ class Batches:
         self._windows_per_epoch = self.n_blocks * (block_tokens // context_length)
         self._eos = store.eos_id if document_mask else None
         self._rows: np.ndarray | None = None  # None: all; a grid is checked whose batches no machine holds
-        # Row s is tokens s ... s + T: indexing it with starts copies whole windows, without an index for every token.
-        self._windows = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
+        self._store, self._split = store, split
+
+    @functools.cached_property
+    def _windows(self) -> np.ndarray:
+        """Row s is tokens s ... s + T: indexing it with starts copies whole windows, without an index for every token."""
+        return np.lib.stride_tricks.sliding_window_view(self._store.tokens(self._split), self.context_length + 1)
 
     def for_rows(self, rows: Sequence[int]) -> Batches:
         """The same batches with rows `rows` only, in that order: those of a process, which may share some with another.
@@ -188,15 +192,15 @@ class EvalBatches:
         _check_multiple("evaluation.tokens", tokens, context_length)
         if windows == "spread":
             _check_multiple("data.block_tokens", block_tokens, context_length)
-        stored = store.tokens(split)
-        if len(stored) <= tokens:
-            fitting = (len(stored) - 1) // context_length * context_length
+        n_tokens = store.n_tokens(split)
+        if n_tokens <= tokens:
+            fitting = (n_tokens - 1) // context_length * context_length
             fix = f"use evaluation.tokens <= {fitting}" if fitting > 0 else "use a shorter context_length"
             if prepared:
                 fix += ", or prepare the store with a smaller --holdout_every"
             raise ReaderError(
                 f"evaluation.tokens = {tokens:,} needs {tokens + 1:,} held-out tokens; the {split} split of {store.path} has "
-                f"{len(stored):,}: {fix}"
+                f"{n_tokens:,}: {fix}"
             )
         self.tokens = tokens
         self.context_length = context_length
@@ -204,15 +208,19 @@ class EvalBatches:
         #: Targets that lie side by side.
         self.unit = tokens if windows == "first" else math.gcd(tokens, block_tokens)
         #: int64 (tokens / unit,): token of the split that each unit's inputs begin with.
-        self.starts = _starts(tokens // self.unit, self.unit, 0 if windows == "first" else len(stored) - 1 - tokens)
+        self.starts = _starts(tokens // self.unit, self.unit, 0 if windows == "first" else n_tokens - 1 - tokens)
         #: All tokens and documents of the split, evaluated or not.
-        self.heldout_tokens, self.heldout_documents = len(stored), store.header["splits"][split]["documents"]
+        self.heldout_tokens, self.heldout_documents = n_tokens, store.header["splits"][split]["documents"]
         #: Rule by which documents were held out.
         self.holdout = store.holdout_rule
         self._store, self._split = store, split
         self._vocab_size, self._source = store.vocab_size, f"{split} split of {store.path}"
         self._eos = store.eos_id if document_mask else None
-        self._windows = np.lib.stride_tricks.sliding_window_view(stored, context_length + 1)
+
+    @functools.cached_property
+    def _windows(self) -> np.ndarray:
+        """As in `Batches`."""
+        return np.lib.stride_tricks.sliding_window_view(self._store.tokens(self._split), self.context_length + 1)
 
     @functools.cached_property
     def document_index(self) -> np.ndarray:

@@ -97,6 +97,11 @@ class TokenStore:
         """What the ids stand for: name, sha256 and eos_id of the tokenizer."""
         return self.header["tokenizer"] | {"eos_id": self.eos_id}
 
+    def n_tokens(self, split: str) -> int:
+        """Ids of a split, as its file was found to have when the store was opened."""
+        self._file(split, "bin")
+        return self.header["splits"][split]["tokens"]
+
     def tokens(self, split: str) -> np.memmap:
         """Ids of a split, (tokens,) uint16 or uint32, memory-mapped and read-only."""
         return np.memmap(self._file(split, "bin"), dtype=np.dtype(self.header["dtype"]).newbyteorder("<"), mode="r")

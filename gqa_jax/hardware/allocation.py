@@ -29,16 +29,17 @@ class Device(Protocol):
 class Allocation:
     """Devices of a run, as far as they are known.
 
-    As text: "gpu,chip=h100,devices=16,per_process=8"; what is None is left out.
+    As text: "gpu,chip=h100,devices=16,per_process=8"; what is None is left out, and of devices that are its own `shared_by`.
     """
 
     platform: str  # of PLATFORMS
     chip: str | None = None  # a row of CHIPS
     devices: int | None = None  # of all processes, as JAX counts them
     per_process: int | None = None
+    shared_by: int = 1  # runs that share each device, this one among them
 
     def __str__(self) -> str:
-        fields = dataclasses.asdict(self)
+        fields = dataclasses.asdict(self) | ({"shared_by": None} if self.shared_by == 1 else {})
         return ",".join([fields.pop("platform"), *(f"{key}={value}" for key, value in fields.items() if value is not None)])
 
     @classmethod
@@ -46,12 +47,12 @@ class Allocation:
         """Of its text. Raises ConfigError for another."""
         platform, *rest = text.split(",")
         fields = dict(field.partition("=")[::2] for field in rest)
-        counts = {name: fields[name] for name in ("devices", "per_process") if name in fields}
+        counts = {name: fields[name] for name in ("devices", "per_process", "shared_by") if name in fields}
         wrong = platform not in PLATFORMS or fields.keys() - counts.keys() - {"chip"}
-        if wrong or not all(count.isdecimal() and int(count) for count in counts.values()):
+        if wrong or not all(count.isascii() and count.isdecimal() and int(count) for count in counts.values()):
             raise ConfigError(
-                f"{VARIABLE}={text}: must be {', '.join(PLATFORMS)}, and after it what is known of chip=NAME, devices=N and "
-                'per_process=N, as "gpu,chip=h100,devices=8"; empty: nothing is compared'
+                f"{VARIABLE}={text}: must be {', '.join(PLATFORMS)}, and after it what is known of chip=NAME, devices=N, "
+                'per_process=N and shared_by=N, as "gpu,chip=h100,devices=8"; empty: nothing is compared'
             )
         if fields.get("chip", "h100") not in CHIPS:
             raise ConfigError(f"{VARIABLE}={text}: chip={fields['chip']}: {closest(fields['chip'], CHIPS)}")
@@ -78,6 +79,7 @@ class Allocation:
         word = PLATFORMS[self.platform]
         text = f"{word}s" if self.devices is None else f"{self.devices} {word}{'s' * (self.devices > 1)}"
         text += "" if self.chip is None else f" ({self.chip})"
+        text += "" if self.shared_by == 1 else f", which {self.shared_by} runs share"
         return text if self.per_process in (None, self.devices) else f"{text}, {self.per_process} of each process"
 
 

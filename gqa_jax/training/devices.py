@@ -27,8 +27,8 @@ def start() -> None:
 
 def require(
     devices: Sequence[Device], local: int, environment: Mapping[str, str], platforms: str, said: Mapping[str, str]
-) -> None:
-    """Raises WrongDevices unless `devices` are those that $GQA_JAX_DEVICES names.
+) -> Allocation | None:
+    """What $GQA_JAX_DEVICES says that the run was given. Raises WrongDevices unless `devices` are that.
 
     Without it, as by hand, unless they are on a CPU that `platforms` names only in case an accelerator is not there.
 
@@ -40,7 +40,7 @@ def require(
     if text := environment.get(allocation.VARIABLE, "").strip():
         wanted = Allocation.read(text)
         if wanted.is_of(devices, local):
-            return
+            return wanted
         platform = wanted.platform
         sentence = f"this run was given {wanted.said()}, and jax has {has}"
         if all(platform_of(each.platform) == platform for each in devices):
@@ -52,7 +52,7 @@ def require(
         first = platforms.split(",")[0]
         platform = platform_of(first)
         if platform not in ("gpu", "tpu") or any(platform_of(each.platform) != "cpu" for each in devices):
-            return
+            return None
         sentence = f"JAX_PLATFORMS={platforms} names {first} first, and jax has {has}"
         fix = "; to train on the CPU: JAX_PLATFORMS=cpu"
     words = [f"{name}: {words}" for name, words in said.items() if platform_of(name) == platform and words]
@@ -60,10 +60,10 @@ def require(
     raise WrongDevices(f"{sentence}: {why}{fix}")
 
 
-def require_here() -> None:
+def require_here() -> Allocation | None:
     """`require`, of this process and its environment."""
     arguments = os.environ, jax.config.jax_platforms or "", getattr(xla_bridge, "_backend_errors", {})
-    require(jax.devices(), jax.local_device_count(), *arguments)
+    return require(jax.devices(), jax.local_device_count(), *arguments)
 
 
 def _first_platform() -> str:

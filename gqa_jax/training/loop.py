@@ -134,7 +134,7 @@ def _attempt(
 ) -> dict[str, Any]:
     """What `train_and_evaluate` does in a folder that it holds; `before`: device-seconds of the attempts before."""
     with distributed.agree("devices"):
-        devices.require_here()
+        given = devices.require_here()
     config = planner.resolve(config, jax.devices()[0].device_kind, len(jax.devices()), jax.process_count())
     mesh = sharding.make_mesh(config.execution.mesh)
     program.attention_of(config)  # one that can't run fails here, before anything is opened
@@ -146,8 +146,10 @@ def _attempt(
     if (result := distributed.from_primary("result.json", lambda: setup.finished(workdir, config, identity))) is not None:
         log.info("result.json is there: nothing to do")
         return result
-    device_time = DeviceTime(mesh.devices.flat[0].device_kind, mesh.size, started, before)
+    shared_by = given.shared_by if given else 1
+    device_time = DeviceTime(mesh.devices.flat[0].device_kind, mesh.size, started, before, shared_by)
     environment = run_folder.environment(config, device_time.device, mesh.size, jax.process_count())
+    environment |= {"shared_by": shared_by} if shared_by > 1 else {}  # its rates are of a part of the devices
     with (
         Metrics(workdir, attempt, config, device_time) if distributed.is_primary() else NoMetrics() as metrics,
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,

@@ -120,7 +120,7 @@ RECORDS: Mapping[str, Fields] = {
         "eval_documents": count, "heldout_documents": count, "heldout": text, "rules": text, "data_fingerprint": text,
         "tokens_per_second": amount, "seconds_train": amount, "device_seconds": amount, "attempts": count,
         "start": group({"kind": text, "folder": text, "identity": text, "differs": several(text)}),
-        "versions": texts,
+        "versions": texts, "shared_by": count,
     } | _HELD,
     "grid.json": {
         "name": word, "cells": several(name), "old_cells": several(name), "contexts_served": several(count),

@@ -113,10 +113,11 @@ class DeviceTime:
     n_devices: int | None = None
     started: float = 0.0  # of this attempt, by time.monotonic
     before: float = 0.0  # device-seconds of the attempts before
+    shared_by: int = 1  # runs that share each device
 
     def seconds(self) -> float:
-        """Device-seconds of the run until now."""
-        return self.before + (self.n_devices or 0) * (time.monotonic() - self.started)
+        """Device-seconds of the run until now; of a device that several share, its part."""
+        return self.before + (self.n_devices or 0) / self.shared_by * (time.monotonic() - self.started)
 
 
 @contextlib.contextmanager
@@ -225,9 +226,9 @@ def _with_rules(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {group: fields | identity[group] for group, fields in OLD_RULES.items()}
 
 
-def next_attempt(workdir: epath.Path) -> int:
+def next_attempt(workdir: os.PathLike | str) -> int:
     """Number of the attempt that starts now, 0 for the first: above every one that left metrics or a record."""
-    files = storage.names(workdir / "metrics"), storage.names(workdir / "attempts")
+    files = (storage.names(os.path.join(workdir, folder)) for folder in ("metrics", "attempts"))
     patterns = r"attempt-(\d{1,9})(?:-\d+)?\.jsonl", r"(\d{1,9})\.json"
     found = [re.fullmatch(pattern, name) for pattern, names in zip(patterns, files, strict=True) for name in names]
     return max((int(match[1]) for match in found if match), default=-1) + 1

@@ -84,7 +84,7 @@ class Rents(NamedTuple):
     """What an engine has for a cell while it runs, as a bill has it."""
 
     chip: str  # its name (`gqa_jax.hardware`)
-    chips: int
+    chips: float  # less than one: a share of it
     spot: bool = False
     region: str | None = None  # as price lists call it
 

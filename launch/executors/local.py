@@ -32,7 +32,7 @@ from gqa_jax.hardware.allocation import Allocation
 from gqa_jax.training import records, run_folder
 from launch.cells import REPOSITORY, Cell, Layout
 from launch.executors import base
-from launch.executors.base import RUNNING, Job, Look, Submission, SubmitError
+from launch.executors.base import RUNNING, Job, Look, Rents, Submission, SubmitError
 
 GRACE_SECONDS = 20.0  # for a cell to save: it is told by SIGTERM
 RANK_SECONDS = 5.0  # that the other processes of a cell have to end after one has failed
@@ -43,12 +43,22 @@ POLL_SECONDS = 0.1
 class Options(base.Options):
     """Of [local.toml]; `topology` is what one cell sees, found out where it is not given."""
 
-    least: ClassVar = {"gpus_per_cell": 1, "processes": 1, "heartbeat_seconds": 1}
+    least: ClassVar = {"gpus_per_cell": 1, "cells_per_gpu": 1, "processes": 1, "heartbeat_seconds": 1}
 
     slots: int | None = None  # cells at a time; None: as many as the GPUs, or CPUs, allow
     gpus_per_cell: int = 1  # where there are GPUs
+    cells_per_gpu: int = 1  # that share each, of small cells: its time, and the memory that JAX takes
     processes: int = 1  # of a cell, as on a pod of so many hosts
     heartbeat_seconds: int = 30  # after which processes of a cell miss another one
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cells_per_gpu > 1 and max(self.gpus_per_cell, self.processes) > 1:
+            raise ConfigError(
+                f"cells_per_gpu = {self.cells_per_gpu}, gpus_per_cell = {self.gpus_per_cell}, processes = {self.processes}: "
+                "cells that share a GPU have one process each and no other GPU: set gpus_per_cell = 1 and processes = 1, or "
+                "cells_per_gpu = 1"
+            )
 
 
 class Slot(NamedTuple):
@@ -84,7 +94,7 @@ class Executor(base.Executor):
     def slots(self) -> list[Slot]:
         """The places of this machine. Raises ConfigError when it does not have those that the options ask for."""
         options = self.options
-        return slots(options.slots, options.gpus_per_cell, options.processes, os.environ | options.environment)
+        return slots(options.slots, options.gpus_per_cell, options.processes, self._environment, options.cells_per_gpu)
 
     @property
     def capacity(self) -> int:
@@ -92,7 +102,26 @@ class Executor(base.Executor):
 
     @property
     def slice(self) -> Slice | None:
-        return self.options.slice or (gpu_slice(self.options.gpus_per_cell) if self._has_gpus else None)
+        """What a cell has, with the memory that JAX takes of it here."""
+        if not self._has_gpus:
+            return self.options.slice
+        found = self.options.slice
+        if found is not None:
+            found = dataclasses.replace(found, chip=hardware.on_this_machine(found.chip, self._environment))
+        if (found := found or gpu_slice(self.options.gpus_per_cell, self._environment)) is None:
+            return None
+        part = dataclasses.replace(found.chip, memory_bytes=found.chip.memory_bytes / self.options.cells_per_gpu)
+        return dataclasses.replace(found, chip=part)
+
+    @property
+    def rents(self) -> Rents | None:
+        whole = super().rents
+        return whole and whole._replace(chips=whole.chips / (self.options.cells_per_gpu if self._has_gpus else 1))
+
+    @property
+    def _environment(self) -> Mapping[str, str]:
+        """Of the processes of cells, but for what their slots add."""
+        return os.environ | self.options.environment
 
     @property
     def _has_gpus(self) -> bool:
@@ -122,7 +151,7 @@ class Executor(base.Executor):
     def submit(self, cell: Cell) -> Job:
         """Starts the processes of a cell. Raises SubmitError when no slot is free here."""
         self._reap()
-        place = self._claims(cell.name)[0]
+        place = Path(self._claims(cell.name)[0])
         storage.make_folder(place.parent)
         if place.is_dir():
             storage.put_aside(place)
@@ -185,11 +214,12 @@ class Executor(base.Executor):
             return [epath.Path(self.layout.on_this_machine / "logs" / f"{cell}.txt")]
         return super().logs(cell)
 
-    def _claims(self, cell: str) -> list[Path]:
+    def _claims(self, cell: str) -> list[str]:
         """Files that the processes of a cell lock: the launcher's, and its own; on this machine for a grid on gs://."""
         if storage.is_remote(self.layout.root):
-            return [self.layout.on_this_machine / "claims" / cell]
-        return [Path(self.layout.cell(cell)) / name for name in (".job", ".lock")]
+            return [os.fspath(self.layout.on_this_machine / "claims" / cell)]
+        folder = os.fspath(self.layout.cell(cell))
+        return [f"{folder}/.job", f"{folder}/.lock"]
 
     def _holders(self, cell: str) -> list[dict[str, Any]]:
         """What the processes of a cell, started by this or another launcher, or by hand, say of themselves."""
@@ -236,8 +266,9 @@ def slots(
     gpus_per_cell: int = 1,
     processes: int = 1,
     environment: Mapping[str, str] = os.environ,
+    cells_per_gpu: int = 1,
 ) -> list[Slot]:
-    """One slot per `gpus_per_cell` visible GPUs, else one per CPU; `count` asks for another number.
+    """One slot per `gpus_per_cell` visible GPUs, or `cells_per_gpu` per GPU, else one per CPU; `count` asks for another number.
 
     What processes see and are given follows from `environment`, in which they may have been told otherwise. Raises ConfigError
     for a count that the machine does not have.
@@ -249,19 +280,26 @@ def slots(
         raise ConfigError(
             f"gpus_per_cell = {gpus_per_cell}: this machine shows {len(gpus)} GPUs, which {processes} processes of a cell share"
         )
-    available = len(groups) or len(cpus)
+    available = len(groups) * cells_per_gpu or len(cpus)
     wanted = available if count is None else count
     if not 1 <= wanted <= available:
         kind = "CPUs" if not gpus else "GPUs" if gpus_per_cell == 1 else f"times {gpus_per_cell} GPUs"
+        kind = f"places on {len(gpus)} GPUs (cells_per_gpu = {cells_per_gpu})" if gpus and cells_per_gpu > 1 else kind
         raise ConfigError(f"--slots {wanted}: this machine has {available} {kind}, use 1 to {available}")
     shares = [set(cpus[i::wanted]) or set(cpus) for i in range(wanted)]
     if gpus:
         each = gpus_per_cell // processes
         shown = [[",".join(group[i : i + each]) for i in range(0, gpus_per_cell, each)] for group in groups]
-        given = _told(Allocation("gpu", None, gpus_per_cell, each), environment)
+        given = _told(Allocation("gpu", None, gpus_per_cell, each, cells_per_gpu), environment)
+        given |= _share_of_memory(cells_per_gpu, environment)
+        places = [
+            (f"GPU {','.join(group)}{f', {turn + 1} of {cells_per_gpu}' if cells_per_gpu > 1 else ''}", show)
+            for turn in range(cells_per_gpu)  # each GPU has one before any has two
+            for group, show in zip(groups, shown, strict=True)
+        ]
         return [
-            Slot(f"GPU {','.join(group)}", [{"CUDA_VISIBLE_DEVICES": names} | given for names in show], share)
-            for group, show, share in zip(groups, shown, shares, strict=False)
+            Slot(name, [{"CUDA_VISIBLE_DEVICES": names} | given for names in show], share)
+            for (name, show), share in zip(places, shares, strict=False)
         ]
     # XLA frees and allocates a step's buffers every step; huge pages save most of the page faults (glibc 2.35 or newer).
     tunables = {"GLIBC_TUNABLES": environment.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
@@ -277,16 +315,26 @@ def _told(given: Allocation, environment: Mapping[str, str]) -> dict[str, str]:
     return {allocation.VARIABLE: environment.get(allocation.VARIABLE, str(given))}
 
 
-def gpu_slice(count: int) -> Slice | None:
-    """The slice that so many GPUs of this machine are, with the memory that JAX takes here; None where they are not known."""
+def _share_of_memory(cells: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """How JAX is told to take its part of a GPU's memory that so many cells share: of what it would take alone."""
+    if cells == 1:
+        return {}
+    name = next((name for name in hardware.FRACTION_VARIABLES if environment.get(name)), hardware.FRACTION_VARIABLES[-1])
+    return {name: f"{hardware.memory_fraction(environment) / cells:.4f}"}
+
+
+def gpu_slice(count: int, environment: Mapping[str, str] = os.environ) -> Slice | None:
+    """The slice that so many GPUs of this machine are, with the memory that JAX takes in this environment; None where they are
+    not known.
+    """
     chip = hardware.chip_of(names[0]) if (names := _gpu_names()) else None
     if chip is None:
         return None
-    chip = hardware.on_this_machine(chip, os.environ)
+    chip = hardware.on_this_machine(chip, environment)
     return dataclasses.replace(hardware.find(f"{chip.name}:1"), name=f"{chip.name}:{count}", chip=chip, n_chips=count)
 
 
-def _holder(path: Path) -> dict[str, Any] | None:
+def _holder(path: str) -> dict[str, Any] | None:
     """What the process that holds the lock file says of itself; None: nobody holds it."""
     try:
         with open(path) as file:
