@@ -117,7 +117,9 @@ def advance(
 
 
 def silent(now: Pass, layout: Layout, engine: Executor) -> list[str]:
-    """Cells that have been silent for an hour, and are so while this waits: not where a clock was set, or a machine slept."""
+    """Cells that have been silent for an hour, and are so while this waits: not where a clock was set, or a machine slept, nor
+    what has ended meanwhile. Raises SubmitError.
+    """
 
     def found(states: Sequence[CellState]) -> dict[str, float]:
         pairs = zip(now.cells, states, strict=True)
@@ -125,10 +127,11 @@ def silent(now: Pass, layout: Layout, engine: Executor) -> list[str]:
 
     if not (first := found(now.states)):
         return []
-    deadline = time.monotonic() + SECOND_LOOK_SECONDS
-    while (left := deadline - time.monotonic()) > 0:
+    deadline, jobs = time.monotonic() + SECOND_LOOK_SECONDS, now.jobs
+    while (left := deadline - time.monotonic()) > 0 and first.keys() & jobs.keys():
         engine.wait(left)  # or less: until a cell ends
-    again = found(state.of_all(now.cells, layout, now.at, now.jobs))  # by the same clock: the same number, the same heartbeat
+        jobs = engine.jobs()
+    again = found(state.of_all(now.cells, layout, now.at, jobs))  # by the same clock: the same number, the same heartbeat
     return [name for name, seconds in first.items() if again.get(name) == seconds]
 
 

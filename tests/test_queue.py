@@ -124,16 +124,25 @@ def test_second_jobs_are_removed(engine):
     assert one.ended == [8]
 
 
-@pytest.mark.parametrize(("minutes", "beats", "ended"), [(50, False, []), (70, False, [7]), (70, True, [])])
-def test_a_job_that_is_silent_for_an_hour_is_ended_to_start_again(engine, monkeypatch, minutes, beats, ended):
-    """Not one whose heartbeat comes while the launcher waits, whatever clocks say: one was set, or a machine slept."""
+@pytest.mark.parametrize(
+    ("minutes", "then", "ended"), [(50, "hangs", []), (70, "hangs", [7]), (70, "beats", []), (70, "ends", [])]
+)
+def test_a_job_that_is_silent_for_an_hour_is_ended_to_start_again(engine, monkeypatch, minutes, then, ended):
+    """Not one whose heartbeat comes while the launcher waits, whatever clocks say: one was set, or a machine slept; and not
+    one that has ended by itself.
+    """
     monkeypatch.setattr(run, "SECOND_LOOK_SECONDS", 0.01)
     folder, now = Layout(engine().layout.root).cell(A.name), time.time()
     storage.write_json(folder / "heartbeat.json", {"time": now - 60 * minutes, "step": 3})
     one = engine(of(7, RUNNING, since=now - 60 * minutes))
-    one.wait = lambda seconds: storage.write_json(
-        folder / "heartbeat.json", {"time": now - 59 * minutes, "step": 4} if beats else {"time": now - 60 * minutes}
-    )
+
+    def wait(seconds):
+        beat = {"time": now - 59 * minutes, "step": 4} if then == "beats" else {"time": now - 60 * minutes}
+        storage.write_json(folder / "heartbeat.json", beat)
+        if then == "ends":
+            one.listed.clear()
+
+    one.wait = wait
     found = run.advance([A], one.layout, one)
     assert one.ended == ended
     assert found.notes == [f"{A.name} has been silent for 60 minutes: cancelled, to start again"] * len(ended)
