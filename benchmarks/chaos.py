@@ -290,10 +290,9 @@ class Attack:
         """The disk, for some seconds."""
         ballast = self._full / "ballast"
         try:
-            with open(ballast, "wb") as file, contextlib.suppress(OSError):
+            with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
-                    file.write(bytes(1 << 16))
-                    file.flush()
+                    file.write(bytes(1 << 12))
             time.sleep(self._random.uniform(3.0, 8.0))
         finally:
             ballast.unlink()

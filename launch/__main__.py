@@ -20,7 +20,7 @@ from rich.console import Console
 
 from gqa_jax import hardware
 from gqa_jax.errors import ConfigError, close
-from gqa_jax.formatting import counted
+from gqa_jax.formatting import counted, usd
 from gqa_jax.hardware import prices as price_list
 from gqa_jax.training import signals
 from launch import commands, money, options, screen, state
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"launch: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
-        print(f"launch: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"launch: {where}{error.strerror or error}", file=sys.stderr)
         return EXIT_FAILED
     except _Told as told:
         print(f"launch: told to end ({told}); the same command resumes", file=sys.stderr)
@@ -376,7 +377,7 @@ def _bill(found: commands.Run) -> str:
     """What the cells of a dry run would cost."""
     known = money.expected(found.todo, found.engine, found.rate)
     left = len(found.todo) - len(known)
-    all_of = f"; in all about ${sum(known.values()):,.2f} by arithmetic" if known else ""
+    all_of = f"; in all about {usd(sum(known.values()))} by arithmetic" if known else ""
     return f"each costs {found.rate.said()}{all_of}" + (f", without {counted(left, 'cell')} of no known time" if left else "")
 
 

@@ -389,7 +389,7 @@ def test_odd_rows_of_metrics_are_left_out(made, caplog):
 def test_fields_of_a_result_that_no_column_takes_are_empty(made):
     folder = made.layout.cell(made.names[0])
     values = storage.read_json(folder / "result.json")
-    odd = {"loss_sem": "x", "tokens": 0.5, "mfu": [1], "device": 5, "versions": [], "start": {"differs": [None]}}
+    odd = {"loss_sem": 1e12, "tokens": 0.5, "mfu": [1], "device": 5, "versions": [], "start": {"differs": [None]}}
     odd |= {"attempts": 1e30, "params_total": None, "params_non_embedding": "many"}
     storage.write_json(folder / "result.json", values | odd | {"step": 4.0})
     row = results.load_results(made.layout.root).set_index("cell").loc[made.names[0]]
