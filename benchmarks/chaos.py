@@ -176,11 +176,12 @@ class Attack:
             )
 
     def run(self, seconds: float) -> None:
-        """For so long, or until all cells are done; every kind comes once before any comes twice."""
+        """For so long, or until all cells are done; every kind comes soon once."""
         began, first = time.monotonic(), self._random.sample([*self._kinds], len(self._kinds))
         while time.monotonic() - began < seconds and not all(process.poll() == 0 for process in self.launchers.values()):
             time.sleep(self._random.uniform(1.0, 4.0))
-            kind = first.pop() if first else self._random.choices([*self._kinds], [*self._kinds.values()])[0]
+            others = self._random.choices([*self._kinds], [*self._kinds.values()])
+            kind = first.pop() if first and self._random.random() < 0.6 else others[0]
             place = self._random.choice([*self.launchers])
             came_off = kind(place)
             with open(place.log, "a") as log:
@@ -189,7 +190,7 @@ class Attack:
                 )
             if came_off:
                 self.hits[kind.__name__] += 1
-            elif self.hits[kind.__name__] == 0:
+            elif self.hits[kind.__name__] == 0 and kind not in first:
                 first.insert(0, kind)
             for one, process in self.launchers.items():
                 if process.poll() not in (None, 0):
@@ -267,17 +268,21 @@ class Attack:
         return False
 
     def tear_rows(self, place: Place) -> bool:
-        """The last row of metrics of a cell that is killed, which comes after its last checkpoint."""
-        for folder, pids in ranks(place).items():
-            kill(pids)
-            for file in sorted((folder / "metrics").glob("*.jsonl"))[-1:]:
-                content = file.read_bytes()
-                saved = max((int(name) for name in _names(folder / "checkpoints") if name.isdecimal()), default=0)
-                last = content.rstrip(b"\n").rpartition(b"\n")[2]
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    if json.loads(last)["step"] > saved:
-                        file.write_bytes(content[: -self._random.randrange(2, len(last))])
-                        return True
+        """The last row of metrics of a cell that is killed, which comes after its last checkpoint, if one does."""
+        deadline = time.monotonic() + 8
+        while time.monotonic() < deadline:
+            for folder, pids in ranks(place).items():
+                if _unsaved_row(folder) is None:
+                    continue
+                kill(pids)
+                gone_by = time.monotonic() + 5
+                while set(ranks(place).get(folder, ())) & set(pids) and time.monotonic() < gone_by:
+                    time.sleep(0.01)
+                if (found := _unsaved_row(folder)) is not None:
+                    file, content, length = found
+                    file.write_bytes(content[: -self._random.randrange(2, length)])
+                    return True
+            time.sleep(0.001)
         return False
 
     def step_clock(self, _: Place) -> bool:
@@ -309,6 +314,20 @@ class Attack:
                 file.truncate()
             return True
         return False
+
+
+def _unsaved_row(folder: Path) -> tuple[Path, bytes, int] | None:
+    """File of metrics of the newest attempt in a cell's folder, its content, and the length of its last row; None where that is
+    not of a step after the newest checkpoint.
+    """
+    saved = max((int(name) for name in _names(folder / "checkpoints") if name.isdecimal()), default=0)
+    for file in sorted((folder / "metrics").glob("*.jsonl"))[-1:]:
+        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+            content = file.read_bytes()
+            last = content.rstrip(b"\n").rpartition(b"\n")[2]
+            if json.loads(last)["step"] > saved:
+                return file, content, len(last)
+    return None
 
 
 def _kind(path: Path) -> str:

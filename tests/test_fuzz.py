@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import fuzz
 
-CASES = {"command_lines": 40, "grids": 60}
+CASES = {"command_lines": 60, "grids": 80}
 
 
 @pytest.mark.parametrize("kind", CASES)

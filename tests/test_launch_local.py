@@ -199,6 +199,26 @@ def test_what_is_cancelled_stays_so_until_the_next_run(tmp_path, fake_training):
     assert state.of(cell, layout.cell(cell.name), time.time()).state == "done"
 
 
+def test_cells_whose_claims_are_torn_are_ended_by_their_launcher_alone(tmp_path, fake_training, monkeypatch):
+    """Another one says what it can't do, instead of waiting for ever."""
+    for name in ("GRACE_SECONDS", "RANK_SECONDS"):
+        monkeypatch.setattr(local, name, 0.1)
+    layout = Layout(tmp_path)
+    (cell,) = executor_contract.prepared(layout, 1, ("hang",))
+    folder = layout.cell(cell.name)
+    with local.Executor(local.Options(slots=1), layout) as one:
+        one.submit(cell)
+        while not (folder / ".lock").exists() or not (folder / "attempts" / "000.json").exists():
+            time.sleep(0.05)
+        for name in (".job", ".lock"):
+            os.truncate(folder / name, 0)
+        with pytest.raises(SubmitError, match=rf"{cell.name} is held by processes .* `fuser .*/\.lock` finds them"):
+            local.Executor(local.Options(), layout).cancel([cell.name])
+        assert one.jobs().keys() == {cell.name}
+        one.cancel([cell.name])
+        assert one.jobs() == {}
+
+
 def test_slots_share_the_cpus():
     cpus = os.sched_getaffinity(0)
     places = local.slots(len(cpus))

@@ -196,7 +196,13 @@ class Executor(base.Executor):
         while left:
             late = time.monotonic() > deadline
             for name in left:
-                pids = [pid for pid in self._processes(name) if late or pid not in told]
+                alive = self._processes(name)
+                if not alive and time.monotonic() > deadline + RANK_SECONDS:
+                    raise SubmitError(
+                        f"{name} is held by processes that its records do not name any more: `fuser {self._claims(name)[-1]}` "
+                        "finds them: end them by hand"
+                    )
+                pids = [pid for pid in alive if late or pid not in told]
                 _signal(pids, signal.SIGKILL if late else signal.SIGTERM)
                 told |= set(pids)  # once: training takes a second SIGTERM as urgent
             time.sleep(POLL_SECONDS)
@@ -232,9 +238,12 @@ class Executor(base.Executor):
         return None
 
     def _processes(self, cell: str) -> list[int]:
-        """Ids of the living processes of a cell: those that its claims name and that are of its folder still."""
+        """Ids of the living processes of a cell: its children of this launcher, and those that its claims name and that are of
+        its folder still.
+        """
+        own = [] if (child := self._children.get(cell)) is None else [p.pid for p in child.ranks if p.poll() is None]
         named = {pid for facts in self._holders(cell) for pid in (*facts.get("pids", ()), facts.get("pid")) if pid}
-        return [pid for pid in named if _is_of(pid, os.fspath(self.layout.cell(cell)))]
+        return [*own, *(pid for pid in named - {*own} if _is_of(pid, os.fspath(self.layout.cell(cell))))]
 
     def _commands(self, cell: Cell, port: int | str) -> list[list[str]]:
         argv, count = cell.command(self.layout.cell(cell.name)), self.options.processes
