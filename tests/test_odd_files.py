@@ -474,4 +474,4 @@ def test_a_record_that_may_not_be_read_is_odd(tmp_path, monkeypatch):
 
 
 def test_odd_records_drawn_at_random_leave_all_other_runs_as_they_were(tmp_path):
-    assert fuzz_records.records(40, 0, tmp_path) == []
+    assert fuzz_records.records(60, 0, tmp_path) == []
