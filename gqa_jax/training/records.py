@@ -95,11 +95,6 @@ def group(fields: Fields) -> Kind:
     return lambda value: usable(value, fields) if isinstance(value, Mapping) else None
 
 
-def _error(value: Any) -> float | None:
-    """A standard error of a loss: nats that no model is wrong by are not one."""
-    return number(value, 0.0, 1e3)
-
-
 _ORIGIN = {"host": text, "job": text}
 _END = {"code": integer, "class": word, "reason": text, "attempt": count, "time": stamp} | _ORIGIN
 _HELD = {"device": text, "n_devices": count}
@@ -121,11 +116,11 @@ RECORDS: Mapping[str, Fields] = {
     "result.json": {
         "status": one_of("done", "diverged"), "loss": amount, "step": count, "identity": word, "tokens": count,
         "params_non_embedding": count, "params_total": count,
-        "loss_sem": _error, "loss_low": number, "loss_high": number, "bits_per_byte": amount, "eval_tokens": count,
-        "eval_documents": count, "heldout_documents": count, "heldout": text, "rules": text, "data_fingerprint": text,
-        "tokens_per_second": amount, "seconds_train": amount, "device_seconds": amount, "attempts": count,
+        "loss_sem": lambda nats: number(nats, 0.0, 1e3), "loss_low": number, "loss_high": number, "bits_per_byte": amount,
+        "eval_tokens": count, "eval_documents": count, "heldout_documents": count, "heldout": text, "rules": text,
+        "data_fingerprint": text, "tokens_per_second": amount, "seconds_train": amount, "device_seconds": amount,
         "start": group({"kind": text, "folder": text, "identity": text, "differs": several(text)}),
-        "versions": texts, "shared_by": count,
+        "attempts": count, "versions": texts, "shared_by": count,
     } | _HELD,
     "grid.json": {
         "name": word, "cells": several(name), "old_cells": several(name), "contexts_served": several(count),
