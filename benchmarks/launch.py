@@ -2,6 +2,8 @@
 
     python -m benchmarks.launch [--cells N] [--turns N]
 
+Machines differ more than launchers: beside it stands how long Python takes there for a loop of six million steps.
+
 The grid lies in a temporary folder on local disk, with cells in every state; nothing is trained or submitted.
 """
 
@@ -47,7 +49,7 @@ COMMANDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=500)
+    parser.add_argument("--cells", type=int, default=2000)
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     where = f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
@@ -58,7 +60,9 @@ def main() -> None:
         populate(grid.cells(grid.load(str(file))), Layout(storage.path(root)))
         seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
         cpu: dict[str, list[float]] = {name: [] for name in COMMANDS}
+        loops: list[float] = []
         for _ in range(arguments.turns):
+            loops.append(loop_seconds())
             for name, (command, *options) in COMMANDS.items():
                 argv = [sys.executable, "-m", "launch", command, str(file), "--root", str(root), *options]
                 started, used = time.perf_counter(), sum(os.times()[2:4])
@@ -67,9 +71,21 @@ def main() -> None:
                 cpu[name].append(sum(os.times()[2:4]) - used)
                 if done.returncode not in (0, 1, 3):
                     sys.exit(f"{' '.join(argv)}: {done.stderr}")
+        print(f"a loop of six million steps: {said(loops)} of a CPU")
         for name, those in seconds.items():
-            spread = f"({min(those):.2f} to {max(those):.2f})"
-            print(f"{name:16s} {statistics.median(those):6.2f} s {spread}, {statistics.median(cpu[name]):.2f} s of a CPU")
+            print(f"{name:16s} {said(those)}, {said(cpu[name])} of a CPU")
+
+
+def loop_seconds() -> float:
+    """CPU time of a loop of Python."""
+    began, total = time.process_time(), 0
+    for i in range(6_000_000):
+        total += i * i % 7
+    return time.process_time() - began
+
+
+def said(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):5.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 def populate(cells: list[TrainingCell], layout: Layout) -> None:
