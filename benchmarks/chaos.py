@@ -375,7 +375,8 @@ def until_done(places: Sequence[Place]) -> int:
         left = [place for place, code in zip(left, codes, strict=True) if code != 0]
         for place in left:
             done = subprocess.run(command(place, "retry"), cwd=REPOSITORY, capture_output=True, text=True, check=False)
-            place.log.open("a").write(done.stdout + done.stderr)
+            with open(place.log, "a") as log:
+                log.write(done.stdout + done.stderr)
             tidied += tidy_cluster(place) + done.stdout.count("its records are in")
         if not left:
             return tidied
