@@ -72,8 +72,6 @@ def _modified(path, *arguments, **options):
     return os.stat_result([*found[:8], found.st_mtime + _ahead(), found.st_ctime], {"st_mtime": found.st_mtime + _ahead()})
 time.time, time.time_ns, os.stat = lambda: _time() + _ahead(), lambda: int(1e9 * (_time() + _ahead())), _modified
 """
-
-
 #: Trains cells of one process one after another in this one.
 TRAIN = """
 import sys
@@ -184,10 +182,9 @@ class Attack:
             kind = first.pop() if first and self._random.random() < 0.6 else others[0]
             place = self._random.choice([*self.launchers])
             came_off = kind(place)
+            said = f"{kind.__name__}{'' if came_off else ': nothing to do it to'}"
             with open(place.log, "a") as log:
-                log.write(
-                    f"--- {time.monotonic() - began:.0f} s: {kind.__name__}{'' if came_off else ': nothing to do it to'}\n"
-                )
+                log.write(f"--- {time.monotonic() - began:.0f} s: {said}\n")
             if came_off:
                 self.hits[kind.__name__] += 1
             elif self.hits[kind.__name__] == 0 and kind not in first:
@@ -224,9 +221,8 @@ class Attack:
         process.send_signal(what)
         code = process.wait(120)
         started = 75 if what != signal.SIGINT else 130
-        assert code in (started, -what, 0, 1), (
-            f"{what.name}: exit code {code}: {place.log.read_text()[-2000:]}"
-        )  # -: it imports
+        told = f"{what.name}: exit code {code}: {place.log.read_text()[-2000:]}"
+        assert code in (started, -what, 0, 1), told  # -what: it was still importing
         gone(place)
         return code == started
 
@@ -253,8 +249,9 @@ class Attack:
         kinds = sorted({_kind(path) for path in found}, key=lambda kind: (self.torn[kind], kind))
         if not kinds:
             return False
-        self.torn[kinds[0]] += 1
-        return self._tear(self._random.choice(sorted(path for path in found if _kind(path) == kinds[0])))
+        done = self._tear(self._random.choice(sorted(path for path in found if _kind(path) == kinds[0])))
+        self.torn[kinds[0]] += done
+        return done
 
     def tear_checkpoint(self, place: Place) -> bool:
         """A file of the newest checkpoint of a cell that has another, after its processes were killed."""

@@ -103,23 +103,24 @@ def screen(frame: pd.DataFrame, title: str) -> Table:
     return Table.of(frame, columns, "plan", title, notes, elsewhere="--format csv")
 
 
-_NUMBERS = ("params_non_embedding", "train_bytes", "tokens", "train_flops", "seconds")
-
-
 def sizes_screen(frame: pd.DataFrame, title: str) -> Table:
     """The plan by size and context, with totals. Narrow: sizes, cells, time and what is done stay."""
     total = frame["seconds"].sum() if frame["seconds"].notna().all() else None
-    by = ["n_layers", "d_model", "context"]
-    least, most, sums = (frame.groupby(by, sort=False)[[*_NUMBERS]].agg(how) for how in ("min", "max", "sum"))
-    done = frame["state"].isin(state.FINAL).groupby([frame[name] for name in by], sort=False).sum()
-    sizes = frame.groupby(by, sort=False).agg(size=("size", "first"), cells=("cell", "count")).assign(done=done)
-    sizes = sizes.assign(
-        **{f"least_{name}": least[name] for name in _NUMBERS},
-        **{f"most_{name}": most[name] for name in _NUMBERS},
-        tokens=sums["tokens"],
-        train_flops=sums["train_flops"],
-        seconds=sums["seconds"] if total is not None else None,
+    groups = frame.assign(done=frame["state"].isin(state.FINAL)).groupby(["n_layers", "d_model", "context"], sort=False)
+    sizes = groups.agg(
+        size=("size", "first"),
+        cells=("cell", "count"),
+        least_params=("params_non_embedding", "min"),
+        most_params=("params_non_embedding", "max"),
+        least_bytes=("train_bytes", "min"),
+        most_bytes=("train_bytes", "max"),
+        tokens=("tokens", "sum"),
+        train_flops=("train_flops", "sum"),
+        seconds=("seconds", "sum"),
+        done=("done", "sum"),
     ).reset_index()
+    if total is None:
+        sizes["seconds"] = None
 
     def between(name: str, text: Callable[[float], str]) -> Callable[[Any], str]:
         return lambda row: " to ".join(dict.fromkeys(text(getattr(row, f"{end}_{name}")) for end in ("least", "most")))
@@ -129,10 +130,10 @@ def sizes_screen(frame: pd.DataFrame, title: str) -> Table:
         Column("L x d", lambda row: f"{row.n_layers} x {row.d_model}", "left", 2 if frame["size"].all() else 0),
         Column("context", lambda row: context(row.context), rank=0),
         Column("cells", lambda row: f"{row.cells:,}", rank=0, total=f"{len(frame):,}"),
-        Column("N", between("params_non_embedding", short), rank=3),
+        Column("N", between("params", short), rank=3),
         Column("tokens", lambda row: short(row.tokens), rank=5, total=short(frame["tokens"].sum())),
         Column("FLOPs", lambda row: si(row.train_flops), rank=1, total=si(frame["train_flops"].sum())),
-        Column("memory", between("train_bytes", lambda n: f"{si(n)}B"), rank=4),
+        Column("memory", between("bytes", lambda n: f"{si(n)}B"), rank=4),
         Column("time", lambda row: _known(row.seconds, duration), rank=0, total="" if total is None else duration(total)),
         Column("done", lambda row: f"{row.done:,}" if row.done else "", rank=0),
     ]

@@ -43,17 +43,17 @@ def table(
     title += "" if spent is None else f"; ${spent:,.2f} so far"
     if len(cells) > ROWS and not rows:
         return _by_size(cells, states, title, prices)
-    rows = [_row(cell, now, prices) for cell, now in zip(cells, states, strict=True)]
-    devices = {row["device"] for row in rows} - {""}
+    of_cells = [_row(cell, now, prices) for cell, now in zip(cells, states, strict=True)]
+    devices = {row["device"] for row in of_cells} - {""}
     if len(devices) == 1:  # said once
         title += f"; on {devices.pop()}"
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in _COLUMNS:
-        is_told = bool(devices) if name == "device" else any(row[name] for row in rows)
+        is_told = bool(devices) if name == "device" else any(row[name] for row in of_cells)
         if is_told or name in ("cell", "state", "step"):
             view.add_column(name, justify="left" if name in ("cell", "state", "device", "where") else "right", no_wrap=True)
     shown = [column.header for column in view.columns]
-    for row in rows:
+    for row in of_cells:
         view.add_row(*(row[name] for name in shown))
     return view
 

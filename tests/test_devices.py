@@ -224,6 +224,13 @@ def test_a_run_on_other_devices_than_it_was_given_opens_nothing(tmp_path, monkey
         train.train_and_evaluate(tiny(), tmp_path)
 
 
+def test_a_run_that_shares_its_devices_counts_its_part_of_them(tmp_path, monkeypatch):
+    monkeypatch.setenv(allocation.VARIABLE, "cpu,devices=8,per_process=8,shared_by=4")
+    result = train.train_and_evaluate(tiny(), tmp_path)
+    assert result["shared_by"] == 4
+    assert result["device_seconds"] == pytest.approx(result["n_devices"] / 4 * result["seconds_total"], rel=0.05)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'cuda': FAILED_PRECONDITION"), AssertionError()])
 def test_devices_that_do_not_start_are_recorded_too(error, tmp_path, monkeypatch):
     """JAX asserts where JAX_PLATFORMS names nothing that is there."""
