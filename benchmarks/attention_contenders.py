@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import timing
-from gqa_jax.attention import Case, attention, decode, names, unsupported_reason
+from gqa_jax.attention import Cache, Case, attention, decode, names, new_cache, unsupported_reason
 
 
 class Work(NamedTuple):
@@ -44,26 +44,27 @@ class Prepared(NamedTuple):
 class Contender(NamedTuple):
     """A function in JAX. attend(case) is a function of q, k, v; obstacle(case) is None where it can run, else why not.
 
-    For `decode` q is (B, N, H) and k, v are a full cache (B, S, K, H).
+    For `decode` q is (B, N, H) and k, v are a full cache (B, S, K, H), of which those of gqa_jax make theirs (`hold`).
     """
 
     name: str
     obstacle: Callable[[Case], str | None]
     attend: Callable[[Case], Callable[..., jax.Array]]
+    hold: Callable[..., tuple] = lambda case, q, *rest: (q, *rest)  # arrays as `attend` takes them, arranged before it is timed
 
     def lower(self, work: Work) -> tuple:
         """Traced once by itself, for its results and its memory, and once in the loop that is timed."""
-        attend = self.attend(work.case)
+        attend, operands = self.attend(work.case), self.hold(work.case, *work.arrays)
 
-        def step(q, k, v, *d_out):
+        def step(q, *others):
             if work.direction != "backward":
-                return (attend(q, k, v),)
-            out, pull = jax.vjp(attend, q, k, v)
-            return out, *pull(d_out[0])
+                return (attend(q, *others),)
+            out, pull = jax.vjp(attend, q, *others[:2])
+            return out, *pull(others[2])
 
-        stored = [x.format.layout for x in work.arrays[1:]] if work.direction == "decode" else None
+        stored = [x.format.layout for x in jax.tree.leaves(operands[1:])] if work.direction == "decode" else None
         loop = timing.repeated(step, work.iterations, stored=stored)
-        return tuple(jax.jit(f).lower(*work.arrays) for f in (step, loop))
+        return tuple(jax.jit(f).lower(*operands) for f in (step, loop))
 
     def compile(self, lowered: tuple) -> tuple:
         return tuple(x.compile() for x in lowered)
@@ -73,12 +74,13 @@ class Contender(NamedTuple):
         memory = once.memory_analysis()
         if memory is not None:
             _check_memory(memory.temp_size_in_bytes + memory.output_size_in_bytes)
-        outputs = jax.block_until_ready(once(*work.arrays))
-        jax.block_until_ready(loop(*work.arrays))
+        operands = self.hold(work.case, *work.arrays)
+        outputs = jax.block_until_ready(once(*operands))
+        jax.block_until_ready(loop(*operands))
 
         def run() -> float:
             begin = time.perf_counter()
-            jax.block_until_ready(loop(*work.arrays))
+            jax.block_until_ready(loop(*operands))
             return (time.perf_counter() - begin) / work.iterations
 
         return Prepared(run, outputs, None if memory is None else memory.temp_size_in_bytes)
@@ -277,9 +279,13 @@ def decoders(torch: Torch | None) -> list[Contender | TorchContender]:
 
 def _registered_decoder(name: str) -> Contender:
     def attending(case: Case):
-        return lambda q, k, v: decode(q, k, v, case.keys, implementation=name)
+        return lambda q, held: decode(q, held, case.keys, implementation=name)
 
-    return Contender(name, lambda case: unsupported_reason(name, case._replace(decode=True)), attending)
+    def hold(case: Case, q, k, v):
+        held = new_cache(case.batch, case.keys, case.n_heads, case.n_kv_heads, case.head_dim, case.dtype, implementation=name)
+        return q, jax.jit(Cache.append, donate_argnums=0)(held, k, v, 0)
+
+    return Contender(name, lambda case: unsupported_reason(name, case._replace(decode=True)), attending, hold)
 
 
 def _jax_nn_xla_decode(case: Case):

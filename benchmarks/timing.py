@@ -20,13 +20,14 @@ def repeated(step: Callable, n: int, *, stored: Sequence[Layout] | None = None) 
     Each pass changes one element of the first array by the outputs of the pass before: no pass can be left out or moved out
     of the loop. What depends on the other arrays alone can't either: the barrier ties them to the first one. Their layout in
     memory is the compiler's choice, as within a model, where a matmul writes what attention reads. With `stored`, layouts of
-    the arrays after the first, they are found so at each pass, as a cache is, and another order costs its time.
+    the arrays after the first, leaf by leaf, they are found so at each pass, as a cache is, and another order costs its time.
     """
 
     def loop(first, *others):
         def body(_, carry):
             first, _ = carry
-            rest = others if stored is None else map(with_layout_constraint, others, stored)
+            leaves, tree = jax.tree.flatten(others)
+            rest = tree.unflatten(leaves if stored is None else map(with_layout_constraint, leaves, stored))
             first, *rest = lax.optimization_barrier((first, *rest))
             outputs = lax.optimization_barrier(tuple(step(first, *rest)))
             sample = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in outputs)

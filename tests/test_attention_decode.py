@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_jax.attention import attention, conformance, decode, decoding, interpreted, merge, resolve, unsupported_reason
+from gqa_jax.attention import (
+    attention,
+    cache,
+    cache_of,
+    conformance,
+    decode,
+    decoding,
+    interpreted,
+    merge,
+    new_cache,
+    resolve,
+    unsupported_reason,
+)  # fmt: skip
 from gqa_jax.attention.spec import Case
 from gqa_jax.attention.tpu import decode as decode_tpu
 from gqa_jax.attention.triton import decode as decode_triton
@@ -17,6 +29,7 @@ from tests import machines
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_triton"]
 TPUS = ("v5e", "v5p", "v6e")
+CACHES = ("bfloat16", "int8")
 
 
 @pytest.fixture
@@ -24,10 +37,7 @@ def small(monkeypatch):
     """Blocks so small that a cache of hundreds has several, and two or three parts."""
     monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
     monkeypatch.setattr(decode_triton, "choose", lambda case: decode_triton.Options(3, 32, 4, 2, case.interpreted))
-    blocks = {True: 64 * 32, False: 128}  # rows of positions and heads, 32 of them at most, or positions
-    monkeypatch.setattr(
-        decode_tpu, "choose", lambda case: decode_tpu.Options(2, blocks[case.head_dim == 128], case.interpreted)
-    )
+    monkeypatch.setattr(decode_tpu, "choose", lambda case: decode_tpu.Options(2, 128, case.interpreted))
     program.cache_clear()
     yield
     program.cache_clear()
@@ -53,7 +63,7 @@ def expected(q, k, v, lengths):
 
 @functools.cache
 def program(implementation):
-    return jax.jit(functools.partial(decode, implementation=implementation, return_lse=True))
+    return jax.jit(lambda q, k, v, n: decode(q, cache_of(k, v), n, implementation=implementation, return_lse=True))
 
 
 def run(implementation, *arguments):
@@ -119,36 +129,40 @@ def test_blocks_as_they_are_chosen(implementation, head_dim):
 def test_xla_reads_no_chunk_beyond_the_longest_sequence(monkeypatch):
     monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
     q, k, v = problem(2, 1, 16, 640, dtype=jnp.float32)
-    loops = str(jax.make_jaxpr(lambda n: decode(q, k, v, n, implementation="xla"))(np.array([10, 20])))
+    loops = str(jax.make_jaxpr(lambda n: decode(q, cache_of(k, v), n, implementation="xla"))(np.array([10, 20])))
     assert "while" in loops  # a bound that is known only when it runs
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v, n: (q[0], k, v, n), r"takes q \(B, N, H\)"),
-        (lambda q, k, v, n: (q[:, :3], k, v, n), "multiple of key/value heads"),
-        (lambda q, k, v, n: (q, k[..., :8], v[..., :8], n), "same batch and head size"),
-        (lambda q, k, v, n: (q.astype(jnp.bfloat16), k, v, n), "one floating dtype"),
-        (lambda q, k, v, n: (q.reshape(2, 1, 4, 16), k, v, n), "must have the K of the keys"),
-        (lambda q, k, v, n: (q, k[:, :0], v[:, :0], n), "at least one"),
-        (lambda q, k, v, n: (q, k, v, 11), "within the cache, 0 to 10"),
-        (lambda q, k, v, n: (q, k, v, np.int32(11)), "within the cache, 0 to 10; got 11"),
-        (lambda q, k, v, n: (q, k, v, np.array([3, 11])), r"within the cache, 0 to 10; got \[ 3 11\]"),
-        (lambda q, k, v, n: (q, k, v, np.array([-1, 3])), "within the cache, 0 to 10"),
-        (lambda q, k, v, n: (q, k, v, 2**40), "within the cache, 0 to 10"),
-        (lambda q, k, v, n: (q, k, v, jnp.ones(3, jnp.int32)), r"integers \(2,\)"),
-        (lambda q, k, v, n: (q, k, v, 1.0), "must be an integer"),
+        (lambda q, k, v, n: (q[0], cache_of(k, v), n), r"takes q \(B, N, H\)"),
+        (lambda q, k, v, n: (q[:, :3], cache_of(k, v), n), "multiple of key/value heads"),
+        (lambda q, k, v, n: (q, cache_of(k[..., :8], v[..., :8]), n), "same batch and head size"),
+        (lambda q, k, v, n: (q.astype(jnp.int32), cache_of(k, v), n), "floating dtype"),
+        (lambda q, k, v, n: (q, cache_of(k, v.astype(jnp.bfloat16)), n), "of one dtype"),
+        (lambda q, k, v, n: (q, cache_of(k.astype(jnp.int8), v.astype(jnp.int8)), n), "must be floating"),
+        (lambda q, k, v, n: (q, cache_of(k[0], v[0]), n), r"takes k and v \(B, S, K, H\)"),
+        (lambda q, k, v, n: (q, k, n), "use new_cache, or cache_of"),
+        (lambda q, k, v, n: (q.reshape(2, 1, 4, 16), cache_of(k, v), n), "must have the K of the keys"),
+        (lambda q, k, v, n: (q, cache_of(k[:, :0], v[:, :0]), n), "at least one"),
+        (lambda q, k, v, n: (q, cache_of(k, v), 11), "within the cache, 0 to 10"),
+        (lambda q, k, v, n: (q, cache_of(k, v), np.int32(11)), "within the cache, 0 to 10; got 11"),
+        (lambda q, k, v, n: (q, cache_of(k, v), np.array([3, 11])), r"within the cache, 0 to 10; got \[ 3 11\]"),
+        (lambda q, k, v, n: (q, cache_of(k, v), np.array([-1, 3])), "within the cache, 0 to 10"),
+        (lambda q, k, v, n: (q, cache_of(k, v), 2**40), "within the cache, 0 to 10"),
+        (lambda q, k, v, n: (q, cache_of(k, v), jnp.ones(3, jnp.int32)), r"integers \(2,\)"),
+        (lambda q, k, v, n: (q, cache_of(k, v), 1.0), "must be an integer"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
-    arguments = change(*problem(4, 2, 16, 10, dtype=jnp.float32), 5)
     with pytest.raises(ValueError, match=message):
-        decode(*arguments)
+        decode(*change(*problem(4, 2, 16, 10, dtype=jnp.float32), 5))
 
 
 def test_names_and_obstacles():
-    arguments = *problem(4, 2, 16, 10, dtype=jnp.float32), 5
+    q, k, v = problem(4, 2, 16, 10, dtype=jnp.float32)
+    arguments = q, cache_of(k, v), 5
     with pytest.raises(ValueError, match="did you mean 'pallas_triton'"):
         decode(*arguments, implementation="pallas_tritn")
     with pytest.raises(ValueError, match=r"can't run here: pallas_tpu runs on TPUs, and this is cpu .*\. These can: ref"):
@@ -157,39 +171,93 @@ def test_names_and_obstacles():
     assert resolve(None, case) == "pallas_tpu"
     assert resolve(None, case._replace(head_dim=256)) == "xla"
     assert resolve(None, case._replace(platform="gpu", chip="NVIDIA H200")) == "pallas_triton"
-    assert "would need a copy" in unsupported_reason("pallas_tpu", case._replace(n_heads=9, n_kv_heads=3))
+    assert resolve(None, case._replace(cache_dtype=jnp.dtype("int8"))) == "pallas_tpu"
+    gpu = case._replace(platform="gpu", chip="NVIDIA H200", cache_dtype=jnp.dtype("int8"))
+    for name in IMPLEMENTATIONS:
+        assert unsupported_reason(name, gpu) is not None
+    with pytest.raises(ValueError, match=r"reads no caches of int8 .* on NVIDIA H200; no GPU has run one"):
+        resolve(None, gpu)
+    with pytest.raises(ValueError, match="can't be of float64: use float32, bfloat16"):
+        new_cache(1, 8, 2, 1, 16, jnp.float32, cache_dtype="float64")
+    with pytest.raises(ValueError, match="pallas_tpu runs on TPUs"):
+        new_cache(1, 8, 2, 1, 16, jnp.float32, implementation="pallas_tpu")
 
 
-def compiled_decode(mesh, n_heads, n_kv, head_dim, keys, batch=1):
+@pytest.mark.parametrize("layout", [cache.ROWS, cache.WITHIN_HEADS, cache.LANES])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_what_is_appended_is_read_in_every_layout(layout, dtype):
+    """Several positions at once, then one, then one at a place of its own for each sequence."""
+    _, k, v = problem(4, 2, 16, 10, dtype=jnp.float32)
+    held = cache.empty(layout, 2, 12, 2, 16, jnp.dtype(dtype)).append(k[:, :6], v[:, :6], 0)
+    held = held.append(k[:, 6:7], v[:, 6:7], jnp.int32(6))
+    held = held.append(k[:, 7:8], v[:, 7:8], jnp.array([7, 9]))
+    assert held.k.shape == tuple({"B": 2, "S": 12, "K": 2, "H": 16}[axis] for axis in layout.k)
+    tolerance = {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 127}[dtype]
+    for found, given in zip(held.rows(jnp.float32), (k, v), strict=True):
+        expected = np.zeros((2, 12, 2, 16), np.float32)
+        expected[:, :7], expected[0, 7], expected[1, 9] = given[:, :7], given[0, 7], given[1, 7]
+        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_integers_stay_within_seven_bits_and_half_a_step():
+    x = jnp.concatenate([jnp.linspace(-3, 3, 64)[None] * s for s in (1e-6, 0.37, 1.0, 1.9999, 1e30)] + [jnp.zeros((1, 64))])
+    held, scale = cache.quantized(x)
+    wide = np.asarray(scale.astype(jnp.float32))
+    assert np.abs(np.asarray(held, int)).max(axis=1).tolist()[:5] == pytest.approx([127] * 5, abs=1)
+    assert (np.abs(np.asarray(held, np.float32) * wide - x) <= 0.5001 * wide).all()
+
+
+def compiled_step(mesh, n_heads, n_kv, head_dim, keys, batch=1, cache_dtype=None, lengths=()):
+    """A layer of a step of generation: a position is written into a cache that is given up, and the cache is read."""
+
+    def placed(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), tree
+        )
+
+    def step(held, q, k, v, length):
+        held = held.append(k, v, length)
+        return held, *decode(q, held, length + 1, return_lse=True)
+
     def shape(*dims, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        return jax.ShapeDtypeStruct(dims, dtype)
 
-    q, cache, length = shape(batch, n_heads, head_dim), shape(batch, keys, n_kv, head_dim), shape(batch, dtype=jnp.int32)
     with jax.set_mesh(mesh):
-        return jax.jit(functools.partial(decode, return_lse=True)).lower(q, cache, cache, length).compile()
+        held = jax.eval_shape(lambda: new_cache(batch, keys, n_heads, n_kv, head_dim, jnp.bfloat16, cache_dtype=cache_dtype))
+        new = shape(batch, 1, n_kv, head_dim)
+        arguments = held, shape(batch, n_heads, head_dim), new, new, shape(*lengths, dtype=jnp.int32)
+        return jax.jit(step, donate_argnums=0).lower(*placed(arguments)).compile(), held
+
+
+def held_bytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @pytest.mark.needs("libtpu")
 @pytest.mark.parametrize(
-    ("chip", "n_heads", "n_kv", "head_dim", "keys"),
+    ("chip", "n_heads", "n_kv", "head_dim", "keys", "cache_dtype", "lengths"),
     [
-        ("v5e", 32, 8, 128, 128 * 1024),
-        ("v6e", 8, 1, 64, 512 * 1024),
+        ("v5e", 32, 8, 128, 128 * 1024, "bfloat16", (2,)),
+        ("v6e", 8, 1, 64, 512 * 1024, "int8", ()),
         *(
             pytest.param(*rest, marks=pytest.mark.thorough)
             for rest in (
-                *((chip, 8, 1, head_dim, 512 * 1024) for chip in TPUS for head_dim in (64, 128)),
-                ("v5p", 32, 8, 64, 128 * 1024),
-                ("v6e", 32, 32, 128, 128 * 1024),
-                ("v5p", 8, 2, 128, 100_001),
+                *((chip, 8, 1, size, 512 * 1024, kind, ()) for chip in TPUS for size in (64, 128) for kind in CACHES),
+                ("v5p", 32, 8, 64, 128 * 1024, "int8", (2,)),
+                ("v6e", 32, 32, 128, 128 * 1024, "bfloat16", ()),
+                ("v5e", 9, 3, 128, 128 * 1024, "int8", (2,)),
             )
         ),
     ],
 )
-def test_compiles_for_tpus_without_a_copy_of_the_cache(chip, n_heads, n_kv, head_dim, keys):
-    compiled = compiled_decode(machines.mesh(chip), n_heads, n_kv, head_dim, keys)
+def test_a_step_on_tpus_copies_and_pads_no_cache(chip, n_heads, n_kv, head_dim, keys, cache_dtype, lengths):
+    batch = lengths[0] if lengths else 1
+    compiled, held = compiled_step(machines.mesh(chip), n_heads, n_kv, head_dim, keys, batch, cache_dtype, lengths)
     assert "gqa_tpu_decode" in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**19
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2**19
+    assert memory.alias_size_in_bytes >= held_bytes(held)  # written in place
+    assert memory.argument_size_in_bytes < 1.05 * held_bytes(held)  # as it lies there: scales of one head are padded to two
 
 
 @pytest.mark.needs("jax-cuda13-plugin")
@@ -203,8 +271,10 @@ def test_compiles_for_tpus_without_a_copy_of_the_cache(chip, n_heads, n_kv, head
         ("a100", 32, 32, 64, 5000),
     ],
 )
-def test_compiles_for_gpus(gpu, n_heads, n_kv, head_dim, keys):
-    compiled = compiled_decode(machines.mesh(gpu), n_heads, n_kv, head_dim, keys)
+def test_a_step_on_gpus_copies_no_cache(gpu, n_heads, n_kv, head_dim, keys):
+    compiled, held = compiled_step(machines.mesh(gpu), n_heads, n_kv, head_dim, keys)
     assert "gqa_triton_decode" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= held_bytes(held)
     # the parts' outputs and log-sum-exps, once more for the weighted ones
-    assert compiled.memory_analysis().temp_size_in_bytes < 3 * (decode_triton.PROGRAMS + n_kv) * n_heads // n_kv * head_dim * 4
+    assert memory.temp_size_in_bytes < 3 * (decode_triton.PROGRAMS + n_kv) * n_heads // n_kv * head_dim * 4

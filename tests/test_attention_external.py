@@ -24,7 +24,8 @@ def backward(q, k, v, lse, delta, d_out, mask, scale):
 
 
 def decode(q, k, v, length, scale):
-    return decoding.written_out(q, k, v, length, scale, attention.Case("cpu", "cpu", 1, 1, k.shape[1], 1, 1, 1, q.dtype))
+    case = attention.Case("cpu", "cpu", 1, 1, k.shape[1], 1, 1, 1, q.dtype)
+    return decoding.written_out(q, attention.cache_of(k, v), length, scale, case)
 
 
 def causal(q, k, v, mask, scale):
@@ -62,7 +63,7 @@ def test_a_forward_pass_alone_is_differentiated_by_jax_and_gets_plain_causal_att
     with pytest.raises(ValueError, match=r"gives no log-sum-exp that has a gradient\. These can: reference, xla"):
         attention.attention(*ARRAYS, implementation=PLAIN, return_lse=True)
     with pytest.raises(ValueError, match="does not decode"):
-        attention.decode(ARRAYS[0][:, 0], *ARRAYS[1:], 3, implementation=PLAIN)
+        attention.decode(ARRAYS[0][:, 0], attention.cache_of(*ARRAYS[1:]), 3, implementation=PLAIN)
     case = attention.planned_case(
         batch=1, length=20, n_heads=2, n_kv_heads=2, head_dim=8, dtype=jnp.float32, size=2, method="ring", segments=False
     )
@@ -153,5 +154,5 @@ def test_what_is_traced_is_noted():
     jax.eval_shape(lambda *x: attention.attention(*x, implementation="ours"), *ARRAYS)
     assert attention.traced() == {"attention": "ours"}
     attention.attention(*ARRAYS)
-    attention.decode(ARRAYS[0][:, 0], *ARRAYS[1:], 3)
+    attention.decode(ARRAYS[0][:, 0], attention.cache_of(*ARRAYS[1:]), 3)
     assert attention.traced() == {"attention": "ours, xla", "decode": "xla"}

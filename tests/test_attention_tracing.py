@@ -1,6 +1,5 @@
 """Kernels under jax_enable_x64, and what importing attention leaves alone."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def test_decoding_in_64_bit_mode(implementation, head_dim):
     q, k, v, _ = cases.inputs(4, 2, head_dim, 1, keys=48, dtype=jnp.float32)
     exact, _ = conformance.exact(q, k, v, q_offset=36)
     with attention.interpreted(), jax.enable_x64(True):
-        decode = jax.jit(functools.partial(attention.decode, implementation=implementation))
+        decode = jax.jit(lambda q, k, v, n: attention.decode(q, attention.cache_of(k, v), n, implementation=implementation))
         out = decode(*(np.asarray(x) for x in (q[:, 0], k, v)), jnp.asarray(37))
     np.testing.assert_allclose(out, exact[:, 0], atol=2e-6)
 
@@ -91,7 +90,7 @@ import jax, jax.numpy as jnp, gqa_jax.train
 from gqa_jax import attention
 x = jnp.ones((1, 8, 1, 16))
 jax.grad(lambda x: attention.attention(x, x, x).sum())(x)
-attention.decode(x[:, 0], x, x, 3)
+attention.decode(x[:, 0], attention.cache_of(x, x), 3)
 case = attention.Case("gpu", "NVIDIA H200", 1, 8192, 8192, 8, 1, 64, jnp.dtype("bfloat16"), segments=True)
 assert attention.resolve(None, case) == "pallas_triton"
 assert attention.unsupported_reason("tokamax", case)
@@ -113,7 +112,7 @@ def test_a_jax_without_pallas_triton_says_so_and_leaves_the_rest(monkeypatch):
     q, k, v, _ = cases.inputs(2, 1, 16, 8)
     said = r"can't run here: this jax \(.*\) has no jax.experimental.pallas.triton any more: .*jax>=0.11,<0.12.* These can: ref"
     for ask in (lambda: attention.attention(q, k, v, implementation="pallas_triton"),
-                lambda: attention.decode(q[:, 0], k, v, 3, implementation="pallas_triton")):  # fmt: skip
+                lambda: attention.decode(q[:, 0], attention.cache_of(k, v), 3, implementation="pallas_triton")):  # fmt: skip
         with attention.interpreted(), pytest.raises(ValueError, match=said):
             ask()
     case = attention.Case("gpu", "NVIDIA H200", 1, 8192, 8192, 8, 1, 64, jnp.dtype("bfloat16"))

@@ -90,7 +90,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(unrolled, chunk):
 
     def append(q, k, v, cache, position_B):
         k_cache, v_cache = (held.at[batch, position_B].set(x[:, 0]) for held, x in zip(cache, (k, v), strict=True))
-        return attention.decode(q[:, 0], k_cache, v_cache, position_B + 1)[:, None], (k_cache, v_cache)
+        return attention.decode(q[:, 0], attention.cache_of(k_cache, v_cache), position_B + 1)[:, None], (k_cache, v_cache)
 
     shape = (2, size, config.n_kv_heads, config.head_dim)
     layers = jax.tree.map(lambda x: x / 4, nnx.to_pure_dict(nnx.state(transformer))["layers"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.attention_measure import TOLERANCE
 from benchmarks.first_light.target import Shape, Target
-from gqa_jax.attention import attention, conformance, decode, reference
+from gqa_jax.attention import attention, cache_of, conformance, decode, reference
 from gqa_jax.attention.spec import Mask
 
 RMS_FACTOR = 1.5  # of the error of `xla` in the same dtype
@@ -33,7 +33,7 @@ def arrays_of(target: Target, s: Shape, seed: int, *, decode_step: bool) -> tupl
 def part_of(implementation: str, part: str) -> Callable:
     def run(q, k, v, d_out):
         if part == "decode":
-            return decode(q, k, v, k.shape[1], implementation=implementation, return_lse=True)
+            return decode(q, cache_of(k, v), k.shape[1], implementation=implementation, return_lse=True)
         if part == "forward":
             return attention(q, k, v, implementation=implementation, return_lse=True)
         _, pull = jax.vjp(lambda *x: attention(*x, implementation=implementation), q, k, v)

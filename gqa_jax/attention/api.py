@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gqa_jax.attention import dispatch
+from gqa_jax.attention.cache import DTYPES, ROWS, Cache, empty
 from gqa_jax.attention.dispatch import resolve
 from gqa_jax.attention.spec import Case, Mask
 
@@ -67,10 +70,51 @@ def attention(
     return out, jnp.transpose(lse_BxKxGxT, (0, 3, 1, 2)).reshape(batch, length, *heads)
 
 
+def new_cache(
+    batch: int,
+    keys: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    *,
+    cache_dtype: Any = None,
+    implementation: str | None = None,
+) -> Cache:
+    """An empty cache of one layer, laid out as the implementation reads it that `decode` will take.
+
+    Args:
+      keys: S, entries of each sequence that there is room for; on TPUs a multiple of 128, else it is padded to one.
+      n_heads, n_kv_heads, head_dim: of the attention.
+      dtype: of the queries.
+      cache_dtype: float32, bfloat16, float16 or int8 (a scale for each position and head); None: `dtype`.
+      implementation: a name, or None for the best one here, as in `decode`.
+
+    Raises:
+      ValueError: an implementation that is unknown or doesn't read such a cache here.
+    """
+    held = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
+    if held.name not in DTYPES:
+        raise ValueError(f"a cache can't be of {held.name}: use {', '.join(DTYPES)}")
+    case = _decode_case(batch, keys, n_heads, n_kv_heads, head_dim, dtype, held)
+    return empty(dispatch.get(resolve(implementation, case)).layout, batch, keys, n_kv_heads, head_dim, held)
+
+
+def cache_of(k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array) -> Cache:
+    """Keys and values at hand as a cache, as they lie: most implementations read another layout, and copy for each call."""
+    if k_BxSxKxH.ndim != 4 or k_BxSxKxH.shape != v_BxSxKxH.shape or k_BxSxKxH.dtype != v_BxSxKxH.dtype:
+        raise ValueError(
+            f"a cache takes k and v (B, S, K, H) of one dtype; got k {k_BxSxKxH.shape} {k_BxSxKxH.dtype}, "
+            f"v {v_BxSxKxH.shape} {v_BxSxKxH.dtype}"
+        )
+    if not jnp.issubdtype(k_BxSxKxH.dtype, jnp.floating):
+        raise ValueError(f"a cache of arrays must be floating; got {k_BxSxKxH.dtype}: `new_cache` makes quantised ones")
+    return Cache(k_BxSxKxH, v_BxSxKxH, None, None, ROWS)
+
+
 def decode(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: Cache,
     length: int | jax.Array,
     *,
     implementation: str | None = None,
@@ -81,8 +125,8 @@ def decode(
 
     Args:
       q: (B, N, H) queries, N a multiple of K; head n reads key/value head n // (N / K). Or (B, K, G, H).
-      k_cache, v_cache: (B, S, K, H), of q's dtype. Entries from `length` on may hold anything, NaN too. On TPUs make S a
-        multiple of 8: where H is 128 and K less than 8, other caches cost time, and with K = 1 and B > 1 a copy.
+      cache: what `new_cache` made and `Cache.append` filled, or `cache_of` arrays. Entries from `length` on may hold anything,
+        NaN too.
       length: valid entries, an integer or int (B,), possibly traced; a `jax.Array` is taken to be within 0 and S.
       implementation: a name, or None for the best one for this platform and case (`gqa_jax.attention.dispatch`).
       scale: of the logits; None is H ** -0.5.
@@ -92,18 +136,23 @@ def decode(
     Raises:
       ValueError: as in `attention`, before anything is traced.
     """
-    _check_decode(q, k_cache, v_cache, length, scale)
-    batch, keys, n_kv, head_dim = k_cache.shape
+    _check_decode(q, cache, length, scale)
+    batch, keys, n_kv, head_dim = cache.batch, cache.keys, cache.n_kv_heads, cache.head_dim
     q_BxKxGxH = q.reshape(batch, n_kv, -1, head_dim)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    sizes = {"n_heads": n_kv * q_BxKxGxH.shape[2], "n_kv_heads": n_kv, "head_dim": head_dim}
-    case = Case.planned(batch=batch, length=1, keys=keys, **sizes, dtype=q.dtype, aligned=False)
-    case = case._replace(return_lse=return_lse, decode=True)
+    case = _decode_case(batch, keys, n_kv * q_BxKxGxH.shape[2], n_kv, head_dim, q.dtype, cache.dtype)
+    case = case._replace(return_lse=return_lse)
     length_B = jnp.broadcast_to(jnp.clip(jnp.asarray(length, jnp.int32), 0, keys), (batch,))
     name = resolve(implementation, case)
-    out_BxKxGxH, lse_BxKxG = dispatch.decode(name, q_BxKxGxH, k_cache, v_cache, length_B, scale, case)
+    out_BxKxGxH, lse_BxKxG = dispatch.decode(name, q_BxKxGxH, cache, length_B, scale, case)
     out = out_BxKxGxH.astype(q.dtype).reshape(q.shape)
     return (out, lse_BxKxG.reshape(q.shape[:-1])) if return_lse else out
+
+
+def _decode_case(batch, keys, n_heads, n_kv_heads, head_dim, dtype, cache_dtype) -> Case:
+    sizes = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+    case = Case.planned(batch=batch, length=1, keys=keys, **sizes, dtype=dtype, aligned=False)
+    return case._replace(decode=True, cache_dtype=jnp.dtype(cache_dtype))
 
 
 def _position(offset: int | np.integer | jax.Array) -> int | jax.Array:
@@ -123,7 +172,9 @@ def check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
     shapes = f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}"
     if q.ndim not in (4, 5) or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"attention takes q (B, T, N, H) or (B, T, K, G, H) and k, v (B, S, K, H); got {shapes}")
-    _check_heads(q, k, v, heads_axis=2, grouped=q.ndim == 5, shapes=shapes)
+    _check_heads(q, k.shape, heads_axis=2, grouped=q.ndim == 5, shapes=shapes)
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"queries, keys and values must have one floating dtype; got {shapes}")
     offsets_given = any(not isinstance(offset, int) or offset != 0 for offset in (q_offset, kv_offset))
     if q.shape[1] != k.shape[1] and not offsets_given:
         raise ValueError(f"causal attention needs as many keys as queries (S = T), or q_offset and kv_offset; got {shapes}")
@@ -137,18 +188,16 @@ def check(q, k, v, segment_ids, q_offset, kv_offset, scale) -> None:
         _check_segments(segment_ids, q, k)
 
 
-def _check_heads(q, k, v, *, heads_axis: int, grouped: bool, shapes: str) -> None:
-    """Raises ValueError, with `shapes`, where batch, heads or dtypes of q and of k, v (B, S, K, H) don't fit together."""
-    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+def _check_heads(q, kv_shape: tuple[int, ...], *, heads_axis: int, grouped: bool, shapes: str) -> None:
+    """Raises ValueError, with `shapes`, where batch and heads of q and of keys (B, S, K, H) don't fit together."""
+    if q.shape[0] != kv_shape[0] or q.shape[-1] != kv_shape[3]:
         raise ValueError(f"queries and keys must have the same batch and head size; got {shapes}")
-    if 0 in q.shape or 0 in k.shape:
+    if 0 in q.shape or 0 in kv_shape:
         raise ValueError(f"there must be at least one query, key and head; got {shapes}")
-    if grouped and q.shape[heads_axis] != k.shape[2]:
+    if grouped and q.shape[heads_axis] != kv_shape[2]:
         raise ValueError(f"q (..., K, G, H) must have the K of the keys (B, S, K, H); got {shapes}")
-    if q.shape[heads_axis] % k.shape[2]:
+    if q.shape[heads_axis] % kv_shape[2]:
         raise ValueError(f"query heads must be a multiple of key/value heads; got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"queries, keys and values must have one floating dtype; got {shapes}")
 
 
 def _check_segments(segment_ids, q, k) -> None:
@@ -175,16 +224,23 @@ def _check_scale(scale: float | None) -> None:
         raise ValueError(f"scale must be a positive Python number; got {scale!r}")
 
 
-def _check_decode(q, k_cache, v_cache, length, scale) -> None:
-    shapes = f"q {q.shape} {q.dtype}, k_cache {k_cache.shape} {k_cache.dtype}, v_cache {v_cache.shape} {v_cache.dtype}"
-    if q.ndim not in (3, 4) or k_cache.ndim != 4 or k_cache.shape != v_cache.shape:
-        raise ValueError(f"decode takes q (B, N, H) or (B, K, G, H) and k_cache, v_cache (B, S, K, H); got {shapes}")
-    _check_heads(q, k_cache, v_cache, heads_axis=1, grouped=q.ndim == 4, shapes=shapes)
+def _check_decode(q, cache, length, scale) -> None:
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"decode takes q, a cache and its length; got a {type(cache).__name__}: use new_cache, or cache_of(k, v)"
+        )
+    shape = (cache.batch, cache.keys, cache.n_kv_heads, cache.head_dim)
+    shapes = f"q {q.shape} {q.dtype}, a cache (B, S, K, H) of {shape} {cache.dtype}"
+    if q.ndim not in (3, 4):
+        raise ValueError(f"decode takes q (B, N, H) or (B, K, G, H); got {shapes}")
+    _check_heads(q, shape, heads_axis=1, grouped=q.ndim == 4, shapes=shapes)
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"queries must have a floating dtype; got {shapes}")
     if jnp.shape(length) not in ((), (q.shape[0],)) or not jnp.issubdtype(jnp.result_type(length), jnp.integer):
         raise ValueError(
             f"length must be an integer or integers ({q.shape[0]},); got {jnp.result_type(length)} {jnp.shape(length)}"
         )
     # one that is on a device is not waited for
-    if not isinstance(length, jax.Array) and not np.all((np.asarray(length) >= 0) & (np.asarray(length) <= k_cache.shape[1])):
-        raise ValueError(f"length must be within the cache, 0 to {k_cache.shape[1]}; got {length}")
+    if not isinstance(length, jax.Array) and not np.all((np.asarray(length) >= 0) & (np.asarray(length) <= cache.keys)):
+        raise ValueError(f"length must be within the cache, 0 to {cache.keys}; got {length}")
     _check_scale(scale)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gqa_jax.attention import api, vjp, xla
+from gqa_jax.attention.cache import quantized
 from gqa_jax.attention.dispatch import unsupported_reason
 from gqa_jax.attention.spec import Case, Mask, interpreted
 
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     segments: str | None = None  # "sorted": packed documents; "mixed": ids in no order
     lse: bool = True  # gradients go through the log-sum-exp too
     lengths: tuple[int, ...] | None = None  # entries of each sequence that are valid: those beyond are NaN
+    cache: str | None = None  # dtype of it; None: `dtype`
 
     def case(self) -> Case:
         if self.lengths is not None:
@@ -57,7 +59,7 @@ class Problem(NamedTuple):
         return Case.planned(
             n_heads=self.heads[0], n_kv_heads=self.heads[1], head_dim=self.head_dim, dtype=self.dtype, aligned=aligned,
             segments=self.segments is not None, **sizes,
-        )._replace(decode=self.lengths is not None)  # fmt: skip
+        )._replace(decode=self.lengths is not None, cache_dtype=self.cache)  # fmt: skip
 
 
 PROBLEMS = {
@@ -97,6 +99,9 @@ PROBLEMS = {
     "decode, heads of 80": Problem((6, 2), 80, 200, lengths=(200, 1)),
     "decode, long": Problem((8, 2), 64, 2500, lengths=(2500, 617)),
     "decode, float32": Problem((8, 2), 64, 150, dtype="float32", lengths=(150, 100)),
+    "decode, int8": Problem((8, 2), 64, 300, lengths=(299, 130), cache="int8"),
+    "decode, int8, one key/value head": Problem((4, 1), 128, 200, lengths=(200, 1), cache="int8"),
+    "decode, int8, float32": Problem((8, 2), 32, 150, dtype="float32", lengths=(150, 0), cache="int8"),
     "decode, large logits": Problem((8, 2), 64, 150, kind="large", lengths=(150, 100)),
 }
 
@@ -249,11 +254,19 @@ def _decode_arrays(problem: Problem) -> list[jax.Array]:
 
 
 def _decoded(name: str, problem: Problem) -> tuple:
-    return jax.jit(functools.partial(api.decode, implementation=name, return_lse=True))(*_decode_arrays(problem))
+    q, k, v, lengths = _decode_arrays(problem)
+    cache = api.cache_of(k, v)
+    if problem.cache == "int8":
+        cache = api.new_cache(*k.shape[:2], q.shape[1], *k.shape[2:], q.dtype, cache_dtype="int8", implementation=name)
+        cache = cache.append(k, v, 0)
+    return jax.jit(functools.partial(api.decode, implementation=name, return_lse=True))(q, cache, lengths)
 
 
 def _exact_decode(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    q, k, v, lengths = (np.nan_to_num(np.asarray(x, np.float64)) for x in _decode_arrays(problem))
+    arrays = list(_decode_arrays(problem))
+    if problem.cache == "int8":  # without rounding but that of the cache
+        arrays[1:3] = (held.astype(jnp.float32) * scale.astype(jnp.float32) for held, scale in map(quantized, arrays[1:3]))
+    q, k, v, lengths = (np.nan_to_num(np.asarray(x, np.float64)) for x in arrays)
     grouped = (1, 1, k.shape[2], -1, q.shape[-1])
     pairs = [
         exact(q[b].reshape(grouped), k[b : b + 1, : max(n, 1)], v[b : b + 1, : max(n, 1)], q_offset=n - 1)

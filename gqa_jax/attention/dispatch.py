@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from gqa_jax import hardware
 from gqa_jax.attention import vjp
+from gqa_jax.attention.cache import LANES, ROWS, WITHIN_HEADS, Cache, Layout
 from gqa_jax.attention.spec import Case, Mask, compute_capability
 from gqa_jax.attention.vjp import Kernel
 from gqa_jax.errors import closest
@@ -37,6 +38,7 @@ class Limits(NamedTuple):
     segments: bool = False
     lse: bool = False  # gives the log-sum-exp, with its gradient
     interpreted: bool = False  # a Pallas kernel: interpreted, it runs on any device
+    caches: tuple[str, ...] = ()  # dtypes of a cache beside that of the queries
     beyond: Callable[[Case], str | None] | None = None  # why a case can't run that the fields above have let pass, or None
 
     def is_for(self, case: Case) -> bool:
@@ -57,6 +59,10 @@ class Limits(NamedTuple):
             known = f"a multiple of {sizes.step} up to {sizes[-1]}" if isinstance(sizes, range) else _listed(map(str, sizes))
             return f"{name} takes heads of {known} on {case.chip}, not {case.head_dim}"
         if case.decode:  # a mask and a log-sum-exp are part of it
+            cache = jnp.dtype(case.dtype if case.cache_dtype is None else case.cache_dtype).name
+            if cache not in (jnp.dtype(case.dtype).name, *self.caches):
+                unproven = "; no GPU has run one" if cache == "int8" and case.platform == "gpu" else ""
+                return f"{name} reads no caches of {cache} for queries of {jnp.dtype(case.dtype).name} on {case.chip}{unproven}"
             return self.beyond(case) if self.beyond else None
         if case.length % self.multiple or case.keys % self.multiple:
             return f"{name} takes lengths of a multiple of {self.multiple}, not {case.length} and {case.keys}"
@@ -75,7 +81,8 @@ class Implementation(NamedTuple):
     kernel(case, scale) is a pair of passes, under the gradient that all of them share (`gqa_jax.attention.vjp`).
     forward(q (B, T, K, G, H), k, v (B, S, K, H), mask, scale, case) -> out, lse (B, K, G, T), differentiated by JAX; lse may be
       None where limits have none.
-    decode(q (B, K, G, H), k, v, length (B,) int32, scale, case) -> out (B, K, G, H), lse (B, K, G) float32.
+    decode(q (B, K, G, H), cache, length (B,) int32, scale, case) -> out (B, K, G, H), lse (B, K, G) float32; `layout` is the
+      one that it reads without a copy (`gqa_jax.attention.cache`).
     """
 
     limits: tuple[Limits, ...] = ()
@@ -83,6 +90,7 @@ class Implementation(NamedTuple):
     forward: Callable[..., tuple[jax.Array, jax.Array | None]] | None = None
     decode: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     decode_limits: tuple[Limits, ...] = ()
+    layout: Layout = ROWS
 
 
 def _of(path: str) -> Callable:
@@ -100,15 +108,6 @@ def _of(path: str) -> Callable:
 def _without_tiles(case: Case) -> str | None:
     known = case.platform != "tpu" or hardware.tiles_of(case.chip, case.head_dim) is not None
     return None if known else f"gqa_jax.hardware has no tiles for {case.chip}"
-
-
-def _padded_cache(case: Case) -> str | None:
-    if case.head_dim == 128 and case.n_kv_heads % 8 and case.n_kv_heads not in (1, 2, 4):
-        return (
-            f"pallas_tpu with heads of 128 takes 1, 2, 4 or a multiple of 8 key/value heads, not {case.n_kv_heads}: XLA pads "
-            "other caches, and the kernel would need a copy"
-        )
-    return None
 
 
 def _beyond_triton(case: Case) -> str | None:
@@ -139,23 +138,28 @@ _TRITON = _KERNEL._replace(
     beyond=_beyond_triton,
 )  # fmt: skip
 
+_INT8 = ("int8",)
+_CACHES = ("bfloat16", "float16", "float32")
+_DECODE = (ANYWHERE._replace(platform="gpu", caches=_CACHES), ANYWHERE._replace(caches=(*_CACHES, *_INT8)))
+
 _ALL: dict[str, Implementation] = {
     "reference": Implementation(
-        (ANYWHERE,), forward=_of("reference:attend"), decode=_of("decoding:written_out"), decode_limits=(ANYWHERE,)
+        (ANYWHERE,), forward=_of("reference:attend"), decode=_of("decoding:written_out"), decode_limits=_DECODE
     ),
     "xla": Implementation(
-        (ANYWHERE,), _of("xla:kernel"), _of("xla:attend"), decode=_of("decoding:xla"), decode_limits=(ANYWHERE,)
+        (ANYWHERE,), _of("xla:kernel"), _of("xla:attend"), decode=_of("decoding:xla"), decode_limits=_DECODE,
+        layout=WITHIN_HEADS,
     ),
     "pallas_tpu": Implementation(
         (_TPU._replace(beyond=_without_tiles),), _of("tpu:kernel"),
-        decode=_of("tpu.decode:decode"), decode_limits=(_TPU._replace(beyond=_padded_cache),),
+        decode=_of("tpu.decode:decode"), decode_limits=(_TPU._replace(caches=_INT8),), layout=LANES,
     ),
     "pallas_gpu": Implementation(
         (_KERNEL._replace(platform="gpu", capability=(9.0, 10.0), dtypes=("bfloat16",), head_dims=(64, 128)),),
         _of("hopper:kernel"),
     ),
     "pallas_triton": Implementation(
-        (_TRITON,), _of("triton:kernel"), decode=_of("triton.decode:decode"), decode_limits=(_TRITON,)
+        (_TRITON,), _of("triton:kernel"), decode=_of("triton.decode:decode"), decode_limits=(_TRITON,), layout=WITHIN_HEADS,
     ),
     # what they are and why their rows refuse the rest: gqa_jax.attention.peers
     "cudnn": Implementation(
@@ -244,9 +248,15 @@ def unsupported_reason(name: str, case: Case) -> str | None:
 
 
 def best(case: Case) -> str:
-    """The best implementation for the case on its platform; `xla` runs everywhere."""
+    """The best implementation for the case on its platform; `xla` runs everywhere.
+
+    Raises ValueError for a cache that nothing reads on this platform.
+    """
     row = next((row for row in BEST if row.covers(case)), Row(case.platform, ("xla",)))
-    return next(name for name in row.preferred if unsupported_reason(name, case) is None)
+    found = next((name for name in row.preferred if unsupported_reason(name, case) is None), None)
+    if found is None:  # of a cache: `xla` computes everything else
+        raise ValueError(f"nothing here decodes this: {unsupported_reason(row.preferred[-1], case)}")
+    return found
 
 
 def resolve(implementation: str | None, case: Case) -> str:
@@ -299,11 +309,11 @@ def kernel(name: str, case: Case, scale: float) -> Kernel:
 
 
 def decode(
-    name: str, q_BxKxGxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, length_B: jax.Array, scale: float, case: Case
+    name: str, q_BxKxGxH: jax.Array, cache: Cache, length_B: jax.Array, scale: float, case: Case
 ) -> tuple[jax.Array, jax.Array]:
     """Output (B, K, G, H) and log-sum-exp (B, K, G) of one query per sequence, by an implementation that can run the case."""
     _traced["decode"][name] = None
-    return get(name).decode(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale, case)
+    return get(name).decode(q_BxKxGxH, cache, length_B, scale, case)
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gqa_jax.attention import dispatch
+from gqa_jax.attention.cache import ROWS
 from gqa_jax.attention.dispatch import Implementation, Limits
 from gqa_jax.attention.vjp import Kernel
 
@@ -61,8 +62,8 @@ def implementation(
     def gradients(*operands):
         return _checked_gradients(backward(*operands[:-1]), *operands[:3])
 
-    def decoded(q, k, v, length, scale, _):
-        return decode(q, k, v, length, scale)
+    def decoded(q, cache, length, scale, _):
+        return decode(q, *cache.arrays(ROWS), length, scale)
 
     return Implementation(
         rows if forward else (),

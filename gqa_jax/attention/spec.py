@@ -94,6 +94,7 @@ class Case(NamedTuple):
     cores: int = 1  # of the chip: the two of a v4 or v5p are one device
     interpreted: bool = False  # Pallas kernels run in interpret mode, on any platform
     decode: bool = False  # one query per sequence against a cache (`gqa_jax.attention.decode`)
+    cache_dtype: Any = None  # of that cache; None: `dtype`
 
     @classmethod
     def of(cls, q_BxTxKxGxH, k_BxSxKxH, mask: Mask, *, return_lse: bool = False) -> Case:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gqa_jax.attention import bounds
+from gqa_jax.attention.cache import WITHIN_HEADS, Cache
 from gqa_jax.attention.decoding import merge
 from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case, in_32_bits
 from gqa_jax.attention.triton import padded
@@ -44,17 +45,17 @@ def choose(case: Case) -> Options:
     return Options(min(wanted, -(-case.keys // SMALLEST_PART)), block, 4, 2 if row_bytes > 512 else 3, case.interpreted)
 
 
-def decode(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, case: Case):
+def decode(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
     """See `gqa_jax.attention.dispatch.Implementation`."""
-    return merge(*parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale, choose(case)))
+    return merge(*parts(q_BxKxGxH, *cache.arrays(WITHIN_HEADS), length_B, scale, choose(case)))
 
 
 @in_32_bits
-def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Options):
+def parts(q_BxKxGxH, k_BxKxSxH, v_BxKxSxH, length_B, scale: float, options: Options):
     """Outputs (P, B, K, G, H) and log-sum-exps (P, B, K, G), float32, of the parts of each sequence."""
-    batch, keys, n_kv, head_dim = k_BxSxKxH.shape
+    batch, n_kv, keys, head_dim = k_BxKxSxH.shape
     group = q_BxKxGxH.shape[2]
-    cache_spec = pl.BlockSpec((None, keys, None, head_dim), lambda p, k, b: (b, 0, k, 0))
+    cache_spec = pl.BlockSpec((None, None, keys, head_dim), lambda p, k, b: (b, k, 0, 0))
     return pl.pallas_call(
         functools.partial(_kernel, scale=scale, options=options),
         grid=(options.parts, n_kv, batch),
@@ -75,7 +76,7 @@ def parts(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, scale: float, options: Opti
         compiler_params=plgpu.CompilerParams(num_warps=options.warps, num_stages=options.stages),
         interpret=options.interpret,
         name="gqa_triton_decode",
-    )(length_B, q_BxKxGxH, k_BxSxKxH, v_BxSxKxH)
+    )(length_B, q_BxKxGxH, k_BxKxSxH, v_BxKxSxH)
 
 
 def _kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, scale: float, options: Options):

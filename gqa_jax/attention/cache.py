@@ -1,0 +1,139 @@
+"""A layer's cache of keys and values: its arrays, how they lie in memory, and how new entries are written into them.
+
+Who reads a cache decides its layout, once for a whole generation: a reader that finds another one pays with a copy of the
+cache for every token. `Layout` is the order of axes of each array, in letters: B batch, S position, K key/value head, H head
+size. `dispatch.Implementation.layout` says which one an implementation reads.
+
+int8: value = scale x integer, a scale for each position and head (as github.com/jax-ml/jax-llm-examples): the keys' scale
+multiplies logits, the values' the weights, so that a reader meets integers alone. Scales are bfloat16, the integers are
+rounded with the scale as it is held, and lie as (B, K, 1, S): positions are minor, so that one key/value head is padded to
+nothing on a TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+SCALE = jnp.bfloat16
+
+
+class Layout(NamedTuple):
+    """Axes of keys and of values in the order in which they lie, the last one contiguous."""
+
+    k: str
+    v: str
+
+
+ROWS = Layout("BSKH", "BSKH")  # as `attention` takes keys and values
+WITHIN_HEADS = Layout("BKSH", "BKSH")  # the positions of a head side by side
+LANES = Layout("BKHS", "BKHS")  # positions in the lanes of a TPU
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer: a pytree, whose arrays a loop over tokens updates in place where it is donated.
+
+    Entries that were not written may hold anything; readers are told how many there are.
+    """
+
+    k: jax.Array  # axes as layout.k
+    v: jax.Array
+    k_scale_BxKx1xS: jax.Array | None  # of int8, else None
+    v_scale_BxKx1xS: jax.Array | None
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @property
+    def batch(self) -> int:
+        return self._size("B")
+
+    @property
+    def keys(self) -> int:
+        """S: entries that there is room for."""
+        return self._size("S")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self._size("K")
+
+    @property
+    def head_dim(self) -> int:
+        return self._size("H")
+
+    @property
+    def dtype(self) -> Any:
+        return self.k.dtype
+
+    @property
+    def quantized(self) -> bool:
+        return self.k_scale_BxKx1xS is not None
+
+    def _size(self, axis: str) -> int:
+        return self.k.shape[self.layout.k.index(axis)]
+
+    def arrays(self, layout: Layout) -> tuple[jax.Array, jax.Array]:
+        """Keys and values as they are held (integers of int8) with their axes as in `layout`: a copy, where it isn't that."""
+        return _permuted(self.k, self.layout.k, layout.k), _permuted(self.v, self.layout.v, layout.v)
+
+    def rows(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Keys and values (B, S, K, H) of `dtype`, as `attention` takes them, for the chunks of a prompt."""
+        pairs = zip(self.arrays(ROWS), (self.k_scale_BxKx1xS, self.v_scale_BxKx1xS), strict=True)
+        k, v = (x.astype(dtype) if scale is None else _dequantized(x, scale, dtype) for x, scale in pairs)
+        return k, v
+
+    def append(self, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, position: int | jax.Array) -> Cache:
+        """With the keys and values of T tokens at the positions from `position` on: an integer, or with T = 1 one for each
+        sequence (B,). What would lie beyond S is moved back to end there.
+        """
+        k, k_scale = quantized(k_BxTxKxH) if self.quantized else (k_BxTxKxH.astype(self.dtype), None)
+        v, v_scale = quantized(v_BxTxKxH) if self.quantized else (v_BxTxKxH.astype(self.dtype), None)
+        return Cache(
+            _written(self.k, self.layout.k, k, "BSKH", position),
+            _written(self.v, self.layout.v, v, "BSKH", position),
+            None if k_scale is None else _written(self.k_scale_BxKx1xS, "BK1S", k_scale, "BSK1", position),
+            None if v_scale is None else _written(self.v_scale_BxKx1xS, "BK1S", v_scale, "BSK1", position),
+            self.layout,
+        )
+
+
+def empty(layout: Layout, batch: int, keys: int, n_kv_heads: int, head_dim: int, dtype: Any) -> Cache:
+    """A cache of zeros."""
+    sizes = {"B": batch, "S": keys, "K": n_kv_heads, "H": head_dim}
+    k, v = (jnp.zeros([sizes[axis] for axis in axes], dtype) for axes in layout)
+    scales = [jnp.zeros((batch, n_kv_heads, 1, keys), SCALE) if k.dtype == jnp.int8 else None for _ in range(2)]
+    return Cache(k, v, *scales, layout)
+
+
+def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Integers (..., H) within -127 and 127, and scales (..., 1) with which they give `x` to half a scale."""
+    x = x.astype(jnp.float32)
+    # half a step of bfloat16 more, so that rounding the scale leaves none of the integers beyond 127
+    scale = (jnp.abs(x).max(axis=-1, keepdims=True) * (1 + 2**-8) / 127).astype(SCALE)
+    safe = jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+    return jnp.round(x / safe).astype(jnp.int8), scale
+
+
+def _dequantized(x_BxSxKxH: jax.Array, scale_BxKx1xS: jax.Array, dtype: Any) -> jax.Array:
+    scale_BxSxKx1 = _permuted(scale_BxKx1xS, "BK1S", "BSK1")
+    return (x_BxSxKxH.astype(jnp.float32) * scale_BxSxKx1.astype(jnp.float32)).astype(dtype)
+
+
+def _permuted(x: jax.Array, axes: str, wanted: str) -> jax.Array:
+    return x if axes == wanted else jnp.transpose(x, [axes.index(axis) for axis in wanted])
+
+
+def _written(held: jax.Array, axes: str, new: jax.Array, new_axes: str, position: int | jax.Array) -> jax.Array:
+    new = _permuted(new, new_axes, axes)
+    if jnp.ndim(position) == 0:
+        return lax.dynamic_update_slice_in_dim(held, new, position, axes.index("S"))
+    # a write for each sequence: XLA does these in place, where of a scatter it makes a loop
+    for b in range(held.shape[0]):
+        start = [b if axis == "B" else position[b] if axis == "S" else 0 for axis in axes]
+        held = lax.dynamic_update_slice(held, new[b : b + 1], start)
+    return held
