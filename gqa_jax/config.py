@@ -32,6 +32,12 @@ REMAT_POLICIES = ("none", "full", "attention_only", "dots", "offload")
 CONTEXT_ATTENTION = ("gather", "ring")
 WINDOWS = ("spread", "first")
 WARMUP_FROM = ("one", "zero")
+# Kinds of `ModelConfig.rope_scaling`, and the fields that each takes (gqa_jax.model.rope_frequencies).
+ROPE_SCALINGS: Mapping[str | None, tuple[str, ...]] = {
+    None: (),
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context"),
+}
 LARGEST_SEED = 2**63 - 1
 BUDGETS = ("tokens", "tokens_per_param", "steps")  # a run is given exactly one of them
 
@@ -52,11 +58,17 @@ class ModelConfig:
     head_dim: int = shapes.HEAD_DIM
     d_ff: int | None = None  # None: the multiple of 32 closest to 8 d_model / 3
     vocab_size: int = shapes.VOCAB_SIZE
+    untied: bool = False  # whether the unembedding is a matrix of its own
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02  # of every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
     dtype: str = "bfloat16"  # of the computation
     param_dtype: str = "float32"  # of parameters, gradients and optimizer moments
+    rope_scaling: str | None = None  # of frequencies, for contexts longer than those trained on: ROPE_SCALINGS
+    rope_factor: float = 1.0  # what frequencies are divided by; of "llama3" the low ones
+    rope_low_freq_factor: float = 1.0  # low: with fewer turns than this in rope_original_context tokens
+    rope_high_freq_factor: float = 4.0  # those with more turns stay as they are
+    rope_original_context: int = 8192  # tokens
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
@@ -82,6 +94,27 @@ class ModelConfig:
         _require(self.init_std > 0, f"model.init_std = {self.init_std}: must be above 0")
         for name in ("dtype", "param_dtype"):
             _check_choice(f"model.{name}", getattr(self, name), DTYPES)
+        self._check_rope_scaling()
+
+    def _check_rope_scaling(self) -> None:
+        _check_choice("model.rope_scaling", self.rope_scaling, tuple(ROPE_SCALINGS))
+        for name in (name for name in ROPE_SCALINGS["llama3"] if name not in ROPE_SCALINGS[self.rope_scaling]):
+            value, default = getattr(self, name), getattr(type(self), name)
+            kinds = " or ".join(repr(kind) for kind, names in ROPE_SCALINGS.items() if name in names)
+            fix = f"leave it {default}, or set rope_scaling to {kinds}"
+            _require(value == default, f"model.{name} = {value}: rope_scaling = {self.rope_scaling!r} does not take it; {fix}")
+        for name in ("rope_factor", "rope_original_context"):
+            value = getattr(self, name)
+            _require(1 <= value < math.inf, f"model.{name} = {value}: must be a finite number of at least 1")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        _require(0 < low < math.inf, f"model.rope_low_freq_factor = {low}: must be a finite number above 0")
+        _require(low < high < math.inf, f"model.rope_high_freq_factor = {high}: must be above rope_low_freq_factor = {low}")
+
+    def identity(self) -> dict[str, Any]:
+        """Fields by name; of those that were added since the first version the ones that are used, so that names stay."""
+        unused = {*ROPE_SCALINGS["llama3"]} - {*ROPE_SCALINGS[self.rope_scaling]}
+        unused |= {name for name in ("rope_scaling", "untied") if not getattr(self, name)}
+        return {name: value for name, value in vars(self).items() if name not in unused}
 
 
 @dataclass(frozen=True)
@@ -111,9 +144,9 @@ _OLD_EXECUTION = {"": ("mesh", "accumulation_steps", "context_attention"), "mode
 # Built-in token stores of that version, and what they are called today: documents were held out by their position.
 OLD_STORES: Mapping[str, str] = {name: f"{name}@position" for name in ("sotu-bytes", "sotu-gpt2")}
 
-# What the arrays of a model depend on. Not here: rope_theta, which a phase at a longer context may raise.
+# What the arrays of a model depend on. Not here: rope_theta and scalings, which a phase at a longer context may change.
 _PARAMETER_FIELDS = (
-    "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "param_dtype",
+    "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "untied", "param_dtype",
 )  # fmt: skip
 
 
@@ -377,7 +410,7 @@ class TrainConfig:
             values["continue_from"] = continues
         for name in ("execution", "checkpoint", "logging", "label", "tokens", "tokens_per_param"):
             del values[name]
-        values["steps"] = self.n_steps
+        values["steps"], values["model"] = self.n_steps, self.model.identity()
         for name in ("store", "epochs"):
             del values["data"][name]
         for name in ("skip_tokens", "document_mask"):

@@ -36,6 +36,7 @@ class HasShape(Protocol):
     head_dim: Any
     d_ff: Any
     vocab_size: Any
+    untied: bool
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class Shape:
     head_dim: Any = HEAD_DIM
     d_ff: Any = None
     vocab_size: Any = VOCAB_SIZE
+    untied: bool = False  # whether the unembedding is a matrix of its own, in all of them
 
     def __post_init__(self):
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 8 * self.d_model / 3)
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, value in fields.items():
-            if np.any(np.less_equal(value, 0)):
+            if name != "untied" and np.any(np.less_equal(value, 0)):
                 raise ValueError(f"{name} = {np.nanmin(value)}: must be above 0")
         try:
             np.broadcast_shapes(*map(np.shape, fields.values()))
@@ -75,7 +77,7 @@ class Convention:
 
     ffn_matrices: int  # of d x F per layer: 2 in the paper's tables, 3 (gate, up, down) in the model
     norms: bool  # RMSNorm scales among the parameters
-    embedding: bool  # the tied embedding in N (once) and its projection in FLOPs
+    embedding: bool  # the embedding in N (once where it is tied) and the projection to logits in FLOPs
     flops: str  # "per_token" at context T; "half_T" or "full_T" times the per-token count: a whole sequence
     memory: str  # "values" or "bytes"
 
@@ -117,6 +119,7 @@ class ParamCount(NamedTuple):
     attention: Any  # 2 L d d_h (n_h + n_kv)
     ffn: Any  # matrices x L d F
     norms: Any  # (2 L + 1) d
+    head: Any = 0  # another d V of an untied model, where the convention counts the embedding
 
     @property
     def non_embedding(self) -> Any:
@@ -126,7 +129,7 @@ class ParamCount(NamedTuple):
     @property
     def total(self) -> Any:
         """Every parameter that the convention counts."""
-        return self.embedding + self.non_embedding
+        return self.embedding + self.head + self.non_embedding
 
 
 class ForwardFlops(NamedTuple):
@@ -145,7 +148,7 @@ class ForwardFlops(NamedTuple):
 class InferMemory(NamedTuple):
     """What serving holds by component (Table 8): values, or bytes where the convention says so."""
 
-    embedding: Any
+    embedding: Any  # with the head of an untied model
     attention: Any
     ffn: Any
     norms: Any
@@ -164,11 +167,13 @@ def count_params(shape: HasShape, convention: str | Convention = "exact") -> Par
     """Parameters of `shape` (Table 2); integers for an integer shape."""
     rule = named_convention(convention)
     layers, d = shape.n_layers, shape.d_model
+    embedding = d * shape.vocab_size if rule.embedding else 0
     return ParamCount(
-        embedding=d * shape.vocab_size if rule.embedding else 0,
+        embedding=embedding,
         attention=2 * layers * d * shape.head_dim * (shape.n_heads + shape.n_kv_heads),
         ffn=rule.ffn_matrices * layers * d * shape.d_ff,
         norms=(2 * layers + 1) * d if rule.norms else 0,
+        head=embedding if shape.untied else 0,
     )
 
 
@@ -211,7 +216,8 @@ def infer_memory_parts(
     count = count_params(shape, rule)
     cache = 2 * np.asarray(context, np.float64)[()] * shape.n_layers * shape.head_dim * shape.n_kv_heads
     param, value = (1, 1) if rule.memory == "values" else (dtype_bytes(param_dtype), dtype_bytes(cache_dtype))
-    return InferMemory(*(param * part for part in count), value * cache)
+    parts = count.embedding + count.head, count.attention, count.ffn, count.norms
+    return InferMemory(*(param * part for part in parts), value * cache)
 
 
 def flops_shares(shape: HasShape, context: Any, convention: str | Convention = "exact") -> ForwardFlops:

@@ -1,6 +1,6 @@
 """Decoder-only Transformer with grouped-query attention, as the paper trains it (arXiv 2503.09579v2, Section 5.1).
 
-Pre-norm blocks, RMSNorm, SwiGLU, RoPE, no biases, tied embeddings, query heads decoupled from the hidden size.
+Pre-norm blocks, RMSNorm, SwiGLU, RoPE, no biases, embeddings tied unless asked, query heads decoupled from the hidden size.
 
 Axes, here and everywhere: B batch, T query position, S key position, D hidden (d), F feed-forward, L layers, V vocabulary,
 N query heads (n_h), K key/value heads (n_kv), G = N / K group, H head size (d_h).
@@ -8,6 +8,7 @@ N query heads (n_h), K key/value heads (n_kv), G = N / K group, H head size (d_h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -96,13 +97,13 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = nnx.Param(
-            nnx.initializers.normal(config.init_std, jnp.dtype(config.param_dtype))(
-                rngs.params(), (config.vocab_size, config.d_model)
-            )
-        )
+        dtype, shape = jnp.dtype(config.param_dtype), (config.vocab_size, config.d_model)
+        rows = nnx.initializers.normal(config.init_std, dtype)
+        self.embedding = nnx.Param(rows(rngs.params(), shape))
         self.layers = _stack(config, jax.random.split(rngs.params(), config.n_layers))
-        self.final_norm = nnx.Param(jnp.ones(config.d_model, jnp.dtype(config.param_dtype)))
+        self.final_norm = nnx.Param(jnp.ones(config.d_model, dtype))
+        if config.untied:
+            self.head = nnx.Param(rows(rngs.params(), shape))  # drawn last: all others are those of the tied model
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits (B, T, V), float32, of the token after each position; tokens are integers below V."""
@@ -117,7 +118,7 @@ class Transformer(nnx.Module):
         return jnp.einsum(
             "btd,vd->btv",
             hidden_BxTxD,
-            self.embedding[...].astype(hidden_BxTxD.dtype),
+            (self.head if self.config.untied else self.embedding)[...].astype(hidden_BxTxD.dtype),
             preferred_element_type=jnp.promote_types(hidden_BxTxD.dtype, jnp.float32),
         )
 
@@ -151,7 +152,7 @@ def run_layers(
     `layers` are parameters with a leading axis L, and `states` likewise: a scan. Or both are sequences, an element for each
     layer: then they run one after another, and every state is an array of its own, which a loop over tokens updates in place.
     """
-    rotation = rope_rotation(positions, config.head_dim, config.rope_theta)
+    rotation = rope_rotation(positions, rope_frequencies(config))
 
     def body(x_BxTxD, layer_and_state):
         layer, state = layer_and_state
@@ -175,12 +176,27 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (normal * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
-def rope_rotation(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine (1 or B, T, 1, H/2), float32, of position t times theta^(-2i/H) (RoFormer, arXiv 2104.09864, Eq. 15).
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Radians a position of every pair of dims, (H/2,) float32: theta^(-2i/H) (RoFormer, arXiv 2104.09864, Eq. 15), scaled.
 
-    `positions` are (T,), the same in all sequences, or (B, T).
+    "linear" divides all by `rope_factor`, as if positions were (arXiv 2306.15595). "llama3" divides those with fewer than
+    `rope_low_freq_factor` turns in `rope_original_context` tokens, leaves those with more than `rope_high_freq_factor` as they
+    are, and goes linearly in turns from one to the other (`apply_scaling` of github.com/meta-llama/llama-models, Llama 3.1).
     """
-    frequency_F = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency_F = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    match config.rope_scaling:
+        case "linear":
+            return frequency_F / config.rope_factor
+        case "llama3":
+            low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+            kept_F = jnp.clip((config.rope_original_context / (2 * math.pi) * frequency_F - low) / (high - low), 0, 1)
+            return kept_F * frequency_F + (1 - kept_F) * (frequency_F / config.rope_factor)
+    return frequency_F
+
+
+def rope_rotation(positions: jax.Array, frequency_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine (1 or B, T, 1, H/2), float32, of position times frequency; `positions` are (T,), alike in all sequences,
+    or (B, T)."""
     angle_BxTx1xF = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequency_F[None, None, None, :]
     return jnp.cos(angle_BxTx1xF), jnp.sin(angle_BxTx1xF)
 
@@ -243,6 +259,11 @@ def seed_key(seed: int) -> jax.Array:
 def with_params(config: ModelConfig, params: dict) -> Transformer:
     """The model that holds `params`, a nested dict as `init_params` returns; allocates nothing."""
     return _holding(Transformer, config, params)
+
+
+def unembedding(params: dict) -> Any:
+    """The matrix (V, D) of the logits, of parameters or what is like them: an untied model's head, else the embedding."""
+    return params.get("head", params["embedding"])
 
 
 def _holding[M: nnx.Module](kind: type[M], config: ModelConfig, params: dict) -> M:

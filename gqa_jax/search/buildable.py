@@ -43,7 +43,7 @@ def near(table: Table, answer: Answer, cost: CostAt) -> pd.DataFrame:
     )  # fmt: skip
     if not found_shapes:
         return pd.DataFrame(columns=list(COLUMNS))
-    names = [field.name for field in dataclasses.fields(costs.Shape)]
+    names = [field.name for field in dataclasses.fields(costs.Shape) if field.name != "untied"]
     frame = pd.DataFrame([{name: getattr(one, name) for name in names} for one in found_shapes])
     several = costs.Shape(**{name: frame[name].to_numpy() for name in names})
     frame["n_params"] = np.asarray(costs.count_params(several, convention).non_embedding, np.float64)

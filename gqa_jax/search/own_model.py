@@ -40,7 +40,7 @@ class OwnModel:
     """The shape of a model: its real depth, widths, heads and vocabulary."""
 
     name: str
-    shape: Shape
+    shape: Shape  # tied, as those that it is compared with; serving is told of `untied` for all of them
     untied: bool  # whether the unembedding is a matrix of its own
     source: str  # of these numbers
 
@@ -51,7 +51,7 @@ class OwnModel:
     @property
     def total_params(self) -> int:
         """Every parameter, an unembedding of its own too: what its publisher counts."""
-        return int(costs.count_params(self.shape, "exact").total + self.untied * self.shape.d_model * self.shape.vocab_size)
+        return int(costs.count_params(dataclasses.replace(self.shape, untied=self.untied), "exact").total)
 
     @property
     def ratio(self) -> float:

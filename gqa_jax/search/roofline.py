@@ -215,7 +215,7 @@ class RooflineServing:
     decode_share: float = 0.1  # of the tokens of a request, generated; 0: prefill only, 1: generated from nothing
     param_dtype: str = "bfloat16"
     cache_dtype: str = "bfloat16"
-    untied: bool = False  # whether the unembedding is a matrix of its own
+    untied: bool = False  # whether the unembedding is a matrix of its own, where the shape does not say so
     efficiency: Efficiency | float | str | None = None
     usd_per_hour: float | None = None  # of one device; None: that of `price`
     price: Price | None = None  # None: the dated list price of `gqa_jax.hardware`
@@ -544,8 +544,8 @@ class RooflineServing:
     def _memory(self, shape: HasShape, context: Any, layout: Layout, batch: Any) -> Any:
         t, p, c = (np.asarray(x, np.float64) for x in layout)
         part = self._parts(shape, t)
-        head = 2.0 if self.untied else 1.0
-        held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=head)
+        matrices = 2.0 if self.untied or shape.untied else 1.0  # of the vocabulary
+        held = costs.dtype_bytes(self.param_dtype) * part.held(self.n_devices, t * c, vocabulary=matrices)
         return held + _times(np.ceil(batch / p), self._cache(shape, part, np.asarray(context, np.float64)) / c)
 
     def _room(self, shape: HasShape, context: Any, layout: Layout) -> Any:

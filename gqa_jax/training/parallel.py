@@ -6,7 +6,7 @@ meet, as `model.Hooks`. On a mesh of one device each returns what it is given. A
 
     weights, forward and again backward     all-gather over fsdp and context, in the compute dtype; gradients reduce-scattered
                                             in float32, per layer and micro-batch; summed over data in float32, once a step
-    embedding                               all-gather once a micro-batch; two float32 reduce-scatters (lookup, loss)
+    embedding, a head of its own            all-gather once a micro-batch; two float32 reduce-scatters (lookup, loss)
     tensor                                  a sum per attention and per feed-forward network each way (arXiv 1909.08053)
     context                                 keys and values of a layer (`attention.context_attention`)
 """
@@ -81,7 +81,7 @@ class Shard:
         return attention.positions(length, "context", self.mesh.context)
 
     def whole_embedding(self, shard_VxD: jax.Array) -> jax.Array:
-        """The embedding (V, D) in the compute dtype, without a gradient: `embed` and `mean_loss` take the shard for that."""
+        """Embedding or head (V, D) in the compute dtype, without a gradient: for that others take the shard."""
         shard_VxD, axes = jax.lax.stop_gradient(shard_VxD), self._embedding_axes
         return jax.lax.all_gather(shard_VxD.astype(self.config.model.dtype), axes, axis=1, tiled=True) if axes else shard_VxD
 

@@ -46,7 +46,7 @@ def write_import(
             )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, the model {config.vocab_size}")
-    values = {"format": start.FORMAT, "version": start.VERSION, "model": dataclasses.asdict(config)}
+    values = {"format": start.FORMAT, "version": start.VERSION, "model": config.identity()}
     values["params_sha256"] = params_sha256(params)
     with Checkpoints(folder, keep=2) as checkpoints:
         checkpoints.save(0, Parameters(jnp.int32(0), params), {"identity": dict(values)})
@@ -116,4 +116,4 @@ def _losses(config: ModelConfig, params: dict, tokens_BxT: jax.Array) -> jax.Arr
     transformer = model.with_params(config, params)
     x_BxTxD = transformer.embed(tokens_BxT[:, :-1])
     hidden_BxTxD, _ = transformer.hidden(x_BxTxD, jnp.arange(x_BxTxD.shape[1]))
-    return loss.token_losses(hidden_BxTxD, params["embedding"], tokens_BxT[:, 1:])
+    return loss.token_losses(hidden_BxTxD, model.unembedding(params), tokens_BxT[:, 1:])

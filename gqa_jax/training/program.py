@@ -74,9 +74,8 @@ def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, j
     shard = Shard(config)
 
     def share_of_loss(wide_params, micro):
-        whole_VxD = shard.whole_embedding(params["embedding"])
-        hidden_BxTxD = _hidden(shard, wide_params, whole_VxD, micro)
-        return shard.mean_loss(wide_params["embedding"], whole_VxD, hidden_BxTxD, micro["targets"])
+        hidden_BxTxD, whole_VxD = _hidden(shard, params, wide_params, micro)
+        return shard.mean_loss(model.unembedding(wide_params), whole_VxD, hidden_BxTxD, micro["targets"])
 
     def accumulate(carry, micro):
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(share_of_loss)(wide_params, micro)), None
@@ -93,12 +92,17 @@ def _loss_and_gradients(config: TrainConfig, params: dict, batch: Mapping[str, j
     return shard.total(share), shard.sum_gradients(grads)
 
 
-def _hidden(shard: Shard, params: dict, whole_VxD: jax.Array, micro: Mapping[str, jax.Array]) -> jax.Array:
-    """The model's last hidden states (B, T, D) of a micro-batch, of one device."""
+def _hidden(shard: Shard, held: dict, params: dict, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The model's last hidden states (B, T, D) of a micro-batch, of one device, and the whole unembedding (V, D).
+
+    The embedding, and a head of its own, are read of `held`; `params` are what gradients are taken for.
+    """
+    whole_VxD = shard.whole_embedding(held["embedding"])
     config, x_BxTxD = shard.config, shard.embed(params["embedding"], whole_VxD, micro["tokens"])
     hooks, positions = shard.hooks(micro.get("segments")), shard.positions(x_BxTxD.shape[1])
     transformer = model.with_params(config.model, params)
-    return transformer.hidden(x_BxTxD, positions, hooks, remat=config.execution.remat or "none")[0]
+    hidden_BxTxD, _ = transformer.hidden(x_BxTxD, positions, hooks, remat=config.execution.remat or "none")
+    return hidden_BxTxD, shard.whole_embedding(held["head"]) if config.model.untied else whole_VxD
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -107,13 +111,13 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _wide_unless_matrix(path: tuple, leaf: jax.Array) -> jax.Array:
-    """A parameter as gradients are taken for it: those of embedding and norms are sums over tokens, made in float32.
+    """A parameter as gradients are taken for it: those of embedding, head and norms are sums over tokens, made in float32.
 
-    A matrix stays as it is: a wide copy of them all would need the memory that narrow ones save. Of the embedding none is
+    A matrix stays as it is: a wide copy of them all would need the memory that narrow ones save. Of embedding and head none is
     made: the model reads `Shard.whole_embedding`, and the shard only for its dtype.
     """
     name = sharding.name_of(path)
-    return _wide(leaf) if name == "embedding" or name.endswith("_norm") else leaf
+    return _wide(leaf) if name in ("embedding", "head") or name.endswith("_norm") else leaf
 
 
 def token_losses(config: TrainConfig, mesh: Mesh, params: dict, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -122,8 +126,8 @@ def token_losses(config: TrainConfig, mesh: Mesh, params: dict, batch: Mapping[s
 
     def of_device(params, batch):
         micro = jax.tree.map(lambda x: x[0], batch)
-        whole_VxD = shard.whole_embedding(params["embedding"])
-        return shard.token_losses(whole_VxD, _hidden(shard, params, whole_VxD, micro), micro["targets"])
+        hidden_BxTxD, whole_VxD = _hidden(shard, params, params, micro)
+        return shard.token_losses(whole_VxD, hidden_BxTxD, micro["targets"])
 
     params_specs = sharding.specs(params, sharding.shape_of(mesh), config.model.n_kv_heads)
     return _on_devices(of_device, mesh, params_specs, PartitionSpec(SEQUENCES, "context"))(params, batch)

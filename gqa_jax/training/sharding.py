@@ -18,6 +18,7 @@ from gqa_jax.mesh import AXES, PARAMETERS, SEQUENCES, MeshShape
 # divides the key/value heads; else every device has them all), "vocabulary" rows (nothing), None (nothing).
 RULES: dict[str, tuple[str | None, ...]] = {
     "embedding": (None, "everything"),  # hidden size over fsdp, context and tensor
+    "head": (None, "everything"),
     "attention_norm": (None,),
     "query": ("hidden", "tensor", None),
     "key": ("hidden", "key_value", None),

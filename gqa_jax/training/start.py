@@ -3,7 +3,7 @@
 `continue_from` of a configuration names the folder of either. Imported parameters are a folder, local or on gs://, that
 `gqa_jax.training.parameters.write_import` has made:
 
-import.json     format, version, model (fields of ModelConfig), params_sha256; content: a hash of these; provenance: a text
+import.json     format, version, model (`ModelConfig.identity`), params_sha256; content: a hash of these; provenance: a text
 checkpoints/0   the parameters, as a run saves them, with their checksums (checkpoint.py)
 tokenizer/      as in the folder of a run (gqa_jax.data.vocabulary)
 """
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gqa_jax import storage
-from gqa_jax.config import ModelConfig, TrainConfig, differing_fields, from_mapping, hash_identity
+from gqa_jax.config import ROPE_SCALINGS, ModelConfig, TrainConfig, differing_fields, from_mapping, hash_identity
 from gqa_jax.data import vocabulary
 from gqa_jax.errors import ConfigError
 from gqa_jax.training import run_folder
@@ -26,7 +26,7 @@ FILE = "import.json"
 FORMAT, VERSION = "gqa_jax import", 1
 _CONTENT = ("format", "version", "model", "params_sha256")
 # Fields of the model that change what it computes and none of its arrays: a run may change them, and says so.
-_FUNCTION_FIELDS = ("rope_theta", "norm_eps", "dtype")
+_FUNCTION_FIELDS = ("rope_theta", "rope_scaling", *ROPE_SCALINGS["llama3"], "norm_eps", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Start:
     def differences(
         self, config: TrainConfig, data_fingerprint: str | None = None, tokenizer: Mapping[str, Any] | None = None
     ) -> list[str]:
-        """What may differ in a run that starts here, and does, a line each: data, RoPE base, epsilon and dtype of the model.
+        """What may differ in a run that starts here, and does, a line each: data; RoPE, epsilon and dtype of the model.
 
         Args:
           data_fingerprint: of the tokens that the run reads; None: they are not there yet.
