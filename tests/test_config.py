@@ -15,6 +15,9 @@ from gqa_jax.config import (
 )
 from gqa_jax.mesh import MeshShape, divisors
 
+LINEAR = {"rope_scaling": "linear", "rope_factor": 2.0}
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0}
+
 
 def make(**changes):
     config = default_config()
@@ -96,6 +99,20 @@ def test_d_ff_is_the_closest_multiple_of_32():
         ({"seed": -1}, "seed = -1: must be 0"),
         ({"steps": 10**400}, r"steps = 10{39}: must be below 10\^24"),
         ({"tokens": 5}, "exactly one of tokens, tokens_per_param and steps"),
+        ({"model": {"rope_scaling": "lama3"}}, "model.rope_scaling = 'lama3': did you mean 'llama3'"),
+        (
+            {"model": {"rope_factor": 2.0}},
+            "rope_factor = 2.0: .*None does not take it; leave it 1.0, .* to 'linear' or 'llama3'",
+        ),
+        ({"model": {"rope_original_context": 4096}}, "rope_original_context = 4096: .*leave it 8192, or set .* to 'llama3'$"),
+        (
+            {"model": LINEAR | {"rope_low_freq_factor": 2.0}},
+            "rope_low_freq_factor = 2.0: rope_scaling = 'linear' does not take",
+        ),
+        ({"model": LINEAR | {"rope_factor": 0.5}}, "model.rope_factor = 0.5: must be a finite number of at least 1"),
+        ({"model": LLAMA3 | {"rope_original_context": 0}}, "rope_original_context = 0: must be a finite number of at least 1"),
+        ({"model": LLAMA3 | {"rope_low_freq_factor": 0.0}}, "rope_low_freq_factor = 0.0: must be a finite number above 0"),
+        ({"model": LLAMA3 | {"rope_high_freq_factor": 1.0}}, "rope_high_freq_factor = 1.0: must be above rope_low.* = 1.0"),
     ],
 )
 def test_bad_values_name_the_field_the_value_and_the_fix(changes, message):
@@ -181,6 +198,11 @@ def test_identity_holds_what_changes_the_result_and_nothing_else():
         {"steps": 11},
         {"model": {"n_heads": 8}},
         {"model": {"dtype": "float32"}},
+        {"model": {"untied": True}},
+        {"model": LINEAR},
+        {"model": LINEAR | {"rope_factor": 3.0}},
+        {"model": LLAMA3},
+        {"model": LLAMA3 | {"rope_original_context": 4096}},
         {"optimizer": {"learning_rate": 2e-3}},
         {"data": {"block_tokens": 8192}},
         {"evaluation": {"tokens": 8192}},
@@ -222,6 +244,17 @@ def test_identities_and_so_names_stay_what_they_were():
         assert make(**used).identity("f") != make().identity("f")
 
 
+def test_the_model_of_an_identity_has_the_fields_that_are_used():
+    first = {"n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "rope_theta", "norm_eps",
+             "init_std", "dtype", "param_dtype"}  # fmt: skip
+    of_both = {"rope_scaling", "rope_factor"}
+    of_llama3 = {"rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context"}
+    for model, more in (({}, set()), ({"untied": True}, {"untied"}), (LINEAR, of_both), (LLAMA3, of_both | of_llama3)):
+        config = make(model=model)
+        assert {*config.identity("f")["model"]} == first | more
+        assert TrainConfig.from_stored(config.to_dict() | {"model": config.model.identity()}) == config
+
+
 def test_a_run_that_continues_is_named_by_the_other_run_and_not_by_its_path():
     here, there = make(continue_from="../a"), make(continue_from="/elsewhere/b")
     assert here.identity("f", "abc") == there.identity("f", "abc")
@@ -242,3 +275,6 @@ def test_a_run_continues_another_with_the_same_parameters():
     run.check_source(make().model)
     with pytest.raises(ConfigError, match=r"'../a' has other parameters: model.n_heads: 4 here, 8 there\. Use the same model"):
         run.check_source(make(model={"n_heads": 8}).model)
+    with pytest.raises(ConfigError, match=r"has other parameters: model.untied: False here, True there"):
+        run.check_source(make(model={"untied": True}).model)
+    run.check_source(make(model=LLAMA3).model)

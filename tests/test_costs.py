@@ -100,6 +100,32 @@ def test_costs_are_affine_in_context_so_the_mean_context_is_enough():
     assert whole > 1.1 * costs.infer_flops(shape, mean, "figures")  # a sequence is quadratic in T
 
 
+@pytest.mark.parametrize("convention", list(costs.CONVENTIONS))
+def test_an_untied_model_has_another_matrix_and_the_same_flops(convention):
+    """Where the convention counts the embedding; N of the fits has neither."""
+    tied = ModelConfig(n_heads=8, n_kv_heads=2)
+    untied, matrix = dataclasses.replace(tied, untied=True), 256 * 50_304 * costs.CONVENTIONS[convention].embedding
+    before, after = (costs.count_params(shape, convention) for shape in (tied, untied))
+    assert (before.head, after.head) == (0, matrix)
+    assert after == before._replace(head=matrix)
+    assert after.total - before.total == matrix
+    assert all(isinstance(part, int) for part in (*after, after.total))
+    assert after.non_embedding == before.non_embedding
+    assert costs.forward_flops(untied, 8192, convention) == costs.forward_flops(tied, 8192, convention)
+    each = 2 if convention == "exact" else 1  # bytes, or values
+    held = [costs.infer_memory_parts(shape, 8192, convention) for shape in (tied, untied)]
+    assert held[1] == held[0]._replace(embedding=each * (before.embedding + matrix))
+    trained = [costs.train_memory(shape, 8192, convention) for shape in (tied, untied)]
+    assert trained[1] - trained[0] == 4 * matrix * (4 if convention == "exact" else 1)
+
+
+def test_an_untied_shape_of_no_model_costs_infinity():
+    sizes = np.array([12.0, np.inf])
+    tied, untied = (costs.count_params(costs.Shape(sizes, 64 * sizes, 8, 1, untied=flag)) for flag in (False, True))
+    np.testing.assert_array_equal(untied.total, tied.total + untied.head)
+    assert np.isinf([tied.total[1], untied.total[1]]).all()
+
+
 def test_unknown_conventions_and_weights_are_refused():
     with pytest.raises(ValueError, match="'figure' is unknown: use paper, figures, exact"):
         costs.count_params(ModelConfig(), "figure")

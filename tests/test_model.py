@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -32,10 +33,26 @@ def hidden(transformer, tokens, **how):
     return transformer.hidden(transformer.embed(tokens), jnp.arange(tokens.shape[1]), **how)[0]
 
 
-@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 4), (4, 2), (4, 1), (6, 3), (1, 1)])
-def test_equals_independent_float64_implementation(n_heads, n_kv):
+# With theta = 100 the four pairs of 8 dims turn 6.4, 2.0, 0.64 and 0.2 times in 40 tokens.
+LLAMA3 = {"rope_theta": 100.0, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 40}
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv", "changes"),
+    [
+        (4, 4, {}),
+        (4, 2, {}),
+        (4, 1, {}),
+        (6, 3, {}),
+        (1, 1, {}),
+        (4, 2, {"untied": True}),
+        (4, 2, LLAMA3),
+        (4, 2, {"rope_theta": 100.0, "rope_scaling": "linear", "rope_factor": 3.0, "untied": True}),
+    ],
+)
+def test_equals_independent_float64_implementation(n_heads, n_kv, changes):
     """Also for n_heads * head_dim != d_model. Scales are perturbed, so that a norm that ignores them is seen."""
-    config = tiny(n_heads=n_heads, n_kv_heads=n_kv)
+    config = tiny(n_heads=n_heads, n_kv_heads=n_kv, **changes)
     params, tokens, _ = setup(config)
     params = jax.tree.map(lambda x: x * (1 + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)) * 4, params)
     expected = llama_numpy.logits(jax.tree.map(lambda x: np.asarray(x, np.float64), params), tokens, config)
@@ -151,6 +168,61 @@ def test_rope_depends_on_relative_position_only():
     assert abs(product(5, 2) - product(5, 4)) > 1e-3
 
 
+# Of theta 500,000 and heads of 128, and for 8 times 8192 tokens, as float64 gives them: where wavelengths are below 2048 tokens
+# as they are, above 8192 divided by 8.
+PLAIN = {0: 1.0, 28: 0.003211445994752591, 29: 0.0026160992529250353, 31: 0.0017360467021768657, 34: 0.0009384738703573802,
+         35: 0.0007644969883171747, 36: 0.000622772421914596, 63: 2.455140791131609e-06}  # fmt: skip
+LLAMA_31 = {0: 1.0, 28: 0.003211445994752591, 29: 0.002166570763503359, 31: 0.0008567514129196321, 34: 0.0001785078127679964,
+            35: 9.556212353964683e-05, 36: 7.78465527393245e-05, 63: 3.068925988914511e-07}  # fmt: skip
+
+
+def test_frequencies_are_those_of_llama_3_1():
+    plain = model.rope_frequencies(tiny(head_dim=128))
+    scaled = model.rope_frequencies(tiny(head_dim=128, rope_scaling="llama3", rope_factor=8.0))
+    for found, known in ((plain, PLAIN), (scaled, LLAMA_31)):
+        assert (found.shape, found.dtype) == ((64,), jnp.float32)
+        np.testing.assert_allclose(found[np.array([*known])], [*known.values()], rtol=3e-6)
+    np.testing.assert_array_equal(scaled[:29], plain[:29])
+    np.testing.assert_array_equal(scaled[36:], plain[36:] / 8)
+    config = tiny(head_dim=64, **LLAMA3 | {"rope_low_freq_factor": 0.5, "rope_high_freq_factor": 3.0})
+    np.testing.assert_allclose(model.rope_frequencies(config), llama_numpy.frequencies(config), rtol=3e-6)
+
+
+def test_linear_scaling_is_that_of_positions():
+    frequencies = [model.rope_frequencies(tiny(**how)) for how in ({}, {"rope_scaling": "linear", "rope_factor": 4.0})]
+    there = model.rope_rotation(jnp.arange(9), frequencies[0])
+    scaled = model.rope_rotation(4 * jnp.arange(9), frequencies[1])
+    jax.tree.map(np.testing.assert_array_equal, scaled, there)
+    assert not np.allclose(model.rope_rotation(jnp.arange(9), frequencies[1])[0], there[0])
+
+
+def test_frequencies_without_a_scaling_keep_their_bits():
+    expected = 500_000.0 ** (-jnp.arange(0, 64, 2, dtype=jnp.float32) / 64)
+    np.testing.assert_array_equal(model.rope_frequencies(tiny(head_dim=64)), expected)
+
+
+def test_an_untied_model_has_the_parameters_of_the_tied_one_and_a_head_like_the_embedding():
+    tied, untied = (model.init_params(tiny(untied=flag), jax.random.key(0)) for flag in (False, True))
+    head = untied.pop("head")
+    jax.tree.map(np.testing.assert_array_equal, untied, tied)
+    assert (head.shape, head.dtype) == (tied["embedding"].shape, tied["embedding"].dtype)
+    assert not (head == tied["embedding"]).any()
+    assert float(head.std()) == pytest.approx(tiny().init_std, rel=0.1)
+    assert model.unembedding(tied) is tied["embedding"]
+    assert model.unembedding({"head": head, **untied}) is head
+
+
+def test_an_untied_model_looks_up_the_embedding_and_multiplies_by_the_head():
+    config = tiny(untied=True)
+    params, tokens, _ = setup(config)
+    transformer = model.with_params(config, params)
+    np.testing.assert_array_equal(transformer.embed(tokens), params["embedding"][tokens])
+    expected = np.einsum("btd,vd->btv", hidden(transformer, tokens), params["head"])
+    np.testing.assert_allclose(transformer(tokens), expected, rtol=1e-5, atol=1e-6)
+    del params["head"]
+    assert np.abs(transformer(tokens) - model.with_params(tiny(), params)(tokens)).max() > 0.1
+
+
 @pytest.mark.parametrize("name", list(shapes.SIZES))
 def test_parameters_are_what_the_cost_model_counts(name):
     size = shapes.SIZES[name]
@@ -160,6 +232,9 @@ def test_parameters_are_what_the_cost_model_counts(name):
         count = costs.count_params(config, convention="exact")
         assert sum(x.size for x in jax.tree.leaves(params)) == count.total
         assert params["embedding"].size == count.embedding
+        untied = dataclasses.replace(config, untied=True)
+        params = jax.eval_shape(lambda c=untied: model.init_params(c, jax.random.key(0)))
+        assert sum(x.size for x in jax.tree.leaves(params)) == costs.count_params(untied, convention="exact").total
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():

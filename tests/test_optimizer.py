@@ -65,7 +65,7 @@ def test_a_warmup_of_one_step_is_none_unless_it_starts_from_zero():
 
 def test_weight_decay_reaches_matrices_only():
     """With zero gradients, AdamW only decays."""
-    config = ModelConfig(n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, head_dim=8, vocab_size=64)
+    config = ModelConfig(n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, head_dim=8, vocab_size=64, untied=True)
     params = model.init_params(config, jax.random.key(0))
     tx = optimizer.adamw(OptimizerConfig(learning_rate=0.5, warmup_fraction=0.0, schedule="constant"), 10)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)

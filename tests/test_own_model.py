@@ -72,6 +72,12 @@ def test_the_table_counts_what_was_published():
     assert {name: one.total_params for name, one in own_model.PUBLIC.items()} == PUBLISHED
 
 
+def test_shapes_are_tied_as_those_that_they_are_compared_with():
+    """Serving is told of an untied head for all of them (`gqa_jax.search.own_answer`)."""
+    assert {one.untied for one in own_model.PUBLIC.values()} == {True, False}
+    assert not any(one.shape.untied for one in own_model.PUBLIC.values())
+
+
 def test_a_config_is_the_same_model_as_the_table_has():
     assert read().shape == own_model.PUBLIC["llama-3.2-1b"].shape
     assert not read().untied

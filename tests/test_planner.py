@@ -145,6 +145,53 @@ def test_weights_are_copied_only_into_another_dtype():
     assert temporary[0] - temporary[1] == pytest.approx((2 + 2) * matrices, rel=0.01)  # the copy, and gradients of the layers
 
 
+# As COMPILED, of untied models: arguments, and temporaries.
+COMPILED_UNTIED = [
+    ("h100:1", "19M", (8, 1), 8, "data=1", "attention_only", 8, "gather", 817.1, 2_517),
+    ("h100:1", "85M", (8, 1), 8, "data=1", "full", 1, "gather", 1_738.5, 25_687),
+    ("h100:8", "85M", (8, 1), 8, "fsdp=8", "full", 2, "gather", 217.5, 2_022),
+    ("v5e:2x2", "19M", (8, 1), 8, "data=4", "full", 1, "gather", 813.9, 3_170),
+]
+
+
+def untied(run):
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, untied=True))
+
+
+@pytest.mark.parametrize("row", COMPILED_UNTIED, ids=lambda row: " ".join(map(str, row[:-2])))
+def test_the_estimate_for_untied_models_is_near_the_compiled_memory(row):
+    topology, *what, arguments, temporary = row
+    where, run = hardware.find(topology), untied(resolved(*what))
+    e = planner.estimate(run, run.execution, where.chip)
+    assert e.bytes_arguments == pytest.approx(1e6 * arguments, rel=1e-3)
+    estimate, used = (e.bytes_arguments + e.bytes_temporary) / 1e6, arguments + temporary
+    assert estimate == pytest.approx(used, rel=0.15)
+    assert estimate * (planner.MARGIN if where.is_tpu else planner.MARGIN_GPU) > used
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=8", "fsdp=2,tensor=2,context=2"])
+def test_the_head_of_an_untied_model_is_held_gathered_and_summed(mesh):
+    """By parameters, moments and gradients; in the dtype of the computation; in float32, as the embedding's gradient is."""
+    chip = hardware.find("h200:8").chip  # without tiles: bytes of values
+    run = resolved("85M", (8, 2), 8, mesh, "full", 2, "gather")
+    tied, found = (planner.estimate(one, run.execution, chip) for one in (run, untied(run)))
+    matrix, parts = 768 * 50_304, 1 if mesh == "data=8" else 8
+    assert found.bytes_arguments - tied.bytes_arguments == 3 * 4 * matrix / parts
+    # a whole copy, and shards of its gradient and of the sum over micro-batches
+    assert found.bytes_temporary - tied.bytes_temporary == pytest.approx(2 * matrix + 2 * 4 * matrix / parts)
+    more = {axes: value - tied.collective_bytes[axes] for axes, value in found.collective_bytes.items()}
+    if mesh == "data=8":
+        assert more == {"data": pytest.approx(2 * 7 / 8 * 4 * matrix)}
+    else:
+        of_the_embedding = "fsdp" if mesh == "fsdp=8" else "fsdp,context,tensor"
+        assert {axes: value for axes, value in more.items() if value} == {of_the_embedding: pytest.approx(2 * 7 / 8 * 2 * matrix)}
+        assert found.collectives == tied.collectives + 2  # a gather for each micro-batch
+    assert found.flops == tied.flops
+    assert found.expected["matmul"] == tied.expected["matmul"]
+    passes = [next(phase for phase in e.phases if phase.name == "optimizer").at_peak["memory"] for e in (found, tied)]
+    assert (passes[0] - passes[1]) * chip.memory_bandwidth == pytest.approx((6 * 4 + 2 * 4) * matrix / parts)
+
+
 def test_arguments_on_tpus_are_exact_with_their_tiles():
     run = resolved(
         "1.2B", (32, 32), 8, "fsdp=16", "full", 1, "gather"

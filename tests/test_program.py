@@ -120,14 +120,14 @@ KEEP = optax.GradientTransformation(lambda _: (), lambda grads, _, params: (jax.
 
 
 def gradients(config):
-    """A function (params, batch) -> gradients as an optimizer is given them, and their norm."""
+    """A function (params, batch) -> gradients as an optimizer is given them, their norm, and the loss."""
     mesh = mesh_of(config)
     step = jax.jit(functools.partial(program.train_step, config, KEEP, mesh))
 
     def of(params, batch):
         with jax.set_mesh(mesh):
             state, metrics = step(program.TrainState(jnp.int32(0), params, ()), placed(config, mesh, batch))
-        return jax.device_get(state.opt_state), metrics["grad_norm"]
+        return jax.device_get(state.opt_state), metrics["grad_norm"], metrics["loss"]
 
     return of
 
@@ -158,7 +158,7 @@ def narrow(request):
 def test_gradients_of_parameters_in_bfloat16_are_summed_over_micro_batches_in_float32(narrow):
     """Summed in bfloat16 they are off by some hundredths: a small gradient is lost beside a large sum."""
     config, params, batch, mean = narrow
-    found, norm = gradients(carried_out(config, accumulation_steps=64))(params, batch)
+    found, norm, _ = gradients(carried_out(config, accumulation_steps=64))(params, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     assert apart(found, mean) < 1e-6
     assert float(norm) == pytest.approx(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(mean))), rel=1e-6)
@@ -195,12 +195,63 @@ def test_gradients_of_parameters_in_bfloat16_and_their_norm_are_float32(narrow):
     assert not rounded & {"embedding", "final_norm", "attention_norm", "ffn_norm"}  # sums over tokens
     expected = np.sqrt(sum(np.sum(np.square(leaf.astype(np.float64))) for _, leaf in grads))
     assert float(found[0][1]) == pytest.approx(expected, rel=1e-6)
-    assert {norm.dtype for _, norm in found} == {np.dtype(np.float32)}
-    assert sum(float(norm) == float(norm.astype(jnp.bfloat16)) for _, norm in found) < 3
+    assert {norm.dtype for _, norm, _ in found} == {np.dtype(np.float32)}
+    assert sum(float(norm) == float(norm.astype(jnp.bfloat16)) for _, norm, _ in found) < 3
 
 
-def test_fresh_states_are_the_same_bits_on_any_mesh():
-    states = [program.fresh_state(c, mesh_of(c)) for c in (resolved(), resolved("fsdp=4,context=2"))]
+@pytest.fixture(scope="module")
+def untied():
+    """Parameters of an untied model, a batch, and loss and gradients by the plain form of both."""
+    config = resolved(model={"untied": True})
+    params = jax.device_get(program.fresh_state(config, mesh_of(config)).params)
+    (batch,) = batches(config, 1)
+
+    def mean_loss(params):
+        log_p = jax.nn.log_softmax(model.with_params(config.model, params)(batch["tokens"]))
+        return -jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1).mean()
+
+    return params, batch, *jax.device_get(jax.value_and_grad(mean_loss)(params))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulation_steps"),
+    [
+        ("data=1", 1),
+        ("fsdp=2,tensor=2,context=2", 1),
+        ("data=2,fsdp=4", 4),
+        *(pytest.param(mesh, 2, marks=pytest.mark.thorough) for mesh in ("data=4", "fsdp=2", "tensor=4", "context=4")),
+    ],
+)
+def test_an_untied_model_has_the_gradients_of_the_plain_form_on_any_mesh(untied, mesh, accumulation_steps):
+    """The loss differentiates the head, the lookup the embedding, whose rows of tokens that do not occur stay zero."""
+    params, batch, loss, expected = untied
+    config = resolved(mesh, accumulation_steps=1, model={"untied": True})
+    config = carried_out(
+        config, accumulation_steps=min(accumulation_steps, config.batch_size // config.execution.mesh.sequences)
+    )
+    found, norm, mean = gradients(config)(params, batch)
+    assert float(mean) == pytest.approx(float(loss), rel=1e-6)
+    assert apart(found, expected) < 1e-5
+    assert float(norm) == pytest.approx(float(optax.tree.norm(expected)), rel=1e-5)
+    absent = np.setdiff1d(np.arange(config.model.vocab_size), batch["tokens"])
+    assert len(absent) > 0
+    assert not found["embedding"][absent].any()
+    assert found["head"][absent].any(axis=1).all()
+
+
+def test_an_untied_model_is_evaluated_by_its_head(untied):
+    params, batch, loss, _ = untied
+    for mesh in ("data=1", "fsdp=2,tensor=2,context=2"):
+        config = resolved(mesh, model={"untied": True})
+        on = mesh_of(config)
+        losses = program.evaluation_losses(config, on)(params, placed(config, on, batch))
+        assert float(np.mean(losses)) == pytest.approx(float(loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_fresh_states_are_the_same_bits_on_any_mesh(untied):
+    both = (resolved(mesh, model={"untied": untied}) for mesh in ("data=1", "fsdp=4,context=2"))
+    states = [program.fresh_state(c, mesh_of(c)) for c in both]
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(s.params) for s in states))
 
 
@@ -226,10 +277,12 @@ def test_losses_of_tokens_before_the_first_step_are_the_same_bits(mesh):
     np.testing.assert_array_equal(*losses)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2,tensor=2,context=2", "data=2,context=4"])
-def test_nothing_is_replicated_by_accident(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "untied"), [("fsdp=8", False), ("fsdp=2,tensor=2,context=2", True), ("data=2,context=4", False)]
+)
+def test_nothing_is_replicated_by_accident(mesh, untied):
     """Parameters and both moments take 1 / (fsdp context tensor) of the bytes on each device, but for the norms."""
-    config = resolved(mesh)
+    config = resolved(mesh, model={"untied": untied})
     _, state = train(config, 1)
     shape = config.execution.mesh
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

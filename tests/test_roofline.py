@@ -298,6 +298,12 @@ class TestMemory:
         assert untied.memory_bytes(SMALL, 50) - tied.memory_bytes(SMALL, 50) == 2 * 256 / 8
         assert untied.decode_step(SMALL, KEYS) == tied.decode_step(SMALL, KEYS)
 
+    def test_a_head_that_the_shape_has_is_held_once_whoever_says_it(self):
+        own, said = dataclasses.replace(SMALL, untied=True), unit(untied=True)
+        for serving in (unit(), said):
+            assert serving.memory_bytes(own, 50) == said.memory_bytes(SMALL, 50)
+            assert serving.decode_step(own, KEYS) == unit().decode_step(SMALL, KEYS)
+
     @pytest.mark.parametrize(
         ("dtype", "bits"),
         [("bfloat16", 16), ("float8", 8), ("int8", 8 + 16 / 64), ("int4", 4 + 16 / 32), ("float4", 4 + 8 / 16)],

@@ -13,7 +13,7 @@ import pytest
 
 import gqa_jax
 from gqa_jax import model, storage, train
-from gqa_jax.config import ConfigError, TrainConfig, hash_identity
+from gqa_jax.config import ConfigError, ModelConfig, TrainConfig, hash_identity
 from gqa_jax.data import catalog, reader, tokenizer, vocabulary
 from gqa_jax.training import start
 from gqa_jax.training.parameters import write_import
@@ -146,6 +146,46 @@ def test_the_content_of_an_import_is_what_it_is_named_by(imported, finished, tmp
     (tmp_path / "again" / "import.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="lacks params_sha256"):
         start.of_folder(tmp_path / "again")
+
+
+def test_names_of_imports_stay_what_they_were():
+    """Computed before a model could be untied or its rotations scaled."""
+    config = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, vocab_size=64, dtype="float32")
+    names = []
+    for one in (config, dataclasses.replace(config, untied=True)):
+        values = {"format": start.FORMAT, "version": 1, "model": one.identity(), "params_sha256": "0" * 64}
+        names.append(start.content_hash(values))
+    assert names[0] == "391c4e22738a1df7bdf9945dadfa3d7afac995a25656373844d26a9fc50802d4"
+    assert names[1] != names[0]
+
+
+def test_an_untied_model_with_scaled_rotations_is_trained_loaded_imported_and_continued(tmp_path):
+    scaled = {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_original_context": 16}
+    config = tiny(model=tiny().to_dict()["model"] | {"untied": True} | scaled)
+    result = train.train_and_evaluate(config, tmp_path / "first")
+    loaded = gqa_jax.load_model(tmp_path / "first")
+    assert loaded.config == config.model
+    assert result["params_total"] == sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+    _, held_out = reader.check(config, catalog.open_store(config.data.store))
+    (tokens, found) = np.arange(24).reshape(2, 12), []
+    for batch in held_out:
+        found.append(np.asarray(loaded.losses(np.concatenate([batch["tokens"], batch["targets"][:, -1:]], 1)))[batch["mask"]])
+    assert np.concatenate(found).mean() == pytest.approx(result["loss"], abs=1e-6)
+    write_import(tmp_path / "there", loaded.config, loaded.params, provenance="a test")
+    again = gqa_jax.load_model(tmp_path / "there")
+    assert again.config == config.model
+    np.testing.assert_array_equal(again.apply(tokens), loaded.apply(tokens))
+    tied = {name: leaf for name, leaf in loaded.params.items() if name != "head"}
+    with pytest.raises(ConfigError, match=r"\['head'\] is not there, must be float32\[320, 16\]"):
+        write_import(tmp_path / "tied", loaded.config, tied, provenance="")
+    with pytest.raises(ConfigError, match=r"other parameters: model\.untied: False here, True there"):
+        again.start.differences(tiny(**LONGER, continue_from="../there"))
+    plain = tiny(**LONGER, continue_from="../there", model=tiny().to_dict()["model"] | {"untied": True})
+    assert again.start.differences(plain) == [
+        "model.rope_factor: 1.0 here, 2.0 there",
+        "model.rope_original_context: 8192 here, 16 there",
+        "model.rope_scaling: None here, 'llama3' there",
+    ]
 
 
 def test_parameters_of_another_import_are_not_taken_for_these(imported, tmp_path):

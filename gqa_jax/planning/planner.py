@@ -304,7 +304,10 @@ def _phases(share: Share, chip: Chip) -> tuple[list[Phase], dict[str, float]]:
             ("tensor", "tensor", (3 if gathers_again else 2) * s.layers * stream),
             ("context", "context", keys * ((s.activation if gathers_again or ring else 0) + 4)),
         ],
-        "loss": [("weights", embedding_axes, embedding * (s.activation + 8)), ("tensor", "tensor", 2 * stream)],
+        "loss": [
+            ("weights", embedding_axes, embedding * (s.vocabulary_matrices * s.activation + 8)),
+            ("tensor", "tensor", 2 * stream),
+        ],
         "optimizer": [("data", "data", 2 * s.parameters * SUM_BYTES * lacking(mesh.data))],
     }
     for _, axes, value in itertools.chain.from_iterable(network.values()):
@@ -393,7 +396,7 @@ def _matmul(s: Share, flops: float, memory: float) -> dict[str, float]:
 def _count_collectives(share: Share) -> int:
     """Collectives of a step, those of a layer's weights in one direction counted as one."""
     mesh, steps = share.execution.mesh, share.execution.accumulation_steps
-    weights = 3 * share.layers + 3 if mesh.parameters > 1 else 0
+    weights = 3 * share.layers + 2 + share.vocabulary_matrices if mesh.parameters > 1 else 0
     tensor = 5 * share.layers + 3 if mesh.tensor > 1 else 0
     hops = mesh.context if share.execution.context_attention == "ring" else 1
     context = 3 * hops * share.layers if mesh.context > 1 else 0
@@ -446,7 +449,7 @@ def _memory(share: Share) -> tuple[float, float]:
             working += 3 * s.tokens * mesh.context * 2 * keys * a
         else:
             working += s.tokens * 4 * (heads + 2 * keys)
-    of_layers = _parameter_bytes(s.shapes[1:], s.parameter, s.tiled)
+    of_layers = _parameter_bytes(s.shapes[1:], s.parameter, s.tiled)  # and of the head of an untied model
     # A copy of all weights in the dtype of the computation, unless they have it; on GPUs only where it is kept.
     narrow = s.config.model.param_dtype == s.config.model.dtype
     cast = 0 if narrow or not (s.tiled or execution.remat == "none") else a
@@ -455,7 +458,7 @@ def _memory(share: Share) -> tuple[float, float]:
         working += 5 * s.tokens * a * s.d if mesh.tensor > 1 else 0  # the stream, before and after sums over tensor
         # beside copies to the host the compiler may gather the weights of all layers at once
         weights += s.layers * s.layer_weights * a if execution.remat == "offload" and mesh.parameters > 1 else 0
-    embedding = s.embedding * (a + 4)
+    embedding = s.embedding * (s.vocabulary_matrices * a + 4)
     chunk = min(s.tokens / mesh.tensor, 2 ** int(math.log2(CHUNK_LOGITS / s.config.model.vocab_size)))
     loss = chunk * s.config.model.vocab_size * 4 + s.tokens * s.d * a
     # of the micro-batches before: float32, whatever the parameters are

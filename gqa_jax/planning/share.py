@@ -45,7 +45,13 @@ class Share:
 
     @property
     def embedding(self) -> float:
+        """Values of the embedding; a head of its own has as many."""
         return self.config.model.vocab_size * self.d
+
+    @property
+    def vocabulary_matrices(self) -> int:
+        """How many there are: the embedding, and the head of an untied model."""
+        return 2 if self.config.model.untied else 1
 
     @property
     def embedding_held(self) -> int:
@@ -78,7 +84,8 @@ class Share:
         norms = (d,), (layers, d), (layers, d)
         attention = (layers, own, n, h), (layers, own, k, h), (layers, own, k, h), (layers, n, h, own)
         ffn = (layers, own, f), (layers, own, f), (layers, f, own)
-        return (self.config.model.vocab_size, own // tensor), *norms, *attention, *ffn
+        vocabulary = [(self.config.model.vocab_size, own // tensor)] * self.vocabulary_matrices
+        return *vocabulary, *norms, *attention, *ffn
 
     @functools.cached_property
     def parameters(self) -> int:
