@@ -183,8 +183,8 @@ def test_the_head_of_an_untied_model_is_held_gathered_and_summed(mesh):
     if mesh == "data=8":
         assert more == {"data": pytest.approx(2 * 7 / 8 * 4 * matrix)}
     else:
-        of_the_embedding = "fsdp" if mesh == "fsdp=8" else "fsdp,context,tensor"
-        assert {axes: value for axes, value in more.items() if value} == {of_the_embedding: pytest.approx(2 * 7 / 8 * 2 * matrix)}
+        axes = "fsdp" if mesh == "fsdp=8" else "fsdp,context,tensor"
+        assert {key: value for key, value in more.items() if value} == {axes: pytest.approx(2 * 7 / 8 * 2 * matrix)}
         assert found.collectives == tied.collectives + 2  # a gather for each micro-batch
     assert found.flops == tied.flops
     assert found.expected["matmul"] == tied.expected["matmul"]
