@@ -239,6 +239,15 @@ def test_an_untied_model_has_the_gradients_of_the_plain_form_on_any_mesh(untied,
     assert found["head"][absent].any(axis=1).all()
 
 
+def test_gradients_of_a_head_in_bfloat16_are_sums_in_float32():
+    config = resolved(model={"untied": True, "param_dtype": "bfloat16"})
+    params, (batch,) = program.fresh_state(config, mesh_of(config)).params, batches(config, 1)
+    found, _, _ = gradients(config)(params, batch)
+    for name in ("embedding", "head"):
+        assert found[name].dtype == np.float32
+        assert (found[name] != found[name].astype(jnp.bfloat16)).any()
+
+
 def test_an_untied_model_is_evaluated_by_its_head(untied):
     params, batch, loss, _ = untied
     for mesh in ("data=1", "fsdp=2,tensor=2,context=2"):
