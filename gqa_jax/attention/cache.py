@@ -21,6 +21,7 @@ from jax import lax
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 SCALE = jnp.bfloat16
+UNROLLED_WRITES = 8  # sequences whose positions are written one by one
 
 
 class Layout(NamedTuple):
@@ -87,17 +88,26 @@ class Cache:
         k, v = (x.astype(dtype) if scale is None else _dequantized(x, scale, dtype) for x, scale in pairs)
         return k, v
 
-    def append(self, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, position: int | jax.Array) -> Cache:
-        """With the keys and values of T tokens at the positions from `position` on: an integer, or with T = 1 one for each
-        sequence (B,). What would lie beyond S is moved back to end there.
+    def append(
+        self, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, position: int | jax.Array, where: jax.Array | None = None
+    ) -> Cache:
+        """With the keys and values of T tokens at the positions from `position` on.
+
+        Args:
+          position: an integer, or with T = 1 one for each sequence (B,). What would lie beyond S is moved back to end there.
+          where: of `position`'s shape: False leaves a sequence as it is, as those parts of a context must that have not this
+            position. None: True.
         """
-        k, k_scale = quantized(k_BxTxKxH) if self.quantized else (k_BxTxKxH.astype(self.dtype), None)
-        v, v_scale = quantized(v_BxTxKxH) if self.quantized else (v_BxTxKxH.astype(self.dtype), None)
+        news = [(k_BxTxKxH.astype(self.dtype), None), (v_BxTxKxH.astype(self.dtype), None)]
+        if self.quantized:
+            news = [quantized(k_BxTxKxH), quantized(v_BxTxKxH)]
+        (k, k_scale), (v, v_scale) = news
+        at = position, where
         return Cache(
-            _written(self.k, self.layout.k, k, "BSKH", position),
-            _written(self.v, self.layout.v, v, "BSKH", position),
-            None if k_scale is None else _written(self.k_scale_BxKx1xS, "BK1S", k_scale, "BSK1", position),
-            None if v_scale is None else _written(self.v_scale_BxKx1xS, "BK1S", v_scale, "BSK1", position),
+            _written(self.k, self.layout.k, k, "BSKH", *at),
+            _written(self.v, self.layout.v, v, "BSKH", *at),
+            None if k_scale is None else _written(self.k_scale_BxKx1xS, "BK1S", k_scale, "BSK1", *at),
+            None if v_scale is None else _written(self.v_scale_BxKx1xS, "BK1S", v_scale, "BSK1", *at),
             self.layout,
         )
 
@@ -128,12 +138,25 @@ def _permuted(x: jax.Array, axes: str, wanted: str) -> jax.Array:
     return x if axes == wanted else jnp.transpose(x, [axes.index(axis) for axis in wanted])
 
 
-def _written(held: jax.Array, axes: str, new: jax.Array, new_axes: str, position: int | jax.Array) -> jax.Array:
+def _written(held: jax.Array, axes: str, new: jax.Array, new_axes: str, position: int | jax.Array, where) -> jax.Array:
     new = _permuted(new, new_axes, axes)
+
+    def write(held, new, sequence, position, where):
+        start = [sequence if axis == "B" else position if axis == "S" else 0 for axis in axes]
+        if where is not None:
+            new = jnp.where(where, new, lax.dynamic_slice(held, start, new.shape))
+        return lax.dynamic_update_slice(held, new, start)
+
     if jnp.ndim(position) == 0:
-        return lax.dynamic_update_slice_in_dim(held, new, position, axes.index("S"))
-    # a write for each sequence: XLA does these in place, where of a scatter it makes a loop
-    for b in range(held.shape[0]):
-        start = [b if axis == "B" else position[b] if axis == "S" else 0 for axis in axes]
-        held = lax.dynamic_update_slice(held, new[b : b + 1], start)
-    return held
+        return write(held, new, 0, position, where)
+
+    # a write for each sequence, which XLA does in place; of many in a loop, which is compiled sooner
+    def of_sequence(b, held):
+        one = lax.dynamic_slice_in_dim(new, b, 1, axis=0)
+        return write(held, one, b, position[b], None if where is None else where[b])
+
+    if len(new) <= UNROLLED_WRITES:
+        for b in range(len(new)):
+            held = of_sequence(b, held)
+        return held
+    return lax.fori_loop(0, len(new), of_sequence, held)
