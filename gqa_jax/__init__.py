@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gqa_jax.differences import load_differences
+    from gqa_jax.inference.loaded import load_model
     from gqa_jax.laws.external import load_table
     from gqa_jax.results import load_costs, load_evaluations, load_metrics, load_results
     from gqa_jax.search import invariance as invariance
     from gqa_jax.search import presets as presets
     from gqa_jax.search.study import load_study
-    from gqa_jax.training.parameters import load_model
 
 __all__ = [
     "load_costs", "load_differences", "load_evaluations", "load_metrics", "load_model", "load_results", "load_study",
@@ -33,7 +33,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "load_differences": "differences",
-    "load_model": "training.parameters",
+    "load_model": "inference.loaded",
     "load_study": "search.study",
     "load_table": "laws.external",
 }  # fmt: skip (the other functions are of `results`)

@@ -44,6 +44,7 @@ examples:
   python -m launch retry configs/grids/quickstart.py                let `run` start failed cells again
   python -m launch optimum --preset paper --context 128K --loss 2.615      the cheapest heads, from the paper's data
   python -m launch optimum configs/grids/quickstart.py --context 32K --loss 1.75      from your own runs
+  python -m launch generate runs/quickstart/cells/NAME --prompt 'Fellow citizens'     what a trained model writes
   python -m launch report configs/grids/quickstart.py               everything that is known, as one HTML file
 
 exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status), 75 told to
@@ -160,10 +161,32 @@ def parser() -> argparse.ArgumentParser:
             "is",
         ),
         (_fill_next, _next, "the runs that would make the answer surer, within a budget, as a grid file for `run`"),
+        (_fill_generate, _generate, "what a trained model writes: to a terminal as it comes, to a pipe as JSON lines"),
         (_fill_report, _report, "one HTML file with the answer, its certainty, tables, pictures and an explorer"),
     ):
         verbs.add_parser(act.__name__[1:], help=summary, description=summary, fill=fill).set_defaults(act=act)
     return found
+
+
+def _fill_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="folder of a run that is done, or of imported parameters; local or gs://")
+    asked = command.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="what it goes on from")
+    asked.add_argument("--prompts", metavar="FILE", help="a file with a prompt a line; .jsonl: text or ids; -: stdin")
+    command.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="most tokens of an answer (default: 128)")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (default)")
+    command.add_argument("--top_k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    command.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
+    command.add_argument("--context", type=options.tokens, metavar="T", help="most tokens of both (default: as trained)")
+    command.add_argument("--cache_dtype", metavar="D", help="float32, bfloat16 or int8 (default: the model's dtype)")
+    command.add_argument("--dtype", metavar="D", help="of the computation (default: the model's; CPUs are fastest in float32)")
+    command.add_argument("--mesh", metavar="AXES", help="devices that share the model, as tensor=4,context=2")
+    command.add_argument("--tokenizer", metavar="NAME", help="where none is kept with it: bytes, gpt2, hub:NAME, a file")
+    command.epilog = (
+        "Answers end at the end of a document. Example: python -m launch generate runs/quickstart/cells/NAME --prompt 'Fellow "
+        "citizens' --temperature 0.8 --seed 1 (docs/generation.md)"
+    )
 
 
 def _fill_plan(command: argparse.ArgumentParser) -> None:
@@ -429,6 +452,22 @@ def _retry(_: Console, **asked: Any) -> int:
     for name, (now, aside) in moved.items():
         print(f"{name}: {now.state} ({now.failure or now.cause}); its records are in {aside}")
     print(f"{counted(len(moved), 'cell')} can run again: python -m launch run {cells.about}")
+    return EXIT_DONE
+
+
+def _generate(_: Console, *, run: str, prompt: str | None, prompts: str | None, **asked: Any) -> int:
+    given = [prompt] if prompts is None else commands.read_prompts(prompts)
+    if sys.stdout.isatty() and len(given) == 1:
+        shown = ""
+        print(prompt if isinstance(prompt, str) else "", end="", flush=True)
+        for found in commands.stream(run, given, **asked):
+            text = found[0].text.rstrip("\ufffd")  # a character of which a part is missing still
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        print()
+        return EXIT_DONE
+    for one in commands.generate(run, given, **asked):
+        print(json.dumps(one.to_dict(), ensure_ascii=False))
     return EXIT_DONE
 
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
@@ -442,6 +445,59 @@ def _set_aside(folder: epath.Path, now: CellState) -> epath.Path:
     for name in sorted(kept & there):
         storage.move(folder / name, aside / name)
     return aside
+
+
+def generate(
+    run: str, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128, temperature: float = 0.0,
+    top_k: int | None = None, top_p: float = 1.0, seed: int = 0, context: int | None = None, cache_dtype: str | None = None,
+    dtype: str | None = None, mesh: str | None = None, tokenizer: str | None = None,
+) -> list[Any]:  # fmt: skip
+    """What a trained model writes after each prompt, a `gqa_jax.inference.loaded.Generation` each.
+
+    Args:
+      run: folder of a run that is done, or of imported parameters.
+      prompts: texts, or lists of ids.
+      tokenizer: name or file of one, where none is kept with the run.
+      others: of `gqa_jax.inference.loaded.LoadedModel.generate`.
+    Raises:
+      ConfigError: a run that is not done, a prompt that doesn't fit.
+    """
+    asked = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+        "context": context, "cache_dtype": cache_dtype, "dtype": dtype, "mesh": mesh,
+    }  # fmt: skip
+    *_, last = stream(run, prompts, tokenizer=tokenizer, segment=None, **asked)
+    return last
+
+
+def stream(
+    run: str, prompts: Sequence[str | Sequence[int]], *, tokenizer: str | None = None, **asked: Any
+) -> Iterator[list[Any]]:
+    """As `generate`, a list for what there is so far, again and again until it is whole."""
+    from gqa_jax.inference.loaded import load_model
+
+    yield from load_model(run, tokenizer=tokenizer).stream(prompts, **asked)
+
+
+def read_prompts(path: str) -> list[str | list[int]]:
+    """Prompts of a file, a line each without its end; of .jsonl a text, a list of ids, or {"prompt": either}; "-": of stdin.
+
+    Raises ConfigError for a line of .jsonl that is none of these, naming it; OSError.
+    """
+    lines = (sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")).splitlines()
+    if not path.endswith(".jsonl"):
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}: no JSON: {error}") from error
+        value = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(value, str) and not (isinstance(value, list) and all(type(one) is int for one in value)):
+            raise ConfigError(f'{path}, line {number}: must be a text, a list of ids, or {{"prompt": either}}')
+        found.append(value)
+    return found
 
 
 def export(grid: Cells | Source | str, *, allow_confounded: bool = False) -> Exported:

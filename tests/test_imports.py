@@ -104,9 +104,25 @@ TABLE = (
     # The program that trains.
     Row(
         "gqa_jax.training.parameters",
-        ".errors .config .storage .data .data.catalog .training.loss .model .training.checkpoint .training.start",
+        ".errors .config .storage .data .model .training.checkpoint .training.start",
         outside="jax",
     ),
+    # A model that is trained, to use.
+    Row("gqa_jax.inference"),
+    Row("gqa_jax.inference.sampling", ".errors .model", outside="jax"),
+    Row("gqa_jax.inference.weights", ".errors .mesh .config", outside="jax"),
+    Row(
+        "gqa_jax.inference.engine",
+        ".errors .mesh .config .attention .training.sharding .model .inference.sampling .inference.weights",
+        outside="jax",
+    ),
+    Row(
+        "gqa_jax.inference.loaded",
+        ".errors .formatting .config .data .data.catalog .training.loss .model .training.checkpoint .training.start "
+        ".training.parameters .inference.sampling .inference.engine",
+        outside="jax",
+    ),
+    # The program that trains.
     Row(
         "gqa_jax.training.setup",
         ".errors .config .storage .data .data.catalog .data.reader .training.run_folder "
@@ -184,7 +200,7 @@ TABLE = (
     ),
     Row(
         "gqa_jax",
-        lazily=".training.parameters .results .differences .laws.external .search.invariance .search.presets .search.study",
+        lazily=".inference.loaded .results .differences .laws.external .search.invariance .search.presets .search.study",
     ),
     # Grids: what a person runs.
     Row("launch"),
@@ -295,7 +311,8 @@ TABLE = (
         ".errors .formatting .hardware .hardware.prices .storage .training.records launch.cells launch.training_cells "
         "launch.rules launch.executors.base launch.state launch.run launch.watch launch.reach launch.grid_cells launch.fit "
         "launch.money launch.notify launch.reap",
-        lazily=".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
+        lazily=".inference.loaded "
+        ".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
         "launch.report launch.findings",
     ),

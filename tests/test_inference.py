@@ -195,7 +195,7 @@ def test_the_loop_writes_its_caches_in_place():
     """jax#40101 (0.11.1): a small write in a loop cost as much as its whole buffer on CPUs. What the program copies says so."""
     config = tiny(8, 2, n_layers=2)
     engine = Engine(config, params_of(config))
-    plan = engine.plan([4000], 64)
+    plan = engine.plan([30_000], 64)
     compiled = engine.lower("advance", plan).compile()
     held = engine.cache_bytes(1, plan.keys)
     memory = compiled.memory_analysis()
