@@ -1,4 +1,4 @@
-"""The model of exact weights finds every needle through generation: chunks of a prompt, every kind of cache, the decode step."""
+"""The model of exact weights finds every needle through generation: chunks of a prompt, every cache, and the decode step."""
 
 import dataclasses
 import functools
