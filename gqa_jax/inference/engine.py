@@ -74,7 +74,8 @@ class Engine:
     """A model that generates; its programs are compiled when they are needed and kept.
 
     Args:
-      params: as of `gqa_jax.model.init_params(config, key)`, of any dtype.
+      params: as of `gqa_jax.model.init_params(config, key)`, of any dtype. Of shapes and dtypes alone (`jax.ShapeDtypeStruct`)
+        there are programs to `lower`, and nothing to run.
       n_ids: ids that may be drawn, those below it: the entries of the tokenizer. None: all of the vocabulary.
       cache_dtype: float32, bfloat16 or int8; None: config.dtype.
       mesh: devices that share the model, "tensor=4,context=2"; None: one.
@@ -108,7 +109,9 @@ class Engine:
             raise ConfigError(f"chunk = {chunk}: must be at least {SMALLEST_CHUNK} tokens")
         self.cache_dtype, self.chunk = cache_dtype or config.dtype, chunk
         self.mesh = None if shape.n_devices == 1 else sharding.make_mesh(shape)
-        self.weights = weights.prepared(config, params, self.mesh)
+        prepare = functools.partial(weights.prepared, config, mesh=self.mesh)
+        described = all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+        self.weights = jax.eval_shape(prepare, params) if described else prepare(params)
         self._layers = functools.partial(_read, config, shape)
         self._programs: dict[Any, Callable] = {}
 
@@ -186,8 +189,11 @@ class Engine:
         *_, last = self.stream(prompts, max_new_tokens, sampling, stop, segment=None)
         return last
 
-    def lower(self, name: str, plan: Plan) -> Any:
-        """The program "begin", "continue", "first" or "advance" of these sizes, traced for arguments that are not made."""
+    def lower(self, name: str, plan: Plan, sharding: jax.sharding.Sharding | None = None) -> Any:
+        """The program "begin", "continue", "first" or "advance" of these sizes, traced for arguments that are not made.
+
+        sharding: where all of them lie, of a device that need not be here; None: as on the devices of this engine.
+        """
         caches, here = jax.eval_shape(lambda: self._caches(plan.batch, plan.keys)), self.config
         ids = jax.ShapeDtypeStruct((plan.batch,), jnp.int32)
         number, last = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((plan.batch, here.d_model), here.dtype)
@@ -199,7 +205,10 @@ class Engine:
             "begin": (caches, chunk, number, ids, last), "continue": (caches, chunk, number, ids, last),
             "first": (last, rule), "advance": (Carry(caches, ids, ids, done, out, number), rule, number),
         }[name]  # fmt: skip
-        return self._program(name, plan).lower(self.weights, *arguments)
+        given = (self.weights, *arguments)
+        if sharding is not None:
+            given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), given)
+        return self._program(name, plan).lower(*given)
 
     def _program(self, name: str, plan: Plan) -> Callable:
         # what a program doesn't depend on is left out of the name under which it is kept
