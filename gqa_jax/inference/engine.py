@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from gqa_jax import attention, model
@@ -334,7 +335,7 @@ def _attend_chunk(shape: MeshShape, implementation, q_BxTxNxH, k_BxTxKxH, v_BxTx
     if first:  # nothing is in the cache but what is at hand
         out_BxTxNxH = attention.attention(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, implementation=implementation)
         return _own_heads(shape, out_BxTxNxH), cache
-    k_BxSxKxH, v_BxSxKxH = cache.rows(q_BxTxNxH.dtype)
+    k_BxSxKxH, v_BxSxKxH = _as_it_lies(cache).rows(q_BxTxNxH.dtype)
     rest = {"q_offset": start, "kv_offset": _offset(shape, cache), "implementation": implementation}
     if shape.context == 1:
         return attention.attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, **rest), cache
@@ -350,6 +351,13 @@ def _attend_token(shape: MeshShape, implementation, q_Bx1xNxH, k_Bx1xKxH, v_Bx1x
     length = jnp.clip(position + 1 - _offset(shape, cache), 0, cache.keys)
     out_BxNxH, lse_BxN = attention.decode(q_BxNxH, cache, length, implementation=implementation, return_lse=True)
     return _merged(out_BxNxH[:, None], lse_BxN[:, None]), cache
+
+
+def _as_it_lies(cache: Cache) -> Cache:
+    """The cache, in memory as its arrays say: XLA's TPU compiler would copy those of all layers to the form in which keys are
+    read, write that, and copy them back.
+    """
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), cache)
 
 
 def _append(shape: MeshShape, cache: Cache, k_BxTxKxH, v_BxTxKxH, position) -> Cache:
