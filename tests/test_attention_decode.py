@@ -35,7 +35,7 @@ CACHES = ("bfloat16", "int8")
 @pytest.fixture
 def small(monkeypatch):
     """Blocks so small that a cache of hundreds has several, and two or three parts."""
-    monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
+    monkeypatch.setattr(decoding, "XLA_CHUNK_CPU", 64)
     monkeypatch.setattr(decode_triton, "choose", lambda case: decode_triton.Options(3, 32, 4, 2, case.interpreted))
     monkeypatch.setattr(decode_tpu, "choose", lambda case: decode_tpu.Options(2, 128, case.interpreted))
     program.cache_clear()
@@ -127,7 +127,7 @@ def test_blocks_as_they_are_chosen(implementation, head_dim):
 
 
 def test_xla_reads_no_chunk_beyond_the_longest_sequence(monkeypatch):
-    monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
+    monkeypatch.setattr(decoding, "XLA_CHUNK_CPU", 64)
     q, k, v = problem(2, 1, 16, 640, dtype=jnp.float32)
     loops = str(jax.make_jaxpr(lambda n: decode(q, cache_of(k, v), n, implementation="xla"))(np.array([10, 20])))
     assert "while" in loops  # a bound that is known only when it runs
