@@ -457,9 +457,9 @@ def _retry(_: Console, **asked: Any) -> int:
 
 def _generate(_: Console, *, run: str, prompt: str | None, prompts: str | None, **asked: Any) -> int:
     given = [prompt] if prompts is None else commands.read_prompts(prompts)
-    if sys.stdout.isatty() and len(given) == 1:
+    if sys.stdout.isatty() and prompt is not None:
         shown = ""
-        print(prompt if isinstance(prompt, str) else "", end="", flush=True)
+        print(prompt, end="", flush=True)
         for found in commands.stream(run, given, **asked):
             text = found[0].text.rstrip("\ufffd")  # a character of which a part is missing still
             print(text[len(shown) :], end="", flush=True)

@@ -88,6 +88,8 @@ def test_a_terminal_is_shown_text_and_a_pipe_json_lines(folder, model, capsys, m
         ([""], {}, "prompt 0 is empty: .* is id 256"),
         ([[5], [257]], {}, "prompt 1 has the id 257: ids of this model are 0 to 256"),
         ([[-1]], {}, "prompt 0 has the id -1"),
+        ([1, 2], {}, "prompts must be texts, or lists of integer ids"),
+        ([[1.5]], {}, "prompts must be texts, or lists of integer ids"),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens = 0: must be an integer of at least 1"),
         (["a" * 30, "b"], {"context": 32, "max_new_tokens": 8}, r"prompt 0 has 30 tokens, with 8 new ones 38, and the cache "
          "holds 32: shorten it, ask for 2 new tokens, or give context=38"),

@@ -109,7 +109,7 @@ TABLE = (
     ),
     # A model that is trained, to use.
     Row("gqa_jax.inference"),
-    Row("gqa_jax.inference.sampling", ".errors .model", outside="jax"),
+    Row("gqa_jax.inference.sampling", ".errors .config .model", outside="jax"),
     Row("gqa_jax.inference.weights", ".errors .mesh .config", outside="jax"),
     Row(
         "gqa_jax.inference.engine",

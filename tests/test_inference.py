@@ -206,6 +206,14 @@ def test_the_loop_writes_its_caches_in_place():
         assert not (" copy(" in line and f"{plan.keys},8]" in line), line
 
 
+@pytest.mark.parametrize(("mesh", "parts"), [(None, 1), ("tensor=4", 2), ("tensor=2,context=2", 4), ("context=2", 2)])
+def test_bytes_of_the_caches_on_a_device(mesh, parts):
+    """Two key/value heads: over four devices two hold the same one."""
+    config = tiny(8, 2)
+    found = Engine(config, params_of(config), mesh=mesh).cache_bytes(3, 512)
+    assert found * parts == 3 * 2 * 2 * 512 * 2 * 8 * 4  # sequences, layers, keys and values, positions, heads, size, float32
+
+
 def test_the_interpreted_tpu_kernel_in_the_loop():
     config = tiny(4, 1, head_dim=32)
     with interpreted():

@@ -128,10 +128,9 @@ class Engine:
         return Plan(len(lengths), chunk, keys, answers, len(set(lengths)) == 1, kind)
 
     def cache_bytes(self, batch: int, keys: int) -> int:
-        """Bytes of the caches of a batch, over all devices."""
+        """Bytes of the caches of a batch on each device."""
         leaves = jax.tree.leaves(jax.eval_shape(lambda: self._caches(batch, keys)))
-        held = weights.kv_heads_held(self.config, self.shape.tensor) * self.shape.tensor
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) * held // weights.kv_heads_held(self.config, 1)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     def start(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
@@ -171,7 +170,7 @@ class Engine:
         """Ids (B, n) generated so far, again and again as there are more, n up to `max_new_tokens`; behind a stop token -1.
 
         segment: tokens between looks at most; None: one look, at the end.
-        """  # fmt: skip
+        """
         plan, carry, rule = self.start(prompts, max_new_tokens, sampling, stop)
         limit = step = 1
         while True:
@@ -214,7 +213,7 @@ class Engine:
     def _program(self, name: str, plan: Plan) -> Callable:
         # what a program doesn't depend on is left out of the name under which it is kept
         if name in ("caches", "begin", "continue"):
-            plan = dataclasses.replace(plan, answers=0, alike=True, kind="")
+            plan = dataclasses.replace(plan, answers=0, alike=True, kind="", chunk=0 if name == "caches" else plan.chunk)
         if name == "first":
             plan = dataclasses.replace(plan, chunk=0, keys=0, alike=True)
         if name == "advance":

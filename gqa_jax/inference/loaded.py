@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import index
 from typing import Any
 
 import jax
@@ -141,7 +142,10 @@ class LoadedModel:
                 "(load_model(folder, tokenizer=...), --tokenizer), or ids"
             )
         encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
-        found = [list(map(int, next(encoded) if isinstance(prompt, str) else prompt)) for prompt in prompts]
+        try:
+            found = [list(map(index, next(encoded) if isinstance(prompt, str) else prompt)) for prompt in prompts]
+        except TypeError as error:
+            raise ConfigError(f"prompts must be texts, or lists of integer ids, one for each prompt: {error}") from error
         for i, one in enumerate(found):
             if not one:
                 raise ConfigError(
@@ -218,7 +222,7 @@ def _tokenizer(folder: os.PathLike | str, source: Start, given: str | Tokenizer 
 def require_room(engine: Engine, plan: Plan) -> None:
     """Raises ConfigError where caches of these sizes don't fit beside the weights, naming what would."""
     free = free_bytes()
-    needed = engine.cache_bytes(plan.batch, plan.keys) / engine.shape.n_devices
+    needed = engine.cache_bytes(plan.batch, plan.keys)
     if free is None or needed <= ROOM * free:
         return
     fitting = int(ROOM * free // (needed / plan.batch))

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from gqa_jax.config import LARGEST_SEED
 from gqa_jax.errors import ConfigError
 from gqa_jax.model import seed_key
-
-LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
