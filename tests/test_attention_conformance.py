@@ -5,7 +5,7 @@
 
 import pytest
 
-from gqa_jax.attention import conformance, decoding, tpu, triton
+from gqa_jax.attention import cache, conformance, decoding, tpu, triton
 from gqa_jax.attention.conformance import PROBLEMS
 from gqa_jax.attention.tpu import decode as tpu_decode
 from gqa_jax.attention.triton import decode as triton_decode
@@ -33,7 +33,8 @@ def small_tiles(monkeypatch):
     tiles = (triton.Tile(rows, keys, 4, 2) for rows, keys in ((64, 32), (32, 16), (32, 64)))
     options = triton.Options(*tiles, interpret=True)
     monkeypatch.setattr(triton, "choose", lambda *_, **__: options)
-    monkeypatch.setattr(decoding, "XLA_CHUNK_CPU", 64)
+    monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
+    monkeypatch.setattr(cache, "BLOCK", 64)
     monkeypatch.setattr(triton_decode, "choose", lambda case: triton_decode.Options(3, 32, 4, 2, case.interpreted))
     blocks = {True: 64 * 32, False: 128}  # rows of positions and heads, 32 of them at most, or positions
     monkeypatch.setattr(

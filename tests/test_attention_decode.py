@@ -35,7 +35,8 @@ CACHES = ("bfloat16", "int8")
 @pytest.fixture
 def small(monkeypatch):
     """Blocks so small that a cache of hundreds has several, and two or three parts."""
-    monkeypatch.setattr(decoding, "XLA_CHUNK_CPU", 64)
+    monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
+    monkeypatch.setattr(cache, "BLOCK", 64)
     monkeypatch.setattr(decode_triton, "choose", lambda case: decode_triton.Options(3, 32, 4, 2, case.interpreted))
     monkeypatch.setattr(decode_tpu, "choose", lambda case: decode_tpu.Options(2, 128, case.interpreted))
     program.cache_clear()
@@ -127,7 +128,7 @@ def test_blocks_as_they_are_chosen(implementation, head_dim):
 
 
 def test_xla_reads_no_chunk_beyond_the_longest_sequence(monkeypatch):
-    monkeypatch.setattr(decoding, "XLA_CHUNK_CPU", 64)
+    monkeypatch.setattr(decoding, "XLA_CHUNK", 64)
     q, k, v = problem(2, 1, 16, 640, dtype=jnp.float32)
     loops = str(jax.make_jaxpr(lambda n: decode(q, cache_of(k, v), n, implementation="xla"))(np.array([10, 20])))
     assert "while" in loops  # a bound that is known only when it runs
@@ -183,20 +184,72 @@ def test_names_and_obstacles():
         new_cache(1, 8, 2, 1, 16, jnp.float32, implementation="pallas_tpu")
 
 
-@pytest.mark.parametrize("layout", [cache.ROWS, cache.WITHIN_HEADS, cache.LANES])
+@pytest.mark.parametrize("layout", [cache.ROWS, cache.WITHIN_HEADS, cache.LANES, cache.BLOCKS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_what_is_appended_is_read_in_every_layout(layout, dtype):
-    """Several positions at once, then one, then one at a place of its own for each sequence."""
+def test_what_is_appended_is_read_in_every_layout(layout, dtype, monkeypatch):
+    """Several positions at once, across blocks, then one, then one at a place of its own for each sequence."""
+    monkeypatch.setattr(cache, "BLOCK", 4)
     _, k, v = problem(4, 2, 16, 10, dtype=jnp.float32)
     held = cache.empty(layout, 2, 12, 2, 16, jnp.dtype(dtype)).append(k[:, :6], v[:, :6], 0)
     held = held.append(k[:, 6:7], v[:, 6:7], jnp.int32(6))
     held = held.append(k[:, 7:8], v[:, 7:8], jnp.array([7, 9]))
-    assert held.k.shape == tuple({"B": 2, "S": 12, "K": 2, "H": 16}[axis] for axis in layout.k)
+    blocks = "C" in layout.k
+    assert held.k.shape == tuple({"B": 2, "C": 3, "S": 4 if blocks else 12, "K": 2, "H": 16}[axis] for axis in layout.k)
     tolerance = {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 127}[dtype]
     for found, given in zip(held.rows(jnp.float32), (k, v), strict=True):
         expected = np.zeros((2, 12, 2, 16), np.float32)
         expected[:, :7], expected[0, 7], expected[1, 9] = given[:, :7], given[0, 7], given[1, 7]
         np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("keys", [640, 1664, 2176, 1021, 100, 1])
+def test_blocks_hold_what_was_asked_for(keys):
+    """Multiples of 128, which are divided over devices, hold not one entry more; no block is small but of a small cache."""
+    held = jax.eval_shape(lambda: cache.empty(cache.BLOCKS, 1, keys, 1, 8, jnp.float32))
+    blocks, size = held.k.shape[2], held.k.shape[4]
+    assert blocks * size == held.keys >= keys
+    assert size <= cache.BLOCK
+    assert size >= cache.BLOCK // 4 or blocks == 1
+    assert held.keys == keys if keys % 128 == 0 else held.keys < keys + blocks
+
+
+@pytest.mark.parametrize("position", [0, 3, 5, 19])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 9])
+def test_writes_into_blocks_move_back_and_stay_out(position, tokens, monkeypatch):
+    """As in rows: of what would lie beyond, of sequences that are left as they are, and of tokens that span blocks."""
+    monkeypatch.setattr(cache, "BLOCK", 4)
+    rng = np.random.default_rng(0)
+    before, new = (rng.normal(size=(2, count, 2, 8)).astype(np.float32) for count in (20, tokens))
+    wheres = (None, jnp.array(True), jnp.array(False))
+    places = [(jnp.int32(position), where) for where in wheres]
+    if tokens == 1:
+        places += [(jnp.array([position, 7]), None), (jnp.array([position, 7]), jnp.array([False, True]))]
+    for at, where in places:
+        rows, blocks = (
+            cache.empty(layout, 2, 20, 2, 8, jnp.float32).append(before, before, 0).append(new, new, at, where)
+            for layout in (cache.ROWS, cache.BLOCKS)
+        )
+        for found, expected in zip(blocks.rows(jnp.float32), rows.rows(jnp.float32), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv"), [(8, 1), (4, 2), (6, 6)])
+@pytest.mark.parametrize("lengths", [(1, 600), (300, 640), (0, 65)])
+def test_xla_on_a_cpu_meets_several_blocks_of_a_head(n_heads, n_kv, lengths, monkeypatch):
+    """10 blocks, of which a step meets 4, 2 or 1 of each head: the last step is moved back."""
+    monkeypatch.setattr(cache, "BLOCK", 64)
+    q, k, v = problem(n_heads, n_kv, 16, 640, dtype=jnp.float32)
+    held = new_cache(2, 640, n_heads, n_kv, 16, jnp.float32, implementation="xla")
+    assert held.layout == cache.BLOCKS
+    assert held.k.shape[2] == 10
+    held = held.append(k, v, 0)
+    out, lse = decode(q, held, np.array(lengths), implementation="xla", return_lse=True)
+    exact_out, exact_lse = expected(q, k, v, lengths)
+    seen = np.array(lengths) > 0
+    assert error(out[seen], exact_out[seen]) < 1e-5
+    assert error(lse[seen], exact_lse[seen]) < 1e-5
+    assert (np.asarray(out[~seen]) == 0).all()
+    assert (np.asarray(lse[~seen]) == -np.inf).all()
 
 
 def test_integers_stay_within_seven_bits_and_half_a_step():

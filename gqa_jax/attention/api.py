@@ -97,7 +97,7 @@ def new_cache(
     if held.name not in DTYPES:
         raise ValueError(f"a cache can't be of {held.name}: use {', '.join(DTYPES)}")
     case = _decode_case(batch, keys, n_heads, n_kv_heads, head_dim, dtype, held)
-    return empty(dispatch.get(resolve(implementation, case)).layout, batch, keys, n_kv_heads, head_dim, held)
+    return empty(dispatch.get(resolve(implementation, case)).layout_of(case), batch, keys, n_kv_heads, head_dim, held)
 
 
 def cache_of(k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array) -> Cache:

@@ -2,7 +2,8 @@
 
 Who reads a cache decides its layout, once for a whole generation: a reader that finds another one pays with a copy of the
 cache for every token. `Layout` is the order of axes of each array, in letters: B batch, S position, K key/value head, H head
-size. `dispatch.Implementation.layout` says which one an implementation reads.
+size, and C a block of positions, S then being the position within it. `dispatch.Implementation.layout` says which one an
+implementation reads.
 
 int8: value = scale x integer, a scale for each position and head (as github.com/jax-ml/jax-llm-examples): the keys' scale
 multiplies logits, the values' the weights, so that a reader meets integers alone. Scales are bfloat16, the integers are
@@ -34,6 +35,8 @@ class Layout(NamedTuple):
 ROWS = Layout("BSKH", "BSKH")  # as `attention` takes keys and values
 WITHIN_HEADS = Layout("BKSH", "BKSH")  # the positions of a head side by side
 LANES = Layout("BKHS", "BKHS")  # positions in the lanes of a TPU
+BLOCKS = Layout("BKCHS", "BKSH")  # keys of a block with positions minor: as a CPU's matrix product packs them
+BLOCK = 512  # most positions of a block; of 256 to 2,048 the least processor time at 16K entries
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +79,7 @@ class Cache:
         return self.k_scale_BxKx1xS is not None
 
     def _size(self, axis: str) -> int:
-        return self.k.shape[self.layout.k.index(axis)]
+        return self.v.shape[self.layout.v.index(axis)]
 
     def arrays(self, layout: Layout) -> tuple[jax.Array, jax.Array]:
         """Keys and values as they are held (integers of int8) with their axes as in `layout`: a copy, where it isn't that."""
@@ -113,11 +116,23 @@ class Cache:
 
 
 def empty(layout: Layout, batch: int, keys: int, n_kv_heads: int, head_dim: int, dtype: Any) -> Cache:
-    """A cache of zeros."""
-    sizes = {"B": batch, "S": keys, "K": n_kv_heads, "H": head_dim}
-    k, v = (jnp.zeros([sizes[axis] for axis in axes], dtype) for axes in layout)
+    """A cache of zeros; in blocks it may hold a few entries more, where `keys` can't be cut into them."""
+    block = _block(keys)
+    keys = -(-keys // block) * block if "C" in layout.k else keys
+    sizes = {"B": batch, "S": keys, "K": n_kv_heads, "H": head_dim, "C": keys // block}
+
+    def zeros(axes: str) -> jax.Array:
+        return jnp.zeros([block if axis == "S" and "C" in axes else sizes[axis] for axis in axes], dtype)
+
+    k, v = (zeros(axes) for axes in layout)
     scales = [jnp.zeros((batch, n_kv_heads, 1, keys), SCALE) if k.dtype == jnp.int8 else None for _ in range(2)]
     return Cache(k, v, *scales, layout)
+
+
+def _block(keys: int) -> int:
+    """Positions of a block: the most that divide `keys`; where nearly nothing does, what leaves the least over."""
+    whole = max(size for size in range(1, min(BLOCK, keys) + 1) if keys % size == 0)
+    return whole if whole >= min(BLOCK // 4, keys) else -(-keys // -(-keys // BLOCK))
 
 
 def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -135,10 +150,27 @@ def _dequantized(x_BxSxKxH: jax.Array, scale_BxKx1xS: jax.Array, dtype: Any) -> 
 
 
 def _permuted(x: jax.Array, axes: str, wanted: str) -> jax.Array:
+    if "C" in axes and axes != wanted:
+        x, axes = _joined(x, axes), axes.replace("C", "").replace("HS", "SH")
     return x if axes == wanted else jnp.transpose(x, [axes.index(axis) for axis in wanted])
 
 
+def _joined(x_BxKxCxHxS: jax.Array, axes: str) -> jax.Array:
+    """Of blocks (B, K, C, H, S) all positions one after another: (B, K, C S, H)."""
+    assert axes == BLOCKS.k, axes
+    batch, heads, blocks, head_dim, size = x_BxKxCxHxS.shape
+    return jnp.swapaxes(x_BxKxCxHxS, 3, 4).reshape(batch, heads, blocks * size, head_dim)
+
+
+def _cut(x_BxKxSxH: jax.Array, size: int) -> jax.Array:
+    """The opposite of `_joined`, in blocks of `size`."""
+    batch, heads, keys, head_dim = x_BxKxSxH.shape
+    return jnp.swapaxes(x_BxKxSxH.reshape(batch, heads, keys // size, size, head_dim), 3, 4)
+
+
 def _written(held: jax.Array, axes: str, new: jax.Array, new_axes: str, position: int | jax.Array, where) -> jax.Array:
+    if "C" in axes:
+        return _written_in_blocks(held, new, new_axes, position, where)
     new = _permuted(new, new_axes, axes)
 
     def write(held, new, sequence, position, where):
@@ -150,13 +182,43 @@ def _written(held: jax.Array, axes: str, new: jax.Array, new_axes: str, position
     if jnp.ndim(position) == 0:
         return write(held, new, 0, position, where)
 
-    # a write for each sequence, which XLA does in place; of many in a loop, which is compiled sooner
+    return _each(write, held, new, position, where)
+
+
+def _each(write, held: jax.Array, new: jax.Array, position_B: jax.Array, where_B: jax.Array | None) -> jax.Array:
+    """A write for each sequence, which XLA does in place; of many in a loop, which is compiled sooner."""
+
     def of_sequence(b, held):
         one = lax.dynamic_slice_in_dim(new, b, 1, axis=0)
-        return write(held, one, b, position[b], None if where is None else where[b])
+        return write(held, one, b, position_B[b], None if where_B is None else where_B[b])
 
     if len(new) <= UNROLLED_WRITES:
         for b in range(len(new)):
             held = of_sequence(b, held)
         return held
     return lax.fori_loop(0, len(new), of_sequence, held)
+
+
+def _written_in_blocks(held: jax.Array, new: jax.Array, new_axes: str, position: int | jax.Array, where) -> jax.Array:
+    """`_written` of blocks (B, K, C, H, S): one position by itself, several with the blocks in which they lie."""
+    new_BxKxTxH = _permuted(new, new_axes, "BKSH")
+    blocks, size = held.shape[2], held.shape[4]
+    touched = min(blocks, 1 + -(-(new_BxKxTxH.shape[2] - 1) // size))  # whatever the first position
+
+    def write(held, new_BxKxTxH, sequence, position, where):
+        position = jnp.clip(position, 0, blocks * size - new_BxKxTxH.shape[2])
+        first = jnp.minimum(position // size, blocks - touched)
+        if new_BxKxTxH.shape[2] == 1:
+            start, part = [sequence, 0, first, 0, position % size], jnp.swapaxes(new_BxKxTxH, 2, 3)[:, :, None]
+        else:
+            start, sizes = [sequence, 0, first, 0, 0], (len(new_BxKxTxH), *held.shape[1:2], touched, *held.shape[3:])
+            rows_BxKxSxH = _joined(lax.dynamic_slice(held, start, sizes), BLOCKS.k)
+            rows_BxKxSxH = lax.dynamic_update_slice(rows_BxKxSxH, new_BxKxTxH, [0, 0, position - first * size, 0])
+            part = _cut(rows_BxKxSxH, size)
+        if where is not None:
+            part = jnp.where(where, part, lax.dynamic_slice(held, start, part.shape))
+        return lax.dynamic_update_slice(held, part, start)
+
+    if jnp.ndim(position) == 0:
+        return write(held, new_BxKxTxH, 0, position, where)
+    return _each(write, held, new_BxKxTxH, position, where)

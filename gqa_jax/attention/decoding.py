@@ -10,15 +10,16 @@ Dao et al., "Flash-Decoding for long-context inference" (2023), https://pytorch.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention.cache import WITHIN_HEADS, Cache
+from gqa_jax.attention.cache import BLOCKS, WITHIN_HEADS, Cache
 from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case
 
 XLA_CHUNK = 2048  # keys of a sequence in one step of `xla`
-XLA_CHUNK_CPU = 512  # of 256 to 2,048 the least processor time at 16K entries: chunks of all heads stay in its cache
+ALONGSIDE = 8  # heads of all sequences that a step of `xla` meets at least on a CPU, several blocks of one counting as heads
 
 
 def merge(out_PxBxKxGxH: jax.Array, lse_PxBxKxG: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -35,38 +36,69 @@ def merge(out_PxBxKxGxH: jax.Array, lse_PxBxKxG: jax.Array) -> tuple[jax.Array, 
 def written_out(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
     """`reference`: the whole cache at once."""
     k_BxKxSxH, v_BxKxSxH = cache.arrays(WITHIN_HEADS)
-    scales = cache.k_scale_BxKx1xS, cache.v_scale_BxKx1xS
-    state = _absorb(
-        _start(q_BxKxGxH), q_BxKxGxH, k_BxKxSxH, v_BxKxSxH, *scales, scale, _valid(jnp.arange(case.keys), 0, length_B)
-    )
-    return _finish(state)
+    valid_BxS = _valid(jnp.arange(cache.keys), 0, length_B)
+    block = _Block(k_BxKxSxH[:, :, None], v_BxKxSxH[:, :, None], *_cut_scales(cache, 0, 1, cache.keys), valid_BxS[:, None])
+    return _finish(_absorb(_start(q_BxKxGxH, 1), q_BxKxGxH, block, scale, "bkpch"))
 
 
 def xla(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
-    """`xla`: chunks of the cache up to the longest sequence's end, masked from that on in which the shortest one ends."""
-    size = min(XLA_CHUNK_CPU if case.platform == "cpu" else XLA_CHUNK, case.keys)
-    k_BxKxSxH, v_BxKxSxH = cache.arrays(WITHIN_HEADS)
+    """`xla`: blocks of the cache up to the longest sequence's end, masked from that on in which the shortest one ends.
 
-    def one_chunk(j, state, *, masked: bool):
-        first = jnp.minimum(j * size, case.keys - size)  # the last chunk is moved back to lie within the cache
-        parts = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k_BxKxSxH, v_BxKxSxH))
-        scales = (
-            None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size, axis=3)
-            for x in (cache.k_scale_BxKx1xS, cache.v_scale_BxKx1xS)
-        )  # fmt: skip
-        valid = _valid(first + jnp.arange(size), j * size, length_B) if masked else None
-        return _absorb(state, q_BxKxGxH, *parts, *scales, scale, valid)
+    A step meets P blocks of each head: on CPUs, whose threads share out the matrices of one product, as many as make enough
+    of them. Keys lie as `BLOCKS` there, and as `WITHIN_HEADS` elsewhere.
+    """
+    batch, heads = q_BxKxGxH.shape[:2]
+    if cache.layout == BLOCKS:
+        size, k_axes = cache.k.shape[-1], "bkphc"
+        parts = min(cache.keys // size, max(1, ALONGSIDE // (batch * heads)))
+        k, v_BxKxSxH = cache.k, cache.v
+    else:
+        size, parts, k_axes = min(XLA_CHUNK, case.keys), 1, "bkpch"
+        k, v_BxKxSxH = cache.arrays(WITHIN_HEADS)
+    step = size * parts  # keys
 
-    whole = length_B.min() // size
-    state = jax.lax.fori_loop(0, whole, functools.partial(one_chunk, masked=False), _start(q_BxKxGxH))
-    chunks = (length_B.max() + size - 1) // size
-    return _finish(jax.lax.fori_loop(whole, chunks, functools.partial(one_chunk, masked=True), state))
+    def one_step(j, state, *, masked: bool):
+        first = jnp.minimum(j * step, cache.keys - step)  # the last ones are moved back to lie within the cache
+        if k_axes == "bkphc":
+            k_part = jax.lax.dynamic_slice_in_dim(k, first // size, parts, axis=2)
+        else:
+            k_part = jax.lax.dynamic_slice_in_dim(k, first, size, axis=2)[:, :, None]
+        v_part = jax.lax.dynamic_slice_in_dim(v_BxKxSxH, first, step, axis=2).reshape(batch, heads, parts, size, -1)
+        valid = _valid(first + jnp.arange(step), j * step, length_B).reshape(batch, parts, size) if masked else None
+        block = _Block(k_part, v_part, *_cut_scales(cache, first, parts, size), valid)
+        return _absorb(state, q_BxKxGxH, block, scale, k_axes)
+
+    whole = length_B.min() // step
+    state = jax.lax.fori_loop(0, whole, functools.partial(one_step, masked=False), _start(q_BxKxGxH, parts))
+    steps = (length_B.max() + step - 1) // step
+    return _finish(jax.lax.fori_loop(whole, steps, functools.partial(one_step, masked=True), state))
 
 
-def _start(q_BxKxGxH):
-    accumulate = jnp.promote_types(q_BxKxGxH.dtype, jnp.float32)
-    column = (*q_BxKxGxH.shape[:3], 1)
-    return jnp.full(column, UNSEEN, accumulate), jnp.zeros(column, accumulate), jnp.zeros(q_BxKxGxH.shape, accumulate)
+class _Block(NamedTuple):
+    """Keys and values of P parts of each head, C of each; scales of int8, else None; which count (None: all)."""
+
+    k: jax.Array  # axes as said beside it
+    v_BxKxPxCxH: jax.Array
+    k_scale_BxKxPx1xC: jax.Array | None
+    v_scale_BxKxPx1xC: jax.Array | None
+    valid_BxPxC: jax.Array | None
+
+
+def _cut_scales(cache: Cache, first, parts: int, size: int) -> list[jax.Array | None]:
+    """Scales of int8 of the positions from `first` on."""
+    found: list[jax.Array | None] = []
+    for x_BxKx1xS in (cache.k_scale_BxKx1xS, cache.v_scale_BxKx1xS):
+        if x_BxKx1xS is not None:
+            x_BxKx1xS = jax.lax.dynamic_slice_in_dim(x_BxKx1xS, first, parts * size, axis=3)
+            x_BxKx1xS = x_BxKx1xS.reshape(*x_BxKx1xS.shape[:2], parts, 1, size)
+        found.append(x_BxKx1xS)
+    return found
+
+
+def _start(q_BxKxGxH, parts: int):
+    batch, heads, group, head_dim = q_BxKxGxH.shape
+    accumulate, rows = jnp.promote_types(q_BxKxGxH.dtype, jnp.float32), (batch, heads, parts, group)
+    return jnp.full((*rows, 1), UNSEEN, accumulate), jnp.zeros((*rows, 1), accumulate), jnp.zeros((*rows, head_dim), accumulate)
 
 
 def _valid(key_C, first, length_B):
@@ -74,27 +106,28 @@ def _valid(key_C, first, length_B):
     return (key_C[None, :] >= first) & (key_C[None, :] < length_B[:, None])
 
 
-def _absorb(state, q_BxKxGxH, k_BxKxCxH, v_BxKxCxH, k_scale_BxKx1xC, v_scale_BxKx1xC, scale, valid_BxC):
-    """Adds keys to the running softmax: those that are valid, or all (None)."""
+def _absorb(state, q_BxKxGxH, block: _Block, scale: float, k_axes: str):
+    """Adds keys to the running softmax of each part."""
     largest, total, weighted = state
-    k_BxKxCxH, v_BxKxCxH = (x.astype(q_BxKxGxH.dtype) for x in (k_BxKxCxH, v_BxKxCxH))
-    logits_BxKxGxC = scale * jnp.einsum("bkgh,bkch->bkgc", q_BxKxGxH, k_BxKxCxH, preferred_element_type=total.dtype)
-    if k_scale_BxKx1xC is not None:
-        logits_BxKxGxC = logits_BxKxGxC * k_scale_BxKx1xC.astype(total.dtype)
-    if valid_BxC is not None:
-        logits_BxKxGxC = jnp.where(valid_BxC[:, None, None], logits_BxKxGxC, HIDDEN)
-        v_BxKxCxH = jnp.where(valid_BxC[:, None, :, None], v_BxKxCxH, 0)  # a weight of 0 does not remove a NaN
-    now = jnp.maximum(largest, logits_BxKxGxC.max(axis=-1, keepdims=True))
-    weights_BxKxGxC, fade = jnp.exp(logits_BxKxGxC - now), jnp.exp(largest - now)
-    total = total * fade + weights_BxKxGxC.sum(axis=-1, keepdims=True)
-    if v_scale_BxKx1xC is not None:
-        v_scale = v_scale_BxKx1xC.astype(total.dtype)
-        if valid_BxC is not None:
-            v_scale = jnp.where(valid_BxC[:, None, None], v_scale, 0)
-        weights_BxKxGxC = weights_BxKxGxC * v_scale
-    product = jnp.einsum(
-        "bkgc,bkch->bkgh", weights_BxKxGxC.astype(q_BxKxGxH.dtype), v_BxKxCxH, preferred_element_type=total.dtype
-    )
+    parts, dtype = total.shape[2], q_BxKxGxH.dtype
+    k, v_BxKxPxCxH = block.k.astype(dtype), block.v_BxKxPxCxH.astype(dtype)
+    q_BxKxPxGxH = jnp.broadcast_to(q_BxKxGxH[:, :, None], (*q_BxKxGxH.shape[:2], parts, *q_BxKxGxH.shape[2:]))
+    logits_BxKxPxGxC = scale * jnp.einsum(f"bkpgh,{k_axes}->bkpgc", q_BxKxPxGxH, k, preferred_element_type=total.dtype)
+    if block.k_scale_BxKxPx1xC is not None:
+        logits_BxKxPxGxC = logits_BxKxPxGxC * block.k_scale_BxKxPx1xC.astype(total.dtype)
+    valid_BxPxC = block.valid_BxPxC
+    if valid_BxPxC is not None:
+        logits_BxKxPxGxC = jnp.where(valid_BxPxC[:, None, :, None], logits_BxKxPxGxC, HIDDEN)
+        v_BxKxPxCxH = jnp.where(valid_BxPxC[:, None, ..., None], v_BxKxPxCxH, 0)  # a weight of 0 does not remove a NaN
+    now = jnp.maximum(largest, logits_BxKxPxGxC.max(axis=-1, keepdims=True))
+    weights_BxKxPxGxC, fade = jnp.exp(logits_BxKxPxGxC - now), jnp.exp(largest - now)
+    total = total * fade + weights_BxKxPxGxC.sum(axis=-1, keepdims=True)
+    if block.v_scale_BxKxPx1xC is not None:
+        v_scale = block.v_scale_BxKxPx1xC.astype(total.dtype)
+        if valid_BxPxC is not None:
+            v_scale = jnp.where(valid_BxPxC[:, None, :, None], v_scale, 0)
+        weights_BxKxPxGxC = weights_BxKxPxGxC * v_scale
+    product = jnp.einsum("bkpgc,bkpch->bkpgh", weights_BxKxPxGxC.astype(dtype), v_BxKxPxCxH, preferred_element_type=total.dtype)
     return now, total, weighted * fade + product
 
 
@@ -102,4 +135,7 @@ def _finish(state):
     largest, total, weighted = state
     seen = total > 0
     safe_total = jnp.where(seen, total, 1)
-    return weighted / safe_total, jnp.where(seen, largest + jnp.log(safe_total), -jnp.inf)[..., 0]
+    out_BxKxPxGxH, lse_BxKxPxG = weighted / safe_total, jnp.where(seen, largest + jnp.log(safe_total), -jnp.inf)[..., 0]
+    if out_BxKxPxGxH.shape[2] == 1:
+        return out_BxKxPxGxH[:, :, 0], lse_BxKxPxG[:, :, 0]
+    return merge(jnp.moveaxis(out_BxKxPxGxH, 2, 0), jnp.moveaxis(lse_BxKxPxG, 2, 0))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gqa_jax import hardware
 from gqa_jax.attention import vjp
-from gqa_jax.attention.cache import LANES, ROWS, WITHIN_HEADS, Cache, Layout
+from gqa_jax.attention.cache import BLOCKS, LANES, ROWS, WITHIN_HEADS, Cache, Layout
 from gqa_jax.attention.spec import Case, Mask, compute_capability
 from gqa_jax.attention.vjp import Kernel
 from gqa_jax.errors import closest
@@ -82,7 +82,7 @@ class Implementation(NamedTuple):
     forward(q (B, T, K, G, H), k, v (B, S, K, H), mask, scale, case) -> out, lse (B, K, G, T), differentiated by JAX; lse may be
       None where limits have none.
     decode(q (B, K, G, H), cache, length (B,) int32, scale, case) -> out (B, K, G, H), lse (B, K, G) float32; `layout` is the
-      one that it reads without a copy (`gqa_jax.attention.cache`).
+      one that it reads without a copy (`gqa_jax.attention.cache`), `layout_on_cpus` that on CPUs.
     """
 
     limits: tuple[Limits, ...] = ()
@@ -91,6 +91,11 @@ class Implementation(NamedTuple):
     decode: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     decode_limits: tuple[Limits, ...] = ()
     layout: Layout = ROWS
+    layout_on_cpus: Layout | None = None  # None: the same
+
+    def layout_of(self, case: Case) -> Layout:
+        """How a cache lies that it decodes without a copy."""
+        return self.layout_on_cpus or self.layout if case.platform == "cpu" else self.layout
 
 
 def _of(path: str) -> Callable:
@@ -148,7 +153,7 @@ _ALL: dict[str, Implementation] = {
     ),
     "xla": Implementation(
         (ANYWHERE,), _of("xla:kernel"), _of("xla:attend"), decode=_of("decoding:xla"), decode_limits=_DECODE,
-        layout=WITHIN_HEADS,
+        layout=WITHIN_HEADS, layout_on_cpus=BLOCKS,
     ),
     "pallas_tpu": Implementation(
         (_TPU._replace(beyond=_without_tiles),), _of("tpu:kernel"),

@@ -155,6 +155,17 @@ class Engine:
         token_B, done_B, out_BxM = self._program("first", plan)(self.weights, last_BxD, rule)
         return plan, Carry(caches, token_B, length_B, done_B, out_BxM, jnp.int32(1)), rule
 
+    def warm_up(self, plan: Plan, passes: int) -> Carry:
+        """Compiles every program of these sizes and runs each once: one chunk of each kind, of `passes`, and two tokens."""
+        length_B, last_BxD = jnp.full(plan.batch, plan.chunk, jnp.int32), jnp.zeros((plan.batch, self.config.d_model))
+        caches, last_BxD = self._program("caches", plan)(), last_BxD.astype(self.config.dtype)
+        tokens = jnp.zeros((plan.batch, plan.chunk), jnp.int32)
+        for at, name in ((0, "begin"), (plan.chunk, "continue"))[:passes]:
+            caches, last_BxD = self._program(name, plan)(self.weights, caches, tokens, jnp.int32(at), length_B, last_BxD)
+        rule = Sampling().arguments(plan.batch) | {"stop": jnp.array([-1], jnp.int32)}
+        token_B, done_B, out_BxM = self._program("first", plan)(self.weights, last_BxD, rule)
+        return self.advance(plan, Carry(caches, token_B, length_B, done_B, out_BxM, jnp.int32(1)), rule, 2)
+
     def advance(self, plan: Plan, carry: Carry, rule: dict, limit: int) -> Carry:
         """Goes on until every answer has `limit` tokens or has ended; `carry` is given up."""
         return self._program("advance", plan)(self.weights, carry, rule, jnp.int32(limit))
@@ -251,7 +262,7 @@ class Engine:
         def spec(path: Any, leaf: Any) -> P:
             name = path[-1].name
             axes = {"k": cache.layout.k, "v": cache.layout.v}.get(name, "BK1S")
-            return P(*({"K": "tensor", "S": "context"}.get(axis) for axis in axes))
+            return P(*({"K": "tensor", "C" if "C" in axes else "S": "context"}.get(axis) for axis in axes))
 
         found = []
         for cache in jax.eval_shape(lambda: self._caches(1, SMALLEST_CACHE * self.shape.context)):
