@@ -42,6 +42,7 @@ class Hooks(NamedTuple):
     weights: Callable[[dict], dict] = _same  # parameters of a layer as they are held -> as they are multiplied
     enter: Callable[[jax.Array], jax.Array] = _same  # normalised stream -> input of work that devices share
     leave: Callable[[jax.Array], jax.Array] = _same  # what a device made of it -> what all made
+    product: Callable[[str, jax.Array, jax.Array], jax.Array] = jnp.einsum  # axes, a stream, parameters -> their product
 
 
 ALONE = Hooks()
@@ -72,24 +73,24 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         eps = self.config.norm_eps
         normal_BxTxD = hooks.enter(rms_norm(x_BxTxD, self.attention_norm[...], eps))
-        attended_BxTxD, state = self._attention(normal_BxTxD, rotation, hooks.attend, state)
+        attended_BxTxD, state = self._attention(normal_BxTxD, rotation, hooks, state)
         x_BxTxD = x_BxTxD + hooks.leave(attended_BxTxD)
         normal_BxTxD = hooks.enter(rms_norm(x_BxTxD, self.ffn_norm[...], eps))
-        return x_BxTxD + hooks.leave(self._ffn(normal_BxTxD)), state
+        return x_BxTxD + hooks.leave(self._ffn(normal_BxTxD, hooks.product)), state
 
     @jax.named_scope("attention")
-    def _attention(self, x_BxTxD: jax.Array, rotation, attend: Callable, state: Any) -> tuple[jax.Array, Any]:
-        q_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, self.query[...].astype(x_BxTxD.dtype))
-        k_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.key[...].astype(x_BxTxD.dtype))
-        v_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.value[...].astype(x_BxTxD.dtype))
-        out_BxTxNxH, state = attend(rotate(q_BxTxNxH, *rotation), rotate(k_BxTxKxH, *rotation), v_BxTxKxH, state)
-        return jnp.einsum("btnh,nhd->btd", out_BxTxNxH, self.output[...].astype(x_BxTxD.dtype)), state
+    def _attention(self, x_BxTxD: jax.Array, rotation, hooks: Hooks, state: Any) -> tuple[jax.Array, Any]:
+        q_BxTxNxH = hooks.product("btd,dnh->btnh", x_BxTxD, self.query[...].astype(x_BxTxD.dtype))
+        k_BxTxKxH = hooks.product("btd,dkh->btkh", x_BxTxD, self.key[...].astype(x_BxTxD.dtype))
+        v_BxTxKxH = hooks.product("btd,dkh->btkh", x_BxTxD, self.value[...].astype(x_BxTxD.dtype))
+        out_BxTxNxH, state = hooks.attend(rotate(q_BxTxNxH, *rotation), rotate(k_BxTxKxH, *rotation), v_BxTxKxH, state)
+        return hooks.product("btnh,nhd->btd", out_BxTxNxH, self.output[...].astype(x_BxTxD.dtype)), state
 
     @jax.named_scope("ffn")
-    def _ffn(self, x_BxTxD: jax.Array) -> jax.Array:
-        gate_BxTxF = x_BxTxD @ self.gate[...].astype(x_BxTxD.dtype)
-        up_BxTxF = x_BxTxD @ self.up[...].astype(x_BxTxD.dtype)
-        return (jax.nn.silu(gate_BxTxF) * up_BxTxF) @ self.down[...].astype(x_BxTxD.dtype)
+    def _ffn(self, x_BxTxD: jax.Array, product: Callable) -> jax.Array:
+        gate_BxTxF = product("btd,df->btf", x_BxTxD, self.gate[...].astype(x_BxTxD.dtype))
+        up_BxTxF = product("btd,df->btf", x_BxTxD, self.up[...].astype(x_BxTxD.dtype))
+        return product("btf,fd->btd", jax.nn.silu(gate_BxTxF) * up_BxTxF, self.down[...].astype(x_BxTxD.dtype))
 
 
 class Transformer(nnx.Module):

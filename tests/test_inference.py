@@ -77,7 +77,7 @@ def test_logits_of_every_step_are_those_of_the_full_forward_pass():
     inner = engine._draw
 
     def noting(held, hidden_BxD, kind, rule, step):
-        logits_BxV = engines._logits(engine.shape, held, hidden_BxD)
+        logits_BxV = engines._logits(engine.shape, True, held, hidden_BxD)
         jax.debug.callback(lambda step, x: seen.append((int(step), np.asarray(x))), step, logits_BxV, ordered=True)
         return inner(held, hidden_BxD, kind, rule, step)
 

@@ -37,40 +37,85 @@ def written_out(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
     """`reference`: the whole cache at once."""
     k_BxKxSxH, v_BxKxSxH = cache.arrays(WITHIN_HEADS)
     valid_BxS = _valid(jnp.arange(cache.keys), 0, length_B)
-    block = _Block(k_BxKxSxH[:, :, None], v_BxKxSxH[:, :, None], *_cut_scales(cache, 0, 1, cache.keys), valid_BxS[:, None])
-    return _finish(_absorb(_start(q_BxKxGxH, 1), q_BxKxGxH, block, scale, "bkpch"))
+    cut = _Cut(cache, k_BxKxSxH, v_BxKxSxH, cache.keys, 1, cache.batch)
+    return _finish(_absorb(_start(q_BxKxGxH, 1), q_BxKxGxH, cut.at(0, 0, valid_BxS), scale, cut.k_axes))
 
 
 def xla(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
     """`xla`: blocks of the cache up to the longest sequence's end, masked from that on in which the shortest one ends.
 
     A step meets P blocks of each head: on CPUs, whose threads share out the matrices of one product, as many as make enough
-    of them. Keys lie as `BLOCKS` there, and as `WITHIN_HEADS` elsewhere.
+    of them. Keys lie as `BLOCKS` there, and as `WITHIN_HEADS` elsewhere. Of several sequences with many heads a CPU reads one
+    after the other, so that what a step copies stays in its cache.
     """
     batch, heads = q_BxKxGxH.shape[:2]
-    if cache.layout == BLOCKS:
-        size, k_axes = cache.k.shape[-1], "bkphc"
-        parts = min(cache.keys // size, max(1, ALONGSIDE // (batch * heads)))
-        k, v_BxKxSxH = cache.k, cache.v
-    else:
-        size, parts, k_axes = min(XLA_CHUNK, case.keys), 1, "bkpch"
-        k, v_BxKxSxH = cache.arrays(WITHIN_HEADS)
-    step = size * parts  # keys
+    if cache.layout != BLOCKS:
+        k, v = cache.arrays(WITHIN_HEADS)
+        cut = _Cut(cache, k, v, min(XLA_CHUNK, case.keys), 1, batch)
+        return _decoded(cut, 0, q_BxKxGxH, length_B, scale)
+    size, together = cache.k.shape[-1], 1 if batch * heads > ALONGSIDE else batch
+    parts = min(cache.keys // size, max(1, ALONGSIDE // (together * heads)))
+    cut = _Cut(cache, cache.k, cache.v, size, parts, together)
+    if together == batch:
+        return _decoded(cut, 0, q_BxKxGxH, length_B, scale)
+    out, lse = jax.lax.map(
+        lambda one: _decoded(cut, one[0], one[1][None], one[2][None], scale), (jnp.arange(batch), q_BxKxGxH, length_B)
+    )
+    return out[:, 0], lse[:, 0]
+
+
+class _Cut(NamedTuple):
+    """A cache and what is read of it in a step: `parts` times `size` keys of `sequences` sequences."""
+
+    cache: Cache
+    k: jax.Array
+    v_BxKxSxH: jax.Array
+    size: int
+    parts: int
+    sequences: int
+
+    @property
+    def keys(self) -> int:
+        return self.size * self.parts
+
+    @property
+    def k_axes(self) -> str:
+        return "bkphc" if self.k.ndim == 5 else "bkpch"
+
+    def at(self, sequence, first, valid_BxC) -> _Block:
+        """Keys and values of positions from `first` on, of the sequences from `sequence` on."""
+        heads, shape = self.v_BxKxSxH.shape[1], (self.sequences, self.v_BxKxSxH.shape[1], self.parts, self.size, -1)
+        if self.k.ndim == 5:
+            start = (sequence, 0, first // self.size, 0, 0)
+            k = jax.lax.dynamic_slice(self.k, start, (self.sequences, heads, self.parts, *self.k.shape[3:]))
+        else:
+            k = self._rows(self.k, sequence, first).reshape(shape)
+        v_BxKxPxCxH = self._rows(self.v_BxKxSxH, sequence, first).reshape(shape)
+        scales = []
+        for x_BxKx1xS in (self.cache.k_scale_BxKx1xS, self.cache.v_scale_BxKx1xS):
+            if x_BxKx1xS is not None:
+                x_BxKx1xS = jax.lax.dynamic_slice(x_BxKx1xS, (sequence, 0, 0, first), (self.sequences, heads, 1, self.keys))
+                x_BxKx1xS = x_BxKx1xS.reshape(*shape[:3], 1, self.size)
+            scales.append(x_BxKx1xS)
+        return _Block(k, v_BxKxPxCxH, *scales, None if valid_BxC is None else valid_BxC.reshape(-1, *shape[2:4]))
+
+    def _rows(self, x_BxKxSxH: jax.Array, sequence, first) -> jax.Array:
+        sizes = self.sequences, x_BxKxSxH.shape[1], self.keys, x_BxKxSxH.shape[3]
+        return jax.lax.dynamic_slice(x_BxKxSxH, (sequence, 0, first, 0), sizes)
+
+
+def _decoded(cut: _Cut, sequence, q_BxKxGxH: jax.Array, length_B: jax.Array, scale: float):
+    """Of the sequences from `sequence` on, whose queries and lengths these are."""
 
     def one_step(j, state, *, masked: bool):
-        first = jnp.minimum(j * step, cache.keys - step)  # the last ones are moved back to lie within the cache
-        if k_axes == "bkphc":
-            k_part = jax.lax.dynamic_slice_in_dim(k, first // size, parts, axis=2)
-        else:
-            k_part = jax.lax.dynamic_slice_in_dim(k, first, size, axis=2)[:, :, None]
-        v_part = jax.lax.dynamic_slice_in_dim(v_BxKxSxH, first, step, axis=2).reshape(batch, heads, parts, size, -1)
-        valid = _valid(first + jnp.arange(step), j * step, length_B).reshape(batch, parts, size) if masked else None
-        block = _Block(k_part, v_part, *_cut_scales(cache, first, parts, size), valid)
-        return _absorb(state, q_BxKxGxH, block, scale, k_axes)
+        first = jnp.minimum(j * cut.keys, cut.cache.keys - cut.keys)  # the last ones are moved back to lie within the cache
+        valid = _valid(first + jnp.arange(cut.keys), j * cut.keys, length_B) if masked else None
+        return _absorb(state, q_BxKxGxH, cut.at(sequence, first, valid), scale, cut.k_axes)
 
-    whole = length_B.min() // step
-    state = jax.lax.fori_loop(0, whole, functools.partial(one_step, masked=False), _start(q_BxKxGxH, parts))
-    steps = (length_B.max() + step - 1) // step
+    whole = length_B.min() // cut.keys
+    start = _start(q_BxKxGxH, cut.parts)
+    state = jax.lax.fori_loop(0, whole, functools.partial(one_step, masked=False), start)
+    steps = (length_B.max() + cut.keys - 1) // cut.keys
     return _finish(jax.lax.fori_loop(whole, steps, functools.partial(one_step, masked=True), state))
 
 
@@ -82,17 +127,6 @@ class _Block(NamedTuple):
     k_scale_BxKxPx1xC: jax.Array | None
     v_scale_BxKxPx1xC: jax.Array | None
     valid_BxPxC: jax.Array | None
-
-
-def _cut_scales(cache: Cache, first, parts: int, size: int) -> list[jax.Array | None]:
-    """Scales of int8 of the positions from `first` on."""
-    found: list[jax.Array | None] = []
-    for x_BxKx1xS in (cache.k_scale_BxKx1xS, cache.v_scale_BxKx1xS):
-        if x_BxKx1xS is not None:
-            x_BxKx1xS = jax.lax.dynamic_slice_in_dim(x_BxKx1xS, first, parts * size, axis=3)
-            x_BxKx1xS = x_BxKx1xS.reshape(*x_BxKx1xS.shape[:2], parts, 1, size)
-        found.append(x_BxKx1xS)
-    return found
 
 
 def _start(q_BxKxGxH, parts: int):

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from gqa_jax import attention, model
 from gqa_jax.attention import Cache
+from gqa_jax.attention.spec import target
 from gqa_jax.config import ModelConfig
 from gqa_jax.errors import ConfigError
 from gqa_jax.inference import weights
@@ -110,10 +111,11 @@ class Engine:
             raise ConfigError(f"chunk = {chunk}: must be at least {SMALLEST_CHUNK} tokens")
         self.cache_dtype, self.chunk = cache_dtype or config.dtype, chunk
         self.mesh = None if shape.n_devices == 1 else sharding.make_mesh(shape)
-        prepare = functools.partial(weights.prepared, config, mesh=self.mesh)
+        self._rows = target()[0] == "cpu"
+        prepare = functools.partial(weights.prepared, config, mesh=self.mesh, rows=self._rows)
         described = all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         self.weights = jax.eval_shape(prepare, params) if described else prepare(params)
-        self._layers = functools.partial(_read, config, shape)
+        self._layers = functools.partial(_read, config, shape, weights.product if self._rows else jnp.einsum)
         self._programs: dict[Any, Callable] = {}
 
     def plan(self, lengths: Sequence[int], max_new_tokens: int, kind: str = "greedy") -> Plan:
@@ -255,6 +257,10 @@ class Engine:
         return jax.jit(mapped, donate_argnums=donate)
 
     @property
+    def _weight_specs(self) -> dict:
+        return weights.specs(self.config, self._rows)
+
+    @property
     def _cache_specs(self) -> list:
         if self.mesh is None:
             return []
@@ -281,14 +287,14 @@ class Engine:
             here_B = (length_B - 1 >= start) & (length_B - 1 < start + tokens_BxC.shape[1])
             return caches, jnp.where(here_B[:, None], own_BxD, last_BxD)
 
-        specs = weights.specs(self.config), self._cache_specs, P(), P(), P(), P()
+        specs = self._weight_specs, self._cache_specs, P(), P(), P(), P()
         return self._on_mesh(read, specs, (self._cache_specs, P()), donate=(1,))
 
     def _continue_program(self, plan: Plan) -> Callable:
         return self._begin_program(plan, first=False)
 
     def _draw(self, held: dict, hidden_BxD: jax.Array, kind: str, rule: dict, step: jax.Array) -> jax.Array:
-        logits_BxV = _logits(self.shape, held, hidden_BxD)
+        logits_BxV = _logits(self.shape, self._rows, held, hidden_BxD)
         allowed_V = jnp.arange(logits_BxV.shape[1]) < self.n_ids
         return draw(jnp.where(allowed_V[None], logits_BxV, -jnp.inf), kind, rule, step)
 
@@ -298,7 +304,7 @@ class Engine:
             out_BxM = jnp.full((plan.batch, plan.answers), -1, jnp.int32).at[:, 0].set(token_B)
             return token_B, jnp.isin(token_B, rule["stop"]), out_BxM
 
-        return self._on_mesh(first, (weights.specs(self.config), P(), P()), P())
+        return self._on_mesh(first, (self._weight_specs, P(), P()), P())
 
     def _advance_program(self, plan: Plan) -> Callable:
         def advance(held, carry, rule, limit):
@@ -324,16 +330,16 @@ class Engine:
             return lax.while_loop(pending, step, carry)
 
         carries = Carry(self._cache_specs, P(), P(), P(), P(), P())
-        return self._on_mesh(advance, (weights.specs(self.config), carries, P(), P()), carries, donate=(1,))
+        return self._on_mesh(advance, (self._weight_specs, carries, P(), P()), carries, donate=(1,))
 
 
 def _read(
-    config: ModelConfig, shape: MeshShape, held: dict, tokens_BxT: jax.Array, positions: jax.Array,
+    config: ModelConfig, shape: MeshShape, product: Callable, held: dict, tokens_BxT: jax.Array, positions: jax.Array,
     caches: list[Cache], attend: Callable,
 ) -> tuple[jax.Array, list[Cache]]:  # fmt: skip
     """Output of the final norm (B, T, D) for tokens at positions, and the caches with theirs."""
     x_BxTxD = _rows(shape, held["embedding"], tokens_BxT)
-    hooks = model.Hooks(attend=attend, leave=functools.partial(_summed, shape))
+    hooks = model.Hooks(attend=attend, leave=functools.partial(_summed, shape), product=product)
     x_BxTxD, caches = model.run_layers(config, held["layers"], x_BxTxD, positions, hooks, caches)
     return model.rms_norm(x_BxTxD, held["final_norm"], config.norm_eps), caches
 
@@ -414,7 +420,11 @@ def _rows(shape: MeshShape, embedding_VxD: jax.Array, tokens_BxT: jax.Array) -> 
     return _summed(shape, jnp.where(here[..., None], embedding_VxD[jnp.where(here, own, 0)], 0))
 
 
-def _logits(shape: MeshShape, held: dict, hidden_BxD: jax.Array) -> jax.Array:
-    """Logits (B, V), float32."""
-    logits_BxV = jnp.einsum("bd,vd->bv", hidden_BxD, model.unembedding(held), preferred_element_type=jnp.float32)
+def _logits(shape: MeshShape, rows: bool, held: dict, hidden_BxD: jax.Array) -> jax.Array:
+    """Logits (B, V), float32; rows: on the left of the product, as those of layers (`weights.product`)."""
+    matrix = {"preferred_element_type": jnp.float32}
+    if rows:
+        logits_BxV = lax.optimization_barrier(jnp.einsum("vd,bd->vb", model.unembedding(held), hidden_BxD, **matrix)).T
+    else:
+        logits_BxV = jnp.einsum("bd,vd->bv", hidden_BxD, model.unembedding(held), **matrix)
     return logits_BxV if shape.n_devices == 1 else lax.all_gather(logits_BxV, ALL, axis=1, tiled=True)

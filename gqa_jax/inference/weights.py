@@ -2,6 +2,9 @@
 
 Programs take them as arguments. Closed over, they would be constants of every program, folded while it compiles; and XLA's CPU
 compiler (jax 0.11.2) has made NaN of closed-over zeros.
+
+On CPUs a step of decoding reads parameters and does little else, so there they are held in rows, one for each output: XLA's
+library packs the right-hand matrix of a product each time, more bytes than it has. `product` has the rows on the left.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,21 +48,51 @@ def kv_heads_held(config: ModelConfig, tensor: int) -> int:
     return max(1, config.n_kv_heads // tensor)
 
 
-def specs(config: ModelConfig) -> dict[str, Any]:
+#: Matrices of a layer: how many of their axes, the first ones, are summed over in a product.
+_SUMMED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
+
+
+def product(axes: str, x: jax.Array, rows: jax.Array) -> jax.Array:
+    """einsum(axes, x, w) of a matrix `w` that is held in rows: its axes that are summed over come last.
+
+    The barrier keeps XLA from exchanging the two sides again.
+    """
+    given, wanted = axes.split("->")
+    of_x, of_w = given.split(",")
+    summed = [axis for axis in of_w if axis in of_x]
+    left, right = ("".join(axis for axis in own if axis not in summed) for own in (of_w, of_x))
+    found = lax.optimization_barrier(jnp.einsum(f"{left}{''.join(summed)},{of_x}->{left}{right}", rows, x))
+    return jnp.einsum(f"{left}{right}->{wanted}", found)
+
+
+def in_rows(name: str, x: Any) -> Any:
+    """A matrix of a layer, or how its axes lie on a mesh, as `product` takes it."""
+    if name not in _SUMMED:
+        return x
+    count = _SUMMED[name]
+    if isinstance(x, P):
+        axes = (*x, None, None)[: 3 if name in ("query", "key", "value", "output") else 2]
+        return P(*axes[count:], *axes[:count])
+    return jnp.moveaxis(x, range(count), range(x.ndim - count, x.ndim))
+
+
+def specs(config: ModelConfig, rows: bool = False) -> dict[str, Any]:
     """How each array lies on a mesh of `tensor` and `context`."""
     layer = {
         "attention_norm": P(), "query": P(None, ALL), "key": P(None, "tensor"), "value": P(None, "tensor"), "output": P(ALL),
         "ffn_norm": P(), "gate": P(None, ALL), "up": P(None, ALL), "down": P(ALL),
     }  # fmt: skip
+    if rows:
+        layer = {name: in_rows(name, spec) for name, spec in layer.items()}
     ends = {"embedding": P(ALL), "final_norm": P()} | ({"head": P(ALL)} if config.untied else {})
     return ends | {"layers": [layer] * config.n_layers}
 
 
-def prepared(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> dict[str, Any]:
+def prepared(config: ModelConfig, params: dict, mesh: Mesh | None = None, rows: bool = False) -> dict[str, Any]:
     """Parameters of `gqa_jax.model.init_params` for `gqa_jax.inference.engine`: of config.dtype, norms as they are.
 
     On a mesh the rows of the vocabulary are padded with zeros to what its devices can share, and key/value heads are repeated
-    where there are fewer than `tensor`.
+    where there are fewer than `tensor`. rows: matrices of layers are held in rows (`product`).
 
     Raises ConfigError for a mesh that can't share this model.
     """
@@ -66,16 +100,18 @@ def prepared(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> dic
     if (reason := unsupported_reason(config, shape)) is not None:
         raise ConfigError(reason)
     repeats = max(1, shape.tensor // config.n_kv_heads)
-    rows = -config.vocab_size % (shape.tensor * shape.context)
+    more = -config.vocab_size % (shape.tensor * shape.context)
 
     def narrow(name: str, x: jax.Array) -> jax.Array:
         x = jnp.asarray(x) if name.endswith("_norm") else jnp.asarray(x, config.dtype)
         if name in ("key", "value"):
             x = jnp.repeat(x, repeats, axis=1)
-        return jnp.pad(x, ((0, rows), (0, 0))) if name in ("embedding", "head") and rows else x
+        if rows:
+            x = in_rows(name, x)
+        return jnp.pad(x, ((0, more), (0, 0))) if name in ("embedding", "head") and more else x
 
     found = {name: narrow(name, x) for name, x in params.items() if name != "layers"}
     found["layers"] = [{name: narrow(name, x[i]) for name, x in params["layers"].items()} for i in range(config.n_layers)]
     if mesh is None:
         return found
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), found, specs(config))
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), found, specs(config, rows))
