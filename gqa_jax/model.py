@@ -34,8 +34,7 @@ def _same[T](x: T) -> T:
 class Hooks(NamedTuple):
     """What stands around the layers' own arithmetic; the defaults are causal attention on one device.
 
-    `gqa_jax.training.parallel` has those of a device of a mesh. `attend` is given rotated queries and keys; generation reads
-    and writes a cache in it, and `state` is that of one layer.
+    `gqa_jax.training.parallel` has those of a device of a mesh. `attend` gets rotated queries and keys, and a layer's `state`.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]] = _attend_alone  # q (B, T, N, H), k, v (B, T, K, H), state -> out, state

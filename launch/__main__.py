@@ -45,6 +45,7 @@ examples:
   python -m launch optimum --preset paper --context 128K --loss 2.615      the cheapest heads, from the paper's data
   python -m launch optimum configs/grids/quickstart.py --context 32K --loss 1.75      from your own runs
   python -m launch generate runs/quickstart/cells/NAME --prompt 'Fellow citizens'     what a trained model writes
+  python -m launch benchmark-serving 3M:8,1 3M:8,8 --contexts 4K    what models take to serve on this machine
   python -m launch report configs/grids/quickstart.py               everything that is known, as one HTML file
 
 exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status), 75 told to
@@ -162,9 +163,14 @@ def parser() -> argparse.ArgumentParser:
         ),
         (_fill_next, _next, "the runs that would make the answer surer, within a budget, as a grid file for `run`"),
         (_fill_generate, _generate, "what a trained model writes: to a terminal as it comes, to a pipe as JSON lines"),
+        (
+            _fill_benchmark_serving,
+            _benchmark_serving,
+            "what models take to serve on this machine, and with --fit its numbers for --device FILE",
+        ),
         (_fill_report, _report, "one HTML file with the answer, its certainty, tables, pictures and an explorer"),
     ):
-        verbs.add_parser(act.__name__[1:], help=summary, description=summary, fill=fill).set_defaults(act=act)
+        verbs.add_parser(act.__name__[1:].replace("_", "-"), help=summary, description=summary, fill=fill).set_defaults(act=act)
     return found
 
 
@@ -186,6 +192,38 @@ def _fill_generate(command: argparse.ArgumentParser) -> None:
     command.epilog = (
         "Answers end at the end of a document. Example: python -m launch generate runs/quickstart/cells/NAME --prompt 'Fellow "
         "citizens' --temperature 0.8 --seed 1 (docs/generation.md)"
+    )
+
+
+def _fill_benchmark_serving(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "models", nargs="*", metavar="RUN|SHAPE", help="a run's folder, or random weights: 12x768:8,1 (layers x width : query, "
+        "key/value heads), 470M:8,1 (of the paper), a public model or its config.json (default with --fit: two of its own)",
+    )  # fmt: skip
+    command.add_argument(
+        "--contexts", type=options.several(options.tokens), metavar="T,...", help="tokens of a prompt and its answer, like "
+        "1K,16K (default: three that suit the device)",
+    )  # fmt: skip
+    command.add_argument(
+        "--batches", type=options.several(int), metavar="B,...", help="requests served at once (default: 1; with --fit 1,2,8)"
+    )
+    command.add_argument("--new_tokens", type=int, default=32, metavar="N", help="of every answer (default: 32)")
+    command.add_argument("--dtype", metavar="D", help="of the computation (default: a run's; else bfloat16, float32 on CPUs)")
+    command.add_argument("--cache_dtype", metavar="D", help="float32, bfloat16 or int8 (default: that of the computation)")
+    command.add_argument("--mesh", metavar="AXES", help="devices that share a model, as tensor=4,context=2")
+    command.add_argument(
+        "--device",
+        metavar="NAME|FILE",
+        help="what times are set beside: a data sheet or a file of --fit (default: what is here)",
+    )
+    command.add_argument("--fit", metavar="FILE", help="write what is found of this device there, for --device FILE elsewhere")
+    command.add_argument("--repeats", type=int, default=3, metavar="N", help="of reading the prompts (default: 3)")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and prompts (default: 0)")
+    command.add_argument("--out", metavar="FILE", help="all columns as .parquet or .csv")
+    options.add_format(command)
+    command.epilog = (
+        "A closed batch: all prompts at once, then a loop on the device; programs are compiled and run once before anything is "
+        "timed. Example: python -m launch benchmark-serving 3M:8,1 3M:8,8 --contexts 1K,4K (docs/serving-cost.md)"
     )
 
 
@@ -468,6 +506,33 @@ def _generate(_: Console, *, run: str, prompt: str | None, prompts: str | None, 
         return EXIT_DONE
     for one in commands.generate(run, given, **asked):
         print(json.dumps(one.to_dict(), ensure_ascii=False))
+    return EXIT_DONE
+
+
+def _benchmark_serving(console: Console, *, format: str, out: str | None, **asked: Any) -> int:
+    def tell(row: dict[str, Any]) -> None:
+        what = f"{row['model']}, T = {row['context']:,}, B = {row['batch']}"
+        said = row["note"] or f"TTFT {row['ttft']:.3g} s, TPOT {row['tpot']:.3g} s"
+        print(f"{what}: {said}", file=sys.stderr, flush=True)
+
+    if out is not None and not out.endswith((".parquet", ".csv")):
+        raise ConfigError(f"--out {out}: must end in .parquet or .csv")
+    found = commands.benchmark_serving(**asked, measured=tell)
+    if out is not None:
+        from launch import plan
+
+        plan.write(found.frame, out)
+    if format == "json":
+        from gqa_jax.search.answer import records
+
+        _print_json(records(found.frame))
+    elif format == "csv":
+        print(found.frame.to_csv(index=False), end="")
+    elif format != "table":
+        print(found.table().text(format), end="")
+    else:
+        console.print(found.table())
+        _print_lines(found.sentences(), console)
     return EXIT_DONE
 
 

@@ -479,6 +479,41 @@ def stream(
     yield from load_model(run, tokenizer=tokenizer).stream(prompts, **asked)
 
 
+def benchmark_serving(
+    models: Sequence[str] = (), *, contexts: Sequence[int | str] | str | None = None, batches: Sequence[int] | None = None,
+    new_tokens: int = 32, dtype: str | None = None, cache_dtype: str | None = None, mesh: str | None = None,
+    device: str | None = None, fit: str | None = None, repeats: int = 3, seed: int = 0,
+    measured: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Any:  # fmt: skip
+    """What models take to serve on the devices of this machine, a `launch.serving_benchmark.Benchmark`.
+
+    Args:
+      models: folders of runs; shapes like "12x768:8,1" (layers x width : query, key/value heads) or "470M:8,1" (of the paper's
+        tables), whose weights are drawn; names of public models or their config.json, too. None, with `fit`: two shapes that
+        tell the numbers of a device apart.
+      contexts: tokens of a prompt and its answer, like "1K,16K"; None: three that suit the device. batches: requests at once.
+      new_tokens: of every answer.
+      dtype: of the computation; None: that of a run, else float32 on CPUs and bfloat16. cache_dtype, mesh: as of `generate`.
+      device: what the times are set beside: a name, or a file of `fit`; None: the data sheet of what is here.
+      fit: a file, new, for what is found of this device (`gqa_jax.search.device_file`).
+      repeats: of reading the prompts. seed: of weights and prompts.
+      measured: told of each row as it is there.
+    Raises:
+      ConfigError: an unknown model, a context without room for a prompt, a file that is there.
+    """
+    from launch import serving_benchmark
+
+    given = contexts.split(",") if isinstance(contexts, str) else contexts
+    try:
+        return serving_benchmark.run(
+            models, contexts=None if given is None else [read_context(str(one)) for one in given], batches=batches,
+            new_tokens=new_tokens, dtype=dtype, cache_dtype=cache_dtype, mesh=mesh, device=device, fit=fit, repeats=repeats,
+            seed=seed, measured=measured,
+        )  # fmt: skip
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
 def read_prompts(path: str) -> list[str | list[int]]:
     """Prompts of a file, a line each without its end; of .jsonl a text, a list of ids, or {"prompt": either}; "-": of stdin.
 
@@ -669,7 +704,11 @@ def _price(words: str, device: str | None, usd_per_hour: float | None) -> Price 
         raise ConfigError(f"--prices {words} given without a device: add --device")
     if usd_per_hour is not None:
         raise ConfigError(f"--prices {words} or --usd_per_hour {usd_per_hour}: not both")
+    from gqa_jax.search import device_file
+
     listed = price_list.load(words)
+    if device_file.is_file(device):
+        device = device_file.read(device).data_sheet or device
     if device in hardware.CHIPS and device not in listed:
         raise ConfigError(f"--prices {words}: {device} has {price_list.listing(device)}")
     return listed.get(device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from gqa_jax import hardware
 from gqa_jax.formatting import read_context
@@ -117,7 +119,10 @@ def add_objective(command: argparse.ArgumentParser) -> None:
 
     group = command.add_argument_group("how it is served, for latency, throughput, price and lifetime (docs/serving.md)")
     group.add_argument(
-        "--device", metavar="NAME[,NAME...]", help=f"one, or for optimum several to compare: {', '.join(hardware.CHIPS)}"
+        "--device",
+        metavar="NAME[,NAME...]",
+        help=f"one, or for optimum several to compare: {', '.join(hardware.CHIPS)}; or a "
+        "file of `benchmark-serving --fit FILE`",
     )
     group.add_argument("--n_devices", type=int, metavar="N", help="that share one copy of the model (1)")
     group.add_argument(
@@ -151,6 +156,16 @@ def tokens(text: str) -> int:
         return read_context(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def several(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Values of that kind, separated by commas."""
+
+    def read(text: str) -> list[Any]:
+        return [one(part) for part in text.split(",") if part.strip()]
+
+    read.__name__ = f"{getattr(one, '__name__', 'value')}s, separated by commas"  # what argparse calls it
+    return read
 
 
 def _batch(text: str) -> int | str:

@@ -20,7 +20,7 @@ from tests import grid_fakes
 OF_A_GRID = {"grid", "root", "rules"}
 OF_A_SOURCE = {*OF_A_GRID, "allow_confounded", "preset", "columns", "units", "context_trained", "heads_rule"}
 SHOWN = {"plan": {"format", "out"}, "run": {"json"}, "status": {"json", "rows"}, "fit": {"format"}, "optimum": {"format"},
-         "generate": {"prompt"}}  # fmt: skip
+         "generate": {"prompt"}, "benchmark-serving": {"format", "out"}}  # fmt: skip
 SOURCES = ("export", "fit", "optimum", "next", "report")
 
 
@@ -52,7 +52,7 @@ def said(capsys, *argv):
 
 @pytest.mark.parametrize("verb", verbs())
 def test_a_verb_is_a_function_that_takes_its_options(verb):
-    parameters = inspect.signature(getattr(commands, verb)).parameters
+    parameters = inspect.signature(getattr(commands, verb.replace("-", "_"))).parameters
     taken = set(parameters) | {name for cost in OBJECTIVES for name in settings(cost)} | {"prices"}
     if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         taken = set(parameters)
@@ -74,7 +74,7 @@ def parsed(*argv):
     return {name: value for name, value in vars(launch.parser().parse_args(argv)).items() if value not in (None, False)}
 
 
-@pytest.mark.parametrize("verb", [verb for verb in verbs() if verb != "generate"])
+@pytest.mark.parametrize("verb", [verb for verb in verbs() if verb not in ("generate", "benchmark-serving")])
 def test_options_and_arguments_come_in_any_order(verb):
     needed = {"optimum": ("--context=8K", "--loss=2"), "next": ("--context=8K", "--loss=2", "--budget=1e9")}.get(verb, ())
     cells = {"logs": ["one"], "cancel": ["one", "two"], "retry": ["one", "two"]}.get(verb, [])

@@ -122,6 +122,7 @@ TABLE = (
         ".training.parameters .inference.sampling .inference.engine",
         outside="jax",
     ),
+    Row("gqa_jax.inference.timing", ".inference.sampling .inference.engine", outside="jax"),
     # The program that trains.
     Row(
         "gqa_jax.training.setup",
@@ -160,7 +161,9 @@ TABLE = (
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
     Row("gqa_jax.search.own_model", ".errors .costs"),
-    Row("gqa_jax.search.roofline", ".errors .formatting .hardware .mesh .costs"),
+    Row("gqa_jax.search.device_file", ".hardware .costs"),
+    Row("gqa_jax.search.roofline", ".errors .formatting .hardware .mesh .costs .search.device_file"),
+    Row("gqa_jax.search.calibration", ".hardware .costs .search.device_file .search.roofline"),
     Row("gqa_jax.search.objectives", ".errors .costs"),
     Row("gqa_jax.search.ranking", ".formatting"),
     Row("gqa_jax.search.shape_rule", ".shapes .laws"),
@@ -307,13 +310,21 @@ TABLE = (
         "launch.studies launch.grid_tables launch.report",
     ),
     Row(
+        "launch.serving_benchmark",
+        ".errors .formatting .hardware .shapes .mesh .costs .config .storage .model .inference.engine .inference.loaded "
+        ".inference.timing .search.own_model .search.device_file .search.roofline .search.calibration launch.tables",
+        outside="jax",
+    ),
+    Row(
         "launch.commands",
         ".errors .formatting .hardware .hardware.prices .storage .training.records launch.cells launch.training_cells "
         "launch.rules launch.executors.base launch.state launch.run launch.watch launch.reach launch.grid_cells launch.fit "
         "launch.money launch.notify launch.reap",
         lazily=".inference.loaded "
-        ".laws .search.presets .search.own_model .search.roofline .search.objectives .search.answer .search.optimum "
-        ".search.own_answer .search.devices launch.plan launch.studies launch.grid_tables launch.export launch.next_cells "
+        ".laws .search.presets .search.own_model .search.device_file .search.roofline .search.objectives "
+        ".search.answer .search.optimum "
+        ".search.own_answer .search.devices launch.plan launch.serving_benchmark launch.studies launch.grid_tables "
+        "launch.export launch.next_cells "
         "launch.report launch.findings",
     ),
     Row(
@@ -337,9 +348,10 @@ TABLE = (
     Row("configs", ".errors .shapes .config .storage launch.grid"),
     Row(
         "benchmarks",
-        ".errors .formatting .hardware .shapes .costs .config .storage .data .data.catalog .data.reader .attention "
-        ".training.loss .training.sharding .training.optimizer .training.evaluation .training.program .training.run_folder "
-        ".training.checkpoint .planning.share .planning.traffic .planning.planner .planning.topologies .results .differences "
+        ".errors .formatting .hardware .shapes .costs .config .storage .data .data.catalog .data.reader .attention .model "
+        ".inference.sampling .inference.engine gqa_jax .training.loss .training.sharding .training.optimizer "
+        ".training.evaluation .training.program .training.run_folder .training.checkpoint .planning.share .planning.traffic "
+        ".planning.planner .planning.topologies .results .differences "
         ".laws .laws.planning .search.presets .search.own_model .search.roofline .search.objectives .search.ranking "
         ".search.optimum .search.next_runs .plots launch.cells launch.training_cells launch.grid launch.studies "
         "launch.report launch.findings launch.executors.local launch.grid_cells launch.options launch.__main__ "

@@ -31,7 +31,10 @@ from tests import grid_fakes
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 EXPLORE, MODEL = FOLDER / "explore_a_grid.ipynb", FOLDER / "optimum_for_my_model.ipynb"
-BOTH = pytest.mark.parametrize("path", [EXPLORE, MODEL], ids=lambda path: path.stem)
+SERVE = FOLDER / "what_it_costs_to_serve.ipynb"
+ALL = pytest.mark.parametrize(
+    ("path", "pictures"), [(EXPLORE, 4), (MODEL, 4), (SERVE, 2)], ids=lambda value: getattr(value, "stem", "")
+)
 LARGEST = 400_000  # bytes of a file
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -99,23 +102,23 @@ class TestDifferences:
         assert differences(old, new)
 
 
-@BOTH
+@ALL
 class TestWhatIsCommitted:
-    def test_is_small_and_of_no_machine(self, path):
+    def test_is_small_and_of_no_machine(self, path, pictures):
         text = path.read_text()
         assert len(text) < LARGEST
         assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|usr|Users|opt|mnt)/", text), "a path of somebody's machine"
         assert "127.0.0.1" not in text
 
-    def test_was_executed_from_top_to_bottom(self, path):
+    def test_was_executed_from_top_to_bottom(self, path, pictures):
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
         assert not complaints(notebook)
-        assert sum("image/png" in output.get("data", {}) for _, output in outputs(notebook)) >= 4
+        assert sum("image/png" in output.get("data", {}) for _, output in outputs(notebook)) >= pictures
 
-    def test_holds_nothing_else(self, path):
+    def test_holds_nothing_else(self, path, pictures):
         notebook = nbformat.read(path, as_version=4)
         assert notebook.metadata == METADATA
         assert all(cell.metadata == {} for cell in notebook.cells)
@@ -163,6 +166,23 @@ class TestExploreAGrid:
         said = [(name, text_of(output)) for name, output in outputs(notebook)]
         assert any(name == "held-out" and "leave_largest_out" in text and "log_quadratic" in text for name, text in said)
         assert any(name == "contexts" and "differences to (4,4)" in text for name, text in said)
+
+
+def test_what_it_costs_to_serve_measures_this_machine(tmp_path, monkeypatch):
+    """Short contexts and few tokens of models of a grid that is made up; everything else as it stands."""
+    folder = trained(tmp_path / "grid", sizes=[16, 32, 64], heads=[(4, 4), (4, 1), (1, 1)], contexts=[16])
+    source = next(cell.source for cell in nbformat.read(SERVE, as_version=4).cells if cell.get("id") == "question")
+    asked = {
+        "GRID": repr(str(folder)), "DEVICE": repr(str(tmp_path / "device.json")), "CONTEXT": "1024",
+        "CONTEXTS, BATCHES": "[64, 96, 128], [1, 2]",
+    }  # fmt: skip
+    lines = [f"{name} = {asked[name]}" if (name := line.partition(" = ")[0]) in asked else line for line in source.splitlines()]
+    said = run_cells(SERVE, {"question": "\n".join(lines)})
+    assert "GFLOP/s in products with parameters" in said["measured"]
+    assert "expected / measured of 8 runs" in said["off"]
+    assert "Seconds to the first token" in said["check"]
+    assert "by h200's data sheet: (" in said["answer"]
+    assert "Measured here" in said["answer-picture"]
 
 
 @pytest.fixture(scope="module")
@@ -292,5 +312,5 @@ def refresh(path):
 
 
 if __name__ == "__main__":
-    for notebook_path in (EXPLORE, MODEL):
+    for notebook_path in (EXPLORE, MODEL, SERVE):
         refresh(notebook_path)

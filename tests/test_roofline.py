@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gqa_jax import costs
 from gqa_jax.hardware import CHIPS, Chip, Collectives, Efficiency
+from gqa_jax.search.device_file import read_efficiency
 from gqa_jax.search.roofline import (
     UNSUPPORTED,
     Layout,
@@ -19,7 +20,6 @@ from gqa_jax.search.roofline import (
     cache_value_bytes,
     kv_heads_held,
     layouts,
-    read_efficiency,
     replication_cost,
     unsupported_reason,
 )

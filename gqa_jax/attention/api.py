@@ -93,9 +93,10 @@ def new_cache(
     Raises:
       ValueError: an implementation that is unknown or doesn't read such a cache here.
     """
-    held = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
-    if held.name not in DTYPES:
-        raise ValueError(f"a cache can't be of {held.name}: use {', '.join(DTYPES)}")
+    name = cache_dtype if isinstance(cache_dtype, str) else jnp.dtype(dtype if cache_dtype is None else cache_dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"a cache can't be of {name}: use {', '.join(DTYPES)}")
+    held = jnp.dtype(name)
     case = _decode_case(batch, keys, n_heads, n_kv_heads, head_dim, dtype, held)
     return empty(dispatch.get(resolve(implementation, case)).layout_of(case), batch, keys, n_kv_heads, head_dim, held)
 

@@ -66,6 +66,11 @@ class Efficiency(NamedTuple):
     exchange: float = 1.0  # of the links: least over measured seconds of exchanges
     source: str = "as given"
     bound: bool = False  # all parts overlap: what no server beats
+    #: Exponent with which computing and reading of the same operation add (`search.roofline.Phase`): 1 a sum, more hides more.
+    overlap: float = 1.0
+    #: Of the seconds of the first five parts: relative standard errors and their correlations; empty: taken as exact.
+    errors: tuple[float, ...] = ()
+    correlation: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def uniform(cls, share: float) -> Efficiency:
@@ -84,6 +89,15 @@ class Efficiency(NamedTuple):
                 raise ValueError(f"efficiency: {name} = {value}: a share above 0 and at most 1")
         if not 0 <= self.layer_seconds < math.inf:
             raise ValueError(f"efficiency: layer_seconds = {self.layer_seconds}: seconds of at least 0")
+        if not 1 <= self.overlap <= 100:
+            raise ValueError(
+                f"efficiency: overlap = {self.overlap}: an exponent from 1 (parts add) to 100 (the longest counts)"
+            )
+        if self.errors:
+            rows = [self.errors, *self.correlation]
+            numbers = [value for row in rows for value in row]
+            if [*map(len, rows)] != [5] * 6 or not all(math.isfinite(value) for value in numbers) or min(self.errors) < 0:
+                raise ValueError("efficiency: errors must be five relative standard errors, correlation five rows of five")
         return self
 
 
@@ -175,6 +189,7 @@ class Chip:
     attention_share: tuple[tuple[int, float, float], ...] = ()
     tpu: Tpu | None = None
     gpu: Gpu | None = None
+    data_sheet: bool = True  # else its peaks are rates that were measured, and nothing is known of its class
 
     def __post_init__(self):
         for count, seconds in () if self.collectives is None else self.collectives.seconds:

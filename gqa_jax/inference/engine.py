@@ -134,6 +134,18 @@ class Engine:
         leaves = jax.tree.leaves(jax.eval_shape(lambda: self._caches(batch, keys)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
+    def working_bytes(self, plan: Plan) -> int:
+        """Bytes, about, that reading a chunk of prompts takes of each device beside weights and caches.
+
+        What attention reads of one layer's cache, its keys and values as rows of config.dtype, where there is more than one
+        chunk; and of the widest part of a layer the stream before and behind its norm, gate, up and their product.
+        """
+        config, rows = self.config, plan.batch * plan.chunk
+        value = jnp.dtype(config.dtype).itemsize
+        held = weights.kv_heads_held(config, self.shape.tensor)
+        keys = 2 * plan.batch * plan.keys // self.shape.context * held * config.head_dim if plan.keys > plan.chunk else 0
+        return value * (keys + rows * (3 * config.d_model + 3 * config.d_ff // self.shape.n_devices))
+
     def start(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
     ) -> tuple[Plan, Carry, dict]:

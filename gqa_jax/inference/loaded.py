@@ -222,7 +222,7 @@ def _tokenizer(folder: os.PathLike | str, source: Start, given: str | Tokenizer 
 def require_room(engine: Engine, plan: Plan) -> None:
     """Raises ConfigError where caches of these sizes don't fit beside the weights, naming what would."""
     free = free_bytes()
-    needed = engine.cache_bytes(plan.batch, plan.keys)
+    needed = engine.cache_bytes(plan.batch, plan.keys) + engine.working_bytes(plan)
     if free is None or needed <= ROOM * free:
         return
     fitting = int(ROOM * free // (needed / plan.batch))

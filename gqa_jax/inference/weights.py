@@ -9,6 +9,7 @@ library packs the right-hand matrix of a product each time, more bytes than it h
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -48,6 +49,7 @@ def kv_heads_held(config: ModelConfig, tensor: int) -> int:
     return max(1, config.n_kv_heads // tensor)
 
 
+FEW = 32  # rows up to which a product's time is that of reading its parameters
 #: Matrices of a layer: how many of their axes, the first ones, are summed over in a product.
 _SUMMED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
 
@@ -55,11 +57,14 @@ _SUMMED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "d
 def product(axes: str, x: jax.Array, rows: jax.Array) -> jax.Array:
     """einsum(axes, x, w) of a matrix `w` that is held in rows: its axes that are summed over come last.
 
-    The barrier keeps XLA from exchanging the two sides again.
+    Few rows of `x`, as of a step of decoding, stand on the right; the barrier keeps XLA from exchanging the two sides again.
     """
     given, wanted = axes.split("->")
     of_x, of_w = given.split(",")
     summed = [axis for axis in of_w if axis in of_x]
+    if x.size // math.prod(x.shape[of_x.index(axis)] for axis in summed) > FEW:
+        rest = "".join(axis for axis in of_w if axis not in summed)
+        return jnp.einsum(f"{of_x},{rest}{''.join(summed)}->{wanted}", x, rows)
     left, right = ("".join(axis for axis in own if axis not in summed) for own in (of_w, of_x))
     found = lax.optimization_barrier(jnp.einsum(f"{left}{''.join(summed)},{of_x}->{left}{right}", rows, x))
     return jnp.einsum(f"{left}{right}->{wanted}", found)

@@ -273,7 +273,8 @@ class Table:
 
     def drawn_costs(self, cost: CostAt) -> shape_rule.Least:
         """cost_SxH at the best ratio of every draw, and where that is. `cost` is settled."""
-        return shape_rule.least(cost(self.shape_RxSxH), self.log_ratios_R)
+        drawn = dataclasses.replace(cost, objective=cost.objective.drawn(self.n_params_RxSxH.shape[1], self.seed))
+        return shape_rule.least(drawn(self.shape_RxSxH), self.log_ratios_R)
 
     def _drawn(self, cost: CostAt, column: dict[str, Any]) -> tuple[shape_rule.Least | None, ranking.Ranking | None]:
         """Adds what the draws say to the candidates; returns the least costs, and how the H compare; nothing without draws."""

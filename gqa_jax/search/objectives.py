@@ -45,6 +45,10 @@ class Objective:
         """With what it leaves open fixed as is best for `shape`, element by element."""
         return self
 
+    def drawn(self, count: int, seed: int) -> Objective:
+        """With what was measured of a device drawn `count` times, as arrays (count, 1); itself where nothing was."""
+        return self
+
     def served(self, shape: HasShape, context: Any) -> Any:
         """How models are served (`gqa_jax.search.serving.Served`); None of costs that are of no device."""
         return None

@@ -34,6 +34,9 @@ Seconds of a phase, with F peak FLOP/s, W bytes/s of memory and X bytes/s of lin
     matrices/(e_m F) + parameters/(e_w W) + attention/(e_a F) + cache/(e_c W) + exchanges/e_x + L e_l      expected
     max(matrices/F + attention/F', (parameters + cache)/W, exchanges)                                    the bound
 
+Where measurements of a device say so (`Efficiency.overlap`, o > 1), computing and reading of one operation hide each other in
+part: (x^o + y^o)^(1/o) of matrices and parameters, and of attention and cache, takes the place of their sums x + y.
+
 In the bound everything that a device does overlaps and reaches its peak: no server with this layout is faster. In the
 expectation the parts add: measured steps grow along a straight line with the number of requests, also where reading parameters
 and multiplying by them take as long (docs/serving-measured.md). F of matrices is the peak of the parameters' dtype where the
@@ -55,10 +58,8 @@ model has is infinite or NaN, like its shape.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,7 @@ from gqa_jax.errors import closest
 from gqa_jax.formatting import gb
 from gqa_jax.hardware import CHIPS, Chip, Efficiency, Price
 from gqa_jax.mesh import divisors
+from gqa_jax.search import device_file
 
 CONVENTION = "exact"
 TENSOR, BEST, FITS = "tensor", "best", "fits"
@@ -146,6 +148,9 @@ def kv_heads_held(n_heads: Any, n_kv_heads: Any, over: Any) -> Any:
         return np.where(whole, 1 + np.ceil((own - common) / group), np.maximum(n_kv_heads / over, 1.0))[()]
 
 
+_PARTS = 6  # of a `Phase`
+
+
 class Phase(NamedTuple):
     """Seconds that a phase of serving keeps each part of a device busy, at the efficiencies asked for."""
 
@@ -156,6 +161,12 @@ class Phase(NamedTuple):
     exchange: Any
     layers: Any
     overlapped: bool = False  # of the bound
+    overlap: float = 1.0  # of an expectation
+
+    @property
+    def parts(self) -> tuple:
+        """The six kinds of seconds."""
+        return self[:_PARTS]
 
     @property
     def seconds(self) -> Any:
@@ -163,14 +174,17 @@ class Phase(NamedTuple):
         if self.overlapped:
             compute, memory = self.matmul + self.attention, self.weights + self.cache
             return np.maximum(np.maximum(compute, memory), self.exchange)
+        if self.overlap != 1:
+            products, attention = _sum(self.matmul, self.weights, self.overlap), _sum(self.attention, self.cache, self.overlap)
+            return products + attention + self.exchange + self.layers
         return self.matmul + self.weights + self.attention + self.cache + self.exchange + self.layers
 
     @property
     def limit(self) -> Any:
         """What most of it goes to: matmul, attention, weights, cache, exchange or layers; empty of no time, or no number."""
-        parts = np.stack(np.broadcast_arrays(*self[:-1]))
+        parts = np.stack(np.broadcast_arrays(*self.parts))
         taken = np.isfinite(self.seconds) & (np.asarray(self.seconds) > 0)
-        return np.where(taken, np.array(self._fields[:-1])[np.argmax(parts, axis=0)], "")[()]
+        return np.where(taken, np.array(self._fields[:_PARTS])[np.argmax(parts, axis=0)], "")[()]
 
 
 class Load(NamedTuple):
@@ -208,13 +222,13 @@ class RooflineServing:
     efficiency: None: the default of the class of device; "bound": the bound; a number: that share of every peak.
     """
 
-    device: str | Chip  # a name of `gqa_jax.hardware.CHIPS`, or numbers of your own
+    device: str | Chip  # a name of `gqa_jax.hardware.CHIPS`, a file of measurements (`.device_file`), or numbers of your own
     n_devices: int = 1  # that share one copy of the model
     parallelism: str | Layout | tuple = BEST
     batch: int | str = BEST
     decode_share: float = 0.1  # of the tokens of a request, generated; 0: prefill only, 1: generated from nothing
-    param_dtype: str = "bfloat16"
-    cache_dtype: str = "bfloat16"
+    param_dtype: str | None = None  # None: bfloat16; of a device that was measured, what it was measured with
+    cache_dtype: str | None = None
     untied: bool = False  # whether the unembedding is a matrix of its own, where the shape does not say so
     efficiency: Efficiency | float | str | None = None
     usd_per_hour: float | None = None  # of one device; None: that of `price`
@@ -225,7 +239,9 @@ class RooflineServing:
 
     def __post_init__(self):
         if not isinstance(self.device, Chip) and self.device not in CHIPS:
-            raise ValueError(f"device {self.device!r} is unknown: {closest(str(self.device), CHIPS)}")
+            self._open(str(self.device))
+        for name in ("param_dtype", "cache_dtype"):
+            object.__setattr__(self, name, getattr(self, name) or "bfloat16")
         if isinstance(self.n_devices, bool) or not isinstance(self.n_devices, int) or self.n_devices < 1:
             raise ValueError(f"n_devices = {self.n_devices!r}: must be an integer of at least 1")
         for name in ("param_dtype", "cache_dtype"):
@@ -246,6 +262,20 @@ class RooflineServing:
             raise ValueError(f"ttft = {self.ttft}: with decode_share = 1 there is no prompt; leave it out")
         if self.usd_per_hour is not None and not 0 <= self.usd_per_hour < math.inf:
             raise ValueError(f"usd_per_hour = {self.usd_per_hour}: must be US dollars, a number of at least 0")
+
+    def _open(self, path: str) -> None:
+        """Takes a device of a file, and what is open as it was measured."""
+        if not device_file.is_file(path):
+            names = closest(path, CHIPS)
+            raise ValueError(
+                f"device {path!r} is unknown: {names}; or a file of `python -m launch benchmark-serving --fit FILE`"
+            )
+        measured = device_file.read(path)
+        for name, value in (("efficiency", measured.efficiency), ("param_dtype", measured.param_dtype),
+                            ("cache_dtype", measured.cache_dtype)):  # fmt: skip
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "device", measured.chip)
 
     def _check_links(self) -> None:
         if self.n_devices == 1:
@@ -349,6 +379,20 @@ class RooflineServing:
             return dataclasses.replace(self, parallelism=Layout(1))
         return dataclasses.replace(self, parallelism=self.load(shape, context, by).layout)
 
+    def drawn(self, count: int, seed: int) -> RooflineServing:
+        """With efficiencies as (count, 1) arrays, drawn within the standard errors of their measurements; itself without any.
+
+        Draws are normal, of the seconds of the five parts together, and kept above a fiftieth of what was measured.
+        """
+        given = self.efficiency
+        if not given.errors:
+            return self
+        covariance = np.outer(given.errors, given.errors) * np.asarray(given.correlation)
+        normal = np.random.default_rng(seed).multivariate_normal(np.zeros(5), covariance, count, check_valid="ignore")
+        factor_5xSx1 = np.maximum(1 + normal, 0.02).T[..., None]
+        shares = [value / factor for value, factor in zip(given[:4], factor_5xSx1, strict=False)]
+        return dataclasses.replace(self, efficiency=_Drawn(*shares, given.layer_seconds * factor_5xSx1[4], *given[5:]))
+
     def request_seconds(self, shape: HasShape, context: Any) -> Any:
         """From the start of the prefill of a request to its last token; infinite where it can't be served."""
         return _cost(self.load(shape, context, "latency"), "latency")
@@ -413,7 +457,7 @@ class RooflineServing:
             "param_bytes": costs.dtype_bytes(self.param_dtype),
             "cache_dtype": self.cache_dtype,
             "untied": self.untied,
-            "efficiency": efficiency._asdict(),
+            "efficiency": {name: value for name, value in efficiency._asdict().items() if value != ()},
             "attention_share": [list(row[:2]) for row in chip.attention_share],
             "disaggregated": self.disaggregated,
             "ttft": self.ttft,
@@ -525,6 +569,7 @@ class RooflineServing:
             exchange,
             _times(reached.layer_seconds, shape.n_layers),
             reached.bound,
+            reached.overlap,
         )
 
     def _collective(self, over: Any) -> Any:
@@ -613,6 +658,13 @@ class _Parts:
         return shared + self.queries / group + self.keys + self.norms
 
 
+class _Drawn(Efficiency):
+    """Arrays of draws, of which some are above a peak."""
+
+    def checked(self) -> Efficiency:
+        return self
+
+
 class _Undivided(RooflineServing):
     """As if key/value heads could be divided as finely as query heads: what replicating them costs is the difference."""
 
@@ -674,27 +726,6 @@ def _number(value: Any) -> str:
     return f"{float(value):g}"
 
 
-def read_efficiency(path: str) -> Efficiency:
-    """Of a JSON file of measurements: {"efficiency": {"matmul": ..., ...}, "source": what was measured, when, where}.
-
-    Raises ValueError: a file that can't be read, a missing or unknown number, or one that is no share.
-    """
-    try:
-        given = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"efficiency {path}: {error}") from error
-    names = list(Efficiency._fields[:5])
-    numbers = given.get("efficiency") if isinstance(given, dict) else None
-    if not isinstance(numbers, dict) or set(numbers) - {"exchange"} != set(names):
-        raise ValueError(f'efficiency {path}: must have {{"efficiency": {{{", ".join(names)}}}}}, each a number')
-    try:
-        return Efficiency(
-            **{name: float(value) for name, value in numbers.items()}, source=str(given.get("source") or path)
-        ).checked()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"efficiency {path}: {error}") from error
-
-
 def _efficiency(given: Efficiency | float | str | None, chip: Chip, param_dtype: str) -> Efficiency:
     if isinstance(given, Efficiency):
         return given.checked()
@@ -702,11 +733,13 @@ def _efficiency(given: Efficiency | float | str | None, chip: Chip, param_dtype:
         return hardware.default_efficiency(chip, param_dtype)
     if isinstance(given, str):
         if given == "bound":
+            if not chip.data_sheet:
+                raise ValueError(f"efficiency = 'bound': of {chip.name} nobody publishes peaks; leave it out")
             return Efficiency.of_bound()
         try:
             given = float(given)
         except ValueError:
-            return read_efficiency(given)
+            return device_file.read_efficiency(given)
     if isinstance(given, bool) or not 0 < given <= 1:
         raise ValueError(f"efficiency = {given}: above 0 and at most 1, the share of every peak; or bound, or a file")
     return Efficiency.uniform(float(given))
@@ -764,7 +797,7 @@ def _take(loads: list[Load], index: np.ndarray) -> Load:
     def each(values: list[Any]) -> Any:
         first = values[0]
         if isinstance(first, Phase):
-            return Phase(*(choose([value[i] for value in values]) for i in range(len(first) - 1)), first.overlapped)
+            return Phase(*(choose([value[i] for value in values]) for i in range(_PARTS)), *first[_PARTS:])
         if isinstance(first, Layout):
             return Layout(*(choose([value[i] for value in values]) for i in range(len(first))))
         return choose(values)
@@ -775,6 +808,14 @@ def _take(loads: list[Load], index: np.ndarray) -> Load:
 def _lacking(over: Any, value: Any) -> Any:
     """Of a value that is divided over so many devices, what one of them has not: (m - 1)/m."""
     return _times((over - 1) / over, value)
+
+
+def _sum(x: Any, y: Any, exponent: float) -> Any:
+    """(x^o + y^o)^(1/o) of values of at least 0."""
+    larger, smaller = np.maximum(x, y), np.minimum(x, y)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = np.where(larger > 0, smaller / larger, 0.0)
+    return _times(larger, (1 + part**exponent) ** (1 / exponent))
 
 
 def _times(count: Any, value: Any) -> Any:

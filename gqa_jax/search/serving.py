@@ -43,6 +43,11 @@ class _OfDevices(Objective):
             return self
         return dataclasses.replace(self, serving=self.serving.settled(shape, context, self.by))
 
+    def drawn(self, count: int, seed: int) -> Objective:
+        """With the efficiencies of a device that was measured drawn within their standard errors."""
+        serving = None if self.serving is None else self.serving.drawn(count, seed)
+        return self if serving is self.serving else dataclasses.replace(self, serving=serving)
+
     def served(self, shape: HasShape, context: Any) -> Served | None:
         return None if self.serving is None else Served(self.serving, shape, context, self.by)
 
@@ -124,6 +129,10 @@ class Lifetime(_OfDevices):
             raise ValueError(f"served_tokens = {self.served_tokens}: must be a finite number of tokens, at least 0")
         if self.serving is not None:
             _ = self.serving.usd
+        if self.training_mfu is None and self.serving is not None and not self.serving.chip.data_sheet:
+            raise ValueError(
+                f"training_mfu: nothing is known of training on {self.serving.chip.name}; give the share of its peak"
+            )
         if self.training_mfu is not None:
             if self.serving is None:
                 raise ValueError(f"training_mfu = {self.training_mfu} given without a device: FLOPs have no use for it")

@@ -145,7 +145,7 @@ def goals_of(
     for device in dict.fromkeys((*([own.chip.name] if own else ()), *(DEVICES if devices is None else devices))):
         given = {name: options[name] for name in _OF_SERVING if name in options} | {"device": device}
         if own is not None and own.chip.name == device:
-            serving, given = own, given | {name: options[name] for name in _OF_A_PRICE if name in options}
+            serving, given = own, given | {name: options[name] for name in (*_OF_A_PRICE, "device") if name in options}
         else:
             if not _of_any_device(given.get("efficiency")):
                 given.pop("efficiency", None)
@@ -164,7 +164,8 @@ def _elsewhere(own: RooflineServing | None, device: str, given: Mapping[str, Any
     """Served on another device as on one's own."""
     if own is None:
         return RooflineServing(device, **{name: value for name, value in given.items() if name != "device"})
-    return dataclasses.replace(own, device=device, efficiency=given.get("efficiency"), usd_per_hour=None, price=None)
+    asked = {name: given.get(name) for name in ("efficiency", "param_dtype", "cache_dtype")}
+    return dataclasses.replace(own, device=device, **asked, usd_per_hour=None, price=None)
 
 
 def _of_any_device(efficiency: Any) -> bool:
