@@ -100,7 +100,7 @@ class Benchmark:
         if self.fitted is not None:
             lines += fit_sentences(self.fitted)
         if self.written:
-            lines.append(f"written: {self.written}; python -m launch optimum ... --cost price --device {self.written}")
+            lines.append(f"written: {self.written}; python -m launch optimum ... --cost latency --device {self.written}")
         return lines
 
     def _beside(self) -> list[str]:

@@ -12,6 +12,7 @@ from gqa_jax import costs
 from gqa_jax.hardware import CHIPS, Chip, Efficiency
 from gqa_jax.laws import Heads
 from gqa_jax.search import calibration, device_file, objectives, optimum, presets
+from gqa_jax.search.answer import Model
 from gqa_jax.search.calibration import Timing
 from gqa_jax.search.roofline import RooflineServing
 
@@ -247,3 +248,17 @@ class TestUncertainty:
         seconds = 1 / first.matmul[:, 0] * serving.efficiency.matmul
         assert seconds.std() == pytest.approx(serving.efficiency.errors[0], rel=0.5)
         assert here().drawn(5, 0).efficiency == TRUE  # nothing is known of its errors
+
+    def test_a_model_of_one_s_own_is_drawn_on_the_same_device(self, path, tmp_path):
+        """Only one part takes time: whatever its rate, savings against a model are what they were."""
+        content = json.loads(Path(path).read_text()) | {"memory_bytes": 1e15, "correlation": np.eye(5).tolist()}
+        slow = {"matmul": 1.0, "attention": 1.0, "weights_bandwidth": 1.0, "cache_bandwidth": 1e-9, "layer_seconds": 0.0}
+        found = []
+        for error in (0.0, 0.4):
+            file = tmp_path / f"{error}.json"
+            file.write_text(json.dumps(content | {"efficiency": slow, "errors": [0, 0, 0, error, 0]}))
+            model = Model("mine", Heads(8, 1), costs.Shape(24, 1536, 8, 1), loss=2.615, n_params=1e9)
+            goal, how = objectives.make("latency", device=str(file)), {"heads": self.HEADS, "draws": 200}
+            answer = optimum.search(self.LAWS, 2.615, 131_072, goal, baseline=model, **how)
+            found.append(answer.saving_interval)
+        assert found[0] == pytest.approx(found[1], abs=1e-6)

@@ -130,9 +130,13 @@ def empty(layout: Layout, batch: int, keys: int, n_kv_heads: int, head_dim: int,
 
 
 def _block(keys: int) -> int:
-    """Positions of a block: the most that divide `keys`; where nearly nothing does, what leaves the least over."""
-    whole = max(size for size in range(1, min(BLOCK, keys) + 1) if keys % size == 0)
-    return whole if whole >= min(BLOCK // 4, keys) else -(-keys // -(-keys // BLOCK))
+    """Positions of a block: the most that divide `keys`; where nearly nothing does, what leaves the least over.
+
+    Two blocks at least: XLA's CPU compiler copies an array of which always the same part is read and written.
+    """
+    most = min(BLOCK, max(1, keys // 2))
+    whole = max(size for size in range(1, most + 1) if keys % size == 0)
+    return whole if whole >= most // 4 else -(-keys // -(-keys // most))
 
 
 def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:

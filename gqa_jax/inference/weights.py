@@ -55,19 +55,23 @@ _SUMMED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "d
 
 
 def product(axes: str, x: jax.Array, rows: jax.Array) -> jax.Array:
-    """einsum(axes, x, w) of a matrix `w` that is held in rows: its axes that are summed over come last.
+    """einsum(axes, x, w) of a matrix `w` that is held in rows: its axes that are summed over come last, and last in `x` too.
 
     Few rows of `x`, as of a step of decoding, stand on the right; the barrier keeps XLA from exchanging the two sides again.
+    Matrices are made of all axes first: of two that are summed over XLA would turn the parameters around for each token.
     """
     given, wanted = axes.split("->")
     of_x, of_w = given.split(",")
     summed = [axis for axis in of_w if axis in of_x]
-    if x.size // math.prod(x.shape[of_x.index(axis)] for axis in summed) > FEW:
-        rest = "".join(axis for axis in of_w if axis not in summed)
-        return jnp.einsum(f"{of_x},{rest}{''.join(summed)}->{wanted}", x, rows)
-    left, right = ("".join(axis for axis in own if axis not in summed) for own in (of_w, of_x))
-    found = lax.optimization_barrier(jnp.einsum(f"{left}{''.join(summed)},{of_x}->{left}{right}", rows, x))
-    return jnp.einsum(f"{left}{right}->{wanted}", found)
+    if not (of_x.endswith("".join(summed)) and wanted == of_x[: -len(summed)] + of_w[len(summed) :]):
+        raise ValueError(f"{axes}: what is summed over must come last in the stream and first in its parameters")
+    count = math.prod(x.shape[-len(summed) :])
+    left_RxS, right_MxS = rows.reshape(-1, count), x.reshape(-1, count)
+    if len(right_MxS) > FEW:
+        found_MxR = jnp.einsum("ms,rs->mr", right_MxS, left_RxS)
+    else:
+        found_MxR = lax.optimization_barrier(jnp.einsum("rs,ms->rm", left_RxS, right_MxS)).T
+    return found_MxR.reshape(*x.shape[: -len(summed)], *rows.shape[: rows.ndim - len(summed)])
 
 
 def in_rows(name: str, x: Any) -> Any:

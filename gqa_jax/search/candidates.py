@@ -60,6 +60,11 @@ class CostAt:
         objective = self.objective.settled(shape, self.context)
         return self if objective is self.objective else dataclasses.replace(self, objective=objective)
 
+    def drawn(self, count: int, seed: int) -> CostAt:
+        """With what was measured of its device drawn, as arrays (count, 1); itself where nothing was."""
+        objective = self.objective.drawn(count, seed)
+        return self if objective is self.objective else dataclasses.replace(self, objective=objective)
+
     @property
     def limit_text(self) -> str:
         """The limit in words."""
@@ -145,6 +150,7 @@ class Ranked:
     heads: list[Heads]
     drawn: shape_rule.Least | None  # cost_SxH at the best ratio of every draw; None without draws
     ranking: ranking.Ranking | None
+    seed: int = 0  # of the draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,11 +275,11 @@ class Table:
         if hopeless[order[0]] or (guess and not guesses):
             frame["probability"] = np.nan
         frame["rank"] = pd.arrays.IntegerArray(np.arange(1, k + 1), hopeless[order])
-        return Ranked(frame, self.heads, drawn, found)
+        return Ranked(frame, self.heads, drawn, found, self.seed)
 
     def drawn_costs(self, cost: CostAt) -> shape_rule.Least:
         """cost_SxH at the best ratio of every draw, and where that is. `cost` is settled."""
-        drawn = dataclasses.replace(cost, objective=cost.objective.drawn(self.n_params_RxSxH.shape[1], self.seed))
+        drawn = cost.drawn(self.n_params_RxSxH.shape[1], self.seed)
         return shape_rule.least(drawn(self.shape_RxSxH), self.log_ratios_R)
 
     def _drawn(self, cost: CostAt, column: dict[str, Any]) -> tuple[shape_rule.Least | None, ranking.Ranking | None]:

@@ -326,7 +326,7 @@ def _against(
     if isinstance(base, Model):
         about_it = {name: getattr(base, name) for name in ("label", "heads", "measured", "run", "loss")}
         shape, n_params, own = base.shape, base.n_params, cost_of(base, cost)
-        interval = (own, own)
+        interval, against_S = (own, own), None if found.drawn is None else drawn_cost_of(base, cost, found)
     else:
         heads = base.heads[0]
         about_it = {"label": name_of(heads), "heads": heads, "measured": False, "run": None, "loss": base.loss}
@@ -357,6 +357,12 @@ def _against(
 def cost_of(model: Model, cost: CostAt) -> float:
     """What a model costs; infinite where it can't be served, or does not keep the limit."""
     return float(cost.settled(model.shape)(model.shape))
+
+
+def drawn_cost_of(model: Model, cost: CostAt, found: Ranked) -> Any:
+    """The same in each draw of what was measured of the device; one number where nothing was."""
+    drawn = cost.settled(model.shape).drawn(len(found.drawn.cost), found.seed)
+    return np.ravel(drawn(model.shape))
 
 
 def _choice(rule: ShapeRule, found: Ranked, i: int, best: pd.Series) -> ShapeChoice:

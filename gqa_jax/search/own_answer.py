@@ -181,7 +181,7 @@ def compare_own(
         table = Table.of(served, loss, rule_of(served, aspect), alone, seed, loss_S)
         known = candidates.coefficients(served, len(drawn.b_SxH), seed, method, heads=heads, compared=None)
         others = Table.of(served, loss, table.rule, known, seed, loss_S)
-        kept = _kept(table, others, answer, at, cost)
+        kept = _kept(table, others, answer, at, model, cost)
         ends = 1 / (1 - np.array(answer.saving_interval)) - 1 if np.isfinite(cost) else np.array(above)
         above = (float(ends[0]), float(ends[1]))
     return OwnAnswer(
@@ -250,11 +250,12 @@ def _law_of(laws: LawsByHeads, own: OwnModel, draws: int, seed: int, method: str
     return said.heads[0], said, said.notes[0]
 
 
-def _kept(table: Table, others: Table, answer: Answer, at: CostAt, own_cost: float) -> Kept:
+def _kept(table: Table, others: Table, answer: Answer, at: CostAt, model: optimum.Model, own_cost: float) -> Kept:
     """The own heads (the only ones of `table`) at the best shape, draw by draw against the answer and `others`."""
     found = table.ranked(at)
     best = found.frame.iloc[0]
     own_S = found.drawn.cost[:, 0]
+    against_S = optimum.drawn_cost_of(model, at, found) if np.isfinite(own_cost) else own_cost
     cost_SxH = others.drawn_costs(others.settled(at)).cost
     known = others.known
     same = known.heads.index(table.heads[0]) if table.heads[0] in known.heads else None
@@ -272,7 +273,7 @@ def _kept(table: Table, others: Table, answer: Answer, at: CostAt, own_cost: flo
         cost=cost,
         cost_interval=(float(best["cost_low"]), float(best["cost_high"])),
         saving=1 - cost / own_cost,
-        saving_interval=tuple(float(x[0]) for x in ranking.savings(found.drawn.cost, own_cost)[::2]),
+        saving_interval=tuple(float(x[0]) for x in ranking.savings(found.drawn.cost, against_S)[::2]),
         above=cost / answer.cost - 1,
         above_interval=tuple(float(x) for x in quantiles(above_S[~np.isnan(above_S)], TAILS)),
         probability=np.nan if np.isfinite(answer.far) or not compared.any() else float(cheaper.mean()),

@@ -64,7 +64,13 @@ def said(found: Any) -> list[str]:
     if pd.notna(row["usd_per_million_input"]) or pd.notna(row["usd_per_million_output"]):
         lines.append(_money(row, serving))
     lines += replication(found)
-    lines.append(f"of the peaks are reached: {efficiency(serving['efficiency'])}")
+    given = serving["efficiency"]
+    lines.append(f"of the peaks are reached: {efficiency(given)}")
+    if errors := given.get("errors"):
+        lines.append(
+            f"these shares were measured within {min(errors):.0%} to {max(errors):.0%} (standard errors), drawn with the laws' "
+            "coefficients: both are in the probabilities"
+        )
     return lines
 
 
