@@ -11,7 +11,7 @@ import pytest
 from gqa_jax import costs
 from gqa_jax.hardware import CHIPS, Chip, Efficiency
 from gqa_jax.laws import Heads
-from gqa_jax.search import calibration, device_file, objectives, optimum, presets
+from gqa_jax.search import calibration, device_file, objectives, optimum, presets, serving_words
 from gqa_jax.search.answer import Model
 from gqa_jax.search.calibration import Timing
 from gqa_jax.search.roofline import RooflineServing
@@ -262,3 +262,15 @@ class TestUncertainty:
             answer = optimum.search(self.LAWS, 2.615, 131_072, goal, baseline=model, **how)
             found.append(answer.saving_interval)
         assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_an_answer_says_what_was_measured(path):
+    goal = objectives.make("latency", device=path, efficiency=None)
+    answer = optimum.search(TestUncertainty.LAWS, 2.9, 8192, goal, heads=TestUncertainty.HEADS, draws=100)
+    said = "\n".join(serving_words.said(answer))
+    assert re.search(
+        r"reached: [78]\d(\.\d)? GFLOP/s in products with parameters, .* GB/s of parameters and .* of caches", said
+    )
+    assert "of the peaks" not in said
+    assert "(standard errors), drawn with the laws'" in said
+    assert answer.objective["serving"]["efficiency"]["source"] in "\n".join(serving_words.assumed(answer))

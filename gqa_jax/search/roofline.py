@@ -457,6 +457,7 @@ class RooflineServing:
             "param_bytes": costs.dtype_bytes(self.param_dtype),
             "cache_dtype": self.cache_dtype,
             "untied": self.untied,
+            **({} if chip.data_sheet else {"data_sheet": False}),
             "efficiency": {name: value for name, value in efficiency._asdict().items() if value != ()},
             "attention_share": [list(row[:2]) for row in chip.attention_share],
             "disaggregated": self.disaggregated,

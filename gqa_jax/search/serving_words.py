@@ -47,11 +47,18 @@ def assumed(found: Any) -> list[str]:
         if serving[key] is not None
     ]
     given = serving["efficiency"]
+    if not serving.get("data_sheet", True):
+        return [*lines, given["source"], *_price_of(found)]
     reached = f"{given['matmul']:.0%} of the peak in matrices, {given['cache_bandwidth']:.0%} of the bandwidth for the cache"
     lines.append(given["source"] if given["bound"] else f"{reached}: {given['source']}")
-    if found.objective["cost"] in PRICED:
-        lines.append(f"${serving['usd_per_hour']:.2f} an hour of a device ({serving['price']})")
-    return lines
+    return lines + _price_of(found)
+
+
+def _price_of(found: Any) -> list[str]:
+    serving = found.objective["serving"]
+    if found.objective["cost"] not in PRICED:
+        return []
+    return [f"${serving['usd_per_hour']:.2f} an hour of a device ({serving['price']})"]
 
 
 def said(found: Any) -> list[str]:
@@ -65,11 +72,12 @@ def said(found: Any) -> list[str]:
         lines.append(_money(row, serving))
     lines += replication(found)
     given = serving["efficiency"]
-    lines.append(f"of the peaks are reached: {efficiency(given)}")
+    rates = serving.get("data_sheet", True)
+    lines.append(f"of the peaks are reached: {efficiency(given)}" if rates else f"reached: {measured_rates(serving)}")
     if errors := given.get("errors"):
         lines.append(
-            f"these shares were measured within {min(errors):.0%} to {max(errors):.0%} (standard errors), drawn with the laws' "
-            "coefficients: both are in the probabilities"
+            f"these numbers were measured within {min(errors):.0%} to {max(errors):.0%} (standard errors), drawn with the "
+            "laws' coefficients: both are in the probabilities"
         )
     return lines
 
@@ -101,6 +109,16 @@ def replication(found: Any) -> list[str]:
         return []
     told = ", ".join(f"{heads} {'nothing' if cost < NO_SHARE else f'{cost:.1%}'}" for heads, cost in costs.items())
     return [f"fewer key/value heads than devices that divide the heads, so that several hold the same: costs {told} here"]
+
+
+def measured_rates(serving: Mapping[str, Any]) -> str:
+    """The five numbers of a device that has no data sheet, as they were measured, and where they are from."""
+    given, flops, memory = serving["efficiency"], serving["bfloat16_flops"] / 1e9, serving["memory_bandwidth"] / 1e9
+    return (
+        f"{given['matmul'] * flops:.3g} GFLOP/s in products with parameters, {given['attention'] * flops:.3g} in attention of "
+        f"prompts, {given['weights_bandwidth'] * memory:.3g} GB/s of parameters and {given['cache_bandwidth'] * memory:.3g} of "
+        f"caches, {1e6 * given['layer_seconds']:.3g} us a layer: {given['source']}"
+    )
 
 
 def efficiency(given: Mapping[str, Any]) -> str:
