@@ -154,6 +154,8 @@ def run(
         raise ConfigError("name a run or a shape, like runs/.../cells/NAME or 12x768:8,1; or --fit FILE, which has its own")
     if fit is not None and mesh is not None:
         raise ConfigError(f"--fit with --mesh {mesh}: a device is measured by itself; leave one of them out")
+    if fit is not None and not fit.endswith(".json"):
+        raise ConfigError(f"--fit {fit}: must end in .json, by which --device knows a file")
     if fit is not None and not Path(fit).absolute().parent.is_dir():
         raise ConfigError(f"--fit {fit}: there is no folder {Path(fit).parent}")
     if fit is not None and Path(fit).exists():
