@@ -209,7 +209,7 @@ def test_blocks_hold_what_was_asked_for(keys):
     blocks, size = held.k.shape[2], held.k.shape[4]
     assert blocks * size == held.keys >= keys
     assert size <= cache.BLOCK
-    assert size >= cache.BLOCK // 4 or blocks == 1
+    assert size >= cache.BLOCK // 4 or blocks <= 2
     assert held.keys == keys if keys % 128 == 0 else held.keys < keys + blocks
 
 
