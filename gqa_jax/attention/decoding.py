@@ -54,7 +54,8 @@ def xla(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
         cut = _Cut(cache, k, v, min(XLA_CHUNK, case.keys), 1, batch)
         return _decoded(cut, 0, q_BxKxGxH, length_B, scale)
     size, together = cache.k.shape[-1], 1 if batch * heads > ALONGSIDE else batch
-    parts = min(cache.keys // size, max(1, ALONGSIDE // (together * heads)))
+    # not all of a cache, which XLA would copy for being read whole
+    parts = max(1, min(cache.keys // size // 2, ALONGSIDE // (together * heads)))
     cut = _Cut(cache, cache.k, cache.v, size, parts, together)
     if together == batch:
         return _decoded(cut, 0, q_BxKxGxH, length_B, scale)
