@@ -170,6 +170,12 @@ def run(
     if short:
         raise ConfigError(f"--contexts {short[0]}: no room for a prompt and {counted(new_tokens, 'new token')} (--new_tokens)")
     subjects = [subject(name, dtype, cache_dtype, mesh, seed) for name in models or calibration_models(kind, chip, dtype)]
+    times = 2 * len(subjects) * len(contexts) * len(batches)
+    if fit is not None and times < calibration.LEAST_RUNS:
+        raise ConfigError(
+            f"--fit {fit}: {times} times of {counted(len(subjects), 'model')}, contexts and batches, and a fit takes "
+            f"{calibration.LEAST_RUNS}: give more --contexts or --batches"
+        )
     expected = _expected(device, chip, here.device_kind, subjects[0].config.dtype, cache_dtype, mesh)
     if fit is not None and len({one.config.dtype for one in subjects}) > 1:
         raise ConfigError("--fit: models of one dtype; give --dtype")
@@ -358,7 +364,7 @@ def _row(
     }  # fmt: skip
     prefill, decode = _timings(one, times)
     layout = Layout(engine.shape.tensor, 1, engine.shape.context) if engine.shape.n_devices > 1 else Layout()
-    work = _work(config.dtype, engine.cache_dtype)
+    work = calibration.of_units(config.dtype, engine.cache_dtype)
     first, step = (calibration.phase(work, timing) for timing in (prefill, decode))
     devices = engine.shape.n_devices
     row["prefill_flops"] = (first.matmul + first.attention) / times.ttft() / devices
@@ -372,12 +378,6 @@ def _row(
         row["expected_tpot"] = float(calibration.phase(own, decode).seconds)
         row["expected_bytes"] = float(own.memory_bytes(shape, context, batch, layout))
     return row, times
-
-
-def _work(dtype: str, cache_dtype: str) -> RooflineServing:
-    """A device whose seconds are the FLOPs and bytes themselves."""
-    one = Chip("unit", peak_flops=1.0, memory_bytes=1.0, memory_bandwidth=1.0, interconnect=0.0)
-    return RooflineServing(one, param_dtype=dtype, cache_dtype=cache_dtype, efficiency=1.0)
 
 
 def _timings(one: Subject, times: Times | None) -> list[Timing]:
@@ -420,7 +420,12 @@ def _described(device: jax.Device) -> str:
     """A device as JAX calls it; of a CPU the processor, of which JAX says nothing."""
     if device.platform != "cpu":
         return device.device_kind
-    return f"{_processor()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
+    return f"{_processor()}, {counted(_cores(), 'core')}"
+
+
+def _cores() -> int:
+    """Of this process; macOS does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,17 @@ def test_the_interpreted_tpu_kernel_in_the_loop():
         found = engine.generate(prompts(5, 9), 6, GREEDY)
     check_int8 = Engine(config, params_of(config), cache_dtype="int8").generate(prompts(5, 9), 6, GREEDY)
     np.testing.assert_array_equal(found, check_int8)
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "keys"), [(8, 1, 4096), (32, 8, 512), (12, 12, 1024)])
+def test_a_token_copies_neither_caches_nor_parameters_on_a_cpu(n_heads, n_kv_heads, keys):
+    """XLA copied caches of one block, or read whole, and turned the output's matrix around, for every token."""
+    config = ModelConfig(2, 64, n_heads, n_kv_heads, 64, vocab_size=61, dtype="float32")
+    engine = Engine(config, params_of(config))
+    program = engine.lower("advance", engine.plan([keys - 32], 32)).compile().as_text()
+    moved = re.findall(r"= \w+\[([0-9,]+)\]\S* (?:copy|transpose)\(", program)
+    largest = max((int(np.prod([int(size) for size in one.split(",")])) for one in moved), default=0)
+    assert largest < min(64 * n_heads * 64, keys * n_kv_heads * 64)
 
 
 def test_weights_are_cast_once_and_norms_kept():

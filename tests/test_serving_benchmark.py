@@ -93,6 +93,7 @@ def test_the_command_line_prints_tables_and_data(capsys, tmp_path):
         ({"models": [SMALL], "dtype": "float3"}, "float3"),
         ({"models": [SMALL], "cache_dtype": "float8", "contexts": "64"}, "float8"),
         ({"models": [SMALL], "device": "h20"}, "'h20' is unknown"),
+        ({"fit": "x.json", "models": [SMALL], "contexts": "64"}, "6 times of 1 model.* a fit takes 12"),
         ({"fit": "device"}, "--fit device: must end in .json"),
         ({"fit": "here/there/x.json"}, "there is no folder here/there"),
         ({"fit": "x.json", "mesh": "tensor=2"}, "a device is measured by itself"),

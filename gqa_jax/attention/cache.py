@@ -183,18 +183,19 @@ def _written(held: jax.Array, axes: str, new: jax.Array, new_axes: str, position
             new = jnp.where(where, new, lax.dynamic_slice(held, start, new.shape))
         return lax.dynamic_update_slice(held, new, start)
 
+    return _at(write, held, new, position, where)
+
+
+def _at(write, held: jax.Array, new: jax.Array, position: int | jax.Array, where: jax.Array | None) -> jax.Array:
+    """One write where all sequences have one position, else one for each, which XLA does in place; of many in a loop, which is
+    compiled sooner.
+    """
     if jnp.ndim(position) == 0:
         return write(held, new, 0, position, where)
 
-    return _each(write, held, new, position, where)
-
-
-def _each(write, held: jax.Array, new: jax.Array, position_B: jax.Array, where_B: jax.Array | None) -> jax.Array:
-    """A write for each sequence, which XLA does in place; of many in a loop, which is compiled sooner."""
-
     def of_sequence(b, held):
         one = lax.dynamic_slice_in_dim(new, b, 1, axis=0)
-        return write(held, one, b, position_B[b], None if where_B is None else where_B[b])
+        return write(held, one, b, position[b], None if where is None else where[b])
 
     if len(new) <= UNROLLED_WRITES:
         for b in range(len(new)):
@@ -223,6 +224,4 @@ def _written_in_blocks(held: jax.Array, new: jax.Array, new_axes: str, position:
             part = jnp.where(where, part, lax.dynamic_slice(held, start, part.shape))
         return lax.dynamic_update_slice(held, part, start)
 
-    if jnp.ndim(position) == 0:
-        return write(held, new_BxKxTxH, 0, position, where)
-    return _each(write, held, new_BxKxTxH, position, where)
+    return _at(write, held, new_BxKxTxH, position, where)

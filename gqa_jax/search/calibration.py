@@ -94,6 +94,15 @@ def phase(serving: RooflineServing, timing: Timing) -> Phase:
     )
 
 
+def of_units(param_dtype: str, cache_dtype: str, attention_share: tuple = ()) -> RooflineServing:
+    """A device whose seconds are the FLOPs, bytes and layers themselves; attention by these shares of a peak."""
+    one = Chip(
+        "unit", peak_flops=1.0, memory_bytes=1.0, memory_bandwidth=1.0, interconnect=0.0, attention_share=attention_share
+    )
+    rates = Efficiency(1.0, 1.0, 1.0, 1.0, 1.0)
+    return RooflineServing(one, param_dtype=param_dtype, cache_dtype=cache_dtype, efficiency=rates)
+
+
 def fit(
     timings: Sequence[Timing], chip: Chip | None, *, name: str, device_kind: str, memory_bytes: float, param_dtype: str,
     cache_dtype: str, source: str,
@@ -154,10 +163,7 @@ def unit(number: Number) -> tuple[str, float]:
 
 def _work(timings: Sequence[Timing], chip: Chip | None, param_dtype: str, cache_dtype: str) -> np.ndarray:
     """(runs, 5): FLOPs, bytes and layers, as a device of one FLOP/s and one byte/s has seconds of them."""
-    shares = () if chip is None else chip.attention_share
-    one = Chip("unit", peak_flops=1.0, memory_bytes=1.0, memory_bandwidth=1.0, interconnect=0.0, attention_share=shares)
-    rates = Efficiency(1.0, 1.0, 1.0, 1.0, 1.0)
-    serving = RooflineServing(one, param_dtype=param_dtype, cache_dtype=cache_dtype, efficiency=rates)
+    serving = of_units(param_dtype, cache_dtype, () if chip is None else chip.attention_share)
     found = [phase(serving, timing) for timing in timings]
     return np.array([[p.matmul, p.attention, p.weights, p.cache, p.layers] for p in found], np.float64)
 

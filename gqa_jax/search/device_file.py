@@ -51,8 +51,8 @@ class Device:
 
 
 def is_file(text: str) -> bool:
-    """Whether a device's name is meant as a file: it ends in .json, or is one."""
-    return text.endswith(".json") or Path(text).is_file()
+    """Whether a device's name is meant as a file: it is none of `CHIPS`, and ends in .json or is one."""
+    return text not in CHIPS and (text.endswith(".json") or Path(text).is_file())
 
 
 def read(path: str) -> Device:
