@@ -221,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "loss": lambda: losses_by_cache(options.run),
     }[options.what]()
     print("\n".join(lines))
-    print(f"{jax.devices()[0].device_kind}, jax {metadata.version('jax')}, float32, the least of {options.turns} turns")
+    turns = "" if options.what == "loss" else f", float32, the least of {options.turns} turns"
+    print(f"{jax.devices()[0].device_kind}, jax {metadata.version('jax')}{turns}")
 
 
 if __name__ == "__main__":
