@@ -185,14 +185,15 @@ def test_names_and_obstacles():
 
 
 @pytest.mark.parametrize("layout", [cache.ROWS, cache.WITHIN_HEADS, cache.LANES, cache.BLOCKS])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_what_is_appended_is_read_in_every_layout(layout, dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "wide"), [("float32", False), ("bfloat16", False), ("int8", False), ("int8", True)])
+def test_what_is_appended_is_read_in_every_layout(layout, dtype, wide, monkeypatch):
     """Several positions at once, across blocks, then one, then one at a place of its own for each sequence."""
     monkeypatch.setattr(cache, "BLOCK", 4)
     _, k, v = problem(4, 2, 16, 10, dtype=jnp.float32)
-    held = cache.empty(layout, 2, 12, 2, 16, jnp.dtype(dtype)).append(k[:, :6], v[:, :6], 0)
-    held = held.append(k[:, 6:7], v[:, 6:7], jnp.int32(6))
-    held = held.append(k[:, 7:8], v[:, 7:8], jnp.array([7, 9]))
+    with jax.enable_x64(wide):  # positions stay of 32 bits
+        held = cache.empty(layout, 2, 12, 2, 16, jnp.dtype(dtype)).append(k[:, :6], v[:, :6], 0)
+        held = held.append(k[:, 6:7], v[:, 6:7], jnp.int32(6))
+        held = held.append(k[:, 7:8], v[:, 7:8], jnp.array([7, 9], jnp.int32))
     blocks = "C" in layout.k
     assert held.k.shape == tuple({"B": 2, "C": 3, "S": 4 if blocks else 12, "K": 2, "H": 16}[axis] for axis in layout.k)
     tolerance = {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 127}[dtype]

@@ -71,6 +71,15 @@ def test_prompts_of_unequal_lengths_in_chunks(cache_dtype):
     check(engine, prompts(40, 3, 16, 17, 1), 20, limit=None if cache_dtype == "float32" else 0.3)
 
 
+def test_the_same_tokens_where_64_bits_are_on():
+    config, asked = tiny(), prompts(40, 3, 16, 17, 1)
+    rule, found = Sampling(temperature=1.0, top_k=20, top_p=0.9), []
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            found.append(Engine(config, params_of(config), chunk=16).generate(asked, 20, rule))
+    np.testing.assert_array_equal(*found)
+
+
 def test_logits_of_every_step_are_those_of_the_full_forward_pass():
     """Not only which token is the likeliest: the logits, to 1e-5 x max(1, spread)."""
     config = tiny(8, 1)

@@ -105,12 +105,11 @@ class Cache:
         if self.quantized:
             news = [quantized(k_BxTxKxH), quantized(v_BxTxKxH)]
         (k, k_scale), (v, v_scale) = news
-        at = position, where
         return Cache(
-            _written(self.k, self.layout.k, k, "BSKH", *at),
-            _written(self.v, self.layout.v, v, "BSKH", *at),
-            None if k_scale is None else _written(self.k_scale_BxKx1xS, "BK1S", k_scale, "BSK1", *at),
-            None if v_scale is None else _written(self.v_scale_BxKx1xS, "BK1S", v_scale, "BSK1", *at),
+            _written(self.k, self.layout.k, k, "BSKH", position, where),
+            _written(self.v, self.layout.v, v, "BSKH", position, where),
+            None if k_scale is None else _written(self.k_scale_BxKx1xS, "BK1S", k_scale, "BSK1", position, where),
+            None if v_scale is None else _written(self.v_scale_BxKx1xS, "BK1S", v_scale, "BSK1", position, where),
             self.layout,
         )
 
@@ -127,6 +126,11 @@ def empty(layout: Layout, batch: int, keys: int, n_kv_heads: int, head_dim: int,
     k, v = (zeros(axes) for axes in layout)
     scales = [jnp.zeros((batch, n_kv_heads, 1, keys), SCALE) if k.dtype == jnp.int8 else None for _ in range(2)]
     return Cache(k, v, *scales, layout)
+
+
+def at(*start: int | jax.Array) -> list[jax.Array]:
+    """Where a slice starts: of one dtype, also where 64 bits are on and positions come in 32."""
+    return [jnp.asarray(x, jnp.int32) for x in start]
 
 
 def _block(keys: int) -> int:
@@ -178,15 +182,15 @@ def _written(held: jax.Array, axes: str, new: jax.Array, new_axes: str, position
     new = _permuted(new, new_axes, axes)
 
     def write(held, new, sequence, position, where):
-        start = [sequence if axis == "B" else position if axis == "S" else 0 for axis in axes]
+        start = at(*(sequence if axis == "B" else position if axis == "S" else 0 for axis in axes))
         if where is not None:
             new = jnp.where(where, new, lax.dynamic_slice(held, start, new.shape))
         return lax.dynamic_update_slice(held, new, start)
 
-    return _at(write, held, new, position, where)
+    return _each(write, held, new, position, where)
 
 
-def _at(write, held: jax.Array, new: jax.Array, position: int | jax.Array, where: jax.Array | None) -> jax.Array:
+def _each(write, held: jax.Array, new: jax.Array, position: int | jax.Array, where: jax.Array | None) -> jax.Array:
     """One write where all sequences have one position, else one for each, which XLA does in place; of many in a loop, which is
     compiled sooner.
     """
@@ -214,14 +218,14 @@ def _written_in_blocks(held: jax.Array, new: jax.Array, new_axes: str, position:
         position = jnp.clip(position, 0, blocks * size - new_BxKxTxH.shape[2])
         first = jnp.minimum(position // size, blocks - touched)
         if new_BxKxTxH.shape[2] == 1:
-            start, part = [sequence, 0, first, 0, position % size], jnp.swapaxes(new_BxKxTxH, 2, 3)[:, :, None]
+            start, part = at(sequence, 0, first, 0, position % size), jnp.swapaxes(new_BxKxTxH, 2, 3)[:, :, None]
         else:
-            start, sizes = [sequence, 0, first, 0, 0], (len(new_BxKxTxH), *held.shape[1:2], touched, *held.shape[3:])
+            start, sizes = at(sequence, 0, first, 0, 0), (len(new_BxKxTxH), *held.shape[1:2], touched, *held.shape[3:])
             rows_BxKxSxH = _joined(lax.dynamic_slice(held, start, sizes), BLOCKS.k)
-            rows_BxKxSxH = lax.dynamic_update_slice(rows_BxKxSxH, new_BxKxTxH, [0, 0, position - first * size, 0])
+            rows_BxKxSxH = lax.dynamic_update_slice(rows_BxKxSxH, new_BxKxTxH, at(0, 0, position - first * size, 0))
             part = _cut(rows_BxKxSxH, size)
         if where is not None:
             part = jnp.where(where, part, lax.dynamic_slice(held, start, part.shape))
         return lax.dynamic_update_slice(held, part, start)
 
-    return _at(write, held, new_BxKxTxH, position, where)
+    return _each(write, held, new_BxKxTxH, position, where)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gqa_jax.attention.cache import BLOCKS, WITHIN_HEADS, Cache
+from gqa_jax.attention.cache import BLOCKS, WITHIN_HEADS, Cache, at
 from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case
 
 XLA_CHUNK = 2048  # keys of a sequence in one step of `xla`
@@ -38,7 +38,7 @@ def written_out(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
     k_BxKxSxH, v_BxKxSxH = cache.arrays(WITHIN_HEADS)
     valid_BxS = _valid(jnp.arange(cache.keys), 0, length_B)
     cut = _Cut(cache, k_BxKxSxH, v_BxKxSxH, cache.keys, 1, cache.batch)
-    return _finish(_absorb(_start(q_BxKxGxH, 1), q_BxKxGxH, cut.at(0, 0, valid_BxS), scale, cut.k_axes))
+    return _finish(_absorb(_start(q_BxKxGxH, 1), q_BxKxGxH, cut.block(0, 0, valid_BxS), scale, cut.k_axes))
 
 
 def xla(q_BxKxGxH, cache: Cache, length_B, scale: float, case: Case):
@@ -83,11 +83,11 @@ class _Cut(NamedTuple):
     def k_axes(self) -> str:
         return "bkphc" if self.k.ndim == 5 else "bkpch"
 
-    def at(self, sequence, first, valid_BxC) -> _Block:
+    def block(self, sequence, first, valid_BxC) -> _Block:
         """Keys and values of positions from `first` on, of the sequences from `sequence` on."""
         heads, shape = self.v_BxKxSxH.shape[1], (self.sequences, self.v_BxKxSxH.shape[1], self.parts, self.size, -1)
         if self.k.ndim == 5:
-            start = (sequence, 0, first // self.size, 0, 0)
+            start = at(sequence, 0, first // self.size, 0, 0)
             k = jax.lax.dynamic_slice(self.k, start, (self.sequences, heads, self.parts, *self.k.shape[3:]))
         else:
             k = self._rows(self.k, sequence, first).reshape(shape)
@@ -95,14 +95,14 @@ class _Cut(NamedTuple):
         scales = []
         for x_BxKx1xS in (self.cache.k_scale_BxKx1xS, self.cache.v_scale_BxKx1xS):
             if x_BxKx1xS is not None:
-                x_BxKx1xS = jax.lax.dynamic_slice(x_BxKx1xS, (sequence, 0, 0, first), (self.sequences, heads, 1, self.keys))
+                x_BxKx1xS = jax.lax.dynamic_slice(x_BxKx1xS, at(sequence, 0, 0, first), (self.sequences, heads, 1, self.keys))
                 x_BxKx1xS = x_BxKx1xS.reshape(*shape[:3], 1, self.size)
             scales.append(x_BxKx1xS)
         return _Block(k, v_BxKxPxCxH, *scales, None if valid_BxC is None else valid_BxC.reshape(-1, *shape[2:4]))
 
     def _rows(self, x_BxKxSxH: jax.Array, sequence, first) -> jax.Array:
         sizes = self.sequences, x_BxKxSxH.shape[1], self.keys, x_BxKxSxH.shape[3]
-        return jax.lax.dynamic_slice(x_BxKxSxH, (sequence, 0, first, 0), sizes)
+        return jax.lax.dynamic_slice(x_BxKxSxH, at(sequence, 0, first, 0), sizes)
 
 
 def _decoded(cut: _Cut, sequence, q_BxKxGxH: jax.Array, length_B: jax.Array, scale: float):
@@ -111,7 +111,7 @@ def _decoded(cut: _Cut, sequence, q_BxKxGxH: jax.Array, length_B: jax.Array, sca
     def one_step(j, state, *, masked: bool):
         first = jnp.minimum(j * cut.keys, cut.cache.keys - cut.keys)  # the last ones are moved back to lie within the cache
         valid = _valid(first + jnp.arange(cut.keys), j * cut.keys, length_B) if masked else None
-        return _absorb(state, q_BxKxGxH, cut.at(sequence, first, valid), scale, cut.k_axes)
+        return _absorb(state, q_BxKxGxH, cut.block(sequence, first, valid), scale, cut.k_axes)
 
     whole = length_B.min() // cut.keys
     start = _start(q_BxKxGxH, cut.parts)
