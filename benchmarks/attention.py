@@ -36,6 +36,7 @@ from gqa_jax.attention import Case
 from gqa_jax.attention.spec import target
 from gqa_jax.errors import closest
 from gqa_jax.formatting import read_context
+from gqa_jax.hardware import host
 
 DIRECTIONS = ("forward", "backward", "decode")
 
@@ -205,18 +206,13 @@ def versions(platform: str, torch) -> str:
 
 def _constant(arguments, platform: str, chip: str, torch) -> dict[str, str]:
     """Columns that are the same in every row."""
-    device = chip if platform != "cpu" else f"{_cpu_model()}, {len(os.sched_getaffinity(0))} CPUs"
+    device = chip if platform != "cpu" else host.described()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
         "versions": versions(platform, torch),
         "command": shlex.join(["python", "-m", "benchmarks.attention", *arguments]),
     }
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "cpu")
 
 
 def _limits(options) -> Limits:

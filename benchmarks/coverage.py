@@ -35,6 +35,7 @@ from benchmarks.coverage_grids import REGIMES, Grid, grid
 from gqa_jax import formatting
 from gqa_jax.errors import closest
 from gqa_jax.formatting import LARGEST_REGRET
+from gqa_jax.hardware import host
 from gqa_jax.laws import LawsByHeads, fit_by_heads
 from gqa_jax.search import optimum, ranking
 
@@ -408,7 +409,7 @@ def document(arguments: Sequence[str], about: dict[str, Any], summaries: dict[st
         **about,
         "seconds": seconds,
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "machine": host.described(),
         "regimes": _plain(summaries),
     }
 
@@ -435,7 +436,7 @@ def read(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[arg
     parser.add_argument("--truths", type=int, default=1000, help="per regime")
     parser.add_argument("--regimes", help=f"some of {', '.join(REGIMES)}; default all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=len(host.cpus()))
     options = parser.parse_args(arguments)
     for name, least in (("truths", 1), ("workers", 1), ("draws", 2)):
         if getattr(options, name, least) < least:

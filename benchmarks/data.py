@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gqa_jax.data import catalog, corpus, prepare, reader
-from gqa_jax.data.tokenizer import GPT2Tokenizer, available_cpus
+from gqa_jax.data.tokenizer import GPT2Tokenizer
+from gqa_jax.hardware import host
 
 BATCH_TOKENS = 524_288
 
@@ -34,10 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--copies", type=int, default=10, help="of the 10.8 MB corpus, for tokenizing")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="for tokenizing")
+    parser.add_argument("--threads", type=int, default=len(host.cpus()), help="for tokenizing")
     options = parser.parse_args()
     console = Console()
-    console.print(f"{_cpu_model()}, {available_cpus()} CPUs, {platform.system()}, Python {platform.python_version()}")
+    console.print(f"{host.described()}, {platform.system()}, Python {platform.python_version()}")
     console.print(", ".join(f"{name} {metadata.version(name)}" for name in ("tiktoken", "numpy", "grain", "gqa-jax")))
     with tempfile.TemporaryDirectory() as folder:
         console.print(tokenizing(Path(folder), options.copies, options.threads, options.repeats))
@@ -110,11 +111,6 @@ def _interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dic
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

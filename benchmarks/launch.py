@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from gqa_jax import storage
+from gqa_jax.hardware import host
 from launch import grid
 from launch.cells import Layout
 from launch.training_cells import TrainingCell
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=2000)
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
-    where = f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
+    where = f"{host.described()}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
     print(f"{where}, {arguments.cells} cells")
     with tempfile.TemporaryDirectory() as folder:
         file, root = Path(folder, "large.py"), Path(folder, "root")

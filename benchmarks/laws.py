@@ -18,6 +18,7 @@ import numpy as np
 import scipy
 
 from gqa_jax import laws, shapes
+from gqa_jax.hardware import host
 from gqa_jax.laws import Heads
 from gqa_jax.search import optimum, presets
 from tests import law_tables
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}"
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {versions}")
+    print(f"{host.described()}, load {os.getloadavg()[0]:.1f}, {versions}")
     seconds: dict[str, list[float]] = {}
     for turn in range(arguments.turns):
         table = law_tables.synthetic(noise=0.003, seed=turn, heads=shapes.head_configurations(), sizes=law_tables.SIZES)

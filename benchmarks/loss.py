@@ -15,7 +15,6 @@ import argparse
 import csv
 import datetime
 import itertools
-import os
 import shlex
 import sys
 import time
@@ -34,6 +33,7 @@ from rich.text import Text
 from benchmarks import attention, timing
 from gqa_jax import errors, formatting
 from gqa_jax.attention.spec import target
+from gqa_jax.hardware import host
 from gqa_jax.training import loss
 
 FIELDS = (
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiled = _cases(options.memory_sizes, options)
     constant = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": chip if platform != "cpu" else f"{attention._cpu_model()}, {len(os.sched_getaffinity(0))} CPUs",
+        "device": chip if platform != "cpu" else host.described(),
         "versions": attention.versions(platform, None),
         "command": shlex.join(["python", "-m", "benchmarks.loss", *arguments]),
     }

@@ -26,6 +26,7 @@ import pandas as pd
 
 from benchmarks import coverage_grids as grids
 from gqa_jax import costs
+from gqa_jax.hardware import host
 from gqa_jax.laws import Heads, fit_by_heads, planning
 from gqa_jax.search import next_runs, objectives, optimum, presets, ranking
 from gqa_jax.shapes import SIZES, Aspect
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--truths", type=int, default=30)
     parser.add_argument("--one_more_size", action="store_true", help="the intervals after it, foretold and found")
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {arguments.truths} truths")
+    print(f"{host.described()}, load {os.getloadavg()[0]:.1f}, {arguments.truths} truths")
     if arguments.one_more_size:
         print(foretold(range(arguments.truths)).to_string(index=False))
         return

@@ -19,7 +19,6 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -37,6 +36,7 @@ from rich.text import Text
 
 from benchmarks.workers import Outcome, Worker
 from gqa_jax.config import REMAT_POLICIES
+from gqa_jax.hardware import host
 from gqa_jax.shapes import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,11 +357,7 @@ def _ask(name: str, worker: Worker, *, do: str, **fields: Any) -> dict[str, Any]
 
 def _hardware(device: str) -> str:
     """The device as its framework names it; of a CPU its model, and how many of them this process may use."""
-    if device != "cpu":
-        return device
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} CPUs"
+    return host.described() if device == "cpu" else device
 
 
 def report(found: Mapping[str, Any], console: Console) -> None:

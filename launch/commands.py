@@ -27,7 +27,7 @@ from etils import epath
 from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, gb, read_context
-from gqa_jax.hardware import Price
+from gqa_jax.hardware import Price, host
 from gqa_jax.hardware import prices as price_list
 from gqa_jax.training import records
 from launch import fit as fitting
@@ -299,7 +299,7 @@ def _compile(fits: list[Fit], workers: int | None, progress: Progress, exact: bo
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers}: must be at least 1")
     if fits:
-        count = workers or len(os.sched_getaffinity(0))
+        count = workers or len(host.cpus())
         with progress.compiling(len(fits), count) as changed:
             fitting.compile_checks(fits, count, changed, exact)
 

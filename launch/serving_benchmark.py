@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -28,7 +27,7 @@ from gqa_jax import costs, hardware, model, shapes
 from gqa_jax.config import ModelConfig
 from gqa_jax.errors import ConfigError, first_line
 from gqa_jax.formatting import counted, gb, seconds, si, size
-from gqa_jax.hardware import Chip
+from gqa_jax.hardware import Chip, host
 from gqa_jax.inference.engine import Engine
 from gqa_jax.inference.loaded import load_model, require_room
 from gqa_jax.inference.timing import Times, measure
@@ -420,20 +419,7 @@ def _described(device: jax.Device) -> str:
     """A device as JAX calls it; of a CPU the processor, of which JAX says nothing."""
     if device.platform != "cpu":
         return device.device_kind
-    return f"{_processor()}, {counted(_cores(), 'core')}"
-
-
-def _cores() -> int:
-    """Of this process; macOS does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith(("model name", "Hardware")))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return host.described()
 
 
 def _source(device: jax.Device) -> str:

@@ -43,6 +43,7 @@ TABLE = (
     Row("gqa_jax.hardware", ".errors"),
     Row("gqa_jax.hardware.allocation", ".errors .hardware"),
     Row("gqa_jax.hardware.faults", ".errors"),
+    Row("gqa_jax.hardware.host"),
     Row("gqa_jax.shapes"),
     Row("gqa_jax.mesh", ".errors"),
     Row("gqa_jax.costs", ".shapes"),
@@ -51,7 +52,7 @@ TABLE = (
     Row("gqa_jax.gcs", ".errors"),
     Row("gqa_jax.storage", ".errors", lazily=".gcs"),
     # Text, and what trains on it.
-    Row("gqa_jax.data", ".errors .formatting .config .storage"),
+    Row("gqa_jax.data", ".errors .formatting .hardware.host .config .storage"),
     Row("gqa_jax.data.catalog", ".errors .storage .data"),
     Row("gqa_jax.data.reader", ".errors .config .data .data.catalog"),
     Row("gqa_jax.training"),
@@ -227,7 +228,7 @@ TABLE = (
     ),
     Row(
         "launch.executors.local",
-        ".errors .hardware .hardware.allocation .storage .training.records .training.run_folder launch.cells "
+        ".errors .hardware .hardware.host .hardware.allocation .storage .training.records .training.run_folder launch.cells "
         "launch.executors.base",
     ),
     Row("launch.executors.slurm_words"),
@@ -311,13 +312,15 @@ TABLE = (
     ),
     Row(
         "launch.serving_benchmark",
-        ".errors .formatting .hardware .shapes .mesh .costs .config .storage .model .inference.engine .inference.loaded "
+        ".errors .formatting .hardware .hardware.host .shapes .mesh .costs .config .storage .model .inference.engine "
+        ".inference.loaded "
         ".inference.timing .search.own_model .search.device_file .search.roofline .search.calibration launch.tables",
         outside="jax",
     ),
     Row(
         "launch.commands",
-        ".errors .formatting .hardware .hardware.prices .storage .training.records launch.cells launch.training_cells "
+        ".errors .formatting .hardware .hardware.host .hardware.prices .storage .training.records launch.cells "
+        "launch.training_cells "
         "launch.rules launch.executors.base launch.state launch.run launch.watch launch.reach launch.grid_cells launch.fit "
         "launch.money launch.notify launch.reap",
         lazily=".inference.loaded "
@@ -348,7 +351,8 @@ TABLE = (
     Row("configs", ".errors .shapes .config .storage launch.grid"),
     Row(
         "benchmarks",
-        ".errors .formatting .hardware .shapes .costs .config .storage .data .data.catalog .data.reader .attention .model "
+        ".errors .formatting .hardware .hardware.host .shapes .costs .config .storage .data .data.catalog .data.reader "
+        ".attention .model "
         ".inference.sampling .inference.engine gqa_jax .training.loss .training.sharding .training.optimizer "
         ".training.evaluation .training.program .training.run_folder .training.checkpoint .planning.share .planning.traffic "
         ".planning.planner .planning.topologies .results .differences "

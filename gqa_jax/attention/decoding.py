@@ -19,6 +19,7 @@ from gqa_jax.attention.cache import BLOCKS, WITHIN_HEADS, Cache, at
 from gqa_jax.attention.spec import HIDDEN, UNSEEN, Case
 
 XLA_CHUNK = 2048  # keys of a sequence in one step of `xla`
+LAST = 2  # blocks of a head in the steps that end a sequence
 ALONGSIDE = 8  # heads of all sequences that a step of `xla` meets at least on a CPU, several blocks of one counting as heads
 
 
@@ -108,16 +109,25 @@ class _Cut(NamedTuple):
 def _decoded(cut: _Cut, sequence, q_BxKxGxH: jax.Array, length_B: jax.Array, scale: float):
     """Of the sequences from `sequence` on, whose queries and lengths these are."""
 
-    def one_step(j, state, *, masked: bool):
-        first = jnp.minimum(j * cut.keys, cut.cache.keys - cut.keys)  # the last ones are moved back to lie within the cache
-        valid = _valid(first + jnp.arange(cut.keys), j * cut.keys, length_B) if masked else None
+    def one_step(j, state, *, cut: _Cut, masked: bool, begin=0):
+        position = begin + j * cut.keys
+        first = jnp.minimum(position, cut.cache.keys - cut.keys)  # the last ones are moved back to lie within the cache
+        valid = _valid(first + jnp.arange(cut.keys), position, length_B) if masked else None
         return _absorb(state, q_BxKxGxH, cut.block(sequence, first, valid), scale, cut.k_axes)
 
-    whole = length_B.min() // cut.keys
-    start = _start(q_BxKxGxH, cut.parts)
-    state = jax.lax.fori_loop(0, whole, functools.partial(one_step, masked=False), start)
-    steps = (length_B.max() + cut.keys - 1) // cut.keys
-    return _finish(jax.lax.fori_loop(whole, steps, functools.partial(one_step, masked=True), state))
+    shortest, longest = length_B.min() // cut.keys, length_B.max()
+    state = _start(q_BxKxGxH, cut.parts)
+    state = jax.lax.fori_loop(0, shortest, functools.partial(one_step, cut=cut, masked=False), state)
+    if cut.parts <= LAST:
+        return _finish(
+            jax.lax.fori_loop(shortest, -(-longest // cut.keys), functools.partial(one_step, cut=cut, masked=True), state)
+        )
+    # a last step as wide as these would read up to seven blocks for nothing, of a long cache that holds little
+    whole, narrow = longest // cut.keys, cut._replace(parts=LAST)
+    state = jax.lax.fori_loop(shortest, whole, functools.partial(one_step, cut=cut, masked=True), state)
+    last = functools.partial(one_step, cut=narrow, masked=True, begin=whole * cut.keys)
+    rest = jax.lax.fori_loop(0, -(-(longest - whole * cut.keys) // narrow.keys), last, tuple(x[:, :, :LAST] for x in state))
+    return _finish([x.at[:, :, :LAST].set(of_rest) for x, of_rest in zip(state, rest, strict=True)])
 
 
 class _Block(NamedTuple):

@@ -24,6 +24,7 @@ import numpy as np
 from gqa_jax import storage
 from gqa_jax.data.corpus import read_embedded
 from gqa_jax.data.vocabulary import RECORD, Tokenizer, TokenizerError, recorded
+from gqa_jax.hardware import host
 
 if TYPE_CHECKING:
     import tokenizers
@@ -90,7 +91,7 @@ class GPT2Tokenizer:
             special_tokens={END_OF_TEXT: self.eos_id},
             explicit_n_vocab=self.vocab_size,
         )
-        self._threads = threads or available_cpus()
+        self._threads = threads or len(host.cpus())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gpt2")  # tiktoken releases the GIL
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -294,11 +295,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     if (size := tokenizer.get_vocab_size()) != vocab_size:
         raise TokenizerError(f"tokenizer bpe:{vocab_size}: the text yields only {size} entries; use bpe:{size}")
     return HuggingFaceTokenizer(tokenizer.to_str().encode("utf-8"), f"bpe:{vocab_size}", END_OF_TEXT)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _byte_alphabet() -> dict[str, int]:

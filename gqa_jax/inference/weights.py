@@ -36,12 +36,8 @@ def unsupported_reason(config: ModelConfig, shape: MeshShape) -> str | None:
             f"mesh {str(shape)!r}: {over} devices can't share {config.n_heads} query heads and a feed-forward width of "
             f"{config.d_ff}: use a product of tensor and context from {allowed}"
         )
-    if config.n_kv_heads % shape.tensor and shape.tensor % config.n_kv_heads:
-        return (
-            f"mesh {str(shape)!r}: tensor = {shape.tensor} neither divides nor is a multiple of {config.n_kv_heads} key/value "
-            "heads"
-        )
-    return None
+    reason = shape.kv_heads_reason(config.n_kv_heads)
+    return None if reason is None else f"mesh {str(shape)!r}: {reason}"
 
 
 def kv_heads_held(config: ModelConfig, tensor: int) -> int:

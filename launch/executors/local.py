@@ -27,7 +27,7 @@ from etils import epath
 
 from gqa_jax import hardware, storage
 from gqa_jax.errors import ConfigError
-from gqa_jax.hardware import Slice, allocation
+from gqa_jax.hardware import Slice, allocation, host
 from gqa_jax.hardware.allocation import Allocation
 from gqa_jax.training import records, run_folder
 from launch.cells import REPOSITORY, Cell, Layout
@@ -282,7 +282,7 @@ def slots(
     What processes see and are given follows from `environment`, in which they may have been told otherwise. Raises ConfigError
     for a count that the machine does not have.
     """
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus = host.cpus()
     gpus = _gpus(environment)
     groups = [gpus[i : i + gpus_per_cell] for i in range(0, len(gpus) - gpus_per_cell + 1, gpus_per_cell)]
     if gpus and (not groups or gpus_per_cell % processes):
