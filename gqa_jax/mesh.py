@@ -95,20 +95,14 @@ class MeshShape:
                 f"tensor = {self.tensor} does not divide model.n_heads = {model.n_heads} and model.d_ff = {model.d_ff}: use "
                 f"{divisors(both)}"
             )
-        if (reason := self.kv_heads_reason(model.n_kv_heads)) is not None:
-            return reason
         if (micro_batch // self.sequences) * (context_length // self.context) % self.tensor:
             return f"tensor = {self.tensor} does not divide the tokens of a device, which the loss is spread over"
-        return None
+        return self.kv_heads_reason(model.n_kv_heads)
 
     def kv_heads_reason(self, n_kv_heads: int) -> str | None:
-        """Why `tensor` can't share key/value heads, or None: a device holds those of its query heads, several may hold one."""
-        if n_kv_heads % self.tensor == 0 or self.tensor % n_kv_heads == 0:
-            return None
-        return (
-            f"tensor = {self.tensor} neither divides model.n_kv_heads = {n_kv_heads} nor is a multiple of it: a device could "
-            f"not hold the key/value heads of its queries; use {divisors(n_kv_heads)}"
-        )
+        """Why a device could not hold the key/value heads of its query heads (several may hold the same one), or None."""
+        why = f"tensor = {self.tensor} neither divides model.n_kv_heads = {n_kv_heads} nor is a multiple of it: use "
+        return f"{why}{divisors(n_kv_heads)}" if n_kv_heads % self.tensor and self.tensor % n_kv_heads else None
 
 
 def divisors(n: int) -> list[int]:

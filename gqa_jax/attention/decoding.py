@@ -109,25 +109,20 @@ class _Cut(NamedTuple):
 def _decoded(cut: _Cut, sequence, q_BxKxGxH: jax.Array, length_B: jax.Array, scale: float):
     """Of the sequences from `sequence` on, whose queries and lengths these are."""
 
-    def one_step(j, state, *, cut: _Cut, masked: bool, begin=0):
+    def one_step(j, state, *, cut: _Cut, begin: int | jax.Array, masked: bool):
         position = begin + j * cut.keys
         first = jnp.minimum(position, cut.cache.keys - cut.keys)  # the last ones are moved back to lie within the cache
         valid = _valid(first + jnp.arange(cut.keys), position, length_B) if masked else None
         return _absorb(state, q_BxKxGxH, cut.block(sequence, first, valid), scale, cut.k_axes)
 
-    shortest, longest = length_B.min() // cut.keys, length_B.max()
-    state = _start(q_BxKxGxH, cut.parts)
-    state = jax.lax.fori_loop(0, shortest, functools.partial(one_step, cut=cut, masked=False), state)
-    if cut.parts <= LAST:
-        return _finish(
-            jax.lax.fori_loop(shortest, -(-longest // cut.keys), functools.partial(one_step, cut=cut, masked=True), state)
-        )
-    # a last step as wide as these would read up to seven blocks for nothing, of a long cache that holds little
-    whole, narrow = longest // cut.keys, cut._replace(parts=LAST)
-    state = jax.lax.fori_loop(shortest, whole, functools.partial(one_step, cut=cut, masked=True), state)
-    last = functools.partial(one_step, cut=narrow, masked=True, begin=whole * cut.keys)
-    rest = jax.lax.fori_loop(0, -(-(longest - whole * cut.keys) // narrow.keys), last, tuple(x[:, :, :LAST] for x in state))
-    return _finish([x.at[:, :, :LAST].set(of_rest) for x, of_rest in zip(state, rest, strict=True)])
+    whole = length_B.min() // cut.keys
+    step = functools.partial(one_step, cut=cut, begin=0, masked=False)
+    state = jax.lax.fori_loop(0, whole, step, _start(q_BxKxGxH, cut.parts))
+    # as wide as these, the last step would read up to seven blocks for nothing, of a long cache that holds little
+    last, begin = cut._replace(parts=min(LAST, cut.parts)), whole * cut.keys
+    step, steps = functools.partial(one_step, cut=last, begin=begin, masked=True), -(-(length_B.max() - begin) // last.keys)
+    rest = jax.lax.fori_loop(0, steps, step, tuple(x[:, :, : last.parts] for x in state))
+    return _finish([jnp.concatenate([own, x[:, :, last.parts :]], axis=2) for own, x in zip(rest, state, strict=True)])
 
 
 class _Block(NamedTuple):
