@@ -305,6 +305,7 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
             "params_total": result.get("params_total") or counted.total,
             "params_paper": costs.count_params(config.model, "paper").total,
             "params_figures": costs.count_params(config.model, "figures").total,
+            "unembedding": "untied" if config.model.untied else "tied",
             "steps": result["step"],
             "tokens": tokens,
             "train_flops": costs.train_flops(config.model, config.context_length, tokens, "exact"),

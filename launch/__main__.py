@@ -217,7 +217,9 @@ def _fill_benchmark_serving(command: argparse.ArgumentParser) -> None:
         help="what times are set beside: a data sheet or a file of --fit (default: what is here)",
     )
     command.add_argument("--fit", metavar="FILE", help="write what is found of this device there, for --device FILE elsewhere")
-    command.add_argument("--repeats", type=int, default=3, metavar="N", help="of reading the prompts (default: 3)")
+    command.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="turns of reading prompts and answering (default: 3)"
+    )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and prompts (default: 0)")
     command.add_argument("--out", metavar="FILE", help="all columns as .parquet or .csv")
     options.add_format(command)
@@ -510,17 +512,27 @@ def _generate(_: Console, *, run: str, prompt: str | None, prompts: str | None, 
 
 
 def _benchmark_serving(console: Console, *, format: str, out: str | None, **asked: Any) -> int:
+    rows: dict[Any, dict[str, Any]] = {}
+
     def tell(row: dict[str, Any]) -> None:
+        rows[row["model"], row["context"], row["batch"]] = row
         what = f"{row['model']}, T = {row['context']:,}, B = {row['batch']}"
         said = row["note"] or f"TTFT {row['ttft']:.3g} s, TPOT {row['tpot']:.3g} s"
         print(f"{what}: {said}", file=sys.stderr, flush=True)
 
     if out is not None and not out.endswith((".parquet", ".csv")):
         raise ConfigError(f"--out {out}: must end in .parquet or .csv")
-    found = commands.benchmark_serving(**asked, measured=tell)
-    if out is not None:
-        from launch import plan
+    from launch import plan
 
+    try:
+        found = commands.benchmark_serving(**asked, measured=tell)
+    except BaseException:  # interrupted, or no fit: what was measured until then
+        if out is not None and rows:
+            import pandas as pd
+
+            plan.write(pd.DataFrame(rows.values()), out)
+        raise
+    if out is not None:
         plan.write(found.frame, out)
     if format == "json":
         from gqa_jax.search.answer import records

@@ -496,8 +496,9 @@ def benchmark_serving(
       dtype: of the computation; None: that of a run, else float32 on CPUs and bfloat16. cache_dtype, mesh: as of `generate`.
       device: what the times are set beside: a name, or a file of `fit`; None: the data sheet of what is here.
       fit: a file, new, for what is found of this device (`gqa_jax.search.device_file`).
-      repeats: of reading the prompts. seed: of weights and prompts.
-      measured: told of each row as it is there.
+      repeats: turns, all contexts and batches in each; those whose prompts took 20 seconds have no other. seed: of weights and
+        prompts.
+      measured: told of each row after each turn.
     Raises:
       ConfigError: an unknown model, a context without room for a prompt, a file that is there.
     """

@@ -143,7 +143,7 @@ def run(
     cache_dtype: str | None, mesh: str | None, device: str | None, fit: str | None, repeats: int, seed: int,
     measured: Callable[[dict[str, Any]], None],
 ) -> Benchmark:  # fmt: skip
-    """Measures every model at every context with every batch; `measured` is given each row.
+    """Measures every model at every context with every batch; `measured` is given each row, again after each turn.
 
     Arguments are those of `launch.commands.benchmark_serving`.
     """
@@ -179,15 +179,20 @@ def run(
     if fit is not None and len({one.config.dtype for one in subjects}) > 1:
         raise ConfigError("--fit: models of one dtype; give --dtype")
     rows, timings = [], []
-    for one in subjects:
-        engine = one.open()
-        for context in contexts:
-            for batch in batches:
-                row, times = _row(one, engine, context, batch, new_tokens, repeats, seed, chip, expected, here.device_kind)
-                rows.append(row)
-                timings += _timings(one, times)
-                measured(row)
-        del engine
+    # in turns, so that a time at which the machine was busy is not all of one's; for a fit over all models, which are small
+    for together in [subjects] if fit is not None else [[one] for one in subjects]:
+        engines = [(one, one.open()) for one in together]
+        cells = [(*both, context, batch) for both in engines for context in contexts for batch in batches]
+        found: list[Times | str | None] = [None] * len(cells)
+        for _ in range(repeats):
+            for i, (one, engine, context, batch) in enumerate(cells):
+                found[i] = _visit(engine, context, batch, new_tokens, seed, found[i])
+                measured(_row(one, engine, context, batch, new_tokens, found[i], chip, expected, here.device_kind))
+        rows += [
+            _row(*cell, new_tokens, times, chip, expected, here.device_kind) for cell, times in zip(cells, found, strict=True)
+        ]
+        timings += [x for (one, *_), times in zip(cells, found, strict=True) for x in _timings(one, times)]
+        del engines, cells, engine
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     if fit is None:
         return Benchmark(frame, expected, None, None)
@@ -335,10 +340,24 @@ def _rate(value: float) -> str:
     return "" if pd.isna(value) else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
+def _visit(engine: Engine, context: int, batch: int, new_tokens: int, seed: int, before: Times | str | None) -> Times | str:
+    """What was found before with what one more turn finds, or a note, where that much doesn't fit."""
+    if isinstance(before, str) or (before is not None and before.enough):
+        return before
+    try:
+        require_room(engine, engine.plan([context - new_tokens] * batch, new_tokens))
+        times = measure(engine, context - new_tokens, new_tokens, batch, seed=seed)
+    except (ConfigError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, ConfigError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return f"does not fit: {first_line(error)}"
+    return times if before is None else before + times
+
+
 def _row(
-    one: Subject, engine: Engine, context: int, batch: int, new_tokens: int, repeats: int, seed: int, chip: Chip | None,
+    one: Subject, engine: Engine, context: int, batch: int, new_tokens: int, times: Times | str, chip: Chip | None,
     expected: RooflineServing | None, device_kind: str,
-) -> tuple[dict[str, Any], Times | None]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     shape, config = one.shape, one.config
     row: dict[str, Any] = {
         "model": one.name, "n_layers": config.n_layers, "d_model": config.d_model, "n_heads": config.n_heads,
@@ -347,13 +366,8 @@ def _row(
         "prompt_tokens": context - new_tokens, "new_tokens": new_tokens, "batch": batch, "device": device_kind,
         "n_devices": engine.shape.n_devices, "dtype": config.dtype, "cache_dtype": engine.cache_dtype, "note": None,
     }  # fmt: skip
-    try:
-        require_room(engine, engine.plan([context - new_tokens] * batch, new_tokens))
-        times = measure(engine, context - new_tokens, new_tokens, batch, repeats=repeats, seed=seed)
-    except (ConfigError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, ConfigError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return row | {"note": f"does not fit: {first_line(error)}"}, None
+    if isinstance(times, str):
+        return row | {"note": times}
     row |= {
         "passes": times.passes, "ttft": times.ttft(), "ttft_p99": times.ttft(99), "repeats": len(times.first_seconds),
         "tpot": times.tpot(), "tpot_p99": times.tpot(99), "stretch": times.stretch,
@@ -376,11 +390,11 @@ def _row(
         row["expected_ttft"] = float(calibration.phase(own, prefill).seconds)
         row["expected_tpot"] = float(calibration.phase(own, decode).seconds)
         row["expected_bytes"] = float(own.memory_bytes(shape, context, batch, layout))
-    return row, times
+    return row
 
 
-def _timings(one: Subject, times: Times | None) -> list[Timing]:
-    if times is None:
+def _timings(one: Subject, times: Times | str) -> list[Timing]:
+    if isinstance(times, str):
         return []
     batch, shape = times.plan.batch, one.shape
     keys = times.prompt_tokens + times.new_tokens / 2

@@ -130,7 +130,7 @@ class TestRefusal:
         found = fit_query_heads(longer(one, factor=1.1), allow_confounded=True)
         assert any(text.startswith("confounded") for text in found.warnings)
 
-    @pytest.mark.parametrize("name", ["data_fingerprint", "vocab_size"])
+    @pytest.mark.parametrize("name", ["data_fingerprint", "vocab_size", "unembedding"])
     def test_one_law_is_of_one_text_and_one_vocabulary(self, table, name):
         values = np.where(table["n_heads"] == 1, 1, 2)
         with pytest.raises(

@@ -226,6 +226,15 @@ def test_what_a_result_says_of_its_rules_is_in_the_loss_table(folder):
     assert others["loss_low"].isna().all()  # of how many documents is not known
 
 
+def test_an_untied_model_is_said_to_be_one(folder):
+    (path, *_) = sorted(folder.glob("cells/*/config.json"))
+    facts = storage.read_json(path)
+    facts["model"]["untied"] = True
+    write_json(path, facts)
+    table = gqa_jax.load_results(folder).set_index("cell")
+    assert table.pop("unembedding").to_dict() == dict.fromkeys(table.index, "tied") | {path.parent.name: "untied"}
+
+
 def add_evaluation(folder, name, by_document):
     """What a run leaves of its evaluation."""
     parts = (

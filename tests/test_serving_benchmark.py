@@ -30,13 +30,15 @@ def test_times_are_of_programs_that_ran_before():
     engine.warm_up(engine.plan([80], 10), 3)
     programs = dict(engine._programs)
     compiled = {name: program._cache_size() for name, program in programs.items()}
-    times = timing.measure(engine, 80, 10, 1, repeats=2)
+    times = timing.measure(engine, 80, 10, 1)
+    both = times + timing.measure(engine, 80, 10, 1)
     assert engine._programs == programs
     assert {n: p._cache_size() for n, p in programs.items()} == compiled
     assert times.passes == 3
-    assert len(times.first_seconds) == 2
-    assert min(times.first_seconds) > 0
-    assert min(times.token_seconds) > 0
+    assert len(both.first_seconds) == 2
+    assert min(both.first_seconds) > 0
+    assert min(both.token_seconds) > 0
+    assert len(both.token_seconds) > len(times.token_seconds)
     assert -(-8 // times.stretch) == len(times.token_seconds)  # 10 tokens: the prompt's, one that is looked at first, and these
     assert times.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.weights))
     assert times.cache_bytes == engine.cache_bytes(1, times.plan.keys)
@@ -111,6 +113,16 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path):
         commands.benchmark_serving(fit=str(tmp_path / "x.json"))
 
 
+def test_what_was_measured_before_it_failed_is_kept(monkeypatch, tmp_path):
+    """Of thirteen minutes, say, before Ctrl-C, or before there turn out to be too few times for a fit."""
+    monkeypatch.setattr("gqa_jax.inference.loaded.free_bytes", lambda: 1e6)
+    asked = ["benchmark-serving", SMALL, OTHER, "--contexts", "16,32,4K", "--new_tokens", "3", "--repeats", "1"]
+    files = [str(tmp_path / name) for name in ("all.csv", "x.json")]
+    assert launch.main([*asked, "--batches", "1", "--out", files[0], "--fit", files[1]]) != launch.EXIT_DONE
+    assert len(pd.read_csv(files[0]).dropna(subset="ttft")) == 4
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_what_does_not_fit_is_a_row_with_a_note(monkeypatch):
     monkeypatch.setattr("gqa_jax.inference.loaded.free_bytes", lambda: 1e6)
     found = commands.benchmark_serving([SMALL], contexts="64,4K", new_tokens=4, repeats=1)
@@ -125,22 +137,14 @@ def made_up(monkeypatch, efficiency, chip):
     """Times of a device that is not here."""
     serving = RooflineServing(chip, param_dtype="float32", cache_dtype="float32", efficiency=efficiency)
 
-    def measure(engine, prompt_tokens, new_tokens, batch, *, repeats, seed):
+    def measure(engine, prompt_tokens, new_tokens, batch, *, seed):
         plan = engine.plan([prompt_tokens] * batch, new_tokens)
-        passes, shape = -(-prompt_tokens // plan.chunk), shapes[id(engine)]
+        passes, shape = -(-prompt_tokens // plan.chunk), serving_benchmark.Subject("", engine.config, engine.plan).shape
         first = calibration.Timing("prefill", shape, prompt_tokens, batch, passes, 1.0)
         step = calibration.Timing("decode", shape, prompt_tokens + new_tokens / 2, batch, 1, 1.0)
         seconds = [float(calibration.phase(serving, one).seconds) for one in (first, step)]
         return timing.Times(plan, prompt_tokens, new_tokens, passes, (seconds[0],), (seconds[1],), 1, 0.0, 1, 1, None)
 
-    shapes = {}
-    opened = serving_benchmark._row
-
-    def row(one, engine, *rest):
-        shapes[id(engine)] = one.shape
-        return opened(one, engine, *rest)
-
-    monkeypatch.setattr(serving_benchmark, "_row", row)
     monkeypatch.setattr(serving_benchmark, "measure", measure)
 
 

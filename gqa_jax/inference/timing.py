@@ -16,10 +16,9 @@ import numpy as np
 from gqa_jax.inference.engine import Carry, Engine, Plan
 from gqa_jax.inference.sampling import Sampling
 
-STRETCH_SECONDS = 0.02  # that the loop runs at least before it is stopped
+STRETCH_SECONDS = 0.1  # that the loop runs at least before it is stopped: on a CPU starting it again takes some milliseconds
 MOST_STRETCHES = 64
-REPEATS = 3  # of reading the prompts
-PATIENCE = 20.0  # seconds after which prompts are not read again
+PATIENCE = 20.0  # seconds of reading prompts after which it isn't their turn again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +43,38 @@ class Times:
     def tpot(self, percentile: float = 50) -> float:
         return float(np.percentile(self.token_seconds, percentile))
 
+    def __add__(self, later: Times) -> Times:
+        """All that two turns of one batch found."""
+        return dataclasses.replace(
+            self,
+            first_seconds=self.first_seconds + later.first_seconds,
+            token_seconds=self.token_seconds + later.token_seconds,
+            peak_bytes=later.peak_bytes,
+        )
 
-def measure(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, *, repeats: int = REPEATS, seed: int = 0) -> Times:
-    """Times of `batch` prompts of `prompt_tokens` drawn ids and `new_tokens` likeliest tokens of each, at least 2."""
+    @property
+    def enough(self) -> bool:
+        """Whether reading the prompts took so long that they are not read again."""
+        return sum(self.first_seconds) >= PATIENCE
+
+
+def measure(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, *, seed: int = 0) -> Times:
+    """Times of `batch` prompts of `prompt_tokens` drawn ids and `new_tokens` likeliest tokens of each, at least 2: one turn."""
     generator, rule = np.random.default_rng(seed), Sampling()
     prompts = generator.integers(0, engine.n_ids, (batch, prompt_tokens)).tolist()
     plan = engine.plan([prompt_tokens] * batch, new_tokens, rule.kind)
     passes = -(-prompt_tokens // plan.chunk)
     began = time.perf_counter()
     jax.block_until_ready(engine.warm_up(plan, passes))
-    compiled, first = time.perf_counter() - began, []
-    while not first or (len(first) < repeats and sum(first) < PATIENCE):
-        carry = None  # room for the next caches
-        began = time.perf_counter()
-        _, carry, arguments = engine.start(prompts, new_tokens, rule)
-        jax.block_until_ready(carry.token_B)
-        first.append(time.perf_counter() - began)
+    compiled, began = time.perf_counter() - began, time.perf_counter()
+    _, carry, arguments = engine.start(prompts, new_tokens, rule)
+    jax.block_until_ready(carry.token_B)
+    first = time.perf_counter() - began
     tokens, stretch = _run_on(engine, plan, carry, arguments, new_tokens)
     device = jax.local_devices()[0]
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(engine.weights))
     return Times(
-        plan, prompt_tokens, new_tokens, passes, tuple(first), tuple(tokens), stretch, compiled, weights,
+        plan, prompt_tokens, new_tokens, passes, (first,), tuple(tokens), stretch, compiled, weights,
         engine.cache_bytes(batch, plan.keys), (device.memory_stats() or {}).get("peak_bytes_in_use"),
     )  # fmt: skip
 

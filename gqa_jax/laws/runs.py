@@ -44,8 +44,8 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The rows of ONE training context that are finished, finite and trained from scratch, by size; and what was left out.
 
     Raises:
-      ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), several data
-        or vocabularies, the same run twice, or heads, losses and N that can't be (`checks`).
+      ValueError: columns that are missing, no finished run, several contexts, several rules (`require_one_rule`), several data,
+        vocabularies or unembeddings, the same run twice, or heads, losses and N that can't be (`checks`).
     """
     needed = ["n_heads", "n_kv_heads", "params_non_embedding", "loss", "status", "context"]
     if missing := [name for name in needed if name not in table.columns]:
@@ -68,7 +68,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if "continue_from" in rows and not rows["continue_from"].notna().all():  # runs of another kind: one law can't hold for both
         rows = leave_out(rows, rows["continue_from"].notna(), "they continue other runs")
     require_one_rule(rows)
-    for name in ("data_fingerprint", "vocab_size"):
+    for name in ("data_fingerprint", "vocab_size", "unembedding"):
         require_one(rows, name)
     checks.require(rows)
     if "cell" in rows and rows["cell"].notna().all() and rows["cell"].duplicated().any():
