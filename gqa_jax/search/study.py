@@ -585,18 +585,12 @@ def _answered(answer: optimum.Answer, other: optimum.Answer | None) -> dict[str,
 
 def _not_alike(ours: Study, theirs: Study) -> list[str]:
     """What makes losses of two studies no comparison of their models."""
-    found = []
-    whats = {
-        "heldout": "evaluated on other held-out text",
-        "vocab_size": "of another vocabulary",
-        "unembedding": "not both tied",
-    }
-    for column, what in whats.items():
+    found, differ = [], {"heldout": "evaluated on other held-out text", "vocab_size": "of another vocabulary"}
+    for column, what in (differ | {"unembedding": "of another kind of unembedding"}).items():
         mine, other = ({str(value) for value in one.runs[column].dropna().unique()} for one in (ours, theirs))
         if mine and other and mine != other:
-            found.append(
-                f"the runs are {what} ({', '.join(sorted(mine))}; {', '.join(sorted(other))}): their losses differ by that too"
-            )
+            values = "; ".join(", ".join(sorted(one)) for one in (mine, other))
+            found.append(f"the runs are {what} ({values}): their losses differ by that too")
         elif column == "heldout" and not (mine and other):
             found.append("on which text the losses are is not known of both: they may differ by that too")
     return found
