@@ -309,9 +309,8 @@ def _loss_row(folder: epath.Path) -> dict[str, Any] | None:
             "steps": result["step"],
             "tokens": tokens,
             "train_flops": costs.train_flops(config.model, config.context_length, tokens, "exact"),
-            "jax": versions.get("jax"),
-            "flax": versions.get("flax"),
         }
+        | {name: versions.get(name) for name in ("jax", "flax")}
     )
 
 
