@@ -178,31 +178,35 @@ def run(
     expected = _expected(device, chip, here.device_kind, subjects[0].config.dtype, cache_dtype, mesh)
     if fit is not None and len({one.config.dtype for one in subjects}) > 1:
         raise ConfigError("--fit: models of one dtype; give --dtype")
-    rows, timings = [], []
-    # in turns, so that a time at which the machine was busy is not all of one's; for a fit over all models, which are small
-    for together in [subjects] if fit is not None else [[one] for one in subjects]:
-        engines = [(one, one.open()) for one in together]
+
+    def in_turns(models: Sequence[Subject]) -> list[tuple[dict[str, Any], list[Timing]]]:
+        """Rows of models, in turns: a time at which the machine was busy is not all of one's."""
+        engines = [(one, one.open()) for one in models]
         cells = [(*both, context, batch) for both in engines for context in contexts for batch in batches]
-        found: list[Times | str | None] = [None] * len(cells)
+        times: list[Times | str | None] = [None] * len(cells)
+        found: list[tuple[dict[str, Any], list[Timing]]] = [({}, [])] * len(cells)
         for _ in range(repeats):
             for i, (one, engine, context, batch) in enumerate(cells):
-                found[i] = _visit(engine, context, batch, new_tokens, seed, found[i])
-                measured(_row(one, engine, context, batch, new_tokens, found[i], chip, expected, here.device_kind))
-        rows += [
-            _row(*cell, new_tokens, times, chip, expected, here.device_kind) for cell, times in zip(cells, found, strict=True)
-        ]
-        timings += [x for (one, *_), times in zip(cells, found, strict=True) for x in _timings(one, times)]
-        del engines, cells, engine
+                if isinstance(times[i], str) or (times[i] is not None and times[i].enough):
+                    continue
+                times[i] = _visit(engine, context, batch, new_tokens, seed, times[i])
+                row = _row(one, engine, context, batch, new_tokens, times[i], chip, expected, here.device_kind)
+                found[i] = row, _timings(one, times[i])
+                measured(row)
+        return found
+
+    groups = [subjects] if fit is not None else [[one] for one in subjects]  # those of a fit are small
+    found = [both for group in groups for both in in_turns(group)]
+    rows, timings = [row for row, _ in found], [timing for _, several in found for timing in several]
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     if fit is None:
         return Benchmark(frame, expected, None, None)
     dtypes = subjects[0].config.dtype, cache_dtype or subjects[0].config.dtype
-    found = calibration.fit(
+    fitted = calibration.fit(
         timings, chip, name=_name_of(kind, chip), device_kind=_described(here), memory_bytes=_memory(here, chip),
         param_dtype=dtypes[0], cache_dtype=dtypes[1], source=_source(here),
     )  # fmt: skip
-    written = write_device(fit, found, frame)
-    return Benchmark(frame, expected, found, written)
+    return Benchmark(frame, expected, fitted, write_device(fit, fitted, frame))
 
 
 def subject(text: str, dtype: str | None, cache_dtype: str | None, mesh: str | None, seed: int) -> Subject:
@@ -340,10 +344,8 @@ def _rate(value: float) -> str:
     return "" if pd.isna(value) else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _visit(engine: Engine, context: int, batch: int, new_tokens: int, seed: int, before: Times | str | None) -> Times | str:
+def _visit(engine: Engine, context: int, batch: int, new_tokens: int, seed: int, before: Times | None) -> Times | str:
     """What was found before with what one more turn finds, or a note, where that much doesn't fit."""
-    if isinstance(before, str) or (before is not None and before.enough):
-        return before
     try:
         require_room(engine, engine.plan([context - new_tokens] * batch, new_tokens))
         times = measure(engine, context - new_tokens, new_tokens, batch, seed=seed)

@@ -148,6 +148,19 @@ def made_up(monkeypatch, efficiency, chip):
     monkeypatch.setattr(serving_benchmark, "measure", measure)
 
 
+@pytest.mark.parametrize(("patience", "order"), [(20.0, [12, 28, 12, 28]), (0.0, [12, 28])])
+def test_contexts_take_turns_and_long_ones_have_one(patience, order, monkeypatch):
+    made_up(monkeypatch, Efficiency(1.0, 1.0, 1.0, 1.0, 0.0), Chip("made up", 50e9, 1e10, 9e9, interconnect=0.0))
+    monkeypatch.setattr(timing, "PATIENCE", patience)
+    asked, one = [], serving_benchmark.measure
+    monkeypatch.setattr(serving_benchmark, "measure", lambda *given, seed: asked.append(given[1]) or one(*given, seed=seed))
+    told = []
+    found = commands.benchmark_serving([SMALL], contexts="16,32", new_tokens=4, repeats=2, measured=told.append)
+    assert asked == order
+    assert [row["prompt_tokens"] for row in told] == order
+    assert found.frame["repeats"].tolist() == [len(order) // 2] * 2
+
+
 def test_a_device_is_found_again_from_its_times_and_foretells_others(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(serving_benchmark, "last_level_cache", lambda chip: 1e5)
     chip, true = Chip("made up", 50e9, 1e10, 9e9, interconnect=0.0), Efficiency(1.0, 0.7, 1.0, 0.8, 2e-5)
