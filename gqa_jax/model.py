@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -176,25 +177,32 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (normal * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig) -> jax.Array:
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians a position of every pair of dims, (H/2,) float32: theta^(-2i/H) (RoFormer, arXiv 2104.09864, Eq. 15), scaled.
 
     "linear" divides all by `rope_factor`, as if positions were (arXiv 2306.15595). "llama3" divides those with fewer than
     `rope_low_freq_factor` turns in `rope_original_context` tokens, leaves those with more than `rope_high_freq_factor` as they
     are, and goes linearly in turns from one to the other (`apply_scaling` of github.com/meta-llama/llama-models, Llama 3.1).
+
+    Step by step in float32 as transformers has it: a last bit of a frequency is 0.01 radians at position 131,072, where models
+    that go to other readers or come from them would answer otherwise. And on no device, as their powers differ.
     """
-    frequency_F = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    exponent_F = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency_F = np.float32(1) / np.float32(config.rope_theta) ** exponent_F
+    factor = np.float32(config.rope_factor)
     match config.rope_scaling:
         case "linear":
-            return frequency_F / config.rope_factor
+            return frequency_F / factor
         case "llama3":
             low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-            kept_F = jnp.clip((config.rope_original_context / (2 * math.pi) * frequency_F - low) / (high - low), 0, 1)
-            return kept_F * frequency_F + (1 - kept_F) * (frequency_F / config.rope_factor)
+            wavelength_F = np.float32(2 * math.pi) / frequency_F
+            kept_F = (np.float32(config.rope_original_context) / wavelength_F - np.float32(low)) / np.float32(high - low)
+            between_F = (1 - kept_F) * frequency_F / factor + kept_F * frequency_F
+            return np.where(kept_F <= 0, frequency_F / factor, np.where(kept_F >= 1, frequency_F, between_F))
     return frequency_F
 
 
-def rope_rotation(positions: jax.Array, frequency_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_rotation(positions: jax.Array, frequency_F: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine (1 or B, T, 1, H/2), float32, of position times frequency; `positions` are (T,), alike in all sequences,
     or (B, T)."""
     angle_BxTx1xF = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequency_F[None, None, None, :]

@@ -46,6 +46,7 @@ examples:
   python -m launch optimum configs/grids/quickstart.py --context 32K --loss 1.75      from your own runs
   python -m launch generate runs/quickstart/cells/NAME --prompt 'Fellow citizens'     what a trained model writes
   python -m launch benchmark-serving 3M:8,1 3M:8,8 --contexts 4K    what models take to serve on this machine
+  python -m launch export-hf runs/quickstart/cells/NAME --out hf/NAME      for transformers, vLLM, mlx-lm, llama.cpp
   python -m launch report configs/grids/quickstart.py               everything that is known, as one HTML file
 
 exit codes: 0 done (run on a cluster: submitted), 1 a cell failed or diverged, 2 bad input, 3 unfinished (status), 75 told to
@@ -168,6 +169,8 @@ def parser() -> argparse.ArgumentParser:
             _benchmark_serving,
             "what models take to serve on this machine, and with --fit its numbers for --device FILE",
         ),
+        (_fill_export_hf, _export_hf, "a trained model as a folder that transformers, vLLM, mlx-lm, llama.cpp open"),
+        (_fill_import_hf, _import_hf, "a model of such a folder (Llama class), to generate from, train on, compare with"),
         (_fill_report, _report, "one HTML file with the answer, its certainty, tables, pictures and an explorer"),
     ):
         verbs.add_parser(act.__name__[1:].replace("_", "-"), help=summary, description=summary, fill=fill).set_defaults(act=act)
@@ -226,6 +229,25 @@ def _fill_benchmark_serving(command: argparse.ArgumentParser) -> None:
     command.epilog = (
         "A closed batch: all prompts at once, then a loop on the device; programs are compiled and run once before anything is "
         "timed. Example: python -m launch benchmark-serving 3M:8,1 3M:8,8 --contexts 1K,4K (docs/serving-cost.md)"
+    )
+
+
+def _fill_export_hf(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="folder of a run that is done, or of imported parameters; local or gs://")
+    command.add_argument("--out", required=True, metavar="DIR", help="a new local folder")
+    command.add_argument("--dtype", metavar="D", help="float32 or bfloat16, of the arrays (default: that of the parameters)")
+    command.epilog = (
+        "Needs neither torch nor transformers. Example: python -m launch export-hf runs/quickstart/cells/NAME --out hf/NAME "
+        "(docs/elsewhere.md)"
+    )
+
+
+def _fill_import_hf(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", help="a local folder with config.json and safetensors (hf download NAME)")
+    command.add_argument("--out", required=True, metavar="RUN", help="a new folder, local or on gs://")
+    command.epilog = (
+        "Llama, and Mistral and Ministral without windows; what computes otherwise is refused by its field. Example: python -m "
+        "launch import-hf SmolLM2-135M --out imports/smollm2 (docs/bring-a-model.md)"
     )
 
 
@@ -545,6 +567,16 @@ def _benchmark_serving(console: Console, *, format: str, out: str | None, **aske
     else:
         console.print(found.table())
         _print_lines(found.sentences(), console)
+    return EXIT_DONE
+
+
+def _export_hf(console: Console, **asked: Any) -> int:
+    _print_lines(commands.export_hf(**asked).sentences(), console)
+    return EXIT_DONE
+
+
+def _import_hf(console: Console, **asked: Any) -> int:
+    _print_lines(commands.import_hf(**asked).sentences(), console)
     return EXIT_DONE
 
 

@@ -536,6 +536,33 @@ def read_prompts(path: str) -> list[str | list[int]]:
     return found
 
 
+def export_hf(run: str, *, out: str, dtype: str | None = None) -> Any:
+    """Writes a trained model as a folder that Hugging Face's readers open, a `gqa_jax.conversion.hf.Exported`.
+
+    Args:
+      run: folder of a run that is done or of imported parameters, local or on gs://. out: a new local folder.
+      dtype: float32 or bfloat16, of the arrays; None: that of the parameters.
+    Raises:
+      ConfigError: no such run, a folder that holds something, too little room, a damaged checkpoint.
+    """
+    from gqa_jax.conversion import hf
+
+    return hf.export(run, out, dtype)
+
+
+def import_hf(folder: str, *, out: str) -> Any:
+    """Imports the model of a Hugging Face folder of the Llama class, a `gqa_jax.conversion.hf.Imported`.
+
+    Args:
+      folder: local. out: a new folder, local or on gs://; a run to generate from, to continue, to compare with.
+    Raises:
+      ConfigError: another kind of model; arrays that are missing, too many, misshaped or damaged; a folder that isn't new.
+    """
+    from gqa_jax.conversion import hf
+
+    return hf.read_in(folder, out)
+
+
 def export(grid: Cells | Source | str, *, allow_confounded: bool = False) -> Exported:
     """Writes loss and cost tables, fits, cheapest heads and pictures: of a grid into its folder, of a table of runs beside it.
 

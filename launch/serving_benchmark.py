@@ -222,7 +222,7 @@ def subject(text: str, dtype: str | None, cache_dtype: str | None, mesh: str | N
         config = ModelConfig(int(layers), int(width), int(n_heads), int(n_kv), **sizes, dtype=_dtype(dtype))
         return _random(text, config, cache_dtype, mesh, seed)
     folder = Path(text)
-    if "://" in text or (folder.is_dir() and not (folder / own_model.CONFIG).is_file()):
+    if own_model.is_trained(text):
         loaded = load_model(text)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
         return Subject(folder.name, config, lambda: loaded.engine(cache_dtype=cache_dtype, dtype=dtype, mesh=mesh))

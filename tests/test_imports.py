@@ -106,7 +106,7 @@ TABLE = (
     Row(
         "gqa_jax.training.parameters",
         ".errors .config .storage .data .model .training.checkpoint .training.start",
-        outside="jax",
+        outside="jax orbax",
     ),
     # A model that is trained, to use.
     Row("gqa_jax.inference"),
@@ -122,6 +122,17 @@ TABLE = (
         ".errors .formatting .config .data .data.catalog .training.loss .model .training.checkpoint .training.start "
         ".training.parameters .inference.sampling .inference.engine",
         outside="jax",
+    ),
+    # Models as others write them.
+    Row("gqa_jax.conversion"),
+    Row("gqa_jax.conversion.hf_config", ".errors .costs .config"),
+    Row("gqa_jax.conversion.hf_tensors", ".errors .formatting .storage"),
+    Row("gqa_jax.conversion.hf_tokenizer", ".errors .data"),
+    Row("gqa_jax.conversion.model_card", ".formatting .costs .storage .data .training.run_folder .training.start"),
+    Row(
+        "gqa_jax.conversion.hf",
+        ".errors .formatting .costs .config .storage .data .training.start .training.parameters .inference.loaded "
+        ".conversion.hf_config .conversion.hf_tensors .conversion.hf_tokenizer .conversion.model_card",
     ),
     Row("gqa_jax.inference.timing", ".inference.sampling .inference.engine", outside="jax"),
     # The program that trains.
@@ -161,7 +172,7 @@ TABLE = (
     Row("gqa_jax.search.invariance", ".laws"),
     Row("gqa_jax.search.presets", ".errors .shapes .laws"),
     Row("gqa_jax.search"),
-    Row("gqa_jax.search.own_model", ".errors .costs"),
+    Row("gqa_jax.search.own_model", ".errors .costs .storage .training.start .conversion.hf_config"),
     Row("gqa_jax.search.device_file", ".hardware .costs"),
     Row("gqa_jax.search.roofline", ".errors .formatting .hardware .mesh .costs .search.device_file"),
     Row("gqa_jax.search.calibration", ".hardware .costs .search.device_file .search.roofline"),
@@ -323,7 +334,7 @@ TABLE = (
         "launch.training_cells "
         "launch.rules launch.executors.base launch.state launch.run launch.watch launch.reach launch.grid_cells launch.fit "
         "launch.money launch.notify launch.reap",
-        lazily=".inference.loaded "
+        lazily=".inference.loaded .conversion.hf "
         ".laws .search.presets .search.own_model .search.device_file .search.roofline .search.objectives "
         ".search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.serving_benchmark launch.studies launch.grid_tables "

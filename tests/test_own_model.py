@@ -112,7 +112,7 @@ def test_defaults_are_those_of_the_class():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "qwen3"}, 'model_type = "qwen3": only models of the Llama class can be compared: llama, mistral'),
+        ({"model_type": "qwen3"}, 'model_type = "qwen3": only models of the Llama class \\(llama, mistral, ministral\\) are'),
         ({"model_type": "missing"}, "model_type is missing"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
@@ -125,8 +125,8 @@ def test_defaults_are_those_of_the_class():
         ({"kv_lora_rank": 512}, "kv_lora_rank = 512: latent attention"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*: layers that differ"),
         ({"layer_types": "full_attention"}, "layer_types = "),
-        ({"hidden_act": "relu"}, 'hidden_act = "relu": the laws\' models have silu'),
-        ({"hidden_size": "missing"}, "hidden_size is missing: a model can't be counted without it"),
+        ({"hidden_act": "relu"}, 'hidden_act = "relu": our models have silu'),
+        ({"hidden_size": "missing"}, "hidden_size is missing: a model can't be told without it"),
         ({"vocab_size": None}, "vocab_size = null: it must be a whole number above 0"),
         ({"num_hidden_layers": 16.0}, "num_hidden_layers = 16.0: it must be a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers = true: it must be a whole number"),
@@ -146,9 +146,7 @@ def test_another_kind_of_model_is_refused_by_its_field(changes, said):
         read(**changes)
 
 
-@pytest.mark.parametrize(
-    ("field", "said"), [("sliding_window", "a window of 4,096"), ("num_key_value_heads", "can't be counted")]
-)
+@pytest.mark.parametrize(("field", "said"), [("sliding_window", "a window of 4,096"), ("num_key_value_heads", "can't be told")])
 def test_a_mistral_has_other_defaults(field, said):
     """Without these fields transformers gives a Mistral a window of 4,096 and 8 key/value heads."""
     config = {name: value for name, value in MISTRAL.items() if name != field}

@@ -58,6 +58,7 @@ class ByteTokenizer:
     eos_id = 256
     sha256 = BYTES_SHA256
     json = None
+    prefix = ()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
@@ -80,6 +81,7 @@ class GPT2Tokenizer:
     eos_id = 50_256
     sha256 = GPT2_SHA256
     json = None
+    prefix = ()
 
     def __init__(self, threads: int | None = None):
         import tiktoken
@@ -127,8 +129,8 @@ class GPT2Tokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer in the format of Hugging Face `tokenizers` (`tokenizer.json`), with its end-of-document token."""
 
-    def __init__(self, content: bytes, name: str, eos: str | int | None = None):
-        """`eos` is the token's text or id; None takes the only special token that is among `COMMON_EOS`.
+    def __init__(self, content: bytes, name: str, eos: str | int | None = None, prefix: Sequence[int] = ()):
+        """`eos` is the token's text or id; None takes the only special token that is among `COMMON_EOS`. `prefix`: as recorded.
 
         Raises TokenizerError when the content is no tokenizer, or the end of a document can't be told.
         """
@@ -147,6 +149,7 @@ class HuggingFaceTokenizer:
         self.eos_id = _find_eos(self._tokenizer, name, eos)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.json = content
+        self.prefix = tuple(prefix)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # threads in Rust
@@ -184,7 +187,7 @@ class HuggingFaceTokenizer:
         for token, id_ in self._tokenizer.get_vocab(with_added_tokens=True).items():
             text = added[id_].content if id_ in added else token
             special = id_ == self.eos_id or (id_ in added and added[id_].special)
-            lengths[id_] = 0 if special else len(text) if _BYTE_OF.keys() >= set(text) else len(text.encode("utf-8"))
+            lengths[id_] = 0 if special else len(text) if BYTE_OF.keys() >= set(text) else len(text.encode("utf-8"))
         return lengths
 
     @functools.cached_property
@@ -257,7 +260,7 @@ def kept(folder: epath.Path, about: Mapping[str, Any]) -> Tokenizer:
         name, sha256, eos_id = (about[key] for key in ("name", "sha256", "eos_id"))
     except (OSError, KeyError) as error:
         raise TokenizerError(f"the tokenizer in {folder} can't be read: {error}") from error
-    found = load_tokenizer(name) if content is None else HuggingFaceTokenizer(content, name, eos=eos_id)
+    found = load_tokenizer(name) if content is None else HuggingFaceTokenizer(content, name, eos_id, about.get("prefix", ()))
     if found.sha256 != sha256:
         differ = f"SHA-256 {found.sha256[:12]}, not {sha256[:12]}"
         raise TokenizerError(f"{folder}/tokenizer.json isn't the tokenizer that was recorded ({differ})")
@@ -307,7 +310,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+#: Byte of each character of byte-level tokenizers, in the order of GPT-2's ids.
+BYTE_OF = _byte_alphabet()
 
 
 def _counted(bytes_of_id: np.ndarray, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -317,11 +321,16 @@ def _counted(bytes_of_id: np.ndarray, ids: np.ndarray, ends: Sequence[int] | np.
 
 def _gpt2_ranks() -> dict[bytes, int]:
     """GPT-2's vocabulary without its special token: bytes of each entry -> id, which is also the rank of its merge."""
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(_BYTE_OF.values())}
-    _version, *merges = read_embedded(GPT2_FILE, GPT2_SHA256).decode("utf-8").splitlines()
-    for merge in merges:
-        ranks[bytes(_BYTE_OF[character] for character in merge.replace(" ", ""))] = len(ranks)
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF.values())}
+    for pair in gpt2_merges():
+        ranks[bytes(BYTE_OF[character] for character in "".join(pair))] = len(ranks)
     return ranks
+
+
+def gpt2_merges() -> list[tuple[str, str]]:
+    """GPT-2's merges in their order, in the characters of `BYTE_OF`."""
+    _version, *merges = read_embedded(GPT2_FILE, GPT2_SHA256).decode("utf-8").splitlines()
+    return [(first, second) for first, second in map(str.split, merges)]
 
 
 def _pieces(text: str, piece: int = PIECE_CHARS, longest: int = MAX_WORD_CHARS) -> Iterator[str]:

@@ -32,6 +32,7 @@ class Tokenizer(Protocol):
     eos_id: int  # written after every document
     sha256: str  # two tokenizers with the same digest and eos_id give the same ids
     json: bytes | None  # content of `tokenizer.json` for the store; None when the name says everything
+    prefix: Sequence[int]  # ids in front of a prompt, of an imported model; none are written into a store
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, 1-D unsigned integer arrays; several threads where that helps."""
@@ -61,6 +62,7 @@ def record(folder: os.PathLike | str, store: TokenStore) -> None:
 def record_tokenizer(folder: os.PathLike | str, tokenizer: Tokenizer) -> None:
     """Keeps a tokenizer in a folder, local or on gs://, as `record` does."""
     about = {"name": tokenizer.name, "sha256": tokenizer.sha256, "eos_id": tokenizer.eos_id}
+    about |= {"prefix": [*tokenizer.prefix]} if tokenizer.prefix else {}
     _keep(folder, about, tokenizer.json)
 
 
@@ -73,7 +75,7 @@ def _keep(folder: os.PathLike | str, about: Mapping[str, Any], content: bytes | 
 
 
 def recorded(folder: os.PathLike | str) -> dict[str, Any] | None:
-    """Name, sha256 and eos_id of the tokenizer kept in a run's folder; None where none is.
+    """Name, sha256 and eos_id of the tokenizer kept in a run's folder, and `prefix` where it has one; None where none is.
 
     Raises ConfigError for a record that can't be used, OSError.
     """

@@ -69,7 +69,7 @@ class LoadedModel:
     @property
     def context(self) -> int | None:
         """Tokens of the context that it was trained at; None: not known, of an import."""
-        return None if self.start.config is None else self.start.config.context_length
+        return self.start.context
 
     def generate(
         self,
@@ -83,7 +83,7 @@ class LoadedModel:
           prompts: texts, or lists of ids; at least one token each.
           max_new_tokens: most tokens of an answer.
           temperature, top_k, top_p, seed: see `gqa_jax.inference.sampling.Sampling`; the likeliest token by default.
-          stop: ids that end an answer; None: the tokenizer's end of a document.
+          stop: ids that end an answer; None: those of an import, or the tokenizer's end of a document.
           context: most tokens of a prompt and its answer; None: of what it was trained at. More is allowed, and it was not
             trained for it.
           cache_dtype: float32, bfloat16 or int8; None: the dtype of the model.
@@ -110,7 +110,7 @@ class LoadedModel:
         ids = self._ids([prompts] if isinstance(prompts, str) else prompts)
         self._check_lengths(ids, max_new_tokens, context)
         if stop is None:
-            stop = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+            stop = self.start.stop or ([] if self.tokenizer is None else [self.tokenizer.eos_id])
         self._check_ids("stop", stop)
         engine = self.engine(cache_dtype=cache_dtype, dtype=dtype, mesh=mesh)
         require_room(engine, engine.plan([len(one) for one in ids], max_new_tokens, rule.kind))
@@ -143,7 +143,10 @@ class LoadedModel:
             )
         encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
         try:
-            found = [list(map(index, next(encoded) if isinstance(prompt, str) else prompt)) for prompt in prompts]
+            found = [
+                [*self.tokenizer.prefix, *map(int, next(encoded))] if isinstance(prompt, str) else list(map(index, prompt))
+                for prompt in prompts
+            ]
         except TypeError as error:
             raise ConfigError(f"prompts must be texts, or lists of integer ids, one for each prompt: {error}") from error
         for i, one in enumerate(found):
@@ -197,26 +200,32 @@ def load_model(folder: os.PathLike | str, tokenizer: str | Tokenizer | None = No
     source = start.of_folder(folder)
     vocabulary = why = None
     try:
-        vocabulary = _tokenizer(folder, source, tokenizer)
+        vocabulary = tokenizer_of(source, tokenizer)
     except (OSError, ValueError) as error:
         if tokenizer is not None:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
         why = str(error)
-    if vocabulary is not None and vocabulary.vocab_size > source.model.vocab_size:
-        raise ConfigError(
-            f"tokenizer {vocabulary.name} has {vocabulary.vocab_size:,} entries, the model {source.model.vocab_size:,}: it is "
-            "not the one that it was trained with"
-        )
+    check_tokenizer(vocabulary, source.model)
     params = restore_start(source, abstract(source.model))
     return LoadedModel(source.model, params, vocabulary, why, source)
 
 
-def _tokenizer(folder: os.PathLike | str, source: Start, given: str | Tokenizer | None) -> Tokenizer:
+def tokenizer_of(source: Start, given: str | Tokenizer | None = None) -> Tokenizer:
+    """The tokenizer of the vocabulary of a start; `given`: another, or its name. Raises ValueError, OSError: there is none."""
     if given is not None:
         return tokenizer.load_tokenizer(given) if isinstance(given, str) else given
     if source.tokenizer is None and source.config is not None:
         return catalog.tokenizer_of(source.config.data.store, source.data_fingerprint)
-    return tokenizer.of_run(folder)
+    return tokenizer.of_run(source.folder)
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, config: ModelConfig) -> None:
+    """Raises ConfigError where a tokenizer has more entries than the vocabulary of a model."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} entries, the model {config.vocab_size:,}: it is not the "
+            "one that it was trained with"
+        )
 
 
 def require_room(engine: Engine, plan: Plan) -> None:

@@ -1,38 +1,24 @@
-"""A model that somebody has: its shape from a Hugging Face config.json of the Llama class, or from a table of public models.
-
-The laws are of one kind of model: pre-norm, gated feed-forward network of three matrices, grouped queries, rotary positions, no
-biases, every layer alike. What is not of that kind is refused by the field that says so, before anything is computed.
-"""
+"""A model that somebody has: its shape from a config.json of Hugging Face, a run, an import or a table of public models."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from gqa_jax import costs
+from gqa_jax import costs, storage
+from gqa_jax.conversion import hf_config
 from gqa_jax.costs import Shape
-from gqa_jax.errors import ConfigError, close, first_line
+from gqa_jax.errors import ConfigError, close
+from gqa_jax.training import start
 
-CONFIG = "config.json"
+CONFIG = hf_config.CONFIG
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")  # fields of a model's `Shape`
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
-#: What makes another kind of model, and the fields that say so unless they are missing, null, false, 0 or empty.
-_OTHER_KINDS = {
-    "attention to a window: its cache does not grow with the context": "sliding_window",
-    "biases, which the laws' models have not": "attention_bias mlp_bias qkv_bias use_bias",
-    "a mixture of experts": "num_local_experts num_experts n_routed_experts num_experts_per_tok moe_intermediate_size",
-    "latent attention (MLA): its cache holds no heads": "kv_lora_rank q_lora_rank qk_rope_head_dim v_head_dim",
-    "attention to something that is no text": "cross_attention_layers",
-    "further layers that predict several tokens": "num_nextn_predict_layers",
-    "layers that differ": "block_configs",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,83 +56,34 @@ class OwnModel:
 
 
 def load(text: str | Path) -> OwnModel:
-    """The model of a config.json, of a folder that holds one, or of that name (`PUBLIC`).
+    """The model of a config.json, of a folder that holds one, of a run or an import, or of that name (`PUBLIC`).
 
-    Raises ConfigError: no such file or name, no JSON, or a field that is missing, wrong or of another kind of model.
+    Raises ConfigError: no such file or name, no JSON, or a field that is missing, wrong or of another kind of model; a run that
+    is not done.
     """
+    if is_trained(text):
+        model = start.of_folder(text).model
+        shape = Shape(**{name: getattr(model, name) for name in SHAPE})
+        return OwnModel(PurePath(text).name, shape, model.untied, os.fspath(text))
     path = Path(text)
     if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise ConfigError(f"{text}: the folder holds no {CONFIG}")
-        path = path / CONFIG
+        return from_config(hf_config.read(path), _name_of(path / CONFIG), str(path / CONFIG))
     if path.is_file():
-        return from_config(_read(path), _name_of(path), str(path))
+        return from_config(hf_config.read_file(path), _name_of(path), str(path))
     if str(text).endswith(".json"):
         raise ConfigError(f"{text}: there is no such file")
     return _public(str(text))
 
 
+def is_trained(text: str | os.PathLike) -> bool:
+    """Whether it is the folder of a run, or of imported parameters, local or on gs://."""
+    return storage.is_remote(text) or any((Path(text) / name).is_file() for name in (start.FILE, "result.json", "id.json"))
+
+
 def from_config(config: Any, name: str, source: str) -> OwnModel:
     """The model that the fields of a config.json describe. Raises ConfigError naming the field, its value and what is wrong."""
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"{source}: it holds no fields of a model, but a {type(config).__name__}")
-
-    def wrong(field: str, why: str) -> ConfigError:
-        said = f"{field} = {_short(config[field])}" if field in config else f"{field} is missing"
-        return ConfigError(f"{source}: {said}: {why}")
-
-    kind = config.get("model_type")
-    if kind not in CLASSES:
-        raise wrong("model_type", f"only models of the Llama class can be compared: {', '.join(CLASSES)}")
-    if (named := config.get("architectures")) is not None and named != [CLASSES[kind]]:
-        raise wrong("architectures", f"a model_type of {kind} must be a [{CLASSES[kind]!r}]")
-    for what, field in ((what, field) for what, fields in _OTHER_KINDS.items() for field in fields.split()):
-        if config.get(field) not in (None, False, 0, "", [], {}):
-            raise wrong(field, f"{what}; only models of the Llama class can be compared")
-    if kind == "mistral" and "sliding_window" not in config:
-        raise wrong("sliding_window", "a Mistral without that field has a window of 4,096; write null if yours has none")
-    layers = config.get("layer_types")
-    if layers is not None and (not isinstance(layers, list) or any(one != "full_attention" for one in layers)):
-        raise wrong("layer_types", "layers that differ; only models whose layers all see the whole context can be compared")
-    if config.get("hidden_act", "silu") != "silu":
-        raise wrong("hidden_act", "the laws' models have silu")
-
-    def number(field: str, default: int | None = None) -> int:
-        value = config.get(field)
-        if value is None and default is not None:
-            return default
-        if field not in config:
-            raise wrong(field, "a model can't be counted without it")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise wrong(field, "it must be a whole number above 0")
-        return value
-
-    d_model, n_heads = number("hidden_size"), number("num_attention_heads")
-    n_kv_heads = number("num_key_value_heads", n_heads if kind == "llama" else None)  # a Mistral's default is 8, not n_h
-    if n_heads % n_kv_heads:
-        raise wrong("num_key_value_heads", f"it must divide num_attention_heads = {n_heads}")
-    if config.get("head_dim") is None and n_heads > d_model:
-        raise wrong("num_attention_heads", f"more than hidden_size = {d_model}, and no head_dim")
-    shape = Shape(
-        n_layers=number("num_hidden_layers"),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=number("head_dim", d_model // n_heads),
-        d_ff=number("intermediate_size"),
-        vocab_size=number("vocab_size"),
-    )
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise wrong("tie_word_embeddings", "it must be true or false")
-    return OwnModel(name, shape, not tied, source)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: it is no JSON file of a model: {first_line(error)}") from error
+    shape = hf_config.shape_of(config, source)
+    return OwnModel(name, dataclasses.replace(shape, untied=False), shape.untied, source)
 
 
 def _name_of(path: Path) -> str:
@@ -155,11 +92,6 @@ def _name_of(path: Path) -> str:
     if hub:
         return hub[1].split("--")[-1]
     return path.absolute().parent.name if path.name == CONFIG else path.stem
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _public(text: str) -> OwnModel:

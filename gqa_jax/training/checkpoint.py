@@ -63,7 +63,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int):
         """Opens (and makes) `workdir/checkpoints`; the newest `keep` are kept. Leftovers of a killed save are removed."""
-        self._folder = _folder(workdir)
+        self._folder = folder_of(workdir)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -81,7 +81,7 @@ class Checkpoints:
         The metadata is kept with `step` and `checksums` added. Nothing is done when this step is saved. An error of the save
         before it (a full disk, say) is raised here or in `wait`.
         """
-        metadata = metadata | {"step": step, "checksums": _fetch(checksums(state))}
+        metadata = metadata | {"step": step, "checksums": fetched_checksums(state)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         )
@@ -141,13 +141,13 @@ class Checkpoints:
         self._manager.reload()
 
 
-def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
+def restore_params(workdir: epath.PathLike, abstract_params: Any, whole: bool = True) -> Restored:
     """The newest undamaged checkpoint of another run, which is left as it is; of its state only the parameters.
 
-    Arrays are placed as the ShapeDtypeStructs of `abstract_params`. Raises ConfigError when no checkpoint can be used, its
-    parameters have other shapes, or it is of another step than its folder is named for.
+    Arrays are placed as the ShapeDtypeStructs of `abstract_params`, all of them, or some where not `whole`. Raises ConfigError
+    when no checkpoint can be used, its parameters have other shapes, or it is of another step than its folder is named for.
     """
-    folder = _folder(workdir)
+    folder = folder_of(workdir)
     leaves = jax.tree.leaves(abstract_params)
     step_like = jax.ShapeDtypeStruct((), jnp.int32, sharding=_replicated(leaves) or leaves[0].sharding)
     wanted = {"step": step_like, "params": abstract_params}
@@ -161,6 +161,7 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
     for step in sorted(steps, reverse=True):
         at = folder / str(step)
         there, damage = distributed.from_primary(f"shapes in {at}", functools.partial(_saved_shapes, at))
+        there = there if whole or damage else {path: held for path, held in there.items() if path in shapes}
         if damage is None and there != shapes:
             path = next(path for path in [*shapes, *there] if shapes.get(path) != there.get(path))
             raise ConfigError(
@@ -177,12 +178,12 @@ def restore_params(workdir: epath.PathLike, abstract_params: Any) -> Restored:
     raise ConfigError(f"{folder} has no checkpoint to start from: {'; '.join(problems) or 'there is none'}")
 
 
-def restore_start(start: Start, abstract_params: dict) -> dict:
-    """The parameters of a start, placed as the ShapeDtypeStructs (with shardings) of `abstract_params`.
+def restore_start(start: Start, abstract_params: dict, whole: bool = True) -> dict:
+    """The parameters of a start, placed as the ShapeDtypeStructs of `abstract_params` (with shardings); `whole`: all of them.
 
     Raises ConfigError where no checkpoint can be used, or the newest that can is not the one that `start` names.
     """
-    restored = restore_params(start.folder, abstract_params)
+    restored = restore_params(start.folder, abstract_params, whole)
     held = restored.step, hash_identity(restored.metadata["identity"], len(start.identity))
     if held != (start.step, start.identity):
         raise ConfigError(
@@ -205,7 +206,8 @@ def _refuse_renamed(folder: epath.Path, metadata: dict[str, Any], state: Any = N
             )
 
 
-def _folder(workdir: epath.PathLike) -> epath.Path:
+def folder_of(workdir: epath.PathLike) -> epath.Path:
+    """Where the checkpoints of a run folder are."""
     workdir = storage.path(workdir)
     return (workdir if storage.is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
@@ -245,7 +247,7 @@ def _read(folder: epath.Path, restore: Callable[[], Any]) -> tuple[Any, dict[str
         damage = errors.named(error, 200)
     if damages := distributed.gather(f"reading {folder.name}", damage):
         return None, None, next(iter(damages.values()))
-    found = _fetch(checksums(state))
+    found = fetched_checksums(state)
     wrong = [path for path in found if saved.get(path) != found[path]]
     return state, metadata, f"checksum of {wrong[0]} differs" if wrong else None
 
@@ -268,15 +270,20 @@ def params_sha256(params: dict) -> str:
     """SHA-256 over every parameter's path, dtype, shape and bytes, in the order of the paths; on any mesh the same."""
     digest = hashlib.sha256()
     for path, leaf in sorted(_by_path(params).items()):
-        digest.update(f"{path}|{leaf.dtype}|{leaf.shape}|".encode())
-        for part in _parts(leaf):
-            digest.update(np.ascontiguousarray(part).tobytes())
+        add_sha256(digest, path, leaf)
     return digest.hexdigest()
 
 
-def _parts(leaf: jax.Array) -> Iterator[np.ndarray]:
+def add_sha256(digest: Any, path: str, leaf: jax.Array | np.ndarray) -> None:
+    """What a parameter adds to `params_sha256`."""
+    digest.update(f"{path}|{leaf.dtype}|{leaf.shape}|".encode())
+    for part in _parts(leaf):
+        digest.update(np.ascontiguousarray(part).view(np.uint8))
+
+
+def _parts(leaf: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
     """The array in pieces along its first axis, on this host; never more than one piece on any device."""
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         yield np.asarray(leaf)
         return
     take = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=_replicated([leaf]))
@@ -309,5 +316,6 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
-def _fetch(values: dict[str, jax.Array]) -> dict[str, int]:
-    return {path: int(value) for path, value in jax.device_get(values).items()}
+def fetched_checksums(state: Any) -> dict[str, int]:
+    """`checksums`, on this host."""
+    return {path: int(value) for path, value in jax.device_get(checksums(state)).items()}

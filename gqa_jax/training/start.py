@@ -3,7 +3,8 @@
 `continue_from` of a configuration names the folder of either. Imported parameters are a folder, local or on gs://, that
 `gqa_jax.training.parameters.write_import` has made:
 
-import.json     format, version, model (`ModelConfig.identity`), params_sha256; content: a hash of these; provenance: a text
+import.json     format, version, model (`ModelConfig.identity`), params_sha256; content: a hash of these; provenance: a text;
+                context: tokens that the model is for, or null; stop: ids that end an answer
 checkpoints/0   the parameters, as a run saves them, with their checksums (checkpoint.py)
 tokenizer/      as in the folder of a run (gqa_jax.data.vocabulary)
 """
@@ -41,6 +42,8 @@ class Start:
     config: TrainConfig | None = None  # of a run
     data_fingerprint: str | None = None  # of the tokens that they were trained on; None: not known
     tokenizer: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)  # name, sha256, eos_id; None: not known
+    context: int | None = None  # tokens that the parameters are for: as trained; None: not known
+    stop: tuple[int, ...] = ()  # ids that end an answer, of an import; none: the tokenizer's end of a document
     differs: tuple[str, ...] = ()  # what is not as there in the run that starts here: `differences`
 
     def differences(
@@ -107,7 +110,7 @@ def of_folder(folder: os.PathLike | str, name: str | None = None) -> Start:
     if result["status"] != "done":
         raise ConfigError(f"{name}: that run {result['status']} at step {result['step']}")
     known = result["identity"], result["step"], config.model, config, result.get("data_fingerprint")
-    return Start(RUN, os.fspath(folder), *known, tokenizer)
+    return Start(RUN, os.fspath(folder), *known, tokenizer, config.context_length)
 
 
 def content_hash(values: Mapping[str, Any]) -> str:
@@ -123,5 +126,9 @@ def _of_import(folder: os.PathLike, values: Mapping[str, Any], tokenizer: Mappin
     if missing or values["content"] != content_hash(values):
         what = f"lacks {', '.join(missing)}" if missing else "was changed: its content hash is another"
         raise ValueError(f"{path} {what}: import the parameters again")
-    shape = from_mapping(ModelConfig, values["model"])
-    return Start(IMPORT, os.fspath(folder), values["content"], model=shape, tokenizer=tokenizer)
+    shape, about = (
+        from_mapping(ModelConfig, values["model"]),
+        {"context": values.get("context"), "stop": values.get("stop", ())},
+    )
+    about["stop"] = tuple(about["stop"])
+    return Start(IMPORT, os.fspath(folder), values["content"], model=shape, tokenizer=tokenizer, **about)
