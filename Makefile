@@ -44,7 +44,7 @@ endef
 
 .venv-aot/.installed: pyproject.toml constraints.txt
 	$(environment)
-	.venv-aot/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,aot,peers,datasets]'
+	.venv-aot/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,aot,peers,datasets,readers]'
 	@touch $@
 
 .venv-sky/.installed: Makefile

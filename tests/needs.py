@@ -45,6 +45,8 @@ NEEDS = {
     "jax-cuda13-plugin": Need("make aot", _modules("jax_cuda13_plugin")),
     "tokamax": Need("make aot", _modules("tokamax")),
     "datasets": Need("make aot", _modules("datasets")),
+    "mlx-lm": Need("make aot", _modules("mlx_lm")),
+    "transformers": Need("make aot", _modules("transformers")),
     "chromium": Need("make debian", _programs("chromium", "chromedriver")),
     "slurm": Need(
         "make debian",

@@ -13,11 +13,12 @@ import safetensors.numpy
 import tokenizers
 
 import gqa_jax
-from gqa_jax import model, storage, train
+from gqa_jax import storage, train
 from gqa_jax.conversion import hf, hf_tensors, hf_tokenizer
 from gqa_jax.data import tokenizer as tokenizing
 from gqa_jax.errors import ConfigError
 from gqa_jax.search import own_model
+from gqa_jax.training import parameters
 from gqa_jax.training.parameters import write_import
 from launch import __main__ as launch
 from tests import llama_numpy
@@ -35,13 +36,15 @@ def config_of(n_heads=4, n_kv_heads=2, **changes):
     return tiny(n_heads, n_kv_heads, **{"vocab_size": 320, "param_dtype": "float32", "dtype": "float32"} | changes)
 
 
-def drawn(config, seed=0):
+def drawn(config, std=0.2, seed=0):
     """Parameters, scales of norms too."""
-    leaves, tree = jax.tree.flatten(model.init_params(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    )
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, like):
+        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return (mean + std * rng.standard_normal(like.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, parameters.abstract(config))
 
 
 def imported(folder, config, tokenizer=None, **about):
