@@ -38,6 +38,8 @@ ROPE_SCALINGS: Mapping[str | None, tuple[str, ...]] = {
     "linear": ("rope_factor",),
     "llama3": ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context"),
 }
+# How one key/value head is made of several, of a parent's (gqa_jax.conversion.heads).
+HEAD_METHODS = ("mean", "scaled_mean", "first")
 LARGEST_SEED = 2**63 - 1
 BUDGETS = ("tokens", "tokens_per_param", "steps")  # a run is given exactly one of them
 
@@ -248,6 +250,7 @@ class TrainConfig:
     steps: int | None = None
     seed: int = 0
     continue_from: str | None = None  # folder that the parameters come from: of a run that is done, or imported; "../NAME"
+    convert_heads: str | None = None  # HEAD_METHODS: how the heads there become those of `model`; None: they are the same
     label: str = ""  # name of the size, for tables
     model: ModelConfig = field(default_factory=ModelConfig)
     execution: Execution = field(default_factory=Execution)
@@ -268,6 +271,9 @@ class TrainConfig:
         _require(0 < value < 2**63, f"{name} = {value}: must be above 0, and below 2^63")
         _require(0 <= self.seed <= LARGEST_SEED, f"seed = {self.seed}: must be 0 to {LARGEST_SEED} (2^63 - 1)")
         _require(self.continue_from != "", "continue_from = '': must be a run folder, or None to start from scratch")
+        _check_choice("convert_heads", self.convert_heads, (*HEAD_METHODS, None))
+        scratch = self.convert_heads and self.continue_from is None
+        _require(not scratch, f"convert_heads = {self.convert_heads!r}: set continue_from to the folder whose heads they are")
         multiples = {"batch_tokens": self.batch_tokens, "evaluation.tokens": self.evaluation.tokens}
         for name, value in (multiples | {"data.skip_tokens": self.data.skip_tokens}).items():
             if value % self.context_length:
@@ -383,11 +389,14 @@ class TrainConfig:
 
     def check_source(self, source: ModelConfig) -> None:
         """Raises ConfigError unless this run can start from parameters of `source`, naming the fields that differ."""
-        ours, theirs = ({name: getattr(model, name) for name in _PARAMETER_FIELDS} for model in (self.model, source))
+        same = [name for name in _PARAMETER_FIELDS if not (self.convert_heads and name in ("n_heads", "n_kv_heads"))]
+        ours, theirs = ({name: getattr(model, name) for name in same} for model in (self.model, source))
         if lines := differing_fields(ours, theirs, "model."):
             raise ConfigError(
                 f"continue_from = {self.continue_from!r} has other parameters: {'; '.join(lines)}. Use the same model"
             )
+        if self.convert_heads:
+            check_heads(source, self.model.n_heads, self.model.n_kv_heads)
 
     def identity(self, data_fingerprint: str, continues: str | None = None) -> dict[str, Any]:
         """The fields that change the mathematics of the result, budget resolved: what names a cell and guards a resume.
@@ -413,6 +422,8 @@ class TrainConfig:
         values["steps"], values["model"] = self.n_steps, self.model.identity()
         for name in ("store", "epochs"):
             del values["data"][name]
+        if self.convert_heads is None:
+            del values["convert_heads"]
         for name in ("skip_tokens", "document_mask"):
             if not values["data"][name]:
                 del values["data"][name]
@@ -423,6 +434,22 @@ class TrainConfig:
                     del values[group][name]
         values["data"]["fingerprint"] = data_fingerprint
         return values
+
+
+def check_heads(model: ModelConfig, n_heads: int, n_kv_heads: int) -> None:
+    """Raises ConfigError unless the heads of a model can be made these (`gqa_jax.conversion.heads`)."""
+    allowed = [k for k in divisors(model.n_heads) if model.n_kv_heads % k == 0 or k % model.n_kv_heads == 0]
+    if n_kv_heads not in allowed:
+        raise ConfigError(
+            f"n_kv_heads = {n_kv_heads} can't be made of {model.n_kv_heads} key/value heads of {model.n_heads} query heads: "
+            f"they are pooled in groups of one size, or repeated; use one of {allowed}"
+        )
+    if not 1 <= n_heads <= model.n_heads or n_heads % n_kv_heads:
+        allowed = [*range(n_kv_heads, model.n_heads + 1, n_kv_heads)]
+        raise ConfigError(
+            f"n_heads = {n_heads} can't be made of {model.n_heads} query heads over {n_kv_heads} key/value heads: each of "
+            f"these keeps the same number; use one of {allowed}"
+        )
 
 
 _GROUPS = frozenset(spec.name for spec in dataclasses.fields(TrainConfig) if spec.default_factory is not dataclasses.MISSING)

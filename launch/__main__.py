@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from gqa_jax import hardware
+from gqa_jax.config import HEAD_METHODS
 from gqa_jax.errors import ConfigError, close
 from gqa_jax.formatting import counted, usd
 from gqa_jax.hardware import prices as price_list
@@ -171,6 +172,11 @@ def parser() -> argparse.ArgumentParser:
         ),
         (_fill_export_hf, _export_hf, "a trained model as a folder that transformers, vLLM, mlx-lm, llama.cpp open"),
         (_fill_import_hf, _import_hf, "a model of such a folder (Llama class), to generate from, train on, compare with"),
+        (
+            _fill_convert_heads,
+            _convert_heads,
+            "a trained model with fewer key/value heads (or more, or fewer query heads), and its loss before and after",
+        ),
         (_fill_report, _report, "one HTML file with the answer, its certainty, tables, pictures and an explorer"),
     ):
         verbs.add_parser(act.__name__[1:].replace("_", "-"), help=summary, description=summary, fill=fill).set_defaults(act=act)
@@ -248,6 +254,21 @@ def _fill_import_hf(command: argparse.ArgumentParser) -> None:
     command.epilog = (
         "Llama, and Mistral and Ministral without windows; what computes otherwise is refused by its field. Example: python -m "
         "launch import-hf SmolLM2-135M --out imports/smollm2 (docs/bring-a-model.md)"
+    )
+
+
+def _fill_convert_heads(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="folder of a run that is done, or of imported parameters; local or gs://")
+    command.add_argument("--n_kv_heads", type=int, metavar="K", help="key/value heads (default: as many as there)")
+    command.add_argument("--n_heads", type=int, metavar="N", help="query heads: those that write most (default: all)")
+    command.add_argument(
+        "--method", choices=HEAD_METHODS, help="what becomes of a group of key/value heads (default: scaled_mean)"
+    )
+    command.add_argument("--out", required=True, metavar="RUN2", help="a new folder, local or on gs://")
+    command.add_argument("--store", metavar="NAME", help="token store of the losses (default: the run's own)")
+    command.epilog = (
+        "The new folder is imported parameters: generate from it, export it, train it on. Example: python -m launch "
+        "convert-heads runs/quickstart/cells/NAME --n_kv_heads 1 --out runs/fewer (docs/fewer-heads.md)"
     )
 
 
@@ -577,6 +598,11 @@ def _export_hf(console: Console, **asked: Any) -> int:
 
 def _import_hf(console: Console, **asked: Any) -> int:
     _print_lines(commands.import_hf(**asked).sentences(), console)
+    return EXIT_DONE
+
+
+def _convert_heads(console: Console, **asked: Any) -> int:
+    _print_lines(commands.convert_heads(**asked).sentences(), console)
     return EXIT_DONE
 
 

@@ -563,6 +563,31 @@ def import_hf(folder: str, *, out: str) -> Any:
     return hf.read_in(folder, out)
 
 
+def convert_heads(
+    run: str,
+    *,
+    out: str,
+    n_kv_heads: int | None = None,
+    n_heads: int | None = None,
+    method: str | None = None,
+    store: str | None = None,
+) -> Any:
+    """Writes a trained model with other heads, a `gqa_jax.conversion.converting.Converted` with its loss before and after.
+
+    Args:
+      run: folder of a run that is done or of imported parameters, local or on gs://. out: a new folder, likewise.
+      n_kv_heads: fewer are pooled, more are repetitions; None: as many as there. n_heads: query heads; None: all.
+      method: what becomes of a group of key/value heads (`gqa_jax.config.HEAD_METHODS`); None: scaled_mean.
+      store: token store of the losses; None: the run's own.
+    Raises:
+      ConfigError: heads that can't be made of those, or are those; a folder that holds something.
+    """
+    from gqa_jax.conversion import converting, heads
+
+    method = heads.DEFAULT_METHOD if method is None else method
+    return converting.convert_heads(run, out, n_kv_heads=n_kv_heads, n_heads=n_heads, method=method, store=store)
+
+
 def export(grid: Cells | Source | str, *, allow_confounded: bool = False) -> Exported:
     """Writes loss and cost tables, fits, cheapest heads and pictures: of a grid into its folder, of a table of runs beside it.
 

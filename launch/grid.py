@@ -22,6 +22,7 @@ from launch import grid_file, training_cells
 from launch.cells import Cell
 from launch.training_cells import TrainingCell, training
 from launch.training_cells import continued as continued
+from launch.training_cells import converted as converted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 import sys
@@ -16,7 +17,15 @@ import ml_collections
 from etils import epath
 
 from gqa_jax import costs, storage
-from gqa_jax.config import TrainConfig, default_config, differing_fields, hash_identity
+from gqa_jax.config import (
+    ModelConfig,
+    TrainConfig,
+    check_heads,
+    default_config,
+    differing_fields,
+    from_mapping,
+    hash_identity,
+)
 from gqa_jax.data import catalog, reader
 from gqa_jax.data.store import TokenStore
 from gqa_jax.errors import ConfigError
@@ -223,6 +232,46 @@ def continued(
     if source is not None and not config.data.skip_tokens and _same_order(config, source, fingerprint):
         read = source.data.skip_tokens + source.train_tokens
         config.data.skip_tokens = -(-read // config.context_length) * config.context_length
+    return config
+
+
+def converted(
+    first: ml_collections.ConfigDict | TrainConfig | os.PathLike | str,
+    n_kv_heads: int,
+    tokens: float,
+    *,
+    n_heads: int | None = None,
+    method: str = "scaled_mean",
+    **changes: Any,
+) -> ml_collections.ConfigDict:
+    """A run that goes on from the last parameters of `first` with other heads: one checkpoint becomes every H.
+
+    It reads on where `first` stops, with its recipe (the whole schedule again, of fewer steps) and a fresh optimizer.
+
+    Args:
+      first: as of `continued`; of an import give `learning_rate`, data, batch_tokens and evaluation among the changes.
+      n_kv_heads: fewer are pooled by `method` (`gqa_jax.conversion.heads`), more are repetitions.
+      tokens: of its training; up to 1 a share of those of `first`. Rounded up to whole steps.
+      n_heads: query heads, those that write most; None: all.
+      changes: of any field, as of `continued`; `learning_rate` and `schedule` too.
+    Raises:
+      ConfigError: heads that can't be made of those of `first`; a share of the tokens of an import, which are not known.
+    """
+    whole = start.of_folder(_absolute(first)) if isinstance(first, str | os.PathLike) else None
+    source = first if isinstance(first, TrainConfig) else None
+    if source is None:
+        source = whole.config if whole is not None else TrainConfig.from_dict(first.to_dict())
+    if source is None and tokens <= 1:
+        raise ConfigError(f"tokens = {tokens}: a share of the tokens of an import, which are not known: give their number")
+    recipe = {} if source is None else {"learning_rate": source.optimizer.learning_rate, "schedule": source.optimizer.schedule}
+    context = changes.pop("context_length", None) or (whole.context if source is None else source.context_length)
+    count = math.ceil(tokens * source.train_tokens) if tokens <= 1 else int(tokens)
+    config = continued(first, context_length=context, tokens=count, **(recipe | changes))
+    model = from_mapping(ModelConfig, config.model.to_dict())
+    n_heads = model.n_heads if n_heads is None else n_heads
+    check_heads(model, n_heads, n_kv_heads)
+    config.model.update(n_heads=n_heads, n_kv_heads=n_kv_heads)
+    config.convert_heads = method
     return config
 
 

@@ -108,6 +108,13 @@ TABLE = (
         ".errors .config .storage .data .model .training.checkpoint .training.start",
         outside="jax orbax",
     ),
+    # With other heads, and as others write it.
+    Row("gqa_jax.conversion"),
+    Row(
+        "gqa_jax.conversion.heads",
+        ".errors .config .model .training.sharding .training.checkpoint .training.start",
+        outside="jax",
+    ),
     # A model that is trained, to use.
     Row("gqa_jax.inference"),
     Row("gqa_jax.inference.sampling", ".errors .config .model", outside="jax"),
@@ -123,8 +130,6 @@ TABLE = (
         ".training.parameters .inference.sampling .inference.engine",
         outside="jax",
     ),
-    # Models as others write them.
-    Row("gqa_jax.conversion"),
     Row("gqa_jax.conversion.hf_config", ".errors .costs .config"),
     Row("gqa_jax.conversion.hf_tensors", ".errors .formatting .storage"),
     Row("gqa_jax.conversion.hf_tokenizer", ".errors .data"),
@@ -134,12 +139,20 @@ TABLE = (
         ".errors .formatting .costs .config .storage .data .training.start .training.parameters .inference.loaded "
         ".conversion.hf_config .conversion.hf_tensors .conversion.hf_tokenizer .conversion.model_card",
     ),
+    Row(
+        "gqa_jax.conversion.converting",
+        ".errors .formatting .costs .config .storage .data .data.catalog .data.reader .training.evaluation .training.program "
+        ".training.sharding .training.start .training.parameters .planning.planner .inference.loaded .conversion.heads "
+        ".conversion.hf_tokenizer",
+        outside="jax",
+    ),
     Row("gqa_jax.inference.timing", ".inference.sampling .inference.engine", outside="jax"),
     # The program that trains.
     Row(
         "gqa_jax.training.setup",
         ".errors .config .storage .data .data.catalog .data.reader .training.run_folder "
-        ".training.distributed .planning.planner .training.start",
+        ".training.distributed .training.checkpoint .planning.planner .training.start",
+        lazily=".conversion.heads",
         outside="jax",
     ),
     Row(
@@ -334,7 +347,7 @@ TABLE = (
         "launch.training_cells "
         "launch.rules launch.executors.base launch.state launch.run launch.watch launch.reach launch.grid_cells launch.fit "
         "launch.money launch.notify launch.reap",
-        lazily=".inference.loaded .conversion.hf "
+        lazily=".inference.loaded .conversion.heads .conversion.hf .conversion.converting "
         ".laws .search.presets .search.own_model .search.device_file .search.roofline .search.objectives "
         ".search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.serving_benchmark launch.studies launch.grid_tables "
@@ -353,7 +366,7 @@ TABLE = (
     ),
     Row(
         "launch.__main__",
-        ".errors .formatting .hardware .hardware.prices .training.signals launch.executors.base launch.state "
+        ".errors .formatting .hardware .hardware.prices .config .training.signals launch.executors.base launch.state "
         "launch.grid_cells launch.commands launch.money launch.screen launch.options",
         lazily=".search.answer .search.own_answer .search.devices launch.plan launch.grid_tables launch.answers "
         "launch.device_tables launch.export launch.next_cells",
@@ -383,7 +396,7 @@ ROWS = {row.name: row for row in TABLE}
 # `python -m tests.test_imports` prints their files.
 CORES = {
     "trains": (
-        6440,
+        6500,
         "collectives config costs data.catalog data.corpus data.reader data.store data.vocabulary errors mesh model shapes "
         "storage train training.checkpoint training.devices training.distributed training.evaluation training.loop "
         "training.loss training.metrics training.optimizer training.parallel training.program training.records "

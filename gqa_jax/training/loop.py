@@ -30,7 +30,7 @@ from gqa_jax.data import vocabulary
 from gqa_jax.planning import planner
 from gqa_jax.storage import write_json
 from gqa_jax.training import devices, distributed, evaluation, optimizer, program, run_folder, setup, sharding
-from gqa_jax.training.checkpoint import Checkpoints, params_sha256, restore_start
+from gqa_jax.training.checkpoint import Checkpoints, params_sha256
 from gqa_jax.training.metrics import Metrics, NoMetrics
 from gqa_jax.training.program import TrainState
 from gqa_jax.training.run_folder import DeviceTime, Diverged, Preempted
@@ -282,7 +282,7 @@ def _restore(context: Context) -> tuple[TrainState, int, float]:
         return restored.state, restored.step, restored.metadata["seconds_train"]
     state = program.fresh_state(config, context.mesh)
     if context.start.folder is not None:
-        state = dataclasses.replace(state, params=restore_start(context.start, abstract.params))
+        state = dataclasses.replace(state, params=setup.starting_params(context.start, config, abstract.params))
         log.info("starting from the parameters of %s", context.start.folder)
     return state, 0, 0.0
 

@@ -124,9 +124,8 @@ def new_folder(folder: os.PathLike | str, fix: str) -> Iterator[os.PathLike]:
 
     Raises ConfigError, `fix` at its end, where the folder holds something, or another is making it.
     """
+    require_new(folder, fix)
     folder = storage.path(folder)
-    if storage.names(folder) or (not storage.is_remote(folder) and Path(folder).is_file()):
-        raise ConfigError(f"{folder} holds something: {fix}")
     if storage.is_remote(folder):
         yield folder
         return
@@ -145,6 +144,13 @@ def new_folder(folder: os.PathLike | str, fix: str) -> Iterator[os.PathLike]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def require_new(folder: os.PathLike | str, fix: str) -> None:
+    """Raises ConfigError, `fix` at its end, where a folder holds something."""
+    folder = storage.path(folder)
+    if storage.names(folder) or (not storage.is_remote(folder) and Path(folder).is_file()):
+        raise ConfigError(f"{folder} holds something: {fix}")
 
 
 def _digests(params: dict) -> tuple[str, dict[str, int]]:

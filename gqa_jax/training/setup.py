@@ -21,6 +21,7 @@ from gqa_jax.data import catalog, reader, store
 from gqa_jax.errors import ConfigError
 from gqa_jax.planning import planner
 from gqa_jax.training import distributed, run_folder, start
+from gqa_jax.training.checkpoint import restore_start
 from gqa_jax.training.start import FROM_SCRATCH, Start
 
 log = logging.getLogger("gqa_jax.train")
@@ -90,6 +91,15 @@ def start_of(config: TrainConfig, workdir: epath.Path, tokens: store.TokenStore)
         of_first = run_folder.data_of_first_version(config) if line.startswith("data.") else ""
         log.warning("continue_from = %r: not as it was there: %s%s", config.continue_from, line, of_first)
     return found
+
+
+def starting_params(source: Start, config: TrainConfig, abstract_params: dict) -> dict:
+    """The parameters of a start, placed as `abstract_params`, their heads made those of the run."""
+    if config.convert_heads is None:
+        return restore_start(source, abstract_params)
+    from gqa_jax.conversion import heads
+
+    return heads.restored(source, config.model, config.convert_heads, abstract_params)
 
 
 def finished(workdir: epath.Path, config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -68,6 +68,9 @@ class Start:
             )
         ours, theirs = ({name: getattr(model, name) for name in _FUNCTION_FIELDS} for model in (config.model, self.model))
         lines = differing_fields(ours, theirs, "model.")
+        if config.convert_heads:
+            here, there = (f"({model.n_heads},{model.n_kv_heads})" for model in (config.model, self.model))
+            lines.append(f"heads: {here} here, by {config.convert_heads}, {there} there")
         known = None not in (data_fingerprint, self.data_fingerprint)
         if known and data_fingerprint != self.data_fingerprint:
             lines.append(f"data.fingerprint: {data_fingerprint[:12]} here, {self.data_fingerprint[:12]} there")
