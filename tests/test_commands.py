@@ -74,7 +74,7 @@ def parsed(*argv):
     return {name: value for name, value in vars(launch.parser().parse_args(argv)).items() if value not in (None, False)}
 
 
-@pytest.mark.parametrize("verb", [verb for verb in verbs() if verb not in ("generate", "benchmark-serving")])
+@pytest.mark.parametrize("verb", [verb for verb in verbs() if "grid" in options(verb)])
 def test_options_and_arguments_come_in_any_order(verb):
     needed = {"optimum": ("--context=8K", "--loss=2"), "next": ("--context=8K", "--loss=2", "--budget=1e9")}.get(verb, ())
     cells = {"logs": ["one"], "cancel": ["one", "two"], "retry": ["one", "two"]}.get(verb, [])

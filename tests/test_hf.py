@@ -21,6 +21,7 @@ from gqa_jax.search import own_model
 from gqa_jax.training import parameters
 from gqa_jax.training.parameters import write_import
 from launch import __main__ as launch
+from launch import grid, serving_benchmark, training_cells
 from tests import llama_numpy
 from tests.test_inference import tiny
 from tests.test_train import LONGER
@@ -183,6 +184,9 @@ def test_what_comes_in_is_generated_from_continued_and_compared_with(run, tmp_pa
     assert (result["start"]["kind"], result["start"]["differs"]) == ("import", [])  # the same vocabulary, text and arrays
     same = train.train_and_evaluate(training(**LONGER, continue_from=str(folder)), tmp_path / "third")
     assert result["params_sha256"] == same["params_sha256"]
+    for source in (folder, tmp_path / "in"):
+        measured = serving_benchmark.subject(str(source), None, None, None, 0)
+        assert (measured.name, measured.config) == (source.name, loaded.config)
     for source in (folder, tmp_path / "in", tmp_path / "hf"):
         own = own_model.load(source)
         assert (own.shape.d_model, own.shape.n_heads, own.untied) == (16, 2, False)
@@ -445,7 +449,6 @@ class TestTokenizers:
 def test_a_plan_of_a_cell_that_goes_on_from_an_import(exported, tmp_path):
     """It is costed like any other."""
     hf.read_in(exported, tmp_path / "in")
-    from launch import grid, training_cells
 
     config = grid.continued(
         tmp_path / "in", context_length=32, learning_rate=1e-3, tokens=4096, batch_tokens=512,
