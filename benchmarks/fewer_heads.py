@@ -3,8 +3,8 @@
     python -m launch run configs/grids/head_methods.py && python -m benchmarks.fewer_heads methods runs/head-methods
     python -m launch run configs/grids/fewer_heads.py && python -m benchmarks.fewer_heads study runs/fewer-heads
 
-`methods`: loss by method, a row for each size, number of heads and share of the parent's tokens, the mean of its seeds, and in how
-many of these each method is the best. `study`: of one model every number of heads and share, beside the same heads trained anew.
+`methods`: loss by method, a row for each size, number of heads and share of the parent's tokens: the mean of its seeds, and in
+how many of these each method is the best. `study`: of one model every number of heads and share, beside the same trained anew.
 A share of 0 is the model at once, before it is trained on. --out writes the table as .csv.
 """
 
@@ -24,14 +24,8 @@ def runs(root: Path) -> pd.DataFrame:
     found = gqa_jax.load_results(root)
     parents = found.set_index("cell")
     found["method"] = found["start_differs"].str.extract(r"here, by (\w+),", expand=False)
-    found["parent"] = found["continue_from"]
-    found["share"] = [
-        row.tokens / parents["tokens"].get(row.continue_from, float("nan")) if pd.notna(row.continue_from) else float("nan")
-        for row in found.itertuples()
-    ]
-    found["parent_seed"] = [
-        parents["seed"].get(row.continue_from) if pd.notna(row.continue_from) else row.seed for row in found.itertuples()
-    ]
+    parent = found["continue_from"].map(parents["tokens"].to_dict())
+    found["share"] = found["tokens"].astype(float) / parent.astype(float)
     return found
 
 
@@ -46,13 +40,13 @@ def at_once(root: Path, parent: str, n_kv_heads: int, method: str) -> float:
 def methods(root: Path) -> pd.DataFrame:
     found = runs(root)
     made = found[found["method"].notna()]
-    rows = made[["size", "parent", "parent_seed", "n_kv_heads", "method", "share", "loss"]].copy()
-    rows["share"] = rows["share"].round(2)
-    for parent, n_kv_heads in sorted({(one.parent, one.n_kv_heads) for one in made.itertuples()}):
-        about = made[made["parent"] == parent].iloc[0]
+    rows = made.rename(columns={"continue_from": "parent"})[["size", "parent", "n_kv_heads", "method", "share", "loss"]]
+    rows = rows.assign(share=rows["share"].round(2))
+    for parent, n_kv_heads in sorted({(one.parent, one.n_kv_heads) for one in rows.itertuples()}):
+        size = rows.loc[rows["parent"] == parent, "size"].iloc[0]
         for method in HEAD_METHODS:
             loss = at_once(root, parent, n_kv_heads, method)
-            rows.loc[len(found) + len(rows)] = [about["size"], parent, about["parent_seed"], n_kv_heads, method, 0.0, loss]
+            rows.loc[f"{parent}-{n_kv_heads}-{method}"] = [size, parent, n_kv_heads, method, 0.0, loss]
     keys = ["size", "n_kv_heads", "share"]
     each = rows.pivot_table(index=[*keys, "parent"], columns="method", values="loss")[list(HEAD_METHODS)]
     table = each.groupby(keys).mean().round(4)
@@ -72,9 +66,9 @@ def study(root: Path) -> pd.DataFrame:
         anew = scratch.loc[one.n_kv_heads]
         rows.append(
             {
-                "n_heads": one.n_heads, "n_kv_heads": one.n_kv_heads, "share": round(one.share, 2), "tokens": one.tokens, "loss": one.loss,
-                "loss_anew": anew["loss"], "train_flops": one.train_flops, "train_flops_anew": anew["train_flops"],
-                "params_non_embedding": one.params_non_embedding,
+                "n_heads": one.n_heads, "n_kv_heads": one.n_kv_heads, "share": round(one.share, 2), "tokens": one.tokens,
+                "loss": one.loss, "loss_anew": anew["loss"], "train_flops": one.train_flops,
+                "train_flops_anew": anew["train_flops"], "params_non_embedding": one.params_non_embedding,
             }
         )  # fmt: skip
     for n_kv_heads in sorted({row["n_kv_heads"] for row in rows} - {scratch.loc[scratch.index.max()].name}):

@@ -376,7 +376,7 @@ TABLE = (
     Row(
         "benchmarks",
         ".errors .formatting .hardware .hardware.host .shapes .costs .config .storage .data .data.catalog .data.reader "
-        ".attention .model "
+        ".attention .model .conversion.converting "
         ".inference.sampling .inference.engine gqa_jax .training.loss .training.sharding .training.optimizer "
         ".training.evaluation .training.program .training.run_folder .training.checkpoint .planning.share .planning.traffic "
         ".planning.planner .planning.topologies .results .differences "

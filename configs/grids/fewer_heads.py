@@ -22,10 +22,8 @@ def anew(n_kv_heads):
 def get_grid():
     first = anew(N_HEADS)
     fewer = [converted(first, n_kv_heads, share) for n_kv_heads in FEWER for share in SHARES]
-    rate = first.optimizer.learning_rate
-    same = [
-        continued(first, context_length=CONTEXT, learning_rate=rate, tokens=one.tokens, schedule="wsd") for one in fewer[:3]
-    ]
+    recipe = {"learning_rate": first.optimizer.learning_rate, "schedule": first.optimizer.schedule}
+    same = [continued(first, context_length=CONTEXT, tokens=one.tokens, **recipe) for one in fewer[: len(SHARES)]]
     return Grid(
         name="fewer-heads",
         configs=[first, *map(anew, FEWER), *fewer, *same],
