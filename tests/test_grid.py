@@ -254,6 +254,16 @@ def test_a_second_phase_of_other_parameters_is_refused():
         grid.cells(two_phases(model={"n_layers": 3}))
 
 
+def test_a_second_phase_may_have_its_positions_interpolated():
+    scaled = {"rope_scaling": "linear", "rope_factor": 4.0}
+    _, second, third = grid.cells(two_phases(model=scaled))
+    assert second.start.differs == ("model.rope_factor: 4.0 here, 1.0 there", "model.rope_scaling: 'linear' here, None there")
+    assert (third.config.model.rope_factor, third.start.differs) == (4.0, ())
+    _, plain, _ = grid.cells(two_phases())
+    assert (plain.parent, plain.start.differs) == (second.parent, ())
+    assert plain.name != second.name
+
+
 def test_a_second_phase_on_other_data_and_another_rope_base():
     first, second, third = grid.cells(two_phases(rope_theta=1e6, data={"store": "sotu-bytes@position"}))
     assert second.config.data.skip_tokens == 0  # of another order

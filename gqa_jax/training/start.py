@@ -129,9 +129,7 @@ def _of_import(folder: os.PathLike, values: Mapping[str, Any], tokenizer: Mappin
     if missing or values["content"] != content_hash(values):
         what = f"lacks {', '.join(missing)}" if missing else "was changed: its content hash is another"
         raise ValueError(f"{path} {what}: import the parameters again")
-    shape, about = (
-        from_mapping(ModelConfig, values["model"]),
-        {"context": values.get("context"), "stop": values.get("stop", ())},
-    )
-    about["stop"] = tuple(about["stop"])
-    return Start(IMPORT, os.fspath(folder), values["content"], model=shape, tokenizer=tokenizer, **about)
+    shape, context, stop = from_mapping(ModelConfig, values["model"]), values.get("context"), values.get("stop")
+    stop = tuple(one for one in stop if type(one) is int) if isinstance(stop, list) else ()
+    context = context if type(context) is int else None
+    return Start(IMPORT, os.fspath(folder), values["content"], 0, shape, tokenizer=tokenizer, context=context, stop=stop)
