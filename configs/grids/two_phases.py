@@ -1,4 +1,4 @@
-"""Train at a short context and go on at a long one, or train at the long one from scratch, on equal tokens (Figure 15's question).
+"""Train at a short context and go on at a long one, or train at the long one from scratch, on equal tokens: as in Figure 15.
 
 The counterpart of arXiv 2503.09579v2, Figure 15 and Appendix J, for a laptop: quickstart's 90k at T = 128 for 60 to 95% of its
 400,000 tokens, then at T = 512 for the rest, with fresh moments and a tenth of the learning rate; beside them T = 512 from
