@@ -5,7 +5,7 @@
 
 `methods`: loss by method, a row for each size, number of heads and share of the parent's tokens: the mean of its seeds, and in
 how many of these each method is the best. `study`: of one model every number of heads and share, beside the same trained anew.
-A share of 0 is the model at once, before it is trained on. --out writes the table as .csv.
+There a share of 0 is the model at once, before it is trained on. --out writes the table as .csv.
 """
 
 import argparse
@@ -42,11 +42,6 @@ def methods(root: Path) -> pd.DataFrame:
     made = found[found["method"].notna()]
     rows = made.rename(columns={"continue_from": "parent"})[["size", "parent", "n_kv_heads", "method", "share", "loss"]]
     rows = rows.assign(share=rows["share"].round(2))
-    for parent, n_kv_heads in sorted({(one.parent, one.n_kv_heads) for one in rows.itertuples()}):
-        size = rows.loc[rows["parent"] == parent, "size"].iloc[0]
-        for method in HEAD_METHODS:
-            loss = at_once(root, parent, n_kv_heads, method)
-            rows.loc[f"{parent}-{n_kv_heads}-{method}"] = [size, parent, n_kv_heads, method, 0.0, loss]
     keys = ["size", "n_kv_heads", "share"]
     each = rows.pivot_table(index=[*keys, "parent"], columns="method", values="loss")[list(HEAD_METHODS)]
     table = each.groupby(keys).mean().round(4)
