@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("elsewhere", "bring-a-model", "fewer-heads")
 #: What is tested elsewhere: it takes long, or the model of these tests is too small for its answer.
-ELSEWHERE = ("benchmark-serving", "optimum")
+ELSEWHERE = ("benchmark-serving", "optimum", "run")
 
 
 def commands(page):

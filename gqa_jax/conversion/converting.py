@@ -14,12 +14,13 @@ from gqa_jax import costs, storage
 from gqa_jax.config import DataConfig, EvaluationConfig, Execution, ModelConfig, TrainConfig
 from gqa_jax.conversion import heads, hf_tokenizer
 from gqa_jax.data import catalog, reader
+from gqa_jax.data.store import TokenStore
 from gqa_jax.data.vocabulary import RECORD
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import short
 from gqa_jax.inference.loaded import LoadedModel, load_model
 from gqa_jax.planning import planner
-from gqa_jax.training import evaluation, program, sharding
+from gqa_jax.training import evaluation, program, sharding, start
 from gqa_jax.training.evaluation import Difference, Evaluation
 from gqa_jax.training.parameters import require_new, write_import
 from gqa_jax.training.start import Start
@@ -98,9 +99,10 @@ def convert_heads(
       ConfigError: numbers of heads that can't be, the same ones; an unknown method; a folder that holds something.
     """
     require_new(out, "write into a new folder")
+    heads.check_method(method)
+    heads.target(start.of_folder(run).model, n_kv_heads, n_heads)  # before anything is read
     loaded = load_model(run)
     config = heads.target(loaded.config, n_kv_heads, n_heads)
-    heads.check_method(method)
     if config == loaded.config:
         raise ConfigError(f"n_kv_heads = {config.n_kv_heads}, n_heads = {config.n_heads}: the model has these heads already")
     params = jax.jit(partial(heads.convert, config=config, method=method))(loaded.params)
@@ -137,10 +139,13 @@ def _evaluations(
         )  # fmt: skip
     elif store is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
+    config = dataclasses.replace(
+        config, steps=1, tokens=None, tokens_per_param=None, data=dataclasses.replace(config.data, skip_tokens=0),
+        execution=Execution(),
+    )  # fmt: skip
     try:
         tokens = catalog.open_store(config.data.store)
-        _, held_out = reader.check(dataclasses.replace(config, execution=Execution()), tokens)
-        _ = held_out.documents
+        reader.check(config, tokens)
     except ValueError as error:
         if store is not None:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
@@ -150,12 +155,13 @@ def _evaluations(
         raise ConfigError(
             f"--store {config.data.store} has another vocabulary than {loaded.start.folder}: prepare it with that one"
         )
-    return [_evaluation(dataclasses.replace(config, model=model), params, held_out) for model, params in models], None
+    return [_evaluation(dataclasses.replace(config, model=model), params, tokens) for model, params in models], None
 
 
-def _evaluation(config: TrainConfig, params: dict[str, Any], held_out: reader.EvalBatches) -> Evaluation:
+def _evaluation(config: TrainConfig, params: dict[str, Any], tokens: TokenStore) -> Evaluation:
     """As at the end of a run, on one device."""
-    config = planner.resolve(dataclasses.replace(config, execution=Execution()), jax.devices()[0].device_kind, 1, 1)
+    config = planner.resolve(config, jax.devices()[0].device_kind, 1, 1)
+    _, held_out = reader.check(config, tokens)
     mesh = sharding.make_mesh(config.execution.mesh, jax.devices()[:1])
     losses_of, rows = program.evaluation_losses(config, mesh), np.arange(config.micro_batch)
     params = jax.device_put(
