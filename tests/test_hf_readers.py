@@ -43,10 +43,10 @@ def ask(python, *arguments, jobs, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def models():
-    """Name and configuration of every form of heads, its scaling and whether it is tied taking turns."""
+def models(both=False):
+    """Name and configuration of every form of heads; scalings take turns, and so do tied and untied unless it is `both`."""
     for i, ((n_heads, n_kv_heads), d_model) in enumerate(FORMS):
-        for untied in (False, True):
+        for untied in (False, True) if both else (i % 2 == 1,):
             scaling = SCALINGS[(i + untied) % 3]
             config = ModelConfig(
                 n_layers=2, d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=32, vocab_size=320, untied=untied,
@@ -66,23 +66,22 @@ def logits(config, params, positions):
     return transformer.logits(transformer.hidden(transformer.embed(jnp.asarray(TOKENS)), positions)[0])
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """Folders of all forms, with what their parameters are."""
-    root, found = tmp_path_factory.mktemp("written"), {}
+def write(root, both=False):
+    """Folders of all forms, and what their parameters are, by name."""
+    found = {}
     np.save(root / "tokens.npy", TOKENS)
     np.save(root / "positions.npy", POSITIONS)
-    for name, config in models():
+    for name, config in models(both):
         params = drawn(config, std=0.05)
         write_import(root / f"{name}-ours", config, params, provenance="a test", context=LONGEST)
         hf.export(root / f"{name}-ours", root / name)
         found[name] = config, params
-    return root, found
+    return found
 
 
 @pytest.mark.needs("mlx-lm")
-def test_logits_of_mlx_lm(written):
-    root, found = written
+def test_logits_of_mlx_lm(tmp_path):
+    root, found = tmp_path, write(tmp_path)
     jobs = [(str(root / name), str(root / "tokens.npy"), None, str(root / f"{name}-mlx.npy")) for name in found]
     ask(sys.executable, "logits", "mlx", jobs=jobs, folder=root)
     for name, (config, params) in found.items():
@@ -202,8 +201,8 @@ class TestTransformers:
     """With torch, in both directions; what no other test needs it for."""
 
     @pytest.mark.parametrize("positions", [None, "positions.npy"], ids=["first", "to 128K"])
-    def test_logits_of_what_is_written(self, written, positions):
-        root, found = written
+    def test_logits_of_what_is_written(self, tmp_path, positions):
+        root, found = tmp_path, write(tmp_path, both=True)
         place = None if positions is None else str(root / positions)
         jobs = [(str(root / name), str(root / "tokens.npy"), place, str(root / f"{name}-torch.npy")) for name in found]
         ask(TORCH_PYTHON, "logits", "transformers", jobs=jobs, folder=root)
@@ -214,7 +213,7 @@ class TestTransformers:
     def test_logits_of_what_transformers_wrote(self, tmp_path):
         np.save(tmp_path / "tokens.npy", TOKENS)
         jobs = []
-        for name, config in models():
+        for name, config in models(both=True):
             kind = "MistralForCausalLM" if config.d_model % config.n_heads else "LlamaForCausalLM"
             kind = "MinistralForCausalLM" if name.startswith("4-2") else kind
             fields = hf_config.of_model(config, "float32", LONGEST, 256)
@@ -228,10 +227,11 @@ class TestTransformers:
             jobs.append((kind, named, str(tmp_path / name), "20KB" if "True" in name else "5GB"))
         ask(TORCH_PYTHON, "save", jobs=jobs, folder=tmp_path)
         out = [
-            (str(tmp_path / name), str(tmp_path / "tokens.npy"), None, str(tmp_path / f"{name}.npy")) for name, _ in models()
+            (str(tmp_path / name), str(tmp_path / "tokens.npy"), None, str(tmp_path / f"{name}.npy"))
+            for name, _ in models(both=True)
         ]
         ask(TORCH_PYTHON, "logits", "transformers", jobs=out, folder=tmp_path)
-        for name, config in models():
+        for name, config in models(both=True):
             hf.read_in(tmp_path / name, tmp_path / f"{name}-in")
             loaded = gqa_jax.load_model(tmp_path / f"{name}-in")
             assert loaded.config == config
