@@ -141,7 +141,12 @@ class TestCommand:
         found = converting.convert_heads(run[0], tmp_path / "more", n_heads=2, n_kv_heads=2)
         assert found.before.loss == pytest.approx(run[1]["loss"], abs=1e-6)
         assert found.difference.estimate.value == pytest.approx(found.after.loss - found.before.loss, abs=1e-6)
+        assert "(2,2) by scaled_mean" in found.sentences()[0]
+
         again = converting.convert_heads(tmp_path / "more", tmp_path / "again", n_kv_heads=1, store="sotu-bytes")
+        back = converting.convert_heads(tmp_path / "again", tmp_path / "back", n_kv_heads=2, store="sotu-bytes")
+        assert "(2,1) heads to (2,2) by repetition" in back.sentences()[0]
+        assert back.after.loss == pytest.approx(back.before.loss, abs=1e-6)
         assert again.before.tokens == 65_536  # of imported parameters: on the store that is named
         assert abs(again.before.loss - found.after.loss) < 0.05
 

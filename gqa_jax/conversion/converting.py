@@ -43,8 +43,9 @@ class Converted:
     def sentences(self) -> list[str]:
         """What became of the model: heads, parameters, cache, loss; and how it is trained on."""
         here, there = self.start.model, self.source.model
+        how = _how(there, here, self.method)
         lines = [
-            f"{self.start.folder}: {_heads(there)} heads to {_heads(here)} by {self.method}; {_params(there)} parameters to "
+            f"{self.start.folder}: {_heads(there)} heads to {_heads(here)} by {how}; {_params(there)} parameters to "
             f"{_params(here)}; cache {_cache(there)} to {_cache(here)} values a token",
         ]
         if self.before is None:
@@ -63,6 +64,12 @@ class Converted:
 
 def _heads(model: ModelConfig) -> str:
     return f"({model.n_heads},{model.n_kv_heads})"
+
+
+def _how(there: ModelConfig, here: ModelConfig, method: str) -> str:
+    if here.n_kv_heads == there.n_kv_heads:
+        return "leaving query heads out"
+    return method if here.n_kv_heads < there.n_kv_heads else "repetition"
 
 
 def _params(model: ModelConfig) -> str:
@@ -110,7 +117,7 @@ def convert_heads(
     before, after = losses or (None, None)
     difference = losses and evaluation.difference(after.by_document, before.by_document)
     source = loaded.start
-    said = f"of {source.identity}, {_heads(source.model)} heads to {_heads(config)} by {method}"
+    said = f"of {source.identity}, {_heads(source.model)} heads to {_heads(config)} by {_how(source.model, config, method)}"
     said += f"; held-out loss {before.loss:.4f} before, {after.loss:.4f} after" if losses else ""
     kept = {name: storage.read_bytes(storage.path(source.folder) / RECORD / name) for name in hf_tokenizer.KEPT}
     found = write_import(
