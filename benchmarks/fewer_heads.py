@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 import gqa_jax
-from gqa_jax.config import HEAD_METHODS
+from gqa_jax.config import HEAD_METHOD, HEAD_METHODS
 from gqa_jax.conversion import converting
 
 
@@ -68,7 +68,7 @@ def study(root: Path) -> pd.DataFrame:
         )  # fmt: skip
     for n_kv_heads in sorted({row["n_kv_heads"] for row in rows} - {scratch.loc[scratch.index.max()].name}):
         like = next(row for row in rows if row["n_kv_heads"] == n_kv_heads)
-        loss = at_once(root, parent, int(n_kv_heads), converting.heads.DEFAULT_METHOD)
+        loss = at_once(root, parent, int(n_kv_heads), HEAD_METHOD)
         rows.append(like | {"share": 0.0, "tokens": 0, "train_flops": 0.0, "loss": loss})
     table = pd.DataFrame(rows).sort_values(["n_kv_heads", "share"], ascending=[False, True]).reset_index(drop=True)
     table["loss_parent"] = found.set_index("cell").loc[parent, "loss"]

@@ -39,7 +39,7 @@ ROPE_SCALINGS: Mapping[str | None, tuple[str, ...]] = {
     "llama3": ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context"),
 }
 # How one key/value head is made of several, of a parent's (gqa_jax.conversion.heads).
-HEAD_METHODS = ("mean", "scaled_mean", "first")
+HEAD_METHODS, HEAD_METHOD = ("mean", "scaled_mean", "first"), "scaled_mean"  # and the default: docs/fewer-heads.md has why
 LARGEST_SEED = 2**63 - 1
 BUDGETS = ("tokens", "tokens_per_param", "steps")  # a run is given exactly one of them
 

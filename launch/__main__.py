@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from gqa_jax import hardware
-from gqa_jax.config import HEAD_METHODS
+from gqa_jax.config import HEAD_METHOD, HEAD_METHODS
 from gqa_jax.errors import ConfigError, close
 from gqa_jax.formatting import counted, usd
 from gqa_jax.hardware import prices as price_list
@@ -262,7 +262,10 @@ def _fill_convert_heads(command: argparse.ArgumentParser) -> None:
     command.add_argument("--n_kv_heads", type=int, metavar="K", help="key/value heads (default: as many as there)")
     command.add_argument("--n_heads", type=int, metavar="N", help="query heads: those that write most (default: all)")
     command.add_argument(
-        "--method", choices=HEAD_METHODS, help="what becomes of a group of key/value heads (default: scaled_mean)"
+        "--method",
+        choices=HEAD_METHODS,
+        default=HEAD_METHOD,
+        help=f"what becomes of a group of key/value heads (default: {HEAD_METHOD})",
     )
     command.add_argument("--out", required=True, metavar="RUN2", help="a new folder, local or on gs://")
     command.add_argument("--store", metavar="NAME", help="token store of the losses (default: the run's own)")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from etils import epath
 
 from gqa_jax import hardware, storage
+from gqa_jax.config import HEAD_METHOD
 from gqa_jax.errors import ConfigError
 from gqa_jax.formatting import counted, gb, read_context
 from gqa_jax.hardware import Price, host
@@ -569,7 +570,7 @@ def convert_heads(
     out: str,
     n_kv_heads: int | None = None,
     n_heads: int | None = None,
-    method: str | None = None,
+    method: str = HEAD_METHOD,
     store: str | None = None,
 ) -> Any:
     """Writes a trained model with other heads, a `gqa_jax.conversion.converting.Converted` with its loss before and after.
@@ -577,14 +578,13 @@ def convert_heads(
     Args:
       run: folder of a run that is done or of imported parameters, local or on gs://. out: a new folder, likewise.
       n_kv_heads: fewer are pooled, more are repetitions; None: as many as there. n_heads: query heads; None: all.
-      method: what becomes of a group of key/value heads (`gqa_jax.config.HEAD_METHODS`); None: scaled_mean.
+      method: what becomes of a group of key/value heads (`gqa_jax.config.HEAD_METHODS`).
       store: token store of the losses; None: the run's own.
     Raises:
       ConfigError: heads that can't be made of those, or are those; a folder that holds something.
     """
-    from gqa_jax.conversion import converting, heads
+    from gqa_jax.conversion import converting
 
-    method = heads.DEFAULT_METHOD if method is None else method
     return converting.convert_heads(run, out, n_kv_heads=n_kv_heads, n_heads=n_heads, method=method, store=store)
 
 

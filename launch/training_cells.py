@@ -18,6 +18,7 @@ from etils import epath
 
 from gqa_jax import costs, storage
 from gqa_jax.config import (
+    HEAD_METHOD,
     ModelConfig,
     TrainConfig,
     check_heads,
@@ -241,7 +242,7 @@ def converted(
     tokens: float,
     *,
     n_heads: int | None = None,
-    method: str = "scaled_mean",
+    method: str = HEAD_METHOD,
     **changes: Any,
 ) -> ml_collections.ConfigDict:
     """A run that goes on from the last parameters of `first` with other heads: one checkpoint becomes every H.

@@ -406,6 +406,19 @@ class TestTokenizers:
         found.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 265)])
         return found.to_str().encode()
 
+    def test_a_built_in_one_with_something_before_a_text_is_another(self, folder, tmp_path):
+        """The ids of bytes, and the end of a document in front, as some publish GPT-2's vocabulary."""
+        found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        found.post_processor = tokenizers.processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 256)])
+        (folder / "tokenizer.json").write_text(found.to_str())
+        read = hf_tokenizer.read(folder, 256)
+        assert (read.prefix, read.name) == ((256,), "theirs")
+
+    def test_a_built_in_one_that_ends_documents_otherwise_is_another(self, folder):
+        read = hf_tokenizer.read(folder, 0)
+        assert (read.eos_id, read.name) == (0, "theirs")
+        assert hf_tokenizer.read(folder, 256).name == "bytes"
+
     def test_what_it_adds_is_left_out_of_a_run_that_was_trained_without(self, run, tmp_path):
         folder = shutil.copytree(run[0], tmp_path / "run")
         tokenizer = tokenizing.HuggingFaceTokenizer(self.with_bos(), "hub:x")

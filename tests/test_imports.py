@@ -343,11 +343,11 @@ TABLE = (
     ),
     Row(
         "launch.commands",
-        ".errors .formatting .hardware .hardware.host .hardware.prices .storage .training.records launch.cells "
+        ".errors .formatting .hardware .hardware.host .hardware.prices .config .storage .training.records launch.cells "
         "launch.training_cells "
         "launch.rules launch.executors.base launch.state launch.run launch.watch launch.reach launch.grid_cells launch.fit "
         "launch.money launch.notify launch.reap",
-        lazily=".inference.loaded .conversion.heads .conversion.hf .conversion.converting "
+        lazily=".inference.loaded .conversion.hf .conversion.converting "
         ".laws .search.presets .search.own_model .search.device_file .search.roofline .search.objectives "
         ".search.answer .search.optimum "
         ".search.own_answer .search.devices launch.plan launch.serving_benchmark launch.studies launch.grid_tables "

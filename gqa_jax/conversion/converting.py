@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gqa_jax import costs, storage
-from gqa_jax.config import DataConfig, EvaluationConfig, Execution, ModelConfig, TrainConfig
+from gqa_jax.config import HEAD_METHOD, DataConfig, EvaluationConfig, Execution, ModelConfig, TrainConfig
 from gqa_jax.conversion import heads, hf_tokenizer
 from gqa_jax.data import catalog, reader
 from gqa_jax.data.store import TokenStore
@@ -91,7 +91,7 @@ def convert_heads(
     *,
     n_kv_heads: int | None = None,
     n_heads: int | None = None,
-    method: str = heads.DEFAULT_METHOD,
+    method: str = HEAD_METHOD,
     store: str | None = None,
 ) -> Converted:
     """Writes the model of a run that is done, or of imported parameters, with other heads, as imported parameters.
@@ -151,24 +151,23 @@ def _evaluations(
         execution=Execution(),
     )  # fmt: skip
     try:
-        tokens = catalog.open_store(config.data.store)
-        reader.check(config, tokens)
+        text = catalog.open_store(config.data.store)
+        reader.check(config, text)
     except ValueError as error:
         if store is not None:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
         return None, str(error)
-    differs = loaded.start.tokenizer and loaded.start.tokenizer["sha256"] != tokens.vocabulary["sha256"]
-    if differs:
+    if loaded.start.tokenizer and loaded.start.tokenizer["sha256"] != text.vocabulary["sha256"]:
         raise ConfigError(
             f"--store {config.data.store} has another vocabulary than {loaded.start.folder}: prepare it with that one"
         )
-    return [_evaluation(dataclasses.replace(config, model=model), params, tokens) for model, params in models], None
+    return [_evaluation(dataclasses.replace(config, model=model), params, text) for model, params in models], None
 
 
-def _evaluation(config: TrainConfig, params: dict[str, Any], tokens: TokenStore) -> Evaluation:
+def _evaluation(config: TrainConfig, params: dict[str, Any], text: TokenStore) -> Evaluation:
     """As at the end of a run, on one device."""
     config = planner.resolve(config, jax.devices()[0].device_kind, 1, 1)
-    _, held_out = reader.check(config, tokens)
+    _, held_out = reader.check(config, text)
     mesh = sharding.make_mesh(config.execution.mesh, jax.devices()[:1])
     losses_of, rows = program.evaluation_losses(config, mesh), np.arange(config.micro_batch)
     params = jax.device_put(

@@ -21,8 +21,6 @@ from gqa_jax.training import sharding
 from gqa_jax.training.checkpoint import restore_start
 from gqa_jax.training.start import Start
 
-DEFAULT_METHOD = "scaled_mean"
-
 
 def check_method(method: str) -> None:
     """Raises ConfigError unless a method is one of HEAD_METHODS."""
@@ -93,16 +91,12 @@ def _strongest(layers: dict, config: ModelConfig) -> tuple[jax.Array, jax.Array]
 def restored(source: Start, config: ModelConfig, method: str, abstract_params: dict) -> dict:
     """The parameters of a start with the heads of `config`, placed as `abstract_params`. ConfigError: as `restore_start`."""
     shapes = jax.eval_shape(partial(model.init_params, source.model), jax.random.key(0))
-    leaf = jax.tree.leaves(abstract_params)[0]
-    if isinstance(leaf.sharding, NamedSharding):  # cut by the hidden size alone: the heads here and there may be cut otherwise
-        mesh = leaf.sharding.mesh
-        whole = dataclasses.replace(sharding.shape_of(mesh), tensor=1)
-        specs = sharding.specs(shapes, whole, source.model.n_kv_heads)
-        placed = jax.tree.map(
-            lambda one, spec: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=NamedSharding(mesh, spec)), shapes, specs
-        )
-    else:
-        placed = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=leaf.sharding), shapes)
+    mesh = jax.tree.leaves(abstract_params)[0].sharding.mesh
+    # Cut by the hidden size alone: the tensor axis may divide the heads here and not there.
+    specs = sharding.specs(shapes, dataclasses.replace(sharding.shape_of(mesh), tensor=1), source.model.n_kv_heads)
+    placed = jax.tree.map(
+        lambda one, spec: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=NamedSharding(mesh, spec)), shapes, specs
+    )
     there = jax.tree.map(lambda one: one.sharding, abstract_params)
     act = jax.jit(partial(convert, config=config, method=method), out_shardings=there)
     return act(restore_start(source, placed))

@@ -22,7 +22,7 @@ def written(tokenizer: Tokenizer, context: int | None) -> dict[str, bytes]:
 
     Special tokens that are written in a text are its characters, and nothing is added around it, as in our token stores.
     """
-    eos = _content(tokenizer)["eos"]
+    content, eos = _content(tokenizer)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,
@@ -31,22 +31,22 @@ def written(tokenizer: Tokenizer, context: int | None) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
         **({} if context is None else {"model_max_length": context}),
     }
-    return {CONTENT: _content(tokenizer)["json"], SETTINGS: encoded(settings)}
+    return {CONTENT: content, SETTINGS: encoded(settings)}
 
 
-def _content(tokenizer: Tokenizer) -> dict[str, Any]:
+def _content(tokenizer: Tokenizer) -> tuple[bytes, str]:
     """tokenizer.json of a tokenizer of ours, and its end of a document as text."""
     import tokenizers
 
     if tokenizer.json is None:
-        return {"json": _built_in()[tokenizer.name], "eos": known.END_OF_TEXT}
+        return _built_in()[tokenizer.name], known.END_OF_TEXT
     found = tokenizers.Tokenizer.from_buffer(tokenizer.json)
     eos = found.id_to_token(tokenizer.eos_id)
     if _around(found) == ((), ()):
-        return {"json": tokenizer.json, "eos": eos}
+        return tokenizer.json, eos
     values = json.loads(tokenizer.json)
     values["post_processor"] = None  # what it adds was not there in training
-    return {"json": encoded(values), "eos": eos}
+    return encoded(values), eos
 
 
 @functools.cache
@@ -87,16 +87,15 @@ def read(folder: Path, eos_id: int | None) -> Tokenizer | None:
     if not path.is_file():
         return None
     content = path.read_bytes()
-    if (meaning := _meaning(content)) is not None:
-        for name, ours in _built_in().items():
-            if meaning == _meaning(ours):
-                return known.load_tokenizer(name)
     try:
         found = known.HuggingFaceTokenizer(content, folder.name, _eos(folder) if eos_id is None else eos_id)
-        prefix, _ = _around(tokenizers.Tokenizer.from_buffer(content))
     except TokenizerError as error:
         raise ConfigError(f"{path}: {error}. Or write eos_token_id into config.json") from error
-    found.prefix = prefix
+    found.prefix, _ = _around(tokenizers.Tokenizer.from_buffer(content))
+    meaning = None if found.prefix else _meaning(content)
+    for name, ours in _built_in().items() if meaning else ():
+        if meaning == _meaning(ours) and found.eos_id == (same := known.load_tokenizer(name)).eos_id:
+            return same
     return found
 
 

@@ -39,8 +39,7 @@ class Leaf:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
-    # What Orbax, `described` and `params_sha256` ask of arrays.
-    is_fully_addressable = True
+    # What Orbax asks of arrays.
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: int(np.prod(self.shape)))
     nbytes = property(lambda self: self.size * self.dtype.itemsize)
@@ -55,14 +54,11 @@ def saved(source: Start) -> dict:
     Reading one raises ConfigError as `checkpoint.restore_start` does.
     """
 
-    def read(path: tuple[str, ...], like: jax.ShapeDtypeStruct) -> np.ndarray:
-        wanted: Any = like
-        for key in reversed(path):
-            wanted = {key: wanted}
-        return np.asarray(jax.tree.leaves(checkpoint.restore_start(source, wanted, whole=False))[0])
+    def read(path: tuple, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.asarray(jax.tree.leaves(checkpoint.restore_start(source, _nested(path, like), whole=False))[0])
 
     def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> Leaf:
-        return Leaf(like.shape, np.dtype(like.dtype), partial(read, tuple(key.key for key in path), like))
+        return Leaf(like.shape, np.dtype(like.dtype), partial(read, path, like))
 
     return jax.tree_util.tree_map_with_path(leaf, abstract(source.model))
 
@@ -159,10 +155,13 @@ def _digests(params: dict) -> tuple[str, dict[str, int]]:
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda found: jax.tree_util.keystr(found[0])):
         array: Any = leaf.read()
         checkpoint.add_sha256(digest, jax.tree_util.keystr(path), array)
-        for key in reversed(path):
-            array = {key.key: array}
-        sums |= checkpoint.fetched_checksums(Parameters(jnp.int32(0), jax.tree.map(jnp.asarray, array)))
+        sums |= checkpoint.fetched_checksums(Parameters(jnp.int32(0), _nested(path, jnp.asarray(array))))
     return digest.hexdigest(), sums
+
+
+def _nested(path: tuple, leaf: Any) -> Any:
+    """Nested dicts with nothing but what is at a path."""
+    return leaf if not path else {path[0].key: _nested(path[1:], leaf)}
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
